@@ -1,0 +1,292 @@
+"""The shape of a model: every field of a Hugging Face `config.json` of the DeepSeek-V3 family, under its own name.
+
+`from_dict` reads both spellings in use: `rope_scaling` with `type` (classic) or `rope_parameters` with `rope_type` and
+`rope_theta` (newer writers); `n_routed_experts` or `num_local_experts`. `to_dict` writes the classic spelling, which all readers
+know, and gives back every field that it did not understand. Values that cannot be are refused at construction, by field name,
+value and mend (`soli/config_rules.py`). Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from soli import config_rules
+from soli.errors import SoliError
+from soli.presets import PRESETS
+
+ARCHITECTURES = {
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "kimi_k2": "DeepseekV3ForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+}
+
+# What an absent field means. deepseek_v3 and kimi_k2: the defaults of the dataclass below. deepseek_v2 differs in these.
+V2_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 102400,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "moe_intermediate_size": 1407,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "n_shared_experts": 2,
+    "n_routed_experts": 64,
+    "num_experts_per_tok": 0,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 0,
+    "routed_scaling_factor": 1.0,
+    "scoring_func": "softmax",
+    "topk_method": "greedy",
+    "norm_topk_prob": False,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+# Other writers' names for a field; both may be present when they agree.
+ALIASES = {
+    "num_local_experts": "n_routed_experts",
+    "num_experts": "n_routed_experts",
+    "num_mtp_layers": "num_nextn_predict_layers",
+}
+
+# A null in these means "none of it"; a null in any other field that cannot be null means the same as an absent field.
+NULL_MEANS = {"n_routed_experts": 0, "n_shared_experts": 0, "num_nextn_predict_layers": 0, "n_group": 1, "topk_group": 1}
+
+# Written by some libraries, derived from other fields: read and dropped, so that a changed configuration cannot contradict itself.
+DERIVED = ("head_dim", "qk_head_dim")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """YaRN (arXiv 2309.00071), as in `rope_scaling`: context `original_max_position_embeddings` stretched by `factor`.
+
+    `mscale` and `mscale_all_dim` absent mean 1 and 0, as in the released modelling code: cos and sin then carry 0.1 ln(factor) + 1.
+    """
+
+    type: str = "yarn"
+    factor: float = 1.0
+    original_max_position_embeddings: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+    extra: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        config_rules.settle_floats(self)
+        config_rules.check_rope_scaling(self)
+
+    @classmethod
+    def from_dict(cls, d: Mapping[str, Any]) -> RopeScaling | None:
+        """`rope_scaling` as JSON has it; None when it asks for plain RoPE."""
+        d = dict(d)
+        kind = d.pop("rope_type", None)
+        kind = d.pop("type", None) if kind is None else (d.pop("type", None), kind)[1]
+        if kind in (None, "default") and "factor" not in d:
+            return None
+        if kind == "yarn":
+            config_rules.require(d, "rope_scaling", ("factor", "original_max_position_embeddings"))
+        known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
+        values = {k: v for k, v in d.items() if k in known and v is not None}
+        return cls(type=kind or "none", **values, extra={k: v for k, v in d.items() if k not in known})
+
+    def to_dict(self) -> dict[str, Any]:
+        d = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}
+        return {**d, **self.extra}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model's shape and routing, in Hugging Face names; defaults are those of `deepseek_v3` files that omit a field.
+
+    Sizes count elements. Raises SoliError at construction when a value cannot be.
+    """
+
+    model_type: str = "deepseek_v3"
+    vocab_size: int = 129280
+    hidden_size: int = 7168
+    intermediate_size: int = 18432
+    moe_intermediate_size: int = 2048
+    num_hidden_layers: int = 61
+    num_nextn_predict_layers: int = 0
+    num_attention_heads: int = 128
+    num_key_value_heads: int | None = None  # MLA has one key per head: None and num_attention_heads are the same
+    n_shared_experts: int = 1
+    n_routed_experts: int = 256
+    num_experts_per_tok: int = 8
+    n_group: int = 8
+    topk_group: int = 4
+    first_k_dense_replace: int = 3
+    moe_layer_freq: int = 1
+    routed_scaling_factor: float = 2.5
+    scoring_func: str = "sigmoid"
+    topk_method: str = "noaux_tc"
+    norm_topk_prob: bool = True
+    aux_loss_alpha: float = 1e-4  # section 4.2; a file that omits it means this, not 0
+    seq_aux: bool = True
+    q_lora_rank: int | None = 1536
+    kv_lora_rank: int = 512
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    rope_interleave: bool = True
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-6
+    hidden_act: str = "silu"
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = field(default=1, hash=False)
+    pad_token_id: int | None = None
+    quantization_config: dict[str, Any] | None = field(default=None, hash=False)
+    extra: dict[str, Any] = field(default_factory=dict, hash=False)  # fields Soli does not use, given back by to_dict
+
+    def __post_init__(self) -> None:
+        config_rules.settle_floats(self)
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        config_rules.check_model(self)
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one query or key: the part without position, then the rotated part."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether HF layer `layer` has routed experts; layers L, L+1, ... are the MTP modules and always do when any layer may."""
+        if not self.n_routed_experts:
+            return False
+        if layer >= self.num_hidden_layers:
+            return True
+        return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
+
+    @property
+    def num_moe_layers(self) -> int:
+        """MoE layers of the main model, MTP modules not counted."""
+        return sum(self.is_moe_layer(i) for i in range(self.num_hidden_layers))
+
+    @classmethod
+    def from_dict(cls, d: Mapping[str, Any]) -> ModelConfig:
+        """A configuration from the JSON object of a `config.json`; SoliError when it is not of this family or cannot be."""
+        d = dict(d)
+        model_type = d.get("model_type")
+        if model_type not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise SoliError(f"model_type is {model_type!r}; Soli reads {known}")
+        _fold_aliases(d)
+        _fold_rope(d)
+        for name in DERIVED:
+            d.pop(name, None)
+        if d.get("architectures") == [ARCHITECTURES[model_type]]:
+            del d["architectures"]
+        defaults = V2_DEFAULTS if model_type == "deepseek_v2" else {}
+        values = {**defaults, **{name: d.pop(name) for name in FIELDS if name in d}}
+        for name, value in list(values.items()):
+            if value is None and not _nullable(name):
+                values[name] = NULL_MEANS.get(name, defaults.get(name, FIELDS[name].default))
+        return cls(**values, extra=d)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of a `config.json`, classic spelling, unknown fields included; `from_dict` gives an equal value back."""
+        d: dict[str, Any] = {"architectures": [ARCHITECTURES[self.model_type]]}
+        d |= {name: getattr(self, name) for name in FIELDS}
+        if self.rope_scaling is not None:
+            d["rope_scaling"] = self.rope_scaling.to_dict()
+        if self.quantization_config is None:
+            del d["quantization_config"]
+        return d | self.extra
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(ModelConfig) if f.name != "extra"}
+
+
+def _nullable(name: str) -> bool:
+    return "None" in str(FIELDS[name].type)
+
+
+def _fold_aliases(d: dict[str, Any]) -> None:
+    for alias, name in ALIASES.items():
+        if alias not in d:
+            continue
+        value = d.pop(alias)
+        if d.setdefault(name, value) != value:
+            raise SoliError(f"{name} is {d[name]!r} but {alias}, its other name, is {value!r}; keep one of them")
+
+
+def _fold_rope(d: dict[str, Any]) -> None:
+    """Bring `rope_parameters` and `rope_scaling` to `rope_theta` and a RopeScaling."""
+    parameters, classic = d.pop("rope_parameters", None), d.get("rope_scaling")
+    for name, value in (("rope_parameters", parameters), ("rope_scaling", classic)):
+        if value is not None and not isinstance(value, Mapping):
+            raise SoliError(f"{name} is {value!r}; it must be an object such as {{\"type\": \"yarn\", \"factor\": 40}} or null")
+    merged = dict(classic or {}) | dict(parameters or {})
+    theta = merged.pop("rope_theta", None)
+    if theta is not None:
+        if d.get("rope_theta", theta) != theta:
+            raise SoliError(f"rope_theta is {d['rope_theta']!r} but rope_parameters says {theta!r}; keep one of them")
+        d["rope_theta"] = theta
+    d["rope_scaling"] = RopeScaling.from_dict(merged) if merged else None
+
+
+def load_config(path: str | Path) -> ModelConfig:
+    """Read `config.json` from a model folder, or the JSON file itself. SoliError names the file and what is wrong with it."""
+    path = Path(path)
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        d = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SoliError(f"{file}: cannot be read ({error.strerror or error})") from None
+    except ValueError as error:
+        raise SoliError(f"{file}: not valid JSON ({error})") from None
+    if not isinstance(d, dict):
+        raise SoliError(f"{file}: must hold a JSON object, not {type(d).__name__}")
+    try:
+        return ModelConfig.from_dict(d)
+    except SoliError as error:
+        raise SoliError(f"{file}: {error}") from None
+
+
+def preset(name: str) -> ModelConfig:
+    """A published configuration by name, such as `deepseek-v3`; the names are the keys of PRESETS."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"presets are {', '.join(PRESETS)}"
+        raise SoliError(f"there is no preset called {name!r}; {hint}")
+    return ModelConfig.from_dict(PRESETS[name])
+
+
+def resolve(name_or_folder: str | Path) -> ModelConfig:
+    """A preset by name, else a model folder or `config.json` by path."""
+    if str(name_or_folder) in PRESETS:
+        return preset(str(name_or_folder))
+    if Path(name_or_folder).exists():
+        return load_config(name_or_folder)
+    raise SoliError(f"no preset and no folder is called {str(name_or_folder)!r}; presets are {', '.join(PRESETS)}")
+
+
+def replace(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
+    """A copy with some fields changed; `rope_scaling.factor` reaches inside. SoliError for a name that is not a field."""
+    d = config.to_dict()
+    if "num_attention_heads" in changes and "num_key_value_heads" not in changes:
+        d["num_key_value_heads"] = None
+    for name, value in changes.items():
+        head, _, rest = name.partition(".")
+        if head not in FIELDS or (rest and head != "rope_scaling"):
+            near = difflib.get_close_matches(head, FIELDS, n=1)
+            raise SoliError(f"{name!r} is not a field of a model configuration" + (f"; did you mean {near[0]}?" if near else ""))
+        if rest:
+            d[head] = {"type": "yarn"} | (d.get(head) or {}) | {rest: value}
+        else:
+            d[head] = value
+    return ModelConfig.from_dict(d)
