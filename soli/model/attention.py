@@ -1,0 +1,108 @@
+"""Multi-head latent attention (paper section 2.1.1, equations 1-11).
+
+Shapes: B batch, T queries, S cache slots, D hidden, H heads, C latent, N nope width, R rotary width, V value width.
+
+What is cached per token is one latent of C values and one rotated key of R values, shared by all heads. Two ways give
+the same output: *expanded* writes out keys (N+R wide) and values (V wide) for every head, best when there are many
+queries; *absorbed* folds the up-projections into query and output and attends over the latents themselves, best when
+one query meets a long cache.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from soli.config import ModelConfig
+from soli.model.layers import Device, Linear, RMSNorm
+from soli.model.rope import rotate, softmax_scale
+
+
+class Cache(Protocol):
+    """Where latents live between calls. The engine owns it; the model only appends and reads."""
+
+    def append(self, layer: int, latent_BTC: Tensor, rope_BTR: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Store each token in the slot of its position; return all slots so far, (B, S, C) and (B, S, R)."""
+        ...
+
+
+class LatentAttention(nn.Module):
+    """``layer`` is the cache's index: 0..L-1 for the main layers, L+k for MTP module k."""
+
+    def __init__(self, config: ModelConfig, layer: int, device: Device, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.layer = layer
+        self.H, self.C = config.num_attention_heads, config.kv_lora_rank
+        self.N, self.R, self.V = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.scale = softmax_scale(config)
+        self.interleaved = config.rope_interleave
+        D, bias, at = config.hidden_size, config.attention_bias, (device, dtype)
+
+        def norm(width: int) -> RMSNorm:
+            return RMSNorm(width, config.rms_norm_eps, device, dtype)
+
+        self.q_lora = config.q_lora_rank is not None
+        if config.q_lora_rank is not None:
+            self.q_a_proj = Linear(D, config.q_lora_rank, *at, bias=bias)
+            self.q_a_layernorm = norm(config.q_lora_rank)
+            self.q_b_proj = Linear(config.q_lora_rank, self.H * (self.N + self.R), *at)
+        else:
+            self.q_proj = Linear(D, self.H * (self.N + self.R), *at)
+        self.kv_a_proj_with_mqa = Linear(D, self.C + self.R, *at, bias=bias)
+        self.kv_a_layernorm = norm(self.C)
+        self.kv_b_proj = Linear(self.C, self.H * (self.N + self.V), *at)
+        self.o_proj = Linear(self.H * self.V, D, *at, bias=bias)
+
+    def forward(
+        self, x_BTD: Tensor, cos_sin: tuple[Tensor, Tensor], positions_BT: Tensor, cache: Cache | None = None
+    ) -> Tensor:
+        """Attend causally: over the T tokens given, or with a cache over every slot up to each query's position."""
+        q_nope_BTHN, q_rope_BTHR = self._queries(x_BTD, cos_sin)
+        latent_BTC, rope_BTR = self._latents(x_BTD, cos_sin)
+        if cache is None:
+            heads_BTHV = self._expanded(q_nope_BTHN, q_rope_BTHR, latent_BTC, rope_BTR, None)
+        else:
+            latent_BSC, rope_BSR = cache.append(self.layer, latent_BTC, rope_BTR, positions_BT)
+            slots_S = torch.arange(latent_BSC.shape[1], device=x_BTD.device)
+            seen_BTS = slots_S <= positions_BT[..., None]
+            attend = self._absorbed if x_BTD.shape[1] == 1 else self._expanded
+            heads_BTHV = attend(q_nope_BTHN, q_rope_BTHR, latent_BSC, rope_BSR, seen_BTS)
+        return self.o_proj(heads_BTHV.flatten(2))
+
+    def _queries(self, x_BTD: Tensor, cos_sin: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD))) if self.q_lora else self.q_proj(x_BTD)
+        q_nope_BTHN, q_rope_BTHR = q.unflatten(-1, (self.H, -1)).split((self.N, self.R), dim=-1)
+        return q_nope_BTHN, rotate(q_rope_BTHR, cos_sin, self.interleaved)
+
+    def _latents(self, x_BTD: Tensor, cos_sin: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        latent_BTC, rope_BTR = self.kv_a_proj_with_mqa(x_BTD).split((self.C, self.R), dim=-1)
+        rope_BTR = rotate(rope_BTR[:, :, None], cos_sin, self.interleaved)[:, :, 0]
+        return self.kv_a_layernorm(latent_BTC), rope_BTR
+
+    def _expanded(
+        self, q_nope_BTHN: Tensor, q_rope_BTHR: Tensor, latent_BSC: Tensor, rope_BSR: Tensor, seen_BTS: Tensor | None
+    ) -> Tensor:
+        kv_BSHX = self.kv_b_proj(latent_BSC).unflatten(-1, (self.H, -1))
+        k_nope_BSHN, v_BSHV = kv_BSHX.split((self.N, self.V), dim=-1)
+        rope_BSHR = rope_BSR[:, :, None].expand(-1, -1, self.H, -1)
+        q = torch.cat((q_nope_BTHN, q_rope_BTHR), dim=-1).transpose(1, 2)
+        k = torch.cat((k_nope_BSHN, rope_BSHR), dim=-1).transpose(1, 2)
+        mask = None if seen_BTS is None else seen_BTS[:, None]
+        # Keys are wider than values (192 against 128 in V3); torch picks a backend that takes it.
+        out = F.scaled_dot_product_attention(
+            q, k, v_BSHV.transpose(1, 2), attn_mask=mask, is_causal=mask is None, scale=self.scale
+        )
+        return out.transpose(1, 2)
+
+    def _absorbed(
+        self, q_nope_BTHN: Tensor, q_rope_BTHR: Tensor, latent_BSC: Tensor, rope_BSR: Tensor, seen_BTS: Tensor
+    ) -> Tensor:
+        up_HXC = self.kv_b_proj.weight.to(latent_BSC.dtype).unflatten(0, (self.H, -1))
+        up_k_HNC, up_v_HVC = up_HXC.split((self.N, self.V), dim=1)
+        q_BTHC = torch.einsum("bthn,hnc->bthc", q_nope_BTHN, up_k_HNC)
+        q = torch.cat((q_BTHC, q_rope_BTHR), dim=-1).transpose(1, 2)
+        k = torch.cat((latent_BSC, rope_BSR), dim=-1)[:, None].expand(-1, self.H, -1, -1)
+        v = latent_BSC[:, None].expand(-1, self.H, -1, -1)
+        mixed_BHTC = F.scaled_dot_product_attention(q, k, v, attn_mask=seen_BTS[:, None], scale=self.scale)
+        return torch.einsum("bhtc,hvc->bthv", mixed_BHTC, up_v_HVC)

@@ -1,0 +1,54 @@
+"""The two bricks every block is built from: the seam's linear layer and RMSNorm, and the gated MLP made of them.
+
+Weights may be kept wider than activations (float32 masters under bfloat16 compute): a product runs in the dtype of its
+input, so the dtype of the embedding's output decides for the whole network. No autocast.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from soli import kernels
+
+Device = torch.device | str | None
+
+
+class Linear(nn.Linear):
+    """``x @ weight.T`` through the linear seam, in the dtype of ``x``."""
+
+    def __init__(
+        self, in_features: int, out_features: int, device: Device, dtype: torch.dtype | None, bias: bool = False
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Left to Transformer.init_weights: drawing 671 billion numbers twice would be a waste."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.linear(x, self.weight, self.bias)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight; statistics in float32."""
+
+    def __init__(self, width: int, eps: float, device: Device, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width, device=device, dtype=dtype))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.rms_norm(x.to(torch.float32), x.shape[-1:], eps=self.eps).to(x.dtype)
+        return normed * self.weight.to(x.dtype)
+
+
+class MLP(nn.Module):
+    """down(silu(gate x) * up x): the dense layers' network, and the shared experts as one."""
+
+    def __init__(self, hidden_size: int, width: int, device: Device, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.gate_proj = Linear(hidden_size, width, device, dtype)
+        self.up_proj = Linear(hidden_size, width, device, dtype)
+        self.down_proj = Linear(width, hidden_size, device, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

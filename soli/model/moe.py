@@ -1,0 +1,44 @@
+"""The mixture layer: routed experts for those who were chosen, shared experts for everyone (equation 12).
+
+Shapes: B batch, T tokens (flattened inside), D hidden, E experts, F expert width, K chosen.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from soli import kernels
+from soli.config import ModelConfig
+from soli.model.layers import MLP, Device
+from soli.model.router import Router, Routing
+
+
+class RoutedExperts(nn.Module):
+    """All routed experts of a layer as two stacked parameters, behind the experts seam."""
+
+    def __init__(self, config: ModelConfig, device: Device, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        E, D, F = config.n_routed_experts or 0, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F, D, device=device, dtype=dtype))  # gate rows, then up
+        self.down_proj = nn.Parameter(torch.empty(E, D, F, device=device, dtype=dtype))
+
+    def forward(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """The seam's signature: the router and the block never know which implementation answers."""
+        return kernels.experts(x_TD, expert_ids_TK, weights_TK, self.gate_up_proj, self.down_proj)
+
+
+class MoE(nn.Module):
+    def __init__(self, config: ModelConfig, device: Device, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.gate = Router(config, device, dtype)
+        self.experts = RoutedExperts(config, device, dtype)
+        shared_width = config.moe_intermediate_size * config.n_shared_experts
+        self.shared_experts = MLP(config.hidden_size, shared_width, device, dtype) if shared_width else None
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing]:
+        """The layer's output (B, T, D) and the router's whole decision for its B*T tokens."""
+        x_TD = x_BTD.flatten(0, 1)
+        routing = self.gate(x_TD)
+        y_TD = self.experts(x_TD, routing.expert_ids_TK, routing.weights_TK)
+        if self.shared_experts is not None:
+            y_TD = y_TD + self.shared_experts(x_TD)
+        return y_TD.view_as(x_BTD), routing

@@ -1,0 +1,94 @@
+"""The router: which experts play for each token, and why (paper section 2.1.2, equations 12-16 and 19-20).
+
+Shapes: T tokens (batch and time flattened), D hidden, E experts, K chosen, G groups.
+
+Everything is float32: with biases near 5, as released, bfloat16 could not tell two experts apart. Selection ranks the
+*biased* affinity; the gate weights come from the *unbiased* one. The whole decision is returned as one value: trace,
+balance and losses read it, and nobody computes it twice.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from soli.config import ModelConfig
+from soli.model.layers import Device
+
+
+@dataclass(frozen=True)
+class Routing:
+    """One MoE layer's decision for T tokens."""
+
+    expert_ids_TK: Tensor  # int64, best first by biased affinity
+    weights_TK: Tensor  # float32 gates, normalised and scaled: what the experts' outputs are multiplied by
+    scores_TE: Tensor  # float32 affinity: sigmoid or softmax of the router's logits, unbiased
+    biased_TE: Tensor  # float32 affinity + bias: what selection ranks; the same tensor when there is no bias
+    groups_TG: Tensor | None  # bool, groups that survived; None where selection is not limited to groups
+
+    @property
+    def num_experts(self) -> int:
+        return self.scores_TE.shape[1]
+
+    def counts_E(self) -> Tensor:
+        """Tokens per expert, int64 (E,)."""
+        return torch.bincount(self.expert_ids_TK.flatten(), minlength=self.num_experts)
+
+
+class Router(nn.Module):
+    """Affinity, selection and gates of one layer. The bias is a persistent float32 buffer, stepped in place."""
+
+    e_score_correction_bias: Tensor | None
+
+    def __init__(self, config: ModelConfig, device: Device, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        E = config.n_routed_experts or 0
+        self.weight = nn.Parameter(torch.empty(E, config.hidden_size, device=device, dtype=dtype))
+        biased = config.topk_method == "noaux_tc"
+        bias = torch.zeros(E, dtype=torch.float32, device=device) if biased else None
+        self.register_buffer("e_score_correction_bias", bias)
+        self.K, self.scoring_func = config.num_experts_per_tok, config.scoring_func
+        self.normalise, self.scaling = config.norm_topk_prob, config.routed_scaling_factor
+        limited = config.topk_method != "greedy" and config.n_group > 1
+        self.G, self.kept_groups = (config.n_group, config.topk_group) if limited else (1, 1)
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        """Let ``model.to(bfloat16)`` move the bias but not round it."""
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        if bias is not None:
+            assert self.e_score_correction_bias is not None
+            moved = self.e_score_correction_bias
+            if moved.dtype != torch.float32:
+                self.e_score_correction_bias = bias.to(moved.device)
+        return self
+
+    def forward(self, x_TD: Tensor) -> Routing:
+        """Decide for T tokens of width D."""
+        logits_TE = F.linear(x_TD.to(torch.float32), self.weight.to(torch.float32))
+        scores_TE = logits_TE.sigmoid() if self.scoring_func == "sigmoid" else logits_TE.softmax(dim=-1)
+        bias_E = self.e_score_correction_bias
+        biased_TE = scores_TE if bias_E is None else scores_TE + bias_E
+        with torch.no_grad():
+            ids_TK, groups_TG = self._select(biased_TE)
+        weights_TK = scores_TE.gather(1, ids_TK)
+        # differs: DeepSeek-V2's own code scales only when it does not normalise; every released V2 leaves
+        # norm_topk_prob false, where the two agree.
+        if self.normalise:
+            weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
+        return Routing(ids_TK, weights_TK * self.scaling, scores_TE, biased_TE.detach(), groups_TG)
+
+    def _select(self, biased_TE: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The K best experts within the surviving groups, best first."""
+        if self.G == 1:
+            return biased_TE.topk(self.K, dim=-1).indices, None
+        grouped_TGM = biased_TE.unflatten(1, (self.G, -1))
+        # With a bias a group counts by its two best experts together, without (V2) by its best one.
+        best = 1 if self.e_score_correction_bias is None else 2
+        rank_TG = grouped_TGM.topk(best, dim=-1).values.sum(dim=-1)
+        groups_TG = torch.zeros_like(rank_TG, dtype=torch.bool)
+        groups_TG.scatter_(1, rank_TG.topk(self.kept_groups, dim=-1).indices, True)
+        # -inf, not 0: a biased score can be negative, and a masked zero would beat it.
+        masked_TGM = grouped_TGM.masked_fill(~groups_TG[..., None], float("-inf"))
+        return masked_TGM.flatten(1).topk(self.K, dim=-1).indices, groups_TG

@@ -1,0 +1,160 @@
+"""The DeepSeek-V3 transformer: embedding, blocks, norm, head, and multi-token prediction (paper section 2).
+
+Shapes: B batch, T tokens, D hidden, V vocabulary.
+
+``forward`` gives logits. ``trunk`` gives the hidden state after the final norm together with every router's decision,
+so that losses, traces and the engine all read the one pass that was made. MTP modules share embedding and head with the
+main model and are numbered after its layers, as in the released files.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from soli.config import ModelConfig
+from soli.model.attention import Cache, LatentAttention
+from soli.model.layers import MLP, Device, Linear, RMSNorm
+from soli.model.moe import MoE
+from soli.model.rope import Rope
+from soli.model.router import Routing
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """One pass: what the head reads, and what each router decided, in layer order."""
+
+    hidden_BTD: Tensor  # after the final norm
+    routing: tuple[Routing, ...]
+
+
+class Block(nn.Module):
+    """x + attention(norm x), then x + feed-forward(norm x), which is dense in the first layers and a mixture after."""
+
+    def __init__(self, config: ModelConfig, layer: int, device: Device, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, device, dtype)
+        self.self_attn = LatentAttention(config, layer, device, dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, device, dtype)
+        self.mlp: MoE | MLP
+        if config.is_moe_layer(layer):
+            self.mlp = MoE(config, device, dtype)
+        else:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, device, dtype)
+
+    def forward(
+        self, x_BTD: Tensor, cos_sin: tuple[Tensor, Tensor], positions_BT: Tensor, cache: Cache | None
+    ) -> tuple[Tensor, Routing | None]:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_sin, positions_BT, cache)
+        normed_BTD = self.post_attention_layernorm(x_BTD)
+        if isinstance(self.mlp, MoE):
+            y_BTD, routing = self.mlp(normed_BTD)
+            return x_BTD + y_BTD, routing
+        return x_BTD + self.mlp(normed_BTD), None
+
+
+class MTPModule(nn.Module):
+    """Predicts one token further (equations 21-23) from a hidden state and the embedding of the token after it."""
+
+    def __init__(self, config: ModelConfig, layer: int, device: Device, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        D, eps = config.hidden_size, config.rms_norm_eps
+        self.enorm = RMSNorm(D, eps, device, dtype)
+        self.hnorm = RMSNorm(D, eps, device, dtype)
+        self.eh_proj = Linear(2 * D, D, device, dtype)
+        self.block = Block(config, layer, device, dtype)
+        self.norm = RMSNorm(D, eps, device, dtype)  # shared_head.norm in the files
+
+    def forward(
+        self, embedding_BTD: Tensor, hidden_BTD: Tensor, cos_sin: tuple[Tensor, Tensor], at: Tensor, cache: Cache | None
+    ) -> tuple[Tensor, Routing | None]:
+        # differs: equation 21 prints [hidden; embedding]; the released weights want [embedding; hidden].
+        joined = torch.cat((self.enorm(embedding_BTD), self.hnorm(hidden_BTD)), dim=-1)
+        x_BTD, routing = self.block(self.eh_proj(joined), cos_sin, at, cache)
+        return self.norm(x_BTD), routing
+
+
+class Transformer(nn.Module):
+    """A whole model of one ``ModelConfig``; parameters are unset until ``init_weights`` or a checkpoint fills them.
+
+    ``compute_dtype`` is the dtype of activations; None means that of the parameters. Training sets it to bfloat16 over
+    float32 masters.
+    """
+
+    def __init__(self, config: ModelConfig, device: Device = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        L, D, V = config.num_hidden_layers, config.hidden_size, config.vocab_size
+        self.config = config
+        self.compute_dtype: torch.dtype | None = None
+        self.rope = Rope(config)
+        self.embed_tokens = nn.Embedding(V, D, _weight=torch.empty(V, D, device=device, dtype=dtype))
+        self.layers = nn.ModuleList(Block(config, i, device, dtype) for i in range(L))
+        self.norm = RMSNorm(D, config.rms_norm_eps, device, dtype)
+        self.lm_head = Linear(D, V, device, dtype)
+        self.mtp = nn.ModuleList(
+            MTPModule(config, L + k, device, dtype) for k in range(config.num_nextn_predict_layers)
+        )
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Matrices normal(0, initializer_range), norms one, biases zero (section 4.2)."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() >= 2:
+                parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+            else:
+                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
+        for _, moe in self.moe_layers():
+            if moe.gate.e_score_correction_bias is not None:
+                moe.gate.e_score_correction_bias.zero_()
+
+    def forward(self, input_ids_BT: Tensor) -> Tensor:
+        """Token ids (B, T) to next-token logits (B, T, V)."""
+        return self.head(self.trunk(input_ids_BT).hidden_BTD)
+
+    def head(self, hidden_BTD: Tensor) -> Tensor:
+        """Normed hidden states (..., D) to logits (..., V), in the dtype of the hidden state."""
+        return self.lm_head(hidden_BTD)
+
+    def trunk(self, input_ids_BT: Tensor, positions_BT: Tensor | None = None, cache: Cache | None = None) -> Trunk:
+        """Run the main layers. With a cache, positions say which slot each token takes; without, they are 0..T-1."""
+        at_BT, cos_sin = self._places(input_ids_BT, positions_BT)
+        x_BTD, routing = self._embed(input_ids_BT), []
+        for block in self.layers:
+            x_BTD, decision = block(x_BTD, cos_sin, at_BT, cache)
+            if decision is not None:
+                routing.append(decision)
+        return Trunk(self.norm(x_BTD), tuple(routing))
+
+    def mtp_step(
+        self,
+        depth: int,
+        hidden_BTD: Tensor,
+        next_ids_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Trunk:
+        """Run MTP module ``depth`` (0 first): from the normed hidden state at i and token i+1+depth to a hidden state
+        whose head predicts token i+2+depth. Deeper modules take the normed output of the one before."""
+        at_BT, cos_sin = self._places(next_ids_BT, positions_BT)
+        hidden, decision = self.mtp[depth](self._embed(next_ids_BT), hidden_BTD, cos_sin, at_BT, cache)
+        return Trunk(hidden, () if decision is None else (decision,))
+
+    def moe_layers(self) -> Iterator[tuple[str, MoE]]:
+        """Every mixture layer with its name, ``layers.3`` or ``mtp.0``, in the order of their routings."""
+        blocks: list[tuple[str, nn.Module]] = [(f"layers.{i}", block) for i, block in enumerate(self.layers)]
+        blocks += [(f"mtp.{k}", module.get_submodule("block")) for k, module in enumerate(self.mtp)]
+        for name, block in blocks:
+            if isinstance(block.mlp, MoE):
+                yield name, block.mlp
+
+    def _embed(self, ids_BT: Tensor) -> Tensor:
+        return F.embedding(ids_BT, self.embed_tokens.weight).to(self.compute_dtype or self.embed_tokens.weight.dtype)
+
+    def _places(self, ids_BT: Tensor, positions_BT: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        if positions_BT is None:
+            positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
+        return positions_BT, self.rope(positions_BT)
