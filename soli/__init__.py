@@ -1,3 +1,36 @@
-"""Soli: the DeepSeek-V3 system as one small, readable package."""
+"""Soli: the DeepSeek-V3 system as one small, readable package.
+
+`import soli` is light: torch is imported at the first use of `load_model` or `save_model`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from soli.checkpoint import load_model, save_model
+    from soli.config import ModelConfig, preset
+    from soli.errors import SoliError
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "load_model": "soli.checkpoint",
+    "save_model": "soli.checkpoint",
+    "ModelConfig": "soli.config",
+    "preset": "soli.config",
+    "SoliError": "soli.errors",
+}
+
+__all__ = ["ModelConfig", "SoliError", "__version__", "load_model", "preset", "save_model"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'soli' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

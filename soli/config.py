@@ -1,9 +1,9 @@
 """The shape of a model: every field of a Hugging Face `config.json` of the DeepSeek-V3 family, under its own name.
 
 `from_dict` reads both spellings in use: `rope_scaling` with `type` (classic) or `rope_parameters` with `rope_type` and
-`rope_theta` (newer writers); `n_routed_experts` or `num_local_experts`. `to_dict` writes the classic spelling, which all readers
-know, and gives back every field that it did not understand. Values that cannot be are refused at construction, by field name,
-value and mend (`soli/config_rules.py`). Nothing here imports torch.
+`rope_theta` (newer writers); `n_routed_experts` or `num_local_experts`. `to_dict` writes the classic spelling, which
+all readers know, and gives back every field that Soli does not use. Values that cannot be are refused at construction,
+by field, value and mend (`soli/config_rules.py`). Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ ARCHITECTURES = {
     "deepseek_v2": "DeepseekV2ForCausalLM",
 }
 
-# What an absent field means. deepseek_v3 and kimi_k2: the defaults of the dataclass below. deepseek_v2 differs in these.
+# What an absent field means: for deepseek_v3 and kimi_k2 the defaults of ModelConfig, for deepseek_v2 these.
 V2_DEFAULTS: dict[str, Any] = {
     "vocab_size": 102400,
     "hidden_size": 4096,
@@ -56,18 +56,24 @@ ALIASES = {
     "num_mtp_layers": "num_nextn_predict_layers",
 }
 
-# A null in these means "none of it"; a null in any other field that cannot be null means the same as an absent field.
-NULL_MEANS = {"n_routed_experts": 0, "n_shared_experts": 0, "num_nextn_predict_layers": 0, "n_group": 1, "topk_group": 1}
+# A null in these means "none of it"; in any other field that cannot be null it means the same as an absent field.
+NULL_MEANS = {
+    "n_routed_experts": 0,
+    "n_shared_experts": 0,
+    "num_nextn_predict_layers": 0,
+    "n_group": 1,
+    "topk_group": 1,
+}
 
-# Written by some libraries, derived from other fields: read and dropped, so that a changed configuration cannot contradict itself.
+# Written by some libraries but derived from other fields: dropped, so that a changed copy cannot contradict itself.
 DERIVED = ("head_dim", "qk_head_dim")
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """YaRN (arXiv 2309.00071), as in `rope_scaling`: context `original_max_position_embeddings` stretched by `factor`.
+    """YaRN (arXiv 2309.00071), as in `rope_scaling`: `original_max_position_embeddings` stretched by `factor`.
 
-    `mscale` and `mscale_all_dim` absent mean 1 and 0, as in the released modelling code: cos and sin then carry 0.1 ln(factor) + 1.
+    Absent `mscale` and `mscale_all_dim` mean 1 and 0, as in the released code: cos and sin carry 0.1 ln(factor) + 1.
     """
 
     type: str = "yarn"
@@ -85,17 +91,20 @@ class RopeScaling:
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any]) -> RopeScaling | None:
-        """`rope_scaling` as JSON has it; None when it asks for plain RoPE."""
-        d = dict(d)
-        kind = d.pop("rope_type", None)
-        kind = d.pop("type", None) if kind is None else (d.pop("type", None), kind)[1]
-        if kind in (None, "default") and "factor" not in d:
+        """`rope_scaling` or `rope_parameters` as JSON has it; None when it asks for plain RoPE."""
+        kinds = {d[name] for name in ("type", "rope_type") if d.get(name) is not None} or {"default"}
+        if len(kinds) > 1:
+            raise SoliError(f"rope_scaling has type {d['type']!r} and rope_type {d['rope_type']!r}; keep one of them")
+        kind = kinds.pop()
+        if kind == "default":
             return None
-        if kind == "yarn":
-            config_rules.require(d, "rope_scaling", ("factor", "original_max_position_embeddings"))
-        known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
+        for name in ("factor", "original_max_position_embeddings"):
+            if kind == "yarn" and d.get(name) is None:
+                raise SoliError(f"rope_scaling has no {name}; yarn needs it")
+        known = {f.name for f in dataclasses.fields(cls)} - {"type", "extra"}
         values = {k: v for k, v in d.items() if k in known and v is not None}
-        return cls(type=kind or "none", **values, extra={k: v for k, v in d.items() if k not in known})
+        extra = {k: v for k, v in d.items() if k not in known | {"type", "rope_type", "rope_theta"}}
+        return cls(type=kind, **values, extra=extra)
 
     def to_dict(self) -> dict[str, Any]:
         d = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}
@@ -153,6 +162,7 @@ class ModelConfig:
     extra: dict[str, Any] = field(default_factory=dict, hash=False)  # fields Soli does not use, given back by to_dict
 
     def __post_init__(self) -> None:
+        _check_family(self.model_type)
         config_rules.settle_floats(self)
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
@@ -164,7 +174,7 @@ class ModelConfig:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether HF layer `layer` has routed experts; layers L, L+1, ... are the MTP modules and always do when any layer may."""
+        """Whether HF layer `layer` has routed experts; MTP modules (layers L, L+1, ...) always do in a mixture."""
         if not self.n_routed_experts:
             return False
         if layer >= self.num_hidden_layers:
@@ -178,12 +188,9 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any]) -> ModelConfig:
-        """A configuration from the JSON object of a `config.json`; SoliError when it is not of this family or cannot be."""
+        """A configuration from the JSON object of a `config.json`; SoliError where it cannot be."""
         d = dict(d)
-        model_type = d.get("model_type")
-        if model_type not in ARCHITECTURES:
-            known = ", ".join(ARCHITECTURES)
-            raise SoliError(f"model_type is {model_type!r}; Soli reads {known}")
+        model_type = _check_family(d.get("model_type"))
         _fold_aliases(d)
         _fold_rope(d)
         for name in DERIVED:
@@ -198,7 +205,7 @@ class ModelConfig:
         return cls(**values, extra=d)
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON object of a `config.json`, classic spelling, unknown fields included; `from_dict` gives an equal value back."""
+        """The JSON object of a `config.json`, classic spelling, unknown fields included; `from_dict` is its inverse."""
         d: dict[str, Any] = {"architectures": [ARCHITECTURES[self.model_type]]}
         d |= {name: getattr(self, name) for name in FIELDS}
         if self.rope_scaling is not None:
@@ -215,6 +222,12 @@ def _nullable(name: str) -> bool:
     return "None" in str(FIELDS[name].type)
 
 
+def _check_family(model_type: Any) -> str:
+    if model_type not in ARCHITECTURES:
+        config_rules.refuse("model_type", model_type, f"Soli reads {', '.join(ARCHITECTURES)}")
+    return str(model_type)
+
+
 def _fold_aliases(d: dict[str, Any]) -> None:
     for alias, name in ALIASES.items():
         if alias not in d:
@@ -225,22 +238,25 @@ def _fold_aliases(d: dict[str, Any]) -> None:
 
 
 def _fold_rope(d: dict[str, Any]) -> None:
-    """Bring `rope_parameters` and `rope_scaling` to `rope_theta` and a RopeScaling."""
-    parameters, classic = d.pop("rope_parameters", None), d.get("rope_scaling")
-    for name, value in (("rope_parameters", parameters), ("rope_scaling", classic)):
-        if value is not None and not isinstance(value, Mapping):
-            raise SoliError(f"{name} is {value!r}; it must be an object such as {{\"type\": \"yarn\", \"factor\": 40}} or null")
-    merged = dict(classic or {}) | dict(parameters or {})
-    theta = merged.pop("rope_theta", None)
-    if theta is not None:
-        if d.get("rope_theta", theta) != theta:
-            raise SoliError(f"rope_theta is {d['rope_theta']!r} but rope_parameters says {theta!r}; keep one of them")
-        d["rope_theta"] = theta
-    d["rope_scaling"] = RopeScaling.from_dict(merged) if merged else None
+    """Bring `rope_scaling` and `rope_parameters`, whichever is there, to `rope_theta` and a RopeScaling."""
+    found: list[RopeScaling | None] = []
+    for name in ("rope_scaling", "rope_parameters"):
+        value = d.pop(name, None)
+        if value is None:
+            continue
+        if not isinstance(value, Mapping):
+            config_rules.refuse(name, value, "it must be a JSON object, or null")
+        theta = value.get("rope_theta")
+        if theta is not None and d.setdefault("rope_theta", theta) != theta:
+            raise SoliError(f"rope_theta is {d['rope_theta']!r} but {name} says {theta!r}; keep one of them")
+        found.append(RopeScaling.from_dict(value))
+    if len(found) == 2 and found[0] != found[1]:
+        raise SoliError("rope_scaling and rope_parameters disagree; keep one of them")
+    d["rope_scaling"] = found[0] if found else None
 
 
 def load_config(path: str | Path) -> ModelConfig:
-    """Read `config.json` from a model folder, or the JSON file itself. SoliError names the file and what is wrong with it."""
+    """Read the `config.json` of a model folder, or that file itself; SoliError names the file and what is wrong."""
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
     try:
@@ -260,33 +276,33 @@ def load_config(path: str | Path) -> ModelConfig:
 def preset(name: str) -> ModelConfig:
     """A published configuration by name, such as `deepseek-v3`; the names are the keys of PRESETS."""
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"presets are {', '.join(PRESETS)}"
-        raise SoliError(f"there is no preset called {name!r}; {hint}")
+        raise SoliError(f"there is no preset {name!r}; {_nearest(name, PRESETS)}")
     return ModelConfig.from_dict(PRESETS[name])
 
 
 def resolve(name_or_folder: str | Path) -> ModelConfig:
     """A preset by name, else a model folder or `config.json` by path."""
-    if str(name_or_folder) in PRESETS:
-        return preset(str(name_or_folder))
-    if Path(name_or_folder).exists():
-        return load_config(name_or_folder)
-    raise SoliError(f"no preset and no folder is called {str(name_or_folder)!r}; presets are {', '.join(PRESETS)}")
+    name = str(name_or_folder)
+    if name in PRESETS:
+        return preset(name)
+    if Path(name).exists():
+        return load_config(name)
+    raise SoliError(f"there is no preset and no folder {name!r}; {_nearest(name, PRESETS)}")
 
 
 def replace(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
-    """A copy with some fields changed; `rope_scaling.factor` reaches inside. SoliError for a name that is not a field."""
+    """A copy with fields changed; `rope_scaling.factor` reaches inside. SoliError for a name that is no field."""
     d = config.to_dict()
-    if "num_attention_heads" in changes and "num_key_value_heads" not in changes:
-        d["num_key_value_heads"] = None
+    if "num_attention_heads" in changes:
+        d["num_key_value_heads"] = None  # follows the heads unless given too
     for name, value in changes.items():
-        head, _, rest = name.partition(".")
-        if head not in FIELDS or (rest and head != "rope_scaling"):
-            near = difflib.get_close_matches(head, FIELDS, n=1)
-            raise SoliError(f"{name!r} is not a field of a model configuration" + (f"; did you mean {near[0]}?" if near else ""))
-        if rest:
-            d[head] = {"type": "yarn"} | (d.get(head) or {}) | {rest: value}
-        else:
-            d[head] = value
+        head, _, inside = name.partition(".")
+        if head not in FIELDS or (inside and head != "rope_scaling"):
+            raise SoliError(f"a model configuration has no field {name!r}; {_nearest(head, FIELDS)}")
+        d[head] = {"type": "yarn", **(d[head] or {}), inside: value} if inside else value
     return ModelConfig.from_dict(d)
+
+
+def _nearest(name: str, choices: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, choices, n=1)
+    return f"did you mean {near[0]}?" if near else f"choose one of {', '.join(choices)}"

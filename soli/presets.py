@@ -1,7 +1,6 @@
-"""Published configurations by name, as their `config.json` has them (only fields that differ from `ModelConfig`'s defaults
-for the model type are needed, but shapes are spelled out so that a reader sees them side by side).
+"""Published configurations by name, as the `config.json` beside each model's weights has them; a field left out is at
+its default. Source: those files, and the DeepSeek-V3 technical report (arXiv 2412.19437), section 4.2.
 
-Sources: the `config.json` beside each model's weights; DeepSeek-V3 technical report (arXiv 2412.19437), section 4.2.
 `nano` is Soli's own: the model in the box, every mechanism of V3 at a size that a laptop trains.
 """
 

@@ -1,0 +1,116 @@
+"""The command line: `soli VERB ...`, one file per verb, imported only when that verb runs.
+
+A verb lives in `soli/cli/VERB.py` as a function of the verb's name (or, where it has verbs of its own, a Typer called
+`app`). What a person can cause is a SoliError: one sentence on stderr and exit status 1; wrong usage exits with 2, an
+interrupt with 130. SOLI_DEBUG=1 shows the traceback of anything.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from soli import __version__
+from soli.errors import SoliError
+
+VERBS = {
+    "count": "Count parameters, bytes, cache and FLOPs of a model, or of a what-if.",
+    "translate": "Translate between English and Chinese with the model in the box.",
+    "generate": "Continue a prompt with the model in a folder.",
+    "routing": "Report which experts a text file plays, and which language they prefer.",
+    "train": "Train a model from a recipe; a stopped run resumes.",
+    "data": "Build and inspect a recipe's corpus.",
+    "eval": "Score a model on held-out pairs and text.",
+    "convert": "Rewrite a model folder as bf16 or fp8.",
+    "export": "Make a model folder out of a training run.",
+}
+
+# Packages of the extras; without one, the verb that needs it says what to install.
+EXTRAS = {"sacrebleu": "train", "matplotlib": "train", "opencc": "train"}
+
+
+class Verbs(TyperGroup):
+    """The verbs of VERBS. Help reads the table alone; a verb's module is imported when the verb is invoked."""
+
+    def __init__(self, **attrs: Any) -> None:
+        super().__init__(**attrs)
+        self.commands = {verb: TyperCommand(verb, short_help=line) for verb, line in VERBS.items()}
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, _, rest = super().resolve_command(ctx, args)
+        return name, load(str(name)), rest
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("soli: interrupted", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
+def load(verb: str) -> Any:
+    """The command behind a verb, its module imported."""
+    module = importlib.import_module(f"soli.cli.{verb}")
+    holder = typer.Typer(rich_markup_mode=None)
+    holder.callback()(lambda: None)
+    if hasattr(module, "app"):
+        holder.add_typer(module.app, name=verb, help=VERBS[verb])
+    else:
+        holder.command(verb)(getattr(module, verb))
+    return typer.main.get_command(holder).commands[verb]  # type: ignore[attr-defined]
+
+
+app = typer.Typer(
+    cls=Verbs,
+    name="soli",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"soli {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    ctx: typer.Context,
+    version: bool = typer.Option(False, "--version", help="Print the version.", is_eager=True, callback=_print_version),
+) -> None:
+    """The DeepSeek-V3 system as one small package: count it, train it, run it, and see which experts play."""
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+
+
+def _sentence(error: Exception) -> str:
+    """What to tell a person about an error that left a verb."""
+    if isinstance(error, SoliError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+        return f"this needs the package {error.name}; install it with: pip install 'soli[{EXTRAS[error.name]}]'"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return f"unexpected {type(error).__name__}: {error} (SOLI_DEBUG=1 shows where)"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line on `argv` (default: the process's arguments) and return its exit status."""
+    try:
+        app(argv, prog_name="soli")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except Exception as error:
+        if os.environ.get("SOLI_DEBUG"):
+            raise
+        print(f"soli: {_sentence(error)}", file=sys.stderr)
+        return 1
+    return 0

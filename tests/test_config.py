@@ -1,0 +1,236 @@
+"""Configuration: every spelling in use is read, every field survives a round trip, the impossible is refused by name."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from soli.config import PRESETS, ModelConfig, RopeScaling, load_config, preset, replace, resolve
+from soli.errors import SoliError
+
+YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "mscale": 1.0, "mscale_all_dim": 1.0}
+
+
+def v3(**changes: object) -> dict:
+    return {**PRESETS["deepseek-v3"], **changes}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_round_trip(name):
+    config = preset(name)
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_transformers_reads_what_is_written(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    d = preset(name).to_dict()
+    if d["model_type"] == "kimi_k2":  # known to its own remote code, which is DeepseekV3Config
+        d["model_type"] = "deepseek_v3"
+    (tmp_path / "config.json").write_text(json.dumps(d))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    for field, value in d.items():
+        if field not in ("rope_theta", "rope_scaling"):
+            assert getattr(theirs, field) == value, field
+    assert theirs.rope_parameters["rope_theta"] == d["rope_theta"]
+    for field, value in (d["rope_scaling"] or {}).items():
+        assert theirs.rope_parameters[{"type": "rope_type"}.get(field, field)] == value, field
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_what_transformers_writes_is_read_as_the_same_model(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = preset(name)
+    d = config.to_dict() | {"model_type": config.model_type.replace("kimi_k2", "deepseek_v3")}
+    (tmp_path / "config.json").write_text(json.dumps(d))
+    transformers.AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert "rope_parameters" in again and "rope_scaling" not in again  # the newer spelling is what this reads
+    ours, theirs = ModelConfig.from_dict(d).to_dict(), load_config(tmp_path / "again").to_dict()
+    assert {field: theirs[field] for field in ours} == ours
+
+
+def test_new_spelling_equals_the_classic_one():
+    new = v3(rope_parameters={**YARN, "rope_type": "yarn", "rope_theta": 10000}, num_local_experts=256)
+    for field in ("rope_theta", "rope_scaling", "n_routed_experts"):
+        del new[field]
+    del new["rope_parameters"]["type"]
+    assert ModelConfig.from_dict(new) == ModelConfig.from_dict(v3(rope_scaling=YARN))
+
+
+def test_plain_rope_in_the_new_spelling():
+    config = ModelConfig.from_dict(v3(rope_scaling=None, rope_theta=5e4, rope_parameters={"rope_type": "default"}))
+    assert config.rope_scaling is None and config.rope_theta == 5e4
+
+
+def test_unknown_fields_are_written_back():
+    source = v3(torch_dtype="bfloat16", auto_map={"AutoConfig": "x.Y"}, ep_size=1)
+    written = ModelConfig.from_dict(source).to_dict()
+    assert {k: written[k] for k in ("torch_dtype", "auto_map", "ep_size")} == {
+        "torch_dtype": "bfloat16",
+        "auto_map": {"AutoConfig": "x.Y"},
+        "ep_size": 1,
+    }
+
+
+def test_absent_and_null_fields_mean_what_the_family_says():
+    v2 = ModelConfig.from_dict({"model_type": "deepseek_v2", "num_experts_per_tok": 6})
+    assert (v2.scoring_func, v2.topk_method, v2.norm_topk_prob, v2.n_shared_experts) == ("softmax", "greedy", False, 2)
+    bare = ModelConfig.from_dict({"model_type": "deepseek_v3"})
+    assert (bare.scoring_func, bare.topk_method, bare.n_group, bare.num_nextn_predict_layers) == (
+        "sigmoid",
+        "noaux_tc",
+        8,
+        0,
+    )
+    dense = ModelConfig.from_dict(v3(n_routed_experts=None, n_group=None, topk_group=None, norm_topk_prob=None))
+    assert (dense.n_routed_experts, dense.n_group, dense.norm_topk_prob, dense.num_moe_layers) == (0, 1, True, 0)
+
+
+def test_moe_layers():
+    config = replace(preset("nano"), {"num_hidden_layers": 6, "first_k_dense_replace": 2, "moe_layer_freq": 2})
+    assert [config.is_moe_layer(i) for i in range(7)] == [False, False, True, False, True, False, True]
+    assert config.num_moe_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"qk_rope_head_dim": 63}, ["qk_rope_head_dim", "63", "even"]),
+        ({"num_experts_per_tok": 257}, ["num_experts_per_tok", "257", "256"]),
+        ({"num_experts_per_tok": 0}, ["num_experts_per_tok", "0", "at least one"]),
+        ({"n_group": 7}, ["n_group", "7", "divide", "256"]),
+        ({"topk_group": 9}, ["topk_group", "9", "n_group"]),
+        ({"topk_group": 1, "num_experts_per_tok": 33}, ["topk_group", "32 experts", "33"]),
+        ({"n_group": 256, "topk_group": 256}, ["n_group", "256", "two best", "128"]),
+        ({"scoring_func": "tanh"}, ["scoring_func", "tanh", "sigmoid"]),
+        ({"topk_method": "best"}, ["topk_method", "best", "noaux_tc"]),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, ["rope_scaling.type", "linear", "yarn"]),
+        ({"rope_scaling": {"type": "yarn", "factor": 2}}, ["rope_scaling", "original_max_position_embeddings"]),
+        ({"rope_scaling": {**YARN, "factor": 0.5}}, ["rope_scaling.factor", "0.5", "1 or more"]),
+        ({"rope_scaling": {**YARN, "rope_type": "llama3"}}, ["yarn", "llama3", "keep one"]),
+        ({"rope_scaling": {**YARN, "attention_factor": 2.0}}, ["rope_scaling.attention_factor", "remove"]),
+        ({"rope_scaling": "yarn"}, ["rope_scaling", "JSON object"]),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, ["rope_scaling", "rope_parameters"]),
+        ({"rope_parameters": {**YARN, "rope_theta": 5e4}}, ["rope_theta", "50000", "keep one"]),
+        ({"num_local_experts": 8}, ["n_routed_experts", "256", "num_local_experts", "8"]),
+        ({"hidden_size": -1}, ["hidden_size", "-1", "positive"]),
+        ({"hidden_size": 7168.5}, ["hidden_size", "7168.5", "whole number"]),
+        ({"hidden_size": True}, ["hidden_size", "True", "whole number"]),
+        ({"hidden_size": "7168"}, ["hidden_size", "'7168'", "whole number"]),
+        ({"eos_token_id": []}, ["eos_token_id", "[]", "whole number"]),
+        ({"eos_token_id": [1, 129280]}, ["eos_token_id", "129280", "vocab_size"]),
+        ({"aux_loss_alpha": -0.1}, ["aux_loss_alpha", "-0.1", "negative"]),
+        ({"rms_norm_eps": float("nan")}, ["rms_norm_eps", "nan", "finite"]),
+        ({"norm_topk_prob": "yes"}, ["norm_topk_prob", "'yes'", "true or false"]),
+        ({"quantization_config": []}, ["quantization_config", "JSON object"]),
+        ({"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
+        ({"mlp_bias": True}, ["mlp_bias", "True", "remove"]),
+        ({"first_k_dense_replace": 62}, ["first_k_dense_replace", "62", "61"]),
+        ({"q_lora_rank": 0}, ["q_lora_rank", "0", "null"]),
+        ({"num_key_value_heads": 8}, ["num_key_value_heads", "8", "128"]),
+        ({"attention_dropout": 1.0}, ["attention_dropout", "1.0", "below 1"]),
+        ({"moe_intermediate_size": 0}, ["moe_intermediate_size", "0", "positive"]),
+        ({"model_type": "llama"}, ["model_type", "llama", "deepseek_v3"]),
+    ],
+)
+def test_impossible_values_are_refused_by_name(changes, words):
+    with pytest.raises(SoliError) as refusal:
+        ModelConfig.from_dict(v3(**changes))
+    sentence = str(refusal.value)
+    assert all(word in sentence for word in words), sentence
+    assert "\n" not in sentence
+
+
+def test_v2_without_its_number_of_chosen_experts_is_refused():
+    with pytest.raises(SoliError, match="num_experts_per_tok"):
+        ModelConfig.from_dict({"model_type": "deepseek_v2"})
+
+
+def test_greedy_choice_needs_no_groups():
+    config = ModelConfig.from_dict(v3(topk_method="greedy", n_group=7))
+    assert config.topk_method == "greedy"
+
+
+@pytest.mark.parametrize(("text", "words"), [("{", "not valid JSON"), ("[1]", "JSON object"), ("\xff", "not valid")])
+def test_a_bad_file_is_named(tmp_path, text, words):
+    file = tmp_path / "config.json"
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(SoliError, match=words) as refusal:
+        load_config(tmp_path)
+    assert str(file) in str(refusal.value)
+
+
+def test_a_missing_file_and_a_bad_field_name_the_file(tmp_path):
+    with pytest.raises(SoliError, match=r"config\.json"):
+        load_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(v3(n_group=7)))
+    with pytest.raises(SoliError, match=r"config\.json: n_group is 7"):
+        resolve(tmp_path)
+
+
+def test_unknown_names_are_answered_with_the_nearest():
+    with pytest.raises(SoliError, match="did you mean deepseek-v3"):
+        preset("deepseek-v4")
+    with pytest.raises(SoliError, match="did you mean n_routed_experts"):
+        replace(preset("nano"), {"n_routed_expert": 8})
+    with pytest.raises(SoliError, match="moonlight"):
+        resolve("zzz")
+
+
+def test_replace_reaches_inside_rope_scaling_and_moves_heads_together():
+    config = replace(preset("deepseek-v3"), {"rope_scaling.factor": 4, "num_attention_heads": 64})
+    assert config.rope_scaling is not None and config.rope_scaling.factor == 4.0
+    assert config.num_key_value_heads == 64
+    grown = replace(preset("nano"), {"rope_scaling.factor": 2, "rope_scaling.original_max_position_embeddings": 512})
+    assert grown.rope_scaling == RopeScaling(factor=2.0, original_max_position_embeddings=512)
+
+
+@st.composite
+def possible_configs(draw) -> dict:
+    """Configurations that must be accepted, in either spelling, with fields that Soli has never heard of."""
+    groups, size = draw(st.integers(1, 4)), draw(st.integers(2, 8))
+    kept = draw(st.integers(1, groups))
+    d = {
+        "model_type": draw(st.sampled_from(["deepseek_v3", "deepseek_v2", "kimi_k2"])),
+        draw(st.sampled_from(["n_routed_experts", "num_local_experts"])): groups * size,
+        "n_group": groups,
+        "topk_group": kept,
+        "num_experts_per_tok": draw(st.integers(1, kept * size)),
+        "topk_method": draw(st.sampled_from(["noaux_tc", "greedy", "group_limited_greedy"])),
+        "scoring_func": draw(st.sampled_from(["sigmoid", "softmax"])),
+        "q_lora_rank": draw(st.none() | st.integers(1, 64)),
+        "num_hidden_layers": draw(st.integers(3, 9)),
+        "first_k_dense_replace": draw(st.integers(0, 3)),
+        "eos_token_id": draw(st.none() | st.integers(0, 99) | st.lists(st.integers(0, 99), min_size=1, max_size=3)),
+        "routed_scaling_factor": draw(st.integers(1, 9) | st.floats(0.1, 9)),
+    }
+    yarn = {**YARN, "factor": draw(st.floats(1, 64))}
+    spelling = draw(st.sampled_from(["none", "classic", "new"]))
+    if spelling == "classic":
+        d |= {"rope_scaling": yarn, "rope_theta": draw(st.integers(100, 10**6))}
+    elif spelling == "new":
+        kind = yarn.pop("type")
+        d["rope_parameters"] = {**yarn, "rope_type": kind, "rope_theta": draw(st.floats(100, 1e6))}
+    unknown = st.text("xyz", min_size=3, max_size=6)
+    return d | draw(st.dictionaries(unknown, st.none() | st.booleans() | st.integers() | st.text(), max_size=3))
+
+
+@settings(max_examples=150, deadline=None)
+@given(possible_configs())
+def test_any_possible_configuration_round_trips(d):
+    config = ModelConfig.from_dict(d)
+    written = json.loads(json.dumps(config.to_dict()))
+    assert ModelConfig.from_dict(written) == config
+    assert all(written[key] == d[key] for key in d if set(key) <= set("xyz"))
+
+
+def test_configuration_and_package_need_no_torch():
+    script = "import soli, soli.config, sys; soli.preset('nano'); print('torch' in sys.modules, 'numpy' in sys.modules)"
+    root = Path(__file__).parents[1]
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=root)
+    assert result.stdout.split() == ["False", "False"]
