@@ -71,7 +71,7 @@ class Router(nn.Module):
         bias_E = self.e_score_correction_bias
         biased_TE = scores_TE if bias_E is None else scores_TE + bias_E
         with torch.no_grad():
-            ids_TK, groups_TG = self._select(biased_TE)
+            ids_TK, groups_TG = self.select(biased_TE)
         weights_TK = scores_TE.gather(1, ids_TK)
         # differs: DeepSeek-V2's own code scales only when it does not normalise; every released V2 leaves
         # norm_topk_prob false, where the two agree.
@@ -79,7 +79,7 @@ class Router(nn.Module):
             weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
         return Routing(ids_TK, weights_TK * self.scaling, scores_TE, biased_TE.detach(), groups_TG)
 
-    def _select(self, biased_TE: Tensor) -> tuple[Tensor, Tensor | None]:
+    def select(self, biased_TE: Tensor) -> tuple[Tensor, Tensor | None]:
         """The K best experts within the surviving groups, best first."""
         if self.G == 1:
             return biased_TE.topk(self.K, dim=-1).indices, None
