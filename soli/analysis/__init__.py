@@ -1,0 +1,1 @@
+"""Reading configurations and traces: parameters and costs, routers' decisions, reports."""

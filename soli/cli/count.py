@@ -1,0 +1,151 @@
+"""`soli count`: parameters, bytes, cache and FLOPs of presets, folders and what-ifs, as a table or as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Annotated, Any
+
+import typer
+
+from soli.analysis import parameters
+from soli.cli.assignments import parse_assignments
+from soli.config import ModelConfig, replace, resolve
+from soli.errors import SoliError
+
+
+def count(
+    model: Annotated[str, typer.Argument(help="A preset (deepseek-v3, kimi-k2, ...) or a folder with a config.json.")],
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A what-if; may be repeated.")
+    ] = None,
+    mtp: Annotated[bool, typer.Option("--mtp", help="Count the multi-token prediction modules in.")] = False,
+    context: Annotated[int, typer.Option(min=1, help="Tokens in view, for the FLOPs of attention.")] = 4096,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+) -> None:
+    """Count a model from its configuration alone; no weights are read.
+
+    Ten experts of which two play: soli count deepseek-v3 --set n_routed_experts=10 --set num_experts_per_tok=2
+    """
+    config, note = what_if(resolve(model), parse_assignments(changes or []))
+    counted = parameters.count(config, mtp)
+    flops = parameters.flops(config, context, mtp)
+    cache = parameters.cache_bytes(config, mtp)
+    if as_json:
+        print(json.dumps(_as_dict(model, config, counted, flops, cache, note), indent=2))
+    else:
+        _print_table(config, counted, flops, cache, mtp, note)
+
+
+def what_if(config: ModelConfig, changes: dict[str, Any]) -> tuple[ModelConfig, str | None]:
+    """The changed configuration. Groups that no longer fit the experts are dropped, unless the what-if names them; a note
+    says so. Groups decide who may play, never how many, so the count is the same."""
+    try:
+        return replace(config, changes), None
+    except SoliError as refusal:
+        if {"n_group", "topk_group"} & changes.keys():
+            raise
+        try:
+            ungrouped = replace(config, {**changes, "n_group": 1, "topk_group": 1})
+        except SoliError:
+            raise refusal from None
+    return ungrouped, f"{config.n_group} groups do not fit these experts: counted without groups"
+
+
+def _as_dict(
+    model: str,
+    config: ModelConfig,
+    counted: parameters.Count,
+    flops: parameters.Flops,
+    cache: int,
+    note: str | None,
+) -> dict[str, Any]:
+    return {
+        "model": model,
+        "total": counted.total,
+        "activated": counted.activated,
+        "activated_share": counted.activated / counted.total,
+        "activated_without_embedding": counted.activated - counted.embedding,
+        "router_biases": counted.router_biases,
+        "mtp": counted.mtp_files,
+        "mtp_own": counted.mtp_own,
+        "mtp_activated": counted.mtp_activated,
+        "bytes": {"bf16": counted.bytes_bf16, "fp8": counted.bytes_fp8},
+        "cache_bytes_per_token": cache,
+        "expert_bytes_read_per_token_fp8": parameters.expert_read_bytes(config),
+        "flops_per_token": {**dataclasses.asdict(flops), "decode": flops.decode, "prefill": flops.prefill},
+        "components": [dataclasses.asdict(component) for component in counted.components],
+        "note": note,
+    }
+
+
+def _print_table(
+    config: ModelConfig, counted: parameters.Count, flops: parameters.Flops, cache: int, mtp: bool, note: str | None
+) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    console.print(_summary(config, counted))
+    table = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False)
+    table.add_column("", "total")
+    for title, sum_ in (
+        ("parameters", f"{counted.total:,}"),
+        ("activated", f"{counted.activated:,}"),
+        ("bf16", scaled(counted.bytes_bf16, "B")),
+        ("FP8", scaled(counted.bytes_fp8, "B")),
+    ):
+        table.add_column(title, sum_, justify="right", no_wrap=True)
+    for c in counted.components:
+        bytes_ = (scaled(c.bytes_bf16, "B"), scaled(c.bytes_fp8, "B"))
+        table.add_row(c.name, f"{c.total:,}", f"{c.activated:,}", *bytes_)
+    console.print(table)
+    for label, text in _costs(config, counted, flops, cache, mtp):
+        console.print(f"[bold]{label:<16}[/bold]{text}", soft_wrap=True)
+    if note:
+        console.print(f"[yellow]note            [/yellow]{note}", soft_wrap=True)
+
+
+def _summary(config: ModelConfig, counted: parameters.Count) -> str:
+    share = f"{counted.activated / counted.total:.1%}".replace("%", " %")
+    said = f"{scaled(counted.total)} parameters, {scaled(counted.activated)} play for each token: {share}"
+    if not config.num_moe_layers:
+        return said
+    chosen = f"{config.num_experts_per_tok} of {config.n_routed_experts} routed experts"
+    return f"{said} ({chosen} in each of {config.num_moe_layers} layers)"
+
+
+def _costs(
+    config: ModelConfig, counted: parameters.Count, flops: parameters.Flops, cache: int, mtp: bool
+) -> list[tuple[str, str]]:
+    """The lines under the table: what one token costs beside parameters."""
+    values = config.kv_lora_rank + config.qk_rope_head_dim
+    at = f"{flops.context:,}"
+    lines = [
+        ("cache", f"{cache:,} B per token in bf16: {cache // (2 * values)} layers x {values} values"),
+        ("FLOPs, decode", f"{scaled(flops.decode, 'FLOP')} per token: {scaled(flops.matmul)} in matrices, "
+         f"{scaled(flops.attention_decode)} in attention over {at} cached tokens"),
+        ("FLOPs, prefill", f"{scaled(flops.prefill, 'FLOP')} per token, mean over a sequence of {at}"),
+    ]  # fmt: skip
+    if config.num_moe_layers:
+        read = scaled(parameters.expert_read_bytes(config), "B")
+        lines.append(("experts read", f"{read} per token in FP8, when none is in memory"))
+    if counted.router_biases:
+        lines.append(("router", f"{counted.router_biases:,} selection biases are in the total, not in the activated"))
+    if config.num_nextn_predict_layers:
+        where = "counted in" if mtp else "not counted in (--mtp)"
+        copies = f"{scaled(counted.mtp_files)} in files, which repeat embedding and head"
+        lines.append(("MTP", f"{scaled(counted.mtp_own)} more, {copies}; {where}"))
+    return lines
+
+
+def scaled(value: float, unit: str = "") -> str:
+    """671026419200 -> "671.0 B"; with a unit, the SI prefix: "689.4 GB"."""
+    letters = ("", "k", "M", "G", "T", "P") if unit else ("", "K", "M", "B", "T", "P")
+    for letter in letters:
+        if value < 999.95:
+            break
+        value /= 1000
+    number = f"{value:.1f}" if letter else f"{value:.0f}"
+    return f"{number} {letter}{unit}".rstrip()
