@@ -1,11 +1,11 @@
 """How large a model is and what one token costs, from its configuration alone: parameters, bytes, cache, FLOPs.
 
-Every number falls out of one list, `weights(config)`: groups of equal tensors, how many there are and how many of them take
-part in computing one token. It is written from the paper's shapes (section 2.1), apart from the model's own code, and the
-tests hold the two together to the last parameter. No torch.
+Every number falls out of one list, `weights(config)`: groups of equal tensors, how many there are and how many of them
+take part in computing one token. It is written from the paper's shapes (section 2.1), apart from the model's own code,
+and the tests hold the two together to the last parameter. No torch.
 
-"Activated" counts embedding and head in full, as the paper's 37 B does, and leaves out the router's selection biases, which
-rank experts but multiply nothing.
+"Activated" counts embedding and head in full, as the paper's 37 B does, and leaves out the router's selection biases,
+which rank experts but multiply nothing.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from soli.config import ModelConfig
 
 FP8_BLOCK = 128
 
-# How files store a tensor: linear weights may be FP8; embedding, head, router, norms, biases and the MTP projection stay
-# bf16; the router's selection bias is fp32 everywhere.
+# How files store a tensor: linear weights may be FP8; embedding, head, router, norms, biases and the MTP projection
+# stay bf16; the router's selection bias is fp32 everywhere.
 Storage = Literal["linear", "high", "fp32"]
 
 
@@ -48,7 +48,7 @@ class Weights:
 
     @property
     def bytes_fp8(self) -> int:
-        """One byte per value and an fp32 scale per 128x128 block where files are FP8, as bf16 elsewhere."""
+        """Where files are FP8: a byte per value, an fp32 scale per 128x128 block. Elsewhere as bf16."""
         if self.storage != "linear":
             return self.bytes_bf16
         return self.total + self.count * 4 * prod(ceil(side / FP8_BLOCK) for side in self.shape)
@@ -91,8 +91,8 @@ class Flops:
 class Count:
     """The parameters of a model. `components` add up to `total`; MTP modules are among them only when asked for.
 
-    `mtp_own` parameters belong to the MTP modules alone; `mtp_files` also counts the copies of embedding and head that the
-    released files repeat for each module; `mtp_activated` of its own take part when a module looks one token further.
+    `mtp_own` parameters belong to the MTP modules alone; `mtp_files` also counts the copies of embedding and head that
+    the released files repeat for each module; `mtp_activated` of its own take part when each looks one token further.
     """
 
     components: tuple[Component, ...]
@@ -187,7 +187,7 @@ def weights(config: ModelConfig) -> list[Weights]:
 
 
 def mtp_weights(config: ModelConfig) -> list[Weights]:
-    """What the MTP modules have of their own (equations 21-23): a block each, two norms before the joint projection, one after."""
+    """What MTP modules have of their own (equations 21-23): two norms, their joint projection, a block, a norm."""
     modules, width = config.num_nextn_predict_layers, config.hidden_size
     found = [
         Weights(NORMS, (width,), 3 * modules, 3 * modules, "high"),

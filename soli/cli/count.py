@@ -38,8 +38,8 @@ def count(
 
 
 def what_if(config: ModelConfig, changes: dict[str, Any]) -> tuple[ModelConfig, str | None]:
-    """The changed configuration. Groups that no longer fit the experts are dropped, unless the what-if names them; a note
-    says so. Groups decide who may play, never how many, so the count is the same."""
+    """The changed configuration. Groups that no longer fit the experts are dropped with a note, unless the what-if names
+    them: groups decide who may play, never how many, so the count is the same."""
     try:
         return replace(config, changes), None
     except SoliError as refusal:
@@ -87,65 +87,55 @@ def _print_table(
     from rich.table import Table
 
     console = Console(highlight=False)
-    console.print(_summary(config, counted))
+    share = 100 * counted.activated / counted.total
+    console.print(
+        f"[bold]{scaled(counted.total)} parameters, {scaled(counted.activated)} play for each token: {share:.1f} %[/bold]"
+    )
     table = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False)
     table.add_column("", "total")
-    for title, sum_ in (
+    for title, footer in (
         ("parameters", f"{counted.total:,}"),
         ("activated", f"{counted.activated:,}"),
         ("bf16", scaled(counted.bytes_bf16, "B")),
         ("FP8", scaled(counted.bytes_fp8, "B")),
     ):
-        table.add_column(title, sum_, justify="right", no_wrap=True)
+        table.add_column(title, footer, justify="right", no_wrap=True)
     for c in counted.components:
-        bytes_ = (scaled(c.bytes_bf16, "B"), scaled(c.bytes_fp8, "B"))
-        table.add_row(c.name, f"{c.total:,}", f"{c.activated:,}", *bytes_)
+        table.add_row(c.name, f"{c.total:,}", f"{c.activated:,}", scaled(c.bytes_bf16, "B"), scaled(c.bytes_fp8, "B"))
     console.print(table)
     for label, text in _costs(config, counted, flops, cache, mtp):
         console.print(f"[bold]{label:<16}[/bold]{text}", soft_wrap=True)
     if note:
-        console.print(f"[yellow]note            [/yellow]{note}", soft_wrap=True)
-
-
-def _summary(config: ModelConfig, counted: parameters.Count) -> str:
-    share = f"{counted.activated / counted.total:.1%}".replace("%", " %")
-    said = f"{scaled(counted.total)} parameters, {scaled(counted.activated)} play for each token: {share}"
-    if not config.num_moe_layers:
-        return said
-    chosen = f"{config.num_experts_per_tok} of {config.n_routed_experts} routed experts"
-    return f"{said} ({chosen} in each of {config.num_moe_layers} layers)"
+        console.print(f"[bold yellow]{'note':<16}[/bold yellow]{note}", soft_wrap=True)
 
 
 def _costs(
     config: ModelConfig, counted: parameters.Count, flops: parameters.Flops, cache: int, mtp: bool
 ) -> list[tuple[str, str]]:
-    """The lines under the table: what one token costs beside parameters."""
-    values = config.kv_lora_rank + config.qk_rope_head_dim
-    at = f"{flops.context:,}"
-    lines = [
-        ("cache", f"{cache:,} B per token in bf16: {cache // (2 * values)} layers x {values} values"),
-        ("FLOPs, decode", f"{scaled(flops.decode, 'FLOP')} per token: {scaled(flops.matmul)} in matrices, "
-         f"{scaled(flops.attention_decode)} in attention over {at} cached tokens"),
-        ("FLOPs, prefill", f"{scaled(flops.prefill, 'FLOP')} per token, mean over a sequence of {at}"),
-    ]  # fmt: skip
+    """The lines under the table: what plays, and what one token costs beside parameters."""
+    lines = []
     if config.num_moe_layers:
+        chosen, experts = config.num_experts_per_tok, config.n_routed_experts
+        lines.append(("experts", f"{chosen} of {experts} routed play in each of {config.num_moe_layers} layers"))
         read = scaled(parameters.expert_read_bytes(config), "B")
         lines.append(("experts read", f"{read} per token in FP8, when none is in memory"))
     if counted.router_biases:
-        lines.append(("router", f"{counted.router_biases:,} selection biases are in the total, not in the activated"))
+        lines.append(("router biases", f"{counted.router_biases:,}, in the total but not in the activated"))
+    values = config.kv_lora_rank + config.qk_rope_head_dim
+    lines.append(("cache", f"{cache:,} bytes per token in bf16: {cache // (2 * values)} layers x {values} values"))
+    parts = f"{scaled(flops.matmul, 'FLOP')} in matrices, {scaled(flops.attention_decode, 'FLOP')} in attention"
+    lines.append(("decode", f"{parts} over {flops.context:,} cached tokens, per token"))
+    lines.append(("prefill", f"{scaled(flops.prefill, 'FLOP')} per token, mean over a sequence of {flops.context:,}"))
     if config.num_nextn_predict_layers:
-        where = "counted in" if mtp else "not counted in (--mtp)"
-        copies = f"{scaled(counted.mtp_files)} in files, which repeat embedding and head"
-        lines.append(("MTP", f"{scaled(counted.mtp_own)} more, {copies}; {where}"))
+        own = f"{scaled(counted.mtp_own)} of its own beside copies of embedding and head"
+        where = "its own are in the table" if mtp else "not in the table (--mtp)"
+        lines.append(("MTP", f"{scaled(counted.mtp_files)} more in files, {own}; {where}"))
     return lines
 
 
 def scaled(value: float, unit: str = "") -> str:
-    """671026419200 -> "671.0 B"; with a unit, the SI prefix: "689.4 GB"."""
-    letters = ("", "k", "M", "G", "T", "P") if unit else ("", "K", "M", "B", "T", "P")
-    for letter in letters:
-        if value < 999.95:
-            break
-        value /= 1000
-    number = f"{value:.1f}" if letter else f"{value:.0f}"
-    return f"{number} {letter}{unit}".rstrip()
+    """671026419200 -> "671.0 B"; bytes and FLOPs take SI prefixes, "689.4 GB"."""
+    prefixes = ("", "k", "M", "G") if unit else ("", "K", "M", "B")
+    power = min(3, max(0, (len(str(round(value))) - 1) // 3))
+    number = f"{value / 1000**power:,.1f}" if power else f"{value:.0f}"
+    return f"{number} {prefixes[power]}{unit}".rstrip()
