@@ -1,0 +1,105 @@
+"""Random small configurations, and transformers' own models carrying the same weights: the independent oracle."""
+
+import random
+from typing import Any
+
+import torch
+from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+
+from soli.config import ModelConfig
+from soli.model import Transformer
+
+YARN = {
+    "type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+
+
+def draw_config(seed: int, **fixed: Any) -> ModelConfig:
+    """A configuration of two to four layers: every feature on or off by the seed, unless fixed."""
+    rng = random.Random(seed)
+    groups = rng.choice([1, 2, 4])
+    yarn = rng.choice([None, YARN, {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0}])
+    drawn = {
+        "model_type": "deepseek_v3",
+        "vocab_size": 97,
+        "hidden_size": rng.choice([32, 48]),
+        "intermediate_size": 64,
+        "moe_intermediate_size": rng.choice([16, 24]),
+        "num_hidden_layers": rng.choice([2, 3, 4]),
+        "first_k_dense_replace": rng.choice([0, 1, 2]),
+        "num_attention_heads": rng.choice([2, 4]),
+        "n_shared_experts": rng.choice([0, 1, 2]),
+        "n_routed_experts": 8,
+        "num_experts_per_tok": rng.choice([1, 2, 4]),
+        "n_group": groups,
+        "topk_group": max(1, groups // 2),
+        "norm_topk_prob": rng.random() < 0.8,
+        "routed_scaling_factor": rng.choice([1.0, 2.5]),
+        "q_lora_rank": rng.choice([None, 20]),
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 12,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": rng.choice([12, 20]),
+        "rope_scaling": yarn,
+        "rope_interleave": rng.random() < 0.5,
+        "attention_bias": rng.random() < 0.3,
+        "max_position_embeddings": 128,
+        "num_nextn_predict_layers": 0,
+    }
+    return ModelConfig.from_dict(drawn | fixed)
+
+
+def draw_v2_config(seed: int) -> ModelConfig:
+    """As draw_config with what V2 has: softmax scores, greedy or group-limited selection, no normalisation, no bias."""
+    method = ["greedy", "group_limited_greedy"][seed % 2]
+    return draw_config(
+        seed,
+        model_type="deepseek_v2",
+        scoring_func="softmax",
+        topk_method=method,
+        norm_topk_prob=False,
+        rope_interleave=True,
+        n_shared_experts=1 + seed % 2,
+        **({"n_group": 4, "topk_group": 2} if method == "group_limited_greedy" else {"n_group": 1, "topk_group": 1}),
+    )
+
+
+def make_model(config: ModelConfig, seed: int = 0) -> Transformer:
+    """A float32 model whose weights are large enough, and biases uneven enough, for every part to matter."""
+    model = Transformer(config)
+    generator = torch.Generator().manual_seed(seed)
+    model.init_weights(generator)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.mul_(5.0)
+            else:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        for _, moe in model.moe_layers():
+            if moe.gate.e_score_correction_bias is not None:
+                moe.gate.e_score_correction_bias.normal_(0.0, 0.3, generator=generator)
+    return model
+
+
+def oracle_of(model: Transformer) -> torch.nn.Module:
+    """The transformers model of the same configuration, holding copies of the same weights; MTP is left out."""
+    fields = model.config.to_dict()
+    if model.config.model_type == "deepseek_v2":
+        oracle = DeepseekV2ForCausalLM(DeepseekV2Config(**fields))
+    else:
+        oracle = DeepseekV3ForCausalLM(DeepseekV3Config(**fields))
+    state = {
+        name if name.startswith("lm_head") else f"model.{name}": tensor.clone()
+        for name, tensor in model.state_dict().items()
+        if not name.startswith("mtp.")
+    }
+    missing, unexpected = oracle.load_state_dict(state, strict=False)
+    # A width-0 shared expert has weights of no elements there, and no weights here.
+    assert not unexpected and all("shared_experts" in name for name in missing), (missing, unexpected)
+    return oracle.float().train(False)
