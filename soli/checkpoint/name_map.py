@@ -1,0 +1,204 @@
+"""Names in Hugging Face files <-> names in the Soli module, as tables; from them every tensor of a model.
+
+A `Row` is one line of the map. `slots(config)` unrolls the rows over layers, experts and MTP modules into `Slot`s: one
+tensor of the files each, with its shape, and where it lives in Soli. Nothing here looks at a file or needs torch.
+
+Two things differ between the sides. Experts lie one by one in files and stacked in Soli: `gate_up_proj` (E, 2F, D) with
+the gate's rows first, `down_proj` (E, D, F). And MTP module k is HF layer L+k with copies of embedding and head, which
+Soli shares with the main model.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from soli.config import ModelConfig
+
+
+class Kind(Enum):
+    """How the official FP8 files store a tensor."""
+
+    LINEAR = "linear weight"  # E4M3 blocks with a scale beside it
+    HIGH = "high-precision tensor"  # embedding, head, router, norms, biases, eh_proj: bf16
+    ROUTER_BIAS = "router bias"  # fp32 in every format: a bf16 bias near 5 cannot move by 0.001
+
+
+SCALE_SUFFIX: Final = "_scale_inv"  # q_a_proj.weight -> q_a_proj.weight_scale_inv
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the map. `{i}` HF layer, `{block}` Soli's name of that layer, `{k}` MTP module, `{e}` expert.
+
+    `shape` is in symbols of `_dimensions`; `when` is a fact of `_facts` that must hold; `copy` marks a tensor that
+    files may repeat or leave out, because its value is that of `soli`.
+    """
+
+    hf: str
+    soli: str
+    shape: tuple[str, ...]
+    kind: Kind = Kind.LINEAR
+    when: str = "always"
+    copy: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One tensor of the files: HF name, shape, kind, and its place in Soli's state dict.
+
+    Expert tensors fill rows `first_row : first_row + shape[0]` of `soli[expert]`; `expert` is None for all others.
+    `layer` is the HF layer, None outside of layers.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Kind
+    soli: str
+    layer: int | None = None
+    expert: int | None = None
+    first_row: int = 0
+    copy: bool = False
+
+    @property
+    def scale_name(self) -> str:
+        """Name of the FP8 scales that lie beside this weight."""
+        return self.name + SCALE_SUFFIX
+
+
+HIGH: Final = Kind.HIGH
+ROUTER_BIAS: Final = Kind.ROUTER_BIAS
+
+TOP: Final = (
+    Row("model.embed_tokens.weight", "embed_tokens.weight", ("V", "D"), HIGH),
+    Row("model.norm.weight", "norm.weight", ("D",), HIGH),
+    Row("lm_head.weight", "lm_head.weight", ("V", "D"), HIGH, "untied"),
+    Row("lm_head.weight", "embed_tokens.weight", ("V", "D"), HIGH, "tied", copy=True),
+)
+
+# In a block both sides use the same tail: "model.layers.{i}." and "{block}." are put before it.
+BLOCK: Final = (
+    Row("input_layernorm.weight", "input_layernorm.weight", ("D",), HIGH),
+    Row("self_attn.q_proj.weight", "self_attn.q_proj.weight", ("H*(N+R)", "D"), when="full_q"),
+    Row("self_attn.q_a_proj.weight", "self_attn.q_a_proj.weight", ("Q", "D"), when="low_rank_q"),
+    Row("self_attn.q_a_proj.bias", "self_attn.q_a_proj.bias", ("Q",), HIGH, "low_rank_q_with_bias"),
+    Row("self_attn.q_a_layernorm.weight", "self_attn.q_a_layernorm.weight", ("Q",), HIGH, "low_rank_q"),
+    Row("self_attn.q_b_proj.weight", "self_attn.q_b_proj.weight", ("H*(N+R)", "Q"), when="low_rank_q"),
+    Row("self_attn.kv_a_proj_with_mqa.weight", "self_attn.kv_a_proj_with_mqa.weight", ("C+R", "D")),
+    Row("self_attn.kv_a_proj_with_mqa.bias", "self_attn.kv_a_proj_with_mqa.bias", ("C+R",), HIGH, "attention_bias"),
+    Row("self_attn.kv_a_layernorm.weight", "self_attn.kv_a_layernorm.weight", ("C",), HIGH),
+    Row("self_attn.kv_b_proj.weight", "self_attn.kv_b_proj.weight", ("H*(N+Dv)", "C")),
+    Row("self_attn.o_proj.weight", "self_attn.o_proj.weight", ("D", "H*Dv")),
+    Row("self_attn.o_proj.bias", "self_attn.o_proj.bias", ("D",), HIGH, "attention_bias"),
+    Row("post_attention_layernorm.weight", "post_attention_layernorm.weight", ("D",), HIGH),
+)
+
+DENSE: Final = (
+    Row("mlp.gate_proj.weight", "mlp.gate_proj.weight", ("I", "D")),
+    Row("mlp.up_proj.weight", "mlp.up_proj.weight", ("I", "D")),
+    Row("mlp.down_proj.weight", "mlp.down_proj.weight", ("D", "I")),
+)
+
+MOE: Final = (
+    Row("mlp.gate.weight", "mlp.gate.weight", ("E", "D"), HIGH),
+    Row("mlp.gate.e_score_correction_bias", "mlp.gate.e_score_correction_bias", ("E",), ROUTER_BIAS, "biased"),
+    Row("mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.gate_proj.weight", ("F*S", "D"), when="shared"),
+    Row("mlp.shared_experts.up_proj.weight", "mlp.shared_experts.up_proj.weight", ("F*S", "D"), when="shared"),
+    Row("mlp.shared_experts.down_proj.weight", "mlp.shared_experts.down_proj.weight", ("D", "F*S"), when="shared"),
+)
+
+EXPERT: Final = (  # gate and up share a stack: the second of two rows with one Soli name begins where the first ended
+    Row("mlp.experts.{e}.gate_proj.weight", "mlp.experts.gate_up_proj", ("F", "D")),
+    Row("mlp.experts.{e}.up_proj.weight", "mlp.experts.gate_up_proj", ("F", "D")),
+    Row("mlp.experts.{e}.down_proj.weight", "mlp.experts.down_proj", ("D", "F")),
+)
+
+MTP: Final = (  # beside the rows of a block; eh_proj carries no scale in the official index, it stays high
+    Row("model.layers.{i}.embed_tokens.weight", "embed_tokens.weight", ("V", "D"), HIGH, copy=True),
+    Row("model.layers.{i}.enorm.weight", "mtp.{k}.enorm.weight", ("D",), HIGH),
+    Row("model.layers.{i}.hnorm.weight", "mtp.{k}.hnorm.weight", ("D",), HIGH),
+    Row("model.layers.{i}.eh_proj.weight", "mtp.{k}.eh_proj.weight", ("D", "2*D"), HIGH),
+    Row("model.layers.{i}.shared_head.norm.weight", "mtp.{k}.norm.weight", ("D",), HIGH),
+    Row("model.layers.{i}.shared_head.head.weight", "lm_head.weight", ("V", "D"), HIGH, "untied", copy=True),
+    Row("model.layers.{i}.shared_head.head.weight", "embed_tokens.weight", ("V", "D"), HIGH, "tied", copy=True),
+)
+
+# Buffers that old exports wrote and every reader computes anew: known, and left where they are.
+IGNORED: Final = ("model.layers.*.self_attn.rotary_emb.inv_freq",)
+
+
+def slots(config: ModelConfig) -> tuple[Slot, ...]:
+    """Every tensor of a checkpoint with this configuration, in the order of the official files, copies included."""
+    dims, facts = _dimensions(config), _facts(config)
+
+    def unroll(rows: tuple[Row, ...], layer: int | None = None, block: str = "", k: int = 0) -> list[Slot]:
+        hf, soli = (f"model.layers.{layer}.", f"{block}.") if block else ("", "")
+        found = []
+        for row in rows:
+            if row.when in facts:
+                names = hf + row.hf.format(i=layer), soli + row.soli.format(k=k)
+                found.append(Slot(names[0], _shape(row, dims), row.kind, names[1], layer, copy=row.copy))
+        return found
+
+    def unroll_block(layer: int, block: str, moe: bool) -> list[Slot]:
+        if not moe:
+            return unroll(BLOCK + DENSE, layer, block)
+        return unroll(BLOCK + MOE, layer, block) + _experts(config.n_routed_experts or 0, dims, layer, block)
+
+    depth = config.num_hidden_layers
+    found = unroll(TOP[:1])
+    for layer in range(depth):
+        found += unroll_block(layer, f"layers.{layer}", config.is_moe_layer(layer))
+    for k in range(config.num_nextn_predict_layers):
+        found += unroll(MTP, depth + k, k=k) + unroll_block(depth + k, f"mtp.{k}.block", bool(config.n_routed_experts))
+    return tuple(found + unroll(TOP[1:]))
+
+
+def _experts(count: int, dims: dict[str, int], layer: int, block: str) -> list[Slot]:
+    found = []
+    for expert in range(count):
+        filled: dict[str, int] = {}
+        for row in EXPERT:
+            shape, first_row = _shape(row, dims), filled.get(row.soli, 0)
+            filled[row.soli] = first_row + shape[0]
+            name = f"model.layers.{layer}.{row.hf.format(e=expert)}"
+            found.append(Slot(name, shape, row.kind, f"{block}.{row.soli}", layer, expert, first_row))
+    return found
+
+
+def _shape(row: Row, dims: dict[str, int]) -> tuple[int, ...]:
+    return tuple(dims[symbol] for symbol in row.shape)
+
+
+def _dimensions(config: ModelConfig) -> dict[str, int]:
+    heads, value = config.num_attention_heads, config.v_head_dim
+    return {
+        "V": config.vocab_size,
+        "D": config.hidden_size,
+        "2*D": 2 * config.hidden_size,
+        "I": config.intermediate_size,
+        "F": config.moe_intermediate_size or 0,
+        "F*S": (config.moe_intermediate_size or 0) * (config.n_shared_experts or 0),
+        "E": config.n_routed_experts or 0,
+        "Q": config.q_lora_rank or 0,
+        "C": config.kv_lora_rank,
+        "C+R": config.kv_lora_rank + config.qk_rope_head_dim,
+        "H*(N+R)": heads * config.qk_head_dim,
+        "H*(N+Dv)": heads * (config.qk_nope_head_dim + value),
+        "H*Dv": heads * value,
+    }
+
+
+def _facts(config: ModelConfig) -> set[str]:
+    low_rank, bias = config.q_lora_rank is not None, config.attention_bias
+    facts = {
+        "always": True,
+        "tied": config.tie_word_embeddings,
+        "untied": not config.tie_word_embeddings,
+        "low_rank_q": low_rank,
+        "full_q": not low_rank,
+        "attention_bias": bias,
+        "low_rank_q_with_bias": low_rank and bias,
+        "biased": config.topk_method == "noaux_tc",
+        "shared": bool(config.n_shared_experts),
+    }
+    return {name for name, holds in facts.items() if holds}

@@ -1,0 +1,223 @@
+"""Open a Hugging Face folder: find its shards, check every tensor against the configuration, then read what is touched.
+
+Only `config.json`, the index and the headers are read to open, so 100 GB open as fast as 100 MB. Before the first
+value is used every tensor has the presence, shape and dtype that the configuration asks for, every FP8 weight its
+scales, and the index agrees with the shards; the first thing that is wrong is an error naming file and tensor.
+Pickled files are never opened.
+
+A folder that lacks *all* tensors of the MTP modules (many exports drop them) opens without them and says so in `notes`;
+one that lacks some of them is broken.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from soli.checkpoint.name_map import IGNORED, Kind, Slot, slots
+from soli.checkpoint.shard import TORCH_DTYPE, Entry, Shard
+from soli.config import ModelConfig, load_config
+from soli.errors import SoliError
+from soli.formats import fp8
+
+SINGLE: Final = "model.safetensors"
+INDEX: Final = "model.safetensors.index.json"
+PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+FLOATS: Final = ("BF16", "F16", "F32")
+SCALES: Final = ("F32", "F8_E8M0")
+QUANTIZATION: Final = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [fp8.BLOCK, fp8.BLOCK]}
+
+
+class Checkpoint:
+    """An open folder. `config` says what it holds, `slots` every tensor of it, `notes` what a person should know."""
+
+    def __init__(self, folder: Path, mtp: bool = True) -> None:
+        """Open and check `folder`; with `mtp` false the MTP modules are checked and then left out.
+
+        Raises SoliError naming file and tensor.
+        """
+        self.folder = folder
+        self.config = load_config(folder)
+        self.fp8 = _is_fp8(folder, self.config)
+        self._shards = _open_shards(folder)
+        self.entries = {name: entry for shard in self._shards.values() for name, entry in shard.entries.items()}
+        self.notes: tuple[str, ...] = ()
+        if self._lacks_mtp():
+            self.notes = (f"{folder} holds no MTP module though config.json asks for one: it is used without",)
+            self.config = replace(self.config, num_nextn_predict_layers=0)
+        _raise_first(self._problems(slots(self.config)), folder)
+        if not mtp:
+            self.config = replace(self.config, num_nextn_predict_layers=0)
+        self.slots = slots(self.config)
+
+    @property
+    def natural_dtype(self) -> torch.dtype:
+        """The dtype of the tensors that are not packed, told by the embedding: bf16 for FP8 files."""
+        return TORCH_DTYPE[self.entries["model.embed_tokens.weight"].dtype]
+
+    def holds(self, slot: Slot) -> bool:
+        """Whether the files hold this slot themselves; only copies may be absent."""
+        return slot.name in self.entries
+
+    def stored(self, name: str) -> Tensor:
+        """A tensor as it is in its file, mapped from disk and read-only."""
+        return self._shards[self.entries[name].file].tensor(name)
+
+    def packed(self, slot: Slot) -> fp8.Packed | None:
+        """The FP8 codes and scales of a slot, mapped from disk; None when it is not FP8. The scales are checked."""
+        if self.entries[slot.name].dtype != "F8_E4M3":
+            return None
+        packed = fp8.Packed(self.stored(slot.name), self.stored(slot.scale_name))
+        try:
+            fp8.check(packed)
+        except SoliError as error:
+            raise SoliError(f"{self.entries[slot.scale_name]}: {error}") from None
+        return packed
+
+    def values(self, slot: Slot, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+        """The values of a slot in `dtype` on `device`, dequantised if FP8. May be the read-only map itself."""
+        packed = self.packed(slot)
+        if packed is None:
+            return self.stored(slot.name).to(device, dtype)
+        return fp8.unpack(fp8.Packed(packed.codes_OI.to(device), packed.scale_PQ.to(device)), dtype)
+
+    def check_copies(self) -> None:
+        """Read the MTP modules' copies of embedding and head and compare them with what they copy.
+
+        Soli has one table for both; a copy that differs would be silently lost, so it is an error naming it.
+        """
+        own = {slot.soli: slot.name for slot in self.slots if not slot.copy}
+        for slot in self.slots:
+            if not slot.copy or not self.holds(slot):
+                continue
+            original = own[slot.soli]
+            if not torch.equal(self.stored(slot.name), self.stored(original)):
+                raise SoliError(
+                    f"{self.entries[slot.name]} should repeat {original} but differs from it; "
+                    "Soli shares one table between the model and its MTP modules: load with mtp=False"
+                )
+
+    def _lacks_mtp(self) -> bool:
+        first, count = self.config.num_hidden_layers, self.config.num_nextn_predict_layers
+        prefixes = tuple(f"model.layers.{layer}." for layer in range(first, first + count))
+        return count > 0 and not any(name.startswith(prefixes) for name in self.entries)
+
+    def _problems(self, expected: Iterable[Slot]) -> Iterable[str]:
+        known = set()
+        for slot in expected:
+            known |= {slot.name, slot.scale_name}
+            if self.holds(slot):
+                yield from self._slot_problems(slot)
+            elif not slot.copy:
+                where = f"{_listing(self.folder)}: tensor {slot.name}"
+                yield f"{where} of shape {slot.shape} is missing, though config.json asks for it"
+        for name, entry in self.entries.items():
+            if name not in known and not any(fnmatchcase(name, pattern) for pattern in IGNORED):
+                yield f"{entry} is not part of a model with this config.json"
+
+    def _slot_problems(self, slot: Slot) -> Iterable[str]:
+        entry, scale = self.entries[slot.name], self.entries.get(slot.scale_name)
+        if entry.shape != slot.shape:
+            yield f"{entry} has shape {entry.shape}, but config.json asks for {slot.shape}"
+        if entry.dtype != "F8_E4M3" or slot.kind is not Kind.LINEAR:
+            if entry.dtype not in FLOATS:
+                yield f"{entry} is {entry.dtype}, but a {slot.kind.value} must be one of {', '.join(FLOATS)}"
+            if scale is not None:
+                yield f"{scale} is a scale, but {slot.name} is {entry.dtype} and has no use for one"
+        elif not self.fp8:
+            yield f"{entry} is FP8, but config.json has no quantization_config that says so"
+        elif scale is None:
+            yield f"{entry} is FP8, but its scales {slot.scale_name} are missing"
+        elif scale.shape != fp8.scale_shape(*slot.shape):
+            yield f"{scale} has shape {scale.shape}, but blocks of 128x128 need {fp8.scale_shape(*slot.shape)}"
+        elif scale.dtype not in SCALES:
+            yield f"{scale} is {scale.dtype}, but scales must be one of {', '.join(SCALES)}"
+
+
+def _raise_first(problems: Iterable[str], folder: Path) -> None:
+    found = list(problems)
+    if found:
+        more = f" (and {len(found) - 1} more such in {folder})" if len(found) > 1 else ""
+        raise SoliError(found[0] + more)
+
+
+def _listing(folder: Path) -> Path:
+    return folder / INDEX if (folder / INDEX).exists() else folder / SINGLE
+
+
+def _is_fp8(folder: Path, config: ModelConfig) -> bool:
+    """Whether config.json announces FP8 blocks; any other quantisation is refused by name."""
+    quantization = config.quantization_config
+    if quantization is None:
+        return False
+    for field, only in QUANTIZATION.items():
+        if quantization.get(field, only if field == "fmt" else None) != only:
+            raise SoliError(
+                f"{folder / 'config.json'}: quantization_config.{field} is {quantization.get(field)!r}, "
+                f"but Soli reads {only!r} alone; fetch the model's bf16 or official FP8 files"
+            )
+    return True
+
+
+def _open_shards(folder: Path) -> dict[Path, Shard]:
+    single, index = folder / SINGLE, folder / INDEX
+    if single.exists() and index.exists():
+        raise SoliError(f"{folder}: holds both {SINGLE} and {INDEX}; remove the one that does not belong to the model")
+    if single.exists():
+        return {single: Shard(single)}
+    if index.exists():
+        return _open_indexed(folder, _read_index(index))
+    if any(file for pattern in PICKLES for file in folder.glob(pattern)):
+        raise SoliError(
+            f"{folder}: holds weights as pickle files only, which can run code when opened, so Soli does not; "
+            "fetch the model's safetensors files"
+        )
+    if any(folder.glob("*.safetensors")):
+        raise SoliError(f"{folder}: holds safetensors files but no {INDEX} that says what they are; fetch it too")
+    raise SoliError(f"{folder}: holds no weights, neither {SINGLE} nor {INDEX}")
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        weight_map: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        plain = all(isinstance(file, str) and file and Path(file).name == file for file in weight_map.values())
+    except OSError as error:
+        raise SoliError(f"{index}: cannot be read ({error.strerror or error})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise SoliError(f"{index}: is damaged, it has no JSON object weight_map") from None
+    if not plain:
+        raise SoliError(f"{index}: names a shard that is not a plain file name beside it")
+    return weight_map
+
+
+def _open_indexed(folder: Path, weight_map: Mapping[str, str]) -> dict[Path, Shard]:
+    """Open every shard of an index. `total_size` is not compared: published indexes often miscount it."""
+    shards = {}
+    for file in sorted(set(weight_map.values())):
+        if not (folder / file).exists():
+            name = next(name for name in weight_map if weight_map[name] == file)
+            raise SoliError(f"{folder / file}: the shard is missing; by {INDEX} it holds tensor {name}; fetch it")
+        shards[folder / file] = Shard(folder / file)
+    _raise_first(_index_problems(folder, weight_map, shards), folder)
+    return shards
+
+
+def _index_problems(folder: Path, weight_map: Mapping[str, str], shards: Mapping[Path, Shard]) -> Iterable[str]:
+    found: dict[str, Entry] = {}
+    for shard in shards.values():
+        for name, entry in shard.entries.items():
+            if name in found:
+                yield f"{entry} is also in {found[name].file.name}; a tensor may be in one shard only"
+            found[name] = entry
+            if name not in weight_map:
+                yield f"{entry} is not in {INDEX}"
+    for name, file in weight_map.items():
+        if name not in shards[folder / file].entries:
+            place = f"it is in {found[name].file.name}" if name in found else "no shard holds it"
+            yield f"{folder / file}: tensor {name} is not there, though {INDEX} says so; {place}"

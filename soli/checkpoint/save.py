@@ -1,0 +1,57 @@
+"""Write a Transformer as a Hugging Face folder that transformers, vLLM and the rest read."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from soli.checkpoint.name_map import Slot, slots
+from soli.checkpoint.writer import SHARD_BYTES, TOKENIZER_FILES, Target, files_beside, write
+from soli.errors import SoliError
+from soli.formats import fp8
+from soli.model import Transformer
+
+
+def save_model(
+    model: Transformer,
+    folder: str | Path,
+    format: str = "bf16",
+    tokenizer_from: str | Path | None = None,
+    *,
+    ue8m0: bool = False,
+    mtp_copies: bool = True,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write `model` to the new folder `folder` as "bf16", "fp32" or "fp8" (128x128 blocks, `ue8m0` scales on request).
+
+    `tokenizer_from` is a folder whose tokenizer files are copied. MTP modules carry copies of embedding and head, as
+    the official files do, unless `mtp_copies` is false; other programs may need them, Soli does not. Router biases
+    are fp32 in every format. Memory beyond the model: one tensor. Raises SoliError for a folder that holds something,
+    a model without weights, and values that FP8 cannot hold; nothing is left on the disk then.
+    """
+    target = Target(format, ue8m0, shard_bytes)
+    state = model.state_dict()
+    empty = next((name for name, tensor in state.items() if tensor.is_meta), None)
+    if empty is not None:
+        raise SoliError(f"this model has shapes but no weights ({empty} is on the meta device); load it from a folder")
+    wanted = [slot for slot in slots(model.config) if not slot.copy or (mtp_copies and slot.layer is not None)]
+
+    def fetch(slot: Slot) -> Tensor | fp8.Packed:
+        return target.encode(slot, part(state, slot))
+
+    side_files = files_beside(_existing(tokenizer_from), TOKENIZER_FILES) if tokenizer_from is not None else []
+    write(Path(folder), model.config, wanted, target, fetch, side_files)
+
+
+def part(state: Mapping[str, Tensor], slot: Slot) -> Tensor:
+    """The view of a Soli state dict that one file tensor fills: a whole tensor, or rows of one expert in a stack."""
+    tensor = state[slot.soli]
+    if slot.expert is None:
+        return tensor
+    return tensor[slot.expert, slot.first_row : slot.first_row + slot.shape[0]]
+
+
+def _existing(folder: str | Path) -> Path:
+    if not Path(folder).is_dir():
+        raise SoliError(f"{folder}: there is no such folder to take a tokenizer from")
+    return Path(folder)

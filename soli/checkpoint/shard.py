@@ -1,0 +1,155 @@
+"""One safetensors file: its header checked to the last byte, its tensors mapped from disk.
+
+    8 bytes: length n, little endian | n bytes: JSON {name: {dtype, shape, data_offsets}} | data
+
+Opening reads the header alone; data is mapped at the first touch and read by the system page by page. The bytes are
+never run or unpickled. Refused: a header that is no such JSON, a tensor whose bytes overlap another's, leave a gap,
+do not match its dtype and shape or lie past the end of the file (a download that broke off).
+"""
+
+import json
+import math
+import mmap
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from soli.errors import SoliError
+
+ITEM_BYTES: Final = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
+TORCH_DTYPE: Final = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+}
+FILE_DTYPE: Final = {dtype: name for name, dtype in TORCH_DTYPE.items()}
+HEADER_LIMIT: Final = 100_000_000  # bytes; the safetensors library's own limit
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where one tensor lies: bytes `start` to `end` of `file`, counted from the file's first byte."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    def __str__(self) -> str:
+        return f"{self.file}: tensor {self.name}"
+
+
+class Shard:
+    """A safetensors file, open for reading; `entries` are its tensors by name."""
+
+    def __init__(self, file: Path) -> None:
+        """Read and check the header. Raises SoliError naming the file and, where there is one, the tensor."""
+        self.file = file
+        try:
+            self.entries = _read_entries(file)
+        except OSError as error:
+            raise SoliError(f"{file}: cannot be read ({error.strerror or error})") from None
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor as stored, mapped and read-only: writing to it would end the process, so copy it first."""
+        entry = self.entries[name]
+        data = self._bytes[entry.start : entry.end]
+        if entry.start % ITEM_BYTES[entry.dtype]:
+            data = data.clone()  # views need alignment, which the format does not promise
+        return data.view(TORCH_DTYPE[entry.dtype]).view(entry.shape)
+
+    @cached_property
+    def _bytes(self) -> Tensor:
+        with self.file.open("rb") as stream:
+            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            return torch.frombuffer(mapped, dtype=torch.uint8)
+
+
+def encode_header(specs: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int], int]:
+    """Lay out (name, dtype, shape) tensors: the file's first bytes, each tensor's first byte, and the file's length.
+
+    Wide dtypes come first and the header is padded to 8 bytes, so that every tensor is aligned.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offsets, end = {}, 0
+    for name, dtype, shape in sorted(specs, key=lambda spec: -ITEM_BYTES[spec[1]]):
+        start, end = end, end + math.prod(shape) * ITEM_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+        offsets[name] = start
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    base = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {name: base + start for name, start in offsets.items()}, base + end
+
+
+def _read_entries(file: Path) -> dict[str, Entry]:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, HEADER_LIMIT):
+            raise SoliError(f"{file}: its header does not fit in its {size} bytes: cut short, or no safetensors file")
+        header = _parse_header(file, stream.read(length))
+    header.pop("__metadata__", None)
+    entries = {name: _entry(file, name, fields, 8 + length) for name, fields in header.items()}
+    _check_layout(file, entries, 8 + length, size)
+    return entries
+
+
+def _parse_header(file: Path, text: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = dict(pairs)
+        if len(names) < len(pairs):
+            twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+            raise SoliError(f"{file}: tensor {twice} is listed twice in the header")
+        return names
+
+    try:
+        header = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError):
+        raise SoliError(f"{file}: its header is not JSON: it is damaged or no safetensors file") from None
+    if not isinstance(header, dict):
+        raise SoliError(f"{file}: its header is not a JSON object: it is damaged or no safetensors file")
+    return header
+
+
+def _entry(file: Path, name: str, fields: Any, base: int) -> Entry:
+    try:
+        dtype, shape, (start, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
+        whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))
+    except (TypeError, KeyError, ValueError):
+        whole = False
+    if not whole:
+        raise SoliError(f"{file}: tensor {name} has a damaged header entry")
+    if dtype not in ITEM_BYTES:
+        raise SoliError(f"{file}: tensor {name} has dtype {dtype!r}, which is not known")
+    if end - start != math.prod(shape) * ITEM_BYTES[dtype]:
+        raise SoliError(f"{file}: tensor {name} has {end - start} bytes, too many or few for {dtype} of shape {shape}")
+    return Entry(file, name, dtype, shape, base + start, base + end)
+
+
+def _check_layout(file: Path, entries: dict[str, Entry], base: int, size: int) -> None:
+    """Tensors must fill the data without overlap or gap, as the format says."""
+    end = base
+    for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.end)):
+        if entry.end > size:
+            raise SoliError(f"{entry} ends at byte {entry.end}, but the file is cut short at {size}; fetch it again")
+        if entry.start != end:
+            raise SoliError(f"{entry} begins at byte {entry.start}, where {end} was due: the header is damaged")
+        end = entry.end
+    if end != size:
+        raise SoliError(f"{file}: holds {size - end} bytes after its last tensor: it is damaged")

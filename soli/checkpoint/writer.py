@@ -1,0 +1,207 @@
+"""Write a Hugging Face folder, tensor by tensor, and give it its name only when it is whole.
+
+Shards are laid out from the configuration alone, so that memory holds one tensor at a time, never a shard or the
+model. Everything goes into a hidden folder beside the destination, which is renamed at the end: who finds the
+destination finds all of it, and an interrupted write leaves none. A folder that holds anything is never written over.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import torch
+from torch import Tensor
+
+from soli.checkpoint.name_map import Kind, Slot
+from soli.checkpoint.reader import INDEX, SINGLE
+from soli.checkpoint.shard import FILE_DTYPE, ITEM_BYTES, encode_header
+from soli.config import ModelConfig
+from soli.errors import SoliError
+from soli.formats import HIGH_PRECISION, fp8
+
+SHARD_BYTES: Final = 5_000_000_000
+QUANTIZATION: Final = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "weight_block_size": [fp8.BLOCK, fp8.BLOCK],
+    "activation_scheme": "dynamic",
+}
+
+# What rides along with the weights: tokenizer, generation defaults, model card, licence, code (copied, never run).
+SIDE_FILES: Final = ("*.json", "*.txt", "*.md", "*.model", "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
+TOKENIZER_FILES: Final = (
+    "tokenizer*", "tokenization*.py", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "*.tiktoken", "chat_template*",
+)  # fmt: skip
+
+Spec = tuple[str, str, tuple[int, ...]]  # name, dtype, shape: one tensor in a header
+Fetch = Callable[[Slot], Tensor | fp8.Packed]
+Progress = Callable[[int, int], None]  # bytes written, bytes in all
+
+
+@dataclass(frozen=True)
+class Target:
+    """How to write: `format` bf16, fp32, fp8; `ue8m0`: FP8 scales are powers of two; `shard_bytes` at most per file."""
+
+    format: str
+    ue8m0: bool = False
+    shard_bytes: int = SHARD_BYTES
+
+    def __post_init__(self) -> None:
+        if self.format not in HIGH_PRECISION:
+            raise SoliError(f"format {self.format!r} is not known; choose one of {', '.join(HIGH_PRECISION)}")
+        if self.ue8m0 and self.format != "fp8":
+            raise SoliError(f"ue8m0 scales belong to fp8 files, not to {self.format}")
+        if self.shard_bytes <= 0:
+            raise SoliError(f"shard_bytes is {self.shard_bytes}; it must be positive")
+
+    def packs(self, slot: Slot) -> bool:
+        """Whether this slot becomes FP8 codes and scales."""
+        return self.format == "fp8" and slot.kind is Kind.LINEAR
+
+    def dtype(self, slot: Slot) -> torch.dtype:
+        """The dtype of a slot that is not packed; a router's bias is fp32 in every format."""
+        return torch.float32 if slot.kind is Kind.ROUTER_BIAS else HIGH_PRECISION[self.format]
+
+    def encode(self, slot: Slot, values: Tensor) -> Tensor | fp8.Packed:
+        """Values of any floating dtype as this target stores them."""
+        if not self.packs(slot):
+            return values.to(self.dtype(slot))
+        try:
+            return fp8.pack(values, self.ue8m0)
+        except SoliError as error:
+            raise SoliError(f"tensor {slot.name}: {error}") from None
+
+    def specs(self, slot: Slot) -> list[Spec]:
+        """What a slot becomes in the files: one tensor, or codes and scales."""
+        if not self.packs(slot):
+            return [(slot.name, FILE_DTYPE[self.dtype(slot)], slot.shape)]
+        rows, columns = slot.shape
+        return [(slot.name, "F8_E4M3", slot.shape), (slot.scale_name, "F32", fp8.scale_shape(rows, columns))]
+
+    def config(self, config: ModelConfig) -> dict[str, Any]:
+        """`config.json` of what is written: the dtype, and `quantization_config` for FP8 alone."""
+        scale_fmt = {"scale_fmt": "ue8m0"} if self.ue8m0 else {}
+        quantization = QUANTIZATION | scale_fmt if self.format == "fp8" else None
+        d = replace(config, quantization_config=quantization).to_dict()
+        d.pop("dtype", None)
+        return {**d, "torch_dtype": str(HIGH_PRECISION[self.format]).removeprefix("torch.")}
+
+
+def write(
+    folder: Path,
+    config: ModelConfig,
+    slots: Sequence[Slot],
+    target: Target,
+    fetch: Fetch,
+    side_files: Sequence[Path] = (),
+    progress: Progress = lambda done, total: None,
+) -> int:
+    """Write `slots` of a model to the new folder `folder`, each as `fetch` gives it. Returns the bytes of all tensors.
+
+    Raises SoliError when the folder holds something, the disk lacks room, or writing fails; nothing is left then.
+    """
+    shards = _plan(slots, target)
+    total = sum(_bytes(spec) for shard in shards for slot in shard for spec in target.specs(slot))
+    with _new_folder(folder, total) as partial:
+        names = [SINGLE] if len(shards) == 1 else [
+            f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
+        ]  # fmt: skip
+        done = 0
+        for name, shard in zip(names, shards, strict=True):
+            for written in _write_shard(partial / name, shard, target, fetch):
+                done += written
+                progress(done, total)
+        if len(shards) > 1:
+            _write_json(partial / INDEX, _index(names, shards, target, total))
+        for file in side_files:
+            shutil.copyfile(file, partial / file.name)
+        _write_json(partial / "config.json", target.config(config))
+    return total
+
+
+def files_beside(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    """Files of `folder` that match `patterns`, without the configuration and the index, which are written anew."""
+    found = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
+    return sorted(file for file in found if file.name != "config.json" and not file.name.endswith(".index.json"))
+
+
+@contextmanager
+def _new_folder(folder: Path, need: int) -> Iterator[Path]:
+    """A hidden folder to fill, renamed to `folder` on success and removed on any failure, an interrupt included."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise SoliError(f"{folder}: is there already and not empty; choose a new folder")
+    partial = folder.absolute().parent / f".{folder.absolute().name}.partial-{os.getpid()}"
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(partial.parent).free
+        if need > free:
+            raise SoliError(f"{folder}: needs {need / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free on that disk")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        yield partial
+        partial.rename(folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise SoliError(f"{folder}: cannot be written ({error.strerror or error})") from None
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _plan(slots: Sequence[Slot], target: Target) -> list[list[Slot]]:
+    """Slots in order, cut into shards; a weight and its scales share one."""
+    shards: list[list[Slot]] = [[]]
+    filled = 0
+    for slot in slots:
+        size = sum(_bytes(spec) for spec in target.specs(slot))
+        if shards[-1] and filled + size > target.shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(slot)
+        filled += size
+    return shards
+
+
+def _write_shard(file: Path, shard: Sequence[Slot], target: Target, fetch: Fetch) -> Iterator[int]:
+    """Write one file, yielding the bytes of each slot as it is done."""
+    head, offsets, size = encode_header(spec for slot in shard for spec in target.specs(slot))
+    with file.open("wb") as stream:
+        stream.write(head)
+        stream.truncate(size)
+        for slot in shard:
+            value = fetch(slot)
+            parts = (value.codes_OI, value.scale_PQ) if isinstance(value, fp8.Packed) else (value,)
+            for (name, dtype, shape), part in zip(target.specs(slot), parts, strict=True):
+                assert (FILE_DTYPE[part.dtype], tuple(part.shape)) == (dtype, shape), name
+                stream.seek(offsets[name])
+                _write_bytes(stream, part)
+            yield sum(_bytes(spec) for spec in target.specs(slot))
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _write_bytes(stream: BinaryIO, tensor: Tensor) -> None:
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    stream.write(flat.view(torch.uint8).numpy().data)
+
+
+def _index(names: Sequence[str], shards: Sequence[Sequence[Slot]], target: Target, total: int) -> dict[str, Any]:
+    weight_map: dict[str, str] = {}
+    for file, shard in zip(names, shards, strict=True):
+        weight_map |= {name: file for slot in shard for name, _, _ in target.specs(slot)}
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+
+def _write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _bytes(spec: Spec) -> int:
+    return prod(spec[2]) * ITEM_BYTES[spec[1]]
