@@ -1,4 +1,4 @@
-"""Configuration: every spelling in use is read, every field survives a round trip, the impossible is refused by name."""
+"""Configuration: every spelling in use is read, every field survives a round trip, nonsense is refused by name."""
 
 import json
 import subprocess

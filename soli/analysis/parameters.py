@@ -130,7 +130,7 @@ def count(config: ModelConfig, mtp: bool = False) -> Count:
     own = sum(w.total for w in extra)
     return Count(
         components=tuple(components),
-        router_biases=sum(w.total for w in main if w.storage == "fp32"),
+        router_biases=sum(w.total for w in main + (extra if mtp else []) if w.storage == "fp32"),
         embedding=config.vocab_size * config.hidden_size,
         mtp_own=own,
         mtp_files=own + copies,

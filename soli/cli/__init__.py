@@ -99,7 +99,8 @@ def _sentence(error: Exception) -> str:
         return f"this needs the package {error.name}; install it with: pip install 'soli[{EXTRAS[error.name]}]'"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
-    return f"unexpected {type(error).__name__}: {error} (SOLI_DEBUG=1 shows where)"
+    said = " ".join(str(error).split())
+    return f"unexpected {type(error).__name__}: {said} (SOLI_DEBUG=1 shows where)"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -38,8 +38,8 @@ def count(
 
 
 def what_if(config: ModelConfig, changes: dict[str, Any]) -> tuple[ModelConfig, str | None]:
-    """The changed configuration. Groups that no longer fit the experts are dropped with a note, unless the what-if names
-    them: groups decide who may play, never how many, so the count is the same."""
+    """The changed configuration. Groups that no longer fit the experts are dropped with a note, unless named in
+    `changes`: groups decide who may play, never how many, so the count is the same."""
     try:
         return replace(config, changes), None
     except SoliError as refusal:
@@ -87,15 +87,14 @@ def _print_table(
     from rich.table import Table
 
     console = Console(highlight=False)
-    share = 100 * counted.activated / counted.total
-    console.print(
-        f"[bold]{scaled(counted.total)} parameters, {scaled(counted.activated)} play for each token: {share:.1f} %[/bold]"
-    )
+    total, activated, share = counted.total, counted.activated, 100 * counted.activated / counted.total
+    summary = f"{scaled(total)} parameters, {scaled(activated)} play for each token: {share:.1f} %"
+    console.print(summary, style="bold", soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False)
     table.add_column("", "total")
     for title, footer in (
-        ("parameters", f"{counted.total:,}"),
-        ("activated", f"{counted.activated:,}"),
+        ("parameters", f"{total:,}"),
+        ("activated", f"{activated:,}"),
         ("bf16", scaled(counted.bytes_bf16, "B")),
         ("FP8", scaled(counted.bytes_fp8, "B")),
     ):
@@ -127,9 +126,10 @@ def _costs(
     lines.append(("decode", f"{parts} over {flops.context:,} cached tokens, per token"))
     lines.append(("prefill", f"{scaled(flops.prefill, 'FLOP')} per token, mean over a sequence of {flops.context:,}"))
     if config.num_nextn_predict_layers:
-        own = f"{scaled(counted.mtp_own)} of its own beside copies of embedding and head"
-        where = "its own are in the table" if mtp else "not in the table (--mtp)"
-        lines.append(("MTP", f"{scaled(counted.mtp_files)} more in files, {own}; {where}"))
+        own = (
+            f"{scaled(counted.mtp_own)} of its own{' (in the table)' if mtp else ''}, and copies of embedding and head"
+        )
+        lines.append(("MTP", f"{scaled(counted.mtp_files)} more in files: {own}"))
     return lines
 
 
