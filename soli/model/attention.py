@@ -27,6 +27,26 @@ class Cache(Protocol):
         ...
 
 
+SHORT = 512  # queries up to which a CPU is faster (about twice) with the scores written out than with the fused kernel
+
+
+def attend(q_BHTX: Tensor, k_BHSX: Tensor, v_BHSV: Tensor, seen_B1TS: Tensor | None, scale: float) -> Tensor:
+    """Softmax attention, (B, H, T, V). Without ``seen`` it is causal with T = S. Softmax in float32.
+
+    Keys are wider than values (192 against 128 in V3): torch picks a fused backend that takes it.
+    """
+    T = q_BHTX.shape[2]
+    if q_BHTX.is_cuda or T > SHORT:
+        return F.scaled_dot_product_attention(
+            q_BHTX, k_BHSX, v_BHSV, attn_mask=seen_B1TS, is_causal=seen_B1TS is None, scale=scale
+        )
+    scores_BHTS = (q_BHTX @ k_BHSX.transpose(2, 3)).to(torch.float32) * scale
+    if seen_B1TS is None:
+        seen_B1TS = torch.ones(T, T, dtype=torch.bool, device=q_BHTX.device).tril()
+    scores_BHTS = scores_BHTS.masked_fill(~seen_B1TS, float("-inf"))
+    return scores_BHTS.softmax(dim=-1).to(v_BHSV.dtype) @ v_BHSV
+
+
 class LatentAttention(nn.Module):
     """``layer`` is the cache's index: 0..L-1 for the main layers, L+k for MTP module k."""
 
@@ -66,8 +86,8 @@ class LatentAttention(nn.Module):
             latent_BSC, rope_BSR = cache.append(self.layer, latent_BTC, rope_BTR, positions_BT)
             slots_S = torch.arange(latent_BSC.shape[1], device=x_BTD.device)
             seen_BTS = slots_S <= positions_BT[..., None]
-            attend = self._absorbed if x_BTD.shape[1] == 1 else self._expanded
-            heads_BTHV = attend(q_nope_BTHN, q_rope_BTHR, latent_BSC, rope_BSR, seen_BTS)
+            way = self._absorbed if x_BTD.shape[1] == 1 else self._expanded
+            heads_BTHV = way(q_nope_BTHN, q_rope_BTHR, latent_BSC, rope_BSR, seen_BTS)
         return self.o_proj(heads_BTHV.flatten(2))
 
     def _queries(self, x_BTD: Tensor, cos_sin: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -89,11 +109,7 @@ class LatentAttention(nn.Module):
         q = torch.cat((q_nope_BTHN, q_rope_BTHR), dim=-1).transpose(1, 2)
         k = torch.cat((k_nope_BSHN, rope_BSHR), dim=-1).transpose(1, 2)
         mask = None if seen_BTS is None else seen_BTS[:, None]
-        # Keys are wider than values (192 against 128 in V3); torch picks a backend that takes it.
-        out = F.scaled_dot_product_attention(
-            q, k, v_BSHV.transpose(1, 2), attn_mask=mask, is_causal=mask is None, scale=self.scale
-        )
-        return out.transpose(1, 2)
+        return attend(q, k, v_BSHV.transpose(1, 2), mask, self.scale).transpose(1, 2)
 
     def _absorbed(
         self, q_nope_BTHN: Tensor, q_rope_BTHR: Tensor, latent_BSC: Tensor, rope_BSR: Tensor, seen_BTS: Tensor
@@ -104,5 +120,5 @@ class LatentAttention(nn.Module):
         q = torch.cat((q_BTHC, q_rope_BTHR), dim=-1).transpose(1, 2)
         k = torch.cat((latent_BSC, rope_BSR), dim=-1)[:, None].expand(-1, self.H, -1, -1)
         v = latent_BSC[:, None].expand(-1, self.H, -1, -1)
-        mixed_BHTC = F.scaled_dot_product_attention(q, k, v, attn_mask=seen_BTS[:, None], scale=self.scale)
+        mixed_BHTC = attend(q, k, v, seen_BTS[:, None], self.scale)
         return torch.einsum("bhtc,hvc->bthv", mixed_BHTC, up_v_HVC)

@@ -70,9 +70,11 @@ def test_gradients(config: ModelConfig) -> None:
     model = make_model(config)
     oracle = oracle_of(model)
     ours, theirs = gradients(model, model(tokens())), gradients(oracle, oracle(tokens()).logits)
+    # With one expert normalised to weight 1 the router's gradient is zero but for rounding: hence a floor.
+    floor = 1e-6 * max(float(grad.norm()) for grad in theirs.values())
     for name, grad in ours.items():
         other = theirs[name if name.startswith("lm_head") else f"model.{name}"]
-        assert float((grad - other).norm()) <= 1e-4 * float(other.norm()) + 1e-9, name
+        assert float((grad - other).norm()) <= 1e-4 * float(other.norm()) + floor, name
 
 
 def test_the_full_size_model_builds_on_the_meta_device() -> None:
