@@ -7,6 +7,8 @@ and gets a zero gradient. In bfloat16 the products of all experts are one groupe
 expert on its slice. The sum over a token's experts runs in a fixed order, so the result is deterministic.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,12 +16,30 @@ from torch.nn import functional as F
 
 def experts(x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
     """Equation 12's routed part for T tokens: (T, D), (T, K), (T, K) to (T, D) in the dtype of x."""
+
+    def run(x_PD: Tensor, weights_P1: Tensor, counts_E: Tensor) -> Tensor:
+        return _mlp_by_expert(x_PD, weights_P1, counts_E, gate_up_E2FD.to(x_PD.dtype), down_EDF.to(x_PD.dtype))
+
+    return dispatch(x_TD, expert_ids_TK, weights_TK, gate_up_E2FD.shape[0], run)
+
+
+def dispatch(
+    x_TD: Tensor,
+    expert_ids_TK: Tensor,
+    weights_TK: Tensor,
+    num_experts: int,
+    run: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Send tokens to their experts, whatever network those are, and sum what comes back.
+
+    ``run(x_PD, weights_P1, counts_E)`` gets the rows sorted by expert, the gate weight of each row, and how many rows
+    each expert has; it returns each row's output times its weight.
+    """
     T, K = expert_ids_TK.shape
     order_P = expert_ids_TK.flatten().argsort(stable=True)
-    counts_E = torch.bincount(expert_ids_TK.flatten(), minlength=gate_up_E2FD.shape[0])
-    x_PD = x_TD.index_select(0, order_P // K)
+    counts_E = torch.bincount(expert_ids_TK.flatten(), minlength=num_experts)
     weights_P1 = weights_TK.flatten().index_select(0, order_P)[:, None].to(x_TD.dtype)
-    y_PD = _mlp_by_expert(x_PD, weights_P1, counts_E, gate_up_E2FD.to(x_TD.dtype), down_EDF.to(x_TD.dtype))
+    y_PD = run(x_TD.index_select(0, order_P // K), weights_P1, counts_E)
     place_P = torch.empty_like(order_P).scatter_(0, order_P, torch.arange(T * K, device=order_P.device))
     return y_PD.index_select(0, place_P).unflatten(0, (T, K)).sum(dim=1)
 
