@@ -1,0 +1,41 @@
+"""How the command line shows the experts: as a score on the terminal, or as JSON."""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+
+from soli.analysis.trace import TokenTrace, trace_tokens
+from soli.analysis.trace_view import print_detail, print_score
+from soli.engine.generate import Generation
+from soli.engine.text_model import TextModel
+
+PIPE_WIDTH = 160  # columns when standard output is not a terminal and COLUMNS does not say
+
+
+def traced(text_model: TextModel, prompt: Sequence[int], generation: Generation) -> list[TokenTrace]:
+    """The trace of one prompt and its answer; empty for a model without routed experts."""
+    tokens = [*prompt, *generation.ids]
+    labels = [text_model.label(token) for token in tokens]
+    return trace_tokens(text_model.model, generation.routing or (), tokens, labels, len(prompt))
+
+
+def show(trace: Sequence[TokenTrace], detail: bool) -> None:
+    """Prints a trace to standard output: coloured when that is a terminal, plain when it is not."""
+    plain = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    console = Console(width=PIPE_WIDTH if plain else None, highlight=False)
+    (print_detail if detail else print_score)(console, trace)
+
+
+def as_json(trace: Sequence[TokenTrace]) -> list[dict[str, Any]]:
+    """The trace as plain lists and dicts, field for field as in soli/analysis/trace.py."""
+    return [dataclasses.asdict(token) for token in trace]
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON object on one line, Chinese left readable, handed to the reader at once."""
+    print(json.dumps(value, ensure_ascii=False), flush=True)

@@ -1,0 +1,88 @@
+"""`soli generate MODEL PROMPT`: continue a text with the model in a folder; the text streams as it comes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from soli.cli import options
+from soli.cli.text_input import argument_lines, stdin_lines
+from soli.errors import SoliError
+
+if TYPE_CHECKING:
+    from soli.analysis.trace import TokenTrace
+    from soli.engine.generate import Generation
+
+MOST_NEW_TOKENS = 256
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="A model folder; nano is the model in the box.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    seed: options.Seed = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text appears; may be given several times.")
+    ] = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    experts: options.Experts = False,
+    experts_detail: options.Detail = False,
+    json: options.Json = False,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "auto",
+) -> None:
+    """Continue a prompt. Only the continuation goes to standard output."""
+    text = "\n".join(stdin_lines() if prompt == "-" else argument_lines(prompt, "the prompt"))
+    if not text.strip():
+        raise SoliError("the prompt is empty: give some text to continue")
+    from soli.cli import experts_output
+    from soli.engine.generate import generate as run
+    from soli.engine.sampler import SamplingParams
+    from soli.engine.stream import TextStream
+    from soli.engine.text_model import open_text_model
+
+    sampling = SamplingParams(temperature, top_k, top_p, seed)
+    text_model = open_text_model(model, device, dtype)
+    prompt_ids = text_model.text_prompt(text)
+    stream = TextStream(text_model.tokenizer.decode, stop or ())
+
+    def on_token(_: int, token: int) -> bool:
+        piece = stream.push(token)
+        if not json:
+            print(piece, end="", flush=True)
+        return stream.stopped
+
+    room = text_model.room(prompt_ids, "the prompt")
+    [generation] = run(
+        text_model.model,
+        [prompt_ids],
+        max_new_tokens=min(room, MOST_NEW_TOKENS) if max_new_tokens is None else max_new_tokens,
+        sampling=sampling,
+        stop_ids=text_model.stop_ids,
+        on_token=on_token,
+        trace=experts or experts_detail,
+    )
+    rest = stream.finish()
+    trace = experts_output.traced(text_model, prompt_ids, generation) if generation.routing is not None else None
+    if json:
+        _print_json(text, stream.text, prompt_ids, generation, trace)
+        return
+    print(rest, flush=True)
+    if trace is not None:
+        print()
+        experts_output.show(trace, experts_detail)
+
+
+def _print_json(
+    prompt: str, text: str, prompt_ids: list[int], generation: Generation, trace: list[TokenTrace] | None
+) -> None:
+    from soli.cli import experts_output
+
+    found: dict[str, Any] = {"prompt": prompt, "text": text, "finish_reason": generation.finish_reason}
+    found["prompt_tokens"], found["new_tokens"] = len(prompt_ids), len(generation.ids)
+    if trace is not None:
+        found["experts"] = experts_output.as_json(trace)
+    experts_output.print_json(found)

@@ -1,0 +1,50 @@
+"""Text from a person: an argument, a file, or standard input. What cannot be text is refused in one sentence."""
+
+import sys
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from soli.errors import SoliError
+
+LONGEST_LINE = 65_536  # bytes; far more than any small model's positions, far less than what would fill the memory
+
+
+def argument_lines(text: str, name: str) -> list[str]:
+    """The lines of a command-line argument; refuses an empty one and bytes that are not UTF-8."""
+    try:
+        size = len(text.encode("utf-8"))
+    except UnicodeEncodeError:
+        raise SoliError(f"{name} is not valid UTF-8: give it in that encoding") from None
+    if not text.strip():
+        raise SoliError(f"{name} is empty: give some text, or - to read it from standard input")
+    if size > LONGEST_LINE:
+        raise SoliError(f"{name} is {size:,} bytes long; the limit is {LONGEST_LINE:,}: give it in parts")
+    return text.splitlines()
+
+
+def stdin_lines(stream: BinaryIO | None = None) -> Iterator[str]:
+    """Lines of standard input without their ends, read as they are asked for; a bad one is refused by its number."""
+    yield from _lines(stream or sys.stdin.buffer, "standard input")
+
+
+def file_lines(path: str) -> Iterator[str]:
+    """Lines of a text file, under the same rules."""
+    with open(path, "rb") as stream:
+        yield from _lines(stream, path)
+
+
+def _lines(stream: BinaryIO, name: str) -> Iterator[str]:
+    number = 0
+    while line := stream.readline(LONGEST_LINE + 2):
+        number += 1
+        yield _checked(line, f"line {number} of {name}")
+
+
+def _checked(line: bytes, where: str) -> str:
+    line = line.removesuffix(b"\n").removesuffix(b"\r")
+    if len(line) > LONGEST_LINE:
+        raise SoliError(f"{where} is longer than the limit of {LONGEST_LINE:,} bytes: break it into several lines")
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SoliError(f"{where} is not valid UTF-8 (byte {error.start + 1}): convert the text to UTF-8") from None

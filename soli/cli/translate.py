@@ -1,0 +1,75 @@
+"""`soli translate TEXT`: English to Chinese or back with the model in the box; `-` reads lines from stdin."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from soli.cli import options
+from soli.cli.text_input import argument_lines, stdin_lines
+from soli.errors import SoliError
+
+if TYPE_CHECKING:
+    from soli.engine.translate import Translation, Translator
+
+
+def translate(
+    text: Annotated[str, typer.Argument(help="What to translate; - reads standard input, a line each.")],
+    to: Annotated[str | None, typer.Option(help="en or zh; by default whichever the text is not in.")] = None,
+    model: Annotated[str, typer.Option(help="A model folder; nano is the model in the box.")] = "nano",
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    seed: options.Seed = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Lines translated together.")] = 32,
+    experts: options.Experts = False,
+    experts_detail: options.Detail = False,
+    json: options.Json = False,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "auto",
+) -> None:
+    """Translate between English and Chinese. Standard output gets the translation alone, line for line."""
+    if to not in (None, "en", "zh"):
+        raise SoliError(f"cannot translate to {to!r}: choose en or zh")
+    lines = stdin_lines() if text == "-" else argument_lines(text, "the text")
+    from soli.engine.sampler import SamplingParams
+    from soli.engine.text_model import open_text_model
+    from soli.engine.translate import Translator
+
+    sampling = SamplingParams(temperature, top_k, top_p, seed)
+    translator = Translator(
+        text_model=open_text_model(model, device, dtype),
+        to=to,  # type: ignore[arg-type]
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        trace=experts or experts_detail,
+        batch_size=batch_size,
+    )
+    # A person typing line after line wants each answer at once.
+    window = 1 if text == "-" and sys.stdin.isatty() else 16 * batch_size
+    for translation in translator.translate(lines, window):
+        _print(translator, translation, json, experts_detail)
+
+
+def _print(translator: Translator, translation: Translation, as_json: bool, detail: bool) -> None:
+    from soli.cli import experts_output
+
+    generation = translation.generation
+    trace = None
+    if translator.trace and generation is not None:
+        trace = experts_output.traced(translator.text_model, translation.prompt, generation)
+    if not as_json:
+        print(translation.text, flush=True)
+        if trace is not None:
+            print()
+            experts_output.show(trace, detail)
+        return
+    found: dict[str, Any] = {"source": translation.source, "translation": translation.text, "to": translation.to}
+    found["finish_reason"] = generation.finish_reason if generation else None
+    found["prompt_tokens"], found["new_tokens"] = len(translation.prompt), len(generation.ids) if generation else 0
+    if trace is not None:
+        found["experts"] = experts_output.as_json(trace)
+    experts_output.print_json(found)

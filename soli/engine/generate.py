@@ -1,0 +1,177 @@
+"""Decoding: prompts in, tokens out, many requests at once.
+
+The first pass reads all prompts, right-padded to the longest; every later pass reads one token per request with
+absorbed attention over the latent cache (DeepSeek-V2 report, section 2.1.2). A finished request leaves the batch and
+the cache. Without the cache every pass reads each sequence again from its beginning: slow, and the reference that the
+cache is tested against. Refuses empty prompts and requests that could outgrow the model's positions.
+
+Shapes: B requests still running, T tokens read in this pass, D hidden, V vocab.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from soli.engine.cache import LatentCache
+from soli.engine.sampler import GREEDY, Sampler, SamplingParams
+from soli.errors import SoliError
+from soli.model.router import Routing
+from soli.model.transformer import Transformer
+
+OnToken = Callable[[int, int], bool | None]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one request produced.
+
+    `ids`: the new tokens, without the stop token. `finish_reason`: "stop" (a stop token, or `on_token` said so) or
+    "length". `routing`: if asked for, one Routing per MoE layer over the tokens the model read: the prompt, then
+    `ids` (less the last one when no stop token followed it, for then nothing was read after it was drawn).
+    """
+
+    ids: tuple[int, ...]
+    finish_reason: Literal["stop", "length"]
+    routing: tuple[Routing, ...] | None = None
+
+
+@dataclass
+class _Request:
+    number: int
+    ids: list[int]
+    prompt_length: int
+    max_new_tokens: int
+    read: int = 0
+    finish_reason: Literal["stop", "length"] | None = None
+    routing: list[tuple[Routing, ...]] = field(default_factory=list)
+
+    def generation(self) -> Generation:
+        routing = tuple(map(join_routing, zip(*self.routing, strict=True))) if self.routing else None
+        return Generation(tuple(self.ids[self.prompt_length :]), self.finish_reason or "length", routing)
+
+
+@torch.inference_mode()
+def generate(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int | Sequence[int],
+    sampling: SamplingParams | Sequence[SamplingParams] = GREEDY,
+    stop_ids: Collection[int] = (),
+    on_token: OnToken | None = None,
+    use_cache: bool = True,
+    trace: bool = False,
+) -> list[Generation]:
+    """Continues every prompt (token ids) until a stop token, `max_new_tokens` or `on_token` ends it.
+
+    `max_new_tokens` and `sampling` hold for all prompts or are given one by one. `on_token(request, token)` is called
+    for each new token (never for a stop token) and ends that request by returning True. `trace` keeps each read
+    token's Routing. Results are in the order of `prompts`; they do not depend on what else is in the batch, nor (but
+    for rounding) on the cache.
+    """
+    requests = _requests(model, prompts, max_new_tokens)
+    sampler = Sampler([sampling] * len(requests) if isinstance(sampling, SamplingParams) else sampling)
+    cache = LatentCache(model.config.max_position_embeddings) if use_cache else None
+    running = [request for request in requests if request.max_new_tokens > 0]
+    while running:
+        logits_BV = _read(model, running, cache, trace)
+        tokens = sampler.draw(logits_BV, [request.number for request in running])
+        for request, token in zip(running, tokens, strict=True):
+            _accept(request, token, stop_ids, on_token)
+        stay = [row for row, request in enumerate(running) if request.finish_reason is None]
+        if cache is not None and len(stay) < len(running):
+            cache.keep(torch.tensor(stay, dtype=torch.int64, device=logits_BV.device))
+        running = [running[row] for row in stay]
+    return [request.generation() for request in requests]
+
+
+def _requests(
+    model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int]
+) -> list[_Request]:
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    positions, vocab = model.config.max_position_embeddings, model.config.vocab_size
+    requests = []
+    for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+        if not prompt:
+            raise SoliError(f"prompt {number + 1} is empty: give it at least one token")
+        if not 0 <= min(prompt) <= max(prompt) < vocab:
+            raise SoliError(
+                f"prompt {number + 1} holds token {max(prompt)}, but the model's vocabulary ends at {vocab - 1}"
+            )
+        if len(prompt) + limit > positions:
+            raise SoliError(
+                f"prompt {number + 1} has {len(prompt)} tokens and asks for {limit} more, but the model has only "
+                f"{positions} positions: shorten the text or ask for fewer tokens"
+            )
+        requests.append(_Request(number, list(prompt), len(prompt), limit))
+    return requests
+
+
+def _read(model: Transformer, running: list[_Request], cache: LatentCache | None, trace: bool) -> Tensor:
+    """Reads what each request has not read yet (without a cache: everything); logits (B,V) after its last token."""
+    device = model.embed_tokens.weight.device
+    starts = [request.read if cache is not None else 0 for request in running]
+    ids_BT, lengths_B = right_padded([r.ids[start:] for r, start in zip(running, starts, strict=True)], device)
+    positions_BT = torch.tensor(starts, device=device)[:, None] + torch.arange(ids_BT.shape[1], device=device)
+    trunk = model.trunk(ids_BT, positions_BT, cache)
+    if trace:
+        _keep_routing(running, trunk.routing, lengths_B.tolist(), ids_BT.shape[1])
+    for request in running:
+        request.read = len(request.ids)
+    last_B1D = trunk.hidden_BTD[torch.arange(len(running), device=device), lengths_B - 1][:, None]
+    return model.head(last_B1D)[:, 0]
+
+
+def _accept(request: _Request, token: int, stop_ids: Collection[int], on_token: OnToken | None) -> None:
+    if token in stop_ids:
+        request.finish_reason = "stop"
+        return
+    request.ids.append(token)
+    if on_token is not None and on_token(request.number, token):
+        request.finish_reason = "stop"
+    elif len(request.ids) - request.prompt_length >= request.max_new_tokens:
+        request.finish_reason = "length"
+
+
+def right_padded(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids (B,T), zeros after each row's end, and the lengths (B). Pads come last: causality hides them."""
+    lengths = [len(sequence) for sequence in sequences]
+    ids_BT = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+    for row, sequence in enumerate(sequences):
+        ids_BT[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.int64)
+    return ids_BT.to(device), torch.tensor(lengths, device=device)
+
+
+def _keep_routing(running: list[_Request], layers: tuple[Routing, ...], lengths: list[int], width: int) -> None:
+    """Gives every request its own tokens' routing: no pads, and nothing that an earlier pass already recorded."""
+    for row, (request, length) in enumerate(zip(running, lengths, strict=True)):
+        new = len(request.ids) - request.read
+        start = row * width + length - new
+        request.routing.append(tuple(slice_routing(layer, start, start + new) for layer in layers))
+
+
+def slice_routing(routing: Routing, start: int, stop: int) -> Routing:
+    """The decisions for tokens start..stop-1, copied so that the pass they came from can be freed."""
+    groups_TG = routing.groups_TG
+    return Routing(
+        expert_ids_TK=routing.expert_ids_TK[start:stop].clone(),
+        weights_TK=routing.weights_TK[start:stop].clone(),
+        scores_TE=routing.scores_TE[start:stop].clone(),
+        biased_TE=routing.biased_TE[start:stop].clone(),
+        groups_TG=None if groups_TG is None else groups_TG[start:stop].clone(),
+    )
+
+
+def join_routing(parts: Sequence[Routing]) -> Routing:
+    """One layer's decisions over consecutive tokens as one Routing."""
+    groups = [part.groups_TG for part in parts if part.groups_TG is not None]
+    return Routing(
+        expert_ids_TK=torch.cat([part.expert_ids_TK for part in parts]),
+        weights_TK=torch.cat([part.weights_TK for part in parts]),
+        scores_TE=torch.cat([part.scores_TE for part in parts]),
+        biased_TE=torch.cat([part.biased_TE for part in parts]),
+        groups_TG=torch.cat(groups) if groups else None,
+    )

@@ -1,0 +1,112 @@
+"""A model with its tokenizer, and what lies between text and tokens: prompts, stop tokens, tokens as a person reads
+them.
+
+Text from a person is always encoded as text: a special token spelled out in it stays text. Refuses texts that leave the
+model no room to answer.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from soli.checkpoint import load_model, open_checkpoint
+from soli.data.tokenizer import Tokenizer
+from soli.errors import SoliError
+from soli.model.transformer import Transformer
+
+SMALL_ENOUGH_FOR_FLOAT32 = 512 * 2**20  # bytes of weight files
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A loaded model and its tokenizer. `stop_ids` end a text, `text_prefix` begins one."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    stop_ids: frozenset[int]
+    text_prefix: tuple[int, ...]
+
+    @property
+    def positions(self) -> int:
+        """How many tokens a prompt and its answer may have together."""
+        return self.model.config.max_position_embeddings
+
+    def text_prompt(self, text: str) -> list[int]:
+        """The tokens to continue `text` from, begun as the model's training documents begin."""
+        ids = [*self.text_prefix, *self.tokenizer.encode(text)]
+        if not ids:
+            raise SoliError("the prompt is empty and this model has no token to begin a text with: give it some text")
+        return ids
+
+    def room(self, prompt: Sequence[int], where: str) -> int:
+        """How many tokens may follow a prompt; at least 1, or a SoliError that names the limit."""
+        if len(prompt) >= self.positions:
+            raise SoliError(
+                f"{where} has {len(prompt)} tokens, but the model has {self.positions} positions for it and the answer "
+                f"together: shorten it, or give it in parts"
+            )
+        return self.positions - len(prompt)
+
+    def label(self, token: int) -> str:
+        """A token as text; bytes of an unfinished character as ⟨e4b8⟩."""
+        text = self.tokenizer.token_text(token)
+        if "\ufffd" not in text:
+            return text
+        shown = self.tokenizer.token_bytes(token).decode("utf-8", "backslashreplace")
+        return re.sub(r"(?:\\x[0-9a-f]{2})+", lambda match: f"⟨{match[0].replace(chr(92) + 'x', '')}⟩", shown)
+
+
+def open_text_model(name_or_folder: str, device: str = "cpu", dtype: str = "auto", mtp: bool = False) -> TextModel:
+    """Loads a folder, or "nano", the model in the box; its MTP modules only when `mtp`.
+
+    dtype "auto": float32 for weight files of up to 512 MB, where rounding is then out of the way; else that of the
+    files.
+    """
+    if dtype not in ("auto", *DTYPES):
+        raise SoliError(f"dtype is {dtype!r}: choose auto, {' or '.join(DTYPES)}")
+    folder = open_checkpoint(name_or_folder).folder
+    if dtype == "auto":
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        dtype = "float32" if size <= SMALL_ENOUGH_FOR_FLOAT32 else dtype
+    model = load_model(name_or_folder, device=device, dtype=DTYPES.get(dtype), mtp=mtp)
+    return text_model(model, Tokenizer.from_folder(folder), folder)
+
+
+def text_model(model: Transformer, tokenizer: Tokenizer, folder: Path | None = None) -> TextModel:
+    """Joins a model and a tokenizer; stop tokens and beginnings as config.json and the folder's other files say."""
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise SoliError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens but the model's vocab_size is {model.config.vocab_size}: "
+            "they do not belong together"
+        )
+    eos: list[int | list[int] | None] = [model.config.eos_token_id]
+    eos.append(_json(folder, "generation_config.json").get("eos_token_id"))
+    stop_ids = {
+        token for entry in eos for token in (entry if isinstance(entry, list) else [entry]) if token is not None
+    }
+    return TextModel(model, tokenizer, frozenset(stop_ids), _text_prefix(model, tokenizer, folder))
+
+
+def _text_prefix(model: Transformer, tokenizer: Tokenizer, folder: Path | None) -> tuple[int, ...]:
+    """Soli's own plain documents begin <|bos|><|text|>; others with bos, unless tokenizer_config.json says not to."""
+    if tokenizer.has_token("<|text|>"):
+        return (tokenizer.bos_id, tokenizer.token_id("<|text|>"))
+    bos = model.config.bos_token_id
+    wanted = _json(folder, "tokenizer_config.json").get("add_bos_token", True)
+    return (bos,) if wanted and bos is not None else ()
+
+
+def _json(folder: Path | None, name: str) -> dict:
+    path = folder / name if folder else None
+    if path is None or not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SoliError(f"{path} is not readable JSON ({error}): fetch it again") from error
+    return content if isinstance(content, dict) else {}
