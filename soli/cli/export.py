@@ -1,0 +1,20 @@
+"""`soli export RUN DST`: a Hugging Face model folder, tokenizer included, out of a training run's best checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="The folder of a run of soli train.")],
+    dst: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")],
+    format: Annotated[str, typer.Option(help="fp8 (128x128 blocks), bf16 or fp32.")] = "fp8",
+) -> None:
+    """Make a model folder out of a training run."""
+    import soli
+    from soli.train.state import load_run
+
+    soli.save_model(load_run(run), dst, format=format, tokenizer_from=run)

@@ -1,0 +1,68 @@
+"""Held-out text: nats per token, bits per byte, accuracy of multi-token prediction, and sample translations.
+
+Bits per byte = nats of all predicted tokens / ln 2 / UTF-8 bytes those tokens stand for. Special tokens count in the
+numerator and stand for no byte. Nothing here changes the model: no gradient, no load counted towards the bias.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from soli.data.tokenizer import Tokenizer
+from soli.engine.generate import generate
+from soli.model.transformer import Transformer
+from soli.train.losses import mtp_mask, token_nll
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over held-out windows."""
+
+    loss: float  # nats per token
+    bits_per_byte: float
+    mtp_accuracy: float | None  # how often the first MTP module's likeliest token is the text's; None without one
+
+
+def bytes_per_token(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
+    """UTF-8 bytes that each token id stands for (float64, V); 0 for special tokens."""
+    lengths = [len(tokenizer.token_bytes(i)) if tokenizer.decode([i]) else 0 for i in range(vocab_size)]
+    return torch.tensor(lengths, dtype=torch.float64)
+
+
+@torch.no_grad()
+def evaluate(model: Transformer, window_BW: Tensor, bytes_V: Tensor, micro: int, eos_id: int) -> Evaluation:
+    """Measure the model on held-out windows of T + 1 + MTP depth tokens, `micro` of them at a time."""
+    device = model.embed_tokens.weight.device
+    depths = len(model.mtp)
+    length = window_BW.shape[1] - 1 - depths
+    nats, bytes_read, right, judged = 0.0, 0.0, 0, 0
+    for part_BW in window_BW.split(micro):
+        ids_BW = part_BW.to(device)
+        trunk = model.trunk(ids_BW[:, :length])
+        nats += float(token_nll(trunk.hidden_BTD, model.lm_head.weight, ids_BW[:, 1 : 1 + length]).double().sum())
+        bytes_read += float(bytes_V[part_BW[:, 1 : 1 + length]].sum())
+        if depths:
+            step = model.mtp_step(0, trunk.hidden_BTD, ids_BW[:, 1 : 1 + length])
+            mask_BT = mtp_mask(ids_BW, 0, length, eos_id)
+            hit_BT = model.head(step.hidden_BTD).argmax(-1) == ids_BW[:, 2 : 2 + length]
+            right, judged = right + int((hit_BT & mask_BT).sum()), judged + int(mask_BT.sum())
+    loss = nats / (window_BW.shape[0] * length)
+    bits = nats / math.log(2) / bytes_read if bytes_read else math.nan
+    return Evaluation(loss, bits, right / judged if judged else None)
+
+
+def translate_samples(
+    model: Transformer, tokenizer: Tokenizer, sentences: list[tuple[str, str]], limit: int
+) -> list[tuple[str, str]]:
+    """Greedy translations of (text, target language) pairs, beside their texts."""
+    room = model.config.max_position_embeddings - limit
+    prompts = [tokenizer.translation_prompt(text, to) for text, to in sentences]
+    fitting = [(text, prompt) for (text, _), prompt in zip(sentences, prompts, strict=True) if len(prompt) <= room]
+    if not fitting:
+        return []
+    done = generate(model, [p for _, p in fitting], max_new_tokens=limit, stop_ids=(tokenizer.eos_id,))
+    return [(text, tokenizer.decode(generation.ids)) for (text, _), generation in zip(fitting, done, strict=True)]

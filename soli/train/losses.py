@@ -1,0 +1,150 @@
+"""The three losses: next token, multi-token prediction (eqs. 24-25), sequence-wise balance (eqs. 17-20).
+
+Each is a sum over this micro-batch divided by a count over the whole optimizer step, so that gradients do not depend on
+how the step is cut (trap 8). Cross entropy is computed in fp32 from logits in the model's dtype, a chunk of tokens at a
+time; its gradient is taken in the same pass, so at most one chunk of logits exists.
+
+Shapes: B sequences, T tokens, D hidden, V vocabulary, E experts, K chosen, W = T + 1 + MTP depth (a window of the corpus).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from soli.model.router import Routing
+from soli.model.transformer import Transformer
+
+CHUNK = 512  # tokens: fp32 logits of a 6 k vocabulary then stay near the cache; larger is slower on a CPU
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Counts over one whole optimizer step, all micro-batches and ranks, that the sums are divided by."""
+
+    tokens: int
+    mtp_tokens: tuple[int, ...]  # unmasked targets per depth
+    sequences: int
+
+
+@dataclass(frozen=True)
+class Losses:
+    """One micro-batch's share of each loss, as 0-d fp32 tensors; shares of a step add up to its means."""
+
+    next_token: Tensor  # nats per token
+    mtp: tuple[Tensor, ...]  # nats per unmasked target, one per depth
+    balance: Tensor  # summed over MoE layers, before alpha
+    counts_LE: Tensor  # tokens per expert (int64), L MoE layers, MTP ones last
+
+    def total(self, mtp_weight: float, alpha: float) -> Tensor:
+        """next token + lambda * mean over depths + alpha * balance (eqs. 25 and 17)."""
+        loss = self.next_token + alpha * self.balance
+        return loss + mtp_weight * torch.stack(self.mtp).mean() if self.mtp else loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """sum_t w_t * -log softmax(hidden_t @ head^T)[target_t], and its gradients, without logits of all tokens at once."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, head_VD: Tensor, target_T: Tensor, w_T: Tensor) -> Tensor:
+        weight_VD = head_VD.to(hidden_TD.dtype)
+        grad_h, grad_w = torch.empty_like(hidden_TD), torch.zeros_like(head_VD, dtype=torch.float32)
+        total = hidden_TD.new_zeros((), dtype=torch.float32)
+        for start in range(0, hidden_TD.shape[0], CHUNK):
+            part = slice(start, start + CHUNK)
+            h, target, w = hidden_TD[part], target_T[part, None], w_T[part, None]
+            logp = torch.log_softmax((h @ weight_VD.t()).float(), dim=-1)
+            total -= (logp.gather(1, target) * w).sum()
+            grad = logp.exp_().scatter_add_(1, target, -torch.ones_like(w)).mul_(w).to(h.dtype)  # d loss / d logits
+            grad_h[part] = grad @ weight_VD
+            grad_w += grad.t() @ h
+        ctx.save_for_backward(grad_h, grad_w.to(head_VD.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_h, grad_w = ctx.saved_tensors
+        return grad_h * grad.to(grad_h.dtype), grad_w * grad.to(grad_w.dtype), None, None
+
+
+def cross_entropy(hidden_BTD: Tensor, head_VD: Tensor, target_BT: Tensor, weight_BT: Tensor) -> Tensor:
+    """Sum over tokens of weight * negative log likelihood (nats, fp32) of `target` under softmax(hidden @ head^T).
+
+    With gradients on, the cost of the backward pass is paid here. Differentiable in `hidden` and `head` only.
+    """
+    hidden_TD, target_T, weight_T = hidden_BTD.flatten(0, -2), target_BT.flatten(), weight_BT.flatten().float()
+    if torch.is_grad_enabled():
+        return _LinearCrossEntropy.apply(hidden_TD, head_VD, target_T, weight_T)
+    return (token_nll(hidden_BTD, head_VD, target_BT).flatten() * weight_T).sum()
+
+
+@torch.no_grad()
+def token_nll(hidden_BTD: Tensor, head_VD: Tensor, target_BT: Tensor) -> Tensor:
+    """Negative log likelihood of each target in nats (fp32, BT). For measuring; no gradient."""
+    weight_VD, parts = head_VD.to(hidden_BTD.dtype), []
+    for h, target in zip(hidden_BTD.flatten(0, -2).split(CHUNK), target_BT.flatten().split(CHUNK), strict=True):
+        logp = torch.log_softmax((h @ weight_VD.t()).float(), dim=-1)
+        parts.append(-logp.gather(1, target[:, None])[:, 0])
+    return torch.cat(parts).view(target_BT.shape)
+
+
+def mtp_mask(window_BW: Tensor, depth: int, length: int, eos_id: int) -> Tensor:
+    """Which of the `length` positions predict their target `depth + 2` tokens ahead inside one document (bool, BT).
+
+    Position i, depth 0 first: the target is token i + 2 + depth; it is masked when any of tokens i + 1 .. i + 1 + depth
+    ends the document, for then it lies in the next one (trap 9).
+    """
+    ends_BW = window_BW == eos_id
+    crossed_BT = torch.zeros_like(ends_BW[:, :length])
+    for ahead in range(1, depth + 2):
+        crossed_BT |= ends_BW[:, ahead : ahead + length]
+    return ~crossed_BT
+
+
+def count_targets(window_BW: Tensor, mtp_depth: int, eos_id: int) -> Totals:
+    """The denominators of an optimizer step whose windows are `window_BW` (W = T + 1 + mtp_depth)."""
+    length = window_BW.shape[1] - 1 - mtp_depth
+    mtp = tuple(int(mtp_mask(window_BW, depth, length, eos_id).sum()) for depth in range(mtp_depth))
+    return Totals(tokens=window_BW.shape[0] * length, mtp_tokens=mtp, sequences=window_BW.shape[0])
+
+
+def sequence_balance(routing: Routing, sequences: int) -> Tensor:
+    """Sum over sequences of sum_i f_i P_i (eqs. 17-20) for one MoE layer; 1 per sequence when load is even.
+
+    f_i = E / (K T) times how often expert i is among the K largest *unbiased* scores of all experts, groups ignored
+    (eq. 18, trap 7); P_i is the mean of s_i / sum_j s_j over the sequence. The gradient flows through P alone.
+    """
+    scores_BTE = routing.scores_TE.view(sequences, -1, routing.scores_TE.shape[-1])
+    _, length, experts = scores_BTE.shape
+    chosen = routing.expert_ids_TK.shape[-1]
+    top_BTK = scores_BTE.detach().topk(chosen, dim=-1, sorted=False).indices
+    count_BE = torch.zeros_like(scores_BTE[:, 0]).scatter_add_(
+        1, top_BTK.flatten(1), torch.ones_like(top_BTK, dtype=scores_BTE.dtype).flatten(1)
+    )
+    mean_BE = (scores_BTE / (scores_BTE.sum(-1, keepdim=True) + 1e-20)).mean(dim=1)
+    return (count_BE * mean_BE).sum() * (experts / (chosen * length))
+
+
+def compute_losses(model: Transformer, window_BW: Tensor, totals: Totals, eos_id: int) -> Losses:
+    """Forward of one micro-batch: trunk once, MTP modules in sequence, every loss divided by the step's `totals`."""
+    depths = len(totals.mtp_tokens)
+    length = window_BW.shape[1] - 1 - depths
+    head_VD = model.lm_head.weight
+    trunk = model.trunk(window_BW[:, :length])
+    target_BT = window_BW[:, 1 : 1 + length]
+    even_BT = torch.full(target_BT.shape, 1 / totals.tokens, device=window_BW.device)
+    next_token = cross_entropy(trunk.hidden_BTD, head_VD, target_BT, even_BT)
+    routing, mtp, hidden_BTD = list(trunk.routing), [], trunk.hidden_BTD
+    for depth in range(depths):
+        step = model.mtp_step(depth, hidden_BTD, window_BW[:, 1 + depth : 1 + depth + length])
+        target_BT = window_BW[:, 2 + depth : 2 + depth + length]
+        weight_BT = mtp_mask(window_BW, depth, length, eos_id) / max(totals.mtp_tokens[depth], 1)
+        mtp.append(cross_entropy(step.hidden_BTD, head_VD, target_BT, weight_BT))
+        routing, hidden_BTD = [*routing, *step.routing], step.hidden_BTD
+    zero = torch.zeros((), device=window_BW.device)
+    balance = sum((sequence_balance(layer, window_BW.shape[0]) for layer in routing), zero) / totals.sequences
+    counts = [layer.counts_E() for layer in routing]
+    return Losses(next_token, tuple(mtp), balance, torch.stack(counts) if counts else torch.zeros(0, 0, dtype=torch.int64))

@@ -1,0 +1,111 @@
+"""AdamW with the paper's constants (section 4.2), and Muon for the matrices when the recipe says so.
+
+Weight decay is decoupled and spares every vector: norms and biases. Muon (Jordan et al. 2024) replaces a matrix's momentum
+by the nearest semi-orthogonal matrix, scaled by 0.2 sqrt(max(rows, columns)) so that AdamW's learning rate and decay fit it
+(Moonlight, arXiv 2502.16982, eq. 4). Embedding, head, routers and vectors stay with AdamW. Moments are fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from soli.errors import SoliError
+from soli.train.settings import OptimizerSettings
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic; five rounds bring singular values near 1
+
+
+class Muon(torch.optim.Optimizer):
+    """Orthogonalised momentum for matrices (2-d) and stacks of matrices (3-d, one per expert)."""
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float, dtype: torch.dtype):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype  # of the orthogonalisation alone
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                momentum = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalise(p.grad.lerp(momentum, group["momentum"]), self.dtype)  # Nesterov
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape[-2:]) ** 0.5)
+
+
+def orthogonalise(matrix: Tensor, dtype: torch.dtype, rounds: int = 5) -> Tensor:
+    """U V^T of the singular value decomposition U S V^T, nearly, for (..., rows, columns), by Newton-Schulz."""
+    a, b, c = NEWTON_SCHULZ
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    x = (matrix.mT if tall else matrix).to(dtype)
+    x = x / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7).to(dtype)
+    for _ in range(rounds):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(matrix.dtype)
+
+
+class Optimizer:
+    """The optimizers of a run behind one step; its state is named tensors, so that no pickle is needed to keep it."""
+
+    def __init__(self, model: nn.Module, settings: OptimizerSettings, dtype: torch.dtype) -> None:
+        self.names = {p: name for name, p in model.named_parameters()}
+        self.clip = settings.clip
+        by_muon = [p for name, p in model.named_parameters() if settings.name == "muon" and _is_inner_matrix(name, p)]
+        chosen = set(by_muon)
+        rest = [p for p in model.parameters() if p not in chosen]
+        groups = [
+            {"params": [p for p in rest if p.dim() >= 2], "weight_decay": settings.weight_decay},
+            {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        betas = (settings.beta1, settings.beta2)
+        self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=betas, eps=settings.eps, fused=True)]
+        if by_muon:
+            self.parts.append(Muon(by_muon, 0.0, settings.momentum, settings.weight_decay, dtype))
+
+    def step(self, learning_rate: float) -> float:
+        """Clip to the settings' norm, move the parameters, clear the gradients; returns the norm before clipping."""
+        norm = torch.nn.utils.clip_grad_norm_(self.names, self.clip)
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = learning_rate
+            part.step()
+            part.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def state(self) -> dict[str, Tensor]:
+        """Every moment by name: `<parameter>|<moment>`."""
+        return {f"{self.names[p]}|{key}": value for p, key, value in self._entries()}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what `state` gave; SoliError names a parameter whose moments are missing or of another shape."""
+        parameters = {name: p for p, name in self.names.items()}
+        owners = {p: part for part in self.parts for group in part.param_groups for p in group["params"]}
+        for key, value in tensors.items():
+            name, _, moment = key.rpartition("|")
+            p = parameters.get(name)
+            if p is None or (value.dim() and value.shape != p.shape):
+                raise SoliError(f"the optimizer state has {key} of shape {tuple(value.shape)}, which this recipe's model lacks")
+            device = p.device if value.dim() else value.device
+            owners[p].state[p][moment] = value.to(device, copy=True)
+        for p, name in self.names.items():
+            if tensors and p not in owners[p].state:
+                raise SoliError(f"the optimizer state has nothing for {name}; the run was made by another recipe")
+
+    def _entries(self) -> Iterator[tuple[Any, str, Tensor]]:
+        for part in self.parts:
+            for p, moments in part.state.items():
+                for key, value in moments.items():
+                    yield p, key, value
+
+
+def _is_inner_matrix(name: str, p: Tensor) -> bool:
+    return p.dim() >= 2 and not name.endswith(("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight"))

@@ -1,0 +1,251 @@
+"""A recipe's training sections as frozen values, checked once, before anything is built.
+
+Lengths of the run are counted in tokens, never in steps, so that a changed batch leaves the schedule where it was. An
+unknown section or key, a wrong type and an impossible value are refused by name. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from soli.config import ModelConfig, preset, replace
+from soli.errors import SoliError
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW with the paper's constants (section 4.2), or Muon for matrices with AdamW for the rest."""
+
+    name: str = "adamw"
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    momentum: float = 0.95  # Muon only
+
+    def __post_init__(self) -> None:
+        _one_of("optimizer.name", self.name, ("adamw", "muon"))
+        for name in ("beta1", "beta2", "momentum"):
+            _in_range(f"optimizer.{name}", getattr(self, name), 0, 1, open_end=True)
+        _in_range("optimizer.weight_decay", self.weight_decay, 0)
+        _positive("optimizer.clip", self.clip)
+        _positive("optimizer.eps", self.eps)
+
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    """Batch shape, and the learning rate's phases in the paper's order: warm-up, constant, cosine, tails."""
+
+    sequence_length: int = 256
+    batch_sequences: int = 64  # sequences in one optimizer step
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 1e-4  # where the cosine ends
+    warmup_tokens: int = 0
+    constant_tokens: int = 0
+    cosine_tokens: int = 0
+    tails: tuple[tuple[float, float], ...] = ()  # (tokens, learning rate), one after the other
+
+    def __post_init__(self) -> None:
+        for name in ("sequence_length", "batch_sequences", "learning_rate"):
+            _positive(f"schedule.{name}", getattr(self, name))
+        for name in ("final_learning_rate", "warmup_tokens", "constant_tokens", "cosine_tokens"):
+            _in_range(f"schedule.{name}", getattr(self, name), 0)
+        for tail in self.tails:
+            if len(tail) != 2 or tail[0] <= 0 or tail[1] < 0:
+                raise SoliError(f"schedule.tails has {list(tail)!r}; each tail is [tokens, learning rate], such as [1000000, 1e-5]")
+        if self.total_tokens <= 0:
+            raise SoliError("schedule has no tokens to train on; give schedule.constant_tokens or schedule.cosine_tokens")
+
+    @property
+    def total_tokens(self) -> int:
+        """Length of the run: the sum of its phases."""
+        return self.warmup_tokens + self.constant_tokens + self.cosine_tokens + int(sum(tokens for tokens, _ in self.tails))
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens that one optimizer step learns to predict."""
+        return self.sequence_length * self.batch_sequences
+
+
+@dataclass(frozen=True)
+class BalanceSettings:
+    """Bias speed gamma and its end; alpha, the sequence-wise loss's weight (sections 2.1.2 and 4.2)."""
+
+    gamma: float = 1e-3
+    gamma_tokens: int | None = None  # after this many tokens the bias stands still; None: never
+    alpha: float = 1e-4
+
+    def __post_init__(self) -> None:
+        _in_range("balance.gamma", self.gamma, 0)
+        _in_range("balance.alpha", self.alpha, 0)
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Lambda, the weight of multi-token prediction, and its switch (section 4.2: 0.3, then 0.1)."""
+
+    mtp_weight: float = 0.3
+    mtp_weight_late: float = 0.1
+    mtp_late_after_tokens: int | None = None  # None: no switch
+
+    def __post_init__(self) -> None:
+        _in_range("losses.mtp_weight", self.mtp_weight, 0)
+        _in_range("losses.mtp_weight_late", self.mtp_weight_late, 0)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What does not change the mathematics: device, precision, micro-batch, and how often to report and save."""
+
+    seed: int = 0
+    device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
+    precision: str = "auto"  # auto, fp32, bf16: the dtype of activations; weights and moments are fp32 always
+    micro_sequences: int = 16  # sequences in one forward pass
+    log_every: int = 10  # steps
+    save_every: int = 200  # steps; 0 saves at the end alone
+    keep: int = 2  # checkpoints kept, beside the best
+    max_minutes: float | None = None  # stop then, with the state saved; a later run goes on
+
+    def __post_init__(self) -> None:
+        _one_of("run.precision", self.precision, ("auto", "fp32", "bf16"))
+        for name in ("micro_sequences", "log_every", "keep"):
+            _positive(f"run.{name}", getattr(self, name))
+        _in_range("run.save_every", self.save_every, 0)
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """Held-out text: how often, how much, how many sample translations."""
+
+    every: int = 200  # steps; 0 evaluates at the end alone
+    tokens: int = 65536
+    samples: int = 4
+    sample_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        _positive("eval.tokens", self.tokens)
+        for name in ("every", "samples", "sample_tokens"):
+            _in_range(f"eval.{name}", getattr(self, name), 0)
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Everything `soli train` reads, beside the `data` section, which stays as the data step left it."""
+
+    model: ModelConfig
+    optimizer: OptimizerSettings
+    schedule: ScheduleSettings
+    balance: BalanceSettings
+    losses: LossSettings
+    run: RunSettings
+    eval: EvalSettings
+
+    def __post_init__(self) -> None:
+        longest = self.model.max_position_embeddings
+        if self.schedule.sequence_length > longest:
+            raise SoliError(
+                f"schedule.sequence_length is {self.schedule.sequence_length}, but model.max_position_embeddings is {longest}; "
+                "shorten the one or raise the other"
+            )
+
+
+SECTIONS: dict[str, type] = {
+    "optimizer": OptimizerSettings,
+    "schedule": ScheduleSettings,
+    "balance": BalanceSettings,
+    "losses": LossSettings,
+    "run": RunSettings,
+    "eval": EvalSettings,
+}
+
+
+def read_settings(recipe: dict[str, Any]) -> TrainSettings:
+    """The training sections of a recipe, defaults filled in. SoliError names the section and key that cannot be."""
+    for section in recipe:
+        if section not in (*SECTIONS, "data", "model"):
+            raise SoliError(f"the recipe has a section [{section}]; {_suggest(section, [*SECTIONS, 'data', 'model'])}")
+    sections = {name: _read_section(name, cls, recipe.get(name, {})) for name, cls in SECTIONS.items()}
+    return TrainSettings(model=_read_model(recipe.get("model", {})), **sections)
+
+
+def as_recipe(settings: TrainSettings, data: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with every default resolved, as `read_settings` reads it back."""
+    sections = {name: dataclasses.asdict(getattr(settings, name)) for name in SECTIONS}
+    return {"data": data, "model": settings.model.to_dict(), **sections}
+
+
+def _read_model(table: Any) -> ModelConfig:
+    table = dict(_table("model", table))
+    if "preset" not in table:
+        return ModelConfig.from_dict(table)
+    return replace(preset(table.pop("preset")), table)
+
+
+def _read_section(section: str, cls: type[S], table: Any) -> S:
+    kinds = typing.get_type_hints(cls)
+    for key in _table(section, table):
+        if key not in kinds:
+            raise SoliError(f"the recipe has {section}.{key}; {_suggest(key, list(kinds))}")
+    return cls(**{key: _coerce(f"{section}.{key}", value, kinds[key]) for key, value in table.items()})
+
+
+def _coerce(name: str, value: Any, kind: Any) -> Any:
+    """`value` as a field of type `kind`; an int may stand for a float, and 1e6 for 1000000."""
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if value is None and types.NoneType in kinds:
+        return None
+    if typing.get_origin(kinds[0]) is tuple:
+        if isinstance(value, list | tuple) and all(isinstance(item, list | tuple) for item in value):
+            return tuple(tuple(float(_number(name, x)) for x in item) for item in value)
+        raise SoliError(f"{name} is {value!r}; it must be a list of lists of numbers")
+    if kinds[0] is str:
+        if isinstance(value, str):
+            return value
+        raise SoliError(f"{name} is {value!r}; it must be text")
+    number = _number(name, value)
+    if kinds[0] is float:
+        return float(number)
+    if int(number) != number:
+        raise SoliError(f"{name} is {value!r}; it must be a whole number")
+    return int(number)
+
+
+def _number(name: str, value: Any) -> float | int:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or abs(value) == float("inf"):
+        raise SoliError(f"{name} is {value!r}; it must be a number")
+    return value
+
+
+def _table(section: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise SoliError(f"the recipe's {section} is {value!r}; it must be a section, written [{section}]")
+    return value
+
+
+def _suggest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+
+
+def _positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise SoliError(f"{name} is {value!r}; it must be above 0")
+
+
+def _in_range(name: str, value: float, low: float, high: float = float("inf"), open_end: bool = False) -> None:
+    if not low <= value <= high or (open_end and value == high):
+        limit = f"at least {low}" if high == float("inf") else f"from {low} to {'below ' if open_end else ''}{high}"
+        raise SoliError(f"{name} is {value!r}; it must be {limit}")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise SoliError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")

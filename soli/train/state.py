@@ -1,0 +1,149 @@
+"""A run's folder and its checkpoints: everything that resuming needs, nothing pickled, written whole or not at all.
+
+runs/NAME/
+  recipe.resolved.json   the recipe with every default, as the run began
+  metrics.jsonl          one line per report and per evaluation
+  checkpoints/step-00000200/  model.safetensors, optimizer.safetensors, config.json, state.json
+
+A checkpoint is written beside its place and renamed when every byte is on disk, so a killed run leaves either a whole one
+or a folder that begins with a dot and is swept away by the next. Tensors carry Soli's parameter names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from soli.config import load_config
+from soli.errors import SoliError
+from soli.model.transformer import Transformer
+from soli.train.optimizer import Optimizer
+
+RNG = "torch_rng"
+
+
+@dataclass
+class Progress:
+    """Where a run stands; `position` counts windows of the data's global order."""
+
+    step: int = 0
+    tokens: int = 0
+    position: int = 0
+    seconds: float = 0.0  # spent training, over all sittings
+    valid_loss: float | None = None  # measured at this very step, else None
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    return sorted((run / "checkpoints").glob("step-*"))
+
+
+def best_checkpoint(run: Path) -> Path | None:
+    """The checkpoint with the lowest held-out loss, else the latest; None when there is none."""
+    found = checkpoints(run)
+    scored = [(loss, path) for path in found if (loss := read_progress(path).valid_loss) is not None]
+    return min(scored)[1] if scored else (found[-1] if found else None)
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """`state.json` of a checkpoint; SoliError when it cannot be read."""
+    file = checkpoint / "state.json"
+    try:
+        return Progress(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise SoliError(f"{file} cannot be read ({error}); remove this checkpoint to resume from the one before") from None
+
+
+def save_checkpoint(run: Path, model: Transformer, optimizer: Optimizer, progress: Progress, keep: int) -> Path:
+    """Write the state after `progress.step` steps, then drop all but the `keep` latest and the best."""
+    folder = run / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    for unfinished in folder.glob(".step-*"):
+        shutil.rmtree(unfinished)
+    final = folder / f"step-{progress.step:08d}"
+    draft = folder / f".{final.name}"
+    draft.mkdir()
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    moments = {name: tensor.contiguous() for name, tensor in optimizer.state().items()}
+    save_file(state, draft / "model.safetensors")
+    save_file({**moments, RNG: torch.get_rng_state()}, draft / "optimizer.safetensors")
+    write_json(draft / "config.json", model.config.to_dict())
+    write_json(draft / "state.json", dataclasses.asdict(progress))
+    for file in draft.iterdir():
+        _flush(file)
+    if final.exists():
+        shutil.rmtree(final)
+    draft.rename(final)
+    _flush(folder)
+    _prune(run, keep)
+    return final
+
+
+def load_checkpoint(checkpoint: Path, model: Transformer, optimizer: Optimizer) -> Progress:
+    """Put model, optimizer and random state back as they were; SoliError names the file that does not fit."""
+    load_weights(checkpoint, model)
+    moments = _read(checkpoint / "optimizer.safetensors")
+    torch.set_rng_state(moments.pop(RNG))
+    optimizer.load_state(moments)
+    return read_progress(checkpoint)
+
+
+def load_weights(checkpoint: Path, model: Transformer) -> None:
+    """Fill a model's parameters and router biases (fp32) from a checkpoint."""
+    file = checkpoint / "model.safetensors"
+    tensors = _read(file)
+    if model.config.tie_word_embeddings:
+        tensors["lm_head.weight"] = tensors["embed_tokens.weight"]
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise SoliError(f"{file} does not fit the recipe's model: {str(error).splitlines()[-1].strip()}") from None
+
+
+def load_run(run: Path) -> Transformer:
+    """The best model of a run, fp32 on the CPU, for export and evaluation."""
+    checkpoint = best_checkpoint(run)
+    if checkpoint is None:
+        raise SoliError(f"{run} holds no checkpoint; give the folder of a run of soli train")
+    model = Transformer(load_config(checkpoint), dtype=torch.float32)
+    load_weights(checkpoint, model)
+    return model
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON for people and programs."""
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _prune(run: Path, keep: int) -> None:
+    best = best_checkpoint(run)
+    for old in checkpoints(run)[:-keep]:
+        if old != best:
+            shutil.rmtree(old)
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise SoliError(f"{file} cannot be read ({error}); remove this checkpoint to resume from the one before") from None
+
+
+def _flush(path: Path) -> None:
+    """Bring a file, or a folder's list of names, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
