@@ -31,7 +31,7 @@ VERBS = {
 }
 
 # Packages of the extras; without one, the verb that needs it says what to install.
-EXTRAS = {"sacrebleu": "train", "matplotlib": "train", "opencc": "train"}
+EXTRAS = {"sacrebleu": "train", "matplotlib": "train", "opencc": "data", "h5py": "data"}
 
 
 class Verbs(TyperGroup):

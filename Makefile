@@ -1,0 +1,60 @@
+# What there is to do: make help. Everything lives in .venv; each step is done once and again only when its inputs change.
+
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# A borrowed PyTorch comes with its own setuptools, and often without a package index to build from.
+PIP_INSTALL = $(BIN)/python -m pip install --quiet \
+	$(if $(wildcard $(VENV)/lib/*/site-packages/soli-base.pth),--no-build-isolation)
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help demo install lint test test-slow test-gpu clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.soli ## install, then translate a sentence offline with the model in the box and show its experts
+	@echo 'soli: translating offline with the model in the box: soli translate "..." --experts'
+	@$(BIN)/soli translate "The weather is fine today." --experts
+
+install: $(VENV)/.soli ## make .venv with soli in it
+	@echo 'soli: ready: $(BIN)/soli --help'
+
+lint: $(VENV)/.dev ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy soli
+
+test: $(VENV)/.dev lint ## everything that needs neither a GPU nor patience
+	$(PYTEST) -m "not slow and not gpu" -n $(JOBS)
+
+test-slow: $(VENV)/.dev ## the slow tests
+	$(PYTEST) -m "slow and not gpu"
+
+test-gpu: $(VENV)/.test ## the tests that need a CUDA device
+	$(PYTEST) -m gpu
+
+clean: ## remove .venv and caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.torch: tools/venv.sh
+	@sh tools/venv.sh $(VENV)
+	@touch $@
+
+$(VENV)/.soli: $(VENV)/.torch pyproject.toml setup.py
+	@echo 'soli: installing soli and the packages it needs'
+	@$(PIP_INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.soli
+	@echo 'soli: installing what the tests need'
+	@$(PIP_INSTALL) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.soli
+	@echo 'soli: installing what tests and checks need'
+	@$(PIP_INSTALL) --editable '.[dev]'
+	@touch $@
