@@ -51,7 +51,7 @@ class Checkpoint:
         if self._lacks_mtp():
             self.notes = (f"{folder} holds no MTP module though config.json asks for one: it is used without",)
             self.config = replace(self.config, num_nextn_predict_layers=0)
-        _raise_first(self._problems(slots(self.config)), folder)
+        _raise_first(self._problems(slots(self.config)))
         if not mtp:
             self.config = replace(self.config, num_nextn_predict_layers=0)
         self.slots = slots(self.config)
@@ -118,7 +118,8 @@ class Checkpoint:
                 where = f"{_listing(self.folder)}: tensor {slot.name}"
                 yield f"{where} of shape {slot.shape} is missing, though config.json asks for it"
         for name, entry in self.entries.items():
-            if name not in known and not any(fnmatchcase(name, pattern) for pattern in IGNORED):
+            ignored = 0 in entry.shape or any(fnmatchcase(name, pattern) for pattern in IGNORED)
+            if name not in known and not ignored:  # transformers writes 0 shared experts as tensors without elements
                 yield f"{entry} is not part of a model with this config.json"
 
     def _slot_problems(self, slot: Slot) -> Iterable[str]:
@@ -140,10 +141,10 @@ class Checkpoint:
             yield f"{scale} is {scale.dtype}, but scales must be one of {', '.join(SCALES)}"
 
 
-def _raise_first(problems: Iterable[str], folder: Path) -> None:
+def _raise_first(problems: Iterable[str]) -> None:
     found = list(problems)
     if found:
-        more = f" (and {len(found) - 1} more such in {folder})" if len(found) > 1 else ""
+        more = f" (and {len(found) - 1:,} more problems in this folder)" if len(found) > 1 else ""
         raise SoliError(found[0] + more)
 
 
@@ -204,7 +205,7 @@ def _open_indexed(folder: Path, weight_map: Mapping[str, str]) -> dict[Path, Sha
             name = next(name for name in weight_map if weight_map[name] == file)
             raise SoliError(f"{folder / file}: the shard is missing; by {INDEX} it holds tensor {name}; fetch it")
         shards[folder / file] = Shard(folder / file)
-    _raise_first(_index_problems(folder, weight_map, shards), folder)
+    _raise_first(_index_problems(folder, weight_map, shards))
     return shards
 
 
