@@ -33,12 +33,12 @@ TOKENS, ROUNDS = 1024, 15
 
 
 def build() -> dict[str, nn.Module]:
-    """The layer of every step, at the measured size, balanced where it has a bias."""
+    """The layer of every step, at the measured size."""
     torch.manual_seed(0)
     textbook, shared = steps.Textbook(WIDTH, WIDTH, EXPERTS), nn.Linear(WIDTH, WIDTH)
     all_of_them = steps.SOFTMAX | {"num_experts_per_tok": EXPERTS}
     chosen = {"num_experts_per_tok": CHOSEN}
-    layers = {
+    return {
         "0. textbook: every expert, summed": textbook,
         "1. Soli's dispatch, all by softmax": steps.Sparse(textbook, **all_of_them),
         "2. top 4 of 32": steps.Sparse(textbook, **(steps.TOP_2 | chosen)),
@@ -47,16 +47,15 @@ def build() -> dict[str, nn.Module]:
         "5. the balancing bias": steps.WithShared(textbook, shared, **(steps.BIASED | chosen)),
         "6. Soli's MoE: 16 of 128 SwiGLU, 1/4 size": steps.fine_grained(WIDTH, EXPERTS, CHOSEN, EXPERT_WIDTH, CUT),
     }
-    sample_TD = torch.randn(TOKENS, WIDTH)
-    for layer in list(layers.values())[-2:]:
-        steps.balance(layer.gate, sample_TD, steps=200)
-    return layers
 
 
 @torch.inference_mode()
 def measure(layers: dict[str, nn.Module], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each layer in each round, the order drawn anew each time."""
+    """Seconds of each layer in each round, the order drawn anew each time; biases are balanced beforehand."""
     x_TD = torch.randn(TOKENS, WIDTH)
+    for layer in layers.values():
+        if isinstance(layer.gate, steps.Router) and layer.gate.e_score_correction_bias is not None:
+            steps.balance(layer.gate, x_TD, steps=200)
     inputs = {name: x_TD[None] if isinstance(layer, steps.MoE) else x_TD for name, layer in layers.items()}
     seconds: dict[str, list[float]] = {name: [] for name in layers}
     order = list(layers)
