@@ -13,6 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# oneDNN compiles its bfloat16 product anew for every number of rows it meets. Long runs are padded to a multiple, so
+# that a few shapes serve all: 2.5 times faster in training, where no two steps route alike. Short runs, as in
+# decoding, stay as they are.
+RUN_ROWS = 64
+
 
 def experts(x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
     """Equation 12's routed part for T tokens: (T, D), (T, K), (T, K) to (T, D) in the dtype of x."""
@@ -20,7 +25,9 @@ def experts(x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, gate_up_E2F
     def run(x_PD: Tensor, weights_P1: Tensor, counts_E: Tensor) -> Tensor:
         return _mlp_by_expert(x_PD, weights_P1, counts_E, gate_up_E2FD.to(x_PD.dtype), down_EDF.to(x_PD.dtype))
 
-    return dispatch(x_TD, expert_ids_TK, weights_TK, gate_up_E2FD.shape[0], run)
+    long_runs = expert_ids_TK.numel() >= RUN_ROWS * gate_up_E2FD.shape[0]
+    padded = x_TD.dtype == torch.bfloat16 and not x_TD.is_cuda and long_runs
+    return dispatch(x_TD, expert_ids_TK, weights_TK, gate_up_E2FD.shape[0], run, RUN_ROWS if padded else 1)
 
 
 def dispatch(
@@ -29,18 +36,29 @@ def dispatch(
     weights_TK: Tensor,
     num_experts: int,
     run: Callable[[Tensor, Tensor, Tensor], Tensor],
+    multiple: int = 1,
 ) -> Tensor:
     """Send tokens to their experts, whatever network those are, and sum what comes back.
 
     ``run(x_PD, weights_P1, counts_E)`` gets the rows sorted by expert, the gate weight of each row, and how many rows
-    each expert has; it returns each row's output times its weight.
+    each expert has; it returns each row's output times its weight. Each expert's rows are filled up to a ``multiple``
+    with copies of token 0 at weight 0; nobody reads what becomes of them, so they take no part in any gradient.
     """
     T, K = expert_ids_TK.shape
     order_P = expert_ids_TK.flatten().argsort(stable=True)
     counts_E = torch.bincount(expert_ids_TK.flatten(), minlength=num_experts)
-    weights_P1 = weights_TK.flatten().index_select(0, order_P)[:, None].to(x_TD.dtype)
-    y_PD = run(x_TD.index_select(0, order_P // K), weights_P1, counts_E)
-    place_P = torch.empty_like(order_P).scatter_(0, order_P, torch.arange(T * K, device=order_P.device))
+    row_P, token_P = torch.arange(T * K, device=order_P.device), order_P // K
+    weights_P = weights_TK.flatten().index_select(0, order_P)
+    if multiple > 1:
+        filled_E = (counts_E + multiple - 1) // multiple * multiple
+        shift_E = (filled_E - counts_E).cumsum(0) - (filled_E - counts_E)
+        row_P = row_P + shift_E.repeat_interleave(counts_E)
+        rows = int(filled_E.sum())
+        token_P = token_P.new_zeros(rows).index_copy(0, row_P, token_P)
+        weights_P = weights_P.new_zeros(rows).index_copy(0, row_P, weights_P)
+        counts_E = filled_E
+    y_PD = run(x_TD.index_select(0, token_P), weights_P[:, None].to(x_TD.dtype), counts_E)
+    place_P = torch.empty_like(order_P).scatter_(0, order_P, row_P)
     return y_PD.index_select(0, place_P).unflatten(0, (T, K)).sum(dim=1)
 
 
