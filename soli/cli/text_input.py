@@ -1,10 +1,12 @@
 """Text from a person: an argument, a file, or standard input. What cannot be text is refused in one sentence."""
 
 import sys
-from collections.abc import Iterator
-from typing import BinaryIO
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO, TypeVar
 
 from soli.errors import SoliError
+
+T = TypeVar("T")
 
 LONGEST_LINE = 65_536  # bytes; far more than any small model's positions, far less than what would fill the memory
 
@@ -48,3 +50,44 @@ def _checked(line: bytes, where: str) -> str:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise SoliError(f"{where} is not valid UTF-8 (byte {error.start + 1}): convert the text to UTF-8") from None
+
+
+def file_texts(path: str) -> list[str]:
+    """The texts of a file, a line each, empty ones left out.
+
+    A .tsv is read as the corpus step writes it: of `source, zh, en` the two texts, of `language, source, text` the
+    text.
+    """
+    texts: list[str] = []
+    for number, line in enumerate(file_lines(path), start=1):
+        if not path.endswith(".tsv"):
+            texts.append(line)
+            continue
+        fields = line.split("\t")
+        if len(fields) != 3:
+            raise SoliError(f"line {number} of {path} has {len(fields)} columns: a .tsv needs three, source, zh and en")
+        texts.extend(fields[2:] if fields[0] in ("en", "zh") else fields[1:])
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise SoliError(f"{path} holds no text: give a file with some lines")
+    return texts
+
+
+def file_pairs(path: str) -> list[tuple[str, str, str]]:
+    """Rows of a pairs file: source, zh, en, separated by tabs."""
+    pairs = []
+    for number, line in enumerate(file_lines(path), start=1):
+        fields = line.split("\t")
+        if len(fields) != 3 or not all(field.strip() for field in fields):
+            raise SoliError(f"line {number} of {path} is not a pair: it needs source, zh and en, separated by tabs")
+        pairs.append((fields[0], fields[1], fields[2]))
+    if not pairs:
+        raise SoliError(f"{path} holds no pair: give a file with lines of source, zh and en, separated by tabs")
+    return pairs
+
+
+def evenly(items: Sequence[T], limit: int | None) -> list[T]:
+    """At most `limit` items, taken at even distances, so that every part of a file is heard."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    return [items[at * len(items) // limit] for at in range(limit)]

@@ -1,0 +1,115 @@
+"""`soli eval MODEL --pairs FILE --text FILE`: translation quality, bits per byte, MTP acceptance and load."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from soli.cli import options
+from soli.cli.progress import progress
+from soli.cli.text_input import evenly, file_pairs, file_texts
+from soli.errors import SoliError
+
+if TYPE_CHECKING:
+    from soli.engine.evaluate import Direction, Forced, Pair, Quality
+    from soli.engine.text_model import TextModel
+
+
+def eval(
+    model: Annotated[str, typer.Argument(help="A model folder; nano is the model in the box.")] = "nano",
+    pairs: Annotated[str | None, typer.Option(help="Held-out pairs: source, zh, en, separated by tabs.")] = None,
+    text: Annotated[str | None, typer.Option(help="Held-out text, a line each (or a .tsv of the corpus step).")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use at most this many pairs and lines, evenly taken.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sentences translated together.")] = 64,
+    json: options.Json = False,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "auto",
+) -> None:
+    """Score a model on held-out pairs (chrF and BLEU, both directions) and on held-out text (bits per byte)."""
+    if pairs is None and text is None:
+        raise SoliError("there is nothing to evaluate on: give --pairs FILE, --text FILE or both")
+    rows = evenly(file_pairs(pairs), limit) if pairs is not None else []
+    texts = evenly(file_texts(text), limit) if text is not None else []
+    if rows:
+        import sacrebleu  # noqa: F401  (found missing now, not after the translating)
+    from soli.engine.evaluate import read_texts
+    from soli.engine.text_model import open_text_model
+
+    text_model = open_text_model(model, device, dtype, mtp=True)
+    report = Report(model)
+    if rows:
+        _on_pairs(report, text_model, rows, batch_size)
+    if texts:
+        with progress("reading texts", len(texts)) as on_text:
+            report.on_text = read_texts(text_model, texts, on_text)
+    if json:
+        from soli.cli.experts_output import print_json
+
+        print_json(dataclasses.asdict(report))
+    else:
+        _print(report)
+
+
+@dataclass
+class Report:
+    """What is printed, and as it stands the JSON."""
+
+    model: str
+    directions: dict[str, Direction] = field(default_factory=dict)  # "en-zh" and "zh-en"
+    on_pairs: Forced | None = None
+    on_text: Forced | None = None
+
+
+def _on_pairs(report: Report, text_model: TextModel, pairs: list[Pair], batch_size: int) -> None:
+    from soli.engine.evaluate import evaluate_direction, read_pairs
+
+    with progress("translating pairs", 2 * len(pairs)) as on_batch:
+        report.directions["en-zh"] = evaluate_direction(text_model, pairs, "zh", batch_size, on_batch)
+        report.directions["zh-en"] = evaluate_direction(text_model, pairs, "en", batch_size, on_batch)
+    with progress("reading pairs", 2 * len(pairs)) as on_text:
+        report.on_pairs = read_pairs(text_model, pairs, on_text)
+
+
+def _print(report: Report) -> None:
+    console = Console(highlight=False)
+    if report.directions:
+        console.print(_quality_table(report.directions))
+    for name, forced in (("pairs", report.on_pairs), ("text", report.on_text)):
+        if forced is None:
+            continue
+        console.print(f"read from the {name}: {forced.tokens:,} tokens", style="bold")
+        if forced.bits_per_byte:
+            figures = ", ".join(f"{language} {bits:.3f}" for language, bits in forced.bits_per_byte.items())
+            console.print(f"  bits per byte   {figures}")
+        accepted = "no MTP module" if forced.mtp_acceptance is None else f"{100 * forced.mtp_acceptance:.1f} %"
+        console.print(f"  MTP acceptance  {accepted}")
+        for load in forced.load:
+            idle = ", ".join(map(str, load.idle)) or "none"
+            console.print(f"  {load.layer:<14}  max violation {load.max_violation:.2f}, idle experts: {idle}")
+
+
+def _quality_table(directions: dict[str, Direction]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("source")
+    table.add_column("pairs", justify="right")
+    for name in directions:
+        table.add_column(f"{name} chrF", justify="right")
+        table.add_column("BLEU", justify="right")
+    for source in next(iter(directions.values())).by_source:
+        _add_row(table, source, [direction.by_source[source] for direction in directions.values()])
+    table.add_section()
+    _add_row(table, "all", [direction.overall for direction in directions.values()])
+    return table
+
+
+def _add_row(table: Table, name: str, qualities: list[Quality]) -> None:
+    figures = [f"{figure:.1f}" for quality in qualities for figure in (quality.chrf, quality.bleu)]
+    table.add_row(name, f"{qualities[0].count:,}", *figures)
