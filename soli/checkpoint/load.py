@@ -52,11 +52,11 @@ def load_model(
 def open_checkpoint(name_or_folder: str | Path, mtp: bool = True) -> Checkpoint:
     """Open and check a folder, or the model in the box by name, without reading a weight. SoliError says what to do."""
     name, folder = str(name_or_folder), Path(name_or_folder)
-    if (BOX / name / "config.json").is_file() and name in PRESETS:
+    if name in PRESETS:
         folder = BOX / name
-    elif name in PRESETS:
-        raise SoliError(f"{name} is a preset, a shape without weights; load it with device='meta' or give a folder")
-    elif not folder.is_dir():
+        if not folder.is_dir():
+            raise SoliError(f"{name} is a preset, a shape without weights; load it with device='meta' or give a folder")
+    if not folder.is_dir():
         raise SoliError(f"{name}: there is no such folder{_how_to_fetch(name)}")
     return Checkpoint(folder, mtp)
 

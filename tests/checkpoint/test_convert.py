@@ -133,3 +133,13 @@ def test_fp16_files_are_read(tmp_path: Path) -> None:
     edit_tensors(tmp_path / "a" / "model.safetensors", halve)
     assert load_model(tmp_path / "a").embed_tokens.weight.dtype == torch.float16
     assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "bf16"]) == 0
+
+
+def test_ctrl_c_leaves_no_destination(tmp_path: Path, capsys, monkeypatch) -> None:
+    def encode(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    saved(tmp_path / "a")
+    monkeypatch.setattr("soli.checkpoint.writer.Target.encode", encode)
+    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "fp8"]) == 130
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
