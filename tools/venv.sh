@@ -39,8 +39,9 @@ if [ ! -x "$venv/bin/python" ]; then
     say "making $venv with $("$python" --version)"
     "$python" -m venv "$venv"
     if has_torch "$python"; then
-        # Borrow the PyTorch that is installed. A line in a .pth file reaches it even where that Python is itself in a
-        # virtual environment, which --system-site-packages does not.
+        # Borrow the PyTorch that is installed, and its setuptools. A line in a .pth file reaches them even where that
+        # Python is itself in a virtual environment, which --system-site-packages does not.
+        "$venv/bin/python" -m pip uninstall --quiet --yes setuptools
         "$venv/bin/python" - "$("$python" -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))')" <<'PY'
 import pathlib, sys, sysconfig
 
