@@ -49,7 +49,8 @@ class Checkpoint:
         self.entries = {name: entry for shard in self._shards.values() for name, entry in shard.entries.items()}
         self.notes: tuple[str, ...] = ()
         if self._lacks_mtp():
-            self.notes = (f"{folder} holds no MTP module though config.json asks for one: it is used without",)
+            if mtp:
+                self.notes = (f"{folder} holds no MTP module though config.json asks for one: it is used without",)
             self.config = replace(self.config, num_nextn_predict_layers=0)
         _raise_first(self._problems(slots(self.config)))
         if not mtp:

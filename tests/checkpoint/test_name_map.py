@@ -6,7 +6,10 @@ from math import prod
 import pytest
 
 from soli.checkpoint.name_map import Kind, Slot, slots
+from soli.checkpoint.shard import ITEM_BYTES
+from soli.checkpoint.writer import Target
 from soli.config import ModelConfig, preset
+from soli.formats.fp8 import scale_shape
 from soli.model import Transformer
 from tests.checkpoint.folders import full_config
 from tests.model.oracle import draw_config, draw_v2_config, make_model, oracle_of
@@ -63,16 +66,15 @@ OFFICIAL = {  # of DeepSeek-V3's index: name -> (shape, shape of weight_scale_in
 
 
 def test_the_official_index() -> None:
-    from soli.formats.fp8 import scale_shape
-
     found = {slot.name: slot for slot in slots(preset("deepseek-v3"))}
 
     def layout(slot: Slot) -> tuple[tuple[int, ...], tuple[int, int] | None]:
         return slot.shape, scale_shape(*slot.shape) if slot.kind is Kind.LINEAR else None
 
     assert {name: layout(found[name]) for name in OFFICIAL} == OFFICIAL
-    assert len(found) + sum(slot.kind is Kind.LINEAR for slot in found.values()) == 91_991
-    assert sum(prod(slot.shape) for slot in found.values()) == 684_489_845_504  # "685 B"
+    specs = [spec for slot in found.values() for spec in Target("fp8").specs(slot)]
+    assert len(specs) == 91_991
+    assert sum(prod(shape) * ITEM_BYTES[dtype] for _, dtype, shape in specs) == 688_574_839_360  # of all 163 shards
 
 
 def test_experts_are_stacked_gate_first_then_up() -> None:

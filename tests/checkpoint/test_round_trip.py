@@ -1,6 +1,7 @@
 """What Soli writes, Soli and the safetensors library read back: every format, single and sharded, ragged sides, MTP."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,9 @@ def test_a_folder_whose_mtp_was_dropped_loads_without_and_says_so(tmp_path: Path
     with pytest.warns(UserWarning, match="holds no MTP module"):
         model = load_model(folder)
     assert len(model.mtp) == 0 and model.config.num_nextn_predict_layers == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing to say to who wants none
+        load_model(folder, mtp=False)
 
 
 def test_tied_embeddings(tmp_path: Path) -> None:
