@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -52,7 +53,7 @@ def generate(
     def on_token(_: int, token: int) -> bool:
         piece = stream.push(token)
         if not json:
-            print(piece, end="", flush=True)
+            print(harmless(piece), end="", flush=True)
         return stream.stopped
 
     room = text_model.room(prompt_ids, "the prompt")
@@ -70,10 +71,17 @@ def generate(
     if json:
         _print_json(text, stream.text, prompt_ids, generation, trace)
         return
-    print(rest, flush=True)
+    print(harmless(rest), flush=True)
     if trace is not None:
         print()
         experts_output.show(trace, experts_detail)
+
+
+def harmless(text: str) -> str:
+    """The text as a terminal may have it: control characters but tab and newline are left out there, kept in a pipe."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join(character for character in text if character in "\n\t" or character.isprintable())
 
 
 def _print_json(

@@ -44,7 +44,7 @@ def report_routing(
     seed: int = 0,
     on_part: Callable[[int], None] | None = None,
 ) -> RoutingReport:
-    """Reads every text once, in parts where it is longer than the model's positions. Refuses a model without experts."""
+    """Reads every text once, in parts where it is longer than the model. Refuses a model without routed experts."""
     names = [name for name, _ in text_model.model.moe_layers() if name.startswith("layers.")]
     if not names:
         raise SoliError("this model has no routed experts: every parameter plays for every token, there is no routing")

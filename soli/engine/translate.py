@@ -92,8 +92,13 @@ class Translator:
                 yield Translation(one.source, "", None)
                 continue
             generation = next(generations)
-            text = " ".join(self.text_model.tokenizer.decode(generation.ids).split())
+            text = one_line(self.text_model.tokenizer.decode(generation.ids))
             yield Translation(one.source, text, one.to, tuple(one.prompt), generation)
+
+
+def one_line(text: str) -> str:
+    """White space as single spaces, control characters gone: a model must not steer the terminal it is printed on."""
+    return "".join(character for character in " ".join(text.split()) if character.isprintable())
 
 
 def _windows(asked: Iterable[_Asked], size: int) -> Iterator[list[_Asked]]:
