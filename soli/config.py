@@ -92,10 +92,10 @@ class RopeScaling:
     @classmethod
     def from_dict(cls, d: Mapping[str, Any]) -> RopeScaling | None:
         """`rope_scaling` or `rope_parameters` as JSON has it; None when it asks for plain RoPE."""
-        kinds = {d[name] for name in ("type", "rope_type") if d.get(name) is not None} or {"default"}
-        if len(kinds) > 1:
-            raise SoliError(f"rope_scaling has type {d['type']!r} and rope_type {d['rope_type']!r}; keep one of them")
-        kind = kinds.pop()
+        kinds = [d[name] for name in ("type", "rope_type") if d.get(name) is not None] or ["default"]
+        kind = kinds[0]
+        if kinds[-1] != kind:
+            raise SoliError(f"rope_scaling has type {kind!r} and rope_type {kinds[-1]!r}; keep one of them")
         if kind == "default":
             return None
         for name in ("factor", "original_max_position_embeddings"):
@@ -195,8 +195,8 @@ class ModelConfig:
         _fold_rope(d)
         for name in DERIVED:
             d.pop(name, None)
-        if d.get("architectures") == [ARCHITECTURES[model_type]]:
-            del d["architectures"]
+        if d.get("architectures") in [[name] for name in ARCHITECTURES.values()]:
+            del d["architectures"]  # follows model_type
         defaults = V2_DEFAULTS if model_type == "deepseek_v2" else {}
         values = {**defaults, **{name: d.pop(name) for name in FIELDS if name in d}}
         for name, value in list(values.items()):
@@ -223,9 +223,9 @@ def _nullable(name: str) -> bool:
 
 
 def _check_family(model_type: Any) -> str:
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         config_rules.refuse("model_type", model_type, f"Soli reads {', '.join(ARCHITECTURES)}")
-    return str(model_type)
+    return model_type
 
 
 def _fold_aliases(d: dict[str, Any]) -> None:
@@ -263,7 +263,7 @@ def load_config(path: str | Path) -> ModelConfig:
         d = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise SoliError(f"{file}: cannot be read ({error.strerror or error})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SoliError(f"{file}: not valid JSON ({error})") from None
     if not isinstance(d, dict):
         raise SoliError(f"{file}: must hold a JSON object, not {type(d).__name__}")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from soli.config import PRESETS, ModelConfig, RopeScaling, load_config, preset, replace, resolve
+from soli.config import FIELDS, PRESETS, ModelConfig, RopeScaling, load_config, preset, replace, resolve
 from soli.errors import SoliError
 
 YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "mscale": 1.0, "mscale_all_dim": 1.0}
@@ -146,6 +146,24 @@ def test_impossible_values_are_refused_by_name(changes, words):
     assert "\n" not in sentence
 
 
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 300) | st.floats() | st.text("ay\n", max_size=4),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["type", "factor"]), inner),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=300)
+@given(st.dictionaries(st.sampled_from([*FIELDS, "rope_parameters", "num_local_experts"]), json_values, max_size=4))
+def test_any_json_is_accepted_or_refused_in_a_sentence(changes):
+    try:
+        config = ModelConfig.from_dict(v3(**changes))
+    except SoliError as refusal:
+        assert str(refusal)
+    else:
+        assert ModelConfig.from_dict(config.to_dict()) == config
+
+
 def test_v2_without_its_number_of_chosen_experts_is_refused():
     with pytest.raises(SoliError, match="num_experts_per_tok"):
         ModelConfig.from_dict({"model_type": "deepseek_v2"})
@@ -171,6 +189,9 @@ def test_a_missing_file_and_a_bad_field_name_the_file(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(v3(n_group=7)))
     with pytest.raises(SoliError, match=r"config\.json: n_group is 7"):
         resolve(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(SoliError, match=r"config\.json: not valid JSON"):
+        load_config(tmp_path)
 
 
 def test_unknown_names_are_answered_with_the_nearest():
@@ -220,7 +241,7 @@ def possible_configs(draw) -> dict:
     return d | draw(st.dictionaries(unknown, st.none() | st.booleans() | st.integers() | st.text(), max_size=3))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(possible_configs())
 def test_any_possible_configuration_round_trips(d):
     config = ModelConfig.from_dict(d)

@@ -92,15 +92,19 @@ def root(
 
 
 def _sentence(error: Exception) -> str:
-    """What to tell a person about an error that left a verb."""
+    """What to tell a person about an error that left a verb, in one line of bearable length."""
+    said = " ".join(_reason(error).split())
+    return said if len(said) <= 1000 else f"{said[:600]} ... {said[-300:]}"
+
+
+def _reason(error: Exception) -> str:
     if isinstance(error, SoliError):
         return str(error)
     if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
         return f"this needs the package {error.name}; install it with: pip install 'soli[{EXTRAS[error.name]}]'"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
-    said = " ".join(str(error).split())
-    return f"unexpected {type(error).__name__}: {said} (SOLI_DEBUG=1 shows where)"
+    return f"unexpected {type(error).__name__}: {error} (SOLI_DEBUG=1 shows where)"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -78,6 +78,11 @@ def test_bad_input_is_one_sentence(capsys, arguments, words):
     assert all(word in captured.err for word in words), captured.err
 
 
+def test_a_very_long_argument_is_not_echoed_whole(capsys):
+    assert main(["count", "x" * 100_000]) == 1
+    assert len(capsys.readouterr().err) < 1100
+
+
 def test_broken_files_are_named(capsys, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert main(["count", str(tmp_path)]) == 1
