@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from soli.cli import options
+from soli.cli.console import stdout_console
 from soli.cli.progress import progress
 from soli.cli.text_input import evenly, file_pairs, file_texts
 from soli.errors import SoliError
@@ -79,7 +79,7 @@ def _on_pairs(report: Report, text_model: TextModel, pairs: list[Pair], batch_si
 
 
 def _print(report: Report) -> None:
-    console = Console(highlight=False)
+    console = stdout_console()
     if report.directions:
         console.print(_quality_table(report.directions))
     for name, forced in (("pairs", report.on_pairs), ("text", report.on_text)):

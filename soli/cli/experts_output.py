@@ -2,19 +2,14 @@
 
 import dataclasses
 import json
-import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-
 from soli.analysis.trace import TokenTrace, trace_tokens
 from soli.analysis.trace_view import print_detail, print_score
+from soli.cli.console import stdout_console
 from soli.engine.generate import Generation
 from soli.engine.text_model import TextModel
-
-PIPE_WIDTH = 160  # columns when standard output is not a terminal and COLUMNS does not say
 
 
 def traced(text_model: TextModel, prompt: Sequence[int], generation: Generation) -> list[TokenTrace]:
@@ -26,9 +21,7 @@ def traced(text_model: TextModel, prompt: Sequence[int], generation: Generation)
 
 def show(trace: Sequence[TokenTrace], detail: bool) -> None:
     """Prints a trace to standard output: coloured when that is a terminal, plain when it is not."""
-    plain = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    console = Console(width=PIPE_WIDTH if plain else None, highlight=False)
-    (print_detail if detail else print_score)(console, trace)
+    (print_detail if detail else print_score)(stdout_console(), trace)
 
 
 def as_json(trace: Sequence[TokenTrace]) -> list[dict[str, Any]]:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from soli.cli import options
+from soli.cli.console import stdout_console
 from soli.cli.progress import progress
 from soli.cli.text_input import evenly, file_texts
 
@@ -59,7 +59,7 @@ def routing(
 
 
 def _print(report: RoutingReport) -> None:
-    console = Console(highlight=False)
+    console = stdout_console()
     names = {"zh": "Chinese", "en": "English", "neither": "neither"}
     read = [f"{one.texts:,} {names[key]} ({one.tokens:,} tokens)" for key, one in report.languages.items() if one.texts]
     console.print(f"texts read: {', '.join(read)}", style="bold", soft_wrap=True)

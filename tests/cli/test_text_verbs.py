@@ -1,0 +1,152 @@
+"""`soli translate`, `generate`, `routing` and `eval` as typed: what goes where, and one sentence for bad input."""
+
+import io
+import json
+import sys
+
+import pytest
+
+from soli.cli import main
+from tests.engine.tiny import tiny_folder
+
+SHORT = ["--max-new-tokens", "6"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    return tiny_folder(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Runs a verb with bytes on standard input; gives exit status, standard output and standard error."""
+
+    def run(*arguments: str, stdin: bytes = b"") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        status = main(list(arguments))
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def refused(outcome: tuple[int, str, str], *words: str) -> None:
+    status, out, err = outcome
+    assert status != 0 and out == ""
+    assert err.startswith("soli: ") and err.count("\n") == 1, err
+    assert all(word in err for word in words), err
+
+
+def test_the_translation_alone_is_on_standard_output(run, folder):
+    status, out, err = run("translate", "hello", "--model", folder, *SHORT)
+    assert (status, err, out.count("\n")) == (0, "", 1) and out.strip()
+
+
+def test_lines_from_standard_input_are_those_translated_one_by_one(run, folder):
+    lines = ["hello world", "", "猫坐在", "the mat"]
+    status, out, _ = run("translate", "-", "--model", folder, *SHORT, stdin="\r\n".join(lines).encode())
+    alone = [run("translate", line, "--model", folder, *SHORT)[1] if line else "\n" for line in lines]
+    assert status == 0 and out == "".join(alone)
+
+
+def test_translate_json_with_experts(run, folder):
+    _, out, _ = run("translate", "hello 猫", "--to", "zh", "--model", folder, *SHORT, "--json", "--experts")
+    found = json.loads(out)
+    assert (found["source"], found["to"], found["finish_reason"], found["new_tokens"]) == (
+        "hello 猫",
+        "zh",
+        "length",
+        6,
+    )
+    tokens = found["experts"]
+    assert [token["part"] for token in tokens].count("answer") == 5, "the last token was drawn and never read"
+    assert len(tokens) == found["prompt_tokens"] + 5
+    layer = tokens[3]["layers"][0]
+    assert len(layer["players"]) == 3 and len(layer["groups"]) == 2
+    assert set(layer["players"][0]) == {"expert", "weight", "affinity", "biased", "let_in"}
+    assert sum(player["let_in"] for player in layer["players"]) == len(layer["kept_out"])
+
+
+def test_experts_come_after_the_translation_and_plain(run, folder):
+    plain = run("translate", "hello", "--model", folder, *SHORT)[1]
+    status, out, _ = run("translate", "hello", "--model", folder, *SHORT, "--experts")
+    assert status == 0 and out.startswith(plain + "\n") and "layers.1" in out and "\x1b" not in out
+    detail = run("translate", "hello", "--model", folder, *SHORT, "--experts-detail")[1]
+    assert "affinity" in detail and "missed by" in detail
+
+
+def test_generate_streams_the_continuation_and_stops_where_told(run, folder):
+    sampled = ["--temperature", "1", "--seed", "4", "--max-new-tokens", "20"]
+    status, out, _ = run("generate", folder, "the cat", *sampled)
+    assert status == 0 and out == run("generate", folder, "-", *sampled, stdin=b"the cat\n")[1]
+    found = json.loads(run("generate", folder, "the cat", *sampled, "--json")[1])
+    assert found["text"] + "\n" == out and found["new_tokens"] == 20
+    stop = out.strip()[3:5]
+    cut = json.loads(run("generate", folder, "the cat", *sampled, "--stop", stop, "--json")[1])
+    assert cut["text"] == out[: out.find(stop)] and cut["finish_reason"] == "stop"
+    assert "layers.1" in run("generate", folder, "the cat", "--experts", *SHORT)[1]
+
+
+def test_bad_text_gets_a_sentence(run, folder):
+    model = ["--model", folder]
+    refused(run("translate", "", *model), "empty")
+    refused(run("translate", " \n ", *model), "empty")
+    refused(run("translate", "\udcff", *model), "UTF-8")
+    refused(run("translate", "mat " * 200, *model), "line 1", "96 positions")
+    refused(run("translate", "-", *model, stdin=b"a" * 10_000_000), "line 1", "65,536")
+    refused(run("translate", "-", *model, *SHORT, stdin=b"\xff"), "line 1", "UTF-8")
+    refused(run("translate", "x", "--to", "fr"), "'fr'", "en or zh")
+    refused(run("translate", "x", *model, "--top-p", "0"), "top_p")
+    refused(run("translate", "x", "--model", "/no/such/place"), "/no/such/place")
+    refused(run("generate", folder, "-", stdin=b"\n"), "empty")
+    refused(run("generate", "/no/such/place", "x"), "/no/such/place")
+
+
+def test_lines_before_a_bad_one_are_translated(run, folder):
+    status, out, err = run("translate", "-", "--model", folder, *SHORT, stdin=b"the cat\n\xff\n")
+    assert status == 1 and out == run("translate", "the cat", "--model", folder, *SHORT)[1]
+    assert "line 2 of standard input is not valid UTF-8" in err
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("texts") / "held.tsv"
+    words = ["cat", "mat", "hello", "world", "the"]
+    rows = [f"web\t{'猫坐在垫子上'[: 1 + i % 6]}\t{words[i % 5]} {words[i % 3]}\n" for i in range(14)]
+    path.write_text("".join(rows), encoding="utf-8")
+    return str(path)
+
+
+def test_routing_as_table_json_and_picture(run, folder, corpus, tmp_path):
+    pytest.importorskip("matplotlib")
+    png = tmp_path / "heat.png"
+    status, out, _ = run("routing", corpus, "--model", folder, "--permutations", "200", "--png", str(png))
+    assert status == 0 and "14 Chinese" in out and "14 English" in out and "max violation" in out
+    assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    found = json.loads(run("routing", corpus, "--model", folder, "--permutations", "200", "--json")[1])
+    assert len(found["loads"]) == 2 and len(found["loads"][0]["share"]) == 16 and len(found["preferences"]) == 32
+    assert {"p", "prefers", "chinese", "english", "log2_ratio"} <= set(found["preferences"][0])
+    few = run("routing", corpus, "--model", folder, "--limit", "8")[1]
+    assert "too few texts" in few
+
+
+def test_eval_as_table_and_json(run, folder, corpus):
+    pytest.importorskip("sacrebleu")
+    arguments = ["eval", folder, "--pairs", corpus, "--text", corpus, "--limit", "4"]
+    status, out, _ = run(*arguments)
+    assert status == 0 and "chrF" in out and "MTP acceptance" in out and "bits per byte" in out
+    found = json.loads(run(*arguments, "--json")[1])
+    assert found["directions"]["en-zh"]["overall"]["count"] == 4
+    assert set(found["directions"]["zh-en"]["by_source"]) == {"web"}
+    assert found["on_text"]["bits_per_byte"]["all"] > 0 and 0 <= found["on_pairs"]["mtp_acceptance"] <= 1
+
+
+def test_bad_files_get_a_sentence(run, folder, tmp_path):
+    path = tmp_path / "bad.tsv"
+    path.write_text("only one column\n")
+    refused(run("routing", str(path), "--model", folder), "line 1", "three")
+    refused(run("eval", folder, "--pairs", str(path)), "line 1", "not a pair")
+    path.write_text("\n")
+    refused(run("eval", folder, "--text", str(tmp_path / "none.txt")), "none.txt")
+    (tmp_path / "empty.txt").write_text("\n\n")
+    refused(run("routing", str(tmp_path / "empty.txt"), "--model", folder), "no text")
+    refused(run("eval", folder), "--pairs FILE")

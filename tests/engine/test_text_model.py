@@ -1,0 +1,55 @@
+"""Between text and tokens: how a text begins and ends, and how half a character is shown."""
+
+import json
+
+import pytest
+
+from soli.engine.text_model import open_text_model, text_model
+from soli.errors import SoliError
+from tests.engine.tiny import tiny_folder, tiny_model, tiny_text_model, tiny_tokenizer
+
+
+def test_a_plain_text_begins_as_in_training_and_special_tokens_in_it_stay_text():
+    ours = tiny_text_model()
+    assert ours.text_prompt("the")[:2] == [0, 5]
+    assert not set(ours.text_prompt("<|eos|><|zh|>")[2:]) & set(range(16))
+
+
+def test_tokens_as_a_person_reads_them():
+    ours = tiny_text_model()
+    label = [ours.label(token) for token in ours.tokenizer.encode("the 鼠")]
+    assert label[0].startswith("t") and "".join(label).endswith("⟨e9⟩⟨bc⟩⟨a0⟩")
+    assert ours.label(4) == "<|zh|>"
+    assert ours.label(10_000) == ""
+
+
+def test_a_folder_says_how_texts_begin_and_end(tmp_path):
+    folder = tiny_folder(tmp_path)
+    opened = open_text_model(folder)
+    assert opened.stop_ids == {1} and opened.text_prefix == (0, 5)
+    assert str(opened.model.lm_head.weight.dtype) == "torch.float32" and not len(opened.model.mtp)
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 4]}))
+    assert open_text_model(folder).stop_ids == {1, 4}
+
+
+def test_other_tokenizers_begin_with_bos_unless_told_not_to(tmp_path, monkeypatch):
+    tokenizer = tiny_tokenizer()
+    monkeypatch.setattr(type(tokenizer), "has_token", lambda self, token: False)
+    model = tiny_model(vocab_size=330)
+    assert text_model(model, tokenizer, tmp_path).text_prefix == (0,)
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    assert text_model(model, tokenizer, tmp_path).text_prefix == ()
+    with pytest.raises(SoliError, match="prompt is empty"):
+        text_model(model, tokenizer, tmp_path).text_prompt("")
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(SoliError, match="not readable JSON"):
+        text_model(model, tokenizer, tmp_path)
+
+
+def test_what_does_not_belong_together_is_refused(tmp_path):
+    with pytest.raises(SoliError, match="do not belong together"):
+        text_model(tiny_model(), tiny_tokenizer())
+    with pytest.raises(SoliError, match="choose auto, float32 or bfloat16"):
+        open_text_model("nano", dtype="int8")
+    with pytest.raises(SoliError, match="96 positions"):
+        tiny_text_model().room([5] * 96, "the prompt")
