@@ -1,0 +1,54 @@
+"""`soli data build RECIPE` makes a recipe's corpus and tokens from public packages; `soli data inspect FOLDER` shows what is in them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Build and inspect a recipe's corpus.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.command()
+def build(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name, such as nano-zh-en, or its folder or TOML file.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write; default the recipe's data.folder.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder for downloads and read sources; default OUT/cache.")] = None,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Build without the sources that cannot be fetched.")
+    ] = False,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override one value of the recipe.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print counts and tokens as JSON.")] = False,
+) -> None:
+    """Fetch the recipe's packages, clean and split their text, learn a tokenizer, pack tokens. Run again, it goes on."""
+    from soli.cli.data_output import Progress, print_counts
+    from soli.data.build import build_data
+    from soli.data.recipe import DataConfig, load_recipe
+
+    config = DataConfig.from_recipe(load_recipe(recipe, assignments or []))
+    folder = out or Path(config.folder)
+    with Progress(quiet=as_json) as progress:
+        build_data(config, folder, cache or folder / "cache", progress.report, allow_missing)
+    print_counts(folder, as_json)
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A folder that soli data build wrote.")],
+    samples: Annotated[int, typer.Option(min=0, help="Documents to show as text.")] = 6,
+    seed: Annotated[int, typer.Option(help="Another seed, other documents.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
+) -> None:
+    """Tokens by source, characters per token, lengths of documents, and a few documents as they are trained on."""
+    from soli.cli.data_output import print_inspection
+    from soli.data.inspection import inspect_folder
+
+    found = inspect_folder(folder, samples, seed)
+    if as_json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        print_inspection(folder, found)

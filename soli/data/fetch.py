@@ -1,0 +1,126 @@
+"""Named packages fetched by their ordinary clients (apt-get, pip, npm) and read without being installed.
+
+A download lands in a temporary folder and is renamed into the cache when whole, so an interrupted build starts again where
+it stopped. Refuses, in a sentence, a client that is not on the machine and a package that none of its names finds.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from soli.errors import SoliError
+
+_DOWNLOAD_SECONDS = 1800
+
+
+@dataclass(frozen=True)
+class Package:
+    """One package: its client (`apt`, `pip` or `npm`) and its name, then the names it has in other releases.
+
+    A name carries a version in the client's own form where one is pinned (`pkg==1.2`, `pkg@1.2`).
+    """
+
+    client: str
+    names: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        """The package as a person says it: `Debian cataclysm-dda-data`."""
+        return f"{_TITLES[self.client]} {self.names[0]}"
+
+
+_TITLES = {"apt": "Debian", "pip": "PyPI", "npm": "npm"}
+_MEND = {
+    "apt": "run `apt-get update` once on a Debian or Ubuntu machine (its apt-get and dpkg-deb are used)",
+    "pip": "check that this Python has pip and reaches a package index",
+    "npm": "install npm and check that it reaches a registry",
+}
+
+
+def fetch(package: Package, cache: Path) -> Path:
+    """The package's archive in `cache`, downloaded now unless an earlier build left it there."""
+    cache.mkdir(parents=True, exist_ok=True)
+    present = [path for name in package.names for path in cache.glob(f"{_stem(name)}~*")]
+    if present:
+        return present[0]
+    complaints = []
+    for name in package.names:
+        with tempfile.TemporaryDirectory(dir=cache, prefix="partial-") as folder:
+            complaint = _download(package.client, name, Path(folder))
+            found = [path for path in Path(folder).iterdir() if path.suffix in (".deb", ".whl", ".tgz")]
+            if not complaint and found:
+                return found[0].rename(cache / f"{_stem(name)}~{found[0].suffix}")
+            complaints.append(complaint or f"{name}: the client left no archive")
+    raise SoliError(f"could not fetch {package.title} ({'; '.join(complaints)}): {_MEND[package.client]}")
+
+
+def _stem(name: str) -> str:
+    return name.replace("==", "-").replace("@", "-").replace("/", "-")
+
+
+def _download(client: str, name: str, folder: Path) -> str:
+    """Run one client in `folder`; the last line of its complaint, or nothing when it succeeded."""
+    commands = {
+        "apt": ["apt-get", "download", "-q", name],
+        "pip": [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", name],
+        "npm": ["npm", "pack", "--silent", name],
+    }
+    command = commands[client]
+    if shutil.which(command[0]) is None:
+        return f"{command[0]} is not on this machine"
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_DOWNLOAD_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"{command[0]} gave no answer in {_DOWNLOAD_SECONDS} s"
+    if done.returncode == 0:
+        return ""
+    lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+    return lines[-1] if lines else f"{command[0]} ended with code {done.returncode}"
+
+
+def read_members(archive: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of each file in a .deb, .whl or .tgz whose path inside matches the glob `pattern`, in archive order."""
+    try:
+        if archive.suffix == ".whl":
+            yield from _zip_members(archive, pattern)
+        elif archive.suffix == ".deb":
+            yield from _deb_members(archive, pattern)
+        else:
+            with tarfile.open(archive, "r|gz") as stream:
+                yield from _tar_members(stream, pattern)
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
+        raise SoliError(f"{archive} is not a whole package ({error}): delete it and build again") from error
+
+
+def _zip_members(archive: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
+    with zipfile.ZipFile(archive) as opened:
+        for name in opened.namelist():
+            if fnmatch.fnmatchcase(name, pattern):
+                yield name, opened.read(name)
+
+
+def _deb_members(archive: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
+    if shutil.which("dpkg-deb") is None:
+        raise SoliError(f"reading {archive.name} needs dpkg-deb: install the package dpkg")
+    with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(archive)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None  # Popen was given PIPE
+        with tarfile.open(fileobj=process.stdout, mode="r|") as stream:
+            yield from _tar_members(stream, pattern)
+
+
+def _tar_members(stream: tarfile.TarFile, pattern: str) -> Iterator[tuple[str, bytes]]:
+    for member in stream:
+        name = member.name.removeprefix("./")
+        if member.isfile() and fnmatch.fnmatchcase(name, pattern):
+            content = stream.extractfile(member)
+            assert content is not None  # isfile() held
+            yield name, content.read()

@@ -1,0 +1,86 @@
+"""The mixture: which documents an epoch holds, how often each, and what each looks like as tokens.
+
+A pair is two documents, one for each direction; a line of one language is one. A source's weight w means floor(w) copies and
+one more with probability w - floor(w), drawn per document from the recipe's seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from soli.data.corpus import Line, Pair
+from soli.data.fim import split_middle
+from soli.data.recipe import DataConfig
+from soli.data.text import is_one_word
+from soli.data.tokenizer import Tokenizer
+
+_BATCH = 20_000
+
+
+class Document(NamedTuple):
+    """Segments are (special token, text) in order; `<|bos|>` before and `<|eos|>` after are understood."""
+
+    source: str
+    segments: tuple[tuple[str, str], ...]
+
+
+def pair_documents(pair: Pair) -> tuple[Document, Document]:
+    """English to Chinese, and Chinese to English."""
+    english, chinese = ("<|en|>", pair.en), ("<|zh|>", pair.zh)
+    return Document(pair.source, (english, chinese)), Document(pair.source, (chinese, english))
+
+
+def text_document(line: Line, fim_rate: float, rng: np.random.Generator) -> Document:
+    """A plain document, rearranged as prefix, suffix, middle at the given rate."""
+    name = f"{line.source} ({line.language})"
+    parts = split_middle(line.text, fim_rate, rng)
+    if parts is None:
+        return Document(name, (("<|text|>", line.text),))
+    prefix, middle, suffix = parts
+    return Document(name, (("<|fim_prefix|>", prefix), ("<|fim_suffix|>", suffix), ("<|fim_middle|>", middle)))
+
+
+def weight_of(document: Document, config: DataConfig) -> float:
+    """Mean copies per epoch: the source's weight, bounded for pairs whose English is a single word."""
+    weight = float(config.weights.get(document.source, 1.0))
+    english = dict(document.segments).get("<|en|>")
+    return weight if english is None or not is_one_word(english) else min(weight, config.one_word_weight)
+
+
+def mix(pairs: Iterable[Pair], mono: Iterable[Line], config: DataConfig) -> list[Document]:
+    """One epoch's documents, weighted and shuffled by the recipe's seed."""
+    rng = np.random.default_rng(config.seed)
+    drawn: list[Document] = []
+    for pair in pairs:
+        for document in pair_documents(pair):
+            drawn.extend([document] * _copies(weight_of(document, config), rng))
+    for line in mono:
+        document = text_document(line, config.fim_rate, rng)
+        drawn.extend([document] * _copies(weight_of(document, config), rng))
+    return [drawn[i] for i in rng.permutation(len(drawn))]
+
+
+def heldout_documents(pairs: Iterable[Pair], mono: Iterable[Line]) -> list[Document]:
+    """Every held-out pair in both directions and every held-out line, once, in the order given."""
+    rng = np.random.default_rng(0)
+    documents = [document for pair in pairs for document in pair_documents(pair)]
+    return documents + [text_document(line, 0.0, rng) for line in mono]
+
+
+def _copies(weight: float, rng: np.random.Generator) -> int:
+    return int(weight) + int(rng.random() < weight % 1)
+
+
+def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[tuple[str, list[int]]]:
+    """(source, ids) of each document: `<|bos|>`, then each segment's token and text, then `<|eos|>`."""
+    for start in range(0, len(documents), _BATCH):
+        batch = documents[start : start + _BATCH]
+        encoded = iter(tokenizer.encode_batch([text for document in batch for _, text in document.segments]))
+        for document in batch:
+            ids = [tokenizer.bos_id]
+            for token, _ in document.segments:
+                ids += [tokenizer.token_id(token), *next(encoded)]
+            yield document.source, [*ids, tokenizer.eos_id]

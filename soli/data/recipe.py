@@ -1,0 +1,115 @@
+"""Recipes: TOML files that hold every number of a corpus and of a training run, and the overrides of one field on the command line.
+
+A recipe is named by the path of its folder or file, or by a bare name looked up in ./recipes and then in the package.
+Refuses a name that leads nowhere, TOML that does not parse, and an override without a section.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from soli.errors import SoliError
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_SHELVES = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes")
+
+
+def find_recipe(name: str | Path) -> Path:
+    """The TOML file that `name` means: a file, a folder with recipe.toml, or a bare name on one of the shelves."""
+    given = Path(name)
+    for candidate in (given, *(shelf / given for shelf in (Path("recipes"), *_SHELVES))):
+        if candidate.is_dir() and (candidate / "recipe.toml").is_file():
+            return candidate / "recipe.toml"
+        if candidate.is_file():
+            return candidate
+    known = sorted({found.parent.name for shelf in (Path("recipes"), *_SHELVES) for found in shelf.glob("*/recipe.toml")})
+    raise SoliError(f"no recipe {name}: give a folder with recipe.toml, a TOML file, or one of: {', '.join(known) or 'none'}")
+
+
+def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The recipe as a dictionary of sections, with `section.field=value` overrides applied in order."""
+    path = find_recipe(name)
+    try:
+        recipe = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SoliError(f"{path} is not valid TOML ({error}): correct it") from error
+    except OSError as error:
+        raise SoliError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+    for override in overrides:
+        _apply(recipe, override, path)
+    return recipe
+
+
+def _apply(recipe: dict[str, Any], override: str, path: Path) -> None:
+    """Set one field; its value is read as TOML, and as a plain string where it is not TOML."""
+    place, equals, written = override.partition("=")
+    *sections, name = place.strip().split(".")
+    if not equals or not sections or not name:
+        raise SoliError(f"--set {override!r} is not of the form section.field=value, as in --set train.steps=100")
+    target = recipe
+    for section in sections:
+        if not isinstance(target.get(section), dict):
+            raise SoliError(f"--set {override!r}: {path} has no section [{'.'.join(sections)}]; use one that it has")
+        target = target[section]
+    try:
+        target[name] = tomllib.loads(f"value = {written.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        target[name] = written.strip()
+
+
+def data_folder(recipe: dict[str, Any]) -> Path:
+    """Where the recipe's corpus lies: its `data.folder`, below the current folder unless absolute."""
+    return Path(DataConfig.from_recipe(recipe).folder)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The [data] section: what goes into a corpus, how much of it, and what is kept aside. Checked at construction."""
+
+    folder: str = "data/corpus"  # where the data step writes and training reads
+    vocab_size: int = 6144
+    seed: int = 1
+    heldout_every: int = 200  # one pair (or line) in so many is held out, by a hash of its text
+    heldout_books: tuple[str, ...] = ()  # short names of Bible books held out whole
+    most_renderings: int = 3  # Chinese renderings kept of one English text
+    one_word_weight: float = 1.0  # an upper bound on the weight of pairs whose English is one word
+    fim_rate: float = 0.0  # share of plain documents rearranged as prefix, suffix, middle
+    longest_document: int = 2000  # characters; longer paragraphs are cut at a sentence's end
+    tokenizer_characters: int = 20_000_000  # how much text the vocabulary is learnt from
+    weights: dict[str, float] = field(default_factory=dict)  # copies per epoch of a source's documents; 1 if unnamed
+    caps: dict[str, int] = field(default_factory=dict)  # characters at most of a source of one language
+
+    def __post_init__(self) -> None:
+        _require(272 <= self.vocab_size <= 65536, "vocab_size", self.vocab_size, "272 to 65536, tokens are 16 bits wide")
+        _require(self.heldout_every >= 2, "heldout_every", self.heldout_every, "2 or more")
+        _require(self.most_renderings >= 1, "most_renderings", self.most_renderings, "1 or more")
+        _require(self.longest_document >= 50, "longest_document", self.longest_document, "50 or more")
+        _require(self.tokenizer_characters > 0, "tokenizer_characters", self.tokenizer_characters, "more than 0")
+        _require(0 <= self.fim_rate <= 1, "fim_rate", self.fim_rate, "0 to 1")
+        for name, weight in {"one_word_weight": self.one_word_weight, **self.weights}.items():
+            _require(isinstance(weight, (int, float)) and 0 <= weight <= 100, f"weights.{name}", weight, "0 to 100")
+        for name, cap in self.caps.items():
+            _require(isinstance(cap, int) and cap >= 0, f"caps.{name}", cap, "a whole number of characters")
+
+    @classmethod
+    def from_recipe(cls, recipe: dict[str, Any]) -> DataConfig:
+        """The [data] section of a loaded recipe."""
+        section = dict(recipe.get("data", {}))
+        known = {item.name for item in fields(cls)}
+        for name in section:
+            if name not in known:
+                raise SoliError(f"[data] has an unknown field {name}: use one of {', '.join(sorted(known))}")
+        section["heldout_books"] = tuple(section.get("heldout_books", ()))
+        try:
+            return cls(**section)
+        except (TypeError, AttributeError) as error:
+            raise SoliError(f"[data] holds a value of the wrong type ({error}): compare recipes/nano-zh-en") from error
+
+
+def _require(holds: bool, name: str, value: object, wanted: str) -> None:
+    if not holds:
+        raise SoliError(f"[data] {name} is {value}: it must be {wanted}")

@@ -1,0 +1,162 @@
+"""Byte-level BPE over English and Chinese, with the special tokens that frame Soli's documents.
+
+Every string has a token sequence and comes back unchanged: the base alphabet is the 256 bytes. Digits stand alone, Chinese
+runs are split from Latin ones, and a special token written out in a user's text stays text. Reads any folder with a
+`tokenizer.json`; refuses one that is missing or broken, and a translation prompt where the tokens for it do not exist.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
+from soli.errors import SoliError
+
+SPECIAL_TOKENS = (
+    "<|bos|>", "<|eos|>", "<|pad|>", "<|en|>", "<|zh|>", "<|text|>",
+    "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>",
+    "<|user|>", "<|assistant|>", "<|system|>",
+    "<|reserved_0|>", "<|reserved_1|>", "<|reserved_2|>", "<|reserved_3|>",
+)  # fmt: skip
+"""In the order of their ids, from 0."""
+
+SMALLEST_VOCAB = len(SPECIAL_TOKENS) + 256
+
+# One digit a piece; a Han run apart from Latin words; punctuation and spaces as in GPT-2.
+_PIECES = r"'(?:[sdmt]|ll|ve|re)|\p{Han}+| ?[\p{L}&&[^\p{Han}]]+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-in for each byte: itself where printable, else the next free code point from 256 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+class Tokenizer:
+    """Text to ids and back, around a `tokenizers.Tokenizer`."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, bos: str = "<|bos|>", eos: str = "<|eos|>") -> None:
+        backend.encode_special_tokens = True  # text that spells a special token is encoded as text
+        self._backend = backend
+        self._bos, self._eos = bos, eos
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> Tokenizer:
+        """Read `folder/tokenizer.json`, and the names of bos and eos from `tokenizer_config.json` where it stands."""
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise SoliError(f"{folder} has no tokenizer.json: point to a model or data folder that holds one")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the Rust side raises a bare Exception
+            raise SoliError(f"{path} is not a readable tokenizer ({error}): fetch or build it again") from error
+        names = _special_names(path.with_name("tokenizer_config.json"))
+        return cls(backend, names.get("bos_token") or "<|bos|>", names.get("eos_token") or "<|eos|>")
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """Learn a byte-level BPE of `vocab_size` entries (special tokens and bytes counted) from texts."""
+        if vocab_size < SMALLEST_VOCAB:
+            raise SoliError(f"vocab_size is {vocab_size}: it must be at least {SMALLEST_VOCAB} (bytes, special tokens)")
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(_PIECES), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+        )
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(SPECIAL_TOKENS),
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        return cls(backend)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `tokenizer.json` and the `tokenizer_config.json` that transformers reads."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._backend.save(str(folder / "tokenizer.json"))
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": self._bos,
+            "eos_token": self._eos,
+            "pad_token": "<|pad|>",
+            "clean_up_tokenization_spaces": False,
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._backend.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def bos_id(self) -> int:
+        return self.token_id(self._bos)
+
+    @property
+    def eos_id(self) -> int:
+        return self.token_id(self._eos)
+
+    def token_id(self, token: str) -> int:
+        """The id of one token by its written form; an error when the vocabulary lacks it."""
+        index = self._backend.token_to_id(token)
+        if index is None:
+            raise SoliError(f"this tokenizer has no token {token}: use a model whose tokenizer was built for the task")
+        return int(index)
+
+    def has_token(self, token: str) -> bool:
+        """Whether the vocabulary holds this token, by its written form."""
+        return self._backend.token_to_id(token) is not None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text, without bos or eos."""
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of many texts at once, on all cores."""
+        return [list(item.ids) for item in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids; special tokens are left out, broken UTF-8 shows as U+FFFD."""
+        return str(self._backend.decode([int(i) for i in ids], skip_special_tokens=True))
+
+    def token_text(self, index: int) -> str:
+        """One token as a person reads it: special tokens by name, partial characters as U+FFFD."""
+        return str(self._backend.decode([int(index)], skip_special_tokens=False))
+
+    def token_bytes(self, index: int) -> bytes:
+        """The UTF-8 bytes that a token stands for, which may end inside a character; none for an unknown id."""
+        written = self._backend.id_to_token(int(index)) or ""
+        if all(character in _BYTE_OF for character in written):
+            return bytes(_BYTE_OF[character] for character in written)
+        return self.token_text(index).encode()
+
+    def translation_prompt(self, text: str, to: str) -> list[int]:
+        """`<|bos|><|en|>text<|zh|>` for `to="zh"`, the mirror image for `to="en"`."""
+        if to not in ("en", "zh"):
+            raise SoliError(f"cannot translate to {to!r}: choose en or zh")
+        source, target = ("en", "zh") if to == "zh" else ("zh", "en")
+        return [self.bos_id, self.token_id(f"<|{source}|>"), *self.encode(text), self.token_id(f"<|{target}|>")]
+
+
+def _special_names(path: Path) -> dict[str, str]:
+    """bos_token and eos_token of a tokenizer_config.json, written there as a string or as {"content": string}."""
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        entries = {key: config.get(key) for key in ("bos_token", "eos_token")}
+    except (ValueError, AttributeError) as error:
+        raise SoliError(f"{path} is not readable JSON ({error}): fetch it again") from error
+    named = {key: value.get("content") if isinstance(value, dict) else value for key, value in entries.items()}
+    return {key: value for key, value in named.items() if isinstance(value, str)}
