@@ -1,4 +1,4 @@
-"""`soli data build RECIPE` makes a recipe's corpus and tokens from public packages; `soli data inspect FOLDER` shows what is in them."""
+"""`soli data build RECIPE` makes a recipe's corpus and tokens from public packages; `soli data inspect` shows them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ app = typer.Typer(help="Build and inspect a recipe's corpus.", no_args_is_help=T
 def build(
     recipe: Annotated[str, typer.Argument(help="A recipe's name, such as nano-zh-en, or its folder or TOML file.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write; default the recipe's data.folder.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="Folder for downloads and read sources; default OUT/cache.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder for downloads and read sources; default OUT/cache.")
+    ] = None,
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Build without the sources that cannot be fetched.")
     ] = False,
@@ -24,7 +26,10 @@ def build(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print counts and tokens as JSON.")] = False,
 ) -> None:
-    """Fetch the recipe's packages, clean and split their text, learn a tokenizer, pack tokens. Run again, it goes on."""
+    """Fetch the recipe's packages, clean and split their text, learn a tokenizer, pack tokens.
+
+    Stopped, it goes on where it was when run again.
+    """
     from soli.cli.data_output import Progress, print_counts
     from soli.data.build import build_data
     from soli.data.recipe import DataConfig, load_recipe

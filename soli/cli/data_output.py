@@ -27,7 +27,9 @@ class Progress:
         self._status.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._status.stop()
 
     def report(self, name: str, event: str) -> None:
@@ -49,8 +51,12 @@ def print_counts(folder: Path, as_json: bool) -> None:
     table = _table("source", "pairs", "lines", "characters", "held out", "tokens")
     for name, row in counts["sources"].items():
         tokens = meta["sources"].get(name, {}).get("tokens", 0)
-        table.add_row(name, *(_number(row.get(k)) for k in ("pairs", "lines", "characters", "heldout")), _number(tokens))
-    totals = [sum(row.get(k, 0) for row in counts["sources"].values()) for k in ("pairs", "lines", "characters", "heldout")]
+        table.add_row(
+            name, *(_number(row.get(k)) for k in ("pairs", "lines", "characters", "heldout")), _number(tokens)
+        )
+    totals = [
+        sum(row.get(k, 0) for row in counts["sources"].values()) for k in ("pairs", "lines", "characters", "heldout")
+    ]
     table.add_row("all", *map(_number, totals), _number(meta["train_tokens"]))
     Console(highlight=False).print(table)
     for name in counts["skipped"]:

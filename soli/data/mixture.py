@@ -1,7 +1,7 @@
 """The mixture: which documents an epoch holds, how often each, and what each looks like as tokens.
 
-A pair is two documents, one for each direction; a line of one language is one. A source's weight w means floor(w) copies and
-one more with probability w - floor(w), drawn per document from the recipe's seed.
+A pair is two documents, one for each direction; a line of one language is one. A source's weight w means floor(w)
+copies and one more with probability w - floor(w), drawn per document from the recipe's seed.
 """
 
 from __future__ import annotations
@@ -35,12 +35,11 @@ def pair_documents(pair: Pair) -> tuple[Document, Document]:
 
 def text_document(line: Line, fim_rate: float, rng: np.random.Generator) -> Document:
     """A plain document, rearranged as prefix, suffix, middle at the given rate."""
-    name = f"{line.source} ({line.language})"
     parts = split_middle(line.text, fim_rate, rng)
     if parts is None:
-        return Document(name, (("<|text|>", line.text),))
+        return Document(line.label, (("<|text|>", line.text),))
     prefix, middle, suffix = parts
-    return Document(name, (("<|fim_prefix|>", prefix), ("<|fim_suffix|>", suffix), ("<|fim_middle|>", middle)))
+    return Document(line.label, (("<|fim_prefix|>", prefix), ("<|fim_suffix|>", suffix), ("<|fim_middle|>", middle)))
 
 
 def weight_of(document: Document, config: DataConfig) -> float:

@@ -1,7 +1,6 @@
-"""Packed tokens on disk: documents end to end in a flat file of 16-bit little-endian integers, and the meta.json beside it.
+"""Packed tokens on disk: documents end to end in flat files of 16-bit little-endian integers, with a meta.json beside.
 
-What training reads from these files, and in which order, is in soli/train/batches.py. Refuses files that their meta.json does
-not describe.
+What training reads from them, and in which order, is in soli/train/batches.py. Refuses files unlike their meta.json.
 """
 
 from __future__ import annotations

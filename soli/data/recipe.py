@@ -1,4 +1,4 @@
-"""Recipes: TOML files that hold every number of a corpus and of a training run, and the overrides of one field on the command line.
+"""Recipes: TOML files with every number of a corpus and a training run, and `--set` overrides of single fields.
 
 A recipe is named by the path of its folder or file, or by a bare name looked up in ./recipes and then in the package.
 Refuses a name that leads nowhere, TOML that does not parse, and an override without a section.
@@ -26,8 +26,12 @@ def find_recipe(name: str | Path) -> Path:
             return candidate / "recipe.toml"
         if candidate.is_file():
             return candidate
-    known = sorted({found.parent.name for shelf in (Path("recipes"), *_SHELVES) for found in shelf.glob("*/recipe.toml")})
-    raise SoliError(f"no recipe {name}: give a folder with recipe.toml, a TOML file, or one of: {', '.join(known) or 'none'}")
+    known = sorted(
+        {found.parent.name for shelf in (Path("recipes"), *_SHELVES) for found in shelf.glob("*/recipe.toml")}
+    )
+    raise SoliError(
+        f"no recipe {name}: give a folder with recipe.toml, a TOML file, or one of: {', '.join(known) or 'none'}"
+    )
 
 
 def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -49,7 +53,7 @@ def _apply(recipe: dict[str, Any], override: str, path: Path) -> None:
     place, equals, written = override.partition("=")
     *sections, name = place.strip().split(".")
     if not equals or not sections or not name:
-        raise SoliError(f"--set {override!r} is not of the form section.field=value, as in --set train.steps=100")
+        raise SoliError(f"--set {override!r} is not of the form section.field=value, as in --set run.seed=2")
     target = recipe
     for section in sections:
         if not isinstance(target.get(section), dict):
@@ -84,16 +88,12 @@ class DataConfig:
     caps: dict[str, int] = field(default_factory=dict)  # characters at most of a source of one language
 
     def __post_init__(self) -> None:
-        _require(272 <= self.vocab_size <= 65536, "vocab_size", self.vocab_size, "272 to 65536, tokens are 16 bits wide")
-        _require(self.heldout_every >= 2, "heldout_every", self.heldout_every, "2 or more")
-        _require(self.most_renderings >= 1, "most_renderings", self.most_renderings, "1 or more")
-        _require(self.longest_document >= 50, "longest_document", self.longest_document, "50 or more")
-        _require(self.tokenizer_characters > 0, "tokenizer_characters", self.tokenizer_characters, "more than 0")
-        _require(0 <= self.fim_rate <= 1, "fim_rate", self.fim_rate, "0 to 1")
-        for name, weight in {"one_word_weight": self.one_word_weight, **self.weights}.items():
-            _require(isinstance(weight, (int, float)) and 0 <= weight <= 100, f"weights.{name}", weight, "0 to 100")
-        for name, cap in self.caps.items():
-            _require(isinstance(cap, int) and cap >= 0, f"caps.{name}", cap, "a whole number of characters")
+        for name, lowest, highest in _RANGES:
+            _require_number(name, getattr(self, name), lowest, highest)
+        for name, weight in _table("weights", self.weights).items():
+            _require_number(f"weights.{name}", weight, 0.0, 100.0)
+        for name, cap in _table("caps", self.caps).items():
+            _require_number(f"caps.{name}", cap, 0, 1 << 60)
 
     @classmethod
     def from_recipe(cls, recipe: dict[str, Any]) -> DataConfig:
@@ -103,13 +103,34 @@ class DataConfig:
         for name in section:
             if name not in known:
                 raise SoliError(f"[data] has an unknown field {name}: use one of {', '.join(sorted(known))}")
-        section["heldout_books"] = tuple(section.get("heldout_books", ()))
-        try:
-            return cls(**section)
-        except (TypeError, AttributeError) as error:
-            raise SoliError(f"[data] holds a value of the wrong type ({error}): compare recipes/nano-zh-en") from error
+        books = section.get("heldout_books", [])
+        if not isinstance(books, list) or not all(isinstance(book, str) for book in books):
+            raise SoliError(f'[data] heldout_books is {books}: write a list of short names, as in ["ruth", "jon"]')
+        return cls(**{**section, "heldout_books": tuple(books)})
 
 
-def _require(holds: bool, name: str, value: object, wanted: str) -> None:
-    if not holds:
-        raise SoliError(f"[data] {name} is {value}: it must be {wanted}")
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("vocab_size", 272, 65536),  # tokens are 16 bits wide
+    ("seed", 0, 1 << 60),
+    ("heldout_every", 2, 1 << 60),
+    ("most_renderings", 1, 1 << 60),
+    ("one_word_weight", 0.0, 100.0),
+    ("fim_rate", 0.0, 1.0),
+    ("longest_document", 50, 1 << 60),
+    ("tokenizer_characters", 1, 1 << 60),
+)
+"""Field, lowest and highest value; a float as the lowest value means that any number will do."""
+
+
+def _require_number(name: str, value: object, lowest: float, highest: float) -> None:
+    kinds = (int, float) if isinstance(lowest, float) else (int,)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not lowest <= value <= highest:  # type: ignore[operator]
+        noun = "a number" if isinstance(lowest, float) else "a whole number"
+        limit = f"from {lowest:g} to {highest:g}" if highest < 1 << 60 else f"of at least {lowest:g}"
+        raise SoliError(f"[data] {name} is {value!r}: write {noun} {limit}")
+
+
+def _table(name: str, value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise SoliError(f"[data] {name} is {value!r}: write a table [data.{name}] of numbers by source")
+    return value

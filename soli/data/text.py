@@ -1,7 +1,7 @@
-"""Cleaning rules for one text or one pair: what a corpus line may hold, how paragraphs part into sentences, how texts compare.
+"""Cleaning rules for one text or one pair: what a line may hold, how paragraphs part into sentences, how texts compare.
 
-The rules drop rather than mend: placeholders (%s, {x}, $name), markup, addresses, one-sided translations and pairs whose
-lengths do not belong together. Accelerator marks of menus (&File, 文件(F)) are taken off first.
+The rules drop rather than mend: placeholders (%s, {x}, $name), markup, addresses, untranslated strings, and pairs whose
+lengths do not belong together. Only the accelerator marks of menus (_File, 文件(_F)) are taken off.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _split_after(boundary: re.Pattern[str], text: str) -> list[str]:
 
 
 def align(zh: str, en: str) -> list[tuple[str, str]]:
-    """Sentence pairs of a paragraph pair when both sides have the same number of sentences, else the paragraph itself."""
+    """Sentence pairs of a paragraph pair where both sides have as many sentences, else the paragraph pair itself."""
     parts_zh, parts_en = sentences_zh(zh), sentences_en(en)
     if len(parts_zh) == len(parts_en) > 1 and all(map(_lengths_agree, parts_zh, parts_en)):
         return list(zip(parts_zh, parts_en, strict=True))
@@ -122,7 +122,9 @@ class Simplifier:
         try:
             import opencc
         except ImportError as error:
-            raise SoliError("turning traditional characters into simplified needs opencc: pip install 'soli[data]'") from error
+            raise SoliError(
+                "turning traditional characters into simplified needs opencc: pip install 'soli[data]'"
+            ) from error
         self._convert = opencc.OpenCC(table).convert
 
     def __call__(self, text: str) -> str:

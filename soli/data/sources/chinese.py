@@ -23,7 +23,9 @@ def poems(content: bytes) -> Iterator[str]:
     """The verses of each poem of one file, joined; author files and other shapes hold none."""
     entries = json.loads(content)
     for entry in entries if isinstance(entries, list) else [entries]:
-        verses = (entry.get("paragraphs") or entry.get("content") or entry.get("para")) if isinstance(entry, dict) else None
+        verses = (
+            (entry.get("paragraphs") or entry.get("content") or entry.get("para")) if isinstance(entry, dict) else None
+        )
         if isinstance(verses, list) and all(isinstance(verse, str) for verse in verses):
             yield tidy("".join(verses))
 

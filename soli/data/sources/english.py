@@ -71,7 +71,7 @@ def read_wordnet(archives: list[Path]) -> Iterator[Row]:
 
 
 def r_character_vectors(database: bytes) -> Iterator[list[str]]:
-    """The character vectors of a lazy-load database of R: length-prefixed zlib blocks, each one XDR-serialised vector."""
+    """Character vectors of an R lazy-load database: length-prefixed zlib blocks, each one an XDR-serialised vector."""
     at = 0
     while at + 4 < len(database):
         stream = zlib.decompressobj()

@@ -1,6 +1,6 @@
 """LibreOffice's help: the same HTML files in English and Chinese, aligned by the identifier of each paragraph.
 
-Paragraphs that a translator left in English are in the Chinese files too and fall out later, for want of Chinese characters.
+Paragraphs that a translator left in English are in the Chinese files too; they fall out for want of Chinese characters.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pairs from files with a structure of their own: Home Assistant's JSON, GNOME's Mallard pages, the dictionary CC-CEDICT."""
+"""Pairs from files with a structure of their own: Home Assistant's JSON, GNOME's Mallard pages, CC-CEDICT's entries."""
 
 from __future__ import annotations
 
