@@ -69,12 +69,22 @@ def open_text_model(name_or_folder: str, device: str = "cpu", dtype: str = "auto
     """
     if dtype not in ("auto", *DTYPES):
         raise SoliError(f"dtype is {dtype!r}: choose auto, {' or '.join(DTYPES)}")
+    check_device(device)
     folder = open_checkpoint(name_or_folder).folder
     if dtype == "auto":
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         dtype = "float32" if size <= SMALL_ENOUGH_FOR_FLOAT32 else dtype
     model = load_model(name_or_folder, device=device, dtype=DTYPES.get(dtype), mtp=mtp)
     return text_model(model, Tokenizer.from_folder(folder), folder)
+
+
+def check_device(name: str) -> None:
+    """Refuses a device that cannot run a model here."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise SoliError(f"device is {name!r}: choose cpu or cuda")
+    gpus = torch.cuda.device_count() if name != "cpu" else 0
+    if name != "cpu" and int(name[5:] or 0) >= gpus:
+        raise SoliError(f"device is {name!r}, but PyTorch sees {gpus} GPUs on this machine: use cpu")
 
 
 def text_model(model: Transformer, tokenizer: Tokenizer, folder: Path | None = None) -> TextModel:

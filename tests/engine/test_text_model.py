@@ -51,5 +51,9 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
         text_model(tiny_model(), tiny_tokenizer())
     with pytest.raises(SoliError, match="choose auto, float32 or bfloat16"):
         open_text_model("nano", dtype="int8")
+    with pytest.raises(SoliError, match="choose cpu or cuda"):
+        open_text_model("nano", device="tpu")
+    with pytest.raises(SoliError, match="device is 'cuda:99', but PyTorch sees"):
+        open_text_model("nano", device="cuda:99")
     with pytest.raises(SoliError, match="96 positions"):
         tiny_text_model().room([5] * 96, "the prompt")
