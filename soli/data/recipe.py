@@ -98,11 +98,13 @@ class DataConfig:
     @classmethod
     def from_recipe(cls, recipe: dict[str, Any]) -> DataConfig:
         """The [data] section of a loaded recipe."""
-        section = dict(recipe.get("data", {}))
+        section = dict(_table("data", recipe.get("data", {})))
         known = {item.name for item in fields(cls)}
         for name in section:
             if name not in known:
                 raise SoliError(f"[data] has an unknown field {name}: use one of {', '.join(sorted(known))}")
+        if not isinstance(section.get("folder", ""), str):
+            raise SoliError(f'[data] folder is {section["folder"]!r}: write a path, as in "data/corpus"')
         books = section.get("heldout_books", [])
         if not isinstance(books, list) or not all(isinstance(book, str) for book in books):
             raise SoliError(f'[data] heldout_books is {books}: write a list of short names, as in ["ruth", "jon"]')
@@ -132,5 +134,6 @@ def _require_number(name: str, value: object, lowest: float, highest: float) -> 
 
 def _table(name: str, value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise SoliError(f"[data] {name} is {value!r}: write a table [data.{name}] of numbers by source")
+        section = name if name == "data" else f"data.{name}"
+        raise SoliError(f"[{section}] is {value!r}: write a table")
     return value
