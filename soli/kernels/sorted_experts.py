@@ -86,6 +86,6 @@ def _mlp_by_expert(
 
 
 def _can_group(x_PD: Tensor, down_EDF: Tensor) -> bool:
-    """torch's grouped product takes bfloat16 with rows of a multiple of 16 bytes, on a GPU from compute capability 8."""
+    """torch's grouped product takes bfloat16 with rows of a multiple of 16 bytes; on a GPU, from capability 8."""
     fits = x_PD.dtype == torch.bfloat16 and x_PD.shape[0] > 0 and x_PD.shape[1] % 8 == 0 and down_EDF.shape[2] % 8 == 0
     return fits and (not x_PD.is_cuda or torch.cuda.get_device_capability(x_PD.device)[0] >= 8)
