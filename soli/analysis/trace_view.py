@@ -69,7 +69,8 @@ def summary(tokens: Sequence[TokenTrace]) -> str:
     )
     if misses:
         margin, expert, layer, token = min(misses, key=lambda miss: miss[0])
-        said += f"; closest miss: expert {expert} in {layer} at {visible(token.text)}, by {margin:.4f}"
+        by = f"{margin:.4f}" if margin >= 1e-4 else "less than 0.0001"
+        said += f"; closest miss: expert {expert} in {layer} at {visible(token.text)}, by {by}"
     return said
 
 
@@ -114,12 +115,19 @@ def _player(player: Player, share: float, width: int) -> Text:
 
 
 def _systems(columns: list[list[Text]], width: int) -> list[list[list[Text]]]:
-    """Columns packed into as few systems as fit the width; a column wider than that stands alone."""
+    """Columns in as few systems as fit the width, and evenly where that takes no more of them."""
+    fewest = _packed(columns, width, len(columns))
+    even = _packed(columns, width, -(-len(columns) // len(fewest)))
+    return even if len(even) == len(fewest) else fewest
+
+
+def _packed(columns: list[list[Text]], width: int, most: int) -> list[list[list[Text]]]:
+    """Columns from left to right, at most `most` to a system; one wider than the width stands alone."""
     systems: list[list[list[Text]]] = []
     room = 0
     for column in columns:
         needed = cell_len(column[0].plain) + len(GAP)
-        if not systems or needed > room:
+        if not systems or needed > room or len(systems[-1]) == most:
             systems.append([])
             room = width
         systems[-1].append(column)

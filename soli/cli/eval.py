@@ -82,6 +82,8 @@ def _print(report: Report) -> None:
     console = stdout_console()
     if report.directions:
         console.print(_quality_table(report.directions))
+        for name, direction in report.directions.items():
+            console.print(f"{name}  {direction.overall.signature}", style="dim", soft_wrap=True)
     for name, forced in (("pairs", report.on_pairs), ("text", report.on_text)):
         if forced is None:
             continue

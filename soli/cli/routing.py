@@ -82,17 +82,12 @@ def _load_table(report: RoutingReport) -> Table:
         table.add_column(title, no_wrap=True)
     for title in ("max violation", "idle"):
         table.add_column(title, justify="right")
-    table.add_column("prefer Chinese", style=CHINESE)
-    table.add_column("prefer English", style=ENGLISH)
+    table.add_column("Chinese, 2 : 1 or more", style=CHINESE)
+    table.add_column("English, 2 : 1 or more", style=ENGLISH)
     for load in report.loads:
-        fans = {
-            language: " ".join(
-                str(one.expert) for one in report.preferences if (one.layer, one.prefers) == (load.layer, language)
-            )
-            for language in ("zh", "en")
-        }
-        strip = _strip(load)
-        table.add_row(load.layer, strip, f"{load.max_violation:.2f}", str(len(load.idle)), fans["zh"], fans["en"])
+        clear = [one for one in report.preferences if one.layer == load.layer and abs(one.log2_ratio) >= 1]
+        fans = (" ".join(str(one.expert) for one in clear if one.prefers == language) for language in ("zh", "en"))
+        table.add_row(load.layer, _strip(load), f"{load.max_violation:.2f}", str(len(load.idle)), *fans)
     return table
 
 

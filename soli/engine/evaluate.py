@@ -24,11 +24,12 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Quality:
-    """sacrebleu's chrF2 and BLEU, 0 to 100, over `count` sentences."""
+    """sacrebleu's chrF2 and BLEU, 0 to 100, over `count` sentences, and the signature to compare them by."""
 
     chrf: float
     bleu: float
     count: int
+    signature: str
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,11 @@ def evaluate_direction(
 
 def quality(given: Sequence[str], references: Sequence[str], to: Language) -> Quality:
     """Corpus chrF and BLEU of translations into `to`."""
-    import sacrebleu
+    from sacrebleu.metrics import BLEU, CHRF
 
-    chrf = sacrebleu.corpus_chrf(given, [references]).score
-    bleu = sacrebleu.corpus_bleu(given, [references], tokenize=BLEU_TOKENS[to]).score
-    return Quality(float(chrf), float(bleu), len(given))
+    chrf, bleu = CHRF(), BLEU(tokenize=BLEU_TOKENS[to])
+    chrf_score, bleu_score = (float(metric.corpus_score(given, [references]).score) for metric in (chrf, bleu))
+    return Quality(chrf_score, bleu_score, len(given), f"chrF {chrf.get_signature()}, BLEU {bleu.get_signature()}")
 
 
 def read_pairs(text_model: TextModel, pairs: Sequence[Pair], on_text: Progress | None = None) -> Forced:

@@ -53,6 +53,13 @@ def test_layers_that_do_not_fit_go_into_further_systems():
     assert all(cell_len(line) <= 60 for line in lines[: lines.index("")])
 
 
+def test_systems_are_even_where_they_can_be():
+    """Three of these columns fit in 80; four make two and two, not three and one."""
+    lines = printed(print_score, passage(layers=4), width=80).splitlines()
+    heads = [line for line in lines if line.strip().startswith("layers.")]
+    assert [line.count("layers.") for line in heads] == [2, 2]
+
+
 def test_plain_in_a_pipe_and_coloured_on_a_terminal():
     assert "\x1b[" not in printed(print_score, passage(), width=120)
     assert "\x1b[" in printed(print_score, passage(), width=120, force_terminal=True, color_system="standard")
