@@ -13,7 +13,9 @@ def train(
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override one value of the recipe.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/RECIPE. A whole checkpoint in it is resumed.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder; default runs/RECIPE. A whole checkpoint in it is resumed.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe as JSON, and stop.")] = False,
 ) -> None:
     """Train a model from a recipe; a stopped run resumes."""
@@ -28,7 +30,7 @@ def train(
 
         print(json.dumps(as_recipe(settings, data), indent=2, ensure_ascii=False))
         return
-    from soli.train.loop import prepare
     from soli.train.loop import train as run_training
+    from soli.train.setup import prepare
 
     run_training(prepare(settings, data, data_folder(table), out or Path("runs") / path.parent.name))

@@ -1,7 +1,7 @@
-"""Auxiliary-loss-free balancing (section 2.1.2, traps 3-6): after each optimizer step, every expert's bias moves by gamma.
+"""Auxiliary-loss-free balancing (section 2.1.2, traps 3-6): after each optimizer step, each bias moves by gamma.
 
-Counts come from the routing values that the forward pass returned, so recomputed activations and evaluation cannot add to
-them. They are summed over micro-batches by the loop and over ranks by `reduce_counts`. Legend: L MoE layers, E experts.
+Counts come from the routing values that the forward pass returned, so recomputed activations and evaluation cannot add
+to them. They are summed over micro-batches by the loop, over ranks by `reduce_counts`. L MoE layers, E experts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def reduce_counts(counts_LE: Tensor) -> Tensor:
 
 @torch.no_grad()
 def step_bias(model: Transformer, counts_LE: Tensor, gamma: float) -> None:
-    """b += gamma * sign(mean load - load), in place, for each MoE layer in `model.moe_layers()` order, MTP modules last.
+    """b += gamma * sign(mean load - load), in place, for each layer of `model.moe_layers()`, MTP modules last.
 
     No centring: released biases are all positive (trap 4). A layer whose router has no bias is left alone.
     """
@@ -52,7 +52,9 @@ def measure_load(counts_LE: Tensor) -> list[Load]:
         return []
     load_LE = counts_LE.double().cpu()
     share_LE = load_LE / load_LE.sum(-1, keepdim=True)
-    entropy_L = torch.special.entr(share_LE).sum(-1) / torch.log(torch.tensor(max(load_LE.shape[-1], 2), dtype=torch.float64))
+    entropy_L = torch.special.entr(share_LE).sum(-1) / torch.log(
+        torch.tensor(max(load_LE.shape[-1], 2), dtype=torch.float64)
+    )
     violation_L = load_LE.amax(-1) / load_LE.mean(-1) - 1
     idle_L = (load_LE == 0).sum(-1)
     return [Load(*row) for row in zip(violation_L.tolist(), entropy_L.tolist(), idle_L.tolist(), strict=True)]

@@ -2,8 +2,8 @@
 
 The corpus is one long run of documents (`train.bin`, little-endian integers). Window n of the global order belongs to
 epoch n // windows; each epoch shifts where windows begin and permutes them, both drawn from (seed, epoch). So resuming
-needs one integer, and any number of ranks or loader workers would see the same sequence. Windows may begin and end inside
-a document: documents are packed, with no mask between them (section 4.1).
+needs one integer, and any number of ranks or loader workers would see the same sequence. Windows may begin and end
+inside a document: documents are packed, with no mask between them (section 4.1).
 """
 
 from __future__ import annotations
@@ -27,12 +27,17 @@ class PackedTokens:
         for needed in (meta, file):
             if not needed.is_file():
                 raise SoliError(f"{needed} is missing; build the data first with: soli data build RECIPE")
-        self.meta: dict[str, object] = json.loads(meta.read_text(encoding="utf-8"))
         self.file = file
-        self.ids = np.memmap(file, dtype=np.dtype(str(self.meta["dtype"])).newbyteorder("<"), mode="r")
+        try:
+            self.meta: dict[str, object] = json.loads(meta.read_text(encoding="utf-8"))
+            self.ids = np.memmap(file, dtype=np.dtype(str(self.meta["dtype"])).newbyteorder("<"), mode="r")
+        except (ValueError, KeyError, TypeError) as error:
+            raise SoliError(f"{meta} and {file.name} cannot be read together ({error}); build the data again") from None
         expected = self.meta.get(f"{split}_tokens")
         if expected != len(self.ids):
-            raise SoliError(f"{file} holds {len(self.ids):,} tokens, but meta.json says {expected}; build the data again")
+            raise SoliError(
+                f"{file} holds {len(self.ids):,} tokens, but meta.json says {expected}; build the data again"
+            )
 
     def windows(self, starts: np.ndarray, width: int) -> Tensor:
         """Token ids from each start on, `width` of them (int64, BW)."""
@@ -42,15 +47,18 @@ class PackedTokens:
 class Batches:
     """The training order: `take(position, count)` gives windows position .. position + count - 1.
 
-    Consecutive windows of an epoch start `length` tokens apart and are `length + extra` wide (`extra`: the tokens that only
-    serve as targets), so every token is predicted once an epoch.
+    Consecutive windows of an epoch start `length` tokens apart and are `length + extra` wide (`extra`: the tokens that
+    only serve as targets), so every token is predicted once an epoch.
     """
 
     def __init__(self, tokens: PackedTokens, length: int, extra: int, seed: int) -> None:
         self.tokens, self.length, self.width, self.seed = tokens, length, length + extra, seed
         self.per_epoch = (len(tokens.ids) - self.width - length) // length
         if self.per_epoch < 1:
-            raise SoliError(f"{tokens.file} holds {len(tokens.ids):,} tokens, too few for windows of {self.width}; shorten sequence_length")
+            raise SoliError(
+                f"{tokens.file} holds {len(tokens.ids):,} tokens, too few for windows of {self.width}; "
+                "shorten schedule.sequence_length"
+            )
         self._order = lru_cache(maxsize=2)(self._draw_order)
 
     def _draw_order(self, epoch: int) -> np.ndarray:

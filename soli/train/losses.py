@@ -4,7 +4,7 @@ Each is a sum over this micro-batch divided by a count over the whole optimizer 
 how the step is cut (trap 8). Cross entropy is computed in fp32 from logits in the model's dtype, a chunk of tokens at a
 time; its gradient is taken in the same pass, so at most one chunk of logits exists.
 
-Shapes: B sequences, T tokens, D hidden, V vocabulary, E experts, K chosen, W = T + 1 + MTP depth (a window of the corpus).
+Shapes: B sequences, T tokens, D hidden, V vocabulary, E experts, K chosen, W = T + 1 + MTP depth (a window).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Losses:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """sum_t w_t * -log softmax(hidden_t @ head^T)[target_t], and its gradients, without logits of all tokens at once."""
+    """sum_t w_t * -log softmax(hidden_t @ head^T)[target_t], and its gradients, never all logits at once."""
 
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, head_VD: Tensor, target_T: Tensor, w_T: Tensor) -> Tensor:
@@ -147,4 +147,6 @@ def compute_losses(model: Transformer, window_BW: Tensor, totals: Totals, eos_id
     zero = torch.zeros((), device=window_BW.device)
     balance = sum((sequence_balance(layer, window_BW.shape[0]) for layer in routing), zero) / totals.sequences
     counts = [layer.counts_E() for layer in routing]
-    return Losses(next_token, tuple(mtp), balance, torch.stack(counts) if counts else torch.zeros(0, 0, dtype=torch.int64))
+    return Losses(
+        next_token, tuple(mtp), balance, torch.stack(counts) if counts else torch.zeros(0, 0, dtype=torch.int64)
+    )

@@ -1,8 +1,8 @@
 """AdamW with the paper's constants (section 4.2), and Muon for the matrices when the recipe says so.
 
-Weight decay is decoupled and spares every vector: norms and biases. Muon (Jordan et al. 2024) replaces a matrix's momentum
-by the nearest semi-orthogonal matrix, scaled by 0.2 sqrt(max(rows, columns)) so that AdamW's learning rate and decay fit it
-(Moonlight, arXiv 2502.16982, eq. 4). Embedding, head, routers and vectors stay with AdamW. Moments are fp32.
+Weight decay is decoupled and spares every vector: norms and biases. Muon (Jordan et al. 2024) replaces a matrix's
+momentum by the nearest semi-orthogonal matrix, scaled by 0.2 sqrt(max(rows, columns)) so that AdamW's learning rate and
+decay fit it (Moonlight, arXiv 2502.16982, eq. 4). Embedding, head, routers and vectors stay with AdamW. fp32 moments.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic; five r
 class Muon(torch.optim.Optimizer):
     """Orthogonalised momentum for matrices (2-d) and stacks of matrices (3-d, one per expert)."""
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float, dtype: torch.dtype):
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float, dtype: torch.dtype
+    ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = dtype  # of the orthogonalisation alone
 
@@ -93,7 +95,9 @@ class Optimizer:
             name, _, moment = key.rpartition("|")
             p = parameters.get(name)
             if p is None or (value.dim() and value.shape != p.shape):
-                raise SoliError(f"the optimizer state has {key} of shape {tuple(value.shape)}, which this recipe's model lacks")
+                raise SoliError(
+                    f"the optimizer state has {key} of shape {tuple(value.shape)}, which this recipe's model lacks"
+                )
             device = p.device if value.dim() else value.device
             owners[p].state[p][moment] = value.to(device, copy=True)
         for p, name in self.names.items():

@@ -1,4 +1,4 @@
-"""What a run says: aligned lines on the terminal with a progress bar below them, and the same figures in metrics.jsonl."""
+"""What a run says: aligned lines on the terminal, a progress bar below them, and the same figures in metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from soli.train.state import Progress as RunProgress
 
 
 class Report:
-    """A run's voice. `total` and `start` count tokens; metrics are appended, so that a resumed run goes on in the same file."""
+    """A run's voice. `total` and `start` count tokens; metrics are appended: a resumed run goes on in its file."""
 
     def __init__(self, run: Path, total: int, start: int, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
@@ -31,7 +31,9 @@ class Report:
         self.bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.bar.stop()
         self.file.close()
 
@@ -49,16 +51,20 @@ class Report:
         self.say(
             f"step {progress.step:>6}  tokens {progress.tokens / 1e6:>8.2f} M  loss {figures['loss']:.4f}  "
             f"mtp {figures['mtp']:.4f}  lr {figures['lr']:.2e}  norm {figures['norm']:.2f}  "
-            f"violation {violation:.2f}  idle {idle}  {figures['tokens_per_second']:>7,.0f} tok/s  {self._left(progress)} left"
+            f"violation {violation:.2f}  idle {idle}  {figures['tokens_per_second']:>7,.0f} tok/s  "
+            f"{self._left(progress)} left"
         )
         layers = {name: vars(load) for name, load in loads.items()}
         self.record("step", progress, {**figures, "load": layers})
 
-    def evaluation(self, progress: RunProgress, result: Evaluation, samples: list[tuple[str, str]], seconds: float) -> None:
+    def evaluation(
+        self, progress: RunProgress, result: Evaluation, samples: list[tuple[str, str]], seconds: float
+    ) -> None:
         """Held-out figures and sample translations."""
         mtp = "" if result.mtp_accuracy is None else f"  mtp hits {100 * result.mtp_accuracy:.1f} %"
         self.say(
-            f"held-out at step {progress.step}: loss {result.loss:.4f}  {result.bits_per_byte:.4f} bits/byte{mtp}  ({seconds:.1f} s)"
+            f"held-out at step {progress.step}: loss {result.loss:.4f}  {result.bits_per_byte:.4f} bits/byte{mtp}  "
+            f"({seconds:.1f} s)"
         )
         for text, translation in samples:
             self.say(f"    {text}  ->  {translation}")

@@ -10,9 +10,9 @@ from soli.train.settings import BalanceSettings, LossSettings, ScheduleSettings
 
 
 def learning_rate(schedule: ScheduleSettings, tokens: int) -> float:
-    """Rate for the step that starts after `tokens` tokens: linear warm-up, constant, cosine to the final rate, then the tails.
+    """Rate of the step that starts after `tokens` tokens: linear warm-up, constant, cosine to the final rate, tails.
 
-    Warm-up counts the step's own tokens, so that the first step does not stand still. Past the end, the last phase holds.
+    Warm-up counts the step's own tokens, so the first step does not stand still. Past the end the last phase holds.
     """
     peak, final = schedule.learning_rate, schedule.final_learning_rate
     if tokens < schedule.warmup_tokens:
@@ -24,7 +24,8 @@ def learning_rate(schedule: ScheduleSettings, tokens: int) -> float:
         return final + (peak - final) * (1 + math.cos(math.pi * tokens / schedule.cosine_tokens)) / 2
     tokens -= schedule.cosine_tokens
     rate = final if schedule.cosine_tokens else peak
-    for length, rate in schedule.tails:
+    for length, tail_rate in schedule.tails:
+        rate = tail_rate
         if tokens < length:
             break
         tokens -= int(length)

@@ -60,14 +60,23 @@ class ScheduleSettings:
             _in_range(f"schedule.{name}", getattr(self, name), 0)
         for tail in self.tails:
             if len(tail) != 2 or tail[0] <= 0 or tail[1] < 0:
-                raise SoliError(f"schedule.tails has {list(tail)!r}; each tail is [tokens, learning rate], such as [1000000, 1e-5]")
+                raise SoliError(
+                    f"schedule.tails has {list(tail)!r}; each tail is [tokens, learning rate], such as [1000000, 1e-5]"
+                )
         if self.total_tokens <= 0:
-            raise SoliError("schedule has no tokens to train on; give schedule.constant_tokens or schedule.cosine_tokens")
+            raise SoliError(
+                "schedule has no tokens to train on; give schedule.constant_tokens or schedule.cosine_tokens"
+            )
 
     @property
     def total_tokens(self) -> int:
         """Length of the run: the sum of its phases."""
-        return self.warmup_tokens + self.constant_tokens + self.cosine_tokens + int(sum(tokens for tokens, _ in self.tails))
+        return (
+            self.warmup_tokens
+            + self.constant_tokens
+            + self.cosine_tokens
+            + int(sum(tokens for tokens, _ in self.tails))
+        )
 
     @property
     def batch_tokens(self) -> int:
@@ -152,8 +161,8 @@ class TrainSettings:
         longest = self.model.max_position_embeddings
         if self.schedule.sequence_length > longest:
             raise SoliError(
-                f"schedule.sequence_length is {self.schedule.sequence_length}, but model.max_position_embeddings is {longest}; "
-                "shorten the one or raise the other"
+                f"schedule.sequence_length is {self.schedule.sequence_length}, but model.max_position_embeddings is "
+                f"{longest}; shorten the one or raise the other"
             )
 
 
@@ -172,7 +181,7 @@ def read_settings(recipe: dict[str, Any]) -> TrainSettings:
     for section in recipe:
         if section not in (*SECTIONS, "data", "model"):
             raise SoliError(f"the recipe has a section [{section}]; {_suggest(section, [*SECTIONS, 'data', 'model'])}")
-    sections = {name: _read_section(name, cls, recipe.get(name, {})) for name, cls in SECTIONS.items()}
+    sections: dict[str, Any] = {name: _read_section(name, cls, recipe.get(name, {})) for name, cls in SECTIONS.items()}
     return TrainSettings(model=_read_model(recipe.get("model", {})), **sections)
 
 

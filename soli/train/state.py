@@ -5,8 +5,8 @@ runs/NAME/
   metrics.jsonl          one line per report and per evaluation
   checkpoints/step-00000200/  model.safetensors, optimizer.safetensors, config.json, state.json
 
-A checkpoint is written beside its place and renamed when every byte is on disk, so a killed run leaves either a whole one
-or a folder that begins with a dot and is swept away by the next. Tensors carry Soli's parameter names.
+A checkpoint is written beside its place and renamed when every byte is on disk, so a killed run leaves either a whole
+one or a folder that begins with a dot and is swept away by the next. Tensors carry Soli's parameter names.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def read_progress(checkpoint: Path) -> Progress:
     try:
         return Progress(**json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise SoliError(f"{file} cannot be read ({error}); remove this checkpoint to resume from the one before") from None
+        raise SoliError(
+            f"{file} cannot be read ({error}); remove this checkpoint to resume from the one before"
+        ) from None
 
 
 def save_checkpoint(run: Path, model: Transformer, optimizer: Optimizer, progress: Progress, keep: int) -> Path:
@@ -137,7 +139,9 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
-        raise SoliError(f"{file} cannot be read ({error}); remove this checkpoint to resume from the one before") from None
+        raise SoliError(
+            f"{file} cannot be read ({error}); remove this checkpoint to resume from the one before"
+        ) from None
 
 
 def _flush(path: Path) -> None:

@@ -1,0 +1,147 @@
+"""A run, built from a recipe: device and precision chosen, model drawn, data opened, an earlier checkpoint taken up.
+
+The resolved recipe and the tokenizer are kept beside the run. A run is not resumed with another model, another order of
+the data, or data that were built anew since it began.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from soli.data.tokenizer import Tokenizer
+from soli.errors import SoliError
+from soli.model.transformer import Transformer
+from soli.train.batches import Batches, PackedTokens, heldout_windows
+from soli.train.evaluate import bytes_per_token
+from soli.train.optimizer import Optimizer
+from soli.train.settings import TrainSettings, as_recipe
+from soli.train.state import Progress, checkpoints, load_checkpoint, write_json
+
+# What a resumed run may not change: the model's shape, and what the order of the data hangs on.
+FIXED = (("schedule", "sequence_length"), ("run", "seed"), ("optimizer", "name"))
+PACKED = ("train_tokens", "tokenizer_sha256")  # of meta.json: other values, other data
+
+
+@dataclass
+class Run:
+    """Everything a run needs, built once."""
+
+    folder: Path
+    settings: TrainSettings
+    model: Transformer
+    optimizer: Optimizer
+    batches: Batches
+    tokenizer: Tokenizer
+    bytes_V: Tensor  # UTF-8 bytes that each token stands for
+    heldout_BW: Tensor
+    sentences: list[tuple[str, str]]  # to translate now and then: text, target language
+    progress: Progress = field(default_factory=Progress)
+
+
+def prepare(settings: TrainSettings, data: dict[str, Any], data_folder: Path, run_folder: Path) -> Run:
+    """Build model, optimizer and data; resume from the run folder's latest checkpoint when there is one.
+
+    `data` is the recipe's section of that name, kept for the record. SoliError when data, model and run do not fit.
+    """
+    device = choose_device(settings.run.device)
+    compute = choose_precision(settings.run.precision, device)
+    tokenizer = _open_tokenizer(data_folder, settings)
+    train_tokens, valid_tokens = PackedTokens(data_folder, "train"), PackedTokens(data_folder, "valid")
+    packed = {key: train_tokens.meta.get(key) for key in PACKED}
+    _settle_recipe(run_folder, as_recipe(settings, data) | {"packed": packed})
+    tokenizer.save(run_folder)
+    model = _draw_model(settings, device, compute)
+    length, extra = settings.schedule.sequence_length, 1 + settings.model.num_nextn_predict_layers
+    run = Run(
+        folder=run_folder,
+        settings=settings,
+        model=model,
+        optimizer=Optimizer(model, settings.optimizer, compute),
+        batches=Batches(train_tokens, length, extra, settings.run.seed),
+        tokenizer=tokenizer,
+        bytes_V=bytes_per_token(tokenizer, settings.model.vocab_size),
+        heldout_BW=heldout_windows(valid_tokens, length, extra, settings.eval.tokens),
+        sentences=read_sentences(data_folder / "heldout.tsv", settings.eval.samples),
+    )
+    found = checkpoints(run_folder)
+    if found:
+        run.progress = load_checkpoint(found[-1], model, run.optimizer)
+    return run
+
+
+def choose_device(wanted: str) -> torch.device:
+    """`auto`: the first CUDA device, else the CPU. SoliError when the device asked for is not there."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SoliError(f"run.device is {wanted!r}, which this machine lacks ({str(error).splitlines()[0]})") from None
+    return device
+
+
+def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
+    """Dtype of activations. `auto`: bf16 where the hardware multiplies it natively, else fp32."""
+    if wanted != "auto":
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[wanted]
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported()
+    else:
+        capabilities = torch.cpu.get_capabilities()
+        native = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
+def read_sentences(file: Path, count: int) -> list[tuple[str, str]]:
+    """Held-out sentences to translate now and then: (text, target language), from all over the file."""
+    if count == 0 or not file.is_file():
+        return []
+    rows = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if len(row) == 3]
+    picked = [rows[(2 * n + 1) * len(rows) // (2 * count)] for n in range(min(count, len(rows)))]
+    return [(en, "zh") if n % 2 == 0 else (zh, "en") for n, (_, zh, en) in enumerate(picked)]
+
+
+def _open_tokenizer(folder: Path, settings: TrainSettings) -> Tokenizer:
+    tokenizer = Tokenizer.from_folder(folder)
+    if tokenizer.vocab_size > settings.model.vocab_size:
+        raise SoliError(
+            f"the tokenizer in {folder} has {tokenizer.vocab_size} entries, but model.vocab_size is "
+            f"{settings.model.vocab_size}; use --set model.vocab_size={tokenizer.vocab_size}"
+        )
+    return tokenizer
+
+
+def _draw_model(settings: TrainSettings, device: torch.device, compute: torch.dtype) -> Transformer:
+    """fp32 parameters drawn from the run's seed; activations in `compute`."""
+    model = Transformer(settings.model, device=device, dtype=torch.float32)
+    torch.manual_seed(settings.run.seed)
+    model.init_weights(torch.Generator(device).manual_seed(settings.run.seed))
+    model.compute_dtype = compute
+    return model
+
+
+def _settle_recipe(folder: Path, recipe: dict[str, Any]) -> None:
+    """Keep the resolved recipe beside the run; refuse to go on with what would not be the same run."""
+    file = folder / "recipe.resolved.json"
+    if not file.is_file() or not checkpoints(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, recipe)
+        return
+    before, now = json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(recipe))
+    fixed = (*(("model", key) for key in now["model"]), *FIXED, *(("packed", key) for key in PACKED))
+    for section, key in fixed:
+        old, new = before.get(section, {}).get(key), now[section].get(key)
+        if old != new and section in before:
+            what = "data whose" if section == "packed" else f"{section}."
+            raise SoliError(
+                f"{folder} was begun with {what}{' ' if section == 'packed' else ''}{key} = {old!r}, not {new!r}; "
+                "choose another --out to begin anew"
+            )

@@ -1,0 +1,61 @@
+"""The order of the data depends on the seed and the position alone."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from soli.errors import SoliError
+from soli.train.batches import Batches, PackedTokens, heldout_windows
+
+
+def packed(folder, count=1000, **meta):
+    np.arange(count, dtype="<u2").tofile(folder / "train.bin")
+    (folder / "meta.json").write_text(json.dumps({"dtype": "uint16", "train_tokens": count} | meta))
+    return PackedTokens(folder, "train")
+
+
+def test_any_split_of_positions_gives_the_same_windows(tmp_path):
+    whole = Batches(packed(tmp_path), 16, 2, seed=3).take(0, 150)
+    other = Batches(PackedTokens(tmp_path, "train"), 16, 2, seed=3)
+    assert torch.equal(whole[140:], other.take(140, 10))  # asked for first: nothing depends on what was read before
+    assert torch.equal(whole[:70], torch.cat([other.take(n, 7) for n in range(0, 70, 7)]))
+
+
+def test_windows_are_runs_of_the_file_and_an_epoch_predicts_each_target_once(tmp_path):
+    batches = Batches(packed(tmp_path), 16, 2, seed=3)
+    epoch = batches.take(0, batches.per_epoch)
+    assert torch.equal(epoch, epoch[:, :1] + torch.arange(18))
+    targets = epoch[:, 1:17].flatten()
+    assert targets.unique().numel() == targets.numel() >= 1000 - 2 * 18 - 16
+
+
+def test_epochs_and_seeds_differ(tmp_path):
+    batches = Batches(packed(tmp_path), 16, 2, seed=3)
+    first, second = batches.take(0, 20), batches.take(batches.per_epoch, 20)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, Batches(PackedTokens(tmp_path, "train"), 16, 2, seed=4).take(0, 20))
+
+
+def test_heldout_windows_are_spread_over_the_file(tmp_path):
+    windows = heldout_windows(packed(tmp_path), 16, 2, budget=64)
+    assert windows.shape == (4, 18) and windows[0, 0] == 0 and windows[-1, 0] > 900
+
+
+@pytest.mark.parametrize(
+    ("meta", "words"), [({"train_tokens": 5}, "meta.json says 5"), ({"dtype": "text"}, "cannot be read together")]
+)
+def test_files_that_disagree_are_refused(tmp_path, meta, words):
+    with pytest.raises(SoliError, match=words):
+        packed(tmp_path, **meta)
+
+
+def test_missing_data_says_how_to_build_it(tmp_path):
+    with pytest.raises(SoliError, match="soli data build"):
+        PackedTokens(tmp_path, "train")
+
+
+def test_too_short_a_corpus_is_refused(tmp_path):
+    with pytest.raises(SoliError, match="too few"):
+        Batches(packed(tmp_path, 30), 16, 2, seed=0)

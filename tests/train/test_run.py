@@ -1,0 +1,213 @@
+"""Whole runs of a toy: they learn, stop, resume bit for bit, and refuse what does not belong together."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import soli
+from soli.cli import main
+from soli.errors import SoliError
+from soli.train import loop
+from soli.train.loop import take_step, train
+from soli.train.settings import as_recipe
+from soli.train.setup import prepare
+from soli.train.state import best_checkpoint, checkpoints, load_run, read_progress
+from tests.train.toy import RECIPE, settings, write_data
+
+ROOT = Path(__file__).parents[2]
+
+# A run in a process of its own, to be killed; sys.argv[1] holds recipe, data folder and run folder.
+CHILD = """
+import json, sys, torch
+from pathlib import Path
+from soli.train.loop import train
+from soli.train.settings import read_settings
+from soli.train.setup import prepare
+
+torch.set_num_threads(1)
+recipe, data, run = json.loads(sys.argv[1])
+train(prepare(read_settings(recipe), {}, Path(data), Path(run)))
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("toy") / "data")
+
+
+def tensors(run: Path) -> dict[str, torch.Tensor]:
+    last = checkpoints(run)[-1]
+    return {**load_file(last / "model.safetensors"), **load_file(last / "optimizer.safetensors")}
+
+
+def assert_equal_state(a: Path, b: Path) -> None:
+    first, second = tensors(a), tensors(b)
+    assert first.keys() == second.keys()
+    assert [key for key in first if not torch.equal(first[key], second[key])] == []
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_loss_falls(tmp_path, data, optimizer, precision):
+    wanted = settings(optimizer={"name": optimizer}, run={"precision": precision}, schedule={"learning_rate": 1e-2})
+    run = prepare(wanted, {}, data, tmp_path)
+    steps = [take_step(run) for _ in range(40)]
+    assert steps[0].loss == pytest.approx(5.66, abs=0.3)  # ln 288: knows nothing
+    assert steps[-1].loss < 2.6 and steps[-1].mtp < 3.6
+    assert all(p.dtype == torch.float32 for p in run.model.parameters())
+
+
+def test_a_run_leaves_metrics_recipe_and_checkpoints(tmp_path, data):
+    assert train(prepare(settings(), {"folder": "x"}, data, tmp_path)) == "finished"
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(1, 13))
+    assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [4, 8, 12]
+    assert set(lines[0]["load"]) == {"layers.1", "mtp.0"}
+    assert json.loads((tmp_path / "recipe.resolved.json").read_text())["data"] == {"folder": "x"}
+    last = checkpoints(tmp_path)[-1]
+    assert last.name == "step-00000012" and len(checkpoints(tmp_path)) <= 3
+    assert read_progress(last).tokens == 12 * 128 and read_progress(last).position == 12 * 8
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_stopped_run_resumes_bit_for_bit(tmp_path, data, optimizer, monkeypatch):
+    wanted = settings(optimizer={"name": optimizer})
+    train(prepare(wanted, {}, data, tmp_path / "whole"))
+    interrupted, taken = prepare(wanted, {}, data, tmp_path / "cut"), []
+
+    def step_then_term(run):
+        taken.append(take_step(run))
+        if len(taken) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return taken[-1]
+
+    monkeypatch.setattr(loop, "take_step", step_then_term)
+    assert train(interrupted) == "signal"
+    monkeypatch.undo()
+    resumed = prepare(wanted, {}, data, tmp_path / "cut")
+    assert resumed.progress.step == 5
+    assert train(resumed) == "finished"
+    assert_equal_state(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, data):
+    wanted = settings(run={"save_every": 2}, schedule={"constant_tokens": 128 * 60})
+    arguments = json.dumps([as_recipe(wanted, {}), str(data), str(tmp_path / "cut")])
+    process = subprocess.Popen([sys.executable, "-c", CHILD, arguments], cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(checkpoints(tmp_path / "cut")) < 2 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert 0 < read_progress(checkpoints(tmp_path / "cut")[-1]).step < 60
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # bit for bit holds at one number of threads
+    try:
+        train(prepare(wanted, {}, data, tmp_path / "cut"))
+        train(prepare(wanted, {}, data, tmp_path / "whole"))
+    finally:
+        torch.set_num_threads(threads)
+    assert_equal_state(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_half_written_checkpoint_is_ignored_and_swept_away(tmp_path, data):
+    train(prepare(settings(), {}, data, tmp_path))
+    torn = tmp_path / "checkpoints" / ".step-00000099"
+    shutil.copytree(checkpoints(tmp_path)[-1], torn)
+    (torn / "optimizer.safetensors").unlink()
+    longer = settings(schedule={"constant_tokens": 128 * 16})
+    run = prepare(longer, {}, data, tmp_path)
+    assert run.progress.step == 12
+    train(run)
+    assert not torn.exists() and checkpoints(tmp_path)[-1].name == "step-00000016"
+
+
+def test_a_time_limit_saves_and_stops(tmp_path, data):
+    assert train(prepare(settings(run={"max_minutes": 1e-9}), {}, data, tmp_path)) == "time"
+    assert read_progress(checkpoints(tmp_path)[-1]).step == 1
+
+
+def test_the_best_checkpoint_outlives_the_latest(tmp_path, data, monkeypatch):
+    real, losses = loop.evaluate, iter([3.0, 1.0, 2.0, 2.5])
+
+    def graded(*args):
+        return type(real(*args))(next(losses), 1.0, 0.5)
+
+    monkeypatch.setattr(loop, "evaluate", graded)
+    train(prepare(settings(run={"keep": 1}, schedule={"constant_tokens": 128 * 16}), {}, data, tmp_path))
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000008", "step-00000016"]
+    assert best_checkpoint(tmp_path).name == "step-00000008"
+
+
+def test_nan_names_the_step_and_leaves_the_weights(tmp_path, data):
+    run = prepare(settings(), {}, data, tmp_path)
+    take_step(run)
+    with torch.no_grad():
+        run.model.norm.weight[0] = float("nan")
+    kept = run.model.lm_head.weight.detach().clone()
+    with pytest.raises(SoliError, match="at step 2"):
+        take_step(run)
+    assert torch.equal(kept, run.model.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model": {"hidden_size": 16}}, r"model\.hidden_size = 32, not 16"),
+        ({"run": {"seed": 4}}, r"run\.seed = 0, not 4"),
+        ({"optimizer": {"name": "muon"}}, r"optimizer\.name"),
+    ],
+)
+def test_another_recipe_may_not_take_a_run_over(tmp_path, data, change, words):
+    train(prepare(settings(), {}, data, tmp_path))
+    with pytest.raises(SoliError, match=words):
+        prepare(settings(**change), {}, data, tmp_path)
+
+
+def test_data_built_anew_may_not_go_on_under_an_old_run(tmp_path, data):
+    changed = tmp_path / "data"
+    shutil.copytree(data, changed)
+    train(prepare(settings(), {}, changed, tmp_path / "run"))
+    meta = json.loads((changed / "meta.json").read_text())
+    (changed / "meta.json").write_text(json.dumps(meta | {"tokenizer_sha256": "b"}))
+    with pytest.raises(SoliError, match="data whose tokenizer_sha256"):
+        prepare(settings(), {}, changed, tmp_path / "run")
+
+
+def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path, data):
+    with pytest.raises(SoliError, match=r"model\.vocab_size=272"):
+        prepare(settings(model={"vocab_size": 100}), {}, data, tmp_path)
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path, data):
+    with pytest.raises(SoliError, match="this machine lacks"):
+        prepare(settings(run={"device": "cuda:77"}), {}, data, tmp_path)
+
+
+def test_train_and_export_by_command(tmp_path, data, capsys):
+    lines = [
+        f"[{name}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in table.items()) for name, table in RECIPE.items()
+    ]
+    recipe = tmp_path / "toy.toml"
+    recipe.write_text(f"[data]\nfolder = {json.dumps(str(data))}\n" + "\n".join(lines))
+    arguments = ["train", str(recipe), "--out", str(tmp_path / "run"), "--set", "schedule.constant_tokens=512"]
+    assert main([*arguments, "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out)["schedule"]["constant_tokens"] == 512
+    assert main(arguments) == 0
+    assert "held-out at step 4" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "model"), "--format", "fp32"]) == 0
+    exported = soli.load_model(tmp_path / "model")
+    ids = torch.arange(12)[None]
+    torch.testing.assert_close(exported(ids), load_run(tmp_path / "run")(ids))
+    assert (tmp_path / "model" / "tokenizer.json").is_file()
+    assert main(["export", str(tmp_path), str(tmp_path / "other")]) == 1
+    assert "holds no checkpoint" in capsys.readouterr().err
