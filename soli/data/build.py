@@ -25,8 +25,8 @@ def build_data(
     """Build everything into `out` and return meta.json's content."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "meta.json").unlink(missing_ok=True)
         corpus = build_corpus(config, cache, report, allow_missing)
+        (out / "meta.json").unlink(missing_ok=True)  # from here on the folder is between two states
         write_corpus(corpus, out)
         return pack(corpus, config, out, report)
     except OSError as error:

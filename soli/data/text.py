@@ -19,7 +19,7 @@ _WORD = re.compile(r"[A-Za-z]+")
 _ACCELERATOR_SUFFIX = re.compile(r"\s*[(（][&_~][A-Za-z0-9][)）]")
 _ACCELERATOR = re.compile(r"(?<![A-Za-z0-9][A-Za-z0-9])[&_~](?=[A-Za-z0-9])")
 _FOREIGN = re.compile(
-    r"%[-+#0 ]*[\d.$*]*[a-zA-Z%(]"  # printf
+    r"%[-+#0]*[\d.$*]*[a-zA-Z%(]"  # printf
     r"|[{}]|\$[A-Za-z_({]|\$\w+\$|%[A-Z_]+%?|\[%|\\[a-zA-Z\\]"  # templates and escapes
     r"|</?[A-Za-z!]|&[a-z]+;|&#|<\?|\?>"  # markup
     r"|://|www\.|@[\w.]+\.\w|[A-Za-z0-9]_[A-Za-z0-9]+_|\|\|"  # addresses, identifiers

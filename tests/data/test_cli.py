@@ -1,0 +1,75 @@
+"""`soli data`: a build from synthetic sources, its tables and JSON, and refusals without a traceback."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from soli.cli.data import app
+from soli.data import build, corpus
+from soli.data.sources import Row, Source
+from soli.errors import SoliError
+
+RECIPE = "[data]\nvocab_size = 400\nheldout_every = 10\n[data.weights]\ngames = 2.0\n"
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    rows = [Row(f"第{i}只猫坐在垫子上", f"Cat number {i} sits on the mat.") for i in range(100)]
+    lines = [Row("", f"The manual has a line {i}.") for i in range(50)]
+    sources = (
+        Source("games", "pairs", (), lambda archives: iter(rows), "none"),
+        Source("manual", "en", (), lambda archives: iter(lines), "none"),
+    )
+
+    def synthetic(config, cache, report, allow_missing):
+        return corpus.build_corpus(config, cache, report, allow_missing, sources)
+
+    monkeypatch.setattr(build, "build_corpus", synthetic)
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    return tmp_path
+
+
+def test_build_and_inspect(recipe):
+    out = recipe / "out"
+    built = CliRunner().invoke(app, ["build", str(recipe), "--out", str(out)])
+    assert built.exit_code == 0, built.output
+    assert "games" in built.stdout and "manual (en)" in built.stdout and "training tokens" in built.stdout
+    wanted = {"pairs.tsv", "mono.tsv", "heldout.tsv", "heldout_mono.tsv", "counts.json", "tokenizer.json", "meta.json"}
+    assert wanted | {"train.bin", "valid.bin"} <= {path.name for path in out.iterdir()}
+    shown = CliRunner().invoke(app, ["inspect", str(out)])
+    assert shown.exit_code == 0 and "characters per token" in shown.stdout and "<|en|>Cat number" in shown.stdout
+    found = json.loads(CliRunner().invoke(app, ["inspect", str(out), "--json", "--samples", "2"]).stdout)
+    assert found["train_tokens"] > 0 and len(found["samples"]) == 2
+
+
+def test_build_as_json_and_the_same_twice(recipe):
+    runs = [
+        CliRunner().invoke(app, ["build", str(recipe), "--out", str(recipe / name), "--json"])
+        for name in ("one", "two")
+    ]
+    assert json.loads(runs[0].stdout)["meta"] == json.loads(runs[1].stdout)["meta"]
+    assert (recipe / "one" / "train.bin").read_bytes() == (recipe / "two" / "train.bin").read_bytes()
+
+
+def test_a_refused_build_leaves_the_old_one_whole(recipe):
+    out = recipe / "out"
+    assert CliRunner().invoke(app, ["build", str(recipe), "--out", str(out)]).exit_code == 0
+    refused = CliRunner().invoke(app, ["build", str(recipe), "--out", str(out), "--set", "data.weights.nope=1"])
+    assert isinstance(refused.exception, SoliError)
+    assert (out / "meta.json").is_file()
+
+
+def test_an_unwritable_place_is_named(recipe):
+    (recipe / "file").write_text("")
+    refused = CliRunner().invoke(app, ["build", str(recipe), "--out", str(recipe / "file")])
+    assert isinstance(refused.exception, SoliError) and "choose another --out" in str(refused.exception)
+
+
+def test_a_person_sees_one_sentence(tmp_path):
+    command = [sys.executable, "-m", "soli", "data", "inspect", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("soli: ") and "soli data build" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,115 @@
+"""Documents, mixture and packed files: both directions, weights, frames, and folders that are not whole."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from soli.data.build import pack
+from soli.data.corpus import Corpus, Line, Pair, write_corpus
+from soli.data.fim import split_middle
+from soli.data.inspection import inspect_folder
+from soli.data.mixture import encode_documents, heldout_documents, mix
+from soli.data.packing import DTYPE, read_meta
+from soli.data.recipe import DataConfig
+from soli.data.tokenizer import Tokenizer
+from soli.errors import SoliError
+
+PAIRS = [Pair("games", f"第{i}只猫", f"cat number {i}") for i in range(300)]
+LINES = [Line("en", "manual", f"Line {i} of the manual.") for i in range(100)]
+
+
+@given(text=st.text(max_size=40), seed=st.integers(0, 99))
+def test_fim_parts_join_to_the_text(text, seed):
+    parts = split_middle(text, 1.0, np.random.default_rng(seed))
+    assert parts is None if len(text) < 3 else ("".join(parts) == text and parts[1])
+    assert split_middle(text, 0.0, np.random.default_rng(seed)) is None
+
+
+def test_fim_happens_at_its_rate():
+    rng = np.random.default_rng(0)
+    assert 0.2 < np.mean([split_middle("some text", 0.3, rng) is not None for _ in range(500)]) < 0.4
+
+
+def test_weights_are_mean_copies_and_single_words_are_bounded():
+    words = [Pair("games", f"猫{i}", f"cat{i}") for i in range(300)]
+    config = DataConfig(weights={"games": 2.5, "manual (en)": 0.5}, one_word_weight=0.25)
+    drawn = mix([*PAIRS, *words], LINES, config)
+    counts = Counter(document.segments[0] for document in drawn)
+    sentences = [counts["<|en|>", pair.en] for pair in PAIRS] + [counts["<|zh|>", pair.zh] for pair in PAIRS]
+    assert set(sentences) == {2, 3} and 2.4 < np.mean(sentences) < 2.6
+    assert 0.2 < np.mean([counts["<|en|>", pair.en] for pair in words]) < 0.3
+    assert 30 < sum(counts["<|text|>", line.text] for line in LINES) < 70
+
+
+def test_mixture_depends_on_the_seed_alone():
+    one, same, other = (mix(PAIRS, LINES, DataConfig(seed=seed)) for seed in (1, 1, 2))
+    assert one == same
+    assert one != other and Counter(one) == Counter(other)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed")
+    corpus = Corpus(PAIRS, [Pair("games", "一条狗", "one dog")], LINES, [Line("zh", "poems", "床前明月光")])
+    write_corpus(corpus, folder)
+    meta = pack(corpus, DataConfig(vocab_size=400, fim_rate=0.5), folder, lambda name, event: None)
+    return folder, meta
+
+
+def test_packed_files_are_documents_end_to_end(built):
+    folder, meta = built
+    tokenizer = Tokenizer.from_folder(folder)
+    tokens = np.fromfile(folder / "train.bin", dtype=DTYPE)
+    starts, ends = np.flatnonzero(tokens == tokenizer.bos_id), np.flatnonzero(tokens == tokenizer.eos_id)
+    assert starts[0] == 0 and ends[-1] == len(tokens) - 1 and list(starts[1:]) == list(ends[:-1] + 1)
+    assert meta["train_tokens"] == len(tokens) == sum(row["tokens"] for row in meta["sources"].values())
+    assert meta["sources"]["games"]["documents"] == 2 * len(PAIRS)
+    assert (meta["dtype"], meta["vocab_size"]) == ("uint16", tokenizer.vocab_size)
+
+
+def test_documents_are_framed_as_prompts_are(built):
+    tokenizer = Tokenizer.from_folder(built[0])
+    (_, forward), (_, back) = encode_documents(heldout_documents(PAIRS[:1], []), tokenizer)
+    prompt = tokenizer.translation_prompt(PAIRS[0].en, "zh")
+    assert forward[: len(prompt)] == prompt and forward[-1] == tokenizer.eos_id
+    prompt = tokenizer.translation_prompt(PAIRS[0].zh, "en")
+    assert back == [*prompt, *tokenizer.encode(PAIRS[0].en), tokenizer.eos_id]
+
+
+def test_heldout_is_whole_and_in_order(built):
+    folder, meta = built
+    tokens = np.fromfile(folder / "valid.bin", dtype=DTYPE)
+    text = Tokenizer.from_folder(folder).decode(tokens)
+    assert text == "one dog一条狗一条狗one dog床前明月光"
+    assert meta["valid_sources"]["poems (zh)"]["documents"] == 1
+
+
+def test_inspection_shows_documents_as_they_are_trained_on(built):
+    found = inspect_folder(built[0], samples=5, seed=1)
+    assert len(found["samples"]) == 5
+    assert all(
+        sample["text"].startswith(("<|en|>", "<|zh|>", "<|text|>", "<|fim_prefix|>")) for sample in found["samples"]
+    )
+    assert found["document_tokens"]["median"] <= found["document_tokens"]["longest"]
+    assert set(found["characters_per_token"]) == {"en", "zh"}
+    assert inspect_folder(built[0], samples=0, seed=0)["samples"] == []
+
+
+def test_damaged_folders_are_refused(built, tmp_path):
+    with pytest.raises(SoliError, match="holds no packed tokens"):
+        read_meta(tmp_path)
+    for name in ("meta.json", "tokenizer.json", "train.bin", "valid.bin"):
+        (tmp_path / name).write_bytes((built[0] / name).read_bytes())
+    (tmp_path / "train.bin").write_bytes(b"\0" * 20)
+    with pytest.raises(SoliError, match=r"train.bin holds 10 tokens, not"):
+        read_meta(tmp_path)
+    (tmp_path / "train.bin").unlink()
+    with pytest.raises(SoliError, match=r"train.bin is missing"):
+        read_meta(tmp_path)
+    (tmp_path / "meta.json").write_text(json.dumps({"train_tokens": 3}))
+    with pytest.raises(SoliError, match=r"meta.json is damaged"):
+        read_meta(tmp_path)

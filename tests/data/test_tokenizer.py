@@ -1,0 +1,92 @@
+"""The tokenizer: every text comes back, special tokens keep their ids, and user text never becomes a special token."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from soli.data.tokenizer import SMALLEST_VOCAB, SPECIAL_TOKENS, Tokenizer
+from soli.errors import SoliError
+
+TEXTS = ["The cat sat on the mat in 2024.", "猫坐在垫子上，狗在外面。", "It's a translation: 翻译。"] * 20
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(TEXTS, 400)
+
+
+def test_special_tokens_come_first_in_order(tokenizer):
+    assert [tokenizer.token_id(token) for token in SPECIAL_TOKENS] == list(range(16))
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (0, 1)
+
+
+@given(text=st.text(max_size=60))
+def test_any_text_comes_back(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@given(text=st.text(max_size=20), token=st.sampled_from(SPECIAL_TOKENS))
+def test_special_tokens_in_text_stay_text(tokenizer, text, token):
+    ids = tokenizer.encode(text + token)
+    assert min(ids) >= len(SPECIAL_TOKENS)
+    assert tokenizer.decode(ids) == text + token
+
+
+def test_learnt_pieces_do_not_cross_scripts_or_join_digits(tokenizer):
+    merged = Tokenizer.train(["abc猫abc 1984"] * 50, 400)
+    pieces = [merged.token_text(i) for i in merged.encode("abc猫abc 1984")]
+    assert pieces == ["abc", "猫", "abc", " ", "1", "9", "8", "4"]
+
+
+def test_training_is_the_same_twice(tokenizer):
+    again = Tokenizer.train(TEXTS, 400)
+    assert [again.token_text(i) for i in range(400)] == [tokenizer.token_text(i) for i in range(400)]
+
+
+def test_batches_encode_like_single_texts(tokenizer):
+    assert tokenizer.encode_batch(TEXTS[:3]) == [tokenizer.encode(text) for text in TEXTS[:3]]
+
+
+def test_saved_folder_reads_back_and_transformers_agrees(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    again = Tokenizer.from_folder(tmp_path)
+    text = "The 猫 sat: It's 42!\n"
+    assert again.encode(text) == tokenizer.encode(text)
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (0, 1)
+
+
+def test_bos_and_eos_follow_the_folder(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    config = {"bos_token": {"content": "<|text|>"}, "eos_token": "<|pad|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    named = Tokenizer.from_folder(tmp_path)
+    assert (named.bos_id, named.eos_id) == (5, 2)
+
+
+def test_prompt_names_both_languages(tokenizer):
+    body = tokenizer.encode("The cat")
+    assert tokenizer.translation_prompt("The cat", "zh") == [0, 3, *body, 4]
+    assert tokenizer.translation_prompt("The cat", "en") == [0, 4, *body, 3]
+
+
+def test_refusals_are_sentences(tokenizer, tmp_path):
+    with pytest.raises(SoliError, match="choose en or zh"):
+        tokenizer.translation_prompt("x", "fr")
+    with pytest.raises(SoliError, match="no token <\\|nope\\|>"):
+        tokenizer.token_id("<|nope|>")
+    with pytest.raises(SoliError, match=f"at least {SMALLEST_VOCAB}"):
+        Tokenizer.train(TEXTS, 100)
+    with pytest.raises(SoliError, match=r"no tokenizer\.json"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(SoliError, match="not a readable tokenizer"):
+        Tokenizer.from_folder(tmp_path)
+    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[")
+    with pytest.raises(SoliError, match="not readable JSON"):
+        Tokenizer.from_folder(tmp_path)
