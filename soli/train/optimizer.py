@@ -7,7 +7,7 @@ decay fit it (Moonlight, arXiv 2502.16982, eq. 4). Embedding, head, routers and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,12 +20,13 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic; five r
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalised momentum for matrices (2-d) and stacks of matrices (3-d, one per expert)."""
+    """Orthogonalised momentum for matrices (2-d) and stacks of them (3-d, one per expert).
 
-    def __init__(
-        self, params: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float, dtype: torch.dtype
-    ):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    A group's `matrices` says how many lie in one tensor, one under the other: 2 where gate and up share it.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], momentum: float, weight_decay: float, dtype: torch.dtype) -> None:
+        super().__init__(groups, {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay, "matrices": 1})
         self.dtype = dtype  # of the orthogonalisation alone
 
     @torch.no_grad()
@@ -38,21 +39,24 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(p)
                 momentum = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalise(p.grad.lerp(momentum, group["momentum"]), self.dtype)  # Nesterov
+                step = p.grad.lerp(momentum, group["momentum"])  # Nesterov
+                matrices = step.unflatten(-2, (group["matrices"], -1))
+                update = orthogonalise(matrices, self.dtype).view_as(p)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape[-2:]) ** 0.5)
+                p.add_(update, alpha=-group["lr"] * 0.2 * max(matrices.shape[-2:]) ** 0.5)
 
 
 def orthogonalise(matrix: Tensor, dtype: torch.dtype, rounds: int = 5) -> Tensor:
     """U V^T of the singular value decomposition U S V^T, nearly, for (..., rows, columns), by Newton-Schulz."""
     a, b, c = NEWTON_SCHULZ
     tall = matrix.shape[-2] > matrix.shape[-1]
-    x = (matrix.mT if tall else matrix).to(dtype)
+    stack = matrix.reshape(-1, *matrix.shape[-2:]).to(dtype)
+    x = stack.mT if tall else stack
     x = x / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7).to(dtype)
     for _ in range(rounds):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).to(matrix.dtype)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(matrix.dtype).reshape(matrix.shape)
 
 
 class Optimizer:
@@ -61,17 +65,20 @@ class Optimizer:
     def __init__(self, model: nn.Module, settings: OptimizerSettings, dtype: torch.dtype) -> None:
         self.names = {p: name for name, p in model.named_parameters()}
         self.clip = settings.clip
-        by_muon = [p for name, p in model.named_parameters() if settings.name == "muon" and _is_inner_matrix(name, p)]
-        chosen = set(by_muon)
-        rest = [p for p in model.parameters() if p not in chosen]
+        inner = {n: p for n, p in model.named_parameters() if settings.name == "muon" and _is_inner_matrix(n, p)}
+        by_muon = set(inner.values())
+        rest = [p for p in model.parameters() if p not in by_muon]
         groups = [
             {"params": [p for p in rest if p.dim() >= 2], "weight_decay": settings.weight_decay},
             {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
         ]
         betas = (settings.beta1, settings.beta2)
         self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=betas, eps=settings.eps, fused=True)]
-        if by_muon:
-            self.parts.append(Muon(by_muon, 0.0, settings.momentum, settings.weight_decay, dtype))
+        if inner:
+            double = [p for name, p in inner.items() if name.endswith("gate_up_proj")]
+            single = [p for name, p in inner.items() if not name.endswith("gate_up_proj")]
+            stacks: list[dict[str, Any]] = [{"params": single}, {"params": double, "matrices": 2}]
+            self.parts.append(Muon(stacks, settings.momentum, settings.weight_decay, dtype))
 
     def step(self, learning_rate: float) -> float:
         """Clip to the settings' norm, move the parameters, clear the gradients; returns the norm before clipping."""

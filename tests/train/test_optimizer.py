@@ -31,6 +31,16 @@ def test_a_stack_of_experts_is_orthogonalised_expert_by_expert():
     torch.testing.assert_close(orthogonalise(stack, torch.float32), alone)
 
 
+def test_gate_and_up_are_two_matrices_though_they_share_a_tensor():
+    model, optimizer = stepped("muon", weight_decay=0.0)
+    stack = model.layers[1].mlp.experts.gate_up_proj  # (E, 2F, D)
+    before = stack.detach().clone()
+    optimizer.step(0.01)
+    for half in (before - stack.detach()).chunk(2, dim=1):
+        values = torch.linalg.svdvals(half / (0.01 * 0.2 * 32**0.5))
+        assert values.min() > 0.6 and values.max() < 1.3
+
+
 def test_an_expert_without_gradient_gets_no_update():
     assert not orthogonalise(torch.zeros(2, 4, 4), torch.float32).any()
 
