@@ -17,7 +17,7 @@ _HAN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]")
 _LATIN = re.compile(r"[A-Za-z]")
 _WORD = re.compile(r"[A-Za-z]+")
 _ACCELERATOR_SUFFIX = re.compile(r"\s*[(（][&_~][A-Za-z0-9][)）]")
-_ACCELERATOR = re.compile(r"(?<![A-Za-z0-9][A-Za-z0-9])[&_~](?=[A-Za-z0-9])")
+_ACCELERATOR = re.compile(r"(?<![A-Za-z0-9])&(?=[A-Za-z0-9])|(?<![A-Za-z0-9]{2})[_~](?=[A-Za-z0-9])")
 _FOREIGN = re.compile(
     r"%[-+#0]*[\d.$*]*[a-zA-Z%(]"  # printf
     r"|[{}]|\$[A-Za-z_({]|\$\w+\$|%[A-Z_]+%?|\[%|\\[a-zA-Z\\]"  # templates and escapes

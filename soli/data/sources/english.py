@@ -15,6 +15,9 @@ from soli.data.text import is_prose, tidy
 
 _SHORTEST = 40
 _ROLE = re.compile(r":[a-z:]+:`[~!]?([^`<]*?)(?:\s*<[^`>]*>)?`")
+_RST_BLOCK = re.compile(r"\n\s*\n|\n(?=\s*[*\-] )")
+_RST_NO_PROSE = (">>>", "...", "|", "+-", "==", "--", "**", "~~", "^^", "#")
+_CODE = re.compile(r"(?:def|class|async|import|from|with|for|while|if|try|return|print) .*[^.]$", re.DOTALL)
 _BLANK_LINE = re.compile(r"\n\s*\n")
 _HTML_PARAGRAPH = re.compile(r"<(p|dd)(?:\s[^>]*)?>(.*?)</\1>", re.DOTALL)
 _TAG = re.compile(r"<[^>]*>")
@@ -28,14 +31,15 @@ def _prose(texts: Iterator[str]) -> Iterator[Row]:
 
 
 def rst_paragraphs(source: str) -> Iterator[str]:
-    """Paragraphs of a reStructuredText page that begin like a sentence; directives, tables and code are left out."""
-    for block in _BLANK_LINE.split(source):
-        text = _ROLE.sub(r"\1", block.strip()).replace("``", "")
-        lines = text.splitlines()
-        if lines and not any(line.lstrip().startswith((">>>", "..", ":", "|", "+-", "==", "--")) for line in lines):
-            text = re.sub(r"^[*\-#]\s+", "", text).replace("::", ":")
-            if text[:1].isupper() and " " in text:
-                yield text
+    """Paragraphs and list items of a reStructuredText page that end like a sentence; tables and code are left out."""
+    for block in _RST_BLOCK.split(source):
+        lines = [line.strip() for line in block.splitlines()]
+        if any(line.startswith(_RST_NO_PROSE) for line in lines):
+            continue
+        text = " ".join(line for line in lines if not line.startswith(".."))
+        text = _ROLE.sub(r"\1", text.removeprefix("* ").removeprefix("- ")).replace("``", "").replace("::", ":")
+        if text[:1].isalpha() and text.rstrip(")").endswith((".", ":", "!", "?")) and not _CODE.match(text):
+            yield text
 
 
 def read_python(archives: list[Path]) -> Iterator[Row]:

@@ -65,9 +65,11 @@ def read_libreoffice_taiwan(archives: list[Path]) -> Iterator[Row]:
 
 
 def read_django(archives: list[Path]) -> Iterator[Row]:
-    """Django's own messages."""
-    for name, content in read_members(archives[0], "*/locale/zh_Hans/LC_MESSAGES/*.mo"):
-        yield from (Row(chinese, english) for english, chinese in read_mo(content, name))
+    """Django's own messages, Taiwan's turned into the mainland's words and characters."""
+    simplify = Simplifier("tw2sp")
+    for name, content in read_members(archives[0], "*/locale/zh_Han?/LC_MESSAGES/*.mo"):
+        for english, chinese in read_mo(content, name):
+            yield Row(simplify(chinese) if "/zh_Hant/" in name else chinese, english)
 
 
 def _one_line(text: str) -> str:
