@@ -154,6 +154,7 @@ def _split_pairs(corpus: Corpus, rows: Iterable[tuple[Source, Row]], config: Dat
 
 def _split_mono(corpus: Corpus, rows: dict[Source, list[Row]], config: DataConfig, heldout: set[str]) -> None:
     seen: set[str] = set()
+    trained = {key(text) for pair in corpus.pairs for text in (pair.en, pair.zh)}
     for source, texts in rows.items():
         room = config.caps.get(source.label, 1 << 60)
         for text in (row.en or row.zh for row in texts):
@@ -161,7 +162,10 @@ def _split_mono(corpus: Corpus, rows: dict[Source, list[Row]], config: DataConfi
                 continue
             seen.add(key(text))
             room -= len(text)
-            kept = corpus.heldout_mono if held_out_by_hash(text, config.heldout_every) else corpus.mono
+            held = held_out_by_hash(text, config.heldout_every)
+            if held and _repeats(text, trained):
+                continue
+            kept = corpus.heldout_mono if held else corpus.mono
             kept.extend(Line(source.kind, source.name, piece) for piece in cut(text, config.longest_document))
 
 

@@ -55,6 +55,14 @@ def test_no_heldout_text_is_trained_on(tmp_path):
     assert any(pair.source == "inside" for pair in built.pairs) and built.mono
 
 
+def test_heldout_lines_are_not_in_trained_pairs_either(tmp_path):
+    rows = [Row("", f"{row.en}. A line of the manual, number {i}.") for i, row in enumerate(numbered(200))]
+    built = build([source("games", numbered(200)), source("manual", rows, "en")], tmp_path)
+    trained = {key(pair.en) for pair in built.pairs}
+    assert built.mono and trained
+    assert not any(part in key(line.text) for line in built.heldout_mono for part in trained)
+
+
 def test_renderings_of_one_english_text_stay_together_and_few(tmp_path):
     rows = [Row(f"打开文件的第{i}种说法", f"Open file {j}") for j in range(60) for i in range(4)]
     built = build([source("menu", rows)], tmp_path)
