@@ -105,7 +105,7 @@ class Optimizer:
                 raise SoliError(
                     f"the optimizer state has {key} of shape {tuple(value.shape)}, which this recipe's model lacks"
                 )
-            owners[p].state[p][moment] = value.to(p.device, copy=True)  # the step count too: the fused step wants it there
+            owners[p].state[p][moment] = value.to(p.device, copy=True)  # fused steps want the count there too
         for p, name in self.names.items():
             if tensors and p not in owners[p].state:
                 raise SoliError(f"the optimizer state has nothing for {name}; the run was made by another recipe")
