@@ -6,14 +6,10 @@ layers once, in a new order; reported are medians over rounds, of the time and o
 """
 
 import argparse
-import datetime
 import json
-import platform
-import random
 import statistics
-import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +20,8 @@ RESULTS = HERE / "results" / "soft_to_sparse.json"
 DOCUMENT = HERE.parent / "docs" / "from-soft-to-sparse.md"
 BEGIN, END = "<!-- table: benchmarks/soft_to_sparse.py --write-doc -->", "<!-- end of table -->"
 
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "examples")]
+sys.path[:0] = [str(HERE.parent / "examples"), str(HERE)]
+import record  # noqa: E402
 import soft_to_sparse as steps  # noqa: E402
 
 # 32 linear experts of 384 x 384, or the same weights as 128 SwiGLU experts of width 32: 3 * 384 * 128 = 384 * 384.
@@ -57,16 +54,8 @@ def measure(layers: dict[str, nn.Module], rounds: int) -> dict[str, list[float]]
         if isinstance(layer.gate, steps.Router) and layer.gate.e_score_correction_bias is not None:
             steps.balance(layer.gate, x_TD, steps=200)
     inputs = {name: x_TD[None] if isinstance(layer, steps.MoE) else x_TD for name, layer in layers.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in layers}
-    order = list(layers)
-    for number in range(rounds + 1):
-        random.Random(number).shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            layers[name](inputs[name])
-            if number:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+    contenders = {name: record.timed(partial(layer, inputs[name])) for name, layer in layers.items()}
+    return record.interleaved(contenders, rounds)
 
 
 def rows(layers: dict[str, nn.Module], seconds: dict[str, list[float]]) -> list[dict[str, object]]:
@@ -81,18 +70,6 @@ def rows(layers: dict[str, nn.Module], seconds: dict[str, list[float]]) -> list[
         }
         for name, layer in layers.items()
     ]
-
-
-def hardware() -> dict[str, object]:
-    names = [line.split(":")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=True)
-    return {
-        "cpu": names[0].strip() if names else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
-        "date": datetime.date.today().isoformat(),
-    }
 
 
 def table(results: dict) -> str:
@@ -129,9 +106,8 @@ def main() -> None:
     torch.set_num_threads(1)
     layers = build()
     size = {"width": WIDTH, "tokens": TOKENS, "rounds": args.rounds}
-    results = {"hardware": hardware(), "size": size, "rows": rows(layers, measure(layers, args.rounds))}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    results = {"hardware": record.hardware(), "size": size, "rows": rows(layers, measure(layers, args.rounds))}
+    record.write("soft_to_sparse", results)
     print(table(results))
 
 

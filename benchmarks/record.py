@@ -1,0 +1,230 @@
+"""What the benchmarks share: interleaved rounds, medians, the machine, and one JSON per script in results/.
+
+Time is processor time of one thread, which on a quiet machine is the time that passes and on a busy one leaves out the
+neighbours. Every contender lives in a process of its own (`alone`): oneDNN compiles bfloat16 products by shape and
+keeps the latest thousand, so contenders in one process throw out each other's and measure mostly that.
+
+A result is {"hardware", "note", "size", "rows"}, and most rows set Soli beside its peers, measured in the same rounds:
+
+    {"what", "unit", "headline", "soli": spread, "peers": {name: spread and "ratio"}, "peer": name, "ratio"}
+
+A ratio says how many times faster than the peer Soli is, as the median over rounds of the ratio within a round: below 1
+Soli is slower. `peer` names the fastest of the peers, and `ratio` is against that one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import multiprocessing
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from importlib import metadata
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+RESULTS = HERE / "results"
+MORE_IS_BETTER = ("tokens/s",)
+BUSY = (
+    "Processor time of one thread, on a machine that other work shared: caches and memory were not ours alone, so "
+    "absolute figures wander; the ratios, taken in turns, are what counts."
+)
+
+# The recorded commit is that of the tree around this file, so its soli must run, whatever else is installed.
+sys.path.insert(0, str(ROOT))
+
+
+def parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
+    """A parser whose help is the script's docstring, with the option that every script has."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--rounds", type=int, default=rounds, help=f"rounds to take the median of (default {rounds})")
+    return made
+
+
+def timed(run: Callable[[], object]) -> Callable[[], float]:
+    """`run` as a contender of `interleaved`: its seconds of processor time."""
+
+    def seconds() -> float:
+        start = time.process_time()
+        run()
+        return time.process_time() - start
+
+    return seconds
+
+
+@contextmanager
+def alone(build: Callable[..., Callable[..., Any]], *arguments: object) -> Iterator[Callable[..., Any]]:
+    """What `build(*arguments)` makes in a new process with one thread: a function that runs there when called here.
+
+    `build` is a module's function; arguments and answers are plain data.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe()
+    process = spawn.Process(target=_serve, args=(there, build, arguments), daemon=True)
+    process.start()
+    there.close()
+
+    def ask(*request: object) -> Any:
+        here.send(request)
+        return here.recv()
+
+    try:
+        yield ask
+    finally:
+        here.close()
+        process.join()
+
+
+def _serve(connection: Connection, build: Callable[..., Callable[..., Any]], arguments: tuple[object, ...]) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    run = build(*arguments)
+    with suppress(EOFError):
+        while True:
+            connection.send(run(*connection.recv()))
+
+
+def interleaved(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each contender returned in each round: all take their turn in every round, in an order drawn anew.
+
+    One more round goes first to warm up and is not counted.
+    """
+    measured: dict[str, list[float]] = {name: [] for name in contenders}
+    order = list(contenders)
+    for number in range(rounds + 1):
+        random.Random(number).shuffle(order)
+        for name in order:
+            value = contenders[name]()
+            if number:
+                measured[name].append(value)
+        progress(f"round {number} of {rounds}" if number else "warm-up round")
+    return measured
+
+
+def progress(said: str) -> None:
+    """A note to whoever waits, on stderr."""
+    print(f"  {said}", file=sys.stderr, flush=True)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, lowest and highest, to four significant digits."""
+    return {
+        "median": rounded(statistics.median(values)),
+        "lowest": rounded(min(values)),
+        "highest": rounded(max(values)),
+    }
+
+
+def rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def row(
+    what: str,
+    unit: str,
+    soli: Sequence[float],
+    peers: Mapping[str, Sequence[float]] | None = None,
+    headline: bool = False,
+) -> dict[str, Any]:
+    """One line of a result: Soli's values and each peer's, one per round, in `unit`. A headline goes into README.md."""
+    better = 1 if unit in MORE_IS_BETTER else -1
+    found = {name: spread(values) | {"ratio": _ratio(soli, values, better)} for name, values in (peers or {}).items()}
+    best = max(found, key=lambda name: better * found[name]["median"], default=None)
+    return {
+        "what": what,
+        "unit": unit,
+        "headline": headline,
+        "soli": spread(soli),
+        "peers": found,
+        "peer": best,
+        "ratio": found[best]["ratio"] if best else None,
+    }
+
+
+def _ratio(soli: Sequence[float], peer: Sequence[float], better: int) -> float:
+    return rounded(statistics.median((s / p) ** better for s, p in zip(soli, peer, strict=True)))
+
+
+def hardware() -> dict[str, Any]:
+    """The machine, the versions, the commit and the day, as every result begins."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    names = [line.split(":")[1] for line in lines if "model name" in line]
+    return {
+        "cpu": names[0].strip() if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "threads": 1,
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def version(package: str) -> str | None:
+    """An installed package's version, without importing it; None where there is none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str:
+    """What git says about this tree; empty outside a checkout."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
+def write(name: str, result: Mapping[str, Any]) -> Path:
+    """Save a result as results/NAME.json."""
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"{name}.json"
+    file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return file
+
+
+def finish(name: str, size: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Save a benchmark's rows with all that belongs to them, and print them."""
+    file = write(name, {"hardware": hardware(), "note": BUSY, "size": size, "rows": rows})
+    for line in rows:
+        print(summary(line))
+    print(f"written to {file.relative_to(ROOT)}", file=sys.stderr)
+
+
+def summary(line: Mapping[str, Any]) -> str:
+    """One row as a line of text."""
+    text = f"{line['what']}: Soli {figure(line['soli']['median'], line['unit'])}"
+    for name, peer in line["peers"].items():
+        text += f"; {name} {figure(peer['median'], line['unit'])} ({verdict(peer['ratio'])})"
+    return text
+
+
+def figure(value: float, unit: str) -> str:
+    """A value with its unit, to three significant digits or to the whole number."""
+    digits = max(0, 3 - len(str(int(abs(value))))) if abs(value) >= 1 else 3
+    return f"{value:,.{digits}f} {unit}"
+
+
+def verdict(ratio: float) -> str:
+    """A ratio in words: who is faster."""
+    if 0.95 <= ratio <= 1.05:
+        return f"{ratio:.2f}×, even"
+    return f"{ratio:.2f}×" if ratio > 1 else f"{ratio:.2f}×, slower"
