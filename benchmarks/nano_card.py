@@ -1,0 +1,198 @@
+"""Score the model in the box and write its card: figures, curve, load, examples: nothing in the card is typed by hand.
+
+    python benchmarks/nano_card.py --run runs/nano-zh-en --data data/nano-zh-en
+
+Reads the run's metrics and resolved recipe, runs `soli eval` and `soli routing` on the held-out files, and writes
+benchmarks/results/nano.json, soli/models/nano/README.md and soli/models/nano/curve.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import string
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import record
+
+BENCHMARKS = Path(__file__).resolve().parent
+ROOT = BENCHMARKS.parent
+MODEL = ROOT / "soli" / "models" / "nano"
+ACTIVATED = 6_373_056  # soli count nano
+LICENCES = {
+    "cc-cedict": "CC-BY-SA-4.0",
+    "cataclysm-dda-data": "CC-BY-SA-3.0",
+    "bible-web": "public domain",
+    "bible-bbe": "public domain",
+    "libreoffice-help": "MPL-2.0",
+    "libreoffice-help-tw": "MPL-2.0",
+    "libreoffice-l10n-zh-cn": "MPL-2.0",
+    "libreoffice-l10n-zh-tw": "MPL-2.0",
+    "homeassistant": "Apache-2.0",
+    "gnome-user-docs": "CC-BY-SA-3.0",
+    "python3-django": "BSD",
+    "python3.11-doc": "PSF",
+    "postgresql-doc-15": "PostgreSQL",
+    "wordnet-base": "WordNet",
+    "janeausten": "public domain",
+    "dict-devil": "public domain",
+    "chinese-poetry": "public domain texts, MIT collection",
+    "sanguo-yanyi": "public domain text",
+}
+
+
+def soli_json(*arguments: str) -> Any:
+    """What `soli ... --json` printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "soli", *arguments, "--json"], cwd=ROOT, stdout=subprocess.PIPE, check=True, text=True
+    )
+    return json.loads(done.stdout)
+
+
+def read_metrics(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The run's steps and evaluations, in order."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [r for r in rows if r["kind"] == "step"], [r for r in rows if r["kind"] != "step"]
+
+
+def draw_curve(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], file: Path) -> None:
+    """Loss, held-out bits per byte and the worst layer's violation over tokens, as one PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    at = [s["tokens"] / 1e6 for s in steps]
+    left.plot(at, [s["loss"] for s in steps], label="next token", color="#2b6cb0", lw=1)
+    left.plot(at, [s["mtp"] for s in steps], label="one further (MTP)", color="#c05621", lw=1)
+    held = [e for e in evaluations if "loss" in e]
+    left.plot([e["tokens"] / 1e6 for e in held], [e["loss"] for e in held], "k.-", label="held-out")
+    left.set(xlabel="million tokens", ylabel="nats per token", title="Loss")
+    left.legend()
+    for layer in steps[-1]["load"]:
+        right.plot(at, [s["load"][layer]["max_violation"] for s in steps], lw=1, label=layer)
+    right.set(xlabel="million tokens", title="Load: largest over mean, less 1", yscale="log")
+    right.legend(fontsize=8)
+    figure.savefig(file, dpi=110)
+
+
+def measure(data: Path) -> dict[str, Any]:
+    """Scores on the held-out pairs and texts, and which experts prefer which language."""
+    scores = soli_json("eval", "nano", "--pairs", str(data / "heldout.tsv"), "--text", str(data / "heldout_mono.tsv"))
+    with tempfile.TemporaryDirectory() as folder:
+        texts = Path(folder) / "heldout.txt"
+        rows = [line.split("\t") for line in (data / "heldout.tsv").read_text(encoding="utf-8").splitlines()]
+        texts.write_text("".join(f"{zh}\n{en}\n" for _, zh, en in rows[::8]), encoding="utf-8")
+        routing = soli_json("routing", str(texts), "--png", str(MODEL / "experts.png"))
+    return {"eval": scores, "preferences": count_preferences(routing)}
+
+
+def count_preferences(routing: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Per layer: how many experts prefer Chinese, how many English, beyond chance."""
+    layers: dict[str, dict[str, int]] = {}
+    for expert in routing["preferences"]:
+        layer = layers.setdefault(expert["layer"], {"zh": 0, "en": 0, "experts": 0})
+        layer["experts"] += 1
+        if expert["prefers"]:
+            layer[expert["prefers"]] += 1
+    return layers
+
+
+def summarise(measured: dict[str, Any], steps: list[dict[str, Any]], model_bytes: int) -> dict[str, Any]:
+    """What benchmarks/results/nano.json holds; the README's table reads `figures`."""
+    scores, last = measured["eval"], steps[-1]
+    return {
+        "hardware": record.hardware(),
+        "figures": {
+            **{name: scores["directions"][name]["overall"] for name in ("en-zh", "zh-en")},
+            "bits_per_byte": scores["on_text"]["bits_per_byte"]["all"],
+            "mtp_acceptance": scores["on_pairs"]["mtp_acceptance"],
+            "tokens_seen": last["tokens"],
+            "hours": round(last["seconds"] / 3600, 2),
+            "bytes": model_bytes,
+        },
+        "preferences": measured["preferences"],
+        "eval": scores,
+    }
+
+
+def card(result: dict[str, Any], steps: list[dict[str, Any]], data: Path) -> str:
+    """The model card in Markdown."""
+    figures, scores = result["figures"], result["eval"]
+    sources = json.loads((data / "meta.json").read_text(encoding="utf-8"))
+    names = sorted(sources["sources"], key=lambda name: -sources["sources"][name]["tokens"])
+    flop = 6 * ACTIVATED * figures["tokens_seen"]
+    fill = {
+        "tokens_seen": f"{figures['tokens_seen'] / 1e6:.1f}",
+        "hours": f"{figures['hours']:.1f}",
+        "cpu": f"{result['hardware']['cores']} cores of {result['hardware']['cpu']}",
+        "speed": f"{statistics.median(step['tokens_per_second'] for step in steps):,.0f}",
+        "flop": f"{flop:.1e}".replace("e+", " x 10^"),
+        "corpus": f"{sources['train_tokens'] / 1e6:.1f}",
+        "megabytes": f"{figures['bytes'] / 1e6:.1f}",
+        "quality": "\n".join(quality_rows(scores["directions"])),
+        "signature": scores["directions"]["en-zh"]["overall"]["signature"],
+        "signature_en": scores["directions"]["zh-en"]["overall"]["signature"],
+        "bits": ", ".join(f"{name} {bits:.3f}" for name, bits in scores["on_text"]["bits_per_byte"].items()),
+        "mtp_pairs": f"{100 * scores['on_pairs']['mtp_acceptance']:.1f}",
+        "mtp_text": f"{100 * scores['on_text']['mtp_acceptance']:.1f}",
+        "load": "\n".join(load_rows(scores["on_pairs"]["load"], result["preferences"])),
+        "examples": "\n".join(example_rows(scores["directions"])),
+        "sources": "\n".join(source_row(name, sources["sources"][name]) for name in names),
+    }
+    return string.Template((BENCHMARKS / "nano_card.md").read_text(encoding="utf-8")).substitute(fill)
+
+
+def quality_rows(directions: dict[str, Any]) -> list[str]:
+    """One table row per source, then one for all."""
+    to_zh, to_en = directions["en-zh"], directions["zh-en"]
+    rows = [*((name, to_zh["by_source"][name], to_en["by_source"][name]) for name in to_zh["by_source"])]
+    rows.append(("**all**", to_zh["overall"], to_en["overall"]))
+    return [
+        f"| {name} | {zh['count']:,} | {zh['chrf']:.1f} | {zh['bleu']:.1f} | {en['chrf']:.1f} | {en['bleu']:.1f} |"
+        for name, zh, en in rows
+    ]
+
+
+def load_rows(loads: list[dict[str, Any]], preferences: dict[str, dict[str, int]]) -> list[str]:
+    return [
+        f"| {load['layer']} | {load['max_violation']:.2f} | {len(load['idle'])} "
+        f"| {preferences[load['layer']]['zh']} | {preferences[load['layer']]['en']} |"
+        for load in loads
+        if load["layer"] in preferences
+    ]
+
+
+def example_rows(directions: dict[str, Any]) -> list[str]:
+    """The first few examples of each direction as they came: none is chosen."""
+    picked = [*directions["en-zh"]["examples"][:5], *directions["zh-en"]["examples"][:5]]
+    return [f"| {' | '.join(text.replace('|', '/')[:160] for text in row)} |" for row in picked]
+
+
+def source_row(name: str, counts: dict[str, int]) -> str:
+    licence = LICENCES[name.split(" (")[0]]
+    return f"| {name} | {licence} | {counts['tokens'] / 1e6:.2f} M |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=ROOT / "runs" / "nano-zh-en")
+    parser.add_argument("--data", type=Path, default=ROOT / "data" / "nano-zh-en")
+    arguments = parser.parse_args()
+    steps, evaluations = read_metrics(arguments.run)
+    draw_curve(steps, evaluations, MODEL / "curve.png")
+    measured = measure(arguments.data)
+    result = summarise(measured, steps, (MODEL / "model.safetensors").stat().st_size)
+    record.write("nano", result)
+    (MODEL / "README.md").write_text(card(result, steps, arguments.data), encoding="utf-8")
+    print(json.dumps(result["figures"], indent=1))
+
+
+if __name__ == "__main__":
+    main()
