@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from soli.data.corpus import read_lines
-from soli.data.packing import DTYPE, read_meta
+from soli.data.packing import read_meta, stored_dtype
 from soli.data.tokenizer import Tokenizer
 from soli.errors import SoliError
 
@@ -24,7 +24,7 @@ def inspect_folder(folder: Path, samples: int, seed: int) -> dict[str, Any]:
     tokenizer = Tokenizer.from_folder(folder)
     if tokenizer.vocab_size != meta["vocab_size"]:
         raise SoliError(f"{folder} mixes two builds: tokenizer and meta.json differ in vocab_size; build it again")
-    tokens = np.memmap(folder / "train.bin", dtype=DTYPE, mode="r")
+    tokens = np.memmap(folder / "train.bin", dtype=stored_dtype(meta), mode="r")
     starts = np.flatnonzero(tokens[:_LONGEST_SCAN] == tokenizer.bos_id)
     chosen = sorted(
         np.random.default_rng(seed).choice(len(starts), size=min(samples, len(starts)), replace=False).tolist()
@@ -40,7 +40,7 @@ def inspect_folder(folder: Path, samples: int, seed: int) -> dict[str, Any]:
 
 def framed(ids: np.ndarray, tokenizer: Tokenizer) -> str:
     """One document as text, with the tokens that part its segments written out and bos and eos left off."""
-    marks = {tokenizer.token_id(token): token for token in _FRAME}
+    marks = {tokenizer.token_id(token): token for token in _FRAME if tokenizer.has_token(token)}
     pieces: list[str] = []
     plain: list[int] = []
     for index in (*(int(i) for i in ids), -1):

@@ -6,7 +6,7 @@ copies and one more with probability w - floor(w), drawn per document from the r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -18,13 +18,18 @@ from soli.data.text import is_one_word
 from soli.data.tokenizer import Tokenizer
 
 _BATCH = 20_000
+_BATCH_CHARACTERS = 4_000_000  # what is encoded at once stays bounded, however long documents are
 
 
 class Document(NamedTuple):
-    """Segments are (special token, text) in order; `<|bos|>` before and `<|eos|>` after are understood."""
+    """Segments are (special token, text) in order; `<|bos|>` before and `<|eos|>` after are understood.
+
+    An empty token stands for none: plain text under a vocabulary without `<|text|>`.
+    """
 
     source: str
     segments: tuple[tuple[str, str], ...]
+    heldout: bool = False
 
 
 def pair_documents(pair: Pair) -> tuple[Document, Document]:
@@ -33,13 +38,13 @@ def pair_documents(pair: Pair) -> tuple[Document, Document]:
     return Document(pair.source, (english, chinese)), Document(pair.source, (chinese, english))
 
 
-def text_document(line: Line, fim_rate: float, rng: np.random.Generator) -> Document:
+def text_document(source: str, text: str, fim_rate: float, rng: np.random.Generator) -> Document:
     """A plain document, rearranged as prefix, suffix, middle at the given rate."""
-    parts = split_middle(line.text, fim_rate, rng)
+    parts = split_middle(text, fim_rate, rng)
     if parts is None:
-        return Document(line.label, (("<|text|>", line.text),))
+        return Document(source, (("<|text|>", text),))
     prefix, middle, suffix = parts
-    return Document(line.label, (("<|fim_prefix|>", prefix), ("<|fim_suffix|>", suffix), ("<|fim_middle|>", middle)))
+    return Document(source, (("<|fim_prefix|>", prefix), ("<|fim_suffix|>", suffix), ("<|fim_middle|>", middle)))
 
 
 def weight_of(document: Document, config: DataConfig) -> float:
@@ -55,10 +60,10 @@ def mix(pairs: Iterable[Pair], mono: Iterable[Line], config: DataConfig) -> list
     drawn: list[Document] = []
     for pair in pairs:
         for document in pair_documents(pair):
-            drawn.extend([document] * _copies(weight_of(document, config), rng))
+            drawn.extend([document] * copies(weight_of(document, config), rng))
     for line in mono:
-        document = text_document(line, config.fim_rate, rng)
-        drawn.extend([document] * _copies(weight_of(document, config), rng))
+        document = text_document(line.label, line.text, config.fim_rate, rng)
+        drawn.extend([document] * copies(weight_of(document, config), rng))
     return [drawn[i] for i in rng.permutation(len(drawn))]
 
 
@@ -66,20 +71,38 @@ def heldout_documents(pairs: Iterable[Pair], mono: Iterable[Line]) -> list[Docum
     """Every held-out pair in both directions and every held-out line, once, in the order given."""
     rng = np.random.default_rng(0)
     documents = [document for pair in pairs for document in pair_documents(pair)]
-    return documents + [text_document(line, 0.0, rng) for line in mono]
+    return documents + [text_document(line.label, line.text, 0.0, rng) for line in mono]
 
 
-def _copies(weight: float, rng: np.random.Generator) -> int:
+def copies(weight: float, rng: np.random.Generator) -> int:
+    """How often a document of this weight stands in one epoch; one number is drawn."""
     return int(weight) + int(rng.random() < weight % 1)
 
 
-def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[tuple[str, list[int]]]:
+def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[str, list[int]]]:
     """(source, ids) of each document: `<|bos|>`, then each segment's token and text, then `<|eos|>`."""
-    for start in range(0, len(documents), _BATCH):
-        batch = documents[start : start + _BATCH]
-        encoded = iter(tokenizer.encode_batch([text for document in batch for _, text in document.segments]))
+    return ((document.source, ids) for document, ids in encoded(documents, tokenizer))
+
+
+def encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, list[int]]]:
+    """Each document with its ids; documents are taken as they are needed."""
+    for batch in _batches(documents):
+        texts = iter(tokenizer.encode_batch([text for document in batch for _, text in document.segments]))
         for document in batch:
             ids = [tokenizer.bos_id]
             for token, _ in document.segments:
-                ids += [tokenizer.token_id(token), *next(encoded)]
-            yield document.source, [*ids, tokenizer.eos_id]
+                ids += [*([tokenizer.token_id(token)] if token else []), *next(texts)]
+            yield document, [*ids, tokenizer.eos_id]
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += sum(len(text) for _, text in document.segments)
+        if len(batch) == _BATCH or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
