@@ -72,6 +72,15 @@ class Batches:
         return self.tokens.windows(np.array(starts), self.width)
 
 
+def rank_slice(position: int, count: int, rank: int, world: int) -> tuple[int, int]:
+    """(position, count) of one rank's share of windows `position` .. `position + count - 1`.
+
+    Shares are runs whose lengths differ by one at most; in the order of ranks they join to the whole, for any `world`.
+    """
+    first, last = rank * count // world, (rank + 1) * count // world
+    return position + first, last - first
+
+
 def heldout_windows(tokens: PackedTokens, length: int, extra: int, budget: int) -> Tensor:
     """Up to `budget` tokens of non-overlapping windows, spread evenly over the file (int64, BW)."""
     available = (len(tokens.ids) - extra) // length

@@ -5,9 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from soli.errors import SoliError
-from soli.train.batches import Batches, PackedTokens, heldout_windows
+from soli.train.batches import Batches, PackedTokens, heldout_windows, rank_slice
 
 
 def packed(folder, count=1000, **meta):
@@ -21,6 +23,22 @@ def test_any_split_of_positions_gives_the_same_windows(tmp_path):
     other = Batches(PackedTokens(tmp_path, "train"), 16, 2, seed=3)
     assert torch.equal(whole[140:], other.take(140, 10))  # asked for first: nothing depends on what was read before
     assert torch.equal(whole[:70], torch.cat([other.take(n, 7) for n in range(0, 70, 7)]))
+
+
+@given(position=st.integers(0, 400), count=st.integers(0, 40), world=st.integers(1, 50))
+def test_ranks_see_the_sequence_of_one_rank(position, count, world):
+    shares = [rank_slice(position, count, rank, world) for rank in range(world)]
+    assert max(size for _, size in shares) - min(size for _, size in shares) <= 1
+    assert [n for begin, size in shares for n in range(begin, begin + size)] == list(range(position, position + count))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_any_number_of_ranks_takes_the_same_windows(tmp_path, world):
+    whole = Batches(packed(tmp_path), 16, 2, seed=3).take(50, 20)  # across the end of an epoch
+    ranks = [Batches(PackedTokens(tmp_path, "train"), 16, 2, seed=3) for _ in range(world)]
+    assert torch.equal(
+        whole, torch.cat([batches.take(*rank_slice(50, 20, rank, world)) for rank, batches in enumerate(ranks)])
+    )
 
 
 def test_windows_are_runs_of_the_file_and_an_epoch_predicts_each_target_once(tmp_path):
