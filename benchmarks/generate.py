@@ -2,7 +2,7 @@
 
 Both load one bf16 folder in the same dtype and continue the same random prompts through their own `generate`. Prefill
 is the time to the first token; decoding is the time of the rest. transformers runs with each of its experts
-implementations, and the ratio is against the fastest (batched_mm copies the weights for every token, so it is spared
+implementations, and the ratio is against the best (batched_mm copies the weights for every token, so it is spared
 batch 16, where it is slowest by far). In float32 all must give the same tokens.
 
     python benchmarks/generate.py [--model nano]

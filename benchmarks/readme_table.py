@@ -1,5 +1,5 @@
-"""Rewrite the table of what was measured from results/*.json, between its markers: README.md has the headlines,
-benchmarks/README.md every row. Nothing in a table is typed by hand.
+"""Rewrite the table of what was measured from results/*.json, between its markers: README.md has the headlines and
+whatever Soli loses, benchmarks/README.md every row. Nothing in a table is typed by hand.
 
     python benchmarks/readme_table.py            rewrite both
     python benchmarks/readme_table.py --check    exit with 1, changing nothing, when one is stale
@@ -31,7 +31,8 @@ HEAD = ["| what | Soli | peer | ratio | where measured |", "|---|--:|--:|--:|---
 
 def table(results: Path, every_row: bool) -> str:
     """The table and the lines under it that say how to read it and where it was measured."""
-    lines, machines = list(HEAD), []
+    lines: list[str] = list(HEAD)
+    machines: dict[str, list[str]] = {}  # what is said of a machine, and the results it holds for
     for name, script in SCRIPTS.items():
         file = results / f"{name}.json"
         if not file.exists():
@@ -40,9 +41,13 @@ def table(results: Path, every_row: bool) -> str:
         for cells in quality(result["figures"]) if "figures" in result else speed(result["rows"], every_row):
             lines.append(f"| {' | '.join(cells)} | [{script}]({link(script, every_row)}) |")
         if "hardware" in result:
-            machines.append(machine(name, result))
-    lines += ["", "A ratio says how many times faster than the peer Soli is; below 1 Soli is slower. " + record.BUSY]
-    return "\n".join([*lines, *dict.fromkeys(machines)])
+            machines.setdefault(machine(result), []).append(name)
+    lines += [
+        "",
+        f"A ratio says how many times faster than the peer Soli is; below 1 Soli is slower. {record.BUSY}",
+        "",
+    ]
+    return "\n".join([*lines, *(f"- {', '.join(names)}: {said}" for said, names in machines.items())])
 
 
 def link(script: str, beside: bool) -> str:
@@ -50,17 +55,18 @@ def link(script: str, beside: bool) -> str:
 
 
 def speed(rows: Sequence[Mapping[str, Any]], every_row: bool) -> list[list[str]]:
-    """The cells of a benchmark's rows: each with its fastest peer, or with every peer when every row is wanted."""
+    """The cells of a benchmark's rows: each with its best peer, or with every peer when every row is wanted."""
     cells = []
     for row in rows:
-        if not (every_row or row["headline"]):
+        lost = row["ratio"] is not None and row["ratio"] < record.EVEN[0]
+        if not (every_row or row["headline"] or lost):
             continue
         peers = list(row["peers"]) if every_row else [row["peer"]] if row["peer"] else []
         soli = record.figure(row["soli"]["median"], row["unit"])
         for name in peers:
             peer = row["peers"][name]
             theirs = f"{record.figure(peer['median'], row['unit'])} ({name})"
-            cells.append([row["what"], soli, theirs, record.verdict(peer["ratio"])])
+            cells.append([row["what"], soli, theirs, record.verdict(peer["ratio"], row["unit"])])
         if not peers:
             cells.append([row["what"], soli, "", ""])
     return cells
@@ -75,7 +81,7 @@ def quality(figures: Mapping[str, Any]) -> list[list[str]]:
             cells.append([f"nano, {words}, held-out pairs", f"chrF {found['chrf']:.1f}, BLEU {found['bleu']:.1f}"])
     if "bits_per_byte" in figures:
         cells.append(["nano, held-out text", f"{figures['bits_per_byte']:.2f} bits per byte"])
-    if "mtp_acceptance" in figures:
+    if figures.get("mtp_acceptance") is not None:
         cells.append(["nano, second token guessed right by MTP", f"{figures['mtp_acceptance']:.0%}"])
     if "tokens_seen" in figures and "hours" in figures:
         trained = f"{figures['tokens_seen'] / 1e6:.1f} M tokens, {figures['hours']:.1f} hours"
@@ -83,14 +89,14 @@ def quality(figures: Mapping[str, Any]) -> list[list[str]]:
     return [[*cell, "", ""] for cell in cells]
 
 
-def machine(name: str, result: Mapping[str, Any]) -> str:
-    """One line about a result's machine, versions, commit and day."""
+def machine(result: Mapping[str, Any]) -> str:
+    """A line about a result's machine, versions, commit and day."""
     of = result["hardware"]
     commit = of["commit"][:7] + (", with changes not committed" if of["dirty"] else "")
+    rounds = f"; medians of {result['size']['rounds']} interleaved rounds" if "size" in result else ""
     return (
-        f"- {name}: {of['cpu']}, {of['threads']} of {of['cores']} cores, {of['memory_gib']} GiB; torch {of['torch']}, "
-        f"transformers {of['transformers']}; {of['date']}, commit {commit}; "
-        f"medians of {result['size']['rounds']} interleaved rounds."
+        f"{of['cpu']}, {of['threads']} of {of['cores']} cores, {of['memory_gib']} GiB; torch {of['torch']}, "
+        f"transformers {of['transformers']}; {of['date']}, commit {commit}{rounds}."
     )
 
 

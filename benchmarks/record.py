@@ -9,7 +9,7 @@ A result is {"hardware", "note", "size", "rows"}, and most rows set Soli beside 
     {"what", "unit", "headline", "soli": spread, "peers": {name: spread and "ratio"}, "peer": name, "ratio"}
 
 A ratio says how many times faster than the peer Soli is, as the median over rounds of the ratio within a round: below 1
-Soli is slower. `peer` names the fastest of the peers, and `ratio` is against that one.
+Soli is slower (of memory: takes more). `peer` names the peer that does best against Soli, and `ratio` is its ratio.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
 MORE_IS_BETTER = ("tokens/s",)
+EVEN = (0.95, 1.05)  # ratios that nobody should read anything into
 BUSY = (
     "Processor time of one thread, on a machine that other work shared: caches and memory were not ours alone, so "
     "absolute figures wander; the ratios, taken in turns, are what counts."
@@ -141,7 +142,7 @@ def row(
     """One line of a result: Soli's values and each peer's, one per round, in `unit`. A headline goes into README.md."""
     better = 1 if unit in MORE_IS_BETTER else -1
     found = {name: spread(values) | {"ratio": _ratio(soli, values, better)} for name, values in (peers or {}).items()}
-    best = max(found, key=lambda name: better * found[name]["median"], default=None)
+    best = min(found, key=lambda name: found[name]["ratio"], default=None)
     return {
         "what": what,
         "unit": unit,
@@ -213,7 +214,7 @@ def summary(line: Mapping[str, Any]) -> str:
     """One row as a line of text."""
     text = f"{line['what']}: Soli {figure(line['soli']['median'], line['unit'])}"
     for name, peer in line["peers"].items():
-        text += f"; {name} {figure(peer['median'], line['unit'])} ({verdict(peer['ratio'])})"
+        text += f"; {name} {figure(peer['median'], line['unit'])} ({verdict(peer['ratio'], line['unit'])})"
     return text
 
 
@@ -223,8 +224,8 @@ def figure(value: float, unit: str) -> str:
     return f"{value:,.{digits}f} {unit}"
 
 
-def verdict(ratio: float) -> str:
-    """A ratio in words: who is faster."""
-    if 0.95 <= ratio <= 1.05:
+def verdict(ratio: float, unit: str) -> str:
+    """A ratio with the word that a loss deserves."""
+    if EVEN[0] <= ratio <= EVEN[1]:
         return f"{ratio:.2f}×, even"
-    return f"{ratio:.2f}×" if ratio > 1 else f"{ratio:.2f}×, slower"
+    return f"{ratio:.2f}×" if ratio > 1 else f"{ratio:.2f}×, {'more' if unit == 'MiB' else 'slower'}"

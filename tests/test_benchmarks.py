@@ -32,9 +32,10 @@ def test_a_ratio_says_how_many_times_faster_soli_is(unit: str, ratio: float) -> 
     assert found["soli"] == {"median": 4.0, "lowest": 2.0, "highest": 60.0}
 
 
-@pytest.mark.parametrize(("unit", "best"), [("tokens/s", "many"), ("s", "few")])
-def test_the_peer_is_the_fastest(unit: str, best: str) -> None:
-    assert record.row("x", unit, [5.0], {"few": [1.0], "many": [9.0]})["peer"] == best
+@pytest.mark.parametrize(("unit", "best", "ratio"), [("tokens/s", "many", 0.5556), ("s", "few", 0.2)])
+def test_the_peer_is_the_one_that_does_best(unit: str, best: str, ratio: float) -> None:
+    found = record.row("x", unit, [5.0], {"few": [1.0], "many": [9.0]})
+    assert (found["peer"], found["ratio"]) == (best, ratio)
 
 
 def test_rounds_take_turns_in_changing_order_and_the_first_is_not_counted() -> None:
@@ -75,6 +76,7 @@ def test_the_table_keeps_the_page_and_says_who_is_slower(tmp_path: Path) -> None
         record.row("decode", "tokens/s", [50.0], {"slowest": [10.0], "fast": [100.0]}, headline=True),
         record.row("detail", "ms", [3.0], {"fast": [6.0]}),
         record.row("alone", "MiB", [70.0]),
+        record.row("memory", "MiB", [70.0], {"fast": [35.0]}),
     ]
     written(tmp_path, "generate", hardware=record.hardware(), size={"rounds": 5}, rows=rows)
     arguments = pages(tmp_path)
@@ -86,6 +88,7 @@ def test_the_table_keeps_the_page_and_says_who_is_slower(tmp_path: Path) -> None
     assert short.startswith("before\n") and short.endswith("after\n") and "old" not in short
     line = "| decode | 50.0 tokens/s | 100 tokens/s (fast) | 0.50×, slower | [generate.py](benchmarks/generate.py) |"
     assert line in short
+    assert "| memory | 70.0 MiB | 35.0 MiB (fast) | 0.50×, more |" in short  # a loss is no detail
     assert "detail" not in short and "slowest" not in short
     assert "| detail | 3.00 ms | 6.00 ms (fast) | 2.00× | [generate.py](generate.py) |" in full
     assert "slowest" in full and "| alone | 70.0 MiB |  |  |" in full
@@ -95,7 +98,12 @@ def test_the_table_keeps_the_page_and_says_who_is_slower(tmp_path: Path) -> None
 def test_nanos_figures_come_first_and_may_be_few(tmp_path: Path) -> None:
     arguments = pages(tmp_path)
     assert readme_table.main(arguments) == 0  # nothing measured yet
-    written(tmp_path, "nano", figures={"en-zh": {"chrf": 21.26, "bleu": 9.0}, "mtp_acceptance": 0.424})
+    written(
+        tmp_path,
+        "nano",
+        hardware=record.hardware(),
+        figures={"en-zh": {"chrf": 21.26, "bleu": 9.0}, "mtp_acceptance": 0.424},
+    )
     assert readme_table.main(arguments) == 0
     short = (tmp_path / "short.md").read_text()
     assert "| nano, English to Chinese, held-out pairs | chrF 21.3, BLEU 9.0 |" in short
