@@ -1,4 +1,5 @@
-"""`soli data build RECIPE` makes a recipe's corpus and tokens from public packages; `soli data inspect` shows them."""
+"""`soli data build RECIPE` makes a recipe's corpus and tokens from public packages, `soli data pack` tokens from a
+person's own files; `soli data inspect` shows either."""
 
 from __future__ import annotations
 
@@ -8,7 +9,10 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Build and inspect a recipe's corpus.", no_args_is_help=True, rich_markup_mode=None)
+from soli.cli.data_pack import pack
+
+app = typer.Typer(help="Build, pack and inspect corpora.", no_args_is_help=True, rich_markup_mode=None)
+app.command()(pack)
 
 
 @app.command()
@@ -43,7 +47,7 @@ def build(
 
 @app.command()
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="A folder that soli data build wrote.")],
+    folder: Annotated[Path, typer.Argument(help="A folder that soli data build or pack wrote.")],
     samples: Annotated[int, typer.Option(min=0, help="Documents to show as text.")] = 6,
     seed: Annotated[int, typer.Option(help="Another seed, other documents.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,

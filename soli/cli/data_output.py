@@ -64,6 +64,21 @@ def print_counts(folder: Path, as_json: bool) -> None:
     print(f"wrote {folder}: {meta['train_tokens']:,} training tokens, {meta['valid_tokens']:,} held out")
 
 
+def print_packed(folder: Path, found: dict[str, Any]) -> None:
+    """What `pack_inputs` wrote, as one table and a line for the bad lines."""
+    table = _table("source", "documents", "tokens", "share", "held out")
+    for name in dict.fromkeys((*found["sources"], *found["valid_sources"])):
+        row = found["sources"].get(name, {"tokens": 0, "documents": 0})
+        held = found["valid_sources"].get(name, {}).get("documents")
+        share = f"{row['tokens'] / found['train_tokens']:.1%}"
+        table.add_row(escape(name), _number(row["documents"]), _number(row["tokens"]), share, _number(held))
+    Console(highlight=False).print(table)
+    bad = found["bad_lines"]
+    if bad:
+        print(f"bad lines left out: {sum(bad.values()):,}, listed in {folder / 'bad_lines.jsonl'}")
+    print(f"wrote {folder}: {found['train_tokens']:,} training tokens, {found['valid_tokens']:,} held out")
+
+
 def print_inspection(folder: Path, found: dict[str, Any]) -> None:
     """What `inspect_folder` found, for a person."""
     console = Console(highlight=False)

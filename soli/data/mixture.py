@@ -38,11 +38,13 @@ def pair_documents(pair: Pair) -> tuple[Document, Document]:
     return Document(pair.source, (english, chinese)), Document(pair.source, (chinese, english))
 
 
-def text_document(source: str, text: str, fim_rate: float, rng: np.random.Generator) -> Document:
-    """A plain document, rearranged as prefix, suffix, middle at the given rate."""
+def text_document(
+    source: str, text: str, fim_rate: float, rng: np.random.Generator, plain: str = "<|text|>"
+) -> Document:
+    """A plain document, begun by the token `plain`; rearranged as prefix, suffix, middle at the given rate."""
     parts = split_middle(text, fim_rate, rng)
     if parts is None:
-        return Document(source, (("<|text|>", text),))
+        return Document(source, ((plain, text),))
     prefix, middle, suffix = parts
     return Document(source, (("<|fim_prefix|>", prefix), ("<|fim_suffix|>", suffix), ("<|fim_middle|>", middle)))
 

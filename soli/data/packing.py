@@ -103,4 +103,5 @@ def read_meta(folder: str | Path) -> dict[str, Any]:
 
 def stored_dtype(meta: dict[str, Any]) -> np.dtype:
     """The integers of train.bin and valid.bin, as meta.json names them."""
-    return {"uint16": DTYPE, "uint32": WIDE}[meta["dtype"]]
+    known: dict[str, np.dtype] = {"uint16": DTYPE, "uint32": WIDE}
+    return known[meta["dtype"]]
