@@ -188,7 +188,8 @@ def _open_shards(folder: Path) -> dict[Path, Shard]:
 def _read_index(index: Path) -> dict[str, str]:
     try:
         weight_map: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        plain = all(isinstance(file, str) and file and Path(file).name == file for file in weight_map.values())
+        files = set(weight_map.values())  # as few as there are shards, where tensors are many
+        plain = all(isinstance(file, str) and file and Path(file).name == file for file in files)
     except OSError as error:
         raise SoliError(f"{index}: cannot be read ({error.strerror or error})") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -219,7 +220,8 @@ def _index_problems(folder: Path, weight_map: Mapping[str, str], shards: Mapping
             found[name] = entry
             if name not in weight_map:
                 yield f"{entry} is not in {INDEX}"
+    named = {shard_file.name: shard.entries for shard_file, shard in shards.items()}
     for name, file in weight_map.items():
-        if name not in shards[folder / file].entries:
+        if name not in named[file]:
             place = f"it is in {found[name].file.name}" if name in found else "no shard holds it"
             yield f"{folder / file}: tensor {name} is not there, though {INDEX} says so; {place}"
