@@ -24,6 +24,7 @@ VERBS = {
     "generate": "Continue a prompt with the model in a folder.",
     "routing": "Report which experts a text file plays, and which language they prefer.",
     "train": "Train a model from a recipe; a stopped run resumes.",
+    "runs": "List training runs and compare them.",
     "data": "Build and inspect a recipe's corpus.",
     "eval": "Score a model on held-out pairs and text.",
     "convert": "Rewrite a model folder as bf16 or fp8.",
