@@ -25,7 +25,7 @@ VERBS = {
     "routing": "Report which experts a text file plays, and which language they prefer.",
     "train": "Train a model from a recipe; a stopped run resumes.",
     "runs": "List training runs and compare them.",
-    "data": "Build and inspect a recipe's corpus.",
+    "data": "Build a recipe's corpus, pack your own texts, inspect either.",
     "eval": "Score a model on held-out pairs and text.",
     "convert": "Rewrite a model folder as bf16 or fp8.",
     "export": "Make a model folder out of a training run.",

@@ -77,6 +77,8 @@ def files_of(path: Path, layout: Layout) -> tuple[str, list[Path]]:
 def _folder(path: Path, layout: Layout) -> tuple[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for file in sorted(path.rglob("*")):
+        if any(part.startswith(".") for part in file.relative_to(path).parts):
+            continue  # hidden, or an output that is being written there
         for name, suffixes in SUFFIXES.items():
             if file.suffix.lower() in suffixes and file.is_file() and layout.format in (None, name):
                 found.setdefault(name, []).append(file)

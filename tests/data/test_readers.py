@@ -82,7 +82,7 @@ def test_plain_text_by_file_and_by_line(tmp_path):
 
 
 def test_folders_hold_one_kind_in_a_stable_order(tmp_path):
-    for name in ("b.txt", "deep/a.txt", "a.txt"):
+    for name in ("b.txt", "deep/a.txt", "a.txt", ".hidden/a.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         written(tmp_path / name, name)
     assert [texts for _, texts in rows(tmp_path)] == [("a.txt",), ("b.txt",), ("deep/a.txt",)]
