@@ -8,7 +8,10 @@ scale up to a power of two, as in DeepSeek-V3.1. Arithmetic is fp32; the cast to
 Error, for a weight w in a block of scale s: |w - unpack(pack(w))| <= max(2^-4 |w|, 2^-10 s), within fp32 rounding.
 Refused: NaN, infinity, and magnitudes above 2^127, which rounding could carry past the end of fp32.
 
-Legend: O output features, I input features, P and Q blocks along O and I, b the block's side.
+Activations and gradients in FP8 training (paper, section 3.3) have one scale per 1x128 tile of a row instead: the same
+arithmetic and the same error, but nothing is refused: a NaN or an infinity makes its whole tile NaN.
+
+Legend: O output features, I input features, P and Q blocks along O and I, b the block's side, T tokens.
 """
 
 from dataclasses import dataclass
@@ -33,6 +36,14 @@ class Packed:
 
     codes_OI: Tensor
     scale_PQ: Tensor
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Rows in FP8: `codes_TI` float8_e4m3fn, `scale_TQ` fp32 with Q = ceil(I/128); the last tile may be short."""
+
+    codes_TI: Tensor
+    scale_TQ: Tensor
 
 
 @dataclass(frozen=True)
@@ -97,6 +108,20 @@ def error(weight_OI: Tensor, packed: Packed) -> PackError:
     return PackError(float(difference_OI.abs().max()), lost / norm if norm else 0.0)
 
 
+def pack_tiles(x_TI: Tensor) -> Tiles:
+    """Quantise the rows of a matrix of any floating dtype, 128 neighbours at a time; a tile of zeros gets scale 1."""
+    tiles_TQb = _tiles(x_TI.float())
+    scale_TQ = _scale(tiles_TQb.abs().amax(dim=-1), ue8m0=False)
+    codes_TQb = (tiles_TQb / scale_TQ[..., None]).clamp_(-CODE_MAX, CODE_MAX).to(CODE_DTYPE)
+    return Tiles(codes_TQb.flatten(1)[:, : x_TI.shape[1]].contiguous(), scale_TQ)
+
+
+def unpack_tiles(tiles: Tiles) -> Tensor:
+    """Dequantise to fp32 (T, I): each tile times its scale."""
+    rows_TQb = _tiles(tiles.codes_TI.float()) * tiles.scale_TQ[..., None]
+    return rows_TQb.flatten(1)[:, : tiles.codes_TI.shape[1]]
+
+
 def is_ue8m0(scale_PQ: Tensor) -> bool:
     """Whether every scale is a power of two."""
     mantissa_PQ, _ = torch.frexp(scale_PQ.float())
@@ -110,6 +135,15 @@ def _scale(amax_PQ: Tensor, ue8m0: bool) -> Tensor:
         exponent_PQ = exponent_PQ - (mantissa_PQ == 0.5).to(exponent_PQ.dtype)
         scale_PQ = torch.ldexp(torch.ones_like(scale_PQ), exponent_PQ)
     return torch.where(amax_PQ == 0, torch.ones_like(scale_PQ), scale_PQ)
+
+
+def _tiles(x_TI: Tensor) -> Tensor:
+    """View rows as tiles (T, Q, b), padded with zeros where they are ragged; rows below 128 are one short tile."""
+    width = x_TI.shape[1]
+    side = max(1, min(BLOCK, width))
+    if width % side:
+        x_TI = pad(x_TI, (0, -width % side))
+    return x_TI.unflatten(1, (-1 if width else 0, side))
 
 
 def _blocks(matrix_OI: Tensor) -> Tensor:

@@ -13,7 +13,10 @@ from soli.model.router import Router, Routing
 
 
 class RoutedExperts(nn.Module):
-    """All routed experts of a layer as two stacked parameters, behind the experts seam."""
+    """All routed experts of a layer as two stacked parameters, behind the experts seam; ``product`` answers it and may
+    be set on one layer alone."""
+
+    product = staticmethod(kernels.experts)
 
     def __init__(self, config: ModelConfig, device: Device, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -23,7 +26,7 @@ class RoutedExperts(nn.Module):
 
     def forward(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The seam's signature: the router and the block never know which implementation answers."""
-        return kernels.experts(x_TD, expert_ids_TK, weights_TK, self.gate_up_proj, self.down_proj)
+        return self.product(x_TD, expert_ids_TK, weights_TK, self.gate_up_proj, self.down_proj)
 
 
 class MoE(nn.Module):

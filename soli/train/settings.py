@@ -116,7 +116,7 @@ class RunSettings:
 
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
-    precision: str = "auto"  # auto, fp32, bf16: the dtype of activations; weights and moments are fp32 always
+    precision: str = "auto"  # auto, fp32, bf16: of activations; fp8: bf16 and products in E4M3
     micro_sequences: int = 16  # sequences in one forward pass
     log_every: int = 10  # steps
     save_every: int = 200  # steps; 0 saves at the end alone
@@ -124,7 +124,7 @@ class RunSettings:
     max_minutes: float | None = None  # stop then, with the state saved; a later run goes on
 
     def __post_init__(self) -> None:
-        _one_of("run.precision", self.precision, ("auto", "fp32", "bf16"))
+        _one_of("run.precision", self.precision, ("auto", "fp32", "bf16", "fp8"))
         for name in ("micro_sequences", "log_every", "keep"):
             _positive(f"run.{name}", getattr(self, name))
         _in_range("run.save_every", self.save_every, 0)

@@ -20,6 +20,7 @@ from soli.model.transformer import Transformer
 from soli.train.batches import Batches, PackedTokens, heldout_windows
 from soli.train.evaluate import bytes_per_token
 from soli.train.optimizer import Optimizer
+from soli.train.precision import use_fp8
 from soli.train.settings import TrainSettings, as_recipe
 from soli.train.state import Progress, checkpoints, load_checkpoint, write_json
 
@@ -90,7 +91,7 @@ def choose_device(wanted: str) -> torch.device:
 def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
     """Dtype of activations. `auto`: bf16 where the hardware multiplies it natively, else fp32."""
     if wanted != "auto":
-        return {"bf16": torch.bfloat16, "fp32": torch.float32}[wanted]
+        return {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}[wanted]
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported()
     else:
@@ -125,6 +126,8 @@ def _draw_model(settings: TrainSettings, device: torch.device, compute: torch.dt
     torch.manual_seed(settings.run.seed)
     model.init_weights(torch.Generator(device).manual_seed(settings.run.seed))
     model.compute_dtype = compute
+    if settings.run.precision == "fp8":
+        use_fp8(model)
     return model
 
 

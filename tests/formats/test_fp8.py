@@ -109,3 +109,29 @@ def test_error_of_a_gaussian_weight_is_small_but_not_zero():
     assert 0.015 < lost.relative_rms < 0.035
     assert 0 < lost.max_abs <= float(original.abs().max()) * 2**-4
     assert fp8.error(torch.zeros(2, 2), fp8.pack(torch.zeros(2, 2))).relative_rms == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(1, 40), columns=SIDES, seed=SEEDS, exponent=MAGNITUDES)
+def test_tiles_stay_within_the_stated_error(rows: int, columns: int, seed: int, exponent: int):
+    original = weight(rows, columns, seed, exponent)
+    tiles = fp8.pack_tiles(original)
+    assert tiles.codes_TI.shape == original.shape and tiles.codes_TI.dtype == torch.float8_e4m3fn
+    assert tiles.scale_TQ.shape == (rows, -(-columns // 128))
+    scale = tiles.scale_TQ.repeat_interleave(128, 1)[:, :columns].double()
+    bound = torch.maximum(original.double().abs() * 2**-4, scale * 2**-10) * (1 + 2**-18)
+    assert ((fp8.unpack_tiles(tiles).double() - original.double()).abs() <= bound).all()
+
+
+def test_each_tile_has_its_own_scale_and_fails_alone():
+    original = weight(3, 300, seed=0)
+    original[1, 130] = float("inf")
+    tiles = fp8.pack_tiles(original)
+    assert tiles.scale_TQ[0, 2] == original[0, 256:].abs().max() / 448
+    bad = fp8.unpack_tiles(tiles).isnan()
+    assert bad[1, 128:256].all() and int(bad.sum()) == 128
+
+
+def test_tiles_of_nothing():
+    for shape in ((0, 130), (0, 5), (3, 0)):
+        assert fp8.unpack_tiles(fp8.pack_tiles(torch.empty(shape))).shape == shape
