@@ -81,8 +81,17 @@ class Optimizer:
             self.parts.append(Muon(stacks, settings.momentum, settings.weight_decay, dtype))
 
     def step(self, learning_rate: float) -> float:
-        """Clip to the settings' norm, move the parameters, clear the gradients; returns the norm before clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(self.names, self.clip)
+        """Clip to the settings' norm, move the parameters, clear the gradients; returns the norm before clipping.
+
+        A gradient that is not finite moves nothing: SoliError names the first parameter that has one.
+        """
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.names if p.grad is not None])
+        if not norm.isfinite():
+            raise SoliError(
+                f"{self._unsound()}, so training stopped before any weight moved; the last checkpoint is whole: "
+                "resume it with a lower schedule.learning_rate"
+            )
+        torch.nn.utils.clip_grads_with_norm_(self.names, self.clip, norm)
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = learning_rate
@@ -109,6 +118,12 @@ class Optimizer:
         for p, name in self.names.items():
             if tensors and p not in owners[p].state:
                 raise SoliError(f"the optimizer state has nothing for {name}; the run was made by another recipe")
+
+    def _unsound(self) -> str:
+        for p, name in self.names.items():
+            if p.grad is not None and not p.grad.isfinite().all():
+                return f"the gradient of {name} is not finite"
+        return "the gradient's norm is beyond float32"
 
     def _entries(self) -> Iterator[tuple[Any, str, Tensor]]:
         for part in self.parts:

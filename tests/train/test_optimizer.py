@@ -94,3 +94,23 @@ def test_state_of_another_model_is_refused_by_name():
         stepped("adamw")[1].load_state({**state, "ghost|exp_avg": state[gone]})
     with pytest.raises(SoliError, match=r"nothing for norm\.weight"):
         stepped("adamw")[1].load_state({k: v for k, v in state.items() if not k.startswith("norm.weight|")})
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_is_named_and_moves_nothing(name, value):
+    model, optimizer = stepped(name)
+    model.layers[1].mlp.experts.down_proj.grad[3, 0, 0] = value
+    model.lm_head.weight.grad[0, 0] = value
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(SoliError, match=r"gradient of layers\.1\.mlp\.experts\.down_proj is not finite"):
+        optimizer.step(0.1)
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+    assert not optimizer.state()
+
+
+def test_finite_gradients_whose_norm_overflows_are_refused():
+    model, optimizer = stepped("adamw")
+    model.norm.weight.grad.fill_(3e38)
+    with pytest.raises(SoliError, match="norm is beyond float32"):
+        optimizer.step(0.1)

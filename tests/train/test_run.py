@@ -18,7 +18,7 @@ from soli.cli import main
 from soli.errors import SoliError
 from soli.train import loop
 from soli.train.loop import take_step, train
-from soli.train.settings import as_recipe
+from soli.train.settings import as_recipe, read_settings
 from soli.train.setup import prepare
 from soli.train.state import best_checkpoint, checkpoints, load_run, read_progress
 from tests.train.toy import RECIPE, settings, write_data
@@ -78,9 +78,12 @@ def test_a_run_leaves_metrics_recipe_and_checkpoints(tmp_path, data):
     assert read_progress(last).tokens == 12 * 128 and read_progress(last).position == 12 * 8
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_stopped_run_resumes_bit_for_bit(tmp_path, data, optimizer, monkeypatch):
-    wanted = settings(optimizer={"name": optimizer})
+RAMP = {"batch_sequences_start": 3, "batch_ramp_tokens": 128 * 6}
+
+
+@pytest.mark.parametrize(("optimizer", "schedule"), [("adamw", {}), ("muon", {}), ("adamw", RAMP)])
+def test_a_stopped_run_resumes_bit_for_bit(tmp_path, data, optimizer, schedule, monkeypatch):
+    wanted = settings(optimizer={"name": optimizer}, schedule=schedule)
     train(prepare(wanted, {}, data, tmp_path / "whole"))
     interrupted, taken = prepare(wanted, {}, data, tmp_path / "cut"), []
 
@@ -97,6 +100,15 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path, data, optimizer, monkeypatc
     assert resumed.progress.step == 5
     assert train(resumed) == "finished"
     assert_equal_state(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_extension_phases_are_refused_after_pretraining(tmp_path, data):
+    table = as_recipe(settings(), {}) | {
+        "extension": [{"sequence_length": 32, "batch_sequences": 1, "learning_rate": 1e-4, "steps": 1}]
+    }
+    with pytest.raises(SoliError, match="pretraining is finished and saved"):
+        train(prepare(read_settings(table), {}, data, tmp_path))
+    assert read_progress(checkpoints(tmp_path)[-1]).step == 12
 
 
 def test_a_killed_run_resumes_bit_for_bit(tmp_path, data):
@@ -157,6 +169,17 @@ def test_nan_names_the_step_and_leaves_the_weights(tmp_path, data):
     with pytest.raises(SoliError, match="at step 2"):
         take_step(run)
     assert torch.equal(kept, run.model.lm_head.weight)
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_with_nothing_saved(tmp_path, data):
+    run = prepare(settings(run={"save_every": 1}), {}, data, tmp_path)
+    router = run.model.layers[1].mlp.gate
+    router.weight.register_hook(lambda grad: grad * float("inf"))
+    biases = router.e_score_correction_bias.clone()
+    with pytest.raises(SoliError, match=r"gradient of layers\.1\.mlp\.gate\.weight is not finite"):
+        train(run)
+    assert checkpoints(tmp_path) == [] and run.progress.step == 0
+    assert torch.equal(biases, router.e_score_correction_bias)
 
 
 @pytest.mark.parametrize(
