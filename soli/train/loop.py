@@ -22,7 +22,7 @@ from soli.train.balance import measure_load, reduce_counts, step_bias
 from soli.train.evaluate import evaluate, translate_samples
 from soli.train.losses import Totals, compute_losses, count_targets
 from soli.train.report import Report
-from soli.train.schedule import bias_speed, learning_rate, mtp_weight
+from soli.train.schedule import batch_sequences, bias_speed, learning_rate, mtp_weight
 from soli.train.setup import Run
 from soli.train.state import save_checkpoint
 
@@ -36,13 +36,14 @@ class Step:
     balance: float  # sum over layers of the sequence-wise loss, before alpha; the number of MoE layers when even
     norm: float  # of the gradient, before clipping
     rate: float  # learning rate
+    tokens: int  # that it learned to predict
     counts_LE: Tensor
 
 
 def take_step(run: Run) -> Step:
-    """One optimizer step over `batch_sequences` windows, then one of the biases. SoliError when the loss is NaN."""
+    """One optimizer step over the batch that the schedule says, then one of the biases. SoliError on a NaN loss."""
     settings, progress = run.settings, run.progress
-    window_BW = run.batches.take(progress.position, settings.schedule.batch_sequences)
+    window_BW = run.batches.take(progress.position, batch_sequences(settings.schedule, progress.tokens))
     totals = count_targets(window_BW, settings.model.num_nextn_predict_layers, run.tokenizer.eos_id)
     (loss, mtp, balance), counts_LE = accumulate(run, window_BW, totals)
     if not math.isfinite(loss + mtp + balance):
@@ -58,7 +59,7 @@ def take_step(run: Run) -> Step:
     progress.tokens += totals.tokens
     progress.position += window_BW.shape[0]
     progress.valid_loss = None
-    return Step(loss, mtp, balance, norm, rate, counts_LE)
+    return Step(loss, mtp, balance, norm, rate, totals.tokens, counts_LE)
 
 
 def accumulate(run: Run, window_BW: Tensor, totals: Totals) -> tuple[list[float], Tensor]:
@@ -101,6 +102,11 @@ def train(run: Run) -> str:
         report.say(
             f"{'finished' if why == 'finished' else 'stopped'} after step {progress.step}; state is in {run.folder}"
         )
+    if why == "finished" and settings.extension:
+        raise SoliError(
+            f"pretraining is finished and saved in {run.folder}, but Soli only plans the [[extension]] phases and "
+            "cannot run them yet; take them out of the recipe to end here"
+        )
     return why
 
 
@@ -110,7 +116,7 @@ def _step_and_report(run: Run, report: Report) -> None:
     seconds = time.monotonic() - began
     progress.seconds += seconds
     figures = {"loss": step.loss, "mtp": step.mtp, "balance": step.balance, "lr": step.rate, "norm": step.norm}
-    figures["tokens_per_second"] = settings.schedule.batch_tokens / seconds
+    figures["tokens_per_second"] = step.tokens / seconds
     layers = [name for name, _ in run.model.moe_layers()]
     loads = dict(zip(layers, measure_load(step.counts_LE), strict=True))
     last = progress.tokens >= settings.schedule.total_tokens

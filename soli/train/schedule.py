@@ -1,12 +1,187 @@
-"""What changes during a run, as pure functions of the tokens seen so far: learning rate, gamma, lambda (section 4.2).
+"""What changes during a run, in tokens: the schedule's settings, and pure functions of the tokens seen so far.
 
-Counting tokens, not steps, keeps the curve where it is when the batch changes. The value at `tokens` holds for the step
-that starts there.
+Learning rate (warm-up, constant, cosine, tails), batch ramp, gamma and lambda (section 4.2); then extension phases,
+each with a length, batch, rate and YaRN of its own (section 4.3). Counting tokens, not steps, keeps the curves where
+they are when the batch changes. The value at `tokens` holds for the whole step that starts there. No torch.
 """
 
-import math
+from __future__ import annotations
 
-from soli.train.settings import BalanceSettings, LossSettings, ScheduleSettings
+import math
+from bisect import bisect_left
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from soli.config import ModelConfig, RopeScaling, replace
+from soli.errors import SoliError
+from soli.train.checks import require_positive, require_range
+
+if TYPE_CHECKING:
+    from soli.train.settings import BalanceSettings, LossSettings
+
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    """Batch shape, and the learning rate's phases in the paper's order: warm-up, constant, cosine, tails.
+
+    Warm-up is given in tokens or in steps, the constant phase by its length or by the token at which it ends.
+    """
+
+    sequence_length: int = 256
+    batch_sequences: int = 64  # sequences in one optimizer step
+    batch_sequences_start: int | None = None  # the ramp's first batch; None: no ramp
+    batch_ramp_tokens: int = 0  # from here on the batch is `batch_sequences`
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 1e-4  # where the cosine ends
+    warmup_tokens: int = 0
+    warmup_steps: int | None = None  # instead of warmup_tokens
+    constant_tokens: int = 0
+    constant_until_tokens: int | None = None  # instead of constant_tokens: warm-up and constant phase together
+    cosine_tokens: int = 0
+    tails: tuple[tuple[float, float], ...] = ()  # (tokens, learning rate), one after the other
+
+    def __post_init__(self) -> None:
+        for name in ("sequence_length", "batch_sequences", "learning_rate"):
+            require_positive(f"schedule.{name}", getattr(self, name))
+        for name in ("final_learning_rate", "warmup_tokens", "constant_tokens", "cosine_tokens", "batch_ramp_tokens"):
+            require_range(f"schedule.{name}", getattr(self, name), 0)
+        for tail in self.tails:
+            if len(tail) != 2 or tail[0] <= 0 or tail[1] < 0:
+                raise SoliError(
+                    f"schedule.tails has {list(tail)!r}; each tail is [tokens, learning rate], such as [1000000, 1e-5]"
+                )
+        self._check_ramp()
+        self._check_alternatives()
+        if self.total_tokens <= 0:
+            raise SoliError(
+                "schedule has no tokens to train on; give schedule.constant_tokens or schedule.cosine_tokens"
+            )
+
+    def _check_ramp(self) -> None:
+        start = self.batch_sequences_start
+        if (start is None) != (self.batch_ramp_tokens == 0):
+            missing = "batch_sequences_start" if start is None else "batch_ramp_tokens"
+            raise SoliError(f"the batch ramp lacks schedule.{missing}; it needs that and its other half, or neither")
+        if start is not None:
+            require_range("schedule.batch_sequences_start", start, 1, self.batch_sequences)
+
+    def _check_alternatives(self) -> None:
+        for given, other in (("warmup_steps", "warmup_tokens"), ("constant_until_tokens", "constant_tokens")):
+            value = getattr(self, given)
+            if value is None:
+                continue
+            require_range(f"schedule.{given}", value, 0)
+            if getattr(self, other):
+                raise SoliError(f"schedule has both {given} and {other}; keep one of them")
+        until = self.constant_until_tokens
+        if until is not None and until < warmup_end(self):
+            raise SoliError(
+                f"schedule.constant_until_tokens is {until:,}, but the warm-up takes {warmup_end(self):,} tokens; "
+                "shorten the warm-up"
+            )
+
+    @property
+    def constant_end(self) -> int:
+        """Tokens of warm-up and constant phase together."""
+        if self.constant_until_tokens is not None:
+            return self.constant_until_tokens
+        return warmup_end(self) + self.constant_tokens
+
+    @property
+    def total_tokens(self) -> int:
+        """Length of pretraining: the sum of its phases."""
+        return self.constant_end + self.cosine_tokens + int(sum(tokens for tokens, _ in self.tails))
+
+
+@dataclass(frozen=True)
+class ExtensionSettings:
+    """A phase after pretraining that lengthens the context (section 4.3): constant rate and batch, YaRN set anew.
+
+    `rope_scaling` None leaves the model's positions as they are. Its length is given in steps or in tokens.
+    """
+
+    sequence_length: int
+    batch_sequences: int
+    learning_rate: float
+    steps: int | None = None
+    tokens: int | None = None
+    rope_scaling: RopeScaling | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("sequence_length", "batch_sequences", "learning_rate"):
+            require_positive(f"extension.{name}", getattr(self, name))
+        if (self.steps is None) == (self.tokens is None):
+            raise SoliError("an [[extension]] gives its length once: set either steps or tokens")
+        for name in ("steps", "tokens"):
+            if getattr(self, name) is not None:
+                require_positive(f"extension.{name}", getattr(self, name))
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the phase, the last one whole."""
+        if self.steps is not None:
+            return self.steps
+        return math.ceil((self.tokens or 0) / (self.sequence_length * self.batch_sequences))
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of the phase in whole steps."""
+        return self.total_steps * self.sequence_length * self.batch_sequences
+
+    def stretch(self, config: ModelConfig) -> ModelConfig:
+        """The configuration that this phase trains: YaRN set, and room for `factor` times the original context."""
+        yarn = self.rope_scaling
+        if yarn is None:
+            return config
+        room = max(config.max_position_embeddings, int(yarn.factor * yarn.original_max_position_embeddings))
+        return replace(config, {"rope_scaling": yarn.to_dict(), "max_position_embeddings": room})
+
+
+def batch_sequences(schedule: ScheduleSettings, tokens: int) -> int:
+    """Sequences in the step that starts after `tokens` tokens: a straight line from the ramp's start to the full batch.
+
+    # differs: the paper says "gradually increased" and not how; here linearly in tokens, rounded down to a sequence.
+    """
+    start, full, ramp = schedule.batch_sequences_start, schedule.batch_sequences, schedule.batch_ramp_tokens
+    if start is None or tokens >= ramp:
+        return full
+    return start + (full - start) * tokens // ramp
+
+
+def batch_tokens(schedule: ScheduleSettings, tokens: int) -> int:
+    """Tokens that the step which starts after `tokens` tokens learns to predict."""
+    return schedule.sequence_length * batch_sequences(schedule, tokens)
+
+
+@lru_cache(maxsize=8)
+def _ramp_starts(schedule: ScheduleSettings) -> tuple[int, ...]:
+    """Tokens seen when each step of the ramp starts; the last entry is the first step with the full batch."""
+    starts = [0]
+    while batch_sequences(schedule, starts[-1]) < schedule.batch_sequences:
+        starts.append(starts[-1] + batch_tokens(schedule, starts[-1]))
+    return tuple(starts)
+
+
+def tokens_after(schedule: ScheduleSettings, steps: int) -> int:
+    """Tokens seen after so many whole steps of pretraining."""
+    starts = _ramp_starts(schedule)
+    if steps < len(starts):
+        return starts[steps]
+    return starts[-1] + (steps - len(starts) + 1) * schedule.sequence_length * schedule.batch_sequences
+
+
+def steps_before(schedule: ScheduleSettings, tokens: int) -> int:
+    """Steps of pretraining that start before `tokens` tokens; the inverse of `tokens_after` at whole steps."""
+    starts = _ramp_starts(schedule)
+    if tokens <= starts[-1]:
+        return bisect_left(starts, tokens)
+    return len(starts) - 1 - (starts[-1] - tokens) // (schedule.sequence_length * schedule.batch_sequences)
+
+
+def warmup_end(schedule: ScheduleSettings) -> int:
+    """Tokens of the warm-up; one given in steps is as long as those steps, the ramp's batches included."""
+    return schedule.warmup_tokens if schedule.warmup_steps is None else tokens_after(schedule, schedule.warmup_steps)
 
 
 def learning_rate(schedule: ScheduleSettings, tokens: int) -> float:
@@ -15,9 +190,11 @@ def learning_rate(schedule: ScheduleSettings, tokens: int) -> float:
     Warm-up counts the step's own tokens, so the first step does not stand still. Past the end the last phase holds.
     """
     peak, final = schedule.learning_rate, schedule.final_learning_rate
-    if tokens < schedule.warmup_tokens:
-        return peak * min(1.0, (tokens + schedule.batch_tokens) / schedule.warmup_tokens)
-    tokens -= schedule.warmup_tokens + schedule.constant_tokens
+    if tokens < warmup_end(schedule):
+        if schedule.warmup_steps is not None:
+            return peak * min(1.0, (steps_before(schedule, tokens) + 1) / schedule.warmup_steps)
+        return peak * min(1.0, (tokens + batch_tokens(schedule, tokens)) / schedule.warmup_tokens)
+    tokens -= schedule.constant_end
     if tokens < 0:
         return peak
     if tokens < schedule.cosine_tokens:

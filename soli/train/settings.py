@@ -13,8 +13,10 @@ import typing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from soli.config import ModelConfig, preset, replace
+from soli.config import ModelConfig, RopeScaling, preset, replace
 from soli.errors import SoliError
+from soli.train.checks import require_one_of, require_positive, require_range
+from soli.train.schedule import ExtensionSettings, ScheduleSettings
 
 S = TypeVar("S")
 
@@ -32,56 +34,12 @@ class OptimizerSettings:
     momentum: float = 0.95  # Muon only
 
     def __post_init__(self) -> None:
-        _one_of("optimizer.name", self.name, ("adamw", "muon"))
+        require_one_of("optimizer.name", self.name, ("adamw", "muon"))
         for name in ("beta1", "beta2", "momentum"):
-            _in_range(f"optimizer.{name}", getattr(self, name), 0, 1, open_end=True)
-        _in_range("optimizer.weight_decay", self.weight_decay, 0)
-        _positive("optimizer.clip", self.clip)
-        _positive("optimizer.eps", self.eps)
-
-
-@dataclass(frozen=True)
-class ScheduleSettings:
-    """Batch shape, and the learning rate's phases in the paper's order: warm-up, constant, cosine, tails."""
-
-    sequence_length: int = 256
-    batch_sequences: int = 64  # sequences in one optimizer step
-    learning_rate: float = 1e-3
-    final_learning_rate: float = 1e-4  # where the cosine ends
-    warmup_tokens: int = 0
-    constant_tokens: int = 0
-    cosine_tokens: int = 0
-    tails: tuple[tuple[float, float], ...] = ()  # (tokens, learning rate), one after the other
-
-    def __post_init__(self) -> None:
-        for name in ("sequence_length", "batch_sequences", "learning_rate"):
-            _positive(f"schedule.{name}", getattr(self, name))
-        for name in ("final_learning_rate", "warmup_tokens", "constant_tokens", "cosine_tokens"):
-            _in_range(f"schedule.{name}", getattr(self, name), 0)
-        for tail in self.tails:
-            if len(tail) != 2 or tail[0] <= 0 or tail[1] < 0:
-                raise SoliError(
-                    f"schedule.tails has {list(tail)!r}; each tail is [tokens, learning rate], such as [1000000, 1e-5]"
-                )
-        if self.total_tokens <= 0:
-            raise SoliError(
-                "schedule has no tokens to train on; give schedule.constant_tokens or schedule.cosine_tokens"
-            )
-
-    @property
-    def total_tokens(self) -> int:
-        """Length of the run: the sum of its phases."""
-        return (
-            self.warmup_tokens
-            + self.constant_tokens
-            + self.cosine_tokens
-            + int(sum(tokens for tokens, _ in self.tails))
-        )
-
-    @property
-    def batch_tokens(self) -> int:
-        """Tokens that one optimizer step learns to predict."""
-        return self.sequence_length * self.batch_sequences
+            require_range(f"optimizer.{name}", getattr(self, name), 0, 1, open_end=True)
+        require_range("optimizer.weight_decay", self.weight_decay, 0)
+        require_positive("optimizer.clip", self.clip)
+        require_positive("optimizer.eps", self.eps)
 
 
 @dataclass(frozen=True)
@@ -93,8 +51,8 @@ class BalanceSettings:
     alpha: float = 1e-4
 
     def __post_init__(self) -> None:
-        _in_range("balance.gamma", self.gamma, 0)
-        _in_range("balance.alpha", self.alpha, 0)
+        require_range("balance.gamma", self.gamma, 0)
+        require_range("balance.alpha", self.alpha, 0)
 
 
 @dataclass(frozen=True)
@@ -106,8 +64,8 @@ class LossSettings:
     mtp_late_after_tokens: int | None = None  # None: no switch
 
     def __post_init__(self) -> None:
-        _in_range("losses.mtp_weight", self.mtp_weight, 0)
-        _in_range("losses.mtp_weight_late", self.mtp_weight_late, 0)
+        require_range("losses.mtp_weight", self.mtp_weight, 0)
+        require_range("losses.mtp_weight_late", self.mtp_weight_late, 0)
 
 
 @dataclass(frozen=True)
@@ -124,10 +82,10 @@ class RunSettings:
     max_minutes: float | None = None  # stop then, with the state saved; a later run goes on
 
     def __post_init__(self) -> None:
-        _one_of("run.precision", self.precision, ("auto", "fp32", "bf16", "fp8"))
+        require_one_of("run.precision", self.precision, ("auto", "fp32", "bf16", "fp8"))
         for name in ("micro_sequences", "log_every", "keep"):
-            _positive(f"run.{name}", getattr(self, name))
-        _in_range("run.save_every", self.save_every, 0)
+            require_positive(f"run.{name}", getattr(self, name))
+        require_range("run.save_every", self.save_every, 0)
 
 
 @dataclass(frozen=True)
@@ -140,9 +98,9 @@ class EvalSettings:
     sample_tokens: int = 64
 
     def __post_init__(self) -> None:
-        _positive("eval.tokens", self.tokens)
+        require_positive("eval.tokens", self.tokens)
         for name in ("every", "samples", "sample_tokens"):
-            _in_range(f"eval.{name}", getattr(self, name), 0)
+            require_range(f"eval.{name}", getattr(self, name), 0)
 
 
 @dataclass(frozen=True)
@@ -156,14 +114,14 @@ class TrainSettings:
     losses: LossSettings
     run: RunSettings
     eval: EvalSettings
+    extension: tuple[ExtensionSettings, ...] = ()
 
     def __post_init__(self) -> None:
-        longest = self.model.max_position_embeddings
-        if self.schedule.sequence_length > longest:
-            raise SoliError(
-                f"schedule.sequence_length is {self.schedule.sequence_length}, but model.max_position_embeddings is "
-                f"{longest}; shorten the one or raise the other"
-            )
+        config = self.model
+        _require_room("schedule", self.schedule.sequence_length, config)
+        for phase in self.extension:
+            config = phase.stretch(config)
+            _require_room("extension", phase.sequence_length, config)
 
 
 SECTIONS: dict[str, type] = {
@@ -179,16 +137,26 @@ SECTIONS: dict[str, type] = {
 def read_settings(recipe: dict[str, Any]) -> TrainSettings:
     """The training sections of a recipe, defaults filled in. SoliError names the section and key that cannot be."""
     for section in recipe:
-        if section not in (*SECTIONS, "data", "model"):
-            raise SoliError(f"the recipe has a section [{section}]; {_suggest(section, [*SECTIONS, 'data', 'model'])}")
+        if section not in (known := (*SECTIONS, "data", "model", "extension")):
+            raise SoliError(f"the recipe has a section [{section}]; {_suggest(section, list(known))}")
     sections: dict[str, Any] = {name: _read_section(name, cls, recipe.get(name, {})) for name, cls in SECTIONS.items()}
-    return TrainSettings(model=_read_model(recipe.get("model", {})), **sections)
+    extension = _read_extension(recipe.get("extension", ()))
+    return TrainSettings(model=_read_model(recipe.get("model", {})), extension=extension, **sections)
 
 
 def as_recipe(settings: TrainSettings, data: dict[str, Any]) -> dict[str, Any]:
     """The recipe with every default resolved, as `read_settings` reads it back."""
     sections = {name: dataclasses.asdict(getattr(settings, name)) for name in SECTIONS}
-    return {"data": data, "model": settings.model.to_dict(), **sections}
+    extension = [_extension_table(phase) for phase in settings.extension]
+    return {"data": data, "model": settings.model.to_dict(), **sections, "extension": extension}
+
+
+def _require_room(section: str, length: int, config: ModelConfig) -> None:
+    if length > config.max_position_embeddings:
+        raise SoliError(
+            f"{section}.sequence_length is {length}, but model.max_position_embeddings is "
+            f"{config.max_position_embeddings}; shorten the one or raise the other"
+        )
 
 
 def _read_model(table: Any) -> ModelConfig:
@@ -198,19 +166,40 @@ def _read_model(table: Any) -> ModelConfig:
     return replace(preset(table.pop("preset")), table)
 
 
+def _read_extension(tables: Any) -> tuple[ExtensionSettings, ...]:
+    if not isinstance(tables, list | tuple):
+        raise SoliError(f"the recipe's extension is {tables!r}; write each phase under [[extension]]")
+    phases = []
+    for table in tables:
+        values = dict(_table("extension", table))
+        scaling = values.pop("rope_scaling", None)
+        if scaling is not None:
+            values["rope_scaling"] = RopeScaling.from_dict(_table("extension.rope_scaling", scaling))
+        phases.append(_read_section("extension", ExtensionSettings, values))
+    return tuple(phases)
+
+
+def _extension_table(phase: ExtensionSettings) -> dict[str, Any]:
+    scaling = None if phase.rope_scaling is None else phase.rope_scaling.to_dict()
+    return {**dataclasses.asdict(phase), "rope_scaling": scaling}
+
+
 def _read_section(section: str, cls: type[S], table: Any) -> S:
     kinds = typing.get_type_hints(cls)
     for key in _table(section, table):
         if key not in kinds:
             raise SoliError(f"the recipe has {section}.{key}; {_suggest(key, list(kinds))}")
+    for item in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if item.default is dataclasses.MISSING and item.name not in table:
+            raise SoliError(f"the recipe has no {section}.{item.name}; give it")
     return cls(**{key: _coerce(f"{section}.{key}", value, kinds[key]) for key, value in table.items()})
 
 
 def _coerce(name: str, value: Any, kind: Any) -> Any:
     """`value` as a field of type `kind`; an int may stand for a float, and 1e6 for 1000000."""
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if value is None and types.NoneType in kinds:
-        return None
+    if (value is None and types.NoneType in kinds) or isinstance(value, RopeScaling):
+        return value
     if typing.get_origin(kinds[0]) is tuple:
         if isinstance(value, list | tuple) and all(isinstance(item, list | tuple) for item in value):
             return tuple(tuple(float(_number(name, x)) for x in item) for item in value)
@@ -242,19 +231,3 @@ def _table(section: str, value: Any) -> dict[str, Any]:
 def _suggest(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
-
-
-def _positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise SoliError(f"{name} is {value!r}; it must be above 0")
-
-
-def _in_range(name: str, value: float, low: float, high: float = float("inf"), open_end: bool = False) -> None:
-    if not low <= value <= high or (open_end and value == high):
-        limit = f"at least {low}" if high == float("inf") else f"from {low} to {'below ' if open_end else ''}{high}"
-        raise SoliError(f"{name} is {value!r}; it must be {limit}")
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise SoliError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")

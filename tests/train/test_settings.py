@@ -22,6 +22,10 @@ from tests.train.toy import RECIPE, settings
         ("schedule", "sequence_length", 128, "max_position_embeddings is 64"),
         ("schedule", "tails", 3, "schedule.tails is 3"),
         ("schedule", "tails", [[1, 2, 3]], "schedule.tails"),
+        ("schedule", "batch_sequences_start", 4, "lacks schedule.batch_ramp_tokens"),
+        ("schedule", "batch_ramp_tokens", 400, "lacks schedule.batch_sequences_start"),
+        ("schedule", "warmup_steps", -1, "schedule.warmup_steps is -1"),
+        ("schedule", "constant_until_tokens", 1000, "both constant_until_tokens and constant_tokens"),
         ("optimizer", "name", "sgd", "optimizer.name is 'sgd'; it must be one of adamw, muon"),
         ("optimizer", "beta2", 1.0, "optimizer.beta2 is 1.0"),
         ("balance", "gamma", None, "balance.gamma is None"),
@@ -59,3 +63,25 @@ def test_whole_floats_stand_for_ints():
 def test_the_resolved_recipe_reads_back_as_itself():
     first = settings(schedule={"tails": [[100, 1e-5]]}, run={"max_minutes": 3})
     assert read_settings(json.loads(json.dumps(as_recipe(first, {"folder": "x"})))) == first
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"steps": 2}, "set either steps or tokens"),
+        ({"steps": 0, "tokens": None}, "extension.steps is 0"),
+        ({"sequence_length": 256}, "extension.sequence_length is 256, but model.max_position_embeddings is 128"),
+        ({"batch_sequence": 3}, "extension.batch_sequence; did you mean batch_sequences"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "linear"),
+    ],
+)
+def test_a_bad_extension_is_named(change, words):
+    scaling = {"type": "yarn", "factor": 2, "original_max_position_embeddings": 64}
+    phase = {"sequence_length": 128, "batch_sequences": 2, "learning_rate": 1e-4, "tokens": 300}
+    phase["rope_scaling"] = scaling
+    good = read_settings({**RECIPE, "extension": [phase]})
+    assert good.extension[0].total_steps == 2
+    assert read_settings(json.loads(json.dumps(as_recipe(good, {})))) == good
+    with pytest.raises(SoliError) as refusal:
+        read_settings({**RECIPE, "extension": [{**phase, **change}]})
+    assert words in str(refusal.value)
