@@ -223,8 +223,8 @@ def test_train_and_export_by_command(tmp_path, data, capsys):
     recipe = tmp_path / "toy.toml"
     recipe.write_text(f"[data]\nfolder = {json.dumps(str(data))}\n" + "\n".join(lines))
     arguments = ["train", str(recipe), "--out", str(tmp_path / "run"), "--set", "schedule.constant_tokens=512"]
-    assert main([*arguments, "--dry-run"]) == 0
-    assert json.loads(capsys.readouterr().out)["schedule"]["constant_tokens"] == 512
+    assert main([*arguments, "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["recipe"]["schedule"]["constant_tokens"] == 512
     assert main(arguments) == 0
     assert "held-out at step 4" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "model"), "--format", "fp32"]) == 0

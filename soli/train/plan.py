@@ -1,0 +1,101 @@
+"""What a run would take, from its recipe alone: phases in tokens and steps, FLOPs, memory, GPU-hours.
+
+FLOPs are three forward passes per token (one forward, two backward), MTP and causal attention included. Memory is that
+of fp32 masters, fp32 gradients and AdamW's two fp32 moments, 16 bytes a parameter (Muon keeps less), shared evenly by
+the devices; activations are not in it. GPU-hours are FLOPs over what a device sustains: its peak times the model FLOPs
+utilisation, MFU. Needs no torch and no data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from soli.analysis.parameters import count, flops
+from soli.train.schedule import batch_sequences, learning_rate, steps_before, warmup_end
+from soli.train.settings import TrainSettings
+
+PAPER_GPU_HOURS = 2_664_000  # H800, pretraining of DeepSeek-V3 without extension: arXiv 2412.19437, table 1
+PAPER_TOKENS, PAPER_PARAMETERS = 14_800_000_000_000, 671_026_419_200  # what those hours bought
+STATE_BYTES = {"weights (fp32 masters)": 4, "gradients (fp32)": 4, "moments (2 x fp32)": 8}  # per parameter
+
+
+@dataclass(frozen=True)
+class PlannedPhase:
+    """One stretch of the run; pairs hold the value of its first step and of its last."""
+
+    name: str
+    tokens: int
+    steps: int  # that start within it
+    sequence_length: int
+    batch_sequences: tuple[int, int]
+    learning_rate: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole run. `flops` of all phases; `state_bytes` per device by kind."""
+
+    phases: tuple[PlannedPhase, ...]
+    parameters: int  # MTP modules included, as in the memory
+    activated: int  # of the main model
+    flops: int
+    state_bytes: dict[str, int]
+    gpu_hours: float
+    paper_gpu_hours: int | None  # where the recipe is the paper's own
+
+
+def plan_run(settings: TrainSettings, devices: int, mfu: float, device_tflops: float) -> Plan:
+    """The plan on `devices` equal devices of `device_tflops` peak TFLOP/s each, at a utilisation of `mfu`."""
+    phases = (*_pretraining(settings), *_extension(settings))
+    whole, main = count(settings.model, mtp=True).total, count(settings.model)
+    operations = sum(phase.tokens * training_flops(settings, phase.sequence_length) for phase in phases)
+    papers = main.total == PAPER_PARAMETERS and settings.schedule.total_tokens == PAPER_TOKENS
+    return Plan(
+        phases=phases,
+        parameters=whole,
+        activated=main.activated,
+        flops=operations,
+        state_bytes={name: ceil(size * whole / devices) for name, size in STATE_BYTES.items()},
+        gpu_hours=operations / (mfu * device_tflops * 1e12) / 3600,
+        paper_gpu_hours=PAPER_GPU_HOURS if papers else None,
+    )
+
+
+def training_flops(settings: TrainSettings, length: int) -> int:
+    """FLOPs that one token of a sequence of `length` tokens costs: forward, and twice that backward."""
+    return 3 * flops(settings.model, length, mtp=True).prefill
+
+
+def _pretraining(settings: TrainSettings) -> list[PlannedPhase]:
+    schedule = settings.schedule
+    lengths = [
+        ("warm-up", warmup_end(schedule)),
+        ("constant", schedule.constant_end - warmup_end(schedule)),
+        ("cosine", schedule.cosine_tokens),
+        *((f"tail {n}", int(tokens)) for n, (tokens, _) in enumerate(schedule.tails, 1)),
+    ]
+    phases, start = [], 0
+    for name, tokens in lengths:
+        end, last = start + tokens, max(start, start + tokens - 1)
+        if tokens:
+            steps = steps_before(schedule, end) - steps_before(schedule, start)
+            batches = (batch_sequences(schedule, start), batch_sequences(schedule, last))
+            rates = (learning_rate(schedule, start), learning_rate(schedule, last))
+            phases.append(PlannedPhase(name, tokens, steps, schedule.sequence_length, batches, rates))
+        start = end
+    return phases
+
+
+def _extension(settings: TrainSettings) -> list[PlannedPhase]:
+    return [
+        PlannedPhase(
+            name=f"extension {n}",
+            tokens=phase.total_tokens,
+            steps=phase.total_steps,
+            sequence_length=phase.sequence_length,
+            batch_sequences=(phase.batch_sequences, phase.batch_sequences),
+            learning_rate=(phase.learning_rate, phase.learning_rate),
+        )
+        for n, phase in enumerate(settings.extension, 1)
+    ]

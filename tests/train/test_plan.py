@@ -1,0 +1,46 @@
+"""A plan adds up, agrees with the paper where the recipe is the paper's, and is printed for every shipped recipe."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from soli.cli import main
+from soli.data.recipe import load_recipe
+from soli.train.plan import plan_run
+from soli.train.settings import read_settings
+from tests.train.toy import settings
+
+
+def test_the_papers_run():
+    plan = plan_run(read_settings(load_recipe("671b")), devices=2048, mfu=0.4, device_tflops=989)
+    assert [phase.name for phase in plan.phases[:3]] == ["warm-up", "constant", "cosine"]
+    assert sum(phase.tokens for phase in plan.phases[:5]) == 14_800 * 10**9
+    assert plan.phases[0].steps == 2000 and [phase.steps for phase in plan.phases[5:]] == [1000, 1000]
+    assert plan.gpu_hours == pytest.approx(plan.paper_gpu_hours, rel=0.15)  # the paper states no MFU; 0.4 is near it
+
+
+def test_a_toys_numbers_by_hand():
+    plan = plan_run(settings(), devices=2, mfu=0.5, device_tflops=1)
+    (phase,) = plan.phases
+    assert (phase.name, phase.tokens, phase.steps, phase.batch_sequences) == ("constant", 12 * 128, 12, (8, 8))
+    assert sum(plan.state_bytes.values()) == 8 * plan.parameters and plan.paper_gpu_hours is None
+    assert plan.gpu_hours == pytest.approx(plan.flops / 0.5e12 / 3600)
+
+
+@pytest.mark.parametrize("recipe", ["nano-zh-en", "one-gpu", "16b", "671b"])
+def test_every_shipped_recipe_is_planned(recipe, capsys):
+    assert main(["train", recipe, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "cosine" in printed and ("H800-hours" in printed) == (recipe == "671b")
+    assert main(["train", recipe, "--dry-run", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert read_settings({**document["recipe"], "data": {}}) == read_settings(load_recipe(recipe))
+
+
+def test_a_plan_needs_no_torch():
+    code = (
+        "import sys; from soli.cli import main; main(['train', '671b', '--dry-run']); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
