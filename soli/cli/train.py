@@ -26,6 +26,7 @@ def train(
         float,
         typer.Option(min=0.001, help="With --dry-run: a device's peak; the default is an H100's or H800's, bf16."),
     ] = 989,
+    plot: Annotated[Path | None, typer.Option(help="With --dry-run: draw all schedules into this PNG file.")] = None,
 ) -> None:
     """Train a model from a recipe; a stopped run resumes."""
     from soli.data.recipe import data_folder, find_recipe, load_recipe
@@ -34,8 +35,8 @@ def train(
     path = find_recipe(recipe)
     table = load_recipe(path, list(assignments or []))
     settings, data = read_settings(table), table.get("data", {})
-    if as_json and not dry_run:
-        raise typer.BadParameter("--json goes with --dry-run")
+    if (as_json or plot) and not dry_run:
+        raise typer.BadParameter("--json and --plot go with --dry-run")
     if dry_run:
         import dataclasses
         import json
@@ -44,6 +45,10 @@ def train(
         from soli.train.plan import plan_run
 
         plan = plan_run(settings, devices, mfu, device_tflops)
+        if plot is not None:
+            from soli.train.schedule_plot import save_schedule_plot
+
+            save_schedule_plot(plot, settings)
         if as_json:
             document = {"plan": dataclasses.asdict(plan), "recipe": as_recipe(settings, data)}
             print(json.dumps(document, indent=2, ensure_ascii=False))

@@ -9,6 +9,7 @@ import pytest
 from soli.cli import main
 from soli.data.recipe import load_recipe
 from soli.train.plan import plan_run
+from soli.train.schedule_plot import schedule_rows
 from soli.train.settings import read_settings
 from tests.train.toy import settings
 
@@ -44,3 +45,12 @@ def test_a_plan_needs_no_torch():
         "import sys; from soli.cli import main; main(['train', '671b', '--dry-run']); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_the_schedules_are_drawn(tmp_path, capsys):
+    rows = schedule_rows(read_settings(load_recipe("671b")))
+    assert [rows[0][2:], rows[-1][1:4]] == [(3072, 4096, 1e-3, 0.3), (7.3e-6, 480, 131072)]
+    assert [row[0] for row in rows] == sorted(row[0] for row in rows)
+    assert main(["train", "671b", "--dry-run", "--plot", str(tmp_path / "plot.png")]) == 0
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["train", "671b", "--json"]) == 2
