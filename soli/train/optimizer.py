@@ -2,7 +2,8 @@
 
 Weight decay is decoupled and spares every vector: norms and biases. Muon (Jordan et al. 2024) replaces a matrix's
 momentum by the nearest semi-orthogonal matrix, scaled by 0.2 sqrt(max(rows, columns)) so that AdamW's learning rate and
-decay fit it (Moonlight, arXiv 2502.16982, eq. 4). Embedding, head, routers and vectors stay with AdamW. fp32 moments.
+decay fit it (Moonlight, arXiv 2502.16982, eq. 4). Embedding, head, routers and vectors stay with AdamW. Moments are
+fp32, or bf16 when the recipe says so.
 """
 
 from __future__ import annotations
@@ -14,20 +15,30 @@ import torch
 from torch import Tensor, nn
 
 from soli.errors import SoliError
+from soli.train.adamw import AdamW
 from soli.train.settings import OptimizerSettings
 
+MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic; five rounds bring singular values near 1
 
 
 class Muon(torch.optim.Optimizer):
     """Orthogonalised momentum for matrices (2-d) and stacks of them (3-d, one per expert).
 
-    A group's `matrices` says how many lie in one tensor, one under the other: 2 where gate and up share it.
+    A group's `matrices` says how many lie in one tensor, one under the other: 2 where gate and up share it. The
+    momentum is kept in the dtype `moments`, and used unrounded.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], momentum: float, weight_decay: float, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        momentum: float,
+        weight_decay: float,
+        dtype: torch.dtype,
+        moments: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__(groups, {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay, "matrices": 1})
-        self.dtype = dtype  # of the orthogonalisation alone
+        self.dtype, self.moments = dtype, moments  # the first: of the orthogonalisation alone
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -37,8 +48,10 @@ class Muon(torch.optim.Optimizer):
                     continue
                 state = self.state[p]
                 if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                momentum = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                    state["momentum"] = torch.zeros_like(p, dtype=self.moments)
+                momentum = state["momentum"].to(p.dtype).lerp_(p.grad, 1 - group["momentum"])
+                if self.moments != p.dtype:
+                    state["momentum"].copy_(momentum)
                 step = p.grad.lerp(momentum, group["momentum"])  # Nesterov
                 matrices = step.unflatten(-2, (group["matrices"], -1))
                 update = orthogonalise(matrices, self.dtype).view_as(p)
@@ -64,7 +77,7 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, settings: OptimizerSettings, dtype: torch.dtype) -> None:
         self.names = {p: name for name, p in model.named_parameters()}
-        self.clip = settings.clip
+        self.clip, self.moments = settings.clip, MOMENTS[settings.moments]
         inner = {n: p for n, p in model.named_parameters() if settings.name == "muon" and _is_inner_matrix(n, p)}
         by_muon = set(inner.values())
         rest = [p for p in model.parameters() if p not in by_muon]
@@ -73,12 +86,16 @@ class Optimizer:
             {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
         ]
         betas = (settings.beta1, settings.beta2)
-        self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=betas, eps=settings.eps, fused=True)]
+        self.parts: list[torch.optim.Optimizer] = []
+        if settings.moments == "bf16":
+            self.parts.append(AdamW(groups, betas, settings.eps))
+        else:
+            self.parts.append(torch.optim.AdamW(groups, betas=betas, eps=settings.eps, fused=True))
         if inner:
             double = [p for name, p in inner.items() if name.endswith("gate_up_proj")]
             single = [p for name, p in inner.items() if not name.endswith("gate_up_proj")]
             stacks: list[dict[str, Any]] = [{"params": single}, {"params": double, "matrices": 2}]
-            self.parts.append(Muon(stacks, settings.momentum, settings.weight_decay, dtype))
+            self.parts.append(Muon(stacks, settings.momentum, settings.weight_decay, dtype, self.moments))
 
     def step(self, learning_rate: float) -> float:
         """Clip to the settings' norm, move the parameters, clear the gradients; returns the norm before clipping.
@@ -114,7 +131,8 @@ class Optimizer:
                 raise SoliError(
                     f"the optimizer state has {key} of shape {tuple(value.shape)}, which this recipe's model lacks"
                 )
-            owners[p].state[p][moment] = value.to(p.device, copy=True)  # fused steps want the count there too
+            kept = self.moments if value.dim() else value.dtype  # fused steps want the count on the device too
+            owners[p].state[p][moment] = value.to(p.device, kept, copy=True)
         for p, name in self.names.items():
             if tensors and p not in owners[p].state:
                 raise SoliError(f"the optimizer state has nothing for {name}; the run was made by another recipe")

@@ -32,9 +32,11 @@ class OptimizerSettings:
     weight_decay: float = 0.1
     clip: float = 1.0
     momentum: float = 0.95  # Muon only
+    moments: str = "fp32"  # fp32, bf16: how moments are kept between steps
 
     def __post_init__(self) -> None:
         require_one_of("optimizer.name", self.name, ("adamw", "muon"))
+        require_one_of("optimizer.moments", self.moments, ("fp32", "bf16"))
         for name in ("beta1", "beta2", "momentum"):
             require_range(f"optimizer.{name}", getattr(self, name), 0, 1, open_end=True)
         require_range("optimizer.weight_decay", self.weight_decay, 0)

@@ -114,3 +114,35 @@ def test_finite_gradients_whose_norm_overflows_are_refused():
     model.norm.weight.grad.fill_(3e38)
     with pytest.raises(SoliError, match="norm is beyond float32"):
         optimizer.step(0.1)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_bf16_moments_are_kept_so_and_lead_nearly_where_fp32_ones_do(name):
+    states = {}
+    for moments in ("fp32", "bf16"):
+        model, optimizer = stepped(name, moments=moments)
+        start = model.layers[0].mlp.up_proj.weight.detach().clone()
+        for step in range(10):
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel() + step))
+            optimizer.step(0.01)
+            if step == 0:
+                states[moments, "first"] = model.layers[0].mlp.up_proj.weight.detach().clone()
+        kept = {value.dtype for value in optimizer.state().values() if value.dim()}
+        assert kept == {torch.float32 if moments == "fp32" else torch.bfloat16}
+        states[moments, "moved"] = model.layers[0].mlp.up_proj.weight.detach() - start
+    # The first step meets no rounded moment; later ones differ by bfloat16's rounding, 2^-8 of a moment.
+    torch.testing.assert_close(states["bf16", "first"], states["fp32", "first"], rtol=1e-5, atol=1e-7)
+    off = (states["bf16", "moved"] - states["fp32", "moved"]).norm() / states["fp32", "moved"].norm()
+    assert 0 < off < 0.01
+
+
+@pytest.mark.parametrize(("before", "after"), [("fp32", "bf16"), ("bf16", "fp32")])
+def test_kept_moments_take_the_dtype_that_the_recipe_says(before, after):
+    _, first = stepped("muon", moments=before)
+    first.step(0.01)
+    _, second = stepped("muon", moments=after)
+    second.load_state(first.state())
+    second.step(0.01)
+    dtype = torch.float32 if after == "fp32" else torch.bfloat16
+    assert {value.dtype for value in second.state().values() if value.dim()} == {dtype}

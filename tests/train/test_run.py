@@ -82,8 +82,9 @@ RAMP = {"batch_sequences_start": 3, "batch_ramp_tokens": 128 * 6}
 
 
 @pytest.mark.parametrize(("optimizer", "schedule"), [("adamw", {}), ("muon", {}), ("adamw", RAMP)])
-def test_a_stopped_run_resumes_bit_for_bit(tmp_path, data, optimizer, schedule, monkeypatch):
-    wanted = settings(optimizer={"name": optimizer}, schedule=schedule)
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+def test_a_stopped_run_resumes_bit_for_bit(tmp_path, data, optimizer, schedule, moments, monkeypatch):
+    wanted = settings(optimizer={"name": optimizer, "moments": moments}, schedule=schedule)
     train(prepare(wanted, {}, data, tmp_path / "whole"))
     interrupted, taken = prepare(wanted, {}, data, tmp_path / "cut"), []
 
