@@ -81,7 +81,7 @@ def train(run: Run) -> str:
     settings, progress = run.settings, run.progress
     total = settings.schedule.total_tokens
     limit = math.inf if settings.run.max_minutes is None else time.monotonic() + 60 * settings.run.max_minutes
-    with _stop_on_signal() as stopped, Report(run.folder, total, progress.tokens) as report:
+    with _stop_on_signal() as stopped, _open_report(run) as report:
         if progress.step:
             report.say(
                 f"resuming after step {progress.step}, {progress.tokens / 1e6:.2f} M of {total / 1e6:.2f} M tokens"
@@ -102,12 +102,18 @@ def train(run: Run) -> str:
         report.say(
             f"{'finished' if why == 'finished' else 'stopped'} after step {progress.step}; state is in {run.folder}"
         )
+        report.end(progress, why)
     if why == "finished" and settings.extension:
         raise SoliError(
             f"pretraining is finished and saved in {run.folder}, but Soli only plans the [[extension]] phases and "
             "cannot run them yet; take them out of the recipe to end here"
         )
     return why
+
+
+def _open_report(run: Run) -> Report:
+    settings = run.settings
+    return Report(run.folder, settings.schedule.total_tokens, run.progress, tensorboard=settings.run.tensorboard)
 
 
 def _step_and_report(run: Run, report: Report) -> None:

@@ -82,6 +82,7 @@ class RunSettings:
     save_every: int = 200  # steps; 0 saves at the end alone
     keep: int = 2  # checkpoints kept, beside the best
     max_minutes: float | None = None  # stop then, with the state saved; a later run goes on
+    tensorboard: bool = False  # write event files beside metrics.jsonl, for the package tensorboard
 
     def __post_init__(self) -> None:
         require_one_of("run.precision", self.precision, ("auto", "fp32", "bf16", "fp8"))
@@ -210,6 +211,10 @@ def _coerce(name: str, value: Any, kind: Any) -> Any:
         if isinstance(value, str):
             return value
         raise SoliError(f"{name} is {value!r}; it must be text")
+    if kinds[0] is bool:
+        if isinstance(value, bool):
+            return value
+        raise SoliError(f"{name} is {value!r}; it must be true or false")
     number = _number(name, value)
     if kinds[0] is float:
         return float(number)

@@ -36,7 +36,7 @@ def test_evaluation_moves_no_bias(tmp_path):
     run = prepare(settings(), {}, write_data(tmp_path / "data"), tmp_path / "run")
     take_step(run)
     before = biases(run.model)
-    with Report(run.folder, 100, 0) as report:
+    with Report(run.folder, 100, run.progress) as report:
         measure(run, report)
     assert all(torch.equal(a, b) for a, b in zip(before, biases(run.model), strict=True))
 

@@ -1,0 +1,106 @@
+"""What a run says and records: each step once however often it is resumed, events, the view and the plain lines."""
+
+import io
+import json
+import shutil
+import sys
+
+import pytest
+from rich.console import Console
+
+from soli.analysis.runs import read_metrics, summarize
+from soli.errors import SoliError
+from soli.train.balance import Load
+from soli.train.evaluate import Evaluation
+from soli.train.live import MOST_LAYERS, WIDTH, View, bar
+from soli.train.loop import train
+from soli.train.metrics import MetricsFile, scalars
+from soli.train.report import Report
+from soli.train.setup import prepare
+from soli.train.state import Progress, checkpoints
+from tests.train.toy import settings, write_data
+
+FIGURES = {"loss": 3.25, "mtp": 4.5, "balance": 2.0, "lr": 1e-3, "norm": 0.5, "tokens_per_second": 1234.0}
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_run_resumed_from_an_earlier_checkpoint_tells_each_step_once(tmp_path):
+    data, run = write_data(tmp_path / "data"), tmp_path / "run"
+    train(prepare(settings(), {}, data, run))
+    whole = lines(run)
+    assert [line["kind"] for line in whole[-2:]] == ["evaluation", "end"] and whole[-1]["why"] == "finished"
+    for late in checkpoints(run)[1:]:  # killed before it was saved, and in the middle of a line
+        shutil.rmtree(late)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "step", "st')
+    resumed = prepare(settings(), {}, data, run)
+    assert 0 < resumed.progress.step < 12
+    train(resumed)
+    told = [(line["kind"], line["step"], line.get("loss")) for line in lines(run)]
+    assert told == [(line["kind"], line["step"], line.get("loss")) for line in whole]
+    assert summarize(read_metrics(run)).state == "finished"
+
+
+def test_a_file_that_needs_no_cut_is_left_as_it_is(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"kind":"step","step":2, "text":"a\u2028b"}\n', encoding="utf-8")
+    before = file.stat().st_ino, file.read_bytes()
+    MetricsFile(tmp_path, 2).close()
+    assert (file.stat().st_ino, file.read_bytes()) == before
+    MetricsFile(tmp_path, 1).close()
+    assert file.read_bytes() == b""
+
+
+def test_event_files_hold_the_numbers_of_metrics(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    data = write_data(tmp_path / "data")
+    wanted = settings(run={"tensorboard": True}, schedule={"constant_tokens": 128 * 4})
+    train(prepare(wanted, {}, data, tmp_path / "run"))
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    expected = {}
+    for line in lines(tmp_path / "run"):
+        for tag, value in scalars(line):
+            expected.setdefault(tag, []).append((line["step"], pytest.approx(value, rel=1e-6)))
+    assert {"train/loss", "held-out/bits_per_byte", "max_violation/layers.1", "idle/mtp.0"} <= expected.keys()
+    assert sorted(events.Tags()["scalars"]) == sorted(expected)
+    for tag, points in expected.items():
+        assert [(event.step, event.value) for event in events.Scalars(tag)] == points
+
+
+def test_tensorboard_asked_for_and_missing_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(SoliError, match=r"pip install 'soli\[train\]'"):
+        MetricsFile(tmp_path, 0, tensorboard=True)
+    with pytest.raises(SoliError, match=r"run\.tensorboard is 1; it must be true or false"):
+        settings(run={"tensorboard": 1})
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_lines_in_a_pipe_and_a_view_on_a_terminal(tmp_path, terminal):
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=120, soft_wrap=True, color_system=None)
+    loads = {"layers.1": Load(0.5, 0.875, 0), "mtp.0": Load(9.0, 0.5, 3)}
+    with Report(tmp_path, 2_000_000, Progress(), console) as report:
+        report.evaluation(Progress(9, 900_000), Evaluation(3.0, 1.75, 0.5), [("one", "yi")], 2.0)
+        report.step(Progress(10, 1_000_000), FIGURES, loads, speak=True)
+        report.step(Progress(11, 1_100_000), FIGURES, loads, speak=False)
+    said = out.getvalue()
+    assert "held-out at step 9: loss 3.0000  1.7500 bits/byte  mtp hits 50.0 %  (2.0 s)" in said
+    line = "loss 3.2500  mtp 4.5000  lr 1.00e-03  norm 0.50  violation 9.00  idle 3    1,234 tok/s"
+    assert (line in said) is not terminal
+    assert ("step 11" in said and "bits/byte 1.7500" in said and "▪▪▪" in said) is terminal
+    assert [entry["step"] for entry in lines(tmp_path)] == [9, 10]
+
+
+def test_bars_and_the_worst_layers():
+    assert bar(0.0) == " " * WIDTH and bar(0.5) == "█" * 5 + " " * 5 and bar(7.0) == "█" * WIDTH
+    assert bar(0.0125) == "▏" + " " * (WIDTH - 1)
+    view, out = View(total=100), io.StringIO()
+    view.move(1, 10, FIGURES, {f"layers.{n}": Load(n / 10, 1.0, 0) for n in range(20)}, "0:01:00")
+    Console(file=out, width=120).print(view)
+    assert f"worst {MOST_LAYERS} of 20 layers" in out.getvalue()
+    assert "layers.19" in out.getvalue() and "layers.7 " not in out.getvalue()
