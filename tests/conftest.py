@@ -16,3 +16,9 @@ def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in gpu_tests:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _pipes_are_wide(monkeypatch):
+    """Test runners set COLUMNS for their workers; what is printed must not depend on who runs the tests."""
+    monkeypatch.delenv("COLUMNS", raising=False)

@@ -83,10 +83,11 @@ def _print_table(
     config: ModelConfig, counted: parameters.Count, flops: parameters.Flops, cache: int, mtp: bool, note: str | None
 ) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    from soli.cli.console import stdout_console
+
+    console = stdout_console()
     total, activated, share = counted.total, counted.activated, 100 * counted.activated / counted.total
     summary = f"{scaled(total)} parameters, {scaled(activated)} play for each token: {share:.1f} %"
     console.print(summary, style="bold", soft_wrap=True)

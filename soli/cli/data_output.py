@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from soli.cli.console import stdout_console
 from soli.data.packing import read_meta
 
 
@@ -58,7 +59,7 @@ def print_counts(folder: Path, as_json: bool) -> None:
         sum(row.get(k, 0) for row in counts["sources"].values()) for k in ("pairs", "lines", "characters", "heldout")
     ]
     table.add_row("all", *map(_number, totals), _number(meta["train_tokens"]))
-    Console(highlight=False).print(table)
+    stdout_console().print(table)
     for name in counts["skipped"]:
         print(f"without {name}, which could not be fetched")
     print(f"wrote {folder}: {meta['train_tokens']:,} training tokens, {meta['valid_tokens']:,} held out")
@@ -72,7 +73,7 @@ def print_packed(folder: Path, found: dict[str, Any]) -> None:
         held = found["valid_sources"].get(name, {}).get("documents")
         share = f"{row['tokens'] / found['train_tokens']:.1%}"
         table.add_row(escape(name), _number(row["documents"]), _number(row["tokens"]), share, _number(held))
-    Console(highlight=False).print(table)
+    stdout_console().print(table)
     bad = found["bad_lines"]
     if bad:
         print(f"bad lines left out: {sum(bad.values()):,}, listed in {folder / 'bad_lines.jsonl'}")
@@ -81,7 +82,7 @@ def print_packed(folder: Path, found: dict[str, Any]) -> None:
 
 def print_inspection(folder: Path, found: dict[str, Any]) -> None:
     """What `inspect_folder` found, for a person."""
-    console = Console(highlight=False)
+    console = stdout_console()
     table = _table("source", "documents", "tokens", "share", "tokens/document")
     for name, row in sorted(found["sources"].items(), key=lambda item: -item[1]["tokens"]):
         mean = row["tokens"] / max(1, row["documents"])

@@ -18,7 +18,7 @@ def print_plan(plan: Plan, devices: int, mfu: float, device_tflops: float) -> No
     console = stdout_console()
     table = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False)
     total = sum(phase.tokens for phase in plan.phases)
-    table.add_column("phase", "total")
+    table.add_column("phase", "total", no_wrap=True, min_width=len("extension 2"))
     steps = sum(phase.steps for phase in plan.phases)
     for title, footer in (
         ("tokens", f"{total:,}"),
