@@ -20,30 +20,12 @@ from typing import Any
 
 import record
 
+from soli.data.sources.catalogue import SOURCES
+
 BENCHMARKS = Path(__file__).resolve().parent
 ROOT = BENCHMARKS.parent
 MODEL = ROOT / "soli" / "models" / "nano"
-ACTIVATED = 6_373_056  # soli count nano
-LICENCES = {
-    "cc-cedict": "CC-BY-SA-4.0",
-    "cataclysm-dda-data": "CC-BY-SA-3.0",
-    "bible-web": "public domain",
-    "bible-bbe": "public domain",
-    "libreoffice-help": "MPL-2.0",
-    "libreoffice-help-tw": "MPL-2.0",
-    "libreoffice-l10n-zh-cn": "MPL-2.0",
-    "libreoffice-l10n-zh-tw": "MPL-2.0",
-    "homeassistant": "Apache-2.0",
-    "gnome-user-docs": "CC-BY-SA-3.0",
-    "python3-django": "BSD",
-    "python3.11-doc": "PSF",
-    "postgresql-doc-15": "PostgreSQL",
-    "wordnet-base": "WordNet",
-    "janeausten": "public domain",
-    "dict-devil": "public domain",
-    "chinese-poetry": "public domain texts, MIT collection",
-    "sanguo-yanyi": "public domain text",
-}
+LICENCES = {source.label: source.licence for source in SOURCES}
 
 
 def soli_json(*arguments: str) -> Any:
@@ -127,8 +109,11 @@ def card(result: dict[str, Any], steps: list[dict[str, Any]], data: Path) -> str
     figures, scores = result["figures"], result["eval"]
     sources = json.loads((data / "meta.json").read_text(encoding="utf-8"))
     names = sorted(sources["sources"], key=lambda name: -sources["sources"][name]["tokens"])
-    flop = 6 * ACTIVATED * figures["tokens_seen"]
+    counted = soli_json("count", "nano")
+    flop = 6 * counted["activated"] * figures["tokens_seen"]
     fill = {
+        "total": f"{counted['total'] / 1e6:.1f}",
+        "activated": f"{counted['activated'] / 1e6:.1f}",
         "tokens_seen": f"{figures['tokens_seen'] / 1e6:.1f}",
         "hours": f"{figures['hours']:.1f}",
         "cpu": f"{result['hardware']['cores']} cores of {result['hardware']['cpu']}",
@@ -176,8 +161,7 @@ def example_rows(directions: dict[str, Any]) -> list[str]:
 
 
 def source_row(name: str, counts: dict[str, int]) -> str:
-    licence = LICENCES[name.split(" (")[0]]
-    return f"| {name} | {licence} | {counts['tokens'] / 1e6:.2f} M |"
+    return f"| {name} | {LICENCES[name]} | {counts['tokens'] / 1e6:.2f} M |"
 
 
 def main() -> None:

@@ -119,10 +119,10 @@ def write(
                 done += written
                 progress(done, total)
         if len(shards) > 1:
-            _write_json(partial / INDEX, _index(names, shards, target, total))
+            write_json(partial / INDEX, _index(names, shards, target, total))
         for file in side_files:
             shutil.copyfile(file, partial / file.name)
-        _write_json(partial / "config.json", target.config(config))
+        write_json(partial / "config.json", target.config(config))
     return total
 
 
@@ -199,7 +199,8 @@ def _index(names: Sequence[str], shards: Sequence[Sequence[Slot]], target: Targe
     return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
-def _write_json(file: Path, value: Any) -> None:
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON for people and programs."""
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

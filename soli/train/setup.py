@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from soli.checkpoint.writer import write_json
 from soli.data.tokenizer import Tokenizer
 from soli.errors import SoliError
 from soli.model.transformer import Transformer
@@ -22,7 +23,7 @@ from soli.train.evaluate import bytes_per_token
 from soli.train.optimizer import Optimizer
 from soli.train.precision import use_fp8
 from soli.train.settings import TrainSettings, as_recipe
-from soli.train.state import Progress, checkpoints, load_checkpoint, write_json
+from soli.train.state import Progress, checkpoints, load_checkpoint
 
 # What a resumed run may not change: the model's shape, and what the order of the data hangs on.
 FIXED = (("schedule", "sequence_length"), ("run", "seed"), ("optimizer", "name"))

@@ -17,12 +17,12 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from soli.checkpoint.writer import write_json
 from soli.config import load_config
 from soli.errors import SoliError
 from soli.model.transformer import Transformer
@@ -121,11 +121,6 @@ def load_run(run: Path) -> Transformer:
     model = Transformer(load_config(checkpoint), dtype=torch.float32)
     load_weights(checkpoint, model)
     return model
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Write JSON for people and programs."""
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _prune(run: Path, keep: int) -> None:
