@@ -39,9 +39,9 @@ def test_an_interrupted_write_leaves_nothing(raised, tmp_path: Path, monkeypatch
 
 def test_the_folder_appears_only_at_the_end(tmp_path: Path, monkeypatch) -> None:
     seen = []
-    plain = writer._write_json
+    plain = writer.write_json
     monkeypatch.setattr(
-        writer, "_write_json", lambda file, value: (seen.append((tmp_path / "m").exists()), plain(file, value))
+        writer, "write_json", lambda file, value: (seen.append((tmp_path / "m").exists()), plain(file, value))
     )
     saved(tmp_path / "m")
     assert seen == [False] and sorted(file.name for file in (tmp_path / "m").iterdir()) == [
