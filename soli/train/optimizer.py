@@ -19,6 +19,7 @@ from soli.train.adamw import AdamW
 from soli.train.settings import OptimizerSettings
 
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ROUTER = "mlp.gate.weight"
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic; five rounds bring singular values near 1
 
 
@@ -81,8 +82,11 @@ class Optimizer:
         inner = {n: p for n, p in model.named_parameters() if settings.name == "muon" and _is_inner_matrix(n, p)}
         by_muon = set(inner.values())
         rest = [p for p in model.parameters() if p not in by_muon]
-        groups = [
-            {"params": [p for p in rest if p.dim() >= 2], "weight_decay": settings.weight_decay},
+        routers = [p for name, p in model.named_parameters() if name.endswith(ROUTER)]
+        decayed = {"weight_decay": settings.weight_decay}
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in rest if p.dim() >= 2 and not self.names[p].endswith(ROUTER)], **decayed},
+            {"params": routers, **decayed, "rate": settings.router_rate},
             {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
         ]
         betas = (settings.beta1, settings.beta2)
@@ -111,7 +115,7 @@ class Optimizer:
         torch.nn.utils.clip_grads_with_norm_(self.names, self.clip, norm)
         for part in self.parts:
             for group in part.param_groups:
-                group["lr"] = learning_rate
+                group["lr"] = learning_rate * group.get("rate", 1.0)
             part.step()
             part.zero_grad(set_to_none=True)
         return float(norm)
@@ -151,4 +155,4 @@ class Optimizer:
 
 
 def _is_inner_matrix(name: str, p: Tensor) -> bool:
-    return p.dim() >= 2 and not name.endswith(("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight"))
+    return p.dim() >= 2 and not name.endswith(("embed_tokens.weight", "lm_head.weight", ROUTER))

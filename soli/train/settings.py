@@ -33,6 +33,7 @@ class OptimizerSettings:
     clip: float = 1.0
     momentum: float = 0.95  # Muon only
     moments: str = "fp32"  # fp32, bf16: how moments are kept between steps
+    router_rate: float = 1.0  # learning rate of the routers, as a share of the schedule's
 
     def __post_init__(self) -> None:
         require_one_of("optimizer.name", self.name, ("adamw", "muon"))
@@ -42,6 +43,7 @@ class OptimizerSettings:
         require_range("optimizer.weight_decay", self.weight_decay, 0)
         require_positive("optimizer.clip", self.clip)
         require_positive("optimizer.eps", self.eps)
+        require_positive("optimizer.router_rate", self.router_rate)
 
 
 @dataclass(frozen=True)
