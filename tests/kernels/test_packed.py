@@ -22,7 +22,8 @@ def scales(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("group", [32, 64])
 def test_int8_is_code_times_scale(group: int) -> None:
-    weight = PackedWeight("int8", ints(2, 3, 128, low=-127, high=128, dtype=torch.int8), scales(2, 3, 128 // group), (2, 3, 128), group)  # fmt: skip
+    codes = ints(2, 3, 128, low=-127, high=128, dtype=torch.int8)
+    weight = PackedWeight("int8", codes, scales(2, 3, 128 // group), (2, 3, 128), group)
     for e, o, i in ((0, 0, 0), (1, 2, 127), (1, 0, 63), (0, 1, 64)):
         wanted = float(weight.weight[e, o, i]) * float(weight.scale[e, o, i // group])
         assert float(weight.dequantize(torch.float32)[e, o, i]) == pytest.approx(wanted, rel=1e-6)
