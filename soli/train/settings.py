@@ -79,7 +79,8 @@ class RunSettings:
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
     precision: str = "auto"  # auto, fp32, bf16: of activations; fp8: bf16 and products in E4M3
-    micro_sequences: int = 16  # sequences in one forward pass
+    micro_sequences: int = 16  # sequences in one forward pass; a step adds up the gradients of several
+    activation_checkpointing: bool = False  # keep the blocks' inputs alone, and run each forward again for its backward
     log_every: int = 10  # steps
     save_every: int = 200  # steps; 0 saves at the end alone
     keep: int = 2  # checkpoints kept, beside the best

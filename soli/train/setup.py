@@ -24,6 +24,7 @@ from soli.train.optimizer import Optimizer
 from soli.train.precision import use_fp8
 from soli.train.settings import TrainSettings, as_recipe
 from soli.train.state import Progress, checkpoints, load_checkpoint
+from soli.train.switches import apply_switches
 
 # What a resumed run may not change: the model's shape, and what the order of the data hangs on.
 FIXED = (("schedule", "sequence_length"), ("run", "seed"), ("optimizer", "name"))
@@ -129,6 +130,7 @@ def _draw_model(settings: TrainSettings, device: torch.device, compute: torch.dt
     model.compute_dtype = compute
     if settings.run.precision == "fp8":
         use_fp8(model)
+    apply_switches(model, settings.run)
     return model
 
 
