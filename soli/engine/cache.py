@@ -25,10 +25,11 @@ class LatentCache:
     def __init__(self, max_slots: int) -> None:
         self.max_slots = max_slots
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._last: tuple[Tensor, int] | None = None  # positions of the last append and their number of slots
 
     def append(self, layer: int, latent_BTC: Tensor, rope_BTR: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Writes T tokens of one layer at their positions; returns (B,S,C) and (B,S,R), S = highest position + 1."""
-        slots = int(positions_BT.max()) + 1
+        slots = self._slots(positions_BT)
         if slots > self.max_slots:
             raise SoliError(
                 f"position {slots - 1} is past the {self.max_slots} positions of this cache: use a shorter text"
@@ -47,6 +48,13 @@ class LatentCache:
     def nbytes(self) -> int:
         """Bytes held by the buffers, unused slots included."""
         return sum(buffer.numel() * buffer.element_size() for pair in self._layers.values() for buffer in pair)
+
+    def _slots(self, positions_BT: Tensor) -> int:
+        """Highest position + 1. All layers of a pass give the same tensor, another pass a new one; so a GPU is asked,
+        and waited for, once a pass."""
+        if self._last is None or self._last[0] is not positions_BT:
+            self._last = positions_BT, int(positions_BT.max()) + 1
+        return self._last[1]
 
     def _grown(self, layer: int, latent_BTC: Tensor, rope_BTR: Tensor, slots: int) -> tuple[Tensor, Tensor]:
         held = self._layers.get(layer)

@@ -26,8 +26,14 @@ def experts(x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, gate_up_E2F
         return _mlp_by_expert(x_PD, weights_P1, counts_E, gate_up_E2FD.to(x_PD.dtype), down_EDF.to(x_PD.dtype))
 
     long_runs = expert_ids_TK.numel() >= RUN_ROWS * gate_up_E2FD.shape[0]
-    padded = x_TD.dtype == torch.bfloat16 and not x_TD.is_cuda and long_runs
+    padded = x_TD.dtype == torch.bfloat16 and x_TD.device.type == "cpu" and long_runs
     return dispatch(x_TD, expert_ids_TK, weights_TK, gate_up_E2FD.shape[0], run, RUN_ROWS if padded else 1)
+
+
+def count_tokens(expert_ids_TK: Tensor, num_experts: int) -> Tensor:
+    """Tokens per expert, int64 (E,). Not bincount: a GPU would have to stop and tell how long its answer is."""
+    ids_P = expert_ids_TK.flatten()
+    return ids_P.new_zeros(num_experts).scatter_add_(0, ids_P, torch.ones_like(ids_P))
 
 
 def dispatch(
@@ -46,7 +52,7 @@ def dispatch(
     """
     T, K = expert_ids_TK.shape
     order_P = expert_ids_TK.flatten().argsort(stable=True)
-    counts_E = torch.bincount(expert_ids_TK.flatten(), minlength=num_experts)
+    counts_E = count_tokens(expert_ids_TK, num_experts)
     row_P, token_P = torch.arange(T * K, device=order_P.device), order_P // K
     weights_P = weights_TK.flatten().index_select(0, order_P)
     if multiple > 1:

@@ -29,14 +29,16 @@ class Cache(Protocol):
 
 SHORT = 512  # queries up to which a CPU is faster (about twice) with the scores written out than with the fused kernel
 
+WIDE = 256  # the widest head that a GPU's fused kernels take; the absorbed query is wider (576 in V3)
+
 
 def attend(q_BHTX: Tensor, k_BHSX: Tensor, v_BHSV: Tensor, seen_B1TS: Tensor | None, scale: float) -> Tensor:
     """Softmax attention, (B, H, T, V). Without ``seen`` it is causal with T = S. Softmax in float32.
 
     Keys are wider than values (192 against 128 in V3): torch picks a fused backend that takes it.
     """
-    T = q_BHTX.shape[2]
-    if q_BHTX.is_cuda or T > SHORT:
+    T, width = q_BHTX.shape[2:]
+    if (q_BHTX.is_cuda and width <= WIDE) or T > SHORT:
         return F.scaled_dot_product_attention(
             q_BHTX, k_BHSX, v_BHSV, attn_mask=seen_B1TS, is_causal=seen_B1TS is None, scale=scale
         )
@@ -118,8 +120,8 @@ class LatentAttention(nn.Module):
         up_HXC = self.kv_b_proj.weight.to(latent_BSC.dtype).unflatten(0, (self.H, -1))
         up_k_HNC, up_v_HVC = up_HXC.split((self.N, self.V), dim=1)
         q_BTHC = torch.einsum("bthn,hnc->bthc", q_nope_BTHN, up_k_HNC)
-        q = torch.cat((q_BTHC, q_rope_BTHR), dim=-1).transpose(1, 2)
-        k = torch.cat((latent_BSC, rope_BSR), dim=-1)[:, None].expand(-1, self.H, -1, -1)
-        v = latent_BSC[:, None].expand(-1, self.H, -1, -1)
-        mixed_BHTC = attend(q, k, v, seen_BTS[:, None], self.scale)
-        return torch.einsum("bhtc,hvc->bthv", mixed_BHTC, up_v_HVC)
+        # One key for all heads: the heads of the one query stand as queries of one head; nothing is copied per head.
+        q = torch.cat((q_BTHC, q_rope_BTHR), dim=-1)
+        k = torch.cat((latent_BSC, rope_BSR), dim=-1)[:, None]
+        mixed_BTHC = attend(q, k, latent_BSC[:, None], seen_BTS[:, None], self.scale)
+        return torch.einsum("bthc,hvc->bthv", mixed_BTHC, up_v_HVC)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from soli import kernels
 from soli.config import ModelConfig
 from soli.model.layers import Device
 
@@ -33,7 +34,7 @@ class Routing:
 
     def counts_E(self) -> Tensor:
         """Tokens per expert, int64 (E,)."""
-        return torch.bincount(self.expert_ids_TK.flatten(), minlength=self.num_experts)
+        return kernels.count_tokens(self.expert_ids_TK, self.num_experts)
 
 
 class Router(nn.Module):

@@ -67,8 +67,8 @@ def accumulate(run: Run, window_BW: Tensor, totals: Totals) -> tuple[list[float]
     settings, device = run.settings, run.model.embed_tokens.weight.device
     weight, alpha = mtp_weight(settings.losses, run.progress.tokens), settings.balance.alpha
     sums, counts = torch.zeros(3, device=device), []
-    for part_BW in window_BW.split(settings.run.micro_sequences):
-        losses = compute_losses(run.model, part_BW.to(device), totals, run.tokenizer.eos_id)
+    for part_BW in window_BW.to(device).split(settings.run.micro_sequences):
+        losses = compute_losses(run.model, part_BW, totals, run.tokenizer.eos_id)
         losses.total(weight, alpha).backward()
         mtp = torch.stack(losses.mtp).mean() if losses.mtp else torch.zeros((), device=device)
         sums += torch.stack((losses.next_token, mtp, losses.balance)).detach()

@@ -19,6 +19,7 @@ from soli.model.router import Routing
 from soli.model.transformer import Transformer
 
 CHUNK = 512  # tokens: fp32 logits of a 6 k vocabulary then stay near the cache; larger is slower on a CPU
+GPU_LOGITS = 2**27  # on a GPU a chunk has this many fp32 logits (0.5 GiB): small chunks would leave most of it idle
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_VD = head_VD.to(hidden_TD.dtype)
         grad_h, grad_w = torch.empty_like(hidden_TD), torch.zeros_like(head_VD, dtype=torch.float32)
         total = hidden_TD.new_zeros((), dtype=torch.float32)
-        for start in range(0, hidden_TD.shape[0], CHUNK):
-            part = slice(start, start + CHUNK)
+        chunk = _chunk(head_VD)
+        for start in range(0, hidden_TD.shape[0], chunk):
+            part = slice(start, start + chunk)
             h, target, w = hidden_TD[part], target_T[part, None], w_T[part, None]
             logp = torch.log_softmax((h @ weight_VD.t()).float(), dim=-1)
             total -= (logp.gather(1, target) * w).sum()
@@ -68,6 +70,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_h, grad_w = ctx.saved_tensors
         return grad_h * grad.to(grad_h.dtype), grad_w * grad.to(grad_w.dtype), None, None
+
+
+def _chunk(head_VD: Tensor) -> int:
+    """Tokens whose logits are made at once."""
+    return CHUNK if head_VD.device.type == "cpu" else max(CHUNK, GPU_LOGITS // head_VD.shape[0])
 
 
 def cross_entropy(hidden_BTD: Tensor, head_VD: Tensor, target_BT: Tensor, weight_BT: Tensor) -> Tensor:
@@ -84,8 +91,8 @@ def cross_entropy(hidden_BTD: Tensor, head_VD: Tensor, target_BT: Tensor, weight
 @torch.no_grad()
 def token_nll(hidden_BTD: Tensor, head_VD: Tensor, target_BT: Tensor) -> Tensor:
     """Negative log likelihood of each target in nats (fp32, BT). For measuring; no gradient."""
-    weight_VD, parts = head_VD.to(hidden_BTD.dtype), []
-    for h, target in zip(hidden_BTD.flatten(0, -2).split(CHUNK), target_BT.flatten().split(CHUNK), strict=True):
+    weight_VD, parts, chunk = head_VD.to(hidden_BTD.dtype), [], _chunk(head_VD)
+    for h, target in zip(hidden_BTD.flatten(0, -2).split(chunk), target_BT.flatten().split(chunk), strict=True):
         logp = torch.log_softmax((h @ weight_VD.t()).float(), dim=-1)
         parts.append(-logp.gather(1, target[:, None])[:, 0])
     return torch.cat(parts).view(target_BT.shape)
