@@ -28,6 +28,7 @@ class View:
     loads: dict[str, Load] = field(default_factory=dict)
     heldout: str = ""
     left: str = "?"
+    skipped: int = 0  # steps that moved nothing
 
     def move(self, step: int, tokens: int, figures: dict[str, float], loads: dict[str, Load], left: str) -> None:
         """Show another step; `left` is the time until the end of the run."""
@@ -56,6 +57,7 @@ class View:
         cells |= {"held-out bits/byte": self.heldout} if self.heldout else {}
         cells |= {"tok/s": f"{figures['tokens_per_second']:,.0f}", "lr": f"{figures['lr']:.2e}"}
         cells |= {"norm": f"{figures['norm']:.2f}"}
+        cells |= {"skipped": f"{self.skipped}"} if self.skipped else {}
         row = Table.grid(padding=(0, 3))
         row.add_row(*(Text.assemble((f"{name} ", "dim"), (value, "bold")) for name, value in cells.items()))
         return row

@@ -1,7 +1,7 @@
 """The training loop: windows -> micro-batches -> losses -> clip -> optimizer -> bias step -> report, evaluate, save.
 
 `train` drives a run to the end of the schedule, to its time limit, or to SIGINT or SIGTERM, and leaves the state saved
-in each case. A loss that is not a number ends it before anything is changed.
+in each case. A step that is not finite or spikes is dealt with by soli/train/guard.py before anything is changed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from soli.errors import SoliError
+from soli.train import guard
 from soli.train.balance import measure_load, reduce_counts, step_bias
 from soli.train.evaluate import evaluate, translate_samples
 from soli.train.losses import Totals, compute_losses, count_targets
@@ -38,28 +39,42 @@ class Step:
     rate: float  # learning rate
     tokens: int  # that it learned to predict
     counts_LE: Tensor
+    trouble: guard.Trouble | None  # a spike, or why the step moved nothing
+
+    @property
+    def skipped(self) -> bool:
+        return self.trouble is not None and self.trouble.rule == "skip"
 
 
 def take_step(run: Run) -> Step:
-    """One optimizer step over the batch that the schedule says, then one of the biases. SoliError on a NaN loss."""
+    """One optimizer step over the batch that the schedule says, then one of the biases.
+
+    guard.Stopped where the guard says so; nothing has moved then.
+    """
     settings, progress = run.settings, run.progress
     window_BW = run.batches.take(progress.position, batch_sequences(settings.schedule, progress.tokens))
     totals = count_targets(window_BW, settings.model.num_nextn_predict_layers, run.tokenizer.eos_id)
-    (loss, mtp, balance), counts_LE = accumulate(run, window_BW, totals)
-    if not math.isfinite(loss + mtp + balance):
-        raise SoliError(
-            f"the loss is {loss} (MTP {mtp}, balance {balance}) at step {progress.step + 1}, so training stopped; "
-            "the last checkpoint is whole: resume it with a lower schedule.learning_rate"
-        )
-    rate = learning_rate(settings.schedule, progress.tokens)
-    norm = run.optimizer.step(rate)
-    counts_LE = reduce_counts(counts_LE)
-    step_bias(run.model, counts_LE, bias_speed(settings.balance, progress.tokens))
+    try:
+        (loss, mtp, balance), counts_LE = accumulate(run, window_BW, totals)
+    except SoliError as error:
+        raise guard.explain(error, run.model) from None
+    norm, rate = run.optimizer.gradient_norm(), learning_rate(settings.schedule, progress.tokens)
+    parts = window_BW.split(settings.run.micro_sequences)
+    trouble = guard.examine(run, parts, totals, (loss, mtp, balance), float(norm))
+    if trouble is not None:
+        guard.enforce(trouble, progress)
+    step = Step(loss, mtp, balance, float(norm), rate, totals.tokens, reduce_counts(counts_LE), trouble)
+    if step.skipped:
+        run.optimizer.clear()
+    else:
+        run.optimizer.step(rate, norm)
+        step_bias(run.model, step.counts_LE, bias_speed(settings.balance, progress.tokens))
+    guard.remember(progress, step.loss, step.norm, step.skipped)
     progress.step += 1
     progress.tokens += totals.tokens
     progress.position += window_BW.shape[0]
     progress.valid_loss = None
-    return Step(loss, mtp, balance, norm, rate, totals.tokens, counts_LE)
+    return step
 
 
 def accumulate(run: Run, window_BW: Tensor, totals: Totals) -> tuple[list[float], Tensor]:
@@ -88,7 +103,7 @@ def train(run: Run) -> str:
             )
         why = "finished" if progress.tokens >= total else ""
         while not why:
-            _step_and_report(run, report)
+            _guarded_step(run, report)
             if progress.tokens >= total:
                 why = "finished"
             elif stopped:
@@ -116,11 +131,25 @@ def _open_report(run: Run) -> Report:
     return Report(run.folder, settings.schedule.total_tokens, run.progress, tensorboard=settings.run.tensorboard)
 
 
+def _guarded_step(run: Run, report: Report) -> None:
+    try:
+        _step_and_report(run, report)
+    except guard.Stopped as stop:
+        if stop.saves:
+            save_checkpoint(run.folder, run.model, run.optimizer, run.progress, run.settings.run.keep)
+        report.end(run.progress, "stopped by the guard")
+        raise
+
+
 def _step_and_report(run: Run, report: Report) -> None:
     settings, progress, began = run.settings, run.progress, time.monotonic()
     step = take_step(run)
     seconds = time.monotonic() - began
     progress.seconds += seconds
+    if step.trouble is not None:
+        report.trouble(progress, step.trouble, step.loss, step.norm)
+    if step.skipped:
+        return
     figures = {"loss": step.loss, "mtp": step.mtp, "balance": step.balance, "lr": step.rate, "norm": step.norm}
     figures["tokens_per_second"] = step.tokens / seconds
     layers = [name for name, _ in run.model.moe_layers()]

@@ -101,24 +101,30 @@ class Optimizer:
             stacks: list[dict[str, Any]] = [{"params": single}, {"params": double, "matrices": 2}]
             self.parts.append(Muon(stacks, settings.momentum, settings.weight_decay, dtype, self.moments))
 
-    def step(self, learning_rate: float) -> float:
+    def gradient_norm(self) -> Tensor:
+        """Norm of all gradients together, before clipping (0-d fp32)."""
+        return torch.nn.utils.get_total_norm([p.grad for p in self.names if p.grad is not None])
+
+    def step(self, learning_rate: float, norm: Tensor | None = None) -> float:
         """Clip to the settings' norm, move the parameters, clear the gradients; returns the norm before clipping.
 
-        A gradient that is not finite moves nothing: SoliError names the first parameter that has one.
+        `norm` is what `gradient_norm` gave, when it was asked. SoliError when it is not finite; nothing moves then.
         """
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.names if p.grad is not None])
+        norm = self.gradient_norm() if norm is None else norm
         if not norm.isfinite():
-            raise SoliError(
-                f"{self._unsound()}, so training stopped before any weight moved; the last checkpoint is whole: "
-                "resume it with a lower schedule.learning_rate"
-            )
+            raise SoliError("the gradient's norm is not finite, so no weight moved")
         torch.nn.utils.clip_grads_with_norm_(self.names, self.clip, norm)
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = learning_rate * group.get("rate", 1.0)
             part.step()
-            part.zero_grad(set_to_none=True)
+        self.clear()
         return float(norm)
+
+    def clear(self) -> None:
+        """Forget the gradients; no weight and no moment moves."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
         """Every moment by name: `<parameter>|<moment>`."""
@@ -140,12 +146,6 @@ class Optimizer:
         for p, name in self.names.items():
             if tensors and p not in owners[p].state:
                 raise SoliError(f"the optimizer state has nothing for {name}; the run was made by another recipe")
-
-    def _unsound(self) -> str:
-        for p, name in self.names.items():
-            if p.grad is not None and not p.grad.isfinite().all():
-                return f"the gradient of {name} is not finite"
-        return "the gradient's norm is beyond float32"
 
     def _entries(self) -> Iterator[tuple[Any, str, Tensor]]:
         for part in self.parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.live import Live
 
 from soli.train.balance import Load
 from soli.train.evaluate import Evaluation
+from soli.train.guard import Trouble
 from soli.train.live import View
 from soli.train.metrics import MetricsFile
 from soli.train.state import Progress
@@ -47,7 +49,7 @@ class Report:
 
     def step(self, progress: Progress, figures: dict[str, float], loads: dict[str, Load], speak: bool) -> None:
         """One optimizer step, shown in the view; when `speak`, it is recorded and, where there is no view, printed."""
-        left = self._left(progress)
+        left, self.view.skipped = self._left(progress), progress.skipped
         self.view.move(progress.step, progress.tokens, figures, loads, left)
         if not speak:
             return
@@ -59,11 +61,20 @@ class Report:
     def _print_step(self, progress: Progress, figures: dict[str, float], loads: dict[str, Load], left: str) -> None:
         violation = max((load.max_violation for load in loads.values()), default=0.0)
         idle = sum(load.idle for load in loads.values())
+        skipped = f"skipped {progress.skipped}  " if progress.skipped else ""
         self.say(
             f"step {progress.step:>6}  tokens {progress.tokens / 1e6:>8.2f} M  loss {figures['loss']:.4f}  "
             f"mtp {figures['mtp']:.4f}  lr {figures['lr']:.2e}  norm {figures['norm']:.2f}  "
-            f"violation {violation:.2f}  idle {idle}  {figures['tokens_per_second']:>7,.0f} tok/s  {left} left"
+            f"violation {violation:.2f}  idle {idle}  {skipped}{figures['tokens_per_second']:>7,.0f} tok/s  {left} left"
         )
+
+    def trouble(self, progress: Progress, trouble: Trouble, loss: float, norm: float) -> None:
+        """A spike, or a step that was skipped, whether or not it is the turn of a line."""
+        kind = "skip" if trouble.rule == "skip" else trouble.kind
+        self.say(f"{'skipped' if kind == 'skip' else kind}: {trouble.why}")
+        figures = {"loss": loss, "norm": norm}
+        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        self.record(kind, progress, {**finite, "why": trouble.why, "layer": trouble.layer, "skipped": progress.skipped})
 
     def evaluation(
         self, progress: Progress, result: Evaluation, samples: list[tuple[str, str]], seconds: float

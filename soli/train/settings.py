@@ -74,7 +74,8 @@ class LossSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What does not change the mathematics: device, precision, micro-batch, and how often to report and save."""
+    """What does not change the recipe's mathematics: device, precision, how often to report and save, what to do when
+    a step goes wrong (soli/train/guard.py)."""
 
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
@@ -86,12 +87,18 @@ class RunSettings:
     keep: int = 2  # checkpoints kept, beside the best
     max_minutes: float | None = None  # stop then, with the state saved; a later run goes on
     tensorboard: bool = False  # write event files beside metrics.jsonl, for the package tensorboard
+    on_nan: str = "stop"  # stop, skip: a step whose loss or gradient is not finite
+    spike: str = "report"  # report, skip, stop: a step whose loss or gradient norm jumps
+    spike_factor: float = 10.0  # how many median deviations above the median are a jump; 0: none is
 
     def __post_init__(self) -> None:
         require_one_of("run.precision", self.precision, ("auto", "fp32", "bf16", "fp8"))
         for name in ("micro_sequences", "log_every", "keep"):
             require_positive(f"run.{name}", getattr(self, name))
         require_range("run.save_every", self.save_every, 0)
+        require_one_of("run.on_nan", self.on_nan, ("stop", "skip"))
+        require_one_of("run.spike", self.spike, ("report", "skip", "stop"))
+        require_range("run.spike_factor", self.spike_factor, 0)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import dataclasses
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -40,6 +40,10 @@ class Progress:
     position: int = 0
     seconds: float = 0.0  # spent training, over all sittings
     valid_loss: float | None = None  # measured at this very step, else None
+    losses: list[float] = field(default_factory=list)  # of the last steps that moved weights, for the guard
+    norms: list[float] = field(default_factory=list)  # of their gradients
+    skipped: int = 0  # steps that moved nothing
+    skipped_in_row: int = 0
 
 
 def checkpoints(run: Path) -> list[Path]:

@@ -98,12 +98,11 @@ def test_state_of_another_model_is_refused_by_name():
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_is_named_and_moves_nothing(name, value):
+def test_a_gradient_that_is_not_finite_moves_nothing(name, value):
     model, optimizer = stepped(name)
     model.layers[1].mlp.experts.down_proj.grad[3, 0, 0] = value
-    model.lm_head.weight.grad[0, 0] = value
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    with pytest.raises(SoliError, match=r"gradient of layers\.1\.mlp\.experts\.down_proj is not finite"):
+    with pytest.raises(SoliError, match="norm is not finite"):
         optimizer.step(0.1)
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
     assert not optimizer.state()
@@ -112,7 +111,7 @@ def test_a_gradient_that_is_not_finite_is_named_and_moves_nothing(name, value):
 def test_finite_gradients_whose_norm_overflows_are_refused():
     model, optimizer = stepped("adamw")
     model.norm.weight.grad.fill_(3e38)
-    with pytest.raises(SoliError, match="norm is beyond float32"):
+    with pytest.raises(SoliError, match="norm is not finite"):
         optimizer.step(0.1)
 
 
