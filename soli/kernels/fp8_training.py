@@ -6,8 +6,8 @@
 
 Operands are quantised, dequantised and multiplied in fp32, so every product is what FP8 hardware with fp32 accumulation
 gives up to the order of the sum; results are rounded once to the dtype of x, the weight's gradient to that of the
-weight (fp32 masters). What waits for the backward pass waits in FP8. Every device runs this emulation: it shows what
-FP8 does to a loss and saves no time.
+weight (fp32 masters). What waits for the backward pass waits in FP8. Every device can run this emulation: it shows what
+FP8 does to a loss and saves no time. `fp8_cuda` is the same on FP8 hardware.
 
 # differs: the paper keeps the inputs of the projection after attention in E5M6 with power-of-two scales; here they are
 # E4M3 with fp32 scales like all others.
@@ -17,6 +17,7 @@ Shapes: T rows (tokens), I input and O output features, P pairs of token and exp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,8 +37,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y if bias is None else y + bias.to(x.dtype)
 
 
-def experts(x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
-    """The experts seam in FP8: (T, D), (T, K), (T, K) to (T, D). Tiles along tokens stay within one expert's rows."""
+def experts(
+    x_TD: Tensor,
+    expert_ids_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    linear: Callable[[Tensor, Tensor], Tensor] = linear,
+) -> Tensor:
+    """The experts seam in FP8: (T, D), (T, K), (T, K) to (T, D). Tiles along tokens stay within one expert's rows.
+
+    One call of `linear` per product and expert that was chosen.
+    """
 
     def run(x_PD: Tensor, weights_P1: Tensor, counts_E: Tensor) -> Tensor:
         counts = counts_E.tolist()

@@ -22,6 +22,7 @@ from soli.train import guard
 from soli.train.balance import measure_load, reduce_counts, step_bias
 from soli.train.evaluate import evaluate, translate_samples
 from soli.train.losses import Totals, compute_losses, count_targets
+from soli.train.precision import fp8_note
 from soli.train.report import Report
 from soli.train.schedule import batch_sequences, bias_speed, learning_rate, mtp_weight
 from soli.train.setup import Run
@@ -97,6 +98,8 @@ def train(run: Run) -> str:
     total = settings.schedule.total_tokens
     limit = math.inf if settings.run.max_minutes is None else time.monotonic() + 60 * settings.run.max_minutes
     with _stop_on_signal() as stopped, _open_report(run) as report:
+        if settings.run.precision == "fp8":
+            report.say(fp8_note(run.model.embed_tokens.weight.device))
         if progress.step:
             report.say(
                 f"resuming after step {progress.step}, {progress.tokens / 1e6:.2f} M of {total / 1e6:.2f} M tokens"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from soli.kernels import fp8_training
+import torch
+
+from soli.kernels import fp8_cuda, fp8_training
 from soli.model.layers import Linear
 from soli.model.moe import RoutedExperts
 from soli.model.transformer import Transformer
@@ -14,15 +16,23 @@ HIGH = ("lm_head", "eh_proj")
 def use_fp8(model: Transformer) -> list[str]:
     """Let the linear layers and experts of every block, MTP blocks included, multiply in FP8; their names in order.
 
-    Parameters, names and files are untouched: masters and gradients stay as wide as they are.
+    Parameters, names and files are untouched: masters and gradients stay as wide as they are. A Hopper GPU multiplies
+    in FP8; every other device emulates it.
     """
+    kernels = fp8_training if fp8_cuda.missing(model.embed_tokens.weight.device) else fp8_cuda
     chosen = []
     for name, module in model.named_modules():
         if isinstance(module, Linear) and not name.endswith(HIGH):
-            module.product = fp8_training.linear  # type: ignore[method-assign, assignment]
+            module.product = kernels.linear  # type: ignore[method-assign, assignment]
         elif isinstance(module, RoutedExperts):
-            module.product = fp8_training.experts  # type: ignore[method-assign, assignment]
+            module.product = kernels.experts  # type: ignore[method-assign, assignment]
         else:
             continue
         chosen.append(name)
     return chosen
+
+
+def fp8_note(device: torch.device) -> str:
+    """One line on how this device multiplies in FP8, for whoever starts a run."""
+    lacking = fp8_cuda.missing(device)
+    return f"FP8 is emulated, exactly and slowly: {lacking}" if lacking else "FP8 products run on the GPU"

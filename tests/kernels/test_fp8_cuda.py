@@ -1,0 +1,125 @@
+"""The GPU's FP8 path on a CPU: scaled_mm and Triton are stood in for, everything else is the code that a GPU runs."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from soli.kernels import fp8_cuda, fp8_operands, fp8_training
+from soli.kernels.fp8_operands import blocks, retiled, tiles
+from tests.kernels import triton_stand_in
+
+E4M3 = torch.float8_e4m3fn
+
+
+def scaled_mm(a, b, scale_a, recipe_a, scale_b, recipe_b, output_dtype):  # type: ignore[no-untyped-def]
+    """What torch documents for block scales on Hopper: refuses what it refuses, and multiplies what it would."""
+    (M, K), N = a.shape, b.shape[1]
+    assert a.dtype == b.dtype == E4M3 and scale_a.dtype == scale_b.dtype == torch.float32
+    assert a.stride() == (K, 1) and b.stride() == (1, K) and K % 128 == 0 and N % 16 == 0 and M % 16 == 0
+    assert recipe_a == F.ScalingType.BlockWise1x128
+    assert scale_a.shape == (M, K // 128) and scale_a.stride(0) == 1
+    assert scale_a.shape[1] == 1 or scale_a.stride(1) == M
+    wide_a = scale_a.repeat_interleave(128, 1)
+    if recipe_b == F.ScalingType.BlockWise1x128:
+        assert scale_b.shape == (N, K // 128) and scale_b.stride(0) == 1
+        assert scale_b.shape[1] == 1 or scale_b.stride(1) == N
+        wide_b = scale_b.repeat_interleave(128, 1).t()
+    else:
+        rows = -(-K // 128 // 4) * 4
+        assert scale_b.shape == (rows, N // 128) and scale_b.stride() == (1, rows)
+        wide_b = scale_b[: K // 128].repeat_interleave(128, 0).repeat_interleave(128, 1)
+    return ((a.float() * wide_a) @ (b.float() * wide_b)).to(output_dtype)
+
+
+@pytest.fixture(params=["torch", "triton"])
+def gpu(request, monkeypatch):  # type: ignore[no-untyped-def]
+    """A CPU that takes itself for a GPU, without and with Triton; what is allocated is poisoned."""
+    monkeypatch.setattr(F, "scaled_mm", scaled_mm, raising=False)
+    if request.param == "triton":
+        triton_stand_in.install(monkeypatch)
+        monkeypatch.setattr(fp8_operands, "_on_gpu", lambda x: True)
+    else:
+        monkeypatch.setattr(fp8_cuda, "has_triton", lambda: False)
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    yield request.param
+    torch.use_deterministic_algorithms(False)
+    sys.modules.pop("soli.kernels.fp8_triton", None)
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return values * torch.linspace(0.1, 3, shape[-1])
+
+
+def close(found: Tensor | None, expected: Tensor | None) -> None:
+    assert found is not None and expected is not None
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(("T", "I", "O"), [(1, 128, 256), (130, 576, 200), (256, 40, 128)])
+def test_linear_is_the_emulation(gpu, T: int, I: int, O: int) -> None:  # noqa: E741
+    found, expected = [], []
+    for linear, into in ((fp8_cuda.linear, found), (fp8_training.linear, expected)):
+        x, w = draw(T, I, seed=0).requires_grad_(), draw(O, I, seed=1).requires_grad_()
+        y = linear(x[None], w, torch.ones(O))
+        y.backward(draw(1, T, O, seed=2))
+        into += [y.detach(), x.grad, w.grad]
+    for one, other in zip(found, expected, strict=True):
+        close(one, other)
+
+
+@pytest.mark.parametrize(("D", "width"), [(128, 256), (256, 128), (96, 40)])
+def test_experts_are_the_emulation_with_empty_experts_and_odd_counts(gpu, D: int, width: int) -> None:
+    T, E, K = 75, 5, 3
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.stack([torch.randperm(4, generator=generator)[:K] for _ in range(T)])
+    ids[ids == 2] = 4  # nobody chooses expert 2
+    found, expected = [], []
+    for experts, into in ((fp8_cuda.experts, found), (fp8_training.experts, expected)):
+        x, weights = draw(T, D, seed=0).requires_grad_(), draw(T, K, seed=1).sigmoid().requires_grad_()
+        gate_up, down = draw(E, 2 * width, D, seed=2).requires_grad_(), draw(E, D, width, seed=3).requires_grad_()
+        y = experts(x, ids, weights, gate_up, down)
+        y.backward(draw(T, D, seed=4))
+        into += [y.detach(), x.grad, weights.grad, gate_up.grad, down.grad]
+    for one, other in zip(found, expected, strict=True):
+        close(one, other)
+    assert not found[3][2].any() and not found[4][2].any()
+
+
+def test_operands_by_triton_are_those_by_torch_to_the_bit(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    x = draw(150, 300, seed=0)
+    x[3, :128], x[:, 140] = 0, 1e-42  # a tile of zeros, and one of denormals
+    stack = torch.stack([draw(256, 640, seed=seed) for seed in range(3)])
+    ways = [
+        lambda: tiles(x), lambda: tiles(x, turned=True), lambda: retiled(tiles(x)), lambda: blocks(x),
+        lambda: blocks(x, turned=True), lambda: blocks(stack), lambda: blocks(stack, turned=True),
+    ]  # fmt: skip
+    plain = [way() for way in ways]
+    triton_stand_in.install(monkeypatch)
+    monkeypatch.setattr(fp8_operands, "_on_gpu", lambda x: True)
+    for way, expected in zip(ways, plain, strict=True):
+        found = way()
+        assert torch.equal(found.codes_MK.float(), expected.codes_MK.float())
+        assert torch.equal(found.scale, expected.scale) and found.blocks == expected.blocks
+
+
+@pytest.mark.parametrize("counts", [[0, 0, 300], [128, 129, 1], [0, 1, 0], [0, 0, 0]])
+def test_each_experts_rows_begin_on_a_tile_of_their_own(counts: list[int]) -> None:
+    ids = torch.tensor([e for e, count in enumerate(counts) for _ in range(count)], dtype=torch.int64)
+    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
+    plan = fp8_cuda.plan_rows(ids[:, None], len(counts))
+    owner = plan.expert_tile.repeat_interleave(128)
+    assert owner.shape[0] == plan.rows and plan.row_P.unique().numel() == len(ids)
+    assert torch.equal(owner[plan.row_P], ids[plan.order_P].to(torch.int32))
+    needed = [-(-count // 128) for count in counts]
+    assert plan.first_tile.tolist() == [sum(needed[:e]) for e in range(len(counts) + 1)]
+    assert (plan.expert_tile[plan.first_tile[-1] :] == -1).all()
+
+
+def test_a_cpu_is_told_apart() -> None:
+    assert fp8_cuda.missing(torch.device("cpu")) == "the device is cpu, not cuda"
