@@ -1,0 +1,141 @@
+"""Train the arms of the ablations, each with several seeds, one thread; one JSON line per finished run.
+
+A seed fixes the first weights' draw and the order of the data, so that arms of one seed read the same windows. Runs
+that the file of lines already holds are left out, so the same command goes on where an earlier one was stopped. Needs
+the data of the recipe nano-zh-en (soli data build nano-zh-en); a quarter of the run is about a minute on one core.
+
+    python benchmarks/ablations/run.py --all --dry-run
+    python benchmarks/ablations/run.py --experiment a --experiment e --data data/nano-zh-en --seeds 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import record
+import torch
+from ablations.arms import ARMS, EXPERIMENTS, arm_settings, check_equal, flops_per_token
+
+from soli.analysis.parameters import count
+from soli.engine.observe import read_sequences
+from soli.train.balance import measure_load
+from soli.train.evaluate import evaluate
+from soli.train.loop import Step, take_step
+from soli.train.settings import TrainSettings
+from soli.train.setup import Run, prepare
+
+TOKENS = 409_600  # of the baseline: 200 steps
+LAST = 50  # steps that training's figures are means of
+FINISHED = record.ROOT / "runs" / "ablations" / "finished.jsonl"
+
+
+def train_arm(settings: TrainSettings, data: Path) -> dict[str, Any]:
+    """One whole run: its figures on held-out text and over its last steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = prepare(settings, {}, data, Path(folder))
+        steps = []
+        while run.progress.tokens < settings.schedule.total_tokens:
+            steps = [*steps[1 - LAST :], take_step(run)]
+        return {"tokens": run.progress.tokens, "steps": run.progress.step, **on_training(run, steps), **on_heldout(run)}
+
+
+def on_training(run: Run, steps: list[Step]) -> dict[str, Any]:
+    """Loss and load of the last steps. MTP modules' routers are left out: not every arm has one."""
+    found: dict[str, Any] = {"train_loss": statistics.mean(step.loss for step in steps)}
+    layers = run.settings.model.num_moe_layers
+    if layers:
+        loads = [load for step in steps for load in measure_load(step.counts_LE[:layers])]
+        found["train_violation"] = statistics.mean(load.max_violation for load in loads)
+        found["train_idle"] = sum(load.idle for load in loads) / len(steps)  # experts, of all layers together
+    return found
+
+
+def on_heldout(run: Run) -> dict[str, Any]:
+    """Next-token loss (nats per token), bits per byte, load and MTP acceptance over the same held-out windows."""
+    model, settings = run.model, run.settings
+    result = evaluate(model, run.heldout_BW, run.bytes_V, settings.run.micro_sequences, run.tokenizer.eos_id)
+    readings = list(read_sequences(model, run.heldout_BW[:, : settings.schedule.sequence_length].tolist(), skip=1))
+    found: dict[str, Any] = {"loss": result.loss, "bits_per_byte": result.bits_per_byte}
+    if settings.model.num_moe_layers:
+        loads = measure_load(torch.from_numpy(sum(reading.counts_LE for reading in readings)))
+        found["heldout_violation"] = statistics.mean(load.max_violation for load in loads)
+        found["heldout_idle"] = sum(load.idle for load in loads)
+    tried = sum(reading.mtp_tried for reading in readings)
+    if tried:
+        found["mtp_acceptance"] = sum(reading.mtp_agreed for reading in readings) / tried
+    return found
+
+
+def missing(file: Path, names: list[str], seeds: int, tokens: int) -> Iterator[tuple[str, int]]:
+    """(arm, seed) still to be trained, every arm of one seed before the next seed begins."""
+    done = {(line["arm"], line["seed"], line["budget"]) for line in read_lines(file)}
+    for seed in range(seeds):
+        yield from ((name, seed) for name in names if (name, seed, tokens) not in done)
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The finished runs; none when there is no file."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+
+
+def add_line(file: Path, line: dict[str, Any]) -> None:
+    """One more finished run; a kill leaves the file as it was or with the whole line."""
+    draft = file.with_name(f".{file.name}")
+    draft.write_text("".join(json.dumps(one) + "\n" for one in [*read_lines(file), line]), encoding="utf-8")
+    os.replace(draft, file)
+
+
+def chosen_arms(experiments: list[str]) -> list[str]:
+    """The arms of the experiments named, each once, in the table's order."""
+    wanted = {arm for name in experiments for arm in EXPERIMENTS[name].arms}
+    return [name for name in ARMS if name in wanted]
+
+
+def print_arms(names: list[str], tokens: int) -> None:
+    """The dry run: what each arm would be and cost."""
+    print(f"{'arm':<13}{'total':>11}{'activated':>11}{'tokens':>11}{'TFLOP':>8}  what")
+    for name in names:
+        settings = arm_settings(name, tokens)
+        counted, length = count(settings.model), settings.schedule.total_tokens
+        cost = length * flops_per_token(settings) / 1e12
+        print(f"{name:<13}{counted.total:>11,}{counted.activated:>11,}{length:>11,}{cost:>8.1f}  {ARMS[name].what}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experiment", action="append", choices=sorted(EXPERIMENTS), help="may be repeated")
+    parser.add_argument("--all", action="store_true", help="every experiment")
+    parser.add_argument("--data", type=Path, default=Path("data/nano-zh-en"), help="what soli data build left")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=TOKENS, help=f"of the baseline (default {TOKENS:,})")
+    parser.add_argument("--out", type=Path, default=FINISHED, help="file of finished runs, one JSON object a line")
+    parser.add_argument("--dry-run", action="store_true", help="list the arms and stop")
+    given = parser.parse_args(arguments)
+    if not given.all and not given.experiment:
+        parser.error("name an experiment, or --all")
+    names = chosen_arms(sorted(EXPERIMENTS) if given.all else given.experiment)
+    check_equal(given.tokens)
+    if given.dry_run:
+        print_arms(names, given.tokens)
+        return
+    torch.set_num_threads(1)
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    commit = record.hardware()["commit"]
+    for name, seed in missing(given.out, names, given.seeds, given.tokens):
+        found = train_arm(arm_settings(name, given.tokens, seed), given.data)
+        add_line(given.out, {"arm": name, "seed": seed, "budget": given.tokens, "commit": commit, **found})
+        record.progress(f"{name}, seed {seed}: {found['loss']:.4f} nats per token on held-out text")
+
+
+if __name__ == "__main__":
+    main()
