@@ -43,7 +43,7 @@ def learn(precision: str, steps: int, folder: Path) -> dict[str, Any]:
         losses.append(take_step(run).loss)
         if number % 10 == 0:
             record.progress(f"{precision}, step {number} of {steps}: loss {losses[-1]:.4f}")
-    held = evaluate(run.model, run.heldout_BW, run.bytes_V, SEQUENCES, run.tokenizer.eos_id)
+    held = evaluate(run.model, run.stage.heldout_BW, run.bytes_V, SEQUENCES, run.tokenizer.eos_id)
     return {"last_steps": statistics.mean(losses[-LAST:]), "held_out": held.loss, "losses": losses}
 
 

@@ -63,8 +63,10 @@ def on_training(run: Run, steps: list[Step]) -> dict[str, Any]:
 def on_heldout(run: Run) -> dict[str, Any]:
     """Next-token loss (nats per token), bits per byte, load and MTP acceptance over the same held-out windows."""
     model, settings = run.model, run.settings
-    result = evaluate(model, run.heldout_BW, run.bytes_V, settings.run.micro_sequences, run.tokenizer.eos_id)
-    readings = list(read_sequences(model, run.heldout_BW[:, : settings.schedule.sequence_length].tolist(), skip=1))
+    result = evaluate(model, run.stage.heldout_BW, run.bytes_V, settings.run.micro_sequences, run.tokenizer.eos_id)
+    readings = list(
+        read_sequences(model, run.stage.heldout_BW[:, : settings.schedule.sequence_length].tolist(), skip=1)
+    )
     found: dict[str, Any] = {"loss": result.loss, "bits_per_byte": result.bits_per_byte}
     if settings.model.num_moe_layers:
         loads = measure_load(torch.from_numpy(sum(reading.counts_LE for reading in readings)))

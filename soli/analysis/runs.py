@@ -67,6 +67,7 @@ class Summary:
     heldout_loss: float | None  # nats per token
     bits_per_byte: float | None
     tokens_per_second: float | None  # mean over the last steps reported
+    stage: int = 0  # 0 pretraining, n the n-th extension phase
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,7 @@ def summarize(metrics: Metrics, now: float | None = None) -> Summary:
         heldout_loss=evaluations[-1]["loss"] if evaluations else None,
         bits_per_byte=evaluations[-1]["bits_per_byte"] if evaluations else None,
         tokens_per_second=_speed(steps),
+        stage=last.get("stage", 0) if last else 0,
     )
 
 
@@ -195,7 +197,8 @@ def _total_tokens(folder: Path) -> int | None:
 
     try:
         recipe = json.loads((folder / "recipe.resolved.json").read_text(encoding="utf-8"))
-        return read_settings({name: recipe[name] for name in ("model", *SECTIONS)}).schedule.total_tokens
+        extension = {"extension": recipe.get("extension", ())}
+        return read_settings({name: recipe[name] for name in ("model", *SECTIONS)} | extension).total_tokens
     except (OSError, ValueError, KeyError, TypeError, SoliError):
         return None
 

@@ -77,6 +77,7 @@ def _print_runs(summaries: Sequence[Summary]) -> None:
     from rich.table import Table
 
     from soli.cli.console import stdout_console
+    from soli.train.schedule import stage_name
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("run", "state"):
@@ -86,7 +87,8 @@ def _print_runs(summaries: Sequence[Summary]) -> None:
     for one in summaries:
         figures = (_figure(one.loss), _figure(one.heldout_loss), _figure(one.bits_per_byte))
         speed = _figure(one.tokens_per_second, ",.0f")
-        table.add_row(one.folder, one.state, f"{one.step:,}", f"{one.tokens / 1e6:,.2f}", *figures, speed)
+        state = f"{one.state}, {stage_name(one.stage)}" if one.stage else one.state
+        table.add_row(one.folder, state, f"{one.step:,}", f"{one.tokens / 1e6:,.2f}", *figures, speed)
     stdout_console().print(table)
 
 

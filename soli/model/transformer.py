@@ -18,7 +18,7 @@ from soli.config import ModelConfig
 from soli.model.attention import Cache, LatentAttention
 from soli.model.layers import MLP, Device, Linear, RMSNorm
 from soli.model.moe import MoE
-from soli.model.rope import Rope
+from soli.model.rope import Rope, softmax_scale
 from soli.model.router import Routing
 
 
@@ -110,6 +110,13 @@ class Transformer(nn.Module):
         for _, moe in self.moe_layers():
             if moe.gate.e_score_correction_bias is not None:
                 moe.gate.e_score_correction_bias.zero_()
+
+    def reposition(self, config: ModelConfig) -> None:
+        """Turn to the context and YaRN of `config`, which differs in these alone: rope and softmax scales."""
+        self.config, self.rope = config, Rope(config)
+        for module in self.modules():
+            if isinstance(module, LatentAttention):
+                module.scale = softmax_scale(config)
 
     def forward(self, input_ids_BT: Tensor) -> Tensor:
         """Token ids (B, T) to next-token logits (B, T, V)."""

@@ -57,7 +57,7 @@ class Batches:
         if self.per_epoch < 1:
             raise SoliError(
                 f"{tokens.file} holds {len(tokens.ids):,} tokens, too few for windows of {self.width}; "
-                "shorten schedule.sequence_length"
+                "shorten the sequence_length that asks for them, or give more text"
             )
         self._order = lru_cache(maxsize=2)(self._draw_order)
 
@@ -85,7 +85,10 @@ def heldout_windows(tokens: PackedTokens, length: int, extra: int, budget: int) 
     """Up to `budget` tokens of non-overlapping windows, spread evenly over the file (int64, BW)."""
     available = (len(tokens.ids) - extra) // length
     if available < 1:
-        raise SoliError(f"{tokens.file} holds {len(tokens.ids):,} tokens, too few for one window of {length + extra}")
+        raise SoliError(
+            f"{tokens.file} holds {len(tokens.ids):,} tokens, too few for one window of {length + extra}; shorten the "
+            "sequence_length that asks for it, or hold out more text"
+        )
     count = min(available, max(1, budget // length))
     picked = np.linspace(0, available - 1, count).round().astype(np.int64)
     return tokens.windows(picked * length, length + extra)

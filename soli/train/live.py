@@ -10,6 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from soli.train.balance import Load
+from soli.train.schedule import stage_name
+from soli.train.state import Progress
 
 EIGHTHS = " ▏▎▍▌▋▊▉"
 WIDTH = 10  # cells of a bar
@@ -24,15 +26,17 @@ class View:
     total: int  # tokens of the whole run
     step: int = 0
     tokens: int = 0
+    stage: int = 0
     figures: dict[str, float] = field(default_factory=dict)  # loss, mtp, lr, norm, tokens_per_second
     loads: dict[str, Load] = field(default_factory=dict)
     heldout: str = ""
     left: str = "?"
     skipped: int = 0  # steps that moved nothing
 
-    def move(self, step: int, tokens: int, figures: dict[str, float], loads: dict[str, Load], left: str) -> None:
+    def move(self, progress: Progress, figures: dict[str, float], loads: dict[str, Load], left: str) -> None:
         """Show another step; `left` is the time until the end of the run."""
-        self.step, self.tokens, self.figures, self.loads, self.left = step, tokens, figures, loads, left
+        self.step, self.tokens, self.stage = progress.step, progress.tokens, progress.stage
+        self.figures, self.loads, self.left = figures, loads, left
 
     def __rich__(self) -> RenderableType:
         parts: list[RenderableType] = [self._progress()]
@@ -46,9 +50,8 @@ class View:
         row = Table.grid(padding=(0, 2))
         done = f"{self.tokens / 1e6:,.2f} of {self.total / 1e6:,.2f} M tokens"
         share = f"{100 * self.tokens / self.total:3.0f} %"
-        row.add_row(
-            share, ProgressBar(self.total, self.tokens, width=30), f"step {self.step:,}", done, f"{self.left} left"
-        )
+        step = f"{stage_name(self.stage)}, step {self.step:,}" if self.stage else f"step {self.step:,}"
+        row.add_row(share, ProgressBar(self.total, self.tokens, width=30), step, done, f"{self.left} left")
         return row
 
     def _losses(self) -> Table:

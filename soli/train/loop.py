@@ -24,8 +24,9 @@ from soli.train.evaluate import evaluate, translate_samples
 from soli.train.losses import Totals, compute_losses, count_targets
 from soli.train.precision import fp8_note
 from soli.train.report import Report
-from soli.train.schedule import batch_sequences, bias_speed, learning_rate, mtp_weight
+from soli.train.schedule import bias_speed, mtp_weight, stage_name
 from soli.train.setup import Run
+from soli.train.stages import flops_left, is_finished, next_step, stage_tokens_left
 from soli.train.state import save_checkpoint
 
 
@@ -53,14 +54,15 @@ def take_step(run: Run) -> Step:
     guard.Stopped where the guard says so; nothing has moved then.
     """
     settings, progress = run.settings, run.progress
-    window_BW = run.batches.take(progress.position, batch_sequences(settings.schedule, progress.tokens))
+    sequences, rate = next_step(settings, progress)
+    window_BW = run.stage.batches.take(progress.position, sequences)
     totals = count_targets(window_BW, settings.model.num_nextn_predict_layers, run.tokenizer.eos_id)
     try:
         (loss, mtp, balance), counts_LE = accumulate(run, window_BW, totals)
     except SoliError as error:
         raise guard.explain(error, run.model) from None
-    norm, rate = run.optimizer.gradient_norm(), learning_rate(settings.schedule, progress.tokens)
-    parts = window_BW.split(settings.run.micro_sequences)
+    norm = run.optimizer.gradient_norm()
+    parts = window_BW.split(run.stage.micro_sequences)
     trouble = guard.examine(run, parts, totals, (loss, mtp, balance), float(norm))
     if trouble is not None:
         guard.enforce(trouble, progress)
@@ -83,7 +85,7 @@ def accumulate(run: Run, window_BW: Tensor, totals: Totals) -> tuple[list[float]
     settings, device = run.settings, run.model.embed_tokens.weight.device
     weight, alpha = mtp_weight(settings.losses, run.progress.tokens), settings.balance.alpha
     sums, counts = torch.zeros(3, device=device), []
-    for part_BW in window_BW.to(device).split(settings.run.micro_sequences):
+    for part_BW in window_BW.to(device).split(run.stage.micro_sequences):
         losses = compute_losses(run.model, part_BW, totals, run.tokenizer.eos_id)
         losses.total(weight, alpha).backward()
         mtp = torch.stack(losses.mtp).mean() if losses.mtp else torch.zeros((), device=device)
@@ -93,45 +95,50 @@ def accumulate(run: Run, window_BW: Tensor, totals: Totals) -> tuple[list[float]
 
 
 def train(run: Run) -> str:
-    """Train to the end of the schedule or until stopped; returns why it ended: "finished", "time" or "signal"."""
+    """Train to the end of the last stage or until stopped; returns why it ended: "finished", "time" or "signal"."""
     settings, progress = run.settings, run.progress
-    total = settings.schedule.total_tokens
     limit = math.inf if settings.run.max_minutes is None else time.monotonic() + 60 * settings.run.max_minutes
     with _stop_on_signal() as stopped, _open_report(run) as report:
         if settings.run.precision == "fp8":
             report.say(fp8_note(run.model.embed_tokens.weight.device))
         if progress.step:
             report.say(
-                f"resuming after step {progress.step}, {progress.tokens / 1e6:.2f} M of {total / 1e6:.2f} M tokens"
+                f"resuming after step {progress.step}, {progress.tokens / 1e6:.2f} M of "
+                f"{settings.total_tokens / 1e6:.2f} M tokens"
             )
-        why = "finished" if progress.tokens >= total else ""
+        why = "finished" if is_finished(settings, progress) else ""
         while not why:
+            if stage_tokens_left(settings, progress) <= 0:
+                run.begin_next_stage()
+                report.say(f"{stage_name(progress.stage)} begins: sequences of {run.stage.length:,} tokens")
             _guarded_step(run, report)
-            if progress.tokens >= total:
+            ended = stage_tokens_left(settings, progress) <= 0
+            if is_finished(settings, progress):
                 why = "finished"
             elif stopped:
                 why = "signal"
             elif time.monotonic() >= limit:
                 why = "time"
-            if why == "finished" or _due(progress.step, settings.eval.every):
+            if ended or _due(progress.step, settings.eval.every):
                 measure(run, report)
-            if why or _due(progress.step, settings.run.save_every):
+            if why or ended or _due(progress.step, settings.run.save_every):
                 save_checkpoint(run.folder, run.model, run.optimizer, progress, settings.run.keep)
         report.say(
             f"{'finished' if why == 'finished' else 'stopped'} after step {progress.step}; state is in {run.folder}"
         )
         report.end(progress, why)
-    if why == "finished" and settings.extension:
-        raise SoliError(
-            f"pretraining is finished and saved in {run.folder}, but Soli only plans the [[extension]] phases and "
-            "cannot run them yet; take them out of the recipe to end here"
-        )
     return why
 
 
 def _open_report(run: Run) -> Report:
     settings = run.settings
-    return Report(run.folder, settings.schedule.total_tokens, run.progress, tensorboard=settings.run.tensorboard)
+    return Report(
+        run.folder,
+        settings.total_tokens,
+        run.progress,
+        tensorboard=settings.run.tensorboard,
+        work_left=lambda progress: flops_left(settings, progress),
+    )
 
 
 def _guarded_step(run: Run, report: Report) -> None:
@@ -157,14 +164,15 @@ def _step_and_report(run: Run, report: Report) -> None:
     figures["tokens_per_second"] = step.tokens / seconds
     layers = [name for name, _ in run.model.moe_layers()]
     loads = dict(zip(layers, measure_load(step.counts_LE), strict=True))
-    last = progress.tokens >= settings.schedule.total_tokens
-    report.step(progress, figures, loads, speak=last or _due(progress.step, settings.run.log_every))
+    ended = stage_tokens_left(settings, progress) <= 0
+    report.step(progress, figures, loads, speak=ended or _due(progress.step, settings.run.log_every))
 
 
 def measure(run: Run, report: Report) -> None:
     """Evaluate on held-out windows and translate the samples; the loss is kept for choosing the best checkpoint."""
     began, settings = time.monotonic(), run.settings
-    result = evaluate(run.model, run.heldout_BW, run.bytes_V, settings.run.micro_sequences, run.tokenizer.eos_id)
+    stage = run.stage
+    result = evaluate(run.model, stage.heldout_BW, run.bytes_V, stage.micro_sequences, run.tokenizer.eos_id)
     run.progress.valid_loss = result.loss
     samples = translate_samples(run.model, run.tokenizer, run.sentences, settings.eval.sample_tokens)
     report.evaluation(run.progress, result, samples, time.monotonic() - began)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -17,19 +18,30 @@ from soli.train.evaluate import Evaluation
 from soli.train.guard import Trouble
 from soli.train.live import View
 from soli.train.metrics import MetricsFile
+from soli.train.schedule import stage_name
 from soli.train.state import Progress
 
 
 class Report:
-    """A run's voice. `total` counts tokens; a run that goes on after `progress` goes on in its metrics file."""
+    """A run's voice. `total` counts tokens; a run that goes on after `progress` goes on in its metrics file.
+
+    `work_left` weighs what lies ahead of a progress, for the time left; None: each token takes as long.
+    """
 
     def __init__(
-        self, run: Path, total: int, progress: Progress, console: Console | None = None, tensorboard: bool = False
+        self,
+        run: Path,
+        total: int,
+        progress: Progress,
+        console: Console | None = None,
+        tensorboard: bool = False,
+        work_left: Callable[[Progress], float] | None = None,
     ) -> None:
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
-        self.total, self.start, self.began = total, progress.tokens, time.monotonic()
+        self.work_left = work_left or (lambda progress: total - progress.tokens)
+        self.work, self.began = self.work_left(progress), time.monotonic()
         self.metrics = MetricsFile(run, progress.step, tensorboard)
-        self.view = View(total, progress.step, progress.tokens)
+        self.view = View(total, progress.step, progress.tokens, progress.stage)
         self.open = ExitStack()
 
     def __enter__(self) -> Report:
@@ -50,7 +62,7 @@ class Report:
     def step(self, progress: Progress, figures: dict[str, float], loads: dict[str, Load], speak: bool) -> None:
         """One optimizer step, shown in the view; when `speak`, it is recorded and, where there is no view, printed."""
         left, self.view.skipped = self._left(progress), progress.skipped
-        self.view.move(progress.step, progress.tokens, figures, loads, left)
+        self.view.move(progress, figures, loads, left)
         if not speak:
             return
         if not self.console.is_terminal:
@@ -63,8 +75,8 @@ class Report:
         idle = sum(load.idle for load in loads.values())
         skipped = f"skipped {progress.skipped}  " if progress.skipped else ""
         self.say(
-            f"step {progress.step:>6}  tokens {progress.tokens / 1e6:>8.2f} M  loss {figures['loss']:.4f}  "
-            f"mtp {figures['mtp']:.4f}  lr {figures['lr']:.2e}  norm {figures['norm']:.2f}  "
+            f"step {progress.step:>6}{_stage(progress)}  tokens {progress.tokens / 1e6:>8.2f} M  "
+            f"loss {figures['loss']:.4f}  mtp {figures['mtp']:.4f}  lr {figures['lr']:.2e}  norm {figures['norm']:.2f}  "
             f"violation {violation:.2f}  idle {idle}  {skipped}{figures['tokens_per_second']:>7,.0f} tok/s  {left} left"
         )
 
@@ -81,11 +93,9 @@ class Report:
     ) -> None:
         """Held-out figures and sample translations."""
         mtp = "" if result.mtp_accuracy is None else f"  mtp hits {100 * result.mtp_accuracy:.1f} %"
-        self.view.heldout = f"{result.bits_per_byte:.4f}"
-        self.say(
-            f"held-out at step {progress.step}: loss {result.loss:.4f}  {result.bits_per_byte:.4f} bits/byte{mtp}  "
-            f"({seconds:.1f} s)"
-        )
+        self.view.heldout = bits = f"{result.bits_per_byte:.4f}"
+        where = f"held-out at step {progress.step}{_stage(progress)}"
+        self.say(f"{where}: loss {result.loss:.4f}  {bits} bits/byte{mtp}  ({seconds:.1f} s)")
         for text, translation in samples:
             self.say(f"    {text}  ->  {translation}")
         self.record("evaluation", progress, {**vars(result), "samples": samples})
@@ -96,12 +106,18 @@ class Report:
 
     def record(self, kind: str, progress: Progress, figures: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
-        head = {"kind": kind, "step": progress.step, "tokens": progress.tokens, "seconds": progress.seconds}
+        head = {"kind": kind, "step": progress.step, "tokens": progress.tokens, "stage": progress.stage}
+        head["seconds"] = progress.seconds
         self.metrics.write({**head, **figures})
 
     def _left(self, progress: Progress) -> str:
-        done = progress.tokens - self.start
+        left = self.work_left(progress)
+        done = self.work - left
         if done <= 0:
             return "?"
-        seconds = int((self.total - progress.tokens) * (time.monotonic() - self.began) / done)
+        seconds = int(left * (time.monotonic() - self.began) / done)
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}" if seconds > 0 else "0:00:00"
+
+
+def _stage(progress: Progress) -> str:
+    return f"  {stage_name(progress.stage)}" if progress.stage else ""

@@ -138,6 +138,11 @@ class ExtensionSettings:
         return replace(config, {"rope_scaling": yarn.to_dict(), "max_position_embeddings": room})
 
 
+def stage_name(number: int) -> str:
+    """Of a run's stages: 0 is pretraining, the others are extension phases."""
+    return f"extension {number}" if number else "pretraining"
+
+
 def batch_sequences(schedule: ScheduleSettings, tokens: int) -> int:
     """Sequences in the step that starts after `tokens` tokens: a straight line from the ramp's start to the full batch.
 

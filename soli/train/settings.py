@@ -136,6 +136,11 @@ class TrainSettings:
             config = phase.stretch(config)
             _require_room("extension", phase.sequence_length, config)
 
+    @property
+    def total_tokens(self) -> int:
+        """Length of the run: pretraining and all extension phases."""
+        return self.schedule.total_tokens + sum(phase.total_tokens for phase in self.extension)
+
 
 SECTIONS: dict[str, type] = {
     "optimizer": OptimizerSettings,

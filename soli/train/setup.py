@@ -15,14 +15,16 @@ import torch
 from torch import Tensor
 
 from soli.checkpoint.writer import write_json
+from soli.config import load_config
 from soli.data.tokenizer import Tokenizer
 from soli.errors import SoliError
 from soli.model.transformer import Transformer
-from soli.train.batches import Batches, PackedTokens, heldout_windows
+from soli.train.batches import PackedTokens
 from soli.train.evaluate import bytes_per_token
 from soli.train.optimizer import Optimizer
 from soli.train.precision import use_fp8
 from soli.train.settings import TrainSettings, as_recipe
+from soli.train.stages import Stage, build_stages, check_stage
 from soli.train.state import Progress, checkpoints, load_checkpoint
 from soli.train.switches import apply_switches
 
@@ -33,18 +35,32 @@ PACKED = ("train_tokens", "tokenizer_sha256")  # of meta.json: other values, oth
 
 @dataclass
 class Run:
-    """Everything a run needs, built once."""
+    """Everything a run needs, built once; `stage` is the one that `progress` is in."""
 
     folder: Path
     settings: TrainSettings
     model: Transformer
     optimizer: Optimizer
-    batches: Batches
+    stages: tuple[Stage, ...]
     tokenizer: Tokenizer
     bytes_V: Tensor  # UTF-8 bytes that each token stands for
-    heldout_BW: Tensor
     sentences: list[tuple[str, str]]  # to translate now and then: text, target language
     progress: Progress = field(default_factory=Progress)
+
+    @property
+    def stage(self) -> Stage:
+        return self.stages[self.progress.stage]
+
+    def begin_next_stage(self) -> None:
+        """Enter the next extension phase: data and positions anew; weights, biases and tokens go on.
+
+        # differs: the paper does not say what becomes of AdamW's moments between its phases; here they go on.
+        """
+        self.progress.stage += 1
+        self.progress.stage_start, self.progress.position = self.progress.tokens, 0
+        self.progress.valid_loss = None
+        self.progress.losses, self.progress.norms = [], []  # of other windows: the guard begins anew
+        self.model.reposition(self.stage.config)
 
 
 def prepare(settings: TrainSettings, data: dict[str, Any], data_folder: Path, run_folder: Path) -> Run:
@@ -56,25 +72,26 @@ def prepare(settings: TrainSettings, data: dict[str, Any], data_folder: Path, ru
     compute = choose_precision(settings.run.precision, device)
     tokenizer = _open_tokenizer(data_folder, settings)
     train_tokens, valid_tokens = PackedTokens(data_folder, "train"), PackedTokens(data_folder, "valid")
+    stages = build_stages(settings, train_tokens, valid_tokens)
     packed = {key: train_tokens.meta.get(key) for key in PACKED}
     _settle_recipe(run_folder, as_recipe(settings, data) | {"packed": packed})
     tokenizer.save(run_folder)
     model = _draw_model(settings, device, compute)
-    length, extra = settings.schedule.sequence_length, 1 + settings.model.num_nextn_predict_layers
     run = Run(
         folder=run_folder,
         settings=settings,
         model=model,
         optimizer=Optimizer(model, settings.optimizer, compute),
-        batches=Batches(train_tokens, length, extra, settings.run.seed),
+        stages=stages,
         tokenizer=tokenizer,
         bytes_V=bytes_per_token(tokenizer, settings.model.vocab_size),
-        heldout_BW=heldout_windows(valid_tokens, length, extra, settings.eval.tokens),
         sentences=read_sentences(data_folder / "heldout.tsv", settings.eval.samples),
     )
     found = checkpoints(run_folder)
     if found:
         run.progress = load_checkpoint(found[-1], model, run.optimizer)
+        check_stage(settings, stages, run.progress, load_config(found[-1]))
+        model.reposition(run.stage.config)
     return run
 
 

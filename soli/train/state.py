@@ -33,7 +33,7 @@ RNG = "torch_rng"
 
 @dataclass
 class Progress:
-    """Where a run stands; `position` counts windows of the data's global order."""
+    """Where a run stands; `position` counts windows of the stage's order of the data, steps and tokens the run's."""
 
     step: int = 0
     tokens: int = 0
@@ -44,6 +44,8 @@ class Progress:
     norms: list[float] = field(default_factory=list)  # of their gradients
     skipped: int = 0  # steps that moved nothing
     skipped_in_row: int = 0
+    stage: int = 0  # 0 pretraining, n the n-th [[extension]] phase
+    stage_start: int = 0  # tokens at which the stage began
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -52,10 +54,20 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def best_checkpoint(run: Path) -> Path | None:
-    """The checkpoint with the lowest held-out loss, else the latest; None when there is none."""
-    found = checkpoints(run)
-    scored = [(loss, path) for path in found if (loss := read_progress(path).valid_loss) is not None]
-    return min(scored)[1] if scored else (found[-1] if found else None)
+    """The checkpoint with the lowest held-out loss of the latest stage, else the latest; None when there is none.
+
+    Losses of two stages are not compared: their windows are of other lengths.
+    """
+    found = [(read_progress(path), path) for path in checkpoints(run)]
+    stage = max((progress.stage for progress, _ in found), default=0)
+    scored = [(p.valid_loss, path) for p, path in found if p.stage == stage and p.valid_loss is not None]
+    return min(scored)[1] if scored else (found[-1][1] if found else None)
+
+
+def stage_ends(found: list[Path]) -> list[Path]:
+    """The last checkpoint of each stage but the latest, of checkpoints in the order of their steps."""
+    stages = [read_progress(path).stage for path in found]
+    return [path for path, stage, later in zip(found, stages, stages[1:], strict=False) if stage < later]
 
 
 def read_progress(checkpoint: Path) -> Progress:
@@ -70,7 +82,7 @@ def read_progress(checkpoint: Path) -> Progress:
 
 
 def save_checkpoint(run: Path, model: Transformer, optimizer: Optimizer, progress: Progress, keep: int) -> Path:
-    """Write the state after `progress.step` steps, then drop all but the `keep` latest and the best."""
+    """Write the state after `progress.step` steps, then drop all but the `keep` latest, the best and stages' ends."""
     folder = run / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     for unfinished in folder.glob(".step-*"):
@@ -128,9 +140,10 @@ def load_run(run: Path) -> Transformer:
 
 
 def _prune(run: Path, keep: int) -> None:
-    best = best_checkpoint(run)
-    for old in checkpoints(run)[:-keep]:
-        if old != best:
+    found = checkpoints(run)
+    kept = {*found[-keep:], *stage_ends(found), best_checkpoint(run)}
+    for old in found:
+        if old not in kept:
             shutil.rmtree(old)
 
 

@@ -110,7 +110,7 @@ def test_training_reads_the_folder(home, tmp_path):
 
     packed(home, tmp_path / "out")
     run = prepare(settings(model=MODEL | {"vocab_size": 400}), {}, tmp_path / "out", tmp_path / "run")
-    assert run.batches.take(0, 3).shape == (3, 18) and run.sentences == []
+    assert run.stage.batches.take(0, 3).shape == (3, 18) and run.sentences == []
 
 
 def test_a_large_vocabulary_takes_32_bits(tmp_path):

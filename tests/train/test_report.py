@@ -100,7 +100,7 @@ def test_bars_and_the_worst_layers():
     assert bar(0.0) == " " * WIDTH and bar(0.5) == "█" * 5 + " " * 5 and bar(7.0) == "█" * WIDTH
     assert bar(0.0125) == "▏" + " " * (WIDTH - 1)
     view, out = View(total=100), io.StringIO()
-    view.move(1, 10, FIGURES, {f"layers.{n}": Load(n / 10, 1.0, 0) for n in range(20)}, "0:01:00")
+    view.move(Progress(1, 10), FIGURES, {f"layers.{n}": Load(n / 10, 1.0, 0) for n in range(20)}, "0:01:00")
     Console(file=out, width=120).print(view)
     assert f"worst {MOST_LAYERS} of 20 layers" in out.getvalue()
     assert "layers.19" in out.getvalue() and "layers.7 " not in out.getvalue()

@@ -18,7 +18,7 @@ from soli.cli import main
 from soli.errors import SoliError
 from soli.train import loop
 from soli.train.loop import take_step, train
-from soli.train.settings import as_recipe, read_settings
+from soli.train.settings import as_recipe
 from soli.train.setup import prepare
 from soli.train.state import best_checkpoint, checkpoints, load_run, read_progress
 from tests.train.toy import RECIPE, settings, write_data
@@ -101,15 +101,6 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path, data, optimizer, schedule, 
     assert resumed.progress.step == 5
     assert train(resumed) == "finished"
     assert_equal_state(tmp_path / "whole", tmp_path / "cut")
-
-
-def test_extension_phases_are_refused_after_pretraining(tmp_path, data):
-    table = as_recipe(settings(), {}) | {
-        "extension": [{"sequence_length": 32, "batch_sequences": 1, "learning_rate": 1e-4, "steps": 1}]
-    }
-    with pytest.raises(SoliError, match="pretraining is finished and saved"):
-        train(prepare(read_settings(table), {}, data, tmp_path))
-    assert read_progress(checkpoints(tmp_path)[-1]).step == 12
 
 
 def test_a_killed_run_resumes_bit_for_bit(tmp_path, data):

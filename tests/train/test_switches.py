@@ -99,7 +99,7 @@ def test_gradient_accumulation_leaves_gradients_equal(tmp_path, data):
     found = {}
     for micro in (8, 3, 1):
         run = prepare(settings(run={"micro_sequences": micro}), {}, data, tmp_path / str(micro))
-        window = run.batches.take(0, 8)
+        window = run.stage.batches.take(0, 8)
         losses, counts = accumulate(run, window, count_targets(window, 1, run.tokenizer.eos_id))
         found[micro] = {name: p.grad for name, p in run.model.named_parameters()}, losses, counts
     whole, whole_losses, whole_counts = found[8]

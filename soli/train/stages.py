@@ -1,0 +1,115 @@
+"""The stages of a run: pretraining, number 0, then each [[extension]] phase that lengthens the context (section 4.3).
+
+A stage reads windows of its own length in an order of its own, and trains a configuration with its own YaRN; an
+extension phase holds batch and learning rate. Tokens count on through the whole run, so that gamma and lambda stay
+functions of one number. What a stage needs is built before the first step: data too short for it are refused then.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from torch import Tensor
+
+from soli.config import ModelConfig
+from soli.errors import SoliError
+from soli.train.batches import Batches, PackedTokens, heldout_windows
+from soli.train.plan import training_flops
+from soli.train.schedule import batch_sequences, learning_rate, stage_name
+from soli.train.settings import TrainSettings
+from soli.train.state import Progress
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the steps of one stage read, and the configuration they train."""
+
+    config: ModelConfig
+    length: int  # tokens of a sequence
+    batches: Batches
+    heldout_BW: Tensor
+    micro_sequences: int  # in one forward pass
+
+
+def build_stages(settings: TrainSettings, train: PackedTokens, valid: PackedTokens) -> tuple[Stage, ...]:
+    """Every stage of the run, in order. SoliError when the data are too short for one of them."""
+    config, stages = settings.model, []
+    extra = 1 + config.num_nextn_predict_layers
+    for number in range(1 + len(settings.extension)):
+        if number:
+            config = settings.extension[number - 1].stretch(config)
+        length = stage_length(settings, number)
+        stage = Stage(
+            config=config,
+            length=length,
+            batches=Batches(train, length, extra, _seed(settings.run.seed, number)),
+            heldout_BW=heldout_windows(valid, length, extra, settings.eval.tokens),
+            micro_sequences=max(1, settings.run.micro_sequences * settings.schedule.sequence_length // length),
+        )
+        stages.append(stage)
+    return tuple(stages)
+
+
+def stage_length(settings: TrainSettings, number: int) -> int:
+    """Tokens of a sequence in stage `number`."""
+    return settings.extension[number - 1].sequence_length if number else settings.schedule.sequence_length
+
+
+def next_step(settings: TrainSettings, progress: Progress) -> tuple[int, float]:
+    """Sequences and learning rate of the step that starts at `progress`."""
+    if progress.stage == 0:
+        return batch_sequences(settings.schedule, progress.tokens), learning_rate(settings.schedule, progress.tokens)
+    phase = settings.extension[progress.stage - 1]
+    return phase.batch_sequences, phase.learning_rate
+
+
+def stage_tokens_left(settings: TrainSettings, progress: Progress) -> int:
+    """Tokens until the stage at hand ends; 0 or less when it has."""
+    if progress.stage == 0:
+        return settings.schedule.total_tokens - progress.tokens
+    return progress.stage_start + settings.extension[progress.stage - 1].total_tokens - progress.tokens
+
+
+def is_finished(settings: TrainSettings, progress: Progress) -> bool:
+    """Whether the last stage has ended."""
+    return progress.stage == len(settings.extension) and stage_tokens_left(settings, progress) <= 0
+
+
+def flops_left(settings: TrainSettings, progress: Progress) -> int:
+    """FLOPs from here to the end of the run: a token of a longer sequence costs more."""
+    left = max(0, stage_tokens_left(settings, progress)) * _token_flops(settings, progress.stage)
+    for number, phase in enumerate(settings.extension[progress.stage :], progress.stage + 1):
+        left += phase.total_tokens * _token_flops(settings, number)
+    return left
+
+
+def check_stage(settings: TrainSettings, stages: tuple[Stage, ...], progress: Progress, trained: ModelConfig) -> None:
+    """SoliError unless a checkpoint at `progress`, whose model was `trained`, is at a stage of these settings."""
+    number = progress.stage
+    if number >= len(stages):
+        raise SoliError(
+            f"the run is in extension phase {number}, but the recipe has {len(settings.extension)}; keep the "
+            "[[extension]] phases that it has begun"
+        )
+    stage = stages[number]
+    same = (trained.rope_scaling, trained.max_position_embeddings) == (
+        stage.config.rope_scaling,
+        stage.config.max_position_embeddings,
+    )
+    if not same or progress.position * stage.length != progress.tokens - progress.stage_start:
+        raise SoliError(
+            f"{stage_name(number)} was begun with another length or rope_scaling than the recipe's; keep those of "
+            "the stage that the run is in, or choose another --out to begin anew"
+        )
+
+
+@lru_cache(maxsize=16)
+def _token_flops(settings: TrainSettings, number: int) -> int:
+    return training_flops(settings, stage_length(settings, number))
+
+
+def _seed(seed: int, number: int) -> int:
+    """Pretraining draws its order from the run's seed, each phase from one of its own."""
+    return int(np.random.default_rng([seed, number]).integers(1 << 62)) if number else seed
