@@ -124,7 +124,7 @@ def largest_gradient(model: nn.Module) -> str:
 def find_source(model: Transformer, parts: Sequence[Tensor], totals: Totals, eos_id: int) -> str:
     """The first module that makes values which are not finite of finite ones, forward once more; "" when none does.
 
-    Embedding and head are used through their weights and are no modules here. Compiled blocks run uncompiled.
+    Embedding and head are used through their weights and are no modules here.
     """
     found: list[str] = []
 
@@ -139,8 +139,7 @@ def find_source(model: Transformer, parts: Sequence[Tensor], totals: Totals, eos
     ]
     try:
         for part_BW in parts:
-            with torch.compiler.set_stance("force_eager"):
-                compute_losses(model, part_BW.to(model.embed_tokens.weight.device), totals, eos_id)
+            compute_losses(model, part_BW.to(model.embed_tokens.weight.device), totals, eos_id)
             if found:
                 return found[0]
     finally:

@@ -82,6 +82,7 @@ class RunSettings:
     precision: str = "auto"  # auto, fp32, bf16: of activations; fp8: bf16 and products in E4M3
     micro_sequences: int = 16  # sequences in one forward pass; a step adds up the gradients of several
     activation_checkpointing: bool = False  # keep the blocks' inputs alone, and run each forward again for its backward
+    compile: bool = False  # torch.compile for the blocks' forward and backward, all but the routed experts
     log_every: int = 10  # steps
     save_every: int = 200  # steps; 0 saves at the end alone
     keep: int = 2  # checkpoints kept, beside the best
@@ -96,6 +97,8 @@ class RunSettings:
         for name in ("micro_sequences", "log_every", "keep"):
             require_positive(f"run.{name}", getattr(self, name))
         require_range("run.save_every", self.save_every, 0)
+        if self.compile and self.precision == "fp8":
+            raise SoliError("run.compile is true, but FP8 products are not compiled; set run.compile = false")
         require_one_of("run.on_nan", self.on_nan, ("stop", "skip"))
         require_one_of("run.spike", self.spike, ("report", "skip", "stop"))
         require_range("run.spike_factor", self.spike_factor, 0)

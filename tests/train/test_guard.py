@@ -1,4 +1,4 @@
-"""The guard: what is not finite is traced to its layer; spikes are seen, then reported, skipped or the end; resuming."""
+"""The guard: what is not finite is traced to its layer; spikes are reported, skipped or the end; runs resume."""
 
 import json
 import os

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from soli.errors import SoliError
+from soli.train import switches as switching
 from soli.train.loop import accumulate, take_step, train
 from soli.train.losses import compute_losses, count_targets
 from soli.train.precision import use_fp8
@@ -115,3 +117,62 @@ def test_a_step_takes_as_many_micro_batches_as_it_must(tmp_path, data):
     run.model.layers[0].register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[0]))
     take_step(run)
     assert sizes == [3, 3, 2]
+
+
+@pytest.fixture
+def counted():
+    """torch's own counts of compiled graphs and graph breaks, from nothing."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
+def off_by(model, other) -> float:
+    """The largest difference of a gradient, as a share of its norm; and the same counts."""
+    (plain, plain_counts), (found, counts) = learn(model), learn(other)
+    assert list(found) == list(plain) and torch.equal(counts, plain_counts)
+    return max(float((found[name] - plain[name]).norm() / plain[name].norm()) for name in plain)
+
+
+def test_compiled_regions_leave_gradients_equal(counted, monkeypatch):
+    """Traced, cut and differentiated as for the compiler, then run by torch's kernels."""
+    monkeypatch.setattr(switching, "BACKEND", "aot_eager")
+    other = built("fp32", compile=True)
+    assert off_by(built("fp32"), other) < 1e-5
+    graphs = counted["stats"]["unique_graphs"]
+    with torch.no_grad():  # measuring and decoding compile nothing
+        other(windows(1, 9))
+    learn(other)
+    assert counted["stats"]["unique_graphs"] == graphs
+    assert 0 < graphs <= 5  # a dense block, a mixture before and after its experts; MTP blocks share them
+    assert all("RoutedExperts.forward" in reason for reason in counted["graph_break"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_blocks_leave_gradients_equal(counted, checkpointing):
+    """Bound: 1e-5 of each gradient's norm, in fp32."""
+    other = built("fp32", compile=True, activation_checkpointing=checkpointing)
+    assert off_by(built("fp32"), other) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_ramp_of_batches_compiles_few_graphs(tmp_path, data, counted, monkeypatch):
+    monkeypatch.setattr(switching, "BACKEND", "aot_eager")  # graphs are cut before any backend sees them
+    ramp = {"batch_sequences_start": 2, "batch_ramp_tokens": 128 * 6, "constant_tokens": 128 * 8}
+    run = prepare(settings(run={"compile": True}, schedule=ramp, eval={"samples": 0}), {}, data, tmp_path)
+    assert train(run) == "finished" and list(run.model.state_dict()) == list(tiny_model().state_dict())
+    assert counted["stats"]["unique_graphs"] <= 15
+    assert all("RoutedExperts.forward" in reason for reason in counted["graph_break"])
+
+
+def test_compiling_without_a_compiler_is_one_sentence(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(SoliError, match=r"run\.compile needs a C\+\+ compiler, and there is no no-such-compiler"):
+        built("fp32", compile=True)
+
+
+def test_compiling_fp8_is_refused():
+    with pytest.raises(SoliError, match="FP8 products are not compiled"):
+        settings(run={"compile": True, "precision": "fp8"})
