@@ -47,6 +47,7 @@ $(VENV)/.torch: tools/venv.sh
 $(VENV)/.soli: $(VENV)/.torch pyproject.toml setup.py
 	@echo 'soli: installing soli and the packages it needs'
 	@$(PIP_INSTALL) --editable .
+	@$(BIN)/python -m soli.kernels.cpu.build
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.soli

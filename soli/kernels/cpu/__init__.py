@@ -1,0 +1,143 @@
+"""Both seams in C++: weights of every format multiplied as they lie, for inference.
+
+Numerics: activations are float32 or bfloat16 and results have their dtype; every dot product is summed in float32, in
+an order that depends on its length alone, so a token's result has the same bits alone and in any batch, with any number
+of threads. bfloat16 tokens meet bfloat16 products where the processor has them (AVX-512 BF16), elsewhere float32 ones.
+No gradient is recorded: callers use torch's way when they want one.
+
+Shapes: T tokens, D hidden, E experts, F expert width, K chosen, O output and I input features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from soli.errors import SoliError
+from soli.kernels.cpu.native import DTYPES, FORMATS, Library, check_code, chosen_isa, library
+from soli.kernels.packed import PackedWeight
+
+
+def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """x (..., I), float32 or bfloat16, times weight (O, I) transposed: (..., O) in the dtype of x."""
+    O, I = weight.shape  # noqa: E741
+    _check_tokens(x, I)
+    x_TI = x.reshape(-1, I).contiguous()
+    y_TO = torch.empty(x_TI.shape[0], O, dtype=x.dtype)
+    kernels = _kernels()
+    isa, threads = chosen_isa(kernels.best_isa), torch.get_num_threads()
+    scale = None if weight.scale is None else weight.scale.data_ptr()
+    code = kernels.linear(
+        isa, FORMATS[weight.format], O, I, weight.group, weight.weight.data_ptr(), scale,
+        x_TI.shape[0], DTYPES[x.dtype], x_TI.data_ptr(), y_TO.data_ptr(), threads,
+    )  # fmt: skip
+    check_code(code)
+    y = y_TO.view(*x.shape[:-1], O)
+    return y if bias is None else y + bias.to(x.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertTable:
+    """Where the experts of one layer lie: for each its gate (F, D), up (F, D) and down (D, F), anywhere in memory.
+
+    `addresses_3E2` int64 holds weight and scale of every gate, then every up, then every down; `alive` keeps their
+    memory. Gate and up share format and group; down may have its own.
+    """
+
+    gate_up: tuple[str, int]  # format, group
+    down: tuple[str, int]
+    shape: tuple[int, int, int]  # E, D, F
+    addresses_3E2: Tensor
+    alive: tuple[object, ...]
+
+    @classmethod
+    def stacked(cls, gate_up: PackedWeight, down: PackedWeight) -> ExpertTable:
+        """Of stacked weights: gate_up (E, 2F, D), gate rows first, and down (E, D, F)."""
+        E, D, F = down.shape
+        if gate_up.shape != (E, 2 * F, D):
+            raise SoliError(f"gate and up of shape {gate_up.shape} do not fit a down projection of shape {down.shape}")
+        if gate_up.format == "fp8" and F % gate_up.group:
+            raise SoliError(f"stacked FP8 gate and up need a width that is a multiple of {gate_up.group}, not {F}")
+        spans = _spans(gate_up), _spans(down)
+        key = tuple((t.weight.data_ptr(), t.scale.data_ptr() if t.scale is not None else 0) for t in (gate_up, down))
+        addresses = _addresses(key, spans, E)
+        return cls((gate_up.format, gate_up.group), (down.format, down.group), (E, D, F), addresses, (gate_up, down))
+
+    @classmethod
+    def listed(
+        cls, gates: Sequence[PackedWeight], ups: Sequence[PackedWeight], downs: Sequence[PackedWeight]
+    ) -> ExpertTable:
+        """Of matrices that lie apart, as in a file's pages: one gate, up and down for each expert."""
+        D, F = downs[0].shape
+        kinds = [{(w.format, w.group, w.shape) for w in part} for part in ((*gates, *ups), downs)]
+        if len(gates) != len(downs) or len(ups) != len(downs) or any(len(kind) != 1 for kind in kinds):
+            raise SoliError("the experts of a layer must have the same number, shape, format and group everywhere")
+        if gates[0].shape != (F, D):
+            raise SoliError(f"a gate of shape {gates[0].shape} does not fit a down projection of shape {(D, F)}")
+        rows = [
+            [(w.weight.data_ptr(), 0 if w.scale is None else w.scale.data_ptr()) for w in part]
+            for part in (gates, ups, downs)
+        ]
+        formats = (gates[0].format, gates[0].group), (downs[0].format, downs[0].group)
+        return cls(*formats, (len(downs), D, F), torch.tensor(rows, dtype=torch.int64), (*gates, *ups, *downs))
+
+
+def experts(x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, table: ExpertTable) -> Tensor:
+    """Equation 12's routed part for T tokens: (T, D), int64 (T, K), (T, K) to (T, D) in the dtype of x.
+
+    A token's experts are summed in ascending order. IndexError for an id that is no expert's.
+    """
+    E, D, F = table.shape
+    _check_tokens(x_TD, D)
+    T, K = expert_ids_TK.shape
+    if x_TD.shape[0] != T or weights_TK.shape != (T, K) or expert_ids_TK.dtype != torch.int64:
+        raise ValueError(f"{x_TD.shape[0]} tokens, choices {(T, K)}, weights {tuple(weights_TK.shape)} do not fit")
+    x_TD, ids_TK, weights_TK = x_TD.contiguous(), expert_ids_TK.contiguous(), weights_TK.float().contiguous()
+    y_TD = torch.empty_like(x_TD)
+    kernels = _kernels()
+    (in_format, in_group), (out_format, out_group) = table.gate_up, table.down
+    code = kernels.experts(
+        chosen_isa(kernels.best_isa), FORMATS[in_format], in_group, FORMATS[out_format], out_group,
+        E, D, F, table.addresses_3E2.data_ptr(), T, K, DTYPES[x_TD.dtype], x_TD.data_ptr(), ids_TK.data_ptr(),
+        weights_TK.data_ptr(), y_TD.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    check_code(code, E)
+    return y_TD
+
+
+def available() -> bool:
+    """Whether the C++ kernels can run here; builds them when they are not built yet."""
+    return library() is not None
+
+
+def _kernels() -> Library:
+    found = library()
+    if found is None:
+        raise SoliError("the C++ kernels are missing on this machine; `soli doctor` says why")
+    return found
+
+
+def _check_tokens(x: Tensor, width: int) -> None:
+    if x.dtype not in DTYPES or x.device.type != "cpu":
+        raise ValueError(f"the C++ kernels take float32 or bfloat16 on a CPU, not {x.dtype} on {x.device}")
+    if x.shape[-1] != width:
+        raise ValueError(f"tokens of width {x.shape[-1]} do not fit a weight of {width} input features")
+
+
+def _spans(stack: PackedWeight) -> tuple[int, int]:
+    """Bytes of one matrix's weight and of its scale in a stack."""
+    count = max(1, stack.shape[0])
+    return stack.weight.nbytes // count, 0 if stack.scale is None else stack.scale.nbytes // count
+
+
+@lru_cache(maxsize=4096)
+def _addresses(bases: tuple[tuple[int, int], ...], spans: tuple[tuple[int, int], ...], E: int) -> Tensor:
+    """(3, E, 2) from where both stacks begin and how far apart their matrices lie; up is gate's second half."""
+    (gate_up, down), (gate_up_span, down_span) = bases, spans
+    half = tuple(span // 2 for span in gate_up_span)
+    starts = torch.tensor([gate_up, [b + h for b, h in zip(gate_up, half, strict=True)], down])
+    return starts[:, None] + torch.tensor([gate_up_span, gate_up_span, down_span])[:, None] * torch.arange(E)[:, None]

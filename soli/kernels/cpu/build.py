@@ -1,0 +1,144 @@
+"""Compile the C++ kernels once per machine into a cache folder; nothing is downloaded.
+
+The cache (SOLI_CACHE, else XDG_CACHE_HOME/soli, else ~/.cache/soli) holds one library per sources, flags, compiler and
+OpenMP library. A lock keeps processes from compiling twice, a rename makes the library appear whole. `make install`
+runs this file; without that the first use does.
+
+Threads are torch's: the library links the OpenMP runtime that torch has loaded and no other.
+
+Refused, with the reason as a BuildError: systems other than Linux, no compiler, a compiler that fails.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+SOURCES: Final = Path(__file__).parent / "csrc"
+# No contraction: what is one rounding and what is two is written out, so that every tile size gives the same bits.
+FLAGS: Final = ("-O3", "-std=c++17", "-fPIC", "-fno-exceptions", "-fno-rtti", "-ffp-contract=off", "-DNDEBUG")
+AVX512: Final = tuple(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vbmi", "bf16"))
+ISA_FLAGS: Final = {
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx512": (*AVX512, "-mfma", "-mf16c", "-mprefer-vector-width=512"),
+}
+COMMON: Final = ("dispatch", "experts", "linear", "portable")
+
+
+class BuildError(Exception):
+    """Why there are no C++ kernels, in a clause that can follow "because"."""
+
+
+def build(extra_flags: Sequence[str] = (), cache: Path | None = None) -> Path:
+    """The compiled library, from the cache where it is there. Needs torch imported, for its OpenMP runtime."""
+    if platform.system() != "Linux":
+        raise BuildError(f"they are built on Linux alone, and this is {platform.system()}")
+    compiler = find_compiler()
+    runtime = openmp_runtime()
+    version = _run([compiler, "--version"]).splitlines()[0]
+    flags = [*FLAGS, *extra_flags]
+    folder = (cache or cache_folder()) / "kernels" / _key(version, str(runtime), *flags, platform.machine())
+    library, failed = folder / "soli_cpu.so", folder / "failed.txt"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not library.exists() and not failed.exists():
+                _compile(compiler, flags, runtime, library, failed)
+    except OSError as error:
+        raise BuildError(f"{error.filename or folder}: {error.strerror}") from None
+    if failed.exists():
+        raise BuildError(f"{compiler} failed; {failed} has its messages (delete it to try again)")
+    return library
+
+
+def find_compiler() -> str:
+    """CXX, g++ or clang++: the first that is there."""
+    for name in (os.environ.get("CXX"), "g++", "clang++"):
+        if name and shutil.which(name):
+            return name
+    raise BuildError("there is no C++ compiler (g++ or clang++) on this machine")
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept."""
+    if "SOLI_CACHE" in os.environ:
+        return Path(os.environ["SOLI_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "soli"
+
+
+def openmp_runtime() -> Path | None:
+    """The OpenMP library in this process, torch's; None where torch was built without."""
+    found = openmp_runtimes()
+    return Path(found[0]) if found else None
+
+
+def openmp_runtimes() -> list[str]:
+    """Every OpenMP library mapped into this process."""
+    lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    files = {line.split(maxsplit=5)[5] for line in lines if line.count("/")}
+    return sorted(file for file in files if Path(file).name.startswith(("libgomp", "libiomp", "libomp")))
+
+
+def _key(*parts: str) -> str:
+    digest = hashlib.sha256("\0".join(parts).encode())
+    for file in sorted(SOURCES.iterdir()):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _compile(compiler: str, flags: Sequence[str], runtime: Path | None, library: Path, failed: Path) -> None:
+    """All files at once, then one link. What the compiler says when it fails is kept in `failed`."""
+    openmp = ["-fopenmp"] if runtime else []
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        objects, running = [], []
+        for name, more in _units():
+            objects.append(f"{scratch}/{name}.o")
+            command = [compiler, *flags, *openmp, *more, "-c", str(SOURCES / f"{name}.cpp"), "-o", objects[-1]]
+            running.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        said = [process.communicate()[0] for process in running]
+        messages = "".join(text for text, process in zip(said, running, strict=True) if process.returncode)
+        if not messages:
+            # By its path and not as -fopenmp: the linker would take the compiler's own runtime, a second one.
+            made = f"{scratch}/soli_cpu.so"
+            sanitizers = [flag for flag in flags if flag.startswith("-fsanitize")]
+            link = [compiler, "-shared", *sanitizers, "-o", made, *objects, *([str(runtime)] if runtime else [])]
+            done = subprocess.run(link, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            messages = done.stdout if done.returncode else ""
+        if messages:
+            failed.write_text(messages, encoding="utf-8")
+        else:
+            os.replace(made, library)
+
+
+def _units() -> list[tuple[str, tuple[str, ...]]]:
+    """Each source file with the flags of its instruction set."""
+    units: list[tuple[str, tuple[str, ...]]] = [(name, ()) for name in COMMON]
+    if platform.machine() == "x86_64":
+        units += [("avx2", ISA_FLAGS["avx2"])]
+        units += [(name, ISA_FLAGS["avx512"]) for name in ("avx512", "avx512_bf16")]
+    return units
+
+
+def _run(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise BuildError(f"{command[0]} does not run: {error}") from None
+
+
+if __name__ == "__main__":
+    import torch  # noqa: F401  (loads its OpenMP runtime)
+
+    try:
+        print(f"soli: CPU kernels in {build()}")
+    except BuildError as error:
+        print(f"soli: no CPU kernels, torch's own products will be used, because {error}")

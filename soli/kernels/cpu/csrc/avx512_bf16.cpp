@@ -1,0 +1,270 @@
+// The AVX-512 kernels for bfloat16 tokens: every format becomes exact bfloat16 codes, multiplied 32 at a time by vdpbf16ps
+// with float32 sums; each group's sum is then multiplied by the group's scale. Scales and codes are never rounded.
+//
+// Bytes turn into bfloat16 by looking up its upper and lower byte and interleaving the two, which works within 16 bytes:
+// arrange16 puts tokens into the order that comes out.
+#include "avx512.h"
+#include "scratch.h"
+
+namespace soli {
+namespace {
+
+struct Row {
+    const uint8_t* weight;
+    const uint8_t* scale;
+    const uint16_t* codes;  // the row as bfloat16 codes, where it has been unpacked
+};
+
+__m512 dot(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+
+// `left` of 64 bytes; what is masked out is neither read nor a fault.
+template <bool FULL>
+__m512i bytes(const uint8_t* from, int64_t left) {
+    if (FULL || left >= 64) return _mm512_loadu_si512(from);
+    return _mm512_maskz_loadu_epi8(left > 0 ? (1ull << left) - 1 : 0, from);
+}
+
+// Per format: CHUNK weights give CHUNK / 32 vectors of codes and, where SCALED, one scale per float32 lane.
+struct Bf16 {
+    static constexpr int CHUNK = 32, VECS = 1;
+    static constexpr bool SCALED = false;
+    template <bool FULL>
+    static void codes(const Row& row, int64_t k, int64_t left, __m512i* out) {
+        out[0] = bytes<FULL>(row.weight + 2 * k, 2 * left);
+    }
+    template <bool FULL>
+    static __m512 scale(const Row&, int64_t, int64_t) { return _mm512_setzero_ps(); }
+    static void prefetch(const Row& row, int64_t k, int64_t ahead) { prefetch_line<64>(row.weight, 2 * k, ahead); }
+};
+
+// mantissa * 2^exponent as bfloat16, exact for mantissas below 256.
+constexpr uint16_t bfloat16(int mantissa, int exponent) {
+    if (mantissa == 0) return 0;
+    for (; mantissa < 128; exponent--) mantissa <<= 1;
+    return static_cast<uint16_t>((exponent + 7 + 127) << 7 | (mantissa & 127));
+}
+
+constexpr uint16_t whole(int code) { return bfloat16(code, 0); }
+
+constexpr uint16_t e4m3(int code) {  // four bits of exponent with bias 7, three of mantissa; 127 is NaN
+    return code == 127 ? 0x7fc0 : code < 8 ? bfloat16(code, -9) : bfloat16(8 + (code & 7), (code >> 3) - 10);
+}
+
+// Upper and lower byte of the bfloat16 of each seven-bit magnitude. Made by the compiler: code of this file that ran on
+// loading would stop a processor without AVX-512.
+struct Table {
+    alignas(64) uint8_t upper[128], lower[128];
+    constexpr explicit Table(uint16_t (*value)(int)) : upper(), lower() {
+        for (int code = 0; code < 128; code++) {
+            upper[code] = static_cast<uint8_t>(value(code) >> 8);
+            lower[code] = static_cast<uint8_t>(value(code) & 255);
+        }
+    }
+    // 64 magnitudes with their signs (bit 7 of `sign`) to two vectors of bfloat16.
+    void look_up(__m512i magnitude, __m512i sign, __m512i* out) const {
+        __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(upper), magnitude, _mm512_load_si512(upper + 64));
+        const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(lower), magnitude, _mm512_load_si512(lower + 64));
+        high = _mm512_ternarylogic_epi64(high, sign, _mm512_set1_epi8(-128), 0xf8);  // high | (sign & 0x80)
+        out[0] = _mm512_unpacklo_epi8(low, high), out[1] = _mm512_unpackhi_epi8(low, high);
+    }
+};
+
+constexpr Table E4M3(e4m3), WHOLE(whole);
+
+struct Fp8 {
+    static constexpr int CHUNK = 128, VECS = 4;
+    static constexpr bool SCALED = true;
+    template <bool FULL>
+    static void codes(const Row& row, int64_t k, int64_t left, __m512i* out) {
+        for (int half = 0; half < 2; half++) {
+            const __m512i code = bytes<FULL>(row.weight + k + 64 * half, left - 64 * half);
+            E4M3.look_up(code, code, out + 2 * half);
+        }
+    }
+    template <bool FULL>
+    static __m512 scale(const Row& row, int64_t k, int64_t) {
+        float scale;
+        __builtin_memcpy(&scale, row.scale + k / 128 * 4, 4);
+        return _mm512_set1_ps(scale);
+    }
+    static void prefetch(const Row& row, int64_t k, int64_t ahead) {
+        prefetch_line<128>(row.weight, k, ahead), prefetch_line<128>(row.weight, k, ahead + 64);
+    }
+};
+
+// The scales of CHUNK weights in groups of G, each for as many float32 lanes as its group fills.
+template <int CHUNK, int G, bool FULL>
+__m512 group_scales(const uint8_t* scale, int64_t k, int64_t left) {
+    constexpr int COUNT = CHUNK > G ? CHUNK / G : 1;
+    uint64_t halves = 0;
+    if (FULL) __builtin_memcpy(&halves, scale + k / G * 2, 2 * COUNT);
+    else __builtin_memcpy(&halves, scale + k / G * 2, 2 * ((left + G - 1) / G));
+    const __m512 few = _mm512_castps128_ps512(_mm_cvtph_ps(_mm_cvtsi64_si128(halves)));
+    if (COUNT == 1) return _mm512_broadcastss_ps(_mm512_castps512_ps128(few));
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(lane, COUNT == 2 ? 3 : 2), few);
+}
+
+template <int G>
+struct Int8 {
+    static constexpr int CHUNK = 64, VECS = 2;
+    static constexpr bool SCALED = true;
+    template <bool FULL>
+    static void codes(const Row& row, int64_t k, int64_t left, __m512i* out) {
+        const __m512i code = bytes<FULL>(row.weight + k, left);
+        WHOLE.look_up(_mm512_abs_epi8(code), code, out);
+    }
+    template <bool FULL>
+    static __m512 scale(const Row& row, int64_t k, int64_t left) {
+        return group_scales<CHUNK, G, FULL>(row.scale, k, left);
+    }
+    static void prefetch(const Row& row, int64_t k, int64_t ahead) { prefetch_line<64>(row.weight, k, ahead); }
+};
+
+template <int G>
+struct Int4 {
+    static constexpr int CHUNK = 128, VECS = 4;
+    static constexpr bool SCALED = true;
+    template <bool FULL>
+    static void codes(const Row& row, int64_t k, int64_t left, __m512i* out) {
+        // Bytes of the bfloat16 numbers -8 ... 7: c100, c0e0, ... bf80, 0000, 3f80, ... 40e0.
+        const __m512i upper = _mm512_broadcast_i32x4(_mm_setr_epi8(
+            -63, -64, -64, -64, -64, -64, -64, -65, 0, 63, 64, 64, 64, 64, 64, 64));
+        const __m512i lower = _mm512_broadcast_i32x4(_mm_setr_epi8(
+            0, -32, -64, -96, -128, 64, 0, -128, 0, -128, 0, 64, -128, -96, -64, -32));
+        const __m512i packed = bytes<FULL>(row.weight + k / 2, left / 2), mask = _mm512_set1_epi8(15);
+        const __m512i nibble[2] = {_mm512_and_si512(packed, mask), _mm512_and_si512(_mm512_srli_epi16(packed, 4), mask)};
+        for (int half = 0; half < 2; half++) {
+            const __m512i high = _mm512_shuffle_epi8(upper, nibble[half]), low = _mm512_shuffle_epi8(lower, nibble[half]);
+            out[2 * half] = _mm512_unpacklo_epi8(low, high), out[2 * half + 1] = _mm512_unpackhi_epi8(low, high);
+        }
+    }
+    template <bool FULL>
+    static __m512 scale(const Row& row, int64_t k, int64_t left) {
+        return group_scales<CHUNK, G, FULL>(row.scale, k, left);
+    }
+    static void prefetch(const Row& row, int64_t k, int64_t ahead) { prefetch_line<64>(row.weight, k / 2, ahead); }
+};
+
+// Format D with its codes unpacked before: the same numbers in the same order, so the same bits.
+template <class D>
+struct Unpacked : D {
+    template <bool FULL>
+    static void codes(const Row& row, int64_t k, int64_t, __m512i* out) {
+        for (int v = 0; v < D::VECS; v++) out[v] = _mm512_loadu_si512(row.codes + k + 32 * v);
+    }
+    static void prefetch(const Row&, int64_t, int64_t) {}
+};
+
+template <class D, int R, int N, bool FULL>
+inline void step(const Row* row, int64_t k, int64_t left, const uint16_t* x, int64_t x_stride, __m512 (*sum)[N]) {
+    for (int r = 0; r < R; r++) {
+        __m512i w[D::VECS];
+        D::template codes<FULL>(row[r], k, left, w);
+        const __m512 scale = D::template scale<FULL>(row[r], k, left);
+        for (int n = 0; n < N; n++) {
+            const uint16_t* token = x + n * x_stride + k;
+            __m512 part = D::SCALED ? _mm512_setzero_ps() : sum[r][n];
+            for (int v = 0; v < D::VECS; v++) part = dot(part, w[v], _mm512_loadu_si512(token + 32 * v));
+            sum[r][n] = D::SCALED ? _mm512_fmadd_ps(part, scale, sum[r][n]) : part;
+        }
+    }
+}
+
+template <class D, int R, int N>
+void tile(const Row* row, const Layout& layout, const uint16_t* x, int64_t x_stride, float* y, int64_t y_stride) {
+    const int64_t I = layout.I, whole = I / D::CHUNK * D::CHUNK, ahead = layout.row_bytes() * R;
+    __m512 sum[R][N];
+    for (int r = 0; r < R; r++)
+        for (int n = 0; n < N; n++) sum[r][n] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < whole; k += D::CHUNK) {
+        step<D, R, N, true>(row, k, D::CHUNK, x, x_stride, sum);
+        for (int r = 0; r < R; r++) D::prefetch(row[r], k, ahead);
+    }
+    if (whole < I) step<D, R, N, false>(row, whole, I - whole, x, x_stride, sum);
+    for (int r = 0; r < R; r++)
+        for (int n = 0; n < N; n++) y[n * y_stride + r] = _mm512_reduce_add_ps(sum[r][n]);
+}
+
+// R rows for all tokens.
+template <class D, int R>
+void band(const Row* row, const Layout& layout, const uint16_t* x, int64_t tokens, float* y, int64_t y_stride) {
+    const int64_t stride = padded(layout.I);
+    for (; tokens >= 4; tokens -= 4, x += 4 * stride, y += 4 * y_stride)
+        tile<D, R, 4>(row, layout, x, stride, y, y_stride);
+    if (tokens == 3) tile<D, R, 3>(row, layout, x, stride, y, y_stride);
+    if (tokens == 2) tile<D, R, 2>(row, layout, x, stride, y, y_stride);
+    if (tokens == 1) tile<D, R, 1>(row, layout, x, stride, y, y_stride);
+}
+
+constexpr int64_t BAND = 4, UNPACK_FROM = 8;  // rows at a time; tokens from which a row is unpacked once for all
+
+template <class D>
+void unpack(Row* row, int64_t count, int64_t I, uint16_t* codes) {
+    for (int64_t r = 0; r < count; r++) {
+        uint16_t* to = codes + r * padded(I);
+        for (int64_t k = 0; k < I; k += D::CHUNK) {
+            __m512i w[D::VECS];
+            D::template codes<false>(row[r], k, I - k, w);
+            for (int v = 0; v < D::VECS; v++) _mm512_storeu_si512(to + k + 32 * v, w[v]);
+        }
+        row[r].codes = to;
+    }
+}
+
+template <class D>
+void dots16(const Rows& rows, const uint16_t* x, int64_t tokens, float* y, int64_t y_stride) {
+    static thread_local Scratch scratch;
+    const Layout& layout = rows.layout;
+    uint16_t* codes = nullptr;
+    if (D::SCALED && tokens >= UNPACK_FROM && scratch.reserve(BAND * padded(layout.I) * 2))
+        codes = scratch.take<uint16_t>(BAND * padded(layout.I));
+    for (int64_t r = 0; r < rows.count;) {
+        const int64_t count = rows.count - r >= 8 && tokens == 1 ? 8 : rows.count - r >= BAND ? BAND : 1;
+        Row row[8];
+        for (int64_t i = 0; i < count; i++) row[i] = {rows.weight(r + i), rows.scale(r + i), nullptr};
+        if (count == 8) tile<D, 8, 1>(row, layout, x, 0, y + r, y_stride);
+        else if (codes) {
+            unpack<D>(row, count, layout.I, codes);
+            if (count == BAND) band<Unpacked<D>, BAND>(row, layout, x, tokens, y + r, y_stride);
+            else band<Unpacked<D>, 1>(row, layout, x, tokens, y + r, y_stride);
+        } else if (count == BAND) band<D, BAND>(row, layout, x, tokens, y + r, y_stride);
+        else band<D, 1>(row, layout, x, tokens, y + r, y_stride);
+        r += count;
+    }
+}
+
+}  // namespace
+
+void dots16_bf16(const Rows& rows, const uint16_t* x, int64_t tokens, float* y, int64_t y_stride) {
+    dots16<Bf16>(rows, x, tokens, y, y_stride);
+}
+
+void dots16_fp8(const Rows& rows, const uint16_t* x, int64_t tokens, float* y, int64_t y_stride) {
+    dots16<Fp8>(rows, x, tokens, y, y_stride);
+}
+
+void dots16_int8(const Rows& rows, const uint16_t* x, int64_t tokens, float* y, int64_t y_stride) {
+    const int64_t group = rows.layout.group;
+    (group == 32 ? dots16<Int8<32>> : group == 64 ? dots16<Int8<64>> : dots16<Int8<128>>)(rows, x, tokens, y, y_stride);
+}
+
+void dots16_int4(const Rows& rows, const uint16_t* x, int64_t tokens, float* y, int64_t y_stride) {
+    const int64_t group = rows.layout.group;
+    (group == 32 ? dots16<Int4<32>> : group == 64 ? dots16<Int4<64>> : dots16<Int4<128>>)(rows, x, tokens, y, y_stride);
+}
+
+// A vector of codes holds units of eight neighbours; unit u of the arranged token is unit ORDER[u] of the natural one.
+void arrange16(int64_t format, uint16_t* x, int64_t I) {
+    static const int BYTES[16] = {0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15};
+    static const int NIBBLES[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+    if (format == BF16) return;
+    const int* order = format == INT4 ? NIBBLES : BYTES;
+    for (int64_t k = 0; k < I; k += 128) {
+        __m128i unit[16];
+        for (int u = 0; u < 16; u++) unit[u] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + k + 8 * order[u]));
+        for (int u = 0; u < 16; u++) _mm_storeu_si128(reinterpret_cast<__m128i*>(x + k + 8 * u), unit[u]);
+    }
+}
+
+}  // namespace soli

@@ -1,0 +1,56 @@
+// Which instruction sets this processor and its operating system have, and the kernels of each.
+#include "kernels.h"
+
+#ifdef __x86_64__
+#include <cpuid.h>
+
+namespace soli {
+namespace {
+
+struct Registers {
+    unsigned a, b, c, d;
+    Registers(unsigned leaf, unsigned sub) : a(0), b(0), c(0), d(0) { __get_cpuid_count(leaf, sub, &a, &b, &c, &d); }
+};
+
+bool has(unsigned word, int bit) { return word >> bit & 1; }
+
+// Registers that the operating system saves: XCR0 bits 1, 2 (SSE, AVX) and 5, 6, 7 (AVX-512).
+unsigned saved() {
+    if (!has(Registers(1, 0).c, 27)) return 0;
+    unsigned low, high;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return low;
+}
+
+bool has_avx2() {
+    const Registers one(1, 0), seven(7, 0);
+    return (saved() & 0x6) == 0x6 && has(one.c, 12) && has(one.c, 29) && has(seven.b, 5);  // FMA, F16C, AVX2
+}
+
+// F, DQ, BW, VL, VBMI and BF16 together: Zen 4, Sapphire Rapids and later.
+bool has_avx512() {
+    const Registers seven(7, 0), more(7, 1);
+    return has_avx2() && (saved() & 0xe6) == 0xe6 && has(seven.b, 16) && has(seven.b, 17) && has(seven.b, 30) &&
+           has(seven.b, 31) && has(seven.c, 1) && has(more.a, 5);
+}
+
+}  // namespace
+
+const Kernels& kernels(int64_t isa) { return isa == 2 ? AVX512 : isa == 1 ? AVX2 : PORTABLE; }
+
+// The best instruction set here: 0 portable, 1 AVX2, 2 AVX-512.
+extern "C" int soli_best_isa() { return has_avx512() ? 2 : has_avx2() ? 1 : 0; }
+
+}  // namespace soli
+
+#else
+
+namespace soli {
+
+const Kernels& kernels(int64_t) { return PORTABLE; }
+
+extern "C" int soli_best_isa() { return 0; }
+
+}  // namespace soli
+
+#endif

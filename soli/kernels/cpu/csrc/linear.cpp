@@ -1,0 +1,37 @@
+// y = x W^T: the linear seam. Rows of W are shared out in small blocks; each block is read once for up to TOKENS tokens.
+#include <algorithm>
+
+#include "driver.h"
+
+namespace soli {
+
+// x (T, I) and y (T, O) of `dtype`; 0, or 2 when there is no memory for the scratch.
+extern "C" int soli_linear(
+    int64_t isa, int64_t format, int64_t O, int64_t I, int64_t group, const void* weight, const void* scale, int64_t T,
+    int64_t dtype, const void* x, void* y, int64_t threads) {
+    static thread_local Scratch scratch;
+    const Layout layout = {format, O, I, group};
+    const Matrix matrix = {weight, scale};
+    Tokens tokens(kernels(isa), layout, dtype);
+    if (!scratch.reserve(tokens.token_bytes() * T)) return 2;
+    tokens.data = scratch.take<uint8_t>(tokens.token_bytes() * T);
+    const int64_t size = dtype == FLOAT ? 4 : 2;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for
+        for (int64_t t = 0; t < T; t++) tokens.put(t, static_cast<const uint8_t*>(x) + t * I * size, dtype);
+#pragma omp for schedule(dynamic)
+        for (int64_t row = 0; row < O; row += ROWS) {
+            alignas(64) float tile[TOKENS * ROWS];
+            const int64_t rows = std::min(ROWS, O - row);
+            for (int64_t t = 0; t < T; t += TOKENS) {
+                const int64_t count = std::min(TOKENS, T - t);
+                tokens.dots(matrix, row, rows, t, count, tile, ROWS);
+                for (int64_t i = 0; i < count; i++) write_out(tile + i * ROWS, rows, y, (t + i) * O + row, dtype);
+            }
+        }
+    }
+    return 0;
+}
+
+}  // namespace soli

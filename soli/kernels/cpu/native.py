@@ -1,0 +1,81 @@
+"""The compiled kernels as functions of plain integers: loading, the choice of instruction set, and error codes.
+
+SOLI_CPU_ISA forces portable, avx2 or avx512; without it the best that the processor has runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from soli.errors import SoliError
+from soli.kernels.cpu.build import BuildError, build
+
+ISAS: Final = ("portable", "avx2", "avx512")  # as soli::kernels() numbers them
+FORMATS: Final = {"fp32": 0, "bf16": 1, "fp8": 2, "int8": 3, "int4": 4}  # as enum Format
+DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1}  # as enum Dtype
+
+_INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
+
+
+@dataclass(frozen=True)
+class Library:
+    """`linear` and `experts` take what csrc/linear.cpp and csrc/experts.cpp say and return their error code."""
+
+    path: Path
+    best_isa: str
+    linear: Any
+    experts: Any
+
+
+def open_library(path: Path) -> Library:
+    """Load a compiled library into this process."""
+    handle = ctypes.CDLL(str(path))
+    handle.soli_linear.argtypes = [*[_INT] * 5, *[_POINTER] * 2, *[_INT] * 2, *[_POINTER] * 2, _INT]
+    handle.soli_experts.argtypes = [*[_INT] * 8, _POINTER, *[_INT] * 3, *[_POINTER] * 4, _INT]
+    return Library(path, ISAS[handle.soli_best_isa()], handle.soli_linear, handle.soli_experts)
+
+
+@cache
+def library() -> Library | None:
+    """The kernels of this machine; None, after one line on standard error, where they cannot be had."""
+    try:
+        return open_library(build())
+    except (BuildError, OSError) as error:
+        print(
+            f"soli: computing with torch's own products, slower in decoding and without packed weights' speed, because "
+            f"the C++ kernels are missing: {error}",
+            file=sys.stderr,
+        )
+        return None
+
+
+@cache
+def available_isas(best: str) -> tuple[str, ...]:
+    """What may be forced where `best` is the best."""
+    return ISAS[: ISAS.index(best) + 1]
+
+
+def chosen_isa(best: str) -> int:
+    """The number of the instruction set to run, SOLI_CPU_ISA's or the best. SoliError for one that is not there."""
+    wanted = os.environ.get("SOLI_CPU_ISA") or best
+    if wanted not in available_isas(best):
+        raise SoliError(
+            f"SOLI_CPU_ISA is {wanted!r}, but this machine has {', '.join(available_isas(best))}: choose one"
+        )
+    return ISAS.index(wanted)
+
+
+def check_code(code: int, experts: int = 0) -> None:
+    """Turn a kernel's error code into an exception."""
+    if code == 1:
+        raise IndexError(f"an expert id is not in 0 ... {experts - 1}")
+    if code:
+        raise MemoryError("no memory for the scratch of a CPU kernel")

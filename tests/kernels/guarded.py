@@ -1,0 +1,59 @@
+"""Run by test_cpu_build.py with an instruction set: every kernel, on weights between pages that may not be touched."""
+
+import ctypes
+import mmap
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from soli.kernels import cpu
+from soli.kernels.packed import PackedWeight
+from tests.kernels.weights import DTYPES, FORMATS, inputs, random_weight
+
+PAGE = mmap.PAGESIZE
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def guarded(tensor: Tensor, at_end: bool) -> Tensor:
+    """A copy whose last byte (or first) lies at a page that may not be read."""
+    pages = -(-tensor.nbytes // PAGE)
+    area = mmap.mmap(-1, (pages + 2) * PAGE)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    start = PAGE + (pages * PAGE - tensor.nbytes if at_end else 0)
+    copy = torch.frombuffer(area, dtype=torch.uint8, count=tensor.nbytes, offset=start).view(tensor.dtype)
+    copy.copy_(tensor.flatten())
+    for page in (0, pages + 1):
+        assert libc.mprotect(ctypes.c_void_p(base + page * PAGE), PAGE, 0) == 0, os.strerror(ctypes.get_errno())
+    return copy.view(tensor.shape)
+
+
+def main() -> None:
+    os.environ["SOLI_CPU_ISA"] = sys.argv[1]
+    generator = torch.Generator().manual_seed(0)
+    for format in FORMATS:
+        for width in (1, 31, 33, 96, 127, 160, 200, 224):
+            for group in (32, 64, 128) if format in ("int8", "int4") else (0,):
+                for rows in (1, 3, 8, 13):
+                    weight = random_weight(format, (rows, inputs(format, width, group)), group, generator)
+                    check(weight, generator)
+    print("read nothing that it should not")
+
+
+def check(weight: PackedWeight, generator: torch.Generator) -> None:
+    for at_end in (True, False):
+        codes = guarded(weight.weight, at_end)
+        scale = None if weight.scale is None else guarded(weight.scale, at_end)
+        held = PackedWeight(weight.format, codes, scale, weight.shape, weight.group)
+        for dtype in DTYPES:
+            for tokens in (1, 2, 9):
+                x_TI = torch.randn(tokens, weight.shape[1], generator=generator).to(dtype)
+                assert torch.equal(cpu.linear(x_TI, held), cpu.linear(x_TI, weight))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""All experts of a layer in one C++ call, against the reference in float64, on every instruction set here."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from soli.errors import SoliError
+from soli.kernels import cpu, reference
+from soli.kernels.cpu import ExpertTable
+from soli.kernels.packed import PackedWeight
+from tests.kernels import weights
+from tests.kernels.weights import needs_kernels, random_weight
+
+pytestmark = needs_kernels
+
+#: Error of float32 tokens, and of bfloat16 tokens beyond it (hidden row and result are each rounded once), relative to
+#: the sum of all terms' magnitudes.
+BOUND, BOUND_HALF = 4e-6, 2.0**-7
+
+
+@pytest.fixture(params=weights.isas())
+def isa(request, monkeypatch):
+    monkeypatch.setenv("SOLI_CPU_ISA", request.param)
+    return request.param
+
+
+def exact(
+    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up: PackedWeight, down: PackedWeight
+) -> tuple[Tensor, Tensor]:
+    """The layer in float64 and how far an answer may be from it."""
+    x, w = x_TD.double(), weights_TK.double()
+    up_E2FD, down_EDF = gate_up.dequantize(torch.float64), down.dequantize(torch.float64)
+    y_TD = reference.experts(x, ids_TK, w, up_E2FD, down_EDF)
+    limit_TD = torch.zeros_like(y_TD)
+    for t, chosen in enumerate(ids_TK.tolist()):
+        for e, weight in zip(chosen, w[t], strict=True):
+            gate, up = (up_E2FD[e] @ x[t]).chunk(2)
+            terms, up_terms = (up_E2FD[e].abs() @ x[t].abs()).chunk(2)
+            hidden = torch.nn.functional.silu(gate) * up
+            limit_TD[t] += weight * BOUND * (down_EDF[e].abs() @ (1.1 * terms * up_terms + hidden.abs()))
+            if x_TD.dtype == torch.bfloat16:
+                limit_TD[t] += weight * BOUND_HALF * (down_EDF[e].abs() @ hidden.abs())
+    return y_TD, limit_TD
+
+
+def routed(T: int, E: int, K: int, how: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Choices and weights: any experts, or the same K for all tokens."""
+    one = torch.randperm(E, generator=generator)[:K]
+    each = [one if how == "one" else torch.randperm(E, generator=generator)[:K] for _ in range(T)]
+    return torch.stack(each), torch.rand(T, K, generator=generator)
+
+
+@pytest.mark.parametrize("format", weights.FORMATS)
+@settings(weights.SETTINGS, max_examples=8)
+@given(
+    T=st.integers(1, 14), E=st.integers(1, 9), K=st.integers(1, 4), D=st.integers(1, 150), F=st.integers(1, 140),
+    group=st.sampled_from((32, 64)), how=st.sampled_from(("any", "one")), half=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_is_equation_12_and_no_token_depends_on_another(isa, format, T, E, K, D, F, group, how, half, seed) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    D, F = weights.inputs(format, D, group), weights.inputs(format, F, 128 if format == "fp8" else group)
+    F = 128 if format == "fp8" else F
+    gate_up = random_weight(format, (E, 2 * F, D), group, generator)
+    down = random_weight(format, (E, D, F), group, generator)
+    ids_TK, weights_TK = routed(T, E, min(K, E), how, generator)
+    x_TD = torch.randn(T, D, generator=generator).to(torch.bfloat16 if half else torch.float32)
+    table = ExpertTable.stacked(gate_up, down)
+    y_TD = cpu.experts(x_TD, ids_TK, weights_TK, table)
+    exact_TD, limit_TD = exact(x_TD, ids_TK, weights_TK, gate_up, down)
+    assert y_TD.dtype == x_TD.dtype and ((y_TD.double() - exact_TD).abs() <= limit_TD).all()
+    for t in range(T):
+        rows = slice(t, t + 1)
+        assert torch.equal(cpu.experts(x_TD[rows], ids_TK[rows], weights_TK[rows], table)[0], y_TD[t])
+
+
+def layer(
+    format: str = "bf16", E: int = 6, D: int = 128, F: int = 96, seed: int = 0
+) -> tuple[PackedWeight, PackedWeight]:
+    generator = torch.Generator().manual_seed(seed)
+    return random_weight(format, (E, 2 * F, D), 32, generator), random_weight(format, (E, D, F), 32, generator)
+
+
+def test_experts_may_lie_anywhere(isa) -> None:
+    gate_up, down = layer("int8")
+    matrices = [(half[:96].clone(), half[96:].clone()) for half in gate_up.weight]
+    scales = [(half[:96].clone(), half[96:].clone()) for half in gate_up.scale]
+    gates, ups = (
+        [PackedWeight("int8", m[i], s[i], (96, 128), 32) for m, s in zip(matrices, scales, strict=True)] for i in (0, 1)
+    )
+    apart = ExpertTable.listed(gates, ups, [down[e] for e in range(6)])
+    ids_TK, weights_TK = routed(5, 6, 2, "any", torch.Generator().manual_seed(1))
+    x_TD = torch.randn(5, 128)
+    together = cpu.experts(x_TD, ids_TK, weights_TK, ExpertTable.stacked(gate_up, down))
+    assert torch.equal(cpu.experts(x_TD, ids_TK, weights_TK, apart), together)
+
+
+def test_formats_may_differ_between_up_and_down(isa) -> None:
+    generator = torch.Generator().manual_seed(2)
+    gate_up = random_weight("int4", (4, 256, 64), 32, generator)
+    down = random_weight("int8", (4, 64, 128), 64, generator)
+    ids_TK, weights_TK = routed(3, 4, 2, "any", generator)
+    x_TD = torch.randn(3, 64, generator=generator)
+    exact_TD, limit_TD = exact(x_TD, ids_TK, weights_TK, gate_up, down)
+    y_TD = cpu.experts(x_TD, ids_TK, weights_TK, ExpertTable.stacked(gate_up, down))
+    assert ((y_TD.double() - exact_TD).abs() <= limit_TD).all()
+
+
+def test_threads_batches_and_the_order_of_choices_do_not_change_a_bit(isa) -> None:
+    table = ExpertTable.stacked(*layer(E=40, D=64, F=32))
+    ids_TK, weights_TK = routed(200, 40, 3, "any", torch.Generator().manual_seed(1))
+    x_TD, threads = torch.randn(200, 64, generator=torch.Generator().manual_seed(7)).bfloat16(), torch.get_num_threads()
+    y_TD = cpu.experts(x_TD, ids_TK, weights_TK, table)
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(cpu.experts(x_TD, ids_TK.flip(1), weights_TK.flip(1), table), y_TD)
+    finally:
+        torch.set_num_threads(threads)
+    parts = [cpu.experts(x_TD[a:b], ids_TK[a:b], weights_TK[a:b], table) for a, b in ((0, 1), (1, 90), (90, 200))]
+    assert torch.equal(torch.cat(parts), y_TD)
+
+
+def test_the_result_is_written_whole_over_anything(isa, monkeypatch) -> None:
+    table, empty_like = ExpertTable.stacked(*layer()), torch.empty_like
+    ids_TK, weights_TK = routed(9, 6, 2, "one", torch.Generator().manual_seed(1))
+    monkeypatch.setattr(torch, "empty_like", lambda x: empty_like(x).fill_(float("nan")))
+    assert not cpu.experts(torch.randn(9, 128), ids_TK, weights_TK, table).isnan().any()
+    assert cpu.experts(torch.randn(0, 128), ids_TK[:0], weights_TK[:0], table).shape == (0, 128)
+
+
+def test_silu_is_exact_far_out(isa) -> None:
+    """One weight of 1 everywhere: y = silu(x) * x, from where silu is 0 to where it is x."""
+    one = random_weight("fp32", (1, 2, 1), 0, torch.Generator())
+    one.weight.fill_(1.0)
+    down = PackedWeight("fp32", torch.ones(1, 1, 1), None, (1, 1, 1), 0)
+    x_T1 = torch.tensor([-1e30, -100.0, -88.0, -20.0, -1.0, -1e-6, 0.0, 1e-6, 0.5, 3.0, 88.0, 100.0, 1e15])[:, None]
+    ids_TK = torch.zeros(len(x_T1), 1, dtype=torch.int64)
+    y_T1 = cpu.experts(x_T1, ids_TK, torch.ones(len(x_T1), 1), ExpertTable.stacked(one, down))
+    exact_T1 = torch.nn.functional.silu(x_T1.double()) * x_T1.double()
+    torch.testing.assert_close(y_T1.double(), exact_T1, rtol=1e-6, atol=1e-30)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    gate_up, down = layer()
+    table, x_TD = ExpertTable.stacked(gate_up, down), torch.zeros(2, 128)
+    for wrong in (-1, 6):
+        with pytest.raises(IndexError, match="expert id"):
+            cpu.experts(x_TD, torch.full((2, 1), wrong), torch.ones(2, 1), table)
+    with pytest.raises(ValueError, match="do not fit"):
+        cpu.experts(x_TD, torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1), table)
+    with pytest.raises(SoliError, match="do not fit"):
+        ExpertTable.stacked(down, gate_up)
+    fp8 = (
+        random_weight("fp8", (2, 192, 64), 128, torch.Generator()),
+        random_weight("fp8", (2, 64, 96), 128, torch.Generator()),
+    )
+    with pytest.raises(SoliError, match="multiple of 128"):
+        ExpertTable.stacked(*fp8)
+    with pytest.raises(SoliError, match="same number"):
+        ExpertTable.listed([gate_up[0]], [gate_up[0]], [down[0], down[1]])

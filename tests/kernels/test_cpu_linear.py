@@ -1,0 +1,113 @@
+"""The C++ linear seam against float64, on every instruction set that this machine has."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from soli.errors import SoliError
+from soli.kernels import cpu
+from soli.kernels.cpu.native import DTYPES, FORMATS, chosen_isa, library
+from soli.kernels.packed import PackedWeight
+from tests.kernels import weights
+from tests.kernels.weights import BOUND, needs_kernels, random_weight
+
+pytestmark = needs_kernels
+
+
+@pytest.fixture(params=weights.isas())
+def isa(request, monkeypatch):
+    monkeypatch.setenv("SOLI_CPU_ISA", request.param)
+    return request.param
+
+
+def into_poison(x_TI: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """cpu.linear into memory full of NaN; what lies around the result must stay as it was."""
+    (T, I), O = x_TI.shape, weight.shape[0]  # noqa: E741
+    kernels, margin = library(), 64
+    space = torch.full((T * O + 2 * margin,), float("nan"), dtype=x_TI.dtype)
+    code = kernels.linear(
+        chosen_isa(kernels.best_isa), FORMATS[weight.format], O, I, weight.group, weight.weight.data_ptr(),
+        0 if weight.scale is None else weight.scale.data_ptr(), T, DTYPES[x_TI.dtype], x_TI.data_ptr(),
+        space[margin:].data_ptr(), 1,
+    )  # fmt: skip
+    assert code == 0 and space[:margin].isnan().all() and space[-margin:].isnan().all()
+    return space[margin:-margin].view(T, O)
+
+
+@pytest.mark.parametrize("format", weights.FORMATS)
+@settings(weights.SETTINGS, max_examples=12)
+@given(
+    T=st.integers(1, 19), O=st.integers(1, 41), I=st.integers(1, 400), group=st.sampled_from((32, 64, 128)),
+    half=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_is_the_product_within_the_bound(isa, format, T, O, I, group, half, seed) -> None:  # noqa: E741
+    generator = torch.Generator().manual_seed(seed)
+    weight = random_weight(format, (O, weights.inputs(format, I, group)), group, generator)
+    x_TI = torch.randn(T, weight.shape[1], generator=generator).to(torch.bfloat16 if half else torch.float32)
+    y_TO = into_poison(x_TI, weight)
+    exact_OI = weight.dequantize(torch.float64)
+    limit_TO = BOUND[x_TI.dtype] * (x_TI.double().abs() @ exact_OI.abs().T)
+    assert ((y_TO.double() - x_TI.double() @ exact_OI.T).abs() <= limit_TO).all()
+    alone = torch.cat([cpu.linear(x_TI[t : t + 1], weight) for t in range(T)])
+    assert torch.equal(alone, y_TO)
+
+
+@pytest.mark.parametrize("format", weights.FORMATS)
+def test_many_tokens_and_rows_have_the_bits_of_each_alone(isa, format) -> None:
+    generator = torch.Generator().manual_seed(3)
+    weight = random_weight(format, (70, 384), 32, generator)
+    for dtype in weights.DTYPES:
+        x_TI = torch.randn(150, 384, generator=generator).to(dtype)
+        y_TO = into_poison(x_TI, weight)
+        for t in (0, 77, 127, 128, 149):
+            assert torch.equal(cpu.linear(x_TI[t], weight), y_TO[t])
+
+
+def test_threads_do_not_change_a_bit(isa) -> None:
+    generator = torch.Generator().manual_seed(4)
+    weight, x = random_weight("int4", (200, 128), 64, generator), torch.randn(5, 128, generator=generator).bfloat16()
+    found, threads = [], torch.get_num_threads()
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            found.append(cpu.linear(x, weight))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_every_fp8_code_is_read_as_torch_reads_it(isa) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)[:, None].contiguous()
+    weight = PackedWeight("fp8", codes, torch.ones(2, 1), (256, 1), 128)
+    for dtype in weights.DTYPES:
+        np.testing.assert_array_equal(cpu.linear(torch.ones(1, dtype=dtype), weight).float(), codes.float()[:, 0])
+
+
+def test_nan_in_a_token_stays_with_that_token(isa) -> None:
+    generator = torch.Generator().manual_seed(5)
+    weight, x_TI = random_weight("bf16", (33, 70), 0, generator), torch.randn(6, 70, generator=generator)
+    x_TI[2, 69] = float("nan")
+    y_TO = cpu.linear(x_TI, weight)
+    assert y_TO[2].isnan().all() and not y_TO[[0, 1, 3, 4, 5]].isnan().any()
+
+
+def test_shapes_bias_and_nothing_at_all(isa) -> None:
+    generator = torch.Generator().manual_seed(6)
+    weight, bias = random_weight("fp32", (7, 12), 0, generator), torch.randn(7, generator=generator)
+    x = torch.randn(2, 3, 12, generator=generator)
+    torch.testing.assert_close(cpu.linear(x, weight, bias), torch.nn.functional.linear(x, weight.weight, bias))
+    assert cpu.linear(x[:0], weight).shape == (0, 3, 7)
+    assert torch.equal(cpu.linear(x.mT.contiguous().mT, weight), cpu.linear(x, weight))
+
+
+def test_what_cannot_be_computed_is_refused(monkeypatch) -> None:
+    weight = random_weight("fp32", (7, 12), 0, torch.Generator())
+    with pytest.raises(ValueError, match="float64"):
+        cpu.linear(torch.zeros(12, dtype=torch.float64), weight)
+    with pytest.raises(ValueError, match="width 11"):
+        cpu.linear(torch.zeros(11), weight)
+    monkeypatch.setenv("SOLI_CPU_ISA", "sse9")
+    with pytest.raises(SoliError, match="SOLI_CPU_ISA is 'sse9', but this machine has portable"):
+        cpu.linear(torch.zeros(12), weight)

@@ -1,0 +1,54 @@
+"""Weights of random codes for the tests of the C++ kernels, the instruction sets to test, and their bounds."""
+
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from torch import Tensor
+
+from soli.kernels import cpu
+from soli.kernels.cpu.native import available_isas, library
+from soli.kernels.packed import PackedWeight, plain
+
+needs_kernels = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
+
+#: |y - exact| <= BOUND[dtype of the tokens] * sum |x| |w|, for every format: codes and scales are taken exactly, so
+#: what is left is float32 sums, and for bfloat16 tokens the one rounding of the result (2^-8 of it).
+BOUND = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8 + 1e-5}
+DTYPES = tuple(BOUND)
+SETTINGS = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # SOLI_CPU_ISA stays for all examples
+FORMATS = ("fp32", "bf16", "fp8", "int8", "int4")
+
+
+@cache
+def isas() -> tuple[str, ...]:
+    found = library()
+    return available_isas(found.best_isa) if found else ()
+
+
+def inputs(format: str, wanted: int, group: int) -> int:
+    """`wanted` input features, or the next number that the format can hold."""
+    return -(-wanted // group) * group if format in ("int8", "int4") else wanted
+
+
+def random_weight(format: str, shape: tuple[int, ...], group: int, generator: torch.Generator) -> PackedWeight:
+    """Any codes that the format has, with scales between 0.5 and 1.5 of the size that makes the weight's variance 1."""
+    if format in ("fp32", "bf16"):
+        return plain(torch.randn(shape, generator=generator).to(torch.float32 if format == "fp32" else torch.bfloat16))
+    *leading, O, I = shape  # noqa: E741
+    if format == "fp8":
+        codes = torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
+        codes[codes & 127 == 127] = 0  # the two NaN
+        scale = _scales((*leading, -(-O // 128), -(-I // 128)), 1 / 64, generator)
+        return PackedWeight(format, codes.view(torch.float8_e4m3fn), scale, shape, 128)
+    scale = _scales((*leading, O, I // group), 1 / (73 if format == "int8" else 4.6), generator).half()
+    if format == "int8":
+        codes = torch.randint(-127, 128, shape, generator=generator).to(torch.int8)
+    else:
+        codes = torch.randint(0, 256, (*leading, O, I // 2), generator=generator).to(torch.uint8)
+    return PackedWeight(format, codes, scale, shape, group)
+
+
+def _scales(shape: tuple[int, ...], size: float, generator: torch.Generator) -> Tensor:
+    return (torch.rand(shape, generator=generator) + 0.5) * size
