@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from soli.train.settings import TrainSettings
 
 
 def train(
@@ -26,11 +29,14 @@ def train(
         float,
         typer.Option(min=0.001, help="With --dry-run: a device's peak; the default is an H100's or H800's, bf16."),
     ] = 989,
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="With --dry-run: time the device at hand for about a second.")
+    ] = True,
     plot: Annotated[Path | None, typer.Option(help="With --dry-run: draw all schedules into this PNG file.")] = None,
 ) -> None:
     """Train a model from a recipe; a stopped run resumes."""
     from soli.data.recipe import data_folder, find_recipe, load_recipe
-    from soli.train.settings import as_recipe, read_settings
+    from soli.train.settings import read_settings
 
     path = find_recipe(recipe)
     table = load_recipe(path, list(assignments or []))
@@ -38,24 +44,49 @@ def train(
     if (as_json or plot) and not dry_run:
         raise typer.BadParameter("--json and --plot go with --dry-run")
     if dry_run:
-        import dataclasses
-        import json
-
-        from soli.cli.train_plan import print_plan
-        from soli.train.plan import plan_run
-
-        plan = plan_run(settings, devices, mfu, device_tflops)
-        if plot is not None:
-            from soli.train.schedule_plot import save_schedule_plot
-
-            save_schedule_plot(plot, settings)
-        if as_json:
-            document = {"plan": dataclasses.asdict(plan), "recipe": as_recipe(settings, data)}
-            print(json.dumps(document, indent=2, ensure_ascii=False))
-        else:
-            print_plan(plan, devices, mfu, device_tflops)
+        _plan(settings, data, devices, mfu, device_tflops, measure, as_json, plot)
         return
     from soli.train.loop import train as run_training
     from soli.train.setup import prepare
 
     run_training(prepare(settings, data, data_folder(table), out or Path("runs") / path.parent.name))
+
+
+def _plan(
+    settings: TrainSettings,
+    data: dict[str, Any],
+    devices: int,
+    mfu: float,
+    device_tflops: float,
+    measure: bool,
+    as_json: bool,
+    plot: Path | None,
+) -> None:
+    """Print what a run would take; draw it when `plot` says where."""
+    import dataclasses
+    import json
+    from importlib.util import find_spec
+
+    from soli.cli.train_plan import print_plan
+    from soli.train.plan import hours_here, plan_run
+    from soli.train.settings import as_recipe
+
+    here = None
+    if measure and find_spec("torch") is not None:
+        from soli.train.device import find_device
+
+        here = find_device(settings)
+    found = (here.computes, here.kind) if here else (None, "cpu" if settings.run.device == "cpu" else "cuda")
+    plan = plan_run(settings, devices, mfu, device_tflops, *found)
+    if plot is not None:
+        from soli.train.schedule_plot import save_schedule_plot
+
+        save_schedule_plot(plot, settings)
+    if as_json:
+        document: dict[str, Any] = {"plan": dataclasses.asdict(plan), "recipe": as_recipe(settings, data)}
+        if here is not None:
+            hours = hours_here(settings, plan.flops, here.tflops, here.precision)
+            document["device"] = {**dataclasses.asdict(here), "hours": hours}
+        print(json.dumps(document, indent=2, ensure_ascii=False))
+    else:
+        print_plan(plan, settings, data.get("fim_rate", 0.0), devices, mfu, device_tflops, here)

@@ -1,23 +1,25 @@
 """What a run would take, from its recipe alone: phases in tokens and steps, FLOPs, memory, GPU-hours.
 
-FLOPs are three forward passes per token (one forward, two backward), MTP and causal attention included. Memory is that
-of fp32 masters, fp32 gradients and AdamW's two fp32 moments, 16 bytes a parameter (Muon keeps less), shared evenly by
-the devices; activations are not in it. GPU-hours are FLOPs over what a device sustains: its peak times the model FLOPs
-utilisation, MFU. Needs no torch and no data.
+FLOPs are three forward passes per token (one forward, two backward), MTP and causal attention included. GPU-hours are
+FLOPs over what a device sustains: its peak times the model FLOPs utilisation, MFU. Memory: soli/train/memory.py. Needs
+no torch and no data.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
 
 from soli.analysis.parameters import count, flops
+from soli.train.memory import Memory, plan_memory
 from soli.train.schedule import batch_sequences, learning_rate, steps_before, warmup_end
 from soli.train.settings import TrainSettings
 
 PAPER_GPU_HOURS = 2_664_000  # H800, pretraining of DeepSeek-V3 without extension: arXiv 2412.19437, table 1
 PAPER_TOKENS, PAPER_PARAMETERS = 14_800_000_000_000, 671_026_419_200  # what those hours bought
-STATE_BYTES = {"weights (fp32 masters)": 4, "gradients (fp32)": 4, "moments (2 x fp32)": 8}  # per parameter
+# Of a CPU core's rate on a recipe's largest matrix products, what a whole training step of nano-zh-en reaches: medians
+# of 5 and 4 rounds in turns on one thread of an EPYC, torch 2.13. Larger layers spend less time between products.
+STEP_SHARE = {"bf16": 0.38, "fp32": 0.62}
+RECOMPUTED = 4 / 3  # passes with activation checkpointing over passes without
 
 
 @dataclass(frozen=True)
@@ -34,19 +36,33 @@ class PlannedPhase:
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole run. `flops` of all phases; `state_bytes` per device by kind."""
+    """The whole run. `flops` of all phases; `memory` of each device in pretraining, then in each extension phase."""
 
     phases: tuple[PlannedPhase, ...]
     parameters: int  # MTP modules included, as in the memory
     activated: int  # of the main model
     flops: int
-    state_bytes: dict[str, int]
+    precision: str  # of activations: what the recipe says, bf16 for auto when no device was looked at
+    memory: Memory
+    extension_memory: tuple[Memory, ...]
     gpu_hours: float
     paper_gpu_hours: int | None  # where the recipe is the paper's own
 
 
-def plan_run(settings: TrainSettings, devices: int, mfu: float, device_tflops: float) -> Plan:
-    """The plan on `devices` equal devices of `device_tflops` peak TFLOP/s each, at a utilisation of `mfu`."""
+def plan_run(
+    settings: TrainSettings,
+    devices: int,
+    mfu: float,
+    device_tflops: float,
+    precision: str | None = None,
+    kind: str = "cuda",
+) -> Plan:
+    """The plan on `devices` equal devices of `device_tflops` peak TFLOP/s each, at a utilisation of `mfu`.
+
+    `precision` is what `auto` came to, and `kind` cpu or cuda, where the device is known: memory depends on both.
+    """
+    wanted = settings.run.precision
+    precision = wanted if wanted != "auto" else precision or "bf16"
     phases = (*_pretraining(settings), *_extension(settings))
     whole, main = count(settings.model, mtp=True).total, count(settings.model)
     operations = sum(phase.tokens * training_flops(settings, phase.sequence_length) for phase in phases)
@@ -56,7 +72,11 @@ def plan_run(settings: TrainSettings, devices: int, mfu: float, device_tflops: f
         parameters=whole,
         activated=main.activated,
         flops=operations,
-        state_bytes={name: ceil(size * whole / devices) for name, size in STATE_BYTES.items()},
+        precision=precision,
+        memory=plan_memory(settings, precision, kind, devices),
+        extension_memory=tuple(
+            plan_memory(settings, precision, kind, devices, phase.sequence_length) for phase in settings.extension
+        ),
         gpu_hours=operations / (mfu * device_tflops * 1e12) / 3600,
         paper_gpu_hours=PAPER_GPU_HOURS if papers else None,
     )
@@ -65,6 +85,12 @@ def plan_run(settings: TrainSettings, devices: int, mfu: float, device_tflops: f
 def training_flops(settings: TrainSettings, length: int) -> int:
     """FLOPs that one token of a sequence of `length` tokens costs: forward, and twice that backward."""
     return 3 * flops(settings.model, length, mtp=True).prefill
+
+
+def hours_here(settings: TrainSettings, operations: int, tflops: float, precision: str) -> float:
+    """Hours of `operations` FLOPs on one device that measures `tflops` on matrix products in `precision`."""
+    passes = RECOMPUTED if settings.run.activation_checkpointing else 1.0
+    return passes * operations / (STEP_SHARE[precision] * tflops * 1e12) / 3600
 
 
 def _pretraining(settings: TrainSettings) -> list[PlannedPhase]:

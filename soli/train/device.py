@@ -1,0 +1,144 @@
+"""What the device at hand sustains: a model's own matrix products, timed for about a second, and a card's stated peak.
+
+The products are those that hold most of a training step's FLOPs, with the rows that a micro-batch gives them (a routed
+expert sees its share of the tokens), sides cut to `SIDE`. They say how fast a step could be if it were nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from soli.analysis.parameters import EMBEDDING, ROUTED, Weights, mtp_weights, weights
+from soli.train.settings import TrainSettings
+from soli.train.setup import choose_device, choose_precision
+
+# Dense bf16 TFLOP/s with fp32 sums, as the makers' data sheets state them (NVIDIA: the sparse figure halved).
+PEAKS = (
+    ("H100 PCIe", 756.0),
+    ("H100 NVL", 835.0),
+    ("H100", 989.0),
+    ("H200 NVL", 835.0),
+    ("H200", 989.0),
+    ("H800 PCIe", 756.0),
+    ("H800", 989.0),
+    ("H20", 148.0),
+    ("GH200", 989.0),
+    ("B200", 2250.0),
+    ("A100", 312.0),
+    ("A800", 312.0),
+    ("L40S", 362.0),
+    ("RTX 4090", 165.0),
+    ("RTX 3090", 71.0),
+)
+SIDE = {"cpu": 1024, "cuda": 8192}  # of a timed matrix: enough for the full rate, quickly done
+PRODUCTS, ROUNDS, SECONDS = 4, 5, 0.03  # kinds of product, times each is timed, least time of one timing
+
+
+@dataclass(frozen=True)
+class FoundDevice:
+    """A device and the rate it reached on a recipe's matrix products."""
+
+    name: str
+    kind: str  # cpu, cuda
+    threads: int | None  # of a CPU
+    computes: str  # precision of activations that the recipe comes to here
+    precision: str  # in which the products ran; FP8 is emulated in fp32
+    tflops: float  # measured
+    peak_tflops: float | None  # stated by its maker for bf16, where this file knows the card
+    memory: int  # bytes
+
+    @property
+    def title(self) -> str:
+        return self.name if self.threads is None else f"{self.name}, {self.threads} thread{'s' * (self.threads > 1)}"
+
+
+def find_device(settings: TrainSettings) -> FoundDevice:
+    """The device that the recipe would train on here, measured. SoliError when `run.device` is not there."""
+    device = choose_device(settings.run.device)
+    compute = choose_precision(settings.run.precision, device)
+    if settings.run.precision == "fp8":
+        compute = torch.float32  # the emulation's products
+    precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[compute]
+    computes = "fp8" if settings.run.precision == "fp8" else precision
+    tflops = measure_products(settings, device, compute)
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        return FoundDevice(
+            card.name, "cuda", None, computes, precision, tflops, stated_peak(card.name), card.total_memory
+        )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return FoundDevice(_processor(), device.type, torch.get_num_threads(), computes, precision, tflops, None, memory)
+
+
+def stated_peak(name: str) -> float | None:
+    """Dense bf16 TFLOP/s of a card by its name, as CUDA gives it; None for one that is not listed."""
+    words = name.replace("-", " ")
+    return next((peak for part, peak in PEAKS if part in words), None)
+
+
+def measure_products(settings: TrainSettings, device: torch.device, dtype: torch.dtype) -> float:
+    """TFLOP/s over the recipe's heaviest products, each weighted by its share of the FLOPs."""
+    seconds = work = 0.0
+    for rows, columns, inner, share in heaviest_products(settings):
+        m, n, k = (max(8, min(side, SIDE.get(device.type, 1024))) for side in (rows, columns, inner))
+        seconds += share / _rate(m, n, k, device, dtype)
+        work += share
+    return work / seconds / 1e12
+
+
+def heaviest_products(settings: TrainSettings) -> list[tuple[int, int, int, int]]:
+    """(rows, columns, inner side, FLOPs per token) of the matrices that most of a step's FLOPs go through."""
+    config, tokens = settings.model, settings.run.micro_sequences * settings.schedule.sequence_length
+
+    def rows(group: Weights) -> int:
+        routed = group.component == ROUTED and config.n_routed_experts
+        return tokens * config.num_experts_per_tok // config.n_routed_experts if routed else tokens
+
+    groups = [w for w in (*weights(config), *mtp_weights(config)) if len(w.shape) == 2 and w.component != EMBEDDING]
+    heaviest = sorted(groups, key=lambda w: -w.activated)[:PRODUCTS]
+    return [(rows(w), w.shape[0], w.shape[1], w.active * prod(w.shape)) for w in heaviest]
+
+
+def _rate(rows: int, columns: int, inner: int, device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of one product, the median of `ROUNDS` timings."""
+    x, weight = (torch.randn(side, inner, device=device, dtype=dtype) for side in (rows, columns))
+
+    def product() -> object:
+        return torch.nn.functional.linear(x, weight)
+
+    clock = _cuda_seconds if device.type == "cuda" else _wall_seconds
+    clock(product, 2)
+    repeats = max(1, round(SECONDS / max(clock(product, 1), 1e-6)))
+    return 2 * rows * columns * inner * repeats / median(clock(product, repeats) for _ in range(ROUNDS))
+
+
+def _wall_seconds(run: Callable[[], object], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return time.perf_counter() - start
+
+
+def _cuda_seconds(run: Callable[[], object], repeats: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        run()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1000
+
+
+def _processor() -> str:
+    """The CPU's name where Linux says it."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")

@@ -1,0 +1,221 @@
+"""Bytes of device memory that a run takes, from its settings alone: states, working copies, activations.
+
+States are fp32 masters, fp32 gradients and the optimizer's moments as the settings keep them. Activations are what
+autograd keeps between the forward and the backward pass of one micro-batch: each module's saved inputs, written down
+here from the model's code and held to it by the tests (torch's saved tensors, within 15 %). Not counted: what single
+operations need while they run, beside the two that are largest, and the allocator's waste. No torch.
+
+All sums are bytes for one token unless a name says otherwise; D hidden, H heads, N nope, R rope, V value, C latent,
+Q query latent, F expert width, E experts, K chosen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from math import ceil
+
+from soli.analysis.parameters import (
+    ATTENTION,
+    DENSE,
+    EMBEDDING,
+    HEAD,
+    ROUTED,
+    ROUTER,
+    SHARED,
+    Weights,
+    mtp_weights,
+    weights,
+)
+from soli.config import ModelConfig
+from soli.train.settings import OptimizerSettings, TrainSettings
+
+LOGITS_CHUNK, GPU_LOGITS = 512, 2**27  # tokens on a CPU, logits on a GPU that exist at once: soli.train.losses
+FP8 = 1 + 4 / 128  # a value in E4M3 and its share of a tile's scale
+SHORT = 512  # queries up to which a CPU writes attention scores out in the activations' dtype: soli.model.attention
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each device at the fullest moment."""
+
+    weights: int  # fp32 masters, router biases
+    gradients: int  # fp32
+    moments: int
+    copies: int  # of weights in the compute precision, kept from forward to backward
+    activations: int  # that autograd keeps of one micro-batch
+    passing: int  # logits of one chunk, or one block's activations computed again: whichever is more
+
+    @property
+    def states(self) -> int:
+        return self.weights + self.gradients + self.moments
+
+    @property
+    def total(self) -> int:
+        return self.states + self.copies + self.activations + self.passing
+
+
+def plan_memory(
+    settings: TrainSettings, precision: str, kind: str, devices: int = 1, length: int | None = None
+) -> Memory:
+    """Memory of a step in `precision` (fp32, bf16, fp8) on a device of `kind` (cpu, cuda).
+
+    `length` is that of a sequence, left out the pretraining's; a micro-batch keeps its tokens but has a whole sequence.
+    Several devices share the states evenly and gather one block's copies at a time, as FSDP2 does; each has a
+    micro-batch of its own.
+    """
+    config, run = settings.model, settings.run
+    every = [*weights(config), *mtp_weights(config)]
+    trained = sum(w.total for w in every if w.storage != "fp32")
+    biases = sum(4 * w.total for w in every if w.storage == "fp32")
+    checkpointed = run.activation_checkpointing
+    first = settings.schedule.sequence_length
+    length = length or first
+    sequences = max(1, run.micro_sequences * first // length)
+    layers = _Kept(config, precision, kind, length)
+    blocks = [layers.block(config.is_moe_layer(layer)) for layer in range(_depth(config))]
+    width = {"fp32": 4, "bf16": 2, "fp8": 2}[precision]
+    kept = layers.ends() + sum([width * config.hidden_size] * len(blocks) if checkpointed else blocks)
+    again = sequences * length * max(blocks) if checkpointed else 0
+    gathered = checkpointed or devices > 1
+    return Memory(
+        weights=ceil((4 * trained + biases) / devices),
+        gradients=ceil(4 * trained / devices),
+        moments=ceil(moment_bytes(every, settings.optimizer) / devices),
+        copies=_copies(config, precision, largest=gathered),
+        activations=round(sequences * length * kept) + _head_gradients(config),
+        passing=round(max(_logits(config, width, kind), again)),
+    )
+
+
+def moment_bytes(every: list[Weights], optimizer: OptimizerSettings) -> int:
+    """Of AdamW two moments; of Muon one for the matrices inside blocks, two for embedding, head, routers, vectors."""
+    size = {"fp32": 4, "bf16": 2}[optimizer.moments]
+
+    def moments(group: Weights) -> int:
+        inner = len(group.shape) == 2 and group.component not in (EMBEDDING, HEAD, ROUTER)
+        return 1 if optimizer.name == "muon" and inner else 2
+
+    return sum(size * moments(w) * w.total for w in every if w.storage != "fp32")
+
+
+class _Kept:
+    """Bytes that autograd keeps for each token, module by module."""
+
+    def __init__(self, config: ModelConfig, precision: str, kind: str, length: int) -> None:
+        self.config, self.kind, self.length = config, kind, length
+        self.fp8, self.width = precision == "fp8", 4 if precision == "fp32" else 2
+
+    def block(self, mixture: bool) -> float:
+        """A block: two norms, attention, feed-forward; the sums of the residual stream keep nothing."""
+        D = self.config.hidden_size
+        return 2 * self._norm(D) + self._attention() + (self._mixture() if mixture else self._dense())
+
+    def ends(self) -> float:
+        """Everything outside blocks: ids, angles, last norm, the losses' gradients of their hidden states, MTP."""
+        config, D, modules = self.config, self.config.hidden_size, self.config.num_nextn_predict_layers
+        angles = 4 * config.qk_rope_head_dim
+        each_loss = self._norm(D) + self.width * D
+        return (1 + modules) * (8 + angles + each_loss) + modules * (2 * self._norm(D) + 2 * self.width * D)
+
+    def _norm(self, width: int) -> float:
+        """Its input in fp32, the statistics, and the normed value that the weight multiplies."""
+        return 4 * width + 4 + self.width * width
+
+    def _input(self, width: int, readers: int) -> float:
+        """What linear layers keep of an input that `readers` of them share; in FP8 each packs its own."""
+        return (readers * FP8 if self.fp8 else self.width) * width
+
+    def _attention(self) -> float:
+        config, H = self.config, self.config.num_attention_heads
+        X, V, Q, C = config.qk_head_dim, config.v_head_dim, config.q_lora_rank, config.kv_lora_rank
+        queries = 0.0 if Q is None else self._norm(Q) + self._input(Q, 1)
+        latents = self._norm(C) + self._input(C, 1)
+        core = self.width * H * (2 * X + config.qk_nope_head_dim + V) + 4 * H  # fused: q, k, k and v as projected
+        if self.fp8:
+            core += self.width * H * V  # its output, which the projection keeps only in FP8
+        if self.kind == "cpu" and (self.length <= SHORT or X != V):  # scores written out, a long sequence's in fp32
+            size = self.width if self.length <= SHORT else 4
+            core = size * H * (2 * X + V + self.length)
+        return self._input(config.hidden_size, 2) + queries + latents + core + self._input(H * V, 1)
+
+    def _gated(self, width: int) -> float:
+        """Gate, up, silu(gate), and their product on its way into down."""
+        return 3 * self.width * width + self._input(width, 1)
+
+    def _dense(self) -> float:
+        return self._input(self.config.hidden_size, 2) + self._gated(self.config.intermediate_size)
+
+    def _mixture(self) -> float:
+        """Router scores and gates in fp32; K rows gathered for routed experts; shared experts on the token itself."""
+        config, D, F = self.config, self.config.hidden_size, self.config.moe_intermediate_size
+        K, E, shared = config.num_experts_per_tok, config.n_routed_experts or 0, config.n_shared_experts
+        router = 4 * E + 16 * K + (0 if self.width == 4 and shared else 4 * D)
+        row = self._input(D, 1) + self._gated(F) + self.width * (F + 1) + 24  # times its gate weight; three indices
+        own = self._input(D, 2) + self._gated(F * shared) if shared else 0.0
+        return router + K * row + own
+
+
+def _depth(config: ModelConfig) -> int:
+    return config.num_hidden_layers + config.num_nextn_predict_layers
+
+
+def _head_gradients(config: ModelConfig) -> int:
+    """The head's gradient, which each loss takes in its forward pass, fp32."""
+    return 4 * (1 + config.num_nextn_predict_layers) * config.vocab_size * config.hidden_size
+
+
+def _logits(config: ModelConfig, width: int, kind: str) -> int:
+    """A chunk's logits, twice in fp32; the head's copy and one chunk's share of its gradient."""
+    head = config.vocab_size * config.hidden_size * (4 if width == 4 else 2 * width)
+    chunk = LOGITS_CHUNK if kind == "cpu" else max(LOGITS_CHUNK, GPU_LOGITS // config.vocab_size)
+    return 8 * chunk * config.vocab_size + head
+
+
+def _copies(config: ModelConfig, precision: str, largest: bool) -> int:
+    """Weights rounded to the compute precision: those of all layers, or of the largest block alone."""
+    if precision == "fp32":
+        return 0
+
+    def size(group: Weights) -> int:
+        return (1 if precision == "fp8" and group.storage == "linear" else 2) * group.total
+
+    main = [w for w in weights(config) if w.component not in (EMBEDDING, HEAD, ROUTER)]
+    if not largest:
+        return sum(size(w) for w in (*main, *mtp_weights(config)) if w.component != ROUTER)
+    L, mixtures = config.num_hidden_layers, config.num_moe_layers
+    attention = sum(size(w) for w in main if w.component == ATTENTION) // L
+    dense = sum(size(w) for w in main if w.component == DENSE) // max(1, L - mixtures)
+    mixture = sum(size(w) for w in main if w.component in (ROUTED, SHARED)) // max(1, mixtures)
+    return attention + max(dense, mixture)
+
+
+def fitting(settings: TrainSettings, precision: str, kind: str, devices: int, room: int) -> str:
+    """Whether a step fits in `room` bytes on each device, in words; where it does not, what would."""
+    taken = plan_memory(settings, precision, kind, devices)
+    if taken.total <= room:
+        return "it fits"
+    least = changed(settings, {"micro_sequences": 1, "activation_checkpointing": True})
+    wanted = -(-taken.states * devices // room)
+    if wanted > devices:
+        return f"it does not fit: weights, gradients and moments alone fill {wanted:,} such devices"
+    if plan_memory(least, precision, kind, devices).total > room:
+        return "it does not fit, not even one sequence at a time with activation checkpointing; take more devices"
+    for checkpointing in (settings.run.activation_checkpointing, True):
+        micro = settings.run.micro_sequences
+        while micro:
+            change: dict[str, int | bool] = {"micro_sequences": micro, "activation_checkpointing": checkpointing}
+            if plan_memory(changed(settings, change), precision, kind, devices).total <= room:
+                return f"it does not fit; it would with {_as_options(settings, change)}"
+            micro //= 2
+    raise AssertionError("the least micro-batch fits, as was seen above")
+
+
+def changed(settings: TrainSettings, change: dict[str, int | bool]) -> TrainSettings:
+    """The settings with some fields of `run` changed."""
+    return dataclasses.replace(settings, run=dataclasses.replace(settings.run, **change))  # type: ignore[arg-type]
+
+
+def _as_options(settings: TrainSettings, change: dict[str, int | bool]) -> str:
+    new = {name: value for name, value in change.items() if value != getattr(settings.run, name)}
+    return " ".join(f"--set run.{name}={str(value).lower()}" for name, value in new.items())
