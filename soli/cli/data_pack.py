@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,31 +34,38 @@ def pack(
     form: Annotated[
         str | None, typer.Option("--format", help="jsonl, text, tsv, parquet or datasets, whatever files are called.")
     ] = None,
-    heldout_every: Annotated[int, typer.Option(help="One document in so many is held out, by a hash of it.")] = 200,
-    fim_rate: Annotated[float, typer.Option(help="Share of documents rearranged as prefix, suffix, middle.")] = 0.0,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Take fim_rate, heldout_every, longest_document and seed from this recipe's [data]."),
+    ] = None,
+    heldout_every: Annotated[
+        int | None, typer.Option(help="One document in so many is held out, by a hash of it; default 200.")
+    ] = None,
+    fim_rate: Annotated[
+        float | None, typer.Option(help="Share of documents rearranged as prefix, suffix, middle; default 0.")
+    ] = None,
     longest: Annotated[
         int | None, typer.Option(metavar="CHARACTERS", help="Cut longer documents where a paragraph or line ends.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Draws copies, their order, and gaps to fill.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="Draws copies, their order, and gaps to fill; default 1.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Pack your own texts for training, as `soli data build` packs a recipe's.
 
     A weight is how many copies of each document an epoch holds on average: `notes.jsonl=2.5`. Lines that cannot be used
-    are counted, told with file and number, and listed in OUT/bad_lines.jsonl.
+    are counted, told with file and number, and listed in OUT/bad_lines.jsonl. Options given here win over the recipe.
     """
     from soli.cli.data_output import Progress, print_packed
     from soli.data.pack import PackConfig, pack_inputs
     from soli.data.readers import Layout
 
     fields = _two_fields(pair) if pair is not None else (field,)
+    given = {"heldout_every": heldout_every, "fim_rate": fim_rate, "longest_document": longest, "seed": seed}
+    chosen = {name: value for name, value in given.items() if value is not None}
     config = PackConfig(
         inputs=tuple(map(parse_input, inputs)),
         layout=Layout(fields, lines, form),
-        heldout_every=heldout_every,
-        fim_rate=fim_rate,
-        longest_document=longest,
-        seed=seed,
+        **{**(recipe_fields(recipe, given) if recipe else {}), **chosen},
     )
     with Progress(quiet=as_json) as progress:
         found = pack_inputs(config, tokenizer_folder(tokenizer), out, progress.report, _tell)
@@ -78,6 +86,15 @@ def parse_input(written: str) -> Input:
         return Input(Path(path), float(weight))
     except ValueError:
         raise typer.BadParameter(f"{written}: {weight!r} is not a weight; write PATH=2.5") from None
+
+
+def recipe_fields(recipe: str, names: Iterable[str]) -> dict[str, Any]:
+    """Those of `names` that the recipe's [data] section gives, checked as `soli data build` checks them."""
+    from soli.data.recipe import DataConfig, load_recipe
+
+    table = load_recipe(recipe)
+    section = DataConfig.from_recipe(table)
+    return {name: getattr(section, name) for name in names if name in table.get("data", {})}
 
 
 def tokenizer_folder(name: str) -> Path:

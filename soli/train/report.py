@@ -76,8 +76,9 @@ class Report:
         skipped = f"skipped {progress.skipped}  " if progress.skipped else ""
         self.say(
             f"step {progress.step:>6}{_stage(progress)}  tokens {progress.tokens / 1e6:>8.2f} M  "
-            f"loss {figures['loss']:.4f}  mtp {figures['mtp']:.4f}  lr {figures['lr']:.2e}  norm {figures['norm']:.2f}  "
-            f"violation {violation:.2f}  idle {idle}  {skipped}{figures['tokens_per_second']:>7,.0f} tok/s  {left} left"
+            f"loss {figures['loss']:.4f}  mtp {figures['mtp']:.4f}  lr {figures['lr']:.2e}  "
+            f"norm {figures['norm']:.2f}  violation {violation:.2f}  idle {idle}  {skipped}"
+            f"{figures['tokens_per_second']:>7,.0f} tok/s  {left} left"
         )
 
     def trouble(self, progress: Progress, trouble: Trouble, loss: float, norm: float) -> None:
