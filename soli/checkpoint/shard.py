@@ -27,7 +27,6 @@ ITEM_BYTES: Final = {
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
 TORCH_DTYPE: Final = {
-    "I8": torch.int8,
     "U8": torch.uint8,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E8M0": torch.float8_e8m0fnu,
@@ -55,13 +54,13 @@ class Entry:
 
 
 class Shard:
-    """A safetensors file, open for reading; `entries` are its tensors by name."""
+    """A safetensors file, open for reading: `entries` are its tensors by name, `metadata` whatever else it says."""
 
     def __init__(self, file: Path) -> None:
         """Read and check the header. Raises SoliError naming the file and, where there is one, the tensor."""
         self.file = file
         try:
-            self.entries = _read_entries(file)
+            self.entries, self.metadata = _read_header(file)
         except OSError as error:
             raise SoliError(f"{file}: cannot be read ({error.strerror or error})") from None
 
@@ -82,12 +81,15 @@ class Shard:
             return torch.frombuffer(mapped, dtype=torch.uint8)
 
 
-def encode_header(specs: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int], int]:
+def encode_header(
+    specs: Iterable[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str] | None = None
+) -> tuple[bytes, dict[str, int], int]:
     """Lay out (name, dtype, shape) tensors: the file's first bytes, each tensor's first byte, and the file's length.
 
-    Wide dtypes come first and the header is padded to 8 bytes, so that every tensor is aligned.
+    Wide dtypes come first and the header is padded to 8 bytes, so that every tensor is aligned. `metadata` is what else
+    the header is to say, for whoever reads `Shard.metadata`.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | (metadata or {})}
     offsets, end = {}, 0
     for name, dtype, shape in sorted(specs, key=lambda spec: -ITEM_BYTES[spec[1]]):
         start, end = end, end + math.prod(shape) * ITEM_BYTES[dtype]
@@ -99,17 +101,17 @@ def encode_header(specs: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[by
     return len(text).to_bytes(8, "little") + text, {name: base + start for name, start in offsets.items()}, base + end
 
 
-def _read_entries(file: Path) -> dict[str, Entry]:
+def _read_header(file: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, HEADER_LIMIT):
             raise SoliError(f"{file}: its header does not fit in its {size} bytes: cut short, or no safetensors file")
         header = _parse_header(file, stream.read(length))
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
     entries = {name: _entry(file, name, fields, 8 + length) for name, fields in header.items()}
     _check_layout(file, entries, 8 + length, size)
-    return entries
+    return entries, metadata if isinstance(metadata, dict) else {}
 
 
 def _parse_header(file: Path, text: bytes) -> dict[str, Any]:

@@ -24,10 +24,10 @@ from soli.train.evaluate import evaluate, translate_samples
 from soli.train.losses import Totals, compute_losses, count_targets
 from soli.train.precision import fp8_note
 from soli.train.report import Report
+from soli.train.saver import Saver
 from soli.train.schedule import bias_speed, mtp_weight, stage_name
 from soli.train.setup import Run
 from soli.train.stages import flops_left, is_finished, next_step, stage_tokens_left
-from soli.train.state import save_checkpoint
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,8 @@ def train(run: Run) -> str:
     """Train to the end of the last stage or until stopped; returns why it ended: "finished", "time" or "signal"."""
     settings, progress = run.settings, run.progress
     limit = math.inf if settings.run.max_minutes is None else time.monotonic() + 60 * settings.run.max_minutes
-    with _stop_on_signal() as stopped, _open_report(run) as report:
+    saver = Saver(run.folder, settings.run.keep)
+    with _stop_on_signal() as stopped, saver, _open_report(run) as report:
         if settings.run.precision == "fp8":
             report.say(fp8_note(run.model.embed_tokens.weight.device))
         if progress.step:
@@ -108,10 +109,11 @@ def train(run: Run) -> str:
             )
         why = "finished" if is_finished(settings, progress) else ""
         while not why:
+            saver.check()
             if stage_tokens_left(settings, progress) <= 0:
                 run.begin_next_stage()
                 report.say(f"{stage_name(progress.stage)} begins: sequences of {run.stage.length:,} tokens")
-            _guarded_step(run, report)
+            _guarded_step(run, report, saver)
             ended = stage_tokens_left(settings, progress) <= 0
             if is_finished(settings, progress):
                 why = "finished"
@@ -122,7 +124,8 @@ def train(run: Run) -> str:
             if ended or _due(progress.step, settings.eval.every):
                 measure(run, report)
             if why or ended or _due(progress.step, settings.run.save_every):
-                save_checkpoint(run.folder, run.model, run.optimizer, progress, settings.run.keep)
+                saver.save(run.model, run.optimizer, progress)
+        saver.wait()
         report.say(
             f"{'finished' if why == 'finished' else 'stopped'} after step {progress.step}; state is in {run.folder}"
         )
@@ -141,12 +144,13 @@ def _open_report(run: Run) -> Report:
     )
 
 
-def _guarded_step(run: Run, report: Report) -> None:
+def _guarded_step(run: Run, report: Report, saver: Saver) -> None:
     try:
         _step_and_report(run, report)
     except guard.Stopped as stop:
         if stop.saves:
-            save_checkpoint(run.folder, run.model, run.optimizer, run.progress, run.settings.run.keep)
+            saver.save(run.model, run.optimizer, run.progress)
+            saver.wait()
         report.end(run.progress, "stopped by the guard")
         raise
 

@@ -6,29 +6,31 @@ runs/NAME/
   checkpoints/step-00000200/  model.safetensors, optimizer.safetensors, config.json, state.json
 
 A checkpoint is written beside its place and renamed when every byte is on disk, so a killed run leaves either a whole
-one or a folder that begins with a dot and is swept away by the next. Tensors carry Soli's parameter names.
+one or a folder that begins with a dot and is swept away by the next. Tensors carry Soli's parameter names, moments
+`<parameter>|<moment>`, whichever process holds which piece. `saver` writes, this module names and reads.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
+from torch import Tensor
 
-from soli.checkpoint.writer import write_json
 from soli.config import load_config
 from soli.errors import SoliError
 from soli.model.transformer import Transformer
 from soli.train.optimizer import Optimizer
 
-RNG = "torch_rng"
+if TYPE_CHECKING:
+    from soli.train.storage import Reader
+
+RNG, CUDA_RNG = "torch_rng", "cuda_rng"  # of process 0; of process n with .n behind
 
 
 @dataclass
@@ -81,52 +83,33 @@ def read_progress(checkpoint: Path) -> Progress:
         ) from None
 
 
-def save_checkpoint(run: Path, model: Transformer, optimizer: Optimizer, progress: Progress, keep: int) -> Path:
-    """Write the state after `progress.step` steps, then drop all but the `keep` latest, the best and stages' ends."""
-    folder = run / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    for unfinished in folder.glob(".step-*"):
-        shutil.rmtree(unfinished)
-    final = folder / f"step-{progress.step:08d}"
-    draft = folder / f".{final.name}"
-    draft.mkdir()
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        del state["lm_head.weight"]
-    moments = {name: tensor.contiguous() for name, tensor in optimizer.state().items()}
-    save_file(state, draft / "model.safetensors")
-    save_file({**moments, RNG: torch.get_rng_state()}, draft / "optimizer.safetensors")
-    write_json(draft / "config.json", model.config.to_dict())
-    write_json(draft / "state.json", dataclasses.asdict(progress))
-    for file in draft.iterdir():
-        _flush(file)
-    if final.exists():
-        shutil.rmtree(final)
-    draft.rename(final)
-    _flush(folder)
-    _prune(run, keep)
-    return final
-
-
 def load_checkpoint(checkpoint: Path, model: Transformer, optimizer: Optimizer) -> Progress:
-    """Put model, optimizer and random state back as they were; SoliError names the file that does not fit."""
-    load_weights(checkpoint, model)
-    moments = _read(checkpoint / "optimizer.safetensors")
-    torch.set_rng_state(moments.pop(RNG))
-    optimizer.load_state(moments)
+    """Put model, optimizer and random state back as they were; SoliError names the tensor that does not fit.
+
+    Any number of processes may have saved. One that had no counterpart then takes the random state of the first.
+    """
+    from soli.train.storage import Reader, load  # torch.distributed.checkpoint takes seconds to import
+
+    reader = Reader(checkpoint, ("model", "optimizer"))
+    weights = _weights(reader, model)
+    moments = {f"optimizer/{name}": room for name, room in _moments(reader, optimizer).items()}
+    draws = {name: torch.empty(reader.tensors[name].size, dtype=torch.uint8) for name in _draws(reader, model)}
+    load(reader, weights | moments | draws)
+    optimizer.load_state({name.removeprefix("optimizer/"): tensor for name, tensor in moments.items()})
+    for name, draw in draws.items():
+        if name.startswith(f"optimizer/{RNG}"):
+            torch.set_rng_state(draw)
+        else:
+            torch.cuda.set_rng_state(draw, model.embed_tokens.weight.device)
     return read_progress(checkpoint)
 
 
 def load_weights(checkpoint: Path, model: Transformer) -> None:
     """Fill a model's parameters and router biases (fp32) from a checkpoint."""
-    file = checkpoint / "model.safetensors"
-    tensors = _read(file)
-    if model.config.tie_word_embeddings:
-        tensors["lm_head.weight"] = tensors["embed_tokens.weight"]
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise SoliError(f"{file} does not fit the recipe's model: {str(error).splitlines()[-1].strip()}") from None
+    from soli.train.storage import Reader, load
+
+    reader = Reader(checkpoint, ("model",))
+    load(reader, _weights(reader, model))
 
 
 def load_run(run: Path) -> Transformer:
@@ -139,27 +122,77 @@ def load_run(run: Path) -> Transformer:
     return model
 
 
-def _prune(run: Path, keep: int) -> None:
+def prune(run: Path, keep: int) -> None:
+    """Drop all checkpoints but the `keep` latest, the best and stages' ends; none is half there under its name."""
     found = checkpoints(run)
     kept = {*found[-keep:], *stage_ends(found), best_checkpoint(run)}
     for old in found:
         if old not in kept:
-            shutil.rmtree(old)
+            remove(old)
 
 
-def _read(file: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise SoliError(
-            f"{file} cannot be read ({error}); remove this checkpoint to resume from the one before"
-        ) from None
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint; killed half-way, it leaves a folder that begins with a dot, as an unfinished save does."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.old")
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden)
 
 
-def _flush(path: Path) -> None:
-    """Bring a file, or a folder's list of names, to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def sweep(run: Path) -> None:
+    """Remove what killed runs left unfinished."""
+    for unfinished in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(unfinished)
+
+
+def model_state(model: Transformer) -> dict[str, Tensor]:
+    """The model's tensors as `model/name`, parameters and persistent buffers; a tied head is left to the embedding."""
+    state = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del state["model/lm_head.weight"]
+    return state
+
+
+def run_state(model: Transformer, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Everything but the progress, by full name: the model, the optimizer's moments, this process's random state."""
+    state = model_state(model) | {f"optimizer/{name}": tensor for name, tensor in optimizer.state().items()}
+    state[f"optimizer/{RNG}{_rank_suffix()}"] = torch.get_rng_state()
+    device = model.embed_tokens.weight.device
+    if device.type == "cuda":
+        state[f"optimizer/{CUDA_RNG}{_rank_suffix()}"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _weights(reader: Reader, model: Transformer) -> dict[str, Tensor]:
+    state = model_state(model)
+    for name in reader.tensors:
+        if name.startswith("model/") and name not in state:
+            raise SoliError(f"{reader.folder} has {name}, which the recipe's model lacks")
+    return state
+
+
+def _moments(reader: Reader, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Room for every moment of the checkpoint: a piece of it where the parameter is one, else the whole, on the CPU."""
+    from torch.distributed.tensor import DTensor
+
+    parameters, room = {name: p for p, name in optimizer.names.items()}, {}
+    for full, found in reader.tensors.items():
+        part, _, name = full.partition("/")
+        if part == "optimizer" and not name.startswith((RNG, CUDA_RNG)):
+            p = parameters.get(name.rpartition("|")[0])
+            if isinstance(p, DTensor) and p.shape == found.size:
+                room[name] = torch.empty_like(p, dtype=found.properties.dtype)
+            else:
+                room[name] = torch.empty(found.size, dtype=found.properties.dtype)
+    return room
+
+
+def _draws(reader: Reader, model: Transformer) -> list[str]:
+    """Full names of the random states that this process takes up."""
+    kinds = (RNG, CUDA_RNG) if model.embed_tokens.weight.device.type == "cuda" else (RNG,)
+    candidates = ((f"optimizer/{kind}{_rank_suffix()}", f"optimizer/{kind}") for kind in kinds)
+    return [next(name for name in pair if name in reader.tensors) for pair in candidates if pair[1] in reader.tensors]
+
+
+def _rank_suffix() -> str:
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return f".{rank}" if rank else ""

@@ -2,12 +2,12 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from resource import RLIMIT_FSIZE
 
 import pytest
 import torch
@@ -18,25 +18,9 @@ from soli.cli import main
 from soli.errors import SoliError
 from soli.train import loop
 from soli.train.loop import take_step, train
-from soli.train.settings import as_recipe
 from soli.train.setup import prepare
-from soli.train.state import best_checkpoint, checkpoints, load_run, read_progress
-from tests.train.toy import RECIPE, settings, write_data
-
-ROOT = Path(__file__).parents[2]
-
-# A run in a process of its own, to be killed; sys.argv[1] holds recipe, data folder and run folder.
-CHILD = """
-import json, sys, torch
-from pathlib import Path
-from soli.train.loop import train
-from soli.train.settings import read_settings
-from soli.train.setup import prepare
-
-torch.set_num_threads(1)
-recipe, data, run = json.loads(sys.argv[1])
-train(prepare(read_settings(recipe), {}, Path(data), Path(run)))
-"""
+from soli.train.state import best_checkpoint, checkpoints, load_run, load_weights, read_progress
+from tests.train.toy import RECIPE, settings, tiny_model, write_data
 
 
 @pytest.fixture(scope="module")
@@ -103,24 +87,37 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path, data, optimizer, schedule, 
     assert_equal_state(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_a_killed_run_resumes_bit_for_bit(tmp_path, data):
-    wanted = settings(run={"save_every": 2}, schedule={"constant_tokens": 128 * 30})
-    arguments = json.dumps([as_recipe(wanted, {}), str(data), str(tmp_path / "cut")])
-    process = subprocess.Popen([sys.executable, "-c", CHILD, arguments], cwd=ROOT, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while len(checkpoints(tmp_path / "cut")) < 2 and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    assert 0 < read_progress(checkpoints(tmp_path / "cut")[-1]).step < 30
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # bit for bit holds at one number of threads
+def test_a_save_that_fails_ends_the_run_and_older_checkpoints_stay(tmp_path, data, monkeypatch):
+    run, limits, taken = prepare(settings(run={"keep": 1}), {}, data, tmp_path), resource.getrlimit(RLIMIT_FSIZE), []
+
+    def step_on_a_full_disk(run):
+        taken.append(take_step(run))
+        if len(taken) == 5:  # the first checkpoint is due at step 4, the second at 8
+            while not checkpoints(tmp_path):
+                time.sleep(0.01)
+            resource.setrlimit(RLIMIT_FSIZE, (50_000, limits[1]))
+        return taken[-1]
+
+    monkeypatch.setattr(loop, "take_step", step_on_a_full_disk)
     try:
-        train(prepare(wanted, {}, data, tmp_path / "cut"))
-        train(prepare(wanted, {}, data, tmp_path / "whole"))
+        with pytest.raises(SoliError, match=r"step-00000008 could not be written \(File too large\)"):
+            train(run)
     finally:
-        torch.set_num_threads(threads)
-    assert_equal_state(tmp_path / "whole", tmp_path / "cut")
+        resource.setrlimit(RLIMIT_FSIZE, limits)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
+    monkeypatch.undo()
+    assert train(prepare(settings(), {}, data, tmp_path)) == "finished"
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path, data):
+    train(prepare(settings(), {}, data, tmp_path))
+    last = checkpoints(tmp_path)[-1]
+    with pytest.raises(SoliError, match=r"model/.* is of shape"):
+        load_weights(last, tiny_model(hidden_size=16))
+    with pytest.raises(SoliError, match=r"has no model/layers\.2\."):
+        load_weights(last, tiny_model(num_hidden_layers=3))
+    with pytest.raises(SoliError, match=r"has model/mtp\.0\..*, which the recipe's model lacks"):
+        load_weights(last, tiny_model(num_nextn_predict_layers=0))
 
 
 def test_a_half_written_checkpoint_is_ignored_and_swept_away(tmp_path, data):

@@ -6,8 +6,9 @@ import torch
 import soli
 from soli.train.balance import step_bias
 from soli.train.loop import take_step
+from soli.train.saver import Saver
 from soli.train.setup import prepare
-from soli.train.state import load_run, save_checkpoint
+from soli.train.state import load_run
 from tests.train.toy import settings, tiny_model, write_data
 
 
@@ -27,7 +28,8 @@ def test_in_checkpoint_and_export(tmp_path, format):
         take_step(run)
         for _, layer in run.model.moe_layers():  # near the released biases, where bf16 could not tell 5.001 from 5
             layer.gate.e_score_correction_bias.add_(0.5)
-    save_checkpoint(run.folder, run.model, run.optimizer, run.progress, keep=1)
+    with Saver(run.folder, keep=1) as saver:
+        saver.save(run.model, run.optimizer, run.progress)
     soli.save_model(load_run(run.folder), tmp_path / "export", format=format, tokenizer_from=run.folder)
     exported = soli.load_model(tmp_path / "export")
     pairs = zip(run.model.moe_layers(), exported.moe_layers(), strict=True)
