@@ -63,7 +63,7 @@ def plan_run(
     """
     wanted = settings.run.precision
     precision = wanted if wanted != "auto" else precision or "bf16"
-    phases = (*_pretraining(settings), *_extension(settings))
+    phases = planned_phases(settings)
     whole, main = count(settings.model, mtp=True).total, count(settings.model)
     operations = sum(phase.tokens * training_flops(settings, phase.sequence_length) for phase in phases)
     papers = main.total == PAPER_PARAMETERS and settings.schedule.total_tokens == PAPER_TOKENS
@@ -80,6 +80,11 @@ def plan_run(
         gpu_hours=operations / (mfu * device_tflops * 1e12) / 3600,
         paper_gpu_hours=PAPER_GPU_HOURS if papers else None,
     )
+
+
+def planned_phases(settings: TrainSettings) -> tuple[PlannedPhase, ...]:
+    """Every stretch of the run in order: pretraining's, then the extension's."""
+    return (*_pretraining(settings), *_extension(settings))
 
 
 def training_flops(settings: TrainSettings, length: int) -> int:
