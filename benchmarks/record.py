@@ -159,7 +159,8 @@ def _ratio(soli: Sequence[float], peer: Sequence[float], better: int) -> float:
 
 
 def hardware() -> dict[str, Any]:
-    """The machine, the versions, the commit and the day, as every result begins."""
+    """The machine, the versions, the commit and the day, as every result begins. Where the tree travels without its
+    history, the commit is what SOLI_COMMIT says."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     names = [line.split(":")[1] for line in lines if "model name" in line]
@@ -171,7 +172,7 @@ def hardware() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": version("torch"),
         "transformers": version("transformers"),
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("SOLI_COMMIT", ""),
         "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
         "date": datetime.date.today().isoformat(),
     }

@@ -1,0 +1,120 @@
+"""Kernels at the shapes that FlashMLA and DeepGEMM publish, as shares of ceilings measured in the same run.
+
+mla decode    one absorbed query per sequence over a bf16 latent cache, 128 heads of 576/512: bytes and FLOPs
+              (FlashMLA: 3,000 GB/s where memory bounds it, 660 TFLOP/s where arithmetic does, H800)
+mla prefill   causal attention with keys of 192 and values of 128, by each of torch's backends
+              (FlashAttention 4: 634 TFLOP/s, H100)
+fp8 gemm      1x128 by 128x128 scales, quantised beforehand (DeepGEMM: up to 1,550 TFLOP/s, H800)
+fp8 experts   the same for contiguous groups, one per expert; and what quantising the input costs
+
+python benchmarks/gpu/kernels.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import chip
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from soli.kernels import fp8_cuda, fp8_operands
+from soli.model.attention import attend
+
+GEMM = [(2112, 7168), (24576, 1536), (7168, 16384), (4096, 7168), (7168, 2048)]  # N, K of V3's layers
+GROUPS = [(4, 8192, 4096, 7168), (4, 8192, 7168, 2048), (8, 4096, 4096, 7168), (8, 4096, 7168, 2048)]
+BF16 = torch.bfloat16
+
+
+def mla_decode(batch: int, context: int, heads: int, repeats: int) -> dict[str, Any]:
+    at = chip.device()
+    query = torch.randn(batch, 1, heads, 576, device=at, dtype=BF16)
+    latent = torch.randn(batch, 1, context, 576, device=at, dtype=BF16)
+    seen = torch.ones(batch, 1, 1, context, dtype=torch.bool, device=at)
+    took = chip.seconds(lambda: attend(query, latent, latent[..., :512], seen, 0.135), repeats)
+    bytes_, flops = latent.nbytes, 2 * batch * heads * context * (576 + 512)
+    return {"ms": took * 1e3, "gb_s": bytes_ / took / 1e9, "tflops": flops / took / 1e12}
+
+
+def mla_prefill(backend: SDPBackend, pad: bool, batch: int, length: int, heads: int, repeats: int) -> dict[str, Any]:
+    """Forward and forward with backward; `pad`: values filled up to the keys' width, for backends that want it."""
+    at = chip.device()
+    q, k, v = (
+        torch.randn(batch, heads, length, width, device=at, dtype=BF16, requires_grad=True) for width in (192, 192, 128)
+    )
+    up = torch.randn(batch, heads, length, 128, device=at, dtype=BF16)
+
+    def forward() -> torch.Tensor:
+        values = F.pad(v, (0, 64)) if pad else v
+        return F.scaled_dot_product_attention(q, k, values, is_causal=True)[..., :128]
+
+    with sdpa_kernel(backend):
+        with torch.no_grad():
+            ahead = chip.seconds(forward, repeats)
+        both = chip.seconds(lambda: torch.autograd.grad(forward(), (q, k, v), up), repeats)
+    flops = batch * heads * length**2 * (192 + 128)  # causal: half of 2 * 2
+    backward = batch * heads * length**2 * (3 * 192 + 2 * 128)
+    return {"forward_ms": ahead * 1e3, "forward_tflops": flops / ahead / 1e12,
+            "both_ms": both * 1e3, "both_tflops": (flops + backward) / both / 1e12}  # fmt: skip
+
+
+def fp8_gemm(m: int, n: int, k: int, repeats: int) -> dict[str, Any]:
+    at = chip.device()
+    x, w = torch.randn(m, k, device=at, dtype=BF16), torch.randn(n, k, device=at)
+    a, b = fp8_operands.tiles(x), fp8_operands.blocks(w)
+    took = chip.seconds(lambda: fp8_operands.product(a, b, BF16), repeats)
+    packing = chip.seconds(lambda: fp8_operands.tiles(x), repeats)
+    wide = w.to(BF16)
+    bf16 = chip.seconds(lambda: F.linear(x, wide), repeats)
+    bytes_ = m * k + n * k + 2 * m * n
+    return {"ms": took * 1e3, "tflops": 2 * m * n * k / took / 1e12, "gb_s": bytes_ / took / 1e9,
+            "quantise_x_gb_s": 3 * m * k / packing / 1e9, "bf16_ms": bf16 * 1e3}  # fmt: skip
+
+
+def fp8_experts(groups: int, m: int, n: int, k: int, repeats: int) -> dict[str, Any]:
+    from soli.kernels import fp8_triton
+
+    at = chip.device()
+    ids = torch.arange(groups, device=at).repeat_interleave(m)[:, None]
+    plan = fp8_cuda.plan_rows(ids, groups)
+    x, w = torch.randn(plan.rows, k, device=at, dtype=BF16), torch.randn(groups, n, k, device=at)
+    a, b = fp8_operands.tiles(x), fp8_operands.blocks(w)
+    grouped = chip.seconds(
+        lambda: fp8_triton.grouped(a.codes_MK, a.scale, b.codes_MK, b.scale, plan.expert_tile, BF16), repeats
+    )
+    g, xt = fp8_operands.tiles(torch.randn(plan.rows, n, device=at, dtype=BF16), turned=True), fp8_operands.retiled(a)
+    weights = chip.seconds(
+        lambda: fp8_triton.by_expert(g.codes_MK, g.scale, xt.codes_MK, xt.scale, plan.first_tile, torch.float32),
+        repeats,
+    )
+    flops, wide = 2 * groups * m * n * k, w.to(BF16)
+    ends = torch.arange(1, groups + 1, device=at, dtype=torch.int32) * m
+    bf16 = chip.seconds(lambda: F.grouped_mm(x[: groups * m], wide.transpose(1, 2), offs=ends), repeats)
+    return {"tflops": flops / grouped / 1e12, "weight_gradient_tflops": flops / weights / 1e12,
+            "bf16_grouped_mm_tflops": flops / bf16 / 1e12}  # fmt: skip
+
+
+def main() -> None:
+    arguments = chip.parser(__doc__).parse_args()
+    tiny, repeats = arguments.tiny, 2 if arguments.tiny else 30
+    chip.require_gpu(tiny)
+    rows = []
+    for batch, context in [(2, 128)] if tiny else [(1, 4096), (32, 4096), (128, 4096), (128, 8192)]:
+        rows.append(chip.attempt(f"mla decode, batch {batch}, context {context}",
+                                 lambda b=batch, s=context: mla_decode(b, s, 4 if tiny else 128, repeats)))  # fmt: skip
+    shape = (1, 64, 2) if tiny else (2, 4096, 128)
+    for backend, pad in [(SDPBackend.FLASH_ATTENTION, True), (SDPBackend.CUDNN_ATTENTION, False),
+                         (SDPBackend.EFFICIENT_ATTENTION, False)]:  # fmt: skip
+        rows.append(chip.attempt(f"mla prefill 192/128, {backend.name.lower()}{', padded' if pad else ''}",
+                                 lambda b=backend, p=pad: mla_prefill(b, p, *shape, repeats)))  # fmt: skip
+    for m in [128] if tiny else [64, 128, 4096]:
+        for n, k in [(256, 128)] if tiny else GEMM:
+            rows.append(chip.attempt(f"fp8 gemm {m} x {n} x {k}", lambda s=(m, n, k): fp8_gemm(*s, repeats)))
+    for shape4 in [(2, 128, 256, 128)] if tiny else GROUPS:
+        rows.append(chip.attempt(f"fp8 experts {shape4}", lambda s=shape4: fp8_experts(*s, repeats)))
+    chip.finish("kernels", arguments, {"ceilings": chip.ceilings(tiny), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
