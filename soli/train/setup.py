@@ -7,6 +7,7 @@ the data, or data that were built anew since it began.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,8 @@ def prepare(settings: TrainSettings, data: dict[str, Any], data_folder: Path, ru
 
     `data` is the recipe's section of that name, kept for the record. SoliError when data, model and run do not fit.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SoliError("soli train runs on one device; start it without torchrun, or with WORLD_SIZE unset")
     device = choose_device(settings.run.device)
     compute = choose_precision(settings.run.precision, device)
     tokenizer = _open_tokenizer(data_folder, settings)

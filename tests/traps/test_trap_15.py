@@ -1,0 +1,50 @@
+"""Trap 15: a checkpoint holds all experts, step, tokens, random state, biases, data position and phase of the schedule;
+resuming is bit-identical on a CPU; another world size is refused.
+
+Here the state itself; whole runs, stopped in every stage and between them, are in tests/train/test_stages.py.
+"""
+
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from soli.errors import SoliError
+from soli.train.loop import take_step, train
+from soli.train.setup import prepare
+from tests.train.test_stages import extended
+from tests.train.toy import write_data
+
+
+@pytest.mark.parametrize("steps", [2, 6])  # in pretraining, in the first extension phase
+def test_everything_comes_back(tmp_path, steps):
+    data, wanted = write_data(tmp_path / "data"), extended(run={"max_minutes": 1e-9})
+    for _ in range(steps):  # each sitting ends after its first step
+        run = prepare(wanted, {}, data, tmp_path / "run")
+        torch.manual_seed(run.progress.step + 99)
+        assert train(run) == "time"
+    random = torch.get_rng_state()
+    back = prepare(wanted, {}, data, tmp_path / "run")
+    assert torch.equal(torch.get_rng_state(), random)
+    assert asdict(back.progress) == asdict(run.progress)
+    progress = back.progress
+    assert (progress.step, progress.stage, progress.position) == ((2, 0, 16) if steps == 2 else (6, 1, 4))
+    assert progress.tokens == (256 if steps == 2 else 768) and len(progress.losses) == 2  # of the stage, for the guard
+    for one, other in (
+        (run.model.state_dict(), back.model.state_dict()),
+        (run.optimizer.state(), back.optimizer.state()),
+    ):
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    biases = [layer.gate.e_score_correction_bias for _, layer in back.model.moe_layers()]
+    assert all(bias.any() for bias in biases) and {"layers.1.mlp.experts.down_proj"} <= back.model.state_dict().keys()
+    assert back.model.config == run.model.config
+    first, second = take_step(run), take_step(back)
+    assert (first.loss, first.norm, first.rate) == (second.loss, second.norm, second.rate)
+    assert torch.equal(first.counts_LE, second.counts_LE)
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SoliError, match="runs on one device; start it without torchrun"):
+        prepare(extended(), {}, write_data(tmp_path / "data"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
