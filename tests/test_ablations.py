@@ -1,7 +1,9 @@
 """The ablations: arms that are equal where they say so, runs that go on where they stopped, two steps of one arm."""
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +12,7 @@ from tests.train.toy import write_data
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-from ablations import arms, run
+from ablations import arms, run, summary
 
 TOKENS = 409_600
 
@@ -59,3 +61,53 @@ def test_the_dry_run_lists_the_arms(capsys: pytest.CaptureFixture[str]) -> None:
         "no-mtp",
         "no-mtp-more",
     ]
+
+
+def finished(arm: str, seed: int, loss: float, **more: float) -> dict[str, Any]:
+    """A line as run.py leaves it."""
+    return {"arm": arm, "seed": seed, "budget": TOKENS, "commit": "c", "loss": loss, "bits_per_byte": loss / 2, **more}
+
+
+def test_arms_are_compared_seed_by_seed() -> None:
+    # Seeds far apart, arms close by: only pairs can tell them.
+    lines = [finished("dense", seed, loss) for seed, loss in ((0, 4.0), (1, 5.0), (2, 6.0))]
+    lines += [finished("baseline", seed, loss) for seed, loss in ((2, 5.8), (1, 4.9), (0, 3.7))]
+    lines += [finished("baseline", 0, 99.0) | {"budget": 1}]
+    experiment = summary.summarise(summary.by_arm(lines, TOKENS))["a"]
+    assert list(experiment["arms"]) == ["dense", "baseline"] and "loss_less_first" not in experiment["arms"]["dense"]
+    found = experiment["arms"]["baseline"]
+    assert found["loss"]["mean"] == pytest.approx(4.8) and found["loss"]["deviation"] == pytest.approx(1.0536, abs=1e-4)
+    pairs = found["loss_less_first"]
+    assert pairs["mean"] == pytest.approx(-0.2) and pairs["interval"] == pytest.approx(4.303 * 0.1 / 3**0.5)
+    assert "train_violation" not in found
+
+
+def test_one_seed_has_no_interval_and_unpaired_seeds_no_difference() -> None:
+    lines = [finished("dense", 0, 4.0), finished("baseline", 1, 3.0)]
+    found = summary.summarise(summary.by_arm(lines, TOKENS))["a"]["arms"]["baseline"]
+    assert found["loss"] == {"mean": 3.0, "deviation": None, "interval": None, "seeds": 1}
+    assert "loss_less_first" not in found
+
+
+def test_the_summary_writes_tables_json_and_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(summary.record, "RESULTS", tmp_path)
+    for number, arm in enumerate(arms.ARMS):
+        for seed in range(3):
+            load = {} if arm == "dense" else {"train_violation": 0.5, "heldout_violation": 1.5, "heldout_idle": 2}
+            run.add_line(tmp_path / "lines.jsonl", finished(arm, seed, 5 + 0.1 * number + 0.01 * seed, **load))
+    summary.main(["--finished", str(tmp_path / "lines.jsonl"), "--picture", str(tmp_path / "e.png")])
+    result = json.loads((tmp_path / "ablations.json").read_text())
+    assert result["hardware"]["commit"] == "c" and len(result["runs"]) == 33
+    assert result["arms"]["no-mtp-more"]["flops"] == pytest.approx(result["arms"]["baseline"]["flops"], rel=0.01)
+    assert [len(one["arms"]) for one in result["experiments"].values()] == [2, 3, 3, 3, 5]
+    row = "| neither bias nor auxiliary loss | 5.310 ± 0.025 | +0.100 ± 0.000 | 2.655 | 0.50 / 1.50 | – / 2.0 | – |"
+    assert row in capsys.readouterr().out
+    assert (tmp_path / "e.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_runs_are_no_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        summary.main(["--finished", str(tmp_path / "none.jsonl")])
+    assert "train with run.py first" in capsys.readouterr().err

@@ -2,10 +2,11 @@
 
 A seed fixes the first weights' draw and the order of the data, so that arms of one seed read the same windows. Runs
 that the file of lines already holds are left out, so the same command goes on where an earlier one was stopped. Needs
-the data of the recipe nano-zh-en (soli data build nano-zh-en); a quarter of the run is about a minute on one core.
+the data of the recipe nano-zh-en (soli data build nano-zh-en). A run takes a minute or two on one core.
 
     python benchmarks/ablations/run.py --all --dry-run
     python benchmarks/ablations/run.py --experiment a --experiment e --data data/nano-zh-en --seeds 3
+    python benchmarks/ablations/summary.py
 """
 
 from __future__ import annotations
