@@ -17,7 +17,7 @@ from soli.train.settings import TrainSettings
 PAPER_GPU_HOURS = 2_664_000  # H800, pretraining of DeepSeek-V3 without extension: arXiv 2412.19437, table 1
 PAPER_TOKENS, PAPER_PARAMETERS = 14_800_000_000_000, 671_026_419_200  # what those hours bought
 # Of a CPU core's rate on a recipe's largest matrix products, what a whole training step of nano-zh-en reaches: medians
-# of 5 and 4 rounds in turns on one thread of an EPYC, torch 2.13. Larger layers spend less time between products.
+# of 4 rounds after one left out, processor time, one thread of an EPYC, torch 2.13. Not measured at any other shape.
 STEP_SHARE = {"bf16": 0.38, "fp32": 0.62}
 RECOMPUTED = 4 / 3  # passes with activation checkpointing over passes without
 
