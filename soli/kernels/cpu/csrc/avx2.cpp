@@ -59,8 +59,11 @@ struct Fp8 {
         const __m256i code = eight_bytes(row.weight + k), magnitude = _mm256_and_si256(code, _mm256_set1_epi32(127));
         const __m256i sign = _mm256_slli_epi32(_mm256_andnot_si256(_mm256_set1_epi32(127), code), 24);
         const __m256i nan = _mm256_cmpeq_epi32(magnitude, _mm256_set1_epi32(127));
-        // The seven bits lie like the head of a float32 whose exponent is 120 too small; 127 is NaN.
-        __m256 value = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(magnitude, 20)), _mm256_set1_ps(0x1p120f));
+        // The seven bits lie like the head of a float32 with another bias; below 8 they are a whole number of 2^-9.
+        const __m256i normal = _mm256_add_epi32(_mm256_slli_epi32(magnitude, 20), _mm256_set1_epi32(120 << 23));
+        const __m256 small = _mm256_mul_ps(_mm256_cvtepi32_ps(magnitude), _mm256_set1_ps(0x1p-9f));
+        const __m256i is_small = _mm256_cmpgt_epi32(_mm256_set1_epi32(8), magnitude);
+        __m256 value = _mm256_blendv_ps(_mm256_castsi256_ps(normal), small, _mm256_castsi256_ps(is_small));
         value = _mm256_or_ps(value, _mm256_castsi256_ps(_mm256_or_si256(sign, nan)));
         float scale;
         __builtin_memcpy(&scale, row.scale + k / 128 * 4, 4);

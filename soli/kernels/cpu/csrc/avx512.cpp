@@ -49,8 +49,11 @@ struct Fp8 {
         const __m512i magnitude = _mm512_and_si512(code, _mm512_set1_epi32(127));
         const __m512i sign = _mm512_slli_epi32(_mm512_andnot_si512(_mm512_set1_epi32(127), code), 24);
         const __mmask16 nan = _mm512_cmpeq_epi32_mask(magnitude, _mm512_set1_epi32(127));
-        // The seven bits lie like the head of a float32 whose exponent is 120 too small; 127 is NaN.
-        __m512 value = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(magnitude, 20)), _mm512_set1_ps(0x1p120f));
+        // The seven bits lie like the head of a float32 with another bias; below 8 they are a whole number of 2^-9.
+        const __m512i normal = _mm512_add_epi32(_mm512_slli_epi32(magnitude, 20), _mm512_set1_epi32(120 << 23));
+        const __m512 small = _mm512_mul_ps(_mm512_cvtepi32_ps(magnitude), _mm512_set1_ps(0x1p-9f));
+        const __mmask16 is_small = _mm512_cmplt_epi32_mask(magnitude, _mm512_set1_epi32(8));
+        __m512 value = _mm512_mask_mov_ps(_mm512_castsi512_ps(normal), is_small, small);
         value = _mm512_mask_mov_ps(_mm512_or_ps(value, _mm512_castsi512_ps(sign)), nan, _mm512_set1_ps(__builtin_nanf("")));
         float scale;
         __builtin_memcpy(&scale, row.scale + k / 128 * 4, 4);

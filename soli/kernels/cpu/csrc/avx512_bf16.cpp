@@ -173,7 +173,10 @@ inline void step(const Row* row, int64_t k, int64_t left, const uint16_t* x, int
 
 template <class D, int R, int N>
 void tile(const Row* row, const Layout& layout, const uint16_t* x, int64_t x_stride, float* y, int64_t y_stride) {
-    const int64_t I = layout.I, whole = I / D::CHUNK * D::CHUNK, ahead = layout.row_bytes() * R;
+    const int64_t I = layout.I, whole = I / D::CHUNK * D::CHUNK;
+    // What is asked for ahead: the next band of rows, or with short rows the one after it, so that it comes in time.
+    const int64_t bands = layout.row_bytes() < 1024 ? 2 : 1, ahead = layout.row_bytes() * bands * R;
+    for (int r = 0; D::SCALED && r < R; r++) prefetch_line<64>(row[r].scale, 0, layout.scale_bytes() * bands * R);
     __m512 sum[R][N];
     for (int r = 0; r < R; r++)
         for (int n = 0; n < N; n++) sum[r][n] = _mm512_setzero_ps();

@@ -64,8 +64,9 @@ struct Fp8 {
         const float scale = float_at(row.scale, k / 128);
         for (int i = 0; i < STEP; i++) {
             const uint32_t code = row.weight[k + i], magnitude = code & 127;
-            // The seven bits lie like the head of a float32 whose exponent is 120 too small; 127 is NaN.
-            const float value = magnitude == 127 ? __builtin_nanf("") : as_float(magnitude << 20) * 0x1p120f;
+            // The seven bits lie like the head of a float32 with another bias; below 8 they are a whole number of 2^-9.
+            const float number = magnitude < 8 ? magnitude * 0x1p-9f : as_float((magnitude << 20) + (120u << 23));
+            const float value = magnitude == 127 ? __builtin_nanf("") : number;
             out->lane[i] = (code & 128 ? -value : value) * scale;
         }
     }
