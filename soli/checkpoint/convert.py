@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from soli.checkpoint.load import open_checkpoint
 from soli.checkpoint.name_map import Slot
 from soli.checkpoint.reader import Checkpoint
-from soli.checkpoint.writer import SIDE_FILES, Progress, Target, files_beside, write
+from soli.checkpoint.writer import SIDE_FILES, Encoded, Progress, Target, files_beside, write
 from soli.errors import SoliError
 from soli.formats import fp8
 
@@ -32,28 +31,35 @@ def convert_checkpoint(
     included.
 
     FP8 to FP8 keeps codes and scales bit for bit, unless `ue8m0` asks for powers of two that the scales are not.
-    Memory: one tensor. Raises SoliError naming file and tensor; nothing is left at `folder` then.
+    int8 and int4 are made from high precision or FP8, and turn into bf16 or fp32 alone: packed twice they would lose
+    twice. Memory: one tensor. Raises SoliError naming file and tensor; nothing is left at `folder` then.
     """
     checkpoint = open_checkpoint(source)
+    if checkpoint.packed_dtypes & {"I8", "U8"} and target.format not in ("bf16", "fp32"):
+        raise SoliError(
+            f"{source}: its weights are packed as integers already and would lose precision again as {target.format}; "
+            "convert the folder that it was made from"
+        )
     wanted = [slot for slot in checkpoint.slots if checkpoint.holds(slot)]
 
-    def fetch(slot: Slot) -> Tensor | fp8.Packed:
+    def fetch(slot: Slot) -> Encoded:
         return _fetch(checkpoint, slot, target)
 
     side_files = files_beside(checkpoint.folder, SIDE_FILES)
     written = write(Path(folder), checkpoint.config, wanted, target, fetch, side_files, progress)
     read = sum(entry.end - entry.start for entry in checkpoint.entries.values())
-    return Conversion(len(wanted), read, written, checkpoint.notes)
+    left = [f"{name} stays bf16: no group of 32, 64 or 128 divides its inputs" for name in target.left(wanted)]
+    return Conversion(len(wanted), read, written, [*checkpoint.notes, *left])
 
 
-def _fetch(checkpoint: Checkpoint, slot: Slot, target: Target) -> Tensor | fp8.Packed:
+def _fetch(checkpoint: Checkpoint, slot: Slot, target: Target) -> Encoded:
     packed = checkpoint.packed(slot)
     if packed is None:
         values = checkpoint.stored(slot.name)
     elif not target.packs(slot):
         return checkpoint.values(slot, target.dtype(slot))
-    elif not target.ue8m0 or fp8.is_ue8m0(packed.scale_PQ):
-        return fp8.Packed(packed.codes_OI, packed.scale_PQ.float())
+    elif target.format == "fp8" and packed.scale is not None and not (target.ue8m0 and not fp8.is_ue8m0(packed.scale)):
+        return fp8.Packed(packed.weight, packed.scale)
     else:
         values = checkpoint.values(slot, torch.float32)
     try:

@@ -24,6 +24,8 @@ class Kind(Enum):
 
 
 SCALE_SUFFIX: Final = "_scale_inv"  # q_a_proj.weight -> q_a_proj.weight_scale_inv
+GROUP_SCALE_SUFFIX: Final = "_scale"  # of int8 and int4
+HEAD: Final = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,16 @@ class Slot:
     def scale_name(self) -> str:
         """Name of the FP8 scales that lie beside this weight."""
         return self.name + SCALE_SUFFIX
+
+    @property
+    def group_scale_name(self) -> str:
+        """Name of the int8 or int4 scales that lie beside this weight."""
+        return self.name + GROUP_SCALE_SUFFIX
+
+    @property
+    def integer(self) -> bool:
+        """Whether int8 and int4 pack this weight: the linear ones, and a head that is not the embedding as well."""
+        return self.kind is Kind.LINEAR or self.soli == HEAD
 
 
 HIGH: Final = Kind.HIGH

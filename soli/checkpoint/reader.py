@@ -1,7 +1,7 @@
 """Open a Hugging Face folder: find its shards, check every tensor against the configuration, then read what is touched.
 
 Only `config.json`, the index and the headers are read to open, so 100 GB open as fast as 100 MB. Before the first
-value is used every tensor has the presence, shape and dtype that the configuration asks for, every FP8 weight its
+value is used every tensor has the presence, shape and dtype that the configuration asks for, every packed weight its
 scales, and the index agrees with the shards; the first thing that is wrong is an error naming file and tensor.
 Pickled files are never opened.
 
@@ -19,19 +19,17 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from soli.checkpoint.name_map import IGNORED, Kind, Slot, slots
+from soli.checkpoint.name_map import GROUP_SCALE_SUFFIX, IGNORED, Slot, slots
+from soli.checkpoint.packing import FORMAT, packed_dtypes, slot_problems
 from soli.checkpoint.shard import TORCH_DTYPE, Entry, Shard
-from soli.config import ModelConfig, load_config
+from soli.config import load_config
 from soli.errors import SoliError
 from soli.formats import fp8
+from soli.kernels import PackedWeight
 
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-
-FLOATS: Final = ("BF16", "F16", "F32")
-SCALES: Final = ("F32", "F8_E8M0")
-QUANTIZATION: Final = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [fp8.BLOCK, fp8.BLOCK]}
 
 
 class Checkpoint:
@@ -44,7 +42,7 @@ class Checkpoint:
         """
         self.folder = folder
         self.config = load_config(folder)
-        self.fp8 = _is_fp8(folder, self.config)
+        self.packed_dtypes = packed_dtypes(folder, self.config)
         self._shards = _open_shards(folder)
         self.entries = {name: entry for shard in self._shards.values() for name, entry in shard.entries.items()}
         self.notes: tuple[str, ...] = ()
@@ -70,23 +68,32 @@ class Checkpoint:
         """A tensor as it is in its file, mapped from disk and read-only."""
         return self._shards[self.entries[name].file].tensor(name)
 
-    def packed(self, slot: Slot) -> fp8.Packed | None:
-        """The FP8 codes and scales of a slot, mapped from disk; None when it is not FP8. The scales are checked."""
-        if self.entries[slot.name].dtype != "F8_E4M3":
+    def packed(self, slot: Slot) -> PackedWeight | None:
+        """A slot's codes and scales, mapped from disk; None when it is not packed. FP8 scales are read and checked."""
+        entry = self.entries[slot.name]
+        if entry.dtype not in FORMAT:
             return None
-        packed = fp8.Packed(self.stored(slot.name), self.stored(slot.scale_name))
+        codes = self.stored(slot.name)
+        if entry.dtype != "F8_E4M3":
+            scale = self.stored(slot.group_scale_name)
+            return PackedWeight(FORMAT[entry.dtype], codes, scale, slot.shape, slot.shape[1] // scale.shape[1])
+        scale = self.stored(slot.scale_name).float()
         try:
-            fp8.check(packed)
+            fp8.check(fp8.Packed(codes, scale))
         except SoliError as error:
             raise SoliError(f"{self.entries[slot.scale_name]}: {error}") from None
-        return packed
+        return PackedWeight("fp8", codes, scale, slot.shape, fp8.BLOCK)
 
     def values(self, slot: Slot, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-        """The values of a slot in `dtype` on `device`, dequantised if FP8. May be the read-only map itself."""
+        """The values of a slot in `dtype` on `device`, dequantised if packed. May be the read-only map itself."""
         packed = self.packed(slot)
         if packed is None:
             return self.stored(slot.name).to(device, dtype)
-        return fp8.unpack(fp8.Packed(packed.codes_OI.to(device), packed.scale_PQ.to(device)), dtype)
+        packed = packed.to(device)
+        if packed.format == "fp8":
+            assert packed.scale is not None
+            return fp8.unpack(fp8.Packed(packed.weight, packed.scale), dtype)
+        return packed.dequantize(dtype)
 
     def check_copies(self) -> None:
         """Read the MTP modules' copies of embedding and head and compare them with what they copy.
@@ -98,11 +105,18 @@ class Checkpoint:
             if not slot.copy or not self.holds(slot):
                 continue
             original = own[slot.soli]
-            if not torch.equal(self.stored(slot.name), self.stored(original)):
+            if not self._equal(slot.name, original):
                 raise SoliError(
                     f"{self.entries[slot.name]} should repeat {original} but differs from it; "
                     "Soli shares one table between the model and its MTP modules: load with mtp=False"
                 )
+
+    def _equal(self, name: str, other: str) -> bool:
+        dtype = self.entries[name].dtype
+        if dtype != self.entries[other].dtype:
+            return False
+        suffixes = ("", GROUP_SCALE_SUFFIX) if dtype in FORMAT else ("",)
+        return all(torch.equal(self.stored(name + suffix), self.stored(other + suffix)) for suffix in suffixes)
 
     def _lacks_mtp(self) -> bool:
         first, count = self.config.num_hidden_layers, self.config.num_nextn_predict_layers
@@ -112,9 +126,9 @@ class Checkpoint:
     def _problems(self, expected: Iterable[Slot]) -> Iterable[str]:
         known = set()
         for slot in expected:
-            known |= {slot.name, slot.scale_name}
+            known |= {slot.name, slot.scale_name, slot.group_scale_name}
             if self.holds(slot):
-                yield from self._slot_problems(slot)
+                yield from slot_problems(slot, self.entries, self.packed_dtypes)
             elif not slot.copy:
                 where = f"{_listing(self.folder)}: tensor {slot.name}"
                 yield f"{where} of shape {slot.shape} is missing, though config.json asks for it"
@@ -122,24 +136,6 @@ class Checkpoint:
             ignored = 0 in entry.shape or any(fnmatchcase(name, pattern) for pattern in IGNORED)
             if name not in known and not ignored:  # transformers writes 0 shared experts as tensors without elements
                 yield f"{entry} is not part of a model with this config.json"
-
-    def _slot_problems(self, slot: Slot) -> Iterable[str]:
-        entry, scale = self.entries[slot.name], self.entries.get(slot.scale_name)
-        if entry.shape != slot.shape:
-            yield f"{entry} has shape {entry.shape}, but config.json asks for {slot.shape}"
-        if entry.dtype != "F8_E4M3" or slot.kind is not Kind.LINEAR:
-            if entry.dtype not in FLOATS:
-                yield f"{entry} is {entry.dtype}, but a {slot.kind.value} must be one of {', '.join(FLOATS)}"
-            if scale is not None:
-                yield f"{scale} is a scale, but {slot.name} is {entry.dtype} and has no use for one"
-        elif not self.fp8:
-            yield f"{entry} is FP8, but config.json has no quantization_config that says so"
-        elif scale is None:
-            yield f"{entry} is FP8, but its scales {slot.scale_name} are missing"
-        elif scale.shape != fp8.scale_shape(*slot.shape):
-            yield f"{scale} has shape {scale.shape}, but blocks of 128x128 need {fp8.scale_shape(*slot.shape)}"
-        elif scale.dtype not in SCALES:
-            yield f"{scale} is {scale.dtype}, but scales must be one of {', '.join(SCALES)}"
 
 
 def _raise_first(problems: Iterable[str]) -> None:
@@ -151,20 +147,6 @@ def _raise_first(problems: Iterable[str]) -> None:
 
 def _listing(folder: Path) -> Path:
     return folder / INDEX if (folder / INDEX).exists() else folder / SINGLE
-
-
-def _is_fp8(folder: Path, config: ModelConfig) -> bool:
-    """Whether config.json announces FP8 blocks; any other quantisation is refused by name."""
-    quantization = config.quantization_config
-    if quantization is None:
-        return False
-    for field, only in QUANTIZATION.items():
-        if quantization.get(field, only if field == "fmt" else None) != only:
-            raise SoliError(
-                f"{folder / 'config.json'}: quantization_config.{field} is {quantization.get(field)!r}, "
-                f"but Soli reads {only!r} alone; fetch the model's bf16 or official FP8 files"
-            )
-    return True
 
 
 def _open_shards(folder: Path) -> dict[Path, Shard]:

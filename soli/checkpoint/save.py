@@ -6,9 +6,8 @@ from pathlib import Path
 from torch import Tensor
 
 from soli.checkpoint.name_map import Slot, slots
-from soli.checkpoint.writer import SHARD_BYTES, TOKENIZER_FILES, Target, files_beside, write
+from soli.checkpoint.writer import SHARD_BYTES, TOKENIZER_FILES, Encoded, Target, files_beside, write
 from soli.errors import SoliError
-from soli.formats import fp8
 from soli.model import Transformer
 
 
@@ -22,21 +21,28 @@ def save_model(
     mtp_copies: bool = True,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write `model` to the new folder `folder` as "bf16", "fp32" or "fp8" (128x128 blocks, `ue8m0` scales on request).
+    """Write `model` to the new folder `folder` as "bf16", "fp32", "fp8" (128x128 blocks, `ue8m0` scales on request),
+    "int8" or "int4".
 
     `tokenizer_from` is a folder whose tokenizer files are copied. MTP modules carry copies of embedding and head, as
     the official files do, unless `mtp_copies` is false; other programs may need them, Soli does not. Router biases
     are fp32 in every format. Memory beyond the model: one tensor. Raises SoliError for a folder that holds something,
-    a model without weights, and values that FP8 cannot hold; nothing is left on the disk then.
+    a model without weights or with packed ones, and values that the format cannot hold; nothing is left on the disk
+    then.
     """
     target = Target(format, ue8m0, shard_bytes)
     state = model.state_dict()
     empty = next((name for name, tensor in state.items() if tensor.is_meta), None)
     if empty is not None:
         raise SoliError(f"this model has shapes but no weights ({empty} is on the meta device); load it from a folder")
+    if is_packed(model):
+        raise SoliError(
+            "this model computes with packed weights, which are not written again; copy its folder, rewrite it with "
+            "soli convert, or load it with packed=False"
+        )
     wanted = [slot for slot in slots(model.config) if not slot.copy or (mtp_copies and slot.layer is not None)]
 
-    def fetch(slot: Slot) -> Tensor | fp8.Packed:
+    def fetch(slot: Slot) -> Encoded:
         return target.encode(slot, part(state, slot))
 
     side_files = files_beside(_existing(tokenizer_from), TOKENIZER_FILES) if tokenizer_from is not None else []
@@ -49,6 +55,11 @@ def part(state: Mapping[str, Tensor], slot: Slot) -> Tensor:
     if slot.expert is None:
         return tensor
     return tensor[slot.expert, slot.first_row : slot.first_row + slot.shape[0]]
+
+
+def is_packed(model: Transformer) -> bool:
+    """Whether some weights of a model are packed instead of parameters."""
+    return any(getattr(module, "packed", None) is not None for module in model.modules())
 
 
 def _existing(folder: str | Path) -> Path:

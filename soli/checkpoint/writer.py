@@ -18,20 +18,17 @@ from typing import Any, BinaryIO, Final
 import torch
 from torch import Tensor
 
-from soli.checkpoint.name_map import Kind, Slot
+from soli.checkpoint.name_map import HEAD, Kind, Slot, slots
+from soli.checkpoint.packing import FP8, describe_integers, module_patterns
 from soli.checkpoint.reader import INDEX, SINGLE
 from soli.checkpoint.shard import FILE_DTYPE, ITEM_BYTES, encode_header
 from soli.config import ModelConfig
 from soli.errors import SoliError
-from soli.formats import HIGH_PRECISION, fp8
+from soli.formats import HIGH_PRECISION, fp8, integer
 
 SHARD_BYTES: Final = 5_000_000_000
-QUANTIZATION: Final = {
-    "quant_method": "fp8",
-    "fmt": "e4m3",
-    "weight_block_size": [fp8.BLOCK, fp8.BLOCK],
-    "activation_scheme": "dynamic",
-}
+FP8_CONFIG: Final = FP8 | {"activation_scheme": "dynamic"}
+GROUP: Final = {8: 128, 4: 32}  # inputs that share a scale, by bits: docs/decisions.md says why
 
 # What rides along with the weights: tokenizer, generation defaults, model card, licence, code (copied, never run).
 SIDE_FILES: Final = ("*.json", "*.txt", "*.md", "*.model", "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
@@ -41,17 +38,25 @@ TOKENIZER_FILES: Final = (
 )  # fmt: skip
 
 Spec = tuple[str, str, tuple[int, ...]]  # name, dtype, shape: one tensor in a header
-Fetch = Callable[[Slot], Tensor | fp8.Packed]
+Encoded = Tensor | fp8.Packed | integer.Packed
+Fetch = Callable[[Slot], Encoded]
 Progress = Callable[[int, int], None]  # bytes written, bytes in all
 
 
 @dataclass(frozen=True)
 class Target:
-    """How to write: `format` bf16, fp32, fp8; `ue8m0`: FP8 scales are powers of two; `shard_bytes` at most per file."""
+    """How to write: `format` bf16, fp32, fp8, int8, int4; `shard_bytes` at most per file.
+
+    `ue8m0`: FP8 scales are powers of two. `group`: inputs that share a scale in int8 or int4, 32, 64 or 128; None takes
+    `GROUP`'s. A weight whose inputs it does not divide gets the next smaller that does, and stays high where none does.
+    `wide`: parts of names in Soli, such as self_attn, whose weights have 8 bits in an int4 folder; the head always has.
+    """
 
     format: str
     ue8m0: bool = False
     shard_bytes: int = SHARD_BYTES
+    group: int | None = None
+    wide: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.format not in HIGH_PRECISION:
@@ -60,21 +65,46 @@ class Target:
             raise SoliError(f"ue8m0 scales belong to fp8 files, not to {self.format}")
         if self.shard_bytes <= 0:
             raise SoliError(f"shard_bytes is {self.shard_bytes}; it must be positive")
+        if self.group is not None and (self.bits is None or self.group not in integer.GROUPS):
+            raise SoliError(f"group is {self.group} with {self.format}; int8 and int4 take groups of 32, 64 or 128")
+        if self.wide and self.format != "int4":
+            raise SoliError(f"wide names weights with 8 bits in an int4 folder, but the format is {self.format}")
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of a packed integer; None for the other formats."""
+        return {"int8": 8, "int4": 4}.get(self.format)
+
+    def integer(self, slot: Slot) -> tuple[int, int] | None:
+        """Bits and group of a slot that becomes integers; None for all others."""
+        if self.bits is None or not slot.integer:
+            return None
+        bits = 8 if slot.soli == HEAD or any(part in slot.soli for part in self.wide) else self.bits
+        wanted = self.group if self.group is not None and bits == self.bits else GROUP[bits]
+        group = integer.fitting_group(slot.shape[1], wanted)
+        return None if group is None else (bits, group)
 
     def packs(self, slot: Slot) -> bool:
-        """Whether this slot becomes FP8 codes and scales."""
-        return self.format == "fp8" and slot.kind is Kind.LINEAR
+        """Whether this slot becomes codes and scales."""
+        return (self.format == "fp8" and slot.kind is Kind.LINEAR) or self.integer(slot) is not None
+
+    def left(self, slots: Sequence[Slot]) -> list[str]:
+        """Modules whose weights should be packed but stay high, because no group divides their inputs."""
+        return module_patterns(
+            slot.name for slot in slots if self.bits is not None and slot.integer and not self.packs(slot)
+        )
 
     def dtype(self, slot: Slot) -> torch.dtype:
         """The dtype of a slot that is not packed; a router's bias is fp32 in every format."""
         return torch.float32 if slot.kind is Kind.ROUTER_BIAS else HIGH_PRECISION[self.format]
 
-    def encode(self, slot: Slot, values: Tensor) -> Tensor | fp8.Packed:
+    def encode(self, slot: Slot, values: Tensor) -> Encoded:
         """Values of any floating dtype as this target stores them."""
         if not self.packs(slot):
             return values.to(self.dtype(slot))
+        found = self.integer(slot)
         try:
-            return fp8.pack(values, self.ue8m0)
+            return fp8.pack(values, self.ue8m0) if found is None else integer.pack(values, *found)
         except SoliError as error:
             raise SoliError(f"tensor {slot.name}: {error}") from None
 
@@ -83,31 +113,43 @@ class Target:
         if not self.packs(slot):
             return [(slot.name, FILE_DTYPE[self.dtype(slot)], slot.shape)]
         rows, columns = slot.shape
-        return [(slot.name, "F8_E4M3", slot.shape), (slot.scale_name, "F32", fp8.scale_shape(rows, columns))]
+        found = self.integer(slot)
+        if found is None:
+            return [(slot.name, "F8_E4M3", slot.shape), (slot.scale_name, "F32", fp8.scale_shape(rows, columns))]
+        bits, group = found
+        codes = (slot.name, "I8" if bits == 8 else "U8", integer.code_shape(rows, columns, bits))
+        return [codes, (slot.group_scale_name, "F16", (rows, columns // group))]
 
     def config(self, config: ModelConfig) -> dict[str, Any]:
-        """`config.json` of what is written: the dtype, and `quantization_config` for FP8 alone."""
-        scale_fmt = {"scale_fmt": "ue8m0"} if self.ue8m0 else {}
-        quantization = QUANTIZATION | scale_fmt if self.format == "fp8" else None
-        d = replace(config, quantization_config=quantization).to_dict()
+        """`config.json` of what is written: the dtype, and how weights are packed if they are."""
+        d = replace(config, quantization_config=self._quantization(config)).to_dict()
         d.pop("dtype", None)
         return {**d, "torch_dtype": str(HIGH_PRECISION[self.format]).removeprefix("torch.")}
+
+    def _quantization(self, config: ModelConfig) -> dict[str, Any] | None:
+        if self.format == "fp8":
+            return FP8_CONFIG | ({"scale_fmt": "ue8m0"} if self.ue8m0 else {})
+        if self.bits is None:
+            return None
+        high = [slot.name for slot in slots(config) if len(slot.shape) == 2 and not self.packs(slot)]
+        return describe_integers(self.bits, self.group or GROUP[self.bits], ["lm_head", *self.wide], high)
 
 
 def write(
     folder: Path,
     config: ModelConfig,
-    slots: Sequence[Slot],
+    wanted: Sequence[Slot],
     target: Target,
     fetch: Fetch,
     side_files: Sequence[Path] = (),
     progress: Progress = lambda done, total: None,
 ) -> int:
-    """Write `slots` of a model to the new folder `folder`, each as `fetch` gives it. Returns the bytes of all tensors.
+    """Write the slots `wanted` of a model to the new folder `folder`, each as `fetch` gives it. Returns the bytes of
+    all tensors.
 
     Raises SoliError when the folder holds something, the disk lacks room, or writing fails; nothing is left then.
     """
-    shards = _plan(slots, target)
+    shards = _plan(wanted, target)
     total = sum(_bytes(spec) for shard in shards for slot in shard for spec in target.specs(slot))
     with _new_folder(folder, total) as partial:
         names = [SINGLE] if len(shards) == 1 else [
@@ -177,14 +219,21 @@ def _write_shard(file: Path, shard: Sequence[Slot], target: Target, fetch: Fetch
         stream.truncate(size)
         for slot in shard:
             value = fetch(slot)
-            parts = (value.codes_OI, value.scale_PQ) if isinstance(value, fp8.Packed) else (value,)
-            for (name, dtype, shape), part in zip(target.specs(slot), parts, strict=True):
+            for (name, dtype, shape), part in zip(target.specs(slot), _tensors(value), strict=True):
                 assert (FILE_DTYPE[part.dtype], tuple(part.shape)) == (dtype, shape), name
                 stream.seek(offsets[name])
                 _write_bytes(stream, part)
             yield sum(_bytes(spec) for spec in target.specs(slot))
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def _tensors(value: Encoded) -> tuple[Tensor, ...]:
+    if isinstance(value, fp8.Packed):
+        return value.codes_OI, value.scale_PQ
+    if isinstance(value, integer.Packed):
+        return value.codes, value.scale_OG
+    return (value,)
 
 
 def _write_bytes(stream: BinaryIO, tensor: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""`soli convert SRC DST --to bf16|fp8|fp32`: rewrite a model folder in another weight format."""
+"""`soli convert SRC DST --to bf16|fp8|fp32|int8|int4`: rewrite a model folder in another weight format."""
 
 import json
 import time
@@ -16,16 +16,20 @@ PATIENCE = 2.0  # seconds without a progress bar
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Model folder in Hugging Face layout, or nano.")],
     destination: Annotated[str, typer.Argument(metavar="DST", help="New folder; it appears when it is whole.")],
-    to: Annotated[str, typer.Option(help="bf16, fp8 (128x128 blocks, as the official files) or fp32.")],
+    to: Annotated[str, typer.Option(help="bf16, fp32, fp8 (128x128 blocks, as the official files), int8 or int4.")],
     ue8m0: Annotated[bool, typer.Option("--ue8m0", help="Round FP8 scales up to powers of two.")] = False,
+    group: Annotated[int | None, typer.Option(help="int8, int4: inputs that share a scale, 32, 64 or 128.")] = None,
+    wide: Annotated[
+        list[str] | None, typer.Option(help="int4: give 8 bits to weights of this name, such as self_attn; repeatable.")
+    ] = None,
     shard_gb: Annotated[float, typer.Option(help="Largest size of one file, in GB.")] = 5.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Rewrite a model folder as bf16, fp8 or fp32, tensor by tensor, MTP modules and tokenizer included."""
+    """Rewrite a model folder as bf16, fp32, fp8, int8 or int4, tensor by tensor, MTP modules and tokenizer included."""
     from soli.checkpoint.convert import convert_checkpoint
     from soli.checkpoint.writer import Target
 
-    target = Target(to, ue8m0, int(shard_gb * 1e9))
+    target = Target(to, ue8m0, int(shard_gb * 1e9), group, tuple(wide or ()))
     with _bar(f"writing {to}") as progress:
         done = convert_checkpoint(source, destination, target, progress)
     for note in done.notes:

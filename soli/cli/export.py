@@ -11,7 +11,7 @@ import typer
 def export(
     run: Annotated[Path, typer.Argument(help="The folder of a run of soli train.")],
     dst: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")],
-    format: Annotated[str, typer.Option(help="fp8 (128x128 blocks), bf16 or fp32.")] = "fp8",
+    format: Annotated[str, typer.Option(help="fp8 (128x128 blocks), bf16, fp32, int8 or int4.")] = "fp8",
 ) -> None:
     """Make a model folder out of a training run."""
     import soli

@@ -1,7 +1,12 @@
 """The compute seam: ``linear`` and ``experts``, answered by the best implementation at hand and checked against
-``kernels.reference``. Callers give plain tensors and never learn which one ran."""
+``kernels.reference``. Callers give plain tensors and never learn which one ran; weights that stay packed go to
+``packed_linear`` and ``packed_experts``."""
 
+from soli.kernels.packed import PackedWeight
+from soli.kernels.packed_torch import PackedExperts
+from soli.kernels.packed_torch import experts as packed_experts
+from soli.kernels.packed_torch import linear as packed_linear
 from soli.kernels.sorted_experts import count_tokens, experts
 from soli.kernels.torch_linear import linear
 
-__all__ = ["count_tokens", "experts", "linear"]
+__all__ = ["PackedExperts", "PackedWeight", "count_tokens", "experts", "linear", "packed_experts", "packed_linear"]

@@ -85,6 +85,11 @@ class PackedWeight:
         scale = None if self.scale is None else self.scale[index]
         return PackedWeight(self.format, self.weight[index], scale, tuple(self.shape[1:]), self.group)
 
+    def to(self, device: torch.device | str) -> PackedWeight:
+        """The same on `device`; the same tensors where they are there already."""
+        scale = None if self.scale is None else self.scale.to(device)
+        return PackedWeight(self.format, self.weight.to(device), scale, self.shape, self.group)
+
     @property
     def nbytes(self) -> int:
         """Bytes of codes and scales: what one product reads."""

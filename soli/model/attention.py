@@ -117,7 +117,7 @@ class LatentAttention(nn.Module):
     def _absorbed(
         self, q_nope_BTHN: Tensor, q_rope_BTHR: Tensor, latent_BSC: Tensor, rope_BSR: Tensor, seen_BTS: Tensor
     ) -> Tensor:
-        up_HXC = self.kv_b_proj.weight.to(latent_BSC.dtype).unflatten(0, (self.H, -1))
+        up_HXC = self.kv_b_proj.dense(latent_BSC.dtype).unflatten(0, (self.H, -1))
         up_k_HNC, up_v_HVC = up_HXC.split((self.N, self.V), dim=1)
         q_BTHC = torch.einsum("bthn,hnc->bthc", q_nope_BTHN, up_k_HNC)
         # One key for all heads: the heads of the one query stand as queries of one head; nothing is copied per head.

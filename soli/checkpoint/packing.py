@@ -1,0 +1,109 @@
+"""How config.json says that a folder's weights are packed, and whether each tensor is packed as it says.
+
+    fp8          the official files' quantization_config; E4M3 codes and `NAME_scale_inv`, one fp32 per 128x128 block
+    int8, int4   {"quant_method": "soli", "bits": 8 or 4, ...}; I8 codes or U8 bytes and `NAME_scale`, one float16 per
+                 group of 32, 64 or 128 inputs; a 4-bit folder may hold 8-bit tensors
+
+A tensor's own dtype and scales say how it is packed; the configuration says what may be there at all. Problems are
+found from headers alone, each a sentence that names file and tensor.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from soli.checkpoint.name_map import Kind, Slot
+from soli.checkpoint.shard import Entry
+from soli.config import ModelConfig
+from soli.errors import SoliError
+from soli.formats import fp8, integer
+
+FORMAT: Final = {"F8_E4M3": "fp8", "I8": "int8", "U8": "int4"}  # dtype in a file -> what it is as a weight
+FLOATS: Final = ("BF16", "F16", "F32")
+SCALES: Final = ("F32", "F8_E8M0")
+FP8: Final = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [fp8.BLOCK, fp8.BLOCK]}
+SOLI: Final = "soli"
+BITS: Final = {8: frozenset({"I8"}), 4: frozenset({"I8", "U8"})}  # dtypes that a folder of so many bits may hold
+
+
+def packed_dtypes(folder: Path, config: ModelConfig) -> frozenset[str]:
+    """The dtypes of packed tensors that config.json announces; any other quantisation is refused by name."""
+    said = config.quantization_config
+    if said is None:
+        return frozenset()
+    if said.get("quant_method") == SOLI:
+        if said.get("bits") not in BITS:
+            _refuse(folder, "bits", said.get("bits"), "8 or 4")
+        return BITS[said["bits"]]
+    for field, only in FP8.items():
+        if said.get(field, only if field == "fmt" else None) != only:
+            _refuse(folder, field, said.get(field), f"{only!r} alone")
+    return frozenset({"F8_E4M3"})
+
+
+def describe_integers(bits: int, group: int, wide: Sequence[str], high: Iterable[str]) -> dict[str, Any]:
+    """`quantization_config` of an int8 or int4 folder: `wide` names what has 8 bits among 4, `high` tensors that are
+    not packed."""
+    return {
+        "quant_method": SOLI,
+        "bits": bits,
+        "group_size": group,
+        "scale_dtype": "float16",
+        **({"modules_in_8_bits": list(wide)} if bits == 4 else {}),
+        "modules_to_not_convert": module_patterns(high),
+    }
+
+
+def module_patterns(names: Iterable[str]) -> list[str]:
+    """Tensors' names as modules, with a star for each number: one line for all layers and experts."""
+    return list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name.removesuffix(".weight")) for name in names))
+
+
+def slot_problems(slot: Slot, entries: Mapping[str, Entry], announced: frozenset[str]) -> Iterator[str]:
+    """What is wrong with a tensor that is there: its shape, its dtype, its scales."""
+    entry = entries[slot.name]
+    format = FORMAT.get(entry.dtype)
+    if (format == "fp8" and slot.kind is not Kind.LINEAR) or not slot.integer:
+        format = None
+    shape = (*slot.shape[:-1], slot.shape[-1] // 2) if format == "int4" else slot.shape
+    own_scale = {"fp8": slot.scale_name, "int8": slot.group_scale_name, "int4": slot.group_scale_name}.get(format or "")
+    if entry.shape != shape:
+        yield f"{entry} has shape {entry.shape}, but config.json asks for {shape}"
+    if format is None and entry.dtype not in FLOATS:
+        yield f"{entry} is {entry.dtype}, but a {slot.kind.value} must be one of {', '.join(FLOATS)}"
+    for name in (slot.scale_name, slot.group_scale_name):
+        if name in entries and name != own_scale:
+            yield f"{entries[name]} is a scale, but {slot.name} is {entry.dtype} and has no use for one"
+    if format is None or own_scale is None:
+        return
+    called = "FP8" if format == "fp8" else format
+    if entry.dtype not in announced:
+        yield f"{entry} is {called}, but config.json has no quantization_config that says so"
+    elif own_scale not in entries:
+        yield f"{entry} is {called}, but its scales {own_scale} are missing"
+    else:
+        yield from _scale_problems(slot, entries[own_scale], format)
+
+
+def _scale_problems(slot: Slot, scale: Entry, format: str) -> Iterator[str]:
+    rows, columns = slot.shape
+    if format == "fp8":
+        if scale.shape != fp8.scale_shape(rows, columns):
+            yield f"{scale} has shape {scale.shape}, but blocks of 128x128 need {fp8.scale_shape(rows, columns)}"
+        elif scale.dtype not in SCALES:
+            yield f"{scale} is {scale.dtype}, but scales must be one of {', '.join(SCALES)}"
+        return
+    allowed = [(rows, columns // group) for group in integer.GROUPS if columns % group == 0]
+    if scale.shape not in allowed:
+        shapes = " or ".join(map(str, allowed)) or "no scales at all"
+        yield f"{scale} has shape {scale.shape}, but a weight of shape {slot.shape} needs {shapes}"
+    elif scale.dtype != "F16":
+        yield f"{scale} is {scale.dtype}, but the scales of {format} must be F16"
+
+
+def _refuse(folder: Path, field: str, value: Any, reads: str) -> None:
+    raise SoliError(
+        f"{folder / 'config.json'}: quantization_config.{field} is {value!r}, but Soli reads {reads}; "
+        "fetch the model's bf16 or official FP8 files"
+    )

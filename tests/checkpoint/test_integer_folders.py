@@ -1,0 +1,231 @@
+"""int8 and int4 folders: written, described, mapped, computed with, turned back; and FP8 files used as they lie."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from soli.checkpoint import load_model, open_checkpoint, save_model
+from soli.cli import main
+from soli.errors import SoliError
+from soli.formats import integer
+from soli.kernels import PackedExperts, PackedWeight
+from soli.model import Transformer
+from tests.checkpoint.folders import all_tensors, edit_json, edit_tensors, full_model, saved
+
+# Inputs that groups divide, but for o_proj (4 heads of 12) and the experts' down projection (48 wide).
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 48,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "num_attention_heads": 4,
+    "v_head_dim": 12,
+}
+EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
+IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One model as fp32, int8 and int4, converted by the command."""
+    root = tmp_path_factory.mktemp("integer")
+    save_model(full_model(**SIZES), root / "fp32", "fp32")
+    for to in ("int8", "int4"):
+        assert main(["convert", str(root / "fp32"), str(root / to), "--to", to]) == 0
+    return root
+
+
+@torch.no_grad()
+def outputs(model: Transformer) -> tuple[Tensor, Tensor]:
+    """Logits of the main model and of its MTP module."""
+    hidden = model.trunk(IDS).hidden_BTD
+    return model.head(hidden), model.head(model.mtp_step(0, hidden, IDS).hidden_BTD)
+
+
+@pytest.mark.parametrize("to, wide", [("int8", ()), ("int4", ()), ("int4", ("self_attn", "shared_experts"))])
+def test_files_hold_codes_and_scales_of_every_linear_weight(
+    to: str, wide: tuple[str, ...], folders: Path, tmp_path: Path
+) -> None:
+    options = [word for name in wide for word in ("--wide", name)]
+    assert main(["convert", str(folders / "fp32"), str(tmp_path / "m"), "--to", to, *options]) == 0
+    written, original = all_tensors(tmp_path / "m"), all_tensors(folders / "fp32")
+    for name, values in original.items():
+        high = values.dim() == 1 or any(part in name for part in ("embed_tokens", "mlp.gate.", "eh_proj", "_norm"))
+        if high or values.shape[1] % 32:
+            assert written[name].dtype in (torch.bfloat16, torch.float32) and name + "_scale" not in written
+            continue
+        head = name == "lm_head.weight" or "shared_head.head" in name
+        bits = 8 if to == "int8" or head or any(part in name for part in wide) else 4
+        group = 32 if bits == 4 else next(g for g in (128, 64, 32) if values.shape[1] % g == 0)
+        expected = integer.pack(values, bits, group)
+        assert torch.equal(written[name], expected.codes) and torch.equal(written[name + "_scale"], expected.scale_OG)
+
+
+def test_the_configuration_says_what_was_done(folders: Path) -> None:
+    said = json.loads((folders / "int4" / "config.json").read_text())["quantization_config"]
+    assert said == {
+        "quant_method": "soli",
+        "bits": 4,
+        "group_size": 32,
+        "scale_dtype": "float16",
+        "modules_in_8_bits": ["lm_head"],
+        "modules_to_not_convert": [
+            "model.embed_tokens",
+            "model.layers.*.self_attn.o_proj",
+            "model.layers.*.mlp.gate",
+            "model.layers.*.mlp.shared_experts.down_proj",
+            "model.layers.*.mlp.experts.*.down_proj",
+            "model.layers.*.embed_tokens",
+            "model.layers.*.eh_proj",
+        ],
+    }
+
+
+def test_weights_that_no_group_divides_are_listed_to_the_person(folders: Path, tmp_path: Path, capsys) -> None:
+    assert main(["convert", str(folders / "fp32"), str(tmp_path / "m"), "--to", "int8", "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["format"] == "int8"
+    assert said.err.splitlines() == [
+        f"model.layers.*.{name} stays bf16: no group of 32, 64 or 128 divides its inputs"
+        for name in ("self_attn.o_proj", "mlp.shared_experts.down_proj", "mlp.experts.*.down_proj")
+    ]
+
+
+@pytest.mark.parametrize("to", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_compute_what_they_are_written_out(to: str, dtype: torch.dtype, folders: Path) -> None:
+    packed, dense = load_model(folders / to, dtype=dtype), load_model(folders / to, dtype=dtype, packed=False)
+    for ours, theirs in zip(outputs(packed), outputs(dense), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_less_is_lost_with_more_bits(folders: Path) -> None:
+    exact = outputs(load_model(folders / "fp32"))[0]
+    lost = {to: float((outputs(load_model(folders / to, dtype=torch.float32))[0] - exact).norm() / exact.norm())
+            for to in ("int8", "int4")}  # fmt: skip
+    assert 0 < lost["int8"] < 0.03 and lost["int8"] * 4 < lost["int4"] < 0.5
+
+
+def test_packed_weights_stay_in_the_mapped_file(folders: Path) -> None:
+    model = load_model(folders / "int4")
+    experts, attention = model.layers[1].mlp.experts, model.layers[1].self_attn
+    assert experts.packed is not None and attention.kv_b_proj.packed is not None
+    weights = [*experts.packed.gates, *experts.packed.ups, *experts.packed.downs, attention.kv_b_proj.packed]
+    assert len({weight.weight.untyped_storage().data_ptr() for weight in weights}) == 1
+    assert {weight.format for weight in weights} == {"int4", "bf16"}
+    names = set(model.state_dict())
+    assert "layers.1.mlp.experts.gate_up_proj" not in names and "embed_tokens.weight" in names
+    assert model.lm_head.packed is not None and model.lm_head.packed.format == "int8"
+
+
+@pytest.mark.parametrize("sizes", [{}, SIZES | {"hidden_size": 264}])
+def test_fp8_files_compute_as_they_lie(sizes: dict[str, int], tmp_path: Path) -> None:
+    """Also where an expert's width is no multiple of a block's side, so that gate and up share no row of blocks."""
+    save_model(full_model(**sizes), tmp_path / "m", "fp8", shard_bytes=60_000)
+    packed, dense = (load_model(tmp_path / "m", dtype=torch.float32, packed=keep) for keep in (True, None))
+    assert dense.layers[1].mlp.experts.packed is None
+    experts = packed.layers[1].mlp.experts.packed
+    assert isinstance(experts, PackedExperts) and experts.ups[0].format == "fp8" and packed.lm_head.packed is None
+    for ours, theirs in zip(outputs(packed), outputs(dense), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_packed_false_and_true_change_nothing_where_nothing_is_packed(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m")
+    states = [load_model(folder, packed=packed).state_dict() for packed in (None, True, False)]
+    assert all(torch.equal(states[0][name], state[name]) for state in states for name in states[0])
+
+
+def test_integers_turn_back_into_floats_and_into_nothing_else(folders: Path, tmp_path: Path, capsys) -> None:
+    assert main(["convert", str(folders / "int4"), str(tmp_path / "m"), "--to", "fp32"]) == 0
+    assert "quantization_config" not in json.loads((tmp_path / "m" / "config.json").read_text())
+    ours, theirs = all_tensors(tmp_path / "m"), load_model(folders / "int4", dtype=torch.float32, packed=False)
+    assert torch.equal(ours["model.layers.0.mlp.up_proj.weight"], theirs.layers[0].mlp.up_proj.weight)
+    for to in ("fp8", "int8", "int4"):
+        assert main(["convert", str(folders / "int8"), str(tmp_path / to), "--to", to]) == 1
+        assert "packed as integers already" in capsys.readouterr().err and not (tmp_path / to).exists()
+
+
+def test_fp8_files_become_integers(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "a", format="fp8")
+    assert main(["convert", str(folder), str(tmp_path / "b"), "--to", "int4", "--shard-gb", "0.00006"]) == 0
+    assert len(list((tmp_path / "b").glob("*.safetensors"))) > 3
+    values = load_model(folder, dtype=torch.float32).layers[0].mlp.down_proj.weight
+    packed = load_model(tmp_path / "b").layers[0].mlp.down_proj.packed
+    assert packed is not None and torch.equal(packed.weight, integer.pack(values, 4, 32).codes)
+
+
+def test_a_model_saves_itself_as_int4_but_not_when_packed(folders: Path, tmp_path: Path) -> None:
+    save_model(full_model(**SIZES), tmp_path / "m", "int4")
+    assert torch.equal(all_tensors(tmp_path / "m")[EXPERT], all_tensors(folders / "int4")[EXPERT])
+    with pytest.raises(SoliError, match=r"packed=False"):
+        save_model(load_model(tmp_path / "m"), tmp_path / "n")
+    save_model(load_model(tmp_path / "m", packed=False), tmp_path / "n")
+
+
+@pytest.mark.parametrize("options", [["--to", "bf16", "--group", "32"], ["--to", "int4", "--group", "48"],
+                                     ["--to", "int8", "--wide", "self_attn"]])  # fmt: skip
+def test_options_that_do_not_go_together(options: list[str], folders: Path, tmp_path: Path, capsys) -> None:
+    assert main(["convert", str(folders / "fp32"), str(tmp_path / "m"), *options]) == 1
+    assert capsys.readouterr().err.startswith("soli: ") and not (tmp_path / "m").exists()
+
+
+def test_the_group_can_be_chosen(folders: Path, tmp_path: Path) -> None:
+    assert main(["convert", str(folders / "fp32"), str(tmp_path / "m"), "--to", "int4", "--group", "128"]) == 0
+    held = all_tensors(tmp_path / "m")
+    assert held[EXPERT + "_scale"].shape == (48, 1) and held["model.layers.0.mlp.down_proj.weight_scale"].shape[1] == 1
+
+
+def edited(name: str, make: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:
+    def edit(held: dict[str, Tensor]) -> None:
+        held[name] = make(held[name])
+
+    return lambda folder: edit_tensors(folder / "model.safetensors", edit)
+
+
+def quantization(**changes: object) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "config.json", lambda said: said["quantization_config"].update(changes))
+
+
+def dropped(name: str) -> Callable[[Path], None]:
+    return lambda folder: edit_tensors(folder / "model.safetensors", lambda held: held.pop(name))
+
+
+DAMAGES = {
+    "missing scale": (dropped(EXPERT + "_scale"), (EXPERT, "_scale are missing")),
+    "scale without a weight": (edited(EXPERT, lambda t: torch.zeros(48, 128)), (EXPERT, "F32", "no use")),
+    "scale of a wrong shape": (edited(EXPERT + "_scale", lambda t: t[:, :3].clone()), (EXPERT, "(48, 3)", "(48, 4)")),
+    "scale of a wrong dtype": (edited(EXPERT + "_scale", Tensor.float), (EXPERT, "F32", "F16")),
+    "codes of a wrong shape": (edited(EXPERT, lambda t: t[:, :50].clone()), (EXPERT, "(48, 50)", "(48, 64)")),
+    "a packed norm": (edited("model.norm.weight", Tensor.char), ("model.norm.weight", "I8")),
+    "a packed router": (edited("model.layers.1.mlp.gate.weight", Tensor.char), ("mlp.gate.weight", "I8")),
+    "4 bits in an 8-bit folder": (quantization(bits=8), ("int4", "quantization_config")),
+    "3 bits": (quantization(bits=3), ("config.json", "bits is 3", "8 or 4")),
+    "another method": (quantization(quant_method="gptq"), ("config.json", "gptq")),
+    "an MTP head that differs": (
+        edited("model.layers.2.shared_head.head.weight_scale", lambda t: t * 2), ("shared_head.head", "differs")
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_an_error_that_names_file_and_tensor(name: str, folders: Path, tmp_path: Path) -> None:
+    shutil.copytree(folders / "int4", tmp_path / "m")
+    do, says = DAMAGES[name]
+    do(tmp_path / "m")
+    with pytest.raises(SoliError) as raised:
+        load_model(tmp_path / "m")
+    assert all(part in str(raised.value) for part in says), str(raised.value)
+
+
+def test_what_is_packed_can_be_asked_for(folders: Path) -> None:
+    checkpoint = open_checkpoint(folders / "int8")
+    slot = next(slot for slot in checkpoint.slots if slot.name == EXPERT)
+    packed = checkpoint.packed(slot)
+    assert isinstance(packed, PackedWeight) and (packed.format, packed.group) == ("int8", 128)
