@@ -1,6 +1,6 @@
 """The model in the box, trained on a GPU that is lent for minutes and reaches nothing: data in, model out, in pieces.
 
-    python benchmarks/gpu/train_nano.py pack data/nano-zh-en .carry/nano.tar.xz    # here: 80 MB of tokens in 35 MB
+    python benchmarks/gpu/train_nano.py pack data/nano-zh-en .carry/nano.tar.xz    # here: 80 MB of tokens in 27 MiB
     python benchmarks/gpu/train_nano.py train .carry/nano.tar.xz --minutes 8 --out $OUT    # there, again and again
     python benchmarks/gpu/train_nano.py join FOLDER my-nano                        # here: checked, then unpacked
 
