@@ -130,3 +130,34 @@ def contender_of_process(factor: int):
     import os
 
     return lambda value: (os.getpid(), factor * value)
+
+
+def test_the_table_of_formats_leaves_out_what_was_not_measured() -> None:
+    import formats
+
+    measured = {"bytes": 27_800_000, "weight_error": 0.0065, "bits_per_byte": 1.83652, "kl": 0.00065}
+    measured |= {"bits_per_byte_change": 0.0001, "same_choice": 0.986}
+    rows = [
+        {"format": "int8", "chrf": {"en-zh": 9.5, "zh-en": 21.9}, **measured},
+        {"format": "x", "chrf": {}, **measured},
+    ]
+    size = {"tokens": 19509, "texts": 300, "pairs": 150}
+    made = formats.tables({"model": "nano", "hardware": record.hardware(), "size": size, "rows": rows}).splitlines()
+    assert made[2] == "| `int8` | 27.8 | 0.65% | 1.8365 | +0.01% | 0.00065 | 98.6% | 9.5 | 21.9 |"
+    assert made[3].endswith("| 98.6% |  |  |") and "19,509 tokens" in made[-1]
+
+
+def test_contenders_are_compared_on_the_same_tokens(tmp_path: Path) -> None:
+    import formats
+
+    contenders = formats.build("nano", tmp_path, formats.FORMATS[1:3])
+    exact, other = contenders
+    texts = ["A short text.", "An even shorter one", "木头"]
+    tokens = formats.read(contenders, texts)
+    assert exact.kl == 0 and exact.same == tokens and 0 < other.kl / tokens < 0.1
+    assert 0.003 < formats.weight_error(exact, other) < 0.01 and formats.weight_error(exact, exact) == 0
+    from soli.engine.evaluate import read_texts
+
+    by_eval = read_texts(exact.spoken, texts).bits_per_byte["all"]
+    size = sum(len(text.encode()) for text in texts)
+    assert formats.row(exact, exact, tokens, size)["bits_per_byte"] == pytest.approx(by_eval, abs=1e-4)

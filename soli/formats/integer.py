@@ -8,7 +8,7 @@ number j + 16 in its high half. soli/kernels/packed.py reads both formats back.
 
 The int4 search tries scales that put the group's largest number m, with its sign, at -7, -7.5, -8, -8.5 and -9, then
 the least-squares scale of the codes that won, and keeps what has the smallest squared error: rms 8.1 % of a normally
-distributed weight against 9.8 % for amax / 7 and 8.7 % for m / -8 alone (groups of 32); trying 64 scales gains another
+distributed weight against 9.7 % for amax / 7 and 8.7 % for m / -8 alone (groups of 32); trying 64 scales gains another
 0.05 %. Arithmetic is fp32 with the scale as it is stored.
 
 Error of a weight in a group of scale s and largest magnitude a: int8 at most s / 2, where s <= 1.001 a / 127 + 2^-24;

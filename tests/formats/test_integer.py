@@ -92,7 +92,7 @@ def test_errors_of_a_normal_weight_are_those_that_are_stated() -> None:
     norm = original.norm()
     rms = {bits: float((unpacked(integer.pack(original, bits, 32), bits, original.shape) - original).norm() / norm)
            for bits in (8, 4)}  # fmt: skip
-    assert 0.004 < rms[8] < 0.006 and 0.078 < rms[4] < 0.083
+    assert 0.004 < rms[8] < 0.006 and 0.078 < rms[4] < 0.0803  # 0.0808 without the least-squares step
 
 
 def test_many_groups_are_searched_like_few(monkeypatch: pytest.MonkeyPatch) -> None:
