@@ -45,7 +45,7 @@ def pack(corpus: Corpus, config: DataConfig, out: Path, report: Report) -> dict[
     heldout = heldout_documents(corpus.heldout, corpus.heldout_mono)
     valid = write_tokens(out / "valid.bin", encode_documents(heldout, tokenizer))
     report("valid.bin", f"{sum(row['tokens'] for row in valid.values()):,} tokens")
-    write_meta(out, tokenizer.vocab_size, config.seed, train, valid)
+    write_meta(out, tokenizer.vocab_size, config.seed, train, valid, config.fim_rate)
     return read_meta(out)
 
 

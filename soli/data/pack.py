@@ -141,7 +141,8 @@ def _pack_into(
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (tokenizer_folder / name).is_file():
             shutil.copyfile(tokenizer_folder / name, folder / name)
-    write_meta(folder, tokenizer.vocab_size, config.seed, train, first.valid, dtype_for(tokenizer.vocab_size))
+    dtype = dtype_for(tokenizer.vocab_size)
+    write_meta(folder, tokenizer.vocab_size, config.seed, train, first.valid, config.fim_rate, dtype)
     return first.bad_lines
 
 

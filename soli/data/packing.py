@@ -66,7 +66,15 @@ def write_tokens(
     return writer.totals
 
 
-def write_meta(folder: Path, vocab_size: int, seed: int, train: Totals, valid: Totals, dtype: np.dtype = DTYPE) -> None:
+def write_meta(
+    folder: Path,
+    vocab_size: int,
+    seed: int,
+    train: Totals,
+    valid: Totals,
+    fim_rate: float,
+    dtype: np.dtype = DTYPE,
+) -> None:
     """meta.json of a folder whose train.bin, valid.bin and tokenizer.json are in place."""
     meta = {
         "dtype": dtype.name,
@@ -76,6 +84,7 @@ def write_meta(folder: Path, vocab_size: int, seed: int, train: Totals, valid: T
         "sources": train,
         "valid_sources": valid,
         "seed": seed,
+        "fim_rate": fim_rate,
         "tokenizer_sha256": hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest(),
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")

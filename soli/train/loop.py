@@ -27,7 +27,7 @@ from soli.train.report import Report
 from soli.train.saver import Saver
 from soli.train.schedule import bias_speed, mtp_weight, stage_name
 from soli.train.setup import Run
-from soli.train.stages import flops_left, is_finished, next_step, stage_tokens_left
+from soli.train.stages import flops_left, is_finished, next_step, stage_tokens_left, token_flops
 
 
 @dataclass(frozen=True)
@@ -166,6 +166,7 @@ def _step_and_report(run: Run, report: Report) -> None:
         return
     figures = {"loss": step.loss, "mtp": step.mtp, "balance": step.balance, "lr": step.rate, "norm": step.norm}
     figures["tokens_per_second"] = step.tokens / seconds
+    figures["tflops"] = step.tokens * token_flops(settings, progress.stage) / seconds / 1e12
     layers = [name for name, _ in run.model.moe_layers()]
     loads = dict(zip(layers, measure_load(step.counts_LE), strict=True))
     ended = stage_tokens_left(settings, progress) <= 0

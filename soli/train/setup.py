@@ -75,6 +75,7 @@ def prepare(settings: TrainSettings, data: dict[str, Any], data_folder: Path, ru
     compute = choose_precision(settings.run.precision, device)
     tokenizer = _open_tokenizer(data_folder, settings)
     train_tokens, valid_tokens = PackedTokens(data_folder, "train"), PackedTokens(data_folder, "valid")
+    _check_fim_rate(data, train_tokens)
     stages = build_stages(settings, train_tokens, valid_tokens)
     packed = {key: train_tokens.meta.get(key) for key in PACKED}
     _settle_recipe(run_folder, as_recipe(settings, data) | {"packed": packed})
@@ -130,6 +131,16 @@ def read_sentences(file: Path, count: int) -> list[tuple[str, str]]:
     rows = [row for row in rows if len(row) == 3]
     picked = [rows[(2 * n + 1) * len(rows) // (2 * count)] for n in range(min(count, len(rows)))]
     return [(en, "zh") if n % 2 == 0 else (zh, "en") for n, (_, zh, en) in enumerate(picked)]
+
+
+def _check_fim_rate(data: dict[str, Any], tokens: PackedTokens) -> None:
+    """The recipe's rate took effect when the data were packed, so it must be theirs; older folders do not tell."""
+    wanted, packed = data.get("fim_rate", 0.0), tokens.meta.get("fim_rate")
+    if packed is not None and packed != wanted:
+        raise SoliError(
+            f"{tokens.file} was packed with fim_rate {packed}, but the recipe's data.fim_rate is {wanted}; pack the "
+            f"data anew, or train with --set data.fim_rate={packed}"
+        )
 
 
 def _open_tokenizer(folder: Path, settings: TrainSettings) -> Tokenizer:

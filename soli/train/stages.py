@@ -79,9 +79,9 @@ def is_finished(settings: TrainSettings, progress: Progress) -> bool:
 
 def flops_left(settings: TrainSettings, progress: Progress) -> int:
     """FLOPs from here to the end of the run: a token of a longer sequence costs more."""
-    left = max(0, stage_tokens_left(settings, progress)) * _token_flops(settings, progress.stage)
+    left = max(0, stage_tokens_left(settings, progress)) * token_flops(settings, progress.stage)
     for number, phase in enumerate(settings.extension[progress.stage :], progress.stage + 1):
-        left += phase.total_tokens * _token_flops(settings, number)
+        left += phase.total_tokens * token_flops(settings, number)
     return left
 
 
@@ -106,7 +106,8 @@ def check_stage(settings: TrainSettings, stages: tuple[Stage, ...], progress: Pr
 
 
 @lru_cache(maxsize=16)
-def _token_flops(settings: TrainSettings, number: int) -> int:
+def token_flops(settings: TrainSettings, number: int) -> int:
+    """FLOPs that a token of stage `number` costs, forward and backward."""
     return training_flops(settings, stage_length(settings, number))
 
 

@@ -195,6 +195,16 @@ def test_data_built_anew_may_not_go_on_under_an_old_run(tmp_path, data):
         prepare(settings(), {}, changed, tmp_path / "run")
 
 
+def test_data_packed_with_another_fim_rate_are_refused(tmp_path, data):
+    changed = tmp_path / "data"
+    shutil.copytree(data, changed)
+    meta = json.loads((changed / "meta.json").read_text())
+    (changed / "meta.json").write_text(json.dumps(meta | {"fim_rate": 0.0}))
+    with pytest.raises(SoliError, match=r"packed with fim_rate 0\.0, but the recipe's data\.fim_rate is 0\.1"):
+        prepare(settings(), {"fim_rate": 0.1}, changed, tmp_path / "run")
+    prepare(settings(), {"fim_rate": 0.0}, changed, tmp_path / "run")
+
+
 def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path, data):
     with pytest.raises(SoliError, match=r"model\.vocab_size=272"):
         prepare(settings(model={"vocab_size": 100}), {}, data, tmp_path)
