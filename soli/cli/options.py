@@ -13,4 +13,6 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object per line, fo
 Experts = Annotated[bool, typer.Option("--experts", help="Show which experts played, token by token.")]
 Detail = Annotated[bool, typer.Option("--experts-detail", help="The same with every number, a line per expert.")]
 Device = Annotated[str, typer.Option(help="cpu, or cuda.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, or auto: float32 for small models.")]
+Dtype = Annotated[
+    str, typer.Option(help="float32, bfloat16, auto (float32 for small models) or as-is (FP8 stays in the file).")
+]

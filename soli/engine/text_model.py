@@ -65,16 +65,17 @@ def open_text_model(name_or_folder: str, device: str = "cpu", dtype: str = "auto
     """Loads a folder, or "nano", the model in the box; its MTP modules only when `mtp`.
 
     dtype "auto": float32 for weight files of up to 512 MB, where rounding is then out of the way; else that of the
-    files.
+    files. "as-is": that of the files, and FP8 weights stay as they lie in them, mapped from disk.
     """
-    if dtype not in ("auto", *DTYPES):
-        raise SoliError(f"dtype is {dtype!r}: choose auto, {' or '.join(DTYPES)}")
+    if dtype not in ("auto", "as-is", *DTYPES):
+        raise SoliError(f"dtype is {dtype!r}: choose auto, as-is, {' or '.join(DTYPES)}")
     check_device(device)
     folder = open_checkpoint(name_or_folder).folder
     if dtype == "auto":
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         dtype = "float32" if size <= SMALL_ENOUGH_FOR_FLOAT32 else dtype
-    model = load_model(name_or_folder, device=device, dtype=DTYPES.get(dtype), mtp=mtp)
+    packed = True if dtype == "as-is" else None
+    model = load_model(name_or_folder, device=device, dtype=DTYPES.get(dtype), mtp=mtp, packed=packed)
     return text_model(model, Tokenizer.from_folder(folder), folder)
 
 

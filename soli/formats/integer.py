@@ -31,7 +31,7 @@ RUN: Final = 32  # neighbours that share 16 bytes in int4
 WEIGHT_MAX: Final = 65504.0 * 6
 SMALLEST: Final = 2.0**-24  # float16's smallest number: the scale of groups that are all zero, or nearly
 PLACES: Final = (-7.0, -7.5, -8.0, -8.5, -9.0)  # where the search puts a group's largest number
-ROWS: Final = 8192  # groups searched at a time, so that the work stays in a core's cache
+ROWS: Final = 8192  # groups packed at a time: fp32 copies stay small, and in a core's cache
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,14 @@ def pack(weight_OI: Tensor, bits: int, group: int) -> Packed:
         raise SoliError(f"int{bits} needs inputs in groups of 32, 64 or 128, but {columns} are no multiple of {group}")
     if not bool((weight_OI.abs() <= WEIGHT_MAX).all()):  # written so that NaN fails too
         raise SoliError(f"int{bits} cannot hold this weight: it has NaN, infinite or larger values than {WEIGHT_MAX:g}")
-    groups_Ng = weight_OI.float().reshape(-1, group)
-    choose = _scale8 if bits == 8 else _scale4
-    scale_N1 = torch.cat([choose(part) for part in groups_Ng.split(ROWS)])
-    codes_OI = _codes(groups_Ng, scale_N1, bits).to(torch.int8).reshape(rows, columns)
-    scale_OG = scale_N1.half().reshape(rows, columns // group)
+    codes, scales = [], []
+    for groups_Ng in weight_OI.reshape(-1, group).split(ROWS):
+        groups_Ng = groups_Ng.float()
+        scale_N1 = _scale8(groups_Ng) if bits == 8 else _scale4(groups_Ng)
+        codes.append(_codes(groups_Ng, scale_N1, bits).to(torch.int8))
+        scales.append(scale_N1.half())
+    codes_OI = torch.cat(codes).reshape(rows, columns)
+    scale_OG = torch.cat(scales).reshape(rows, columns // group)
     return Packed(codes_OI if bits == 8 else _nibbles(codes_OI), scale_OG)
 
 

@@ -86,7 +86,9 @@ class PackedWeight:
         return PackedWeight(self.format, self.weight[index], scale, tuple(self.shape[1:]), self.group)
 
     def to(self, device: torch.device | str) -> PackedWeight:
-        """The same on `device`; the same tensors where they are there already."""
+        """The same on `device`; itself where it is there already."""
+        if self.weight.device == torch.device(device):
+            return self
         scale = None if self.scale is None else self.scale.to(device)
         return PackedWeight(self.format, self.weight.to(device), scale, self.shape, self.group)
 

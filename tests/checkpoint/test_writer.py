@@ -11,7 +11,6 @@ from soli.checkpoint.name_map import Slot, slots
 from soli.checkpoint.save import part
 from soli.checkpoint.writer import Target
 from soli.errors import SoliError
-from soli.formats import fp8
 from soli.model import Transformer
 from tests.checkpoint.folders import full_config, full_model, saved
 
@@ -100,13 +99,14 @@ def test_targets_that_cannot_be(arguments: dict, says: str) -> None:
         Target(**arguments)
 
 
-def test_one_tensor_at_a_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize("format", ["fp8", "int8", "int4"])
+def test_one_tensor_at_a_time(format: str, tmp_path: Path) -> None:
     """When a tensor is asked for, at most the one before it is still in memory."""
     alive: list[weakref.ref] = []
-    model, target = full_model(), Target("fp8")
+    model, target = full_model(), Target(format)
     state = model.state_dict()
 
-    def fetch(slot: Slot) -> torch.Tensor | fp8.Packed:
+    def fetch(slot: Slot) -> writer.Encoded:
         assert sum(ref() is not None for ref in alive) <= 1
         values = part(state, slot).clone()
         encoded = target.encode(slot, values)

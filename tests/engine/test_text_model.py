@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from soli.engine.text_model import open_text_model, text_model
 from soli.errors import SoliError
@@ -32,6 +33,16 @@ def test_a_folder_says_how_texts_begin_and_end(tmp_path):
     assert open_text_model(folder).stop_ids == {1, 4}
 
 
+def test_as_is_leaves_fp8_in_its_file_and_computes_the_same():
+    packed, written_out = (open_text_model("nano", dtype=dtype).model for dtype in ("as-is", "bfloat16"))
+    assert packed.layers[0].mlp.up_proj.packed.format == "fp8" and packed.embed_tokens.weight.dtype == torch.bfloat16
+    assert written_out.layers[0].mlp.up_proj.packed is None
+    ids = torch.arange(40, 72)[None]
+    with torch.no_grad():
+        ours, theirs = packed(ids).float(), written_out(ids).float()
+    assert float((ours - theirs).norm() / theirs.norm()) < 0.03
+
+
 def test_other_tokenizers_begin_with_bos_unless_told_not_to(tmp_path, monkeypatch):
     tokenizer = tiny_tokenizer()
     monkeypatch.setattr(type(tokenizer), "has_token", lambda self, token: False)
@@ -49,7 +60,7 @@ def test_other_tokenizers_begin_with_bos_unless_told_not_to(tmp_path, monkeypatc
 def test_what_does_not_belong_together_is_refused(tmp_path):
     with pytest.raises(SoliError, match="do not belong together"):
         text_model(tiny_model(), tiny_tokenizer())
-    with pytest.raises(SoliError, match="choose auto, float32 or bfloat16"):
+    with pytest.raises(SoliError, match="choose auto, as-is, float32 or bfloat16"):
         open_text_model("nano", dtype="int8")
     with pytest.raises(SoliError, match="choose cpu or cuda"):
         open_text_model("nano", device="tpu")
