@@ -2,11 +2,9 @@
 ``kernels.reference``. Callers give plain tensors and never learn which one ran; weights that stay packed go to
 ``packed_linear`` and ``packed_experts``."""
 
+from soli.kernels.choice import experts, linear, packed_experts, packed_linear
 from soli.kernels.packed import PackedWeight
 from soli.kernels.packed_torch import PackedExperts
-from soli.kernels.packed_torch import experts as packed_experts
-from soli.kernels.packed_torch import linear as packed_linear
-from soli.kernels.sorted_experts import count_tokens, experts
-from soli.kernels.torch_linear import linear
+from soli.kernels.sorted_experts import count_tokens
 
 __all__ = ["PackedExperts", "PackedWeight", "count_tokens", "experts", "linear", "packed_experts", "packed_linear"]

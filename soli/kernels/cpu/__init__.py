@@ -21,22 +21,35 @@ from soli.errors import SoliError
 from soli.kernels.cpu.native import DTYPES, FORMATS, Library, check_code, chosen_isa, library
 from soli.kernels.packed import PackedWeight
 
+FORMAT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # of plain tensors
+PLAIN = {dtype: FORMATS[name] for dtype, name in FORMAT_NAMES.items()}
+
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """x (..., I), float32 or bfloat16, times weight (O, I) transposed: (..., O) in the dtype of x."""
-    O, I = weight.shape  # noqa: E741
-    _check_tokens(x, I)
-    x_TI = x.reshape(-1, I).contiguous()
-    y_TO = torch.empty(x_TI.shape[0], O, dtype=x.dtype)
-    kernels = _kernels()
-    isa, threads = chosen_isa(kernels.best_isa), torch.get_num_threads()
     scale = None if weight.scale is None else weight.scale.data_ptr()
+    return _linear(x, FORMATS[weight.format], weight.shape, weight.group, weight.weight.data_ptr(), scale, bias)
+
+
+def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same for a contiguous float32 or bfloat16 matrix, with little before the call: small products are many."""
+    return _linear(x, PLAIN[weight.dtype], weight.shape, 0, weight.data_ptr(), None, bias)
+
+
+def _linear(
+    x: Tensor, format: int, shape: Sequence[int], group: int, weight: int, scale: int | None, bias: Tensor | None
+) -> Tensor:
+    O, I = shape  # noqa: E741
+    _check_tokens(x, I)
+    if not x.is_contiguous():
+        x = x.contiguous()
+    y = x.new_empty((*x.shape[:-1], O))
+    kernels = _kernels()
     code = kernels.linear(
-        isa, FORMATS[weight.format], O, I, weight.group, weight.weight.data_ptr(), scale,
-        x_TI.shape[0], DTYPES[x.dtype], x_TI.data_ptr(), y_TO.data_ptr(), threads,
+        chosen_isa(kernels.best_isa), format, O, I, group, weight, scale,
+        y.numel() // max(O, 1), DTYPES[x.dtype], x.data_ptr(), y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     check_code(code)
-    y = y_TO.view(*x.shape[:-1], O)
     return y if bias is None else y + bias.to(x.dtype)
 
 
@@ -63,9 +76,17 @@ class ExpertTable:
         if gate_up.format == "fp8" and F % gate_up.group:
             raise SoliError(f"stacked FP8 gate and up need a width that is a multiple of {gate_up.group}, not {F}")
         spans = _spans(gate_up), _spans(down)
-        key = tuple((t.weight.data_ptr(), t.scale.data_ptr() if t.scale is not None else 0) for t in (gate_up, down))
-        addresses = _addresses(key, spans, E)
+        bases = [(w.weight.data_ptr(), 0 if w.scale is None else w.scale.data_ptr()) for w in (gate_up, down)]
+        addresses = _addresses(bases, spans, E)
         return cls((gate_up.format, gate_up.group), (down.format, down.group), (E, D, F), addresses, (gate_up, down))
+
+    @classmethod
+    def plain(cls, gate_up_E2FD: Tensor, down_EDF: Tensor) -> ExpertTable:
+        """Of stacked float32 or bfloat16 tensors, which the caller keeps alive."""
+        if gate_up_E2FD.is_contiguous() and down_EDF.is_contiguous():
+            dtypes, shapes = (gate_up_E2FD.dtype, down_EDF.dtype), (gate_up_E2FD.shape, down_EDF.shape)
+            return _plain_table(gate_up_E2FD.data_ptr(), down_EDF.data_ptr(), *dtypes, *shapes)
+        raise SoliError("stacked experts must be contiguous")
 
     @classmethod
     def listed(
@@ -134,10 +155,22 @@ def _spans(stack: PackedWeight) -> tuple[int, int]:
     return stack.weight.nbytes // count, 0 if stack.scale is None else stack.scale.nbytes // count
 
 
-@lru_cache(maxsize=4096)
-def _addresses(bases: tuple[tuple[int, int], ...], spans: tuple[tuple[int, int], ...], E: int) -> Tensor:
+def _addresses(bases: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]], E: int) -> Tensor:
     """(3, E, 2) from where both stacks begin and how far apart their matrices lie; up is gate's second half."""
     (gate_up, down), (gate_up_span, down_span) = bases, spans
     half = tuple(span // 2 for span in gate_up_span)
     starts = torch.tensor([gate_up, [b + h for b, h in zip(gate_up, half, strict=True)], down])
     return starts[:, None] + torch.tensor([gate_up_span, gate_up_span, down_span])[:, None] * torch.arange(E)[:, None]
+
+
+@lru_cache(maxsize=4096)
+def _plain_table(
+    gate_up: int, down: int, in_dtype: torch.dtype, out_dtype: torch.dtype, in_shape: torch.Size, out_shape: torch.Size
+) -> ExpertTable:
+    """A table from addresses and shapes alone, so nothing in it goes stale; decoding asks for it at every token."""
+    E, D, F = out_shape
+    if in_shape != (E, 2 * F, D):
+        raise SoliError(f"gate and up of shape {tuple(in_shape)} do not fit a down projection of shape {(E, D, F)}")
+    spans = (2 * F * D * in_dtype.itemsize, 0), (D * F * out_dtype.itemsize, 0)
+    formats = (FORMAT_NAMES[in_dtype], 0), (FORMAT_NAMES[out_dtype], 0)
+    return ExpertTable(*formats, (E, D, F), _addresses([(gate_up, 0), (down, 0)], spans, E), ())

@@ -57,7 +57,6 @@ def library() -> Library | None:
         return None
 
 
-@cache
 def available_isas(best: str) -> tuple[str, ...]:
     """What may be forced where `best` is the best."""
     return ISAS[: ISAS.index(best) + 1]
@@ -65,7 +64,11 @@ def available_isas(best: str) -> tuple[str, ...]:
 
 def chosen_isa(best: str) -> int:
     """The number of the instruction set to run, SOLI_CPU_ISA's or the best. SoliError for one that is not there."""
-    wanted = os.environ.get("SOLI_CPU_ISA") or best
+    return _number(os.environ.get("SOLI_CPU_ISA") or best, best)
+
+
+@cache
+def _number(wanted: str, best: str) -> int:
     if wanted not in available_isas(best):
         raise SoliError(
             f"SOLI_CPU_ISA is {wanted!r}, but this machine has {', '.join(available_isas(best))}: choose one"
