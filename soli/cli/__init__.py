@@ -28,6 +28,7 @@ VERBS = {
     "data": "Build a recipe's corpus, pack your own texts, inspect either.",
     "eval": "Score a model on held-out pairs and text.",
     "convert": "Rewrite a model folder as bf16 or fp8.",
+    "doctor": "Show what this machine has, its kernels, and how fast memory and disk are.",
     "export": "Make a model folder out of a training run.",
 }
 

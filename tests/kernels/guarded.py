@@ -41,18 +41,35 @@ def main() -> None:
                 for rows in (1, 3, 8, 13):
                     weight = random_weight(format, (rows, inputs(format, width, group)), group, generator)
                     check(weight, generator)
+        for at_end in (True, False):
+            check_experts(format, at_end, generator)
     print("read nothing that it should not")
 
 
+def held(weight: PackedWeight, at_end: bool) -> PackedWeight:
+    scale = None if weight.scale is None else guarded(weight.scale, at_end)
+    return PackedWeight(weight.format, guarded(weight.weight, at_end), scale, weight.shape, weight.group)
+
+
 def check(weight: PackedWeight, generator: torch.Generator) -> None:
-    for at_end in (True, False):
-        codes = guarded(weight.weight, at_end)
-        scale = None if weight.scale is None else guarded(weight.scale, at_end)
-        held = PackedWeight(weight.format, codes, scale, weight.shape, weight.group)
+    for lying in (held(weight, True), held(weight, False)):
         for dtype in DTYPES:
             for tokens in (1, 2, 9):
                 x_TI = torch.randn(tokens, weight.shape[1], generator=generator).to(dtype)
-                assert torch.equal(cpu.linear(x_TI, held), cpu.linear(x_TI, weight))
+                assert torch.equal(cpu.linear(x_TI, lying), cpu.linear(x_TI, weight))
+
+
+def check_experts(format: str, at_end: bool, generator: torch.Generator) -> None:
+    """Three experts of width 128 over tokens of width 96, of which the last is nobody's choice."""
+    gate_up, down = (random_weight(format, shape, 32, generator) for shape in ((3, 256, 96), (3, 96, 128)))
+    lying = cpu.ExpertTable.stacked(held(gate_up, at_end), held(down, at_end))
+    for dtype in DTYPES:
+        for tokens in (1, 40):
+            x_TD = torch.randn(tokens, 96, generator=generator).to(dtype)
+            ids_TK = torch.arange(2 * tokens).view(tokens, 2) % 2
+            inputs = x_TD, ids_TK, torch.rand(tokens, 2, generator=generator)
+            expected = cpu.experts(*inputs, cpu.ExpertTable.stacked(gate_up, down))
+            assert torch.equal(cpu.experts(*inputs, lying), expected)
 
 
 if __name__ == "__main__":

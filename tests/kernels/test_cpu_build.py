@@ -1,5 +1,6 @@
 """Compiling and loading: cache, one OpenMP runtime, one sentence where there is no compiler, no read past a weight."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,18 +44,19 @@ def test_another_flag_is_another_library_and_a_failure_is_kept(tmp_path, monkeyp
     for _ in range(2):
         with pytest.raises(build.BuildError, match=r"g\+\+ failed; .*failed.txt has its messages"):
             build.build(cache=tmp_path)
+    monkeypatch.setenv("SOLI_CPU_FLAGS", "-g")
     with pytest.raises(build.BuildError):
-        build.build(["-g"], cache=tmp_path)
+        build.build(cache=tmp_path)
     assert len(list(tmp_path.glob("kernels/*/failed.txt"))) == 2
 
 
 def test_without_a_compiler_there_is_one_line_and_torch(monkeypatch, capsys) -> None:
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
-    native.library.cache_clear()
+    native.opened.cache_clear(), native.library.cache_clear()
     try:
         assert native.library() is None and native.library() is None
     finally:
-        native.library.cache_clear()
+        native.opened.cache_clear(), native.library.cache_clear()
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "no C++ compiler" in said
 
@@ -65,3 +67,19 @@ def test_nothing_is_read_before_or_past_a_weight(isa) -> None:
     """Weights and scales end, and then begin, at pages that may not be touched: a stray read ends the process."""
     done = subprocess.run([sys.executable, Path(__file__).with_name("guarded.py"), isa], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr or f"ended by signal {-done.returncode}"
+
+
+@needs_kernels
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", isas())
+def test_the_address_sanitizer_finds_nothing(isa, tmp_path) -> None:
+    found = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    environment = os.environ | {
+        "LD_PRELOAD": found.stdout.strip(),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+        "SOLI_CPU_FLAGS": "-fsanitize=address -g -O1",
+        "SOLI_CACHE": str(tmp_path),
+    }
+    command = [sys.executable, Path(__file__).with_name("guarded.py"), isa]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]

@@ -37,14 +37,17 @@ class BuildError(Exception):
     """Why there are no C++ kernels, in a clause that can follow "because"."""
 
 
-def build(extra_flags: Sequence[str] = (), cache: Path | None = None) -> Path:
-    """The compiled library, from the cache where it is there. Needs torch imported, for its OpenMP runtime."""
+def build(cache: Path | None = None) -> Path:
+    """The compiled library, from the cache where it is there. Needs torch imported, for its OpenMP runtime.
+
+    SOLI_CPU_FLAGS adds flags, for a sanitizer or a debugger.
+    """
     if platform.system() != "Linux":
         raise BuildError(f"they are built on Linux alone, and this is {platform.system()}")
     compiler = find_compiler()
     runtime = openmp_runtime()
     version = _run([compiler, "--version"]).splitlines()[0]
-    flags = [*FLAGS, *extra_flags]
+    flags = [*FLAGS, *os.environ.get("SOLI_CPU_FLAGS", "").split()]
     folder = (cache or cache_folder()) / "kernels" / _key(version, str(runtime), *flags, platform.machine())
     library, failed = folder / "soli_cpu.so", folder / "failed.txt"
     try:

@@ -44,17 +44,26 @@ def open_library(path: Path) -> Library:
 
 
 @cache
-def library() -> Library | None:
-    """The kernels of this machine; None, after one line on standard error, where they cannot be had."""
+def opened() -> Library | str:
+    """The kernels of this machine, built if they are not yet; or why there are none."""
     try:
         return open_library(build())
     except (BuildError, OSError) as error:
-        print(
-            f"soli: computing with torch's own products, slower in decoding and without packed weights' speed, because "
-            f"the C++ kernels are missing: {error}",
-            file=sys.stderr,
-        )
-        return None
+        return str(error)
+
+
+@cache
+def library() -> Library | None:
+    """The kernels of this machine; None, after one line on standard error, where they cannot be had."""
+    found = opened()
+    if isinstance(found, Library):
+        return found
+    print(
+        "soli: computing with torch's own products, slower in decoding and slowest with packed weights, because the "
+        f"C++ kernels are missing: {found}",
+        file=sys.stderr,
+    )
+    return None
 
 
 def available_isas(best: str) -> tuple[str, ...]:

@@ -1,0 +1,55 @@
+"""`soli doctor`: what this machine has, which kernels run on it, and how fast it reads memory and disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from soli.errors import SoliError
+
+if TYPE_CHECKING:
+    from soli.analysis.machine import Machine
+
+
+def doctor(
+    disk: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Measure the disk under this folder.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+) -> None:
+    """Show processor, kernels, threads, memory and disk bandwidth, GPUs and versions; takes a few seconds."""
+    if disk is not None and not disk.is_dir():
+        raise SoliError(f"{disk}: there is no such folder to measure a disk in")
+    from soli.analysis.machine import inspect
+
+    found = inspect(disk)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found), indent=2))
+        return
+    from soli.cli.console import stdout_console
+
+    console = stdout_console()
+    for label, text in _lines(found):
+        console.print(f"[bold]{label:<12}[/bold]", end="")
+        console.print(text, markup=False, soft_wrap=True)
+
+
+def _lines(machine: Machine) -> list[tuple[str, str]]:
+    cpp = machine.kernels not in ("torch", "reference")
+    kernels = (
+        f"C++ for {machine.kernels}, {machine.kernels_note}" if cpp else f"{machine.kernels}: {machine.kernels_note}"
+    )
+    disk = machine.disk_gb_per_second
+    speed = f"{disk:.2f} GB/s" if disk is not None else "not measured: no room for a file, or not allowed"
+    return [
+        ("processor", f"{machine.processor}, {machine.cores} cores, {machine.memory_bytes / 2**30:.1f} GiB of memory"),
+        ("features", " ".join(machine.features) or "none that matter here"),
+        ("kernels", kernels),
+        ("threads", f"{machine.threads}, {' and '.join(machine.openmp) or 'no OpenMP library'}"),
+        ("memory", f"{machine.memory_gb_per_second:.1f} GB/s read by all threads"),
+        ("disk", f"{speed}, reading in {machine.disk_folder}"),
+        ("GPU", "; ".join(machine.gpus) or "none that PyTorch sees"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in machine.versions.items())),
+    ]
