@@ -98,11 +98,19 @@ def test_weights_that_no_group_divides_are_listed_to_the_person(folders: Path, t
 
 
 @pytest.mark.parametrize("to", ["int8", "int4"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_weights_compute_what_they_are_written_out(to: str, dtype: torch.dtype, folders: Path) -> None:
-    packed, dense = load_model(folders / to, dtype=dtype), load_model(folders / to, dtype=dtype, packed=False)
+def test_packed_weights_compute_what_they_are_written_out(to: str, folders: Path) -> None:
+    packed, dense = (load_model(folders / to, dtype=torch.float32, packed=keep) for keep in (None, False))
     for ours, theirs in zip(outputs(packed), outputs(dense), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("to", ["int8", "int4"])
+def test_in_bf16_packed_weights_are_as_near_the_truth_as_written_out(to: str, folders: Path) -> None:
+    """Not equal: written out, a weight is rounded to bf16 first, and either way may tip a token to another expert."""
+    exact = outputs(load_model(folders / to, dtype=torch.float32))[0]
+    models = (load_model(folders / to, dtype=torch.bfloat16, packed=keep) for keep in (None, False))
+    ours, theirs = (float((outputs(model)[0].float() - exact).square().mean(-1).median().sqrt()) for model in models)
+    assert 0 < ours < 2 * theirs < 0.2 * float(exact.square().mean().sqrt())
 
 
 def test_less_is_lost_with_more_bits(folders: Path) -> None:
