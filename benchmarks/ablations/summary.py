@@ -107,29 +107,29 @@ def _with_interval(value: Mapping[str, Any], sign: str = "") -> str:
     return f"{value['mean']:{sign}.3f}" + ("" if half is None else f" ± {half:.3f}")
 
 
-def draw(found: Found, budget: int, file: Path) -> None:
-    """Loss over the number of experts, a line per seed and the mean; the dense model as a level with its seeds."""
+def draw(experiment: Mapping[str, Any], found: Found, budget: int, file: Path) -> None:
+    """Loss less the dense model's of the same seed over the number of experts: each seed, the mean and its interval."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    arms = [arm for arm in EXPERIMENTS["e"].arms if arm in found and arm != "dense"]
-    experts = [arm_settings(arm, budget).model.n_routed_experts for arm in arms]
+    arms = {name: arm for name, arm in experiment["arms"].items() if "loss_less_first" in arm}
+    experts = [arm_settings(name, budget).model.n_routed_experts for name in arms]
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    seeds = sorted(set.intersection(*(set(found[arm]) for arm in arms)))
+    dense = found[experiment["first"]]
+    seeds = sorted(set(dense).intersection(*(found[name] for name in arms)))
     for seed in seeds:
-        losses = [found[arm][seed]["loss"] for arm in arms]
+        losses = [found[name][seed]["loss"] - dense[seed]["loss"] for name in arms]
         axis.plot(experts, losses, "o-", color="0.65", lw=1, ms=3, label="one seed" if seed == seeds[0] else None)
-    means = [statistics.mean(found[arm][seed]["loss"] for seed in seeds) for arm in arms]
-    axis.plot(experts, means, "o-", color="tab:blue", lw=2, label=f"mean of {len(seeds)} seeds")
-    dense = [run["loss"] for run in found["dense"].values()]
-    axis.axhspan(min(dense), max(dense), color="tab:orange", alpha=0.2, lw=0)
-    axis.axhline(statistics.mean(dense), color="tab:orange", label="dense, lowest to highest seed")
+    pairs = [arm["loss_less_first"] for arm in arms.values()]
+    means, halves = [pair["mean"] for pair in pairs], [pair["interval"] or 0.0 for pair in pairs]
+    axis.errorbar(experts, means, halves, fmt="o-", color="tab:blue", lw=2, capsize=4, label="mean, 95 % interval")
+    axis.axhline(0, color="tab:orange", label="dense")
     axis.set_xscale("log", base=2)
     axis.set_xticks(experts, [str(number) for number in experts])
     axis.set_xlabel("routed experts, of which a token uses 4")
-    axis.set_ylabel("held-out loss, nats per token")
+    axis.set_ylabel("held-out loss less the dense model's,\nnats per token")
     axis.legend(frameon=False, fontsize=8)
     figure.savefig(file, dpi=120, format="png")
 
@@ -154,7 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name, experiment in experiments.items():
         print(f"({name}) {experiment['question']}\n\n{table(experiment)}\n")
     if BASELINE in found and "dense" in found:
-        draw(found, given.tokens, given.picture)
+        draw(experiments["e"], found, given.tokens, given.picture)
     print(f"written to {file}", file=sys.stderr)
 
 
