@@ -23,6 +23,7 @@ SCRIPTS = {
     "generate": "generate.py",
     "train_step": "train_step.py",
     "experts": "experts.py",
+    "cpu_kernels": "cpu_kernels.py",
     "open_checkpoint": "open_checkpoint.py",
 }
 DIRECTIONS = {"en-zh": "English to Chinese", "zh-en": "Chinese to English"}
