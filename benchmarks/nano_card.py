@@ -1,9 +1,11 @@
 """Score the model in the box and write its card: figures, curve, load, examples: nothing in the card is typed by hand.
 
-    python benchmarks/nano_card.py --run runs/nano-zh-en --data data/nano-zh-en
+    python benchmarks/nano_card.py --run runs/nano-zh-en --data data/nano-zh-en [--before FOLDER]
 
 Reads the run's metrics and resolved recipe, runs `soli eval` and `soli routing` on the held-out files, and writes
-benchmarks/results/nano.json, soli/models/nano/README.md and soli/models/nano/curve.png.
+benchmarks/results/nano.json, soli/models/nano/README.md and soli/models/nano/curve.png. `--before` scores the model
+that was in the box until now on the same files. Run it with as many threads (OMP_NUM_THREADS) as the training had: the
+utilisation is the run's FLOP/s over the rate of its matrix products, measured now.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ from typing import Any
 import record
 
 from soli.data.sources.catalogue import SOURCES
+from soli.train.device import find_device
+from soli.train.plan import training_flops
+from soli.train.settings import SECTIONS, TrainSettings, read_settings
 
 BENCHMARKS = Path(__file__).resolve().parent
 ROOT = BENCHMARKS.parent
@@ -64,9 +69,22 @@ def draw_curve(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], f
     figure.savefig(file, dpi=110)
 
 
+def read_recipe(run: Path) -> TrainSettings:
+    """The recipe that the run began with, every default resolved."""
+    recipe = json.loads((run / "recipe.resolved.json").read_text(encoding="utf-8"))
+    return read_settings({name: recipe[name] for name in (*SECTIONS, "model")})
+
+
+def score(model: str, data: Path) -> dict[str, Any]:
+    """What `soli eval` says of a model on the held-out pairs and texts."""
+    files = ["--pairs", str(data / "heldout.tsv"), "--text", str(data / "heldout_mono.tsv")]
+    found: dict[str, Any] = soli_json("eval", model, *files)
+    return found
+
+
 def measure(data: Path) -> dict[str, Any]:
     """Scores on the held-out pairs and texts, and which experts prefer which language."""
-    scores = soli_json("eval", "nano", "--pairs", str(data / "heldout.tsv"), "--text", str(data / "heldout_mono.tsv"))
+    scores = score("nano", data)
     with tempfile.TemporaryDirectory() as folder:
         texts = Path(folder) / "heldout.txt"
         rows = [line.split("\t") for line in (data / "heldout.tsv").read_text(encoding="utf-8").splitlines()]
@@ -86,19 +104,43 @@ def count_preferences(routing: dict[str, Any]) -> dict[str, dict[str, int]]:
     return layers
 
 
-def summarise(measured: dict[str, Any], steps: list[dict[str, Any]], model_bytes: int) -> dict[str, Any]:
+def quality(scores: dict[str, Any]) -> dict[str, Any]:
+    """The figures of `soli eval` that sum a model up."""
+    return {
+        **{name: scores["directions"][name]["overall"] for name in ("en-zh", "zh-en")},
+        "bits_per_byte": scores["on_text"]["bits_per_byte"]["all"],
+        "mtp_acceptance": scores["on_pairs"]["mtp_acceptance"],
+    }
+
+
+def utilisation(settings: TrainSettings, steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """MFU of the median step: its model FLOP/s over what the processor does on the recipe's products alone."""
+    speed = statistics.median(step["tokens_per_second"] for step in steps)
+    flops = training_flops(settings, settings.schedule.sequence_length)
+    device = find_device(settings)
+    return {
+        "tokens_per_second": speed,
+        "flops_per_token": flops,
+        "measured_tflops": device.tflops,
+        "threads": device.threads,
+        "mfu": speed * flops / 1e12 / device.tflops,
+    }
+
+
+def summarise(
+    measured: dict[str, Any], steps: list[dict[str, Any]], model_bytes: int, training: dict[str, Any]
+) -> dict[str, Any]:
     """What benchmarks/results/nano.json holds; the README's table reads `figures`."""
     scores, last = measured["eval"], steps[-1]
     return {
         "hardware": record.hardware(),
         "figures": {
-            **{name: scores["directions"][name]["overall"] for name in ("en-zh", "zh-en")},
-            "bits_per_byte": scores["on_text"]["bits_per_byte"]["all"],
-            "mtp_acceptance": scores["on_pairs"]["mtp_acceptance"],
+            **quality(scores),
             "tokens_seen": last["tokens"],
             "hours": round(last["seconds"] / 3600, 2),
             "bytes": model_bytes,
         },
+        "training": training,
         "preferences": measured["preferences"],
         "eval": scores,
     }
@@ -109,15 +151,17 @@ def card(result: dict[str, Any], steps: list[dict[str, Any]], data: Path) -> str
     figures, scores = result["figures"], result["eval"]
     sources = json.loads((data / "meta.json").read_text(encoding="utf-8"))
     names = sorted(sources["sources"], key=lambda name: -sources["sources"][name]["tokens"])
-    counted = soli_json("count", "nano")
-    flop = 6 * counted["activated"] * figures["tokens_seen"]
+    counted, training = soli_json("count", "nano"), result["training"]
+    flop = training["flops_per_token"] * figures["tokens_seen"]
     fill = {
         "total": f"{counted['total'] / 1e6:.1f}",
         "activated": f"{counted['activated'] / 1e6:.1f}",
         "tokens_seen": f"{figures['tokens_seen'] / 1e6:.1f}",
         "hours": f"{figures['hours']:.1f}",
         "cpu": f"{result['hardware']['cores']} cores of {result['hardware']['cpu']}",
-        "speed": f"{statistics.median(step['tokens_per_second'] for step in steps):,.0f}",
+        "speed": f"{training['tokens_per_second']:,.0f}",
+        "mfu": f"{100 * training['mfu']:.0f} % of {training['measured_tflops']:.2f} TFLOP/s",
+        "versions": "\n".join(version_rows(result)),
         "flop": f"{flop:.1e}".replace("e+", " x 10^"),
         "corpus": f"{sources['train_tokens'] / 1e6:.1f}",
         "megabytes": f"{figures['bytes'] / 1e6:.1f}",
@@ -132,6 +176,21 @@ def card(result: dict[str, Any], steps: list[dict[str, Any]], data: Path) -> str
         "sources": "\n".join(source_row(name, sources["sources"][name]) for name in names),
     }
     return string.Template((BENCHMARKS / "nano_card.md").read_text(encoding="utf-8")).substitute(fill)
+
+
+def version_rows(result: dict[str, Any]) -> list[str]:
+    """The model that was in the box before, where it was scored, and this one."""
+    models = {"before": result.get("before"), "this model": result["figures"]}
+    rows = []
+    for name, figures in models.items():
+        if figures:
+            zh, en = figures["en-zh"], figures["zh-en"]
+            rows.append(
+                f"| {name} | {figures['tokens_seen'] / 1e6:.1f} M | {zh['chrf']:.1f} | {zh['bleu']:.1f} "
+                f"| {en['chrf']:.1f} | {en['bleu']:.1f} | {figures['bits_per_byte']:.3f} "
+                f"| {100 * figures['mtp_acceptance']:.1f} % |"
+            )
+    return rows
 
 
 def quality_rows(directions: dict[str, Any]) -> list[str]:
@@ -168,11 +227,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=ROOT / "runs" / "nano-zh-en")
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "nano-zh-en")
+    parser.add_argument("--before", type=Path, help="the model that was in the box until now, scored beside it")
     arguments = parser.parse_args()
     steps, evaluations = read_metrics(arguments.run)
+    training = utilisation(read_recipe(arguments.run), steps)
     draw_curve(steps, evaluations, MODEL / "curve.png")
     measured = measure(arguments.data)
-    result = summarise(measured, steps, (MODEL / "model.safetensors").stat().st_size)
+    result = summarise(measured, steps, (MODEL / "model.safetensors").stat().st_size, training)
+    if arguments.before:
+        earlier = json.loads((record.RESULTS / "nano.json").read_text(encoding="utf-8"))["figures"]["tokens_seen"]
+        result["before"] = {**quality(score(str(arguments.before), arguments.data)), "tokens_seen": earlier}
     record.write("nano", result)
     (MODEL / "README.md").write_text(card(result, steps, arguments.data), encoding="utf-8")
     print(json.dumps(result["figures"], indent=1))
