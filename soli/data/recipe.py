@@ -49,7 +49,7 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
 
 
 def _apply(recipe: dict[str, Any], override: str, path: Path) -> None:
-    """Set one field; its value is read as TOML, and as a plain string where it is not TOML."""
+    """Set one field; its value is read as TOML, and as a plain string where it is not TOML. `none` takes it out."""
     place, equals, written = override.partition("=")
     *sections, name = place.strip().split(".")
     if not equals or not sections or not name:
@@ -59,6 +59,9 @@ def _apply(recipe: dict[str, Any], override: str, path: Path) -> None:
         if not isinstance(target.get(section), dict):
             raise SoliError(f"--set {override!r}: {path} has no section [{'.'.join(sections)}]; use one that it has")
         target = target[section]
+    if written.strip() in ("none", "null"):
+        target.pop(name, None)  # so that its default, often None, holds
+        return
     try:
         target[name] = tomllib.loads(f"value = {written.strip()}")["value"]
     except tomllib.TOMLDecodeError:

@@ -40,6 +40,14 @@ def test_overrides_are_toml_values_or_plain_text(recipe):
     }
 
 
+def test_none_takes_a_value_out(recipe):
+    whole = load_recipe("mine", ["run.first=1", "run.second=2"])["run"]
+    assert load_recipe("mine", ["run.first=1", "run.second=2", "run.first=none"])["run"] == {
+        name: value for name, value in whole.items() if name != "first"
+    }
+    assert load_recipe("mine", ["run.never=none"]) == load_recipe("mine")
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [("seed=1", "not of the form"), ("data.seed", "not of the form"), ("model.x=1", r"no section \[model\]")],
