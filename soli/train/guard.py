@@ -54,7 +54,7 @@ def examine(run: Run, parts: Sequence[Tensor], totals: Totals, losses: Sequence[
     `parts` are its micro-batches, `losses` next token, MTP and balance, `norm` that of the gradient before clipping.
     """
     settings, progress, at = run.settings.run, run.progress, f"at step {run.progress.step + 1}"
-    if not all(map(math.isfinite, (*losses, norm))):
+    if not all(map(math.isfinite, (*losses, norm))) or not _sound_biases(run.model):
         layer, where = _locate(run, parts, totals, all(map(math.isfinite, losses)))
         loss, mtp, balance = losses
         figures = f"the loss is {loss} (MTP {mtp}, balance {balance}) and the gradient's norm {norm} {at}"
@@ -168,6 +168,13 @@ def _locate(run: Run, parts: Sequence[Tensor], totals: Totals, sound_loss: bool)
 def _poisoned(model: nn.Module) -> str:
     """The first weight or router bias that is not finite; "" when all are."""
     return next((name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()), "")
+
+
+def _sound_biases(model: Transformer) -> bool:
+    """Whether every router's bias is finite: one that is not lets its expert in always, and no loss shows it."""
+    biases = [moe.gate.e_score_correction_bias for _, moe in model.moe_layers()]
+    held = [bias_E for bias_E in biases if bias_E is not None]
+    return not held or bool(torch.stack(held).isfinite().all())
 
 
 def _finite(value: Any) -> bool:

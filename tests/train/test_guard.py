@@ -57,6 +57,7 @@ def spoil(run, at_position, factor=1e4):
         ("layers.1.self_attn.kv_b_proj.weight", "layers.1.self_attn.kv_b_proj"),
         ("layers.0.input_layernorm.weight", "layers.0.input_layernorm"),
         ("layers.1.mlp.gate.weight", "layers.1.mlp.gate"),
+        ("layers.1.mlp.gate.e_score_correction_bias", "layers.1.mlp.gate"),  # with a loss that is finite
         ("layers.1.mlp.experts.down_proj", "layers.1.mlp.experts"),
         ("mtp.0.block.mlp.shared_experts.up_proj.weight", "mtp.0.block.mlp.shared_experts.up_proj"),
         ("embed_tokens.weight", "embed_tokens"),
