@@ -4,7 +4,8 @@ SOLI_KERNELS forces one: `reference` (the oracle), `torch`, or `cpu` (an error w
 cannot take the call's tensors; calls that want a gradient still go to torch). The choice looks at dtypes, devices and
 sizes alone, so the same call always gets the same answer.
 
-Shapes: T tokens, D hidden, E experts, F expert width, K chosen.
+Shapes: T tokens, D hidden, E experts, F expert width, K chosen; B rows, H heads, P pages of S slots, M pages of a row,
+X = C latent + R rotary width.
 """
 
 from __future__ import annotations
@@ -62,6 +63,15 @@ def packed_experts(x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, pack
         if table is not None:
             return cpu.experts(x_TD, expert_ids_TK, weights_TK, table)
     return packed_torch.experts(x_TD, expert_ids_TK, weights_TK, packed)
+
+
+def latent_decode(
+    q_BHX: Tensor, pages_PSX: Tensor, table_BM: Tensor, lengths_B: Tensor, *, latent: int, scale: float
+) -> Tensor:
+    """Attention of one query per row over paged latents (`reference.latent_decode` says which): (B, H, C)."""
+    takes = _takes(q_BHX, pages_PSX, forced()) and pages_PSX.dtype == q_BHX.dtype
+    answer = cpu.latent_decode if takes else reference.latent_decode
+    return answer(q_BHX, pages_PSX, table_BM, lengths_B, latent=latent, scale=scale)
 
 
 def forced() -> str | None:

@@ -1,6 +1,7 @@
-"""The oracle of both seams, in the plainest torch that says what is meant. Slow on purpose; every fast path equals it.
+"""The oracle of every seam, in the plainest torch that says what is meant. Slow on purpose; every fast path equals it.
 
-Shapes: T tokens, D hidden, E experts, F expert width, K chosen.
+Shapes: T tokens, D hidden, E experts, F expert width, K chosen; B rows, H heads, P pages of S slots, M pages of a row,
+X = C latent + R rotary width.
 """
 
 import torch
@@ -24,3 +25,17 @@ def experts(x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, gate_up_E2F
             y_D = y_D + w * linear(F.silu(gate_F) * up_F, down_EDF[e])
         rows.append(y_D)
     return torch.stack(rows).to(x_TD.dtype) if rows else x_TD.clone()
+
+
+def latent_decode(
+    q_BHX: Tensor, pages_PSX: Tensor, table_BM: Tensor, lengths_B: Tensor, *, latent: int, scale: float
+) -> Tensor:
+    """Row by row: softmax(scale * q k) over the row's first slots, times their latents, the first C = `latent` values
+    of each slot: (B, H, C) in the dtype of q. Slot s of row b is slot s % S of page table[b, s // S]. Softmax is
+    float32."""
+    S, rows = pages_PSX.shape[1], []
+    for q_HX, table_M, length in zip(q_BHX, table_BM, lengths_B.tolist(), strict=True):
+        slots_LX = pages_PSX[table_M[: -(-length // S)].long()].flatten(0, 1)[:length]
+        shares_HL = ((q_HX @ slots_LX.T).float() * scale).softmax(dim=-1)
+        rows.append(shares_HL.to(q_HX.dtype) @ slots_LX[:, :latent])
+    return torch.stack(rows) if rows else q_BHX[..., :latent]

@@ -43,6 +43,8 @@ def main() -> None:
                     check(weight, generator)
         for at_end in (True, False):
             check_experts(format, at_end, generator)
+    for width in (1, 24, 31, 80, 145):
+        check_latents(width, generator)
     print("read nothing that it should not")
 
 
@@ -70,6 +72,19 @@ def check_experts(format: str, at_end: bool, generator: torch.Generator) -> None
             inputs = x_TD, ids_TK, torch.rand(tokens, 2, generator=generator)
             expected = cpu.experts(*inputs, cpu.ExpertTable.stacked(gate_up, down))
             assert torch.equal(cpu.experts(*inputs, lying), expected)
+
+
+def check_latents(width: int, generator: torch.Generator) -> None:
+    """Two pages of five slots, in either order; of the second one three slots are read."""
+    for dtype in DTYPES:
+        pages_PSX = torch.randn(2, 5, width, generator=generator).to(dtype)
+        q_BHX = torch.randn(2, 3, width, generator=generator).to(dtype)
+        table_BM = torch.tensor([[0, 1], [1, 0]], dtype=torch.int32)
+        lengths_B, latent = torch.tensor([8, 8], dtype=torch.int32), -(-width * 2 // 3)
+        expected = cpu.latent_decode(q_BHX, pages_PSX, table_BM, lengths_B, latent=latent, scale=0.5)
+        for at_end in (True, False):
+            inputs = (guarded(tensor, at_end) for tensor in (q_BHX, pages_PSX, table_BM, lengths_B))
+            assert torch.equal(cpu.latent_decode(*inputs, latent=latent, scale=0.5), expected)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Both seams in C++: weights of every format multiplied as they lie, for inference.
+"""The seams in C++: weights of every format multiplied as they lie, and attention over paged latents, for inference.
 
 Numerics: activations are float32 or bfloat16 and results have their dtype; every dot product is summed in float32, in
 an order that depends on its length alone, so a token's result has the same bits alone and in any batch, with any number
 of threads. bfloat16 tokens meet bfloat16 products where the processor has them (AVX-512 BF16), elsewhere float32 ones.
 No gradient is recorded: callers use torch's way when they want one.
 
-Shapes: T tokens, D hidden, E experts, F expert width, K chosen, O output and I input features.
+Shapes: T tokens, D hidden, E experts, F expert width, K chosen, O output and I input features; B rows, H heads, P pages
+of S slots, M pages of a row, X = C latent + R rotary width.
 """
 
 from __future__ import annotations
@@ -128,6 +129,34 @@ def experts(x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, table: Expe
     )  # fmt: skip
     check_code(code, E)
     return y_TD
+
+
+def latent_decode(
+    q_BHX: Tensor, pages_PSX: Tensor, table_BM: Tensor, lengths_B: Tensor, *, latent: int, scale: float
+) -> Tensor:
+    """Attention of one query per row over paged latents, as `reference.latent_decode`; table and lengths are int32.
+
+    A row's bits depend on its query and slots alone: neither on the other rows nor on where its pages lie or how large
+    they are. IndexError for a row without a slot, or with one that lies in no page.
+    """
+    (B, H, X), (P, S, width) = q_BHX.shape, pages_PSX.shape
+    _check_tokens(q_BHX, width)
+    fits = table_BM.dtype == lengths_B.dtype == torch.int32 and table_BM.shape[:1] == lengths_B.shape == (B,)
+    if not fits or pages_PSX.dtype != q_BHX.dtype or not pages_PSX.is_contiguous() or not 0 < latent <= X:
+        raise ValueError(
+            f"queries {q_BHX.dtype} {tuple(q_BHX.shape)}, pages {pages_PSX.dtype} {tuple(pages_PSX.shape)}, table "
+            f"{table_BM.dtype} {tuple(table_BM.shape)}, lengths {lengths_B.dtype} {tuple(lengths_B.shape)} do not fit"
+        )
+    q_BHX, table_BM, lengths_B = q_BHX.contiguous(), table_BM.contiguous(), lengths_B.contiguous()
+    y_BHC = q_BHX.new_empty(B, H, latent)
+    kernels = _kernels()
+    code = kernels.latent_decode(
+        chosen_isa(kernels.best_isa), DTYPES[q_BHX.dtype], B, H, X, latent, q_BHX.data_ptr(), pages_PSX.data_ptr(),
+        P, S, table_BM.data_ptr(), table_BM.shape[1], lengths_B.data_ptr(), scale, y_BHC.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    check_code(code)
+    return y_BHC
 
 
 def available() -> bool:

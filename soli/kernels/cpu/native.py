@@ -27,12 +27,13 @@ _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
 @dataclass(frozen=True)
 class Library:
-    """`linear` and `experts` take what csrc/linear.cpp and csrc/experts.cpp say and return their error code."""
+    """Each takes what the file of its name in csrc/ says (`latent_decode`: latents.cpp) and returns its error code."""
 
     path: Path
     best_isa: str
     linear: Any
     experts: Any
+    latent_decode: Any
 
 
 def open_library(path: Path) -> Library:
@@ -40,7 +41,11 @@ def open_library(path: Path) -> Library:
     handle = ctypes.CDLL(str(path))
     handle.soli_linear.argtypes = [*[_INT] * 5, *[_POINTER] * 2, *[_INT] * 2, *[_POINTER] * 2, _INT]
     handle.soli_experts.argtypes = [*[_INT] * 8, _POINTER, *[_INT] * 3, *[_POINTER] * 4, _INT]
-    return Library(path, ISAS[handle.soli_best_isa()], handle.soli_linear, handle.soli_experts)
+    handle.soli_latent_decode.argtypes = [
+        *[_INT] * 6, *[_POINTER] * 2, *[_INT] * 2, _POINTER, _INT, _POINTER, ctypes.c_double, _POINTER, _INT
+    ]  # fmt: skip
+    entries = handle.soli_linear, handle.soli_experts, handle.soli_latent_decode
+    return Library(path, ISAS[handle.soli_best_isa()], *entries)
 
 
 @cache
@@ -89,5 +94,7 @@ def check_code(code: int, experts: int = 0) -> None:
     """Turn a kernel's error code into an exception."""
     if code == 1:
         raise IndexError(f"an expert id is not in 0 ... {experts - 1}")
+    if code == 3:
+        raise IndexError("a row of the page table does not lead to as many slots as its length says")
     if code:
         raise MemoryError("no memory for the scratch of a CPU kernel")

@@ -12,6 +12,8 @@ struct Vec {
 
     static Vec zero() { return {_mm256_setzero_ps()}; }
     static Vec load(const float* from) { return {_mm256_loadu_ps(from)}; }
+    static Vec all(float value) { return {_mm256_set1_ps(value)}; }
+    void store(float* to) const { _mm256_storeu_ps(to, v); }
     static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
     static float sum(Vec a) {
         __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
@@ -21,6 +23,7 @@ struct Vec {
 };
 
 #include "dots32.inc"
+#include "mix32.inc"
 
 __m256 half_at(const uint8_t* base, int64_t index) {
     uint16_t half;
@@ -102,6 +105,7 @@ struct Int4 {
 
 const Kernels AVX2 = {
     "avx2", {dots32<Fp32>, dots32<Bf16>, dots32<Fp8>, dots32<Int8>, dots32<Int4>}, {}, nullptr, silu_mul,
+    {mix32<Fp32>, mix32<Bf16>, mix32<Fp8>, mix32<Int8>, mix32<Int4>}, soften,
 };
 
 }  // namespace soli

@@ -11,11 +11,14 @@ struct Vec {
 
     static Vec zero() { return {_mm512_setzero_ps()}; }
     static Vec load(const float* from) { return {_mm512_loadu_ps(from)}; }
+    static Vec all(float value) { return {_mm512_set1_ps(value)}; }
+    void store(float* to) const { _mm512_storeu_ps(to, v); }
     static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
     static float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 };
 
 #include "dots32.inc"
+#include "mix32.inc"
 
 __m512 half_at(const uint8_t* base, int64_t index) {
     uint16_t half;
@@ -92,6 +95,8 @@ const Kernels AVX512 = {
     {nullptr, dots16_bf16, dots16_fp8, dots16_int8, dots16_int4},
     arrange16,
     silu_mul,
+    {mix32<Fp32>, mix32<Bf16>, mix32<Fp8>, mix32<Int8>, mix32<Int4>},
+    soften,
 };
 
 }  // namespace soli

@@ -61,6 +61,15 @@ SOLI_INLINE int64_t padded(int64_t I) { return (I + STEP - 1) / STEP * STEP; }
 using Dots32 = void (*)(const Rows& rows, const float* x, int64_t tokens, float* y, int64_t y_stride);
 using Dots16 = void (*)(const Rows& rows, const uint16_t* x, int64_t tokens, float* y, int64_t y_stride);
 
+// y[t * y_stride + i] += sum over r of p[t * p_stride + r] * rows[r][i], for the first `columns` numbers of each row, row
+// after row; y has padded(columns) numbers per token.
+using Mix = void (*)(const Rows& rows, int64_t columns, const float* p, int64_t p_stride, int64_t tokens, float* y, int64_t y_stride);
+
+// What a softmax over several parts must know of one part: its largest value, and the sum of the exponentials above it.
+struct Soft {
+    float most, sum;
+};
+
 // One instruction set. `dots16` is null where there is no bfloat16 product: bfloat16 tokens are then widened.
 struct Kernels {
     const char* name;
@@ -68,6 +77,8 @@ struct Kernels {
     Dots16 dots16[FORMATS];
     void (*arrange16)(int64_t format, uint16_t* x, int64_t I);  // in place: the order in which dots16 wants a token
     void (*silu_mul)(const float* gate, const float* up, float* out, int64_t n);
+    Mix mix[FORMATS];
+    Soft (*soften)(float* values, int64_t n, float scale);  // in place: exp(scale * value - most)
 };
 
 extern const Kernels PORTABLE, AVX2, AVX512;

@@ -14,6 +14,12 @@ struct Vec {
         __builtin_memcpy(v.lane, from, sizeof v.lane);
         return v;
     }
+    static Vec all(float value) {
+        Vec v;
+        for (int i = 0; i < WIDTH; i++) v.lane[i] = value;
+        return v;
+    }
+    void store(float* to) const { __builtin_memcpy(to, lane, sizeof lane); }
     static Vec fma(const Vec& a, const Vec& b, Vec c) {
         for (int i = 0; i < WIDTH; i++) c.lane[i] += a.lane[i] * b.lane[i];
         return c;
@@ -24,6 +30,7 @@ struct Vec {
 };
 
 #include "dots32.inc"
+#include "mix32.inc"
 
 float float_at(const uint8_t* base, int64_t index) {
     float value;
@@ -99,6 +106,7 @@ struct Int4 {  // rows are whole runs of 32: nothing is ragged, and BYTES is nev
 
 const Kernels PORTABLE = {
     "portable", {dots32<Fp32>, dots32<Bf16>, dots32<Fp8>, dots32<Int8>, dots32<Int4>}, {}, nullptr, silu_mul,
+    {mix32<Fp32>, mix32<Bf16>, mix32<Fp8>, mix32<Int8>, mix32<Int4>}, soften,
 };
 
 }  // namespace soli
