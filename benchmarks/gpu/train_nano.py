@@ -33,6 +33,7 @@ from soli.train.state import load_run
 NEEDED = ("meta.json", "train.bin", "valid.bin", "tokenizer.json", "tokenizer_config.json", "heldout.tsv")
 PART = 15 * 2**20  # bytes
 TINY = {"model.num_hidden_layers": 2, "schedule.batch_sequences": 2, "run.micro_sequences": 2,
+        "schedule.batch_sequences_start": "none", "schedule.batch_ramp_tokens": 0,
         "schedule.warmup_tokens": 512, "schedule.constant_tokens": 512, "schedule.cosine_tokens": 512,
         "eval.tokens": 512, "eval.samples": 0, "schedule.sequence_length": 64}  # fmt: skip
 
