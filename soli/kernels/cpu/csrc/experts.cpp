@@ -8,94 +8,29 @@
 // Accumulation is float32 throughout; with bfloat16 tokens the hidden row is rounded to bfloat16 once, as torch does.
 //
 // Shapes: T tokens, D hidden, E experts, F expert width, K chosen, P = T * K pairs of token and expert.
-#include <algorithm>
-
-#include "driver.h"
+#include "experts.h"
 
 namespace soli {
 namespace {
 
-struct Layer {
-    const Kernels& isa;
-    int64_t E, K, dtype, threads;
-    Layout in, out;  // gate and up (F, D); down (D, F)
-    const Matrix *gate, *up, *down;  // tables of E matrices
-};
-
-// Pairs sorted by expert, tokens ascending within an expert: pair p is token[p], chosen with weight[p].
-struct Pairs {
-    int64_t* start;   // E + 1: where each expert's pairs begin
-    int64_t* chosen;  // experts that have any
-    int64_t* token;
-    float* weight;
-    int64_t experts;
-
-    static size_t bytes(int64_t E, int64_t P) {
-        return Scratch::bytes<int64_t>(E + 1) + Scratch::bytes<int64_t>(E) + Scratch::bytes<int64_t>(P) +
-               Scratch::bytes<float>(P);
-    }
-
-    Pairs(Scratch& scratch, int64_t E, int64_t K, int64_t P, const int64_t* ids, const float* weights) : experts(0) {
-        start = scratch.take<int64_t>(E + 1), chosen = scratch.take<int64_t>(E);
-        token = scratch.take<int64_t>(P), weight = scratch.take<float>(P);
-        std::fill(start, start + E + 1, 0);
-        for (int64_t p = 0; p < P; p++) start[ids[p] + 1]++;
-        for (int64_t e = 0; e < E; e++) {
-            if (start[e + 1]) chosen[experts++] = e;
-            start[e + 1] += start[e];
-        }
-        for (int64_t p = 0; p < P; p++) {  // moves start[e] to the end of e's pairs ...
-            const int64_t place = start[ids[p]]++;
-            token[place] = p / K, weight[place] = weights[p];
-        }
-        std::copy_backward(start, start + E, start + E + 1);  // ... which is the start of the next
-        start[0] = 0;
-    }
-};
-
-// Step 1 for rows row ... row + rows of one expert.
-void hidden_rows(const Layer& layer, int64_t e, const Tokens& x, int64_t begin, int64_t end, int64_t row, float* hidden) {
-    alignas(64) float gate[TOKENS * ROWS], up[TOKENS * ROWS];
-    const int64_t F = layer.in.O, rows = std::min(ROWS, F - row);
-    for (int64_t p = begin; p < end; p += TOKENS) {
-        const int64_t count = std::min(TOKENS, end - p);
-        x.dots(layer.gate[e], row, rows, p, count, gate, ROWS);
-        x.dots(layer.up[e], row, rows, p, count, up, ROWS);
-        for (int64_t i = 0; i < count; i++)
-            layer.isa.silu_mul(gate + i * ROWS, up + i * ROWS, hidden + (p + i) * F + row, rows);
-    }
-}
-
-// Step 3 for rows row ... row + rows of y and one expert.
-void add_rows(const Layer& layer, int64_t e, const Tokens& h, const Pairs& pairs, int64_t row, float* y) {
-    alignas(64) float tile[TOKENS * ROWS];
-    const int64_t D = layer.out.O, rows = std::min(ROWS, D - row), end = pairs.start[e + 1];
-    for (int64_t p = pairs.start[e]; p < end; p += TOKENS) {
-        const int64_t count = std::min(TOKENS, end - p);
-        h.dots(layer.down[e], row, rows, p, count, tile, ROWS);
-        for (int64_t i = 0; i < count; i++) {
-            float* to = y + pairs.token[p + i] * D + row;
-            for (int64_t r = 0; r < rows; r++) to[r] += pairs.weight[p + i] * tile[i * ROWS + r];
-        }
-    }
-}
-
-int run(const Layer& layer, int64_t T, const void* x, const int64_t* ids, const float* weights, void* y) {
+int run(const Experts& layer, int64_t dtype, int64_t threads, int64_t T, const void* x, const int64_t* ids,
+        const float* weights, void* y) {
     static thread_local Scratch scratch;
-    const int64_t D = layer.in.I, F = layer.in.O, P = T * layer.K, size = layer.dtype == FLOAT ? 4 : 2;
-    Tokens in(layer.isa, layer.in, layer.dtype), out(layer.isa, layer.out, layer.dtype);
+    const int64_t D = layer.in.I, F = layer.in.O, P = T * layer.K, size = dtype == FLOAT ? 4 : 2;
+    Tokens in(layer.isa, layer.in, dtype), out(layer.isa, layer.out, dtype);
     const size_t wanted = Pairs::bytes(layer.E, P) + (in.token_bytes() + out.token_bytes()) * P +
                           Scratch::bytes<float>(P * F) + Scratch::bytes<float>(T * D);
     if (!scratch.reserve(wanted)) return 2;
-    const Pairs pairs(scratch, layer.E, layer.K, P, ids, weights);
+    Pairs pairs(scratch, layer.E, P);
+    pairs.sort(layer.E, layer.K, P, ids, weights);
     in.data = scratch.take<uint8_t>(in.token_bytes() * P), out.data = scratch.take<uint8_t>(out.token_bytes() * P);
     float *hidden = scratch.take<float>(P * F), *sum = scratch.take<float>(T * D);
     const int64_t blocks = (F + ROWS - 1) / ROWS;
-#pragma omp parallel num_threads(layer.threads) if (layer.threads > 1)
+#pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for
         for (int64_t p = 0; p < P; p++)
-            in.put(p, static_cast<const uint8_t*>(x) + pairs.token[p] * D * size, layer.dtype);
+            in.put(p, static_cast<const uint8_t*>(x) + pairs.token[p] * D * size, dtype);
 #pragma omp for schedule(dynamic)
         for (int64_t piece = 0; piece < pairs.experts * blocks; piece++) {
             const int64_t e = pairs.chosen[piece / blocks];
@@ -108,7 +43,7 @@ int run(const Layer& layer, int64_t T, const void* x, const int64_t* ids, const 
             const int64_t rows = std::min(ROWS, D - row);
             for (int64_t t = 0; t < T; t++) std::fill(sum + t * D + row, sum + t * D + row + rows, 0.0f);
             for (int64_t i = 0; i < pairs.experts; i++) add_rows(layer, pairs.chosen[i], out, pairs, row, sum);
-            for (int64_t t = 0; t < T; t++) write_out(sum + t * D + row, rows, y, t * D + row, layer.dtype);
+            for (int64_t t = 0; t < T; t++) write_out(sum + t * D + row, rows, y, t * D + row, dtype);
         }
     }
     return 0;
@@ -124,14 +59,14 @@ extern "C" int soli_experts(
     const float* weights, void* y, int64_t threads) {
     for (int64_t p = 0; p < T * K; p++)
         if (ids[p] < 0 || ids[p] >= E) return 1;
-    const Layer layer = {kernels(isa), E, K, dtype, threads, {in_format, F, D, in_group}, {out_format, D, F, out_group},
+    const Experts layer = {kernels(isa), E, K, {in_format, F, D, in_group}, {out_format, D, F, out_group},
                          table, table + E, table + 2 * E};
     // Scratch stays below 128 MiB; parts of a batch do not change a token's bits.
     const int64_t per_token = K * (8 * padded(F) + 4 * padded(D)) + 4 * D, most = std::max<int64_t>(64, (128 << 20) / per_token);
     const int64_t bytes = D * (dtype == FLOAT ? 4 : 2);
     for (int64_t t = 0; t < T; t += most) {
-        const int failed = run(layer, std::min(most, T - t), static_cast<const uint8_t*>(x) + t * bytes, ids + t * K,
-                               weights + t * K, static_cast<uint8_t*>(y) + t * bytes);
+        const int failed = run(layer, dtype, threads, std::min(most, T - t), static_cast<const uint8_t*>(x) + t * bytes,
+                               ids + t * K, weights + t * K, static_cast<uint8_t*>(y) + t * bytes);
         if (failed) return failed;
     }
     return 0;
