@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from soli.engine.cache import LatentCache
-from soli.engine.sampler import GREEDY, Sampler, SamplingParams
+from soli.engine.sampler import GREEDY, SamplerState, SamplingParams, sample
 from soli.errors import SoliError
 from soli.model.router import Routing
 from soli.model.transformer import Transformer
@@ -44,6 +44,7 @@ class _Request:
     ids: list[int]
     prompt_length: int
     max_new_tokens: int
+    state: SamplerState
     read: int = 0
     finish_reason: Literal["stop", "length"] | None = None
     routing: list[tuple[Routing, ...]] = field(default_factory=list)
@@ -72,15 +73,15 @@ def generate(
     token's Routing. Results are in the order of `prompts`; they do not depend on what else is in the batch, nor (but
     for rounding) on the cache.
     """
-    requests = _requests(model, prompts, max_new_tokens)
-    sampler = Sampler([sampling] * len(requests) if isinstance(sampling, SamplingParams) else sampling)
+    requests = _requests(model, prompts, max_new_tokens, sampling)
     cache = LatentCache(model.config.max_position_embeddings) if use_cache else None
     running = [request for request in requests if request.max_new_tokens > 0]
     while running:
         logits_BV = _read(model, running, cache, trace)
-        tokens = sampler.draw(logits_BV, [request.number for request in running])
-        for request, token in zip(running, tokens, strict=True):
-            _accept(request, token, stop_ids, on_token)
+        for request, drawn in zip(running, sample(logits_BV, [request.state for request in running]), strict=True):
+            if isinstance(drawn, SoliError):
+                raise drawn
+            _accept(request, drawn.token, stop_ids, on_token)
         stay = [row for row, request in enumerate(running) if request.finish_reason is None]
         if cache is not None and len(stay) < len(running):
             cache.keep(torch.tensor(stay, dtype=torch.int64, device=logits_BV.device))
@@ -89,9 +90,13 @@ def generate(
 
 
 def _requests(
-    model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int]
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int | Sequence[int],
+    sampling: SamplingParams | Sequence[SamplingParams],
 ) -> list[_Request]:
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
     positions, vocab = model.config.max_position_embeddings, model.config.vocab_size
     requests = []
     for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
@@ -106,7 +111,8 @@ def _requests(
                 f"prompt {number + 1} has {len(prompt)} tokens and asks for {limit} more, but the model has only "
                 f"{positions} positions: shorten the text or ask for fewer tokens"
             )
-        requests.append(_Request(number, list(prompt), len(prompt), limit))
+        state = SamplerState(params[number], prompt, vocab)
+        requests.append(_Request(number, list(prompt), len(prompt), limit, state))
     return requests
 
 
@@ -130,6 +136,7 @@ def _accept(request: _Request, token: int, stop_ids: Collection[int], on_token: 
         request.finish_reason = "stop"
         return
     request.ids.append(token)
+    request.state.accept(token)
     if on_token is not None and on_token(request.number, token):
         request.finish_reason = "stop"
     elif len(request.ids) - request.prompt_length >= request.max_new_tokens:

@@ -1,107 +1,178 @@
-"""From logits to the next token: greedy, or temperature, top-k and top-p with a random stream per request.
+"""From logits to the next token of many requests, each with its own parameters, counts and random stream.
 
-A request draws exactly one uniform number per token from its own generator and inverts the cumulative distribution
-with it, so what it draws depends on its seed and its logits alone, never on its neighbours in the batch.
+A request's logits are changed by its penalties and bias (penalties.py) and become a distribution (distribution.py).
+The token is drawn with one uniform number that belongs to the request's seed and the token's place in the answer: so a
+neighbour in the batch, a preemption or a drafted token that was refused cannot change what comes later. Rows that are
+greedy and unchanged are one argmax. Refuses logits that are not finite.
+
+Shapes: B requests, V vocabulary.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from soli.engine.distribution import distribution
+from soli.engine.logprobs import TokenLogprob, token_logprob
+from soli.engine.penalties import Penalties
 from soli.errors import SoliError
+
+LARGEST_SEED = 2**63 - 1
+DRAW, CHOICE = range(2)
+"""What random bits are for: a token of the answer, or the seed of another answer to the same prompt."""
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request picks tokens. temperature 0 is greedy; top_k 0 and top_p 1 leave the vocabulary whole.
+    """How one request picks tokens. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 leave the vocabulary whole.
 
-    seed None draws a fresh one for every run. Refuses values outside their range with a SoliError.
+    Penalties of 1 (repetition) and 0 (presence, frequency) change nothing; `logit_bias` adds to the logits of the
+    tokens it names. Definitions and order: penalties.py, distribution.py. seed None draws a fresh one for every
+    request. Refuses values outside their range (OpenAI's where it states one) with a SoliError.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise SoliError(
-                f"temperature is {self.temperature}: give a number from 0 (always the likeliest token) upward"
-            )
-        if self.top_k < 0:
-            raise SoliError(f"top_k is {self.top_k}: give 0 for the whole vocabulary, or how many tokens to keep")
-        if not 0 < self.top_p <= 1:
-            raise SoliError(f"top_p is {self.top_p}: give a share above 0 and up to 1")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise SoliError(f"seed is {self.seed}: give a whole number from 0 to 2**63 - 1")
+        checks = (
+            ("temperature", 0 <= self.temperature < math.inf, "a number from 0 (always the likeliest token) upward"),
+            ("top_k", self.top_k >= 0, "0 for the whole vocabulary, or how many tokens to keep"),
+            ("top_p", 0 < self.top_p <= 1, "a share above 0 and up to 1"),
+            ("seed", self.seed is None or 0 <= self.seed <= LARGEST_SEED, "a whole number from 0 to 2**63 - 1"),
+            ("min_p", 0 <= self.min_p <= 1, "a share of the likeliest token's probability, from 0 to 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a number above 0; 1 changes nothing"),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "a number from -2 to 2; 0 changes nothing"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "a number from -2 to 2; 0 changes nothing"),
+        )
+        for name, good, wanted in checks:
+            if not good:
+                raise SoliError(f"{name} is {getattr(self, name)}: give {wanted}")
+        for token, bias in self.logit_bias.items():
+            if not (token >= 0 and -100 <= bias <= 100):
+                raise SoliError(f"logit_bias of token {token} is {bias}: give token ids and numbers from -100 to 100")
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether a penalty or a bias is in force."""
+        neutral = self.repetition_penalty == 1 and self.presence_penalty == self.frequency_penalty == 0
+        return not neutral or bool(self.logit_bias)
+
+    def numbered(self, choice: int) -> "SamplingParams":
+        """The parameters of answer number `choice` of several to one prompt: a seed of its own, derived from this one's
+        (number 0 keeps it)."""
+        if choice == 0 or self.seed is None:
+            return self
+        return replace(self, seed=_philox(self.seed, choice, CHOICE) >> 1)
 
 
 GREEDY = SamplingParams()
 
 
-class Sampler:
-    """Draws tokens for a fixed list of requests, each with its own parameters and random stream."""
+class SamplerState:
+    """Where one request stands: its parameters, how many tokens it has, and what was counted of them.
 
-    def __init__(self, params: Sequence[SamplingParams]) -> None:
-        self._params = list(params)
-        self._generators = [_generator(p.seed) for p in self._params]
-
-    def draw(self, logits_BV: Tensor, requests: Sequence[int]) -> list[int]:
-        """One token for each row of logits; row b belongs to request number `requests[b]`.
-
-        Computed in float32 (greedy) and float64 (sampling) whatever the model's dtype. Refuses logits that are not
-        finite.
-        """
-        logits_BV = logits_BV.float()
-        if not bool(torch.isfinite(logits_BV).all()):
-            raise SoliError("the model's logits are not finite: its weights are broken, or float16/bfloat16 overflowed")
-        tokens = logits_BV.argmax(dim=-1).tolist()
-        warm = [row for row, request in enumerate(requests) if self._params[request].temperature > 0]
-        if warm:
-            drawn = self._draw_warm(logits_BV[warm].cpu(), [requests[row] for row in warm])
-            for row, token in zip(warm, drawn, strict=True):
-                tokens[row] = token
-        return tokens
-
-    def _draw_warm(self, logits_BV: Tensor, requests: Sequence[int]) -> list[int]:
-        params = [self._params[request] for request in requests]
-        probabilities_BV, tokens_BV = nucleus(logits_BV, params)
-        uniform = [torch.rand((), generator=self._generators[request], dtype=torch.float64) for request in requests]
-        cumulative_BV = probabilities_BV.cumsum(dim=-1)
-        target_B1 = torch.stack(uniform)[:, None] * cumulative_BV[:, -1:]
-        # right=True: the first token whose cumulative share exceeds the draw, so a token of probability 0 is never
-        # picked.
-        ranks_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True)
-        last_B1 = (probabilities_BV > 0).sum(dim=-1, keepdim=True) - 1
-        return tokens_BV.gather(1, torch.minimum(ranks_B1, last_B1))[:, 0].tolist()
-
-
-def nucleus(logits_BV: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Tensor]:
-    """Probabilities (float64) in descending order, zero outside top-k and then top-p, and the tokens in that order.
-
-    Order of the filters is that of `transformers`: temperature, top-k, then top-p over what top-k left. The likeliest
-    token always stays.
+    Refuses a bias for a token that the vocabulary does not have.
     """
-    temperature_B1 = torch.tensor([p.temperature for p in params], dtype=torch.float64)[:, None]
-    top_p_B1 = torch.tensor([p.top_p for p in params], dtype=torch.float64)[:, None]
-    top_k_B1 = torch.tensor([p.top_k or logits_BV.shape[-1] for p in params])[:, None]
-    sorted_BV, tokens_BV = logits_BV.double().sort(dim=-1, descending=True, stable=True)
-    outside_BV = torch.arange(sorted_BV.shape[-1])[None] >= top_k_B1
-    # Measured from the largest logit, so that a temperature near 0 cannot overflow.
-    scaled_BV = (sorted_BV - sorted_BV[:, :1]) / temperature_B1
-    probabilities_BV = scaled_BV.masked_fill(outside_BV, -torch.inf).softmax(dim=-1)
-    before_BV = probabilities_BV.cumsum(dim=-1) - probabilities_BV
-    probabilities_BV = probabilities_BV.masked_fill((before_BV >= top_p_B1) & (before_BV > 0), 0.0)
-    return probabilities_BV, tokens_BV
+
+    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int], vocab: int) -> None:
+        largest = max(params.logit_bias, default=0)
+        if largest >= vocab:
+            raise SoliError(f"logit_bias names token {largest}, but the model's vocabulary ends at {vocab - 1}")
+        self.params = params
+        self._seed = secrets.randbits(63) if params.seed is None else params.seed
+        self._tokens: list[int] = []
+        self._penalties = Penalties(params, prompt_ids, vocab) if params.changes_logits else None
+
+    @property
+    def position(self) -> int:
+        """How many tokens were accepted: the place in the answer of the token drawn next."""
+        return len(self._tokens)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the next token is simply that of the largest logit."""
+        return self.params.temperature == 0 and self._penalties is None
+
+    def accept(self, token: int) -> None:
+        """The answer goes on with this token."""
+        self._tokens.append(token)
+        if self._penalties is not None:
+            self._penalties.count(token, 1)
+
+    def rollback(self, tokens: int) -> None:
+        """Takes back the last `tokens` that were accepted, as if they had never been."""
+        for _ in range(tokens):
+            token = self._tokens.pop()
+            if self._penalties is not None:
+                self._penalties.count(token, -1)
+
+    def processed(self, logits_V: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The logits of the next token after penalties and bias; what was given stays as it was."""
+        if self._penalties is None:
+            return logits_V
+        logits_V = logits_V.copy()
+        self._penalties.apply(logits_V)
+        return logits_V
+
+    def uniform(self, purpose: int = DRAW) -> float:
+        """The number in [0, 1) that belongs to the seed, the next token's place and what it is for."""
+        return (_philox(self._seed, self.position, purpose) >> 11) * 2.0**-53
 
 
-def _generator(seed: int | None) -> torch.Generator:
-    generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    return generator
+@dataclass(frozen=True)
+class Drawn:
+    """One request's next token, and its log-probability if that was asked for."""
+
+    token: int
+    logprob: TokenLogprob | None = None
+
+
+def sample(
+    logits_BV: Tensor, states: Sequence[SamplerState], logprobs: Sequence[int | None] | None = None
+) -> list[Drawn | SoliError]:
+    """One token for each row of logits, row b for `states[b]`; the states are left as they are until `accept`.
+
+    `logprobs[b]`: None for none, or how many of the likeliest tokens to list beside the drawn one (logprobs.py). A row
+    that cannot be drawn from (its logits are not finite) gives its SoliError; the other rows are not touched by it.
+    """
+    asked = logprobs if logprobs is not None else [None] * len(states)
+    low_B, high_B = logits_BV.aminmax(dim=-1)  # NaN comes through both
+    finite = (torch.isfinite(low_B) & torch.isfinite(high_B)).tolist()
+    likeliest = logits_BV.argmax(dim=-1).tolist()
+    looked_at = [row for row, state in enumerate(states) if not state.plain or asked[row] is not None]
+    host = dict(zip(looked_at, logits_BV[looked_at].float().cpu().numpy(), strict=True)) if looked_at else {}
+    drawn: list[Drawn | SoliError] = []
+    for row, state in enumerate(states):
+        if not finite[row]:
+            drawn.append(not_finite())
+            continue
+        token, count = likeliest[row], asked[row]
+        if not state.plain:
+            token = distribution(state.processed(host[row]), state.params).draw(state.uniform())
+        drawn.append(Drawn(token, None if count is None else token_logprob(host[row], token, count)))
+    return drawn
+
+
+def not_finite() -> SoliError:
+    """The error for logits that are NaN or infinite."""
+    return SoliError("the model's logits are not finite: its weights are broken, or float16/bfloat16 overflowed")
+
+
+def _philox(seed: int, position: int, purpose: int) -> int:
+    """64 random bits that depend on the three numbers alone: Philox4x64-10 (Salmon et al. 2011), counter-based."""
+    return int(np.random.Philox(key=seed, counter=[position, purpose, 0, 0]).random_raw())

@@ -1,18 +1,33 @@
-"""Sampling: filters against a plain reference, frequencies against probabilities, and refusals."""
+"""Sampling: filters, penalties and log-probabilities against plain references, streams, frequencies, and refusals."""
 
+import math
+from collections import Counter
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from soli.engine.sampler import Sampler, SamplingParams, nucleus
+from soli.engine.distribution import distribution
+from soli.engine.sampler import Drawn, SamplerState, SamplingParams, sample
 from soli.errors import SoliError
 
-LOGITS = torch.tensor([[2.0, -1.0, 0.5, 3.0, 0.0, 1.0]])
+LOGITS = torch.tensor([2.0, -1.0, 0.5, 3.0, 0.0, 1.0])
+V = len(LOGITS)
+
+
+def state(prompt=(), **params) -> SamplerState:
+    return SamplerState(SamplingParams(**params), prompt, V)
+
+
+def draw(states, logits_V=LOGITS) -> list[int]:
+    """One token for each state, all from the same logits."""
+    return [drawn.token for drawn in sample(logits_V.expand(len(states), -1), states)]
 
 
 def reference(logits: list[float], params: SamplingParams) -> dict[int, float]:
-    """Probabilities by the definition: top-k, then the smallest set of likeliest tokens that holds top_p."""
+    """Probabilities by the definitions: top-k, the smallest set of likeliest tokens that holds top_p, then min-p."""
     weights = torch.tensor(logits, dtype=torch.float64).div(params.temperature).softmax(0).tolist()
     order = sorted(range(len(logits)), key=lambda token: -weights[token])[: params.top_k or None]
     total, kept, held = sum(weights[token] for token in order), {}, 0.0
@@ -21,48 +36,161 @@ def reference(logits: list[float], params: SamplingParams) -> dict[int, float]:
             break
         kept[token] = weights[token] / total
         held += kept[token]
-    return {token: share / held for token, share in kept.items()}
+    kept = {token: share for token, share in kept.items() if share >= params.min_p * kept[order[0]]}
+    return {token: share / sum(kept.values()) for token, share in kept.items()}
 
 
 @given(
     logits=st.lists(st.integers(-40, 40), min_size=2, max_size=20, unique=True),
     temperature=st.floats(0.2, 5),
     top_k=st.integers(0, 25),
-    top_p=st.floats(0.05, 0.999),
+    top_p=st.floats(0.05, 0.999) | st.just(1.0),
+    min_p=st.floats(0, 0.9),
 )
-def test_nucleus_is_the_definition(logits, temperature, top_k, top_p):
-    values, params = [value / 10 for value in logits], SamplingParams(temperature, top_k, top_p)
-    probabilities_BV, tokens_BV = nucleus(torch.tensor([values], dtype=torch.float64), [params])
-    share = probabilities_BV[0] / probabilities_BV[0].sum()
-    found = {token: p for token, p in zip(tokens_BV[0].tolist(), share.tolist(), strict=True) if p > 0}
-    expected = reference(values, params)
-    assert found.keys() == expected.keys()
-    assert all(abs(found[token] - expected[token]) < 1e-9 for token in found)
+def test_the_filters_are_their_definitions(logits, temperature, top_k, top_p, min_p):
+    values, params = [value / 10 for value in logits], SamplingParams(temperature, top_k, top_p, min_p=min_p)
+    found = distribution(np.array(values, dtype=np.float32), params)
+    expected = reference([float(np.float32(value)) for value in values], params)
+    assert found.tokens_K.tolist() == sorted(expected)
+    for token, share in zip(found.tokens_K.tolist(), found.probabilities_K.tolist(), strict=True):
+        assert abs(share - expected[token]) < 1e-9
+        assert found.probability(token) == share
+    assert all(found.probability(token) == 0 for token in range(len(values)) if token not in expected)
+
+
+@pytest.mark.parametrize("params", [{"top_k": 2}, {"top_p": 0.5}, {"top_k": 1}, {"top_p": 0.1}])
+def test_tokens_as_likely_as_the_last_one_kept_stay(params):
+    found = distribution(np.array([1, 3, 0, 3, 3], dtype=np.float32), SamplingParams(1.0, **params))
+    assert found.tokens_K.tolist() == [1, 3, 4]
+
+
+def penalised_reference(logits, prompt, answer, params: SamplingParams) -> list[float]:
+    """The formulas of OpenAI's and Hugging Face's documentation, a token at a time."""
+    result, counts = list(logits), Counter(answer)
+    for token, logit in enumerate(logits):
+        if token in counts or token in prompt:
+            logit = logit * params.repetition_penalty if logit < 0 else logit / params.repetition_penalty
+        logit -= counts[token] * params.frequency_penalty + (counts[token] > 0) * params.presence_penalty
+        result[token] = logit + params.logit_bias.get(token, 0.0)
+    return result
+
+
+TOKENS = st.lists(st.integers(0, V - 1), max_size=8)
+
+
+@given(
+    logits=st.lists(st.floats(-20, 20, width=32), min_size=V, max_size=V),
+    prompt=TOKENS,
+    answer=TOKENS,
+    refused=TOKENS,
+    params=st.builds(
+        SamplingParams,
+        repetition_penalty=st.floats(0.5, 2),
+        presence_penalty=st.floats(-2, 2),
+        frequency_penalty=st.floats(-2, 2),
+        logit_bias=st.dictionaries(st.integers(0, V - 1), st.floats(-100, 100), max_size=3),
+    ),
+)
+def test_penalties_are_their_formulas_and_can_be_taken_back(logits, prompt, answer, refused, params):
+    row_V, counted = np.array(logits, dtype=np.float32), SamplerState(params, prompt, V)
+    for token in [*answer, *refused]:
+        counted.accept(token)
+    counted.rollback(len(refused))
+    assert counted.position == len(answer)
+    expected = penalised_reference(logits, prompt, answer, params)
+    np.testing.assert_allclose(counted.processed(row_V), expected, rtol=1e-5, atol=1e-4)
+    assert row_V.tolist() == logits
+
+
+def test_repetition_penalty_is_that_of_transformers():
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    prompt, answer = [0, 1], [3, 3]
+    counted = state(prompt, repetition_penalty=1.3)
+    for token in answer:
+        counted.accept(token)
+    theirs = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([prompt + answer]), LOGITS[None].clone())
+    assert counted.processed(LOGITS.numpy()).tolist() == pytest.approx(theirs[0].tolist())
+
+
+def test_filters_are_those_of_transformers():
+    from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    logits_BV = torch.randn(20, 300, generator=torch.Generator().manual_seed(0)) * 3
+    params = SamplingParams(1.4, top_k=60, top_p=0.9, min_p=0.03)
+    theirs_BV = logits_BV
+    for warper in (TemperatureLogitsWarper(1.4), TopKLogitsWarper(60), TopPLogitsWarper(0.9), MinPLogitsWarper(0.03)):
+        theirs_BV = warper(None, theirs_BV)
+    for row_V, theirs_V in zip(logits_BV, theirs_BV.softmax(dim=-1), strict=True):
+        found = distribution(row_V.numpy(), params)
+        assert found.tokens_K.tolist() == theirs_V.nonzero().flatten().tolist()
+        np.testing.assert_allclose(found.probabilities_K, theirs_V[found.tokens_K].numpy(), rtol=1e-4)
 
 
 def test_frequencies_follow_the_probabilities():
     draws = 6000
-    params = SamplingParams(temperature=1.3, top_k=5, top_p=0.95)
-    sampler = Sampler([SamplingParams(1.3, 5, 0.95, seed) for seed in range(draws)])
-    counts = torch.bincount(torch.tensor(sampler.draw(LOGITS.expand(draws, -1), range(draws))), minlength=6) / draws
-    expected = reference(LOGITS[0].tolist(), params)
-    for token in range(6):
+    params = {"temperature": 1.3, "top_k": 5, "top_p": 0.95}
+    drawn = draw([state(seed=seed, **params) for seed in range(draws)])
+    counts = torch.bincount(torch.tensor(drawn), minlength=V) / draws
+    expected = reference(LOGITS.tolist(), SamplingParams(**params))
+    for token in range(V):
         assert abs(float(counts[token]) - expected.get(token, 0.0)) < 0.025
         assert (counts[token] > 0) == (token in expected)
 
 
-def test_a_stream_goes_on_and_is_not_restarted():
-    drawn = [Sampler([SamplingParams(3.0, seed=5)]).draw(LOGITS, [0])[0] for _ in range(3)]
-    assert len(set(drawn)) == 1
-    sampler = Sampler([SamplingParams(3.0, seed=5)])
-    assert len({sampler.draw(LOGITS, [0])[0] for _ in range(40)}) > 3
+def test_a_draw_belongs_to_the_seed_and_the_place_alone():
+    def text(own: SamplerState, others: int = 0, refused: int = 0) -> list[int]:
+        tokens: list[int] = []
+        for _ in range(30):
+            neighbours = [state(temperature=9.0, seed=other) for other in range(others)]
+            tokens.append(draw([*neighbours, own])[-1])
+            for guess in range(refused):
+                own.accept(guess)
+            own.rollback(refused)
+            own.accept(tokens[-1])
+        return tokens
+
+    first = text(state(temperature=3.0, seed=5))
+    assert len(set(first)) > 3
+    assert first == text(state(temperature=3.0, seed=5), others=3) == text(state(temperature=3.0, seed=5), refused=2)
+    assert first != text(state(temperature=3.0, seed=6))
+    assert text(state(temperature=3.0)) != text(state(temperature=3.0))
+    resumed = state(temperature=3.0, seed=5)
+    for token in first[:10]:
+        resumed.accept(token)
+    assert draw([resumed]) == [first[10]]
+
+
+def test_answers_to_one_prompt_have_seeds_of_their_own():
+    params = SamplingParams(1.0, seed=7)
+    seeds = [params.numbered(choice).seed for choice in range(50)]
+    assert seeds[0] == 7 and len(set(seeds)) == 50
+    assert seeds == [params.numbered(choice).seed for choice in range(50)]
+    assert SamplingParams(1.0).numbered(3).seed is None
 
 
 @pytest.mark.parametrize(
-    "params", [SamplingParams(), SamplingParams(5.0, top_k=1), SamplingParams(5.0, top_p=0.01), SamplingParams(1e-300)]
+    "params", [{}, {"temperature": 5.0, "top_k": 1}, {"temperature": 5.0, "top_p": 0.01}, {"temperature": 1e-300}]
 )
 def test_ways_to_be_greedy(params):
-    assert Sampler([params]).draw(LOGITS, [0]) == [3]
+    assert draw([state(**params)]) == [3]
+
+
+def test_greedy_with_a_bias_takes_the_biased_best():
+    assert draw([state(logit_bias={3: -5}), state(logit_bias={4: 50}), state()]) == [0, 4, 3]
+
+
+@given(logits=st.lists(st.floats(-50, 50, width=32), min_size=2, max_size=12), count=st.integers(0, 15))
+def test_logprobs_are_those_of_the_model_whatever_the_sampling(logits, count):
+    odd = SamplingParams(0.3, top_k=2, seed=1, logit_bias={0: 30}, repetition_penalty=1.5)
+    states = [SamplerState(params, [0], len(logits)) for params in (SamplingParams(), odd)]
+    expected = torch.tensor(logits, dtype=torch.float64).log_softmax(0).tolist()
+    best = sorted(range(len(logits)), key=lambda token: (-logits[token], token))[:count]
+    for drawn in sample(torch.tensor([logits, logits]), states, [count, count]):
+        assert isinstance(drawn, Drawn) and drawn.logprob is not None and drawn.logprob.token == drawn.token
+        assert math.isclose(drawn.logprob.logprob, expected[drawn.token], abs_tol=1e-9)
+        assert [token for token, _ in drawn.logprob.top] == best
+        assert all(math.isclose(value, expected[token], abs_tol=1e-9) for token, value in drawn.logprob.top)
 
 
 @pytest.mark.parametrize(
@@ -70,17 +198,30 @@ def test_ways_to_be_greedy(params):
     [
         ({"temperature": -0.1}, "temperature is -0.1"),
         ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is inf"),
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.1}, "top_p is 1.1"),
         ({"seed": -4}, "seed is -4"),
+        ({"min_p": 1.5}, "min_p is 1.5"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
+        ({"presence_penalty": 2.5}, "presence_penalty is 2.5"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty is nan"),
+        ({"logit_bias": {3: 101}}, "logit_bias of token 3 is 101"),
+        ({"logit_bias": {-1: 1}}, "logit_bias of token -1"),
+        ({"logit_bias": {V: 1.0}}, f"names token {V}, but the model's vocabulary ends at {V - 1}"),
     ],
 )
 def test_values_out_of_range_are_refused(values, said):
     with pytest.raises(SoliError, match=said):
-        SamplingParams(**values)
+        state(**values)
 
 
-def test_logits_that_are_not_finite_are_refused():
-    with pytest.raises(SoliError, match="not finite"):
-        Sampler([SamplingParams()]).draw(torch.tensor([[0.0, float("nan")]]), [0])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("params", [{}, {"temperature": 1.0, "seed": 0}])
+def test_a_row_that_is_not_finite_is_refused_and_the_others_are_not(bad, params):
+    broken = LOGITS.clone()
+    broken[2] = bad
+    good, refused, also_good = sample(torch.stack([LOGITS, broken, LOGITS]), [state(), state(**params), state()])
+    assert isinstance(refused, SoliError) and "not finite" in str(refused)
+    assert good == also_good == Drawn(3)
