@@ -23,6 +23,8 @@ SCRIPTS = {
     "generate": "generate.py",
     "train_step": "train_step.py",
     "experts": "experts.py",
+    "cpu": "cpu.py",
+    "serve": "serve.py",
     "cpu_kernels": "cpu_kernels.py",
     "open_checkpoint": "open_checkpoint.py",
 }
@@ -34,6 +36,7 @@ def table(results: Path, every_row: bool) -> str:
     """The table and the lines under it that say how to read it and where it was measured."""
     lines: list[str] = list(HEAD)
     machines: dict[str, list[str]] = {}  # what is said of a machine, and the results it holds for
+    notes: dict[str, list[str]] = {}  # how time was taken, where it was not as everywhere
     for name, script in SCRIPTS.items():
         file = results / f"{name}.json"
         if not file.exists():
@@ -43,12 +46,15 @@ def table(results: Path, every_row: bool) -> str:
             lines.append(f"| {' | '.join(cells)} | [{script}]({link(script, every_row)}) |")
         if "hardware" in result:
             machines.setdefault(machine(result), []).append(name)
+        if result.get("note", record.BUSY) != record.BUSY:
+            notes.setdefault(result["note"], []).append(name)
     lines += [
         "",
         f"A ratio says how many times faster than the peer Soli is; below 1 Soli is slower. {record.BUSY}",
         "",
     ]
-    return "\n".join([*lines, *(f"- {', '.join(names)}: {said}" for said, names in machines.items())])
+    told = [f"- {', '.join(names)}: {said}" for said, names in (*notes.items(), *machines.items())]
+    return "\n".join([*lines, *told])
 
 
 def link(script: str, beside: bool) -> str:

@@ -65,14 +65,16 @@ def timed(run: Callable[[], object]) -> Callable[[], float]:
 
 
 @contextmanager
-def alone(build: Callable[..., Callable[..., Any]], *arguments: object) -> Iterator[Callable[..., Any]]:
-    """What `build(*arguments)` makes in a new process with one thread: a function that runs there when called here.
+def alone(
+    build: Callable[..., Callable[..., Any]], *arguments: object, threads: int = 1
+) -> Iterator[Callable[..., Any]]:
+    """What `build(*arguments)` makes in a new process with so many threads: a function that runs there, called here.
 
     `build` is a module's function; arguments and answers are plain data.
     """
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe()
-    process = spawn.Process(target=_serve, args=(there, build, arguments), daemon=True)
+    process = spawn.Process(target=_serve, args=(there, build, arguments, threads), daemon=True)
     process.start()
     there.close()
 
@@ -87,10 +89,12 @@ def alone(build: Callable[..., Callable[..., Any]], *arguments: object) -> Itera
         process.join()
 
 
-def _serve(connection: Connection, build: Callable[..., Callable[..., Any]], arguments: tuple[object, ...]) -> None:
+def _serve(
+    connection: Connection, build: Callable[..., Callable[..., Any]], arguments: tuple[object, ...], threads: int
+) -> None:
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     run = build(*arguments)
     with suppress(EOFError):
         while True:
@@ -158,7 +162,7 @@ def _ratio(soli: Sequence[float], peer: Sequence[float], better: int) -> float:
     return rounded(statistics.median((s / p) ** better for s, p in zip(soli, peer, strict=True)))
 
 
-def hardware() -> dict[str, Any]:
+def hardware(threads: int = 1) -> dict[str, Any]:
     """The machine, the versions, the commit and the day, as every result begins. Where the tree travels without its
     history, the commit is what SOLI_COMMIT says."""
     file = Path("/proc/cpuinfo")
@@ -168,12 +172,12 @@ def hardware() -> dict[str, Any]:
         "cpu": names[0].strip() if names else platform.processor(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "threads": 1,
+        "threads": threads,
         "python": platform.python_version(),
         "torch": version("torch"),
         "transformers": version("transformers"),
         "commit": _git("rev-parse", "HEAD") or os.environ.get("SOLI_COMMIT", ""),
-        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
+        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs/images")),
         "date": datetime.date.today().isoformat(),
     }
 
@@ -209,6 +213,20 @@ def finish(name: str, size: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
     for line in rows:
         print(summary(line))
     print(f"written to {file.relative_to(ROOT)}", file=sys.stderr)
+
+
+def merge(name: str, note: str, size: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], threads: int) -> Any:
+    """Put rows into results/NAME.json in place of those of the same name, and return all of it. Rows of another commit,
+    or of a tree with other changes, are dropped."""
+    machine, file = hardware(threads), RESULTS / f"{name}.json"
+    kept = []
+    if file.exists():
+        earlier = json.loads(file.read_text(encoding="utf-8"))
+        same = all(earlier["hardware"][key] == machine[key] for key in ("commit", "dirty", "cpu", "threads"))
+        kept = [old for old in earlier["rows"] if same and old["what"] not in {new["what"] for new in rows}]
+    result = {"hardware": machine, "note": note, "size": size, "rows": [*kept, *rows]}
+    write(name, result)
+    return result
 
 
 def summary(line: Mapping[str, Any]) -> str:

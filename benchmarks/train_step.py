@@ -22,7 +22,7 @@ import record
 import torch
 
 import soli
-from soli.config import ModelConfig, preset, replace
+from soli.config import ModelConfig, load_config, preset, replace
 from soli.model import Transformer
 
 SEQUENCES, LENGTH, STEPS = 16, 256, 2
@@ -84,16 +84,17 @@ def peer_step(folder: Path, implementation: str) -> Step:
     return step
 
 
-def build(folder: Path, way: str) -> Callable[[], tuple[float, float]]:
+def build(folder: Path, way: str, clock: Callable[[], float] = time.process_time) -> Callable[[], tuple[float, float]]:
     """A contender, for `record.alone`: STEPS steps, as tokens per second and the first step's loss."""
+    vocab = load_config(folder).vocab_size
     step = soli_step(folder, int("MTP" in way)) if way.startswith("soli") else peer_step(folder, way.split()[-1])
     generator = torch.Generator().manual_seed(0)
 
     def run() -> tuple[float, float]:
-        windows = torch.randint(16, preset("nano").vocab_size, (STEPS, SEQUENCES, LENGTH + 2), generator=generator)
-        start = time.process_time()
+        windows = torch.randint(16, vocab, (STEPS, SEQUENCES, LENGTH + 2), generator=generator)
+        start = clock()
         first, *_ = [step(window_BW) for window_BW in windows]
-        return STEPS * SEQUENCES * LENGTH / (time.process_time() - start), first
+        return STEPS * SEQUENCES * LENGTH / (clock() - start), first
 
     return run
 

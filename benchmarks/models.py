@@ -1,0 +1,159 @@
+"""The models that the speed tables are measured on: V3 shapes with random weights, made the same way every time.
+
+    python benchmarks/models.py LAB tiny bf16 int8 int4 gguf-bf16 gguf-q8_0 gguf-q4_0
+    python benchmarks/models.py LAB all
+
+    tiny    12 M parameters, 6 layers, 16 experts of which 4 play
+    small   1.19 B, 172 M of them activated: 12 layers, 64 experts, 6 play
+    large   16 B, 3 B activated (the shape of Moonlight-16B-A3B, a smaller vocabulary): int4 and gguf-q4_0 alone
+    nano    the model in the box
+
+LAB/models/SHAPE is the bf16 folder that Soli, transformers and vLLM open, SHAPE-int8 and so on are Soli's packed ones,
+SHAPE-q8_0.gguf what llama.cpp opens (needs `pip install gguf`). tiny, small and nano hold the same weights in every
+format. large is random codes, streamed tensor by tensor, so memory need not hold it. `all` takes 30 GB of disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import record  # puts this tree's soli first on the path
+import torch
+from torch import Tensor
+
+from soli.checkpoint.convert import convert_checkpoint
+from soli.checkpoint.name_map import Kind, Slot, slots
+from soli.checkpoint.writer import Encoded, Target, write
+from soli.config import ModelConfig
+from soli.formats import fp8, integer
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": dict(
+        hidden_size=256, num_hidden_layers=6, intermediate_size=768, moe_intermediate_size=128, n_routed_experts=16,
+        num_experts_per_tok=4, n_shared_experts=1, num_attention_heads=4, qk_nope_head_dim=32, qk_rope_head_dim=16,
+        v_head_dim=32, kv_lora_rank=64, q_lora_rank=96, n_group=4, topk_group=2, vocab_size=4096,
+    ),
+    "small": dict(
+        hidden_size=1024, num_hidden_layers=12, intermediate_size=4096, moe_intermediate_size=512, n_routed_experts=64,
+        num_experts_per_tok=6, n_shared_experts=1, num_attention_heads=8, qk_nope_head_dim=64, qk_rope_head_dim=32,
+        v_head_dim=64, kv_lora_rank=256, q_lora_rank=384, n_group=1, topk_group=1, vocab_size=16384,
+    ),
+    "large": dict(
+        hidden_size=2048, num_hidden_layers=27, intermediate_size=11264, moe_intermediate_size=1408,
+        n_routed_experts=64, num_experts_per_tok=6, n_shared_experts=2, num_attention_heads=16, qk_nope_head_dim=128,
+        qk_rope_head_dim=64, v_head_dim=128, kv_lora_rank=512, q_lora_rank=None, n_group=1, topk_group=1,
+        vocab_size=32768,
+    ),
+}  # fmt: skip
+FOLDERS = ("bf16", "fp8", "int8", "int4")
+GGUFS = ("gguf-bf16", "gguf-q8_0", "gguf-q4_0")
+ALL = {"tiny": FOLDERS + GGUFS, "small": FOLDERS + GGUFS, "nano": FOLDERS + GGUFS, "large": ("int4", "gguf-q4_0")}
+STD = 0.02
+CODE_STD = {4: 4.61, 8: 73.3}  # of uniform codes, so that random codes make weights of STD
+
+
+def config(shape: str) -> ModelConfig:
+    """The configuration of one of SHAPES."""
+    return ModelConfig.from_dict({"model_type": "deepseek_v3", "first_k_dense_replace": 1, **SHAPES[shape]})
+
+
+def place(lab: Path, shape: str, kind: str) -> Path:
+    """Where a model lies: the folder SHAPE or SHAPE-int8, or the file SHAPE-q8_0.gguf."""
+    if kind in GGUFS:
+        return lab / "models" / f"{shape}-{kind.removeprefix('gguf-')}.gguf"
+    return lab / "models" / (shape if kind == "bf16" else f"{shape}-{kind}")
+
+
+def make(lab: Path, shape: str, kind: str) -> Path:
+    """Make one model unless it is there, and before it the bf16 folder that it is made from."""
+    made = place(lab, shape, kind)
+    if made.exists():
+        return made
+    record.progress(f"making {made}")
+    made.parent.mkdir(parents=True, exist_ok=True)
+    streamed = shape == "large"
+    source = None if streamed else "nano" if kind == "bf16" else make(lab, shape, "bf16")
+    if kind in GGUFS:
+        import gguf_file
+
+        gguf_file.write_gguf(made, config(shape) if streamed else None, source, kind.removeprefix("gguf-"))
+    elif streamed or (kind == "bf16" and shape != "nano"):
+        write_random(made, config(shape), Target(kind))
+    else:
+        convert_checkpoint(source or "nano", made, Target(kind))
+    return made
+
+
+def write_random(folder: Path, config: ModelConfig, target: Target) -> None:
+    """A folder of random weights and a tokenizer. Memory: one tensor."""
+    generator = torch.Generator().manual_seed(0)
+    with tempfile.TemporaryDirectory() as holder:
+        beside = Path(holder) / "tokenizer.json"
+        beside.write_text(json.dumps(tokenizer(config.vocab_size)), encoding="utf-8")
+        names = Path(holder) / "tokenizer_config.json"
+        told = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<eos>"}
+        names.write_text(json.dumps(told), encoding="utf-8")
+        write(folder, config, slots(config), target, lambda slot: draw(slot, target, generator), [beside, names])
+
+
+def draw(slot: Slot, target: Target, generator: torch.Generator) -> Encoded:
+    """A tensor's random values as `target` stores them: norms one, codes uniform, all else normal."""
+    if len(slot.shape) == 1 and slot.kind is not Kind.ROUTER_BIAS:
+        return torch.ones(slot.shape, dtype=target.dtype(slot))
+    found = target.integer(slot)
+    if found is None:
+        values = torch.empty(slot.shape).normal_(0.0, STD, generator=generator)
+        return fp8.pack(values) if target.packs(slot) else values.to(target.dtype(slot))
+    bits, group = found
+    rows, columns = slot.shape
+    scale_OG = torch.full((rows, columns // group), STD / CODE_STD[bits], dtype=torch.float16)
+    return integer.Packed(_codes(integer.code_shape(rows, columns, bits), bits, generator), scale_OG)
+
+
+def _codes(shape: tuple[int, int], bits: int, generator: torch.Generator) -> Tensor:
+    if bits == 8:
+        return torch.empty(shape, dtype=torch.int8).random_(-127, 128, generator=generator)
+    return torch.empty(shape, dtype=torch.uint8).random_(0, 256, generator=generator)
+
+
+def tokenizer(vocab_size: int) -> Mapping[str, Any]:
+    """`tokenizer.json` with a byte-level BPE of exactly `vocab_size` entries: bytes, and as many pairs as fit.
+
+    Nothing is learnt: no text that these models write means anything, but every token must stand for some bytes.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = ["<bos>", "<eos>", *letters]
+    merges = [(first, second) for first in letters for second in letters][: vocab_size - len(words)]
+    words += [first + second for first, second in merges]
+    assert len(words) == vocab_size, vocab_size
+    made = Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, merges))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([AddedToken(word, special=True) for word in words[:2]])
+    return json.loads(made.to_str())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lab", type=Path, help="folder for all of it")
+    parser.add_argument("shape", choices=[*ALL, "all"])
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"{', '.join(FOLDERS + GGUFS)}; none: all of them")
+    arguments = parser.parse_args()
+    shapes = ALL if arguments.shape == "all" else {arguments.shape: ALL[arguments.shape]}
+    for shape, kinds in shapes.items():
+        for kind in arguments.kinds or kinds:
+            if kind not in kinds:
+                sys.exit(f"{shape} is not made as {kind}: choose from {', '.join(kinds)}")
+            print(make(arguments.lab, shape, kind))
+
+
+if __name__ == "__main__":
+    main()
