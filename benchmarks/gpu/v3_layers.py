@@ -36,16 +36,16 @@ def shape(tiny: bool) -> ModelConfig:
 def decode(model: Transformer, batch: int, context: int, ceiling: dict[str, Any], repeats: int) -> dict[str, Any]:
     """One token for each of `batch` sequences that have `context` tokens in the cache."""
     config, at = model.config, model.embed_tokens.weight.device
-    cache, dtype = LatentCache(context + 1), model.embed_tokens.weight.dtype
-    filled = torch.arange(context, device=at).expand(batch, -1)
+    cache, dtype = LatentCache.whole_rows([context + 1] * batch), model.embed_tokens.weight.dtype
+    filled = cache.begin(range(batch), [0] * batch, [context] * batch, at).slots_T
     for layer in range(config.num_hidden_layers):
-        latents = (torch.randn(batch, context, width, device=at, dtype=dtype) for width in
-                   (config.kv_lora_rank, config.qk_rope_head_dim))  # fmt: skip
-        cache.append(layer, *latents, filled)
-    ids = torch.randint(0, config.vocab_size, (batch, 1), device=at)
-    place = torch.full((batch, 1), context, device=at)
-    chosen = sum(int((layer.counts_E() > 0).sum()) for layer in model.trunk(ids, place, cache).routing)
-    took = chip.seconds(lambda: model.head(model.trunk(ids, place, cache).hidden_BTD), repeats)
+        width = config.kv_lora_rank + config.qk_rope_head_dim
+        cache.write(layer, filled, torch.randn(batch * context, width, device=at, dtype=dtype))
+    ids = torch.randint(0, config.vocab_size, (1, batch), device=at)
+    now = cache.begin(range(batch), [context] * batch, [1] * batch, at)
+    place = now.positions_T[None]
+    chosen = sum(int((layer.counts_E() > 0).sum()) for layer in model.trunk(ids, place, now).routing)
+    took = chip.seconds(lambda: model.head(model.trunk(ids, place, now).hidden_BTD), repeats)
     apart = ("mlp.experts.", "embed_tokens")  # counted by what is chosen; one row a token
     weights = sum(p.nbytes for name, p in model.named_parameters() if not any(part in name for part in apart))
     moe = next(layer.mlp for layer in model.layers if isinstance(layer.mlp, MoE))

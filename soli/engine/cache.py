@@ -1,73 +1,119 @@
 """The latent cache of multi-head latent attention: what a token leaves behind for later tokens to attend to.
 
 DeepSeek-V3 keeps, per token and layer, the compressed latent c_t^KV and the decoupled rotary key k_t^R (eqs. 1 and
-3): kv_lora_rank + qk_rope_head_dim values instead of a key and a value per head. Slot s of a row holds position s,
-always, so right-padded batches of different lengths need no page table: a pad's slot is overwritten when the row gets
-there, and attention never looks past the query's position.
+3): X = kv_lora_rank + qk_rope_head_dim values instead of a key and a value per head. They lie in pages of S tokens. A
+row is one text; its table says which page holds its positions 0..S-1, which the next S, and so on. A pass reads new
+tokens of some rows, one row after the other, as one flat sequence of T tokens. Who owns which page is decided by
+pages.py; here they are only written and found.
 
-Shapes: B rows, T new tokens, C latent, R rope, S slots in use.
+Shapes: B rows of a pass, T its tokens, P pages, M pages a row may have.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from soli.config import ModelConfig
 from soli.errors import SoliError
-
-FIRST_SLOTS = 64
+from soli.model.attention import Chunk
 
 
 class LatentCache:
-    """Per layer, a latent buffer and a rope buffer that grow by doubling up to `max_slots` positions.
+    """`pages` pages of `page_tokens` tokens a layer, and page tables for `rows` rows of up to `positions` tokens.
 
-    Layers, row count, dtype and device are taken from what is appended first; refuses positions at or past `max_slots`.
+    A layer's pages are allocated when it first writes, in the dtype and on the device of what it writes; on a CPU they
+    take memory as they fill. Refuses positions past the end of a table.
     """
 
-    def __init__(self, max_slots: int) -> None:
-        self.max_slots = max_slots
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self._last: tuple[Tensor, int] | None = None  # positions of the last append and their number of slots
+    def __init__(self, pages: int, page_tokens: int, rows: int, positions: int) -> None:
+        self.page_count, self.page_tokens, self.positions = pages, page_tokens, positions
+        self.tables_RM = np.zeros((rows, pages_for(positions, page_tokens)), dtype=np.int32)
+        self._layers: dict[int, Tensor] = {}
 
-    def append(self, layer: int, latent_BTC: Tensor, rope_BTR: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes T tokens of one layer at their positions; returns (B,S,C) and (B,S,R), S = highest position + 1."""
-        slots = self._slots(positions_BT)
-        if slots > self.max_slots:
+    @classmethod
+    def whole_rows(cls, lengths: Sequence[int], page_tokens: int = 64) -> "LatentCache":
+        """A cache in which row r owns pages for `lengths[r]` positions from the start."""
+        needed = [pages_for(length, page_tokens) for length in lengths]
+        cache = cls(sum(needed), page_tokens, len(lengths), max(lengths, default=0))
+        for row, (end, count) in enumerate(zip(np.cumsum(needed), needed, strict=True)):
+            cache.tables_RM[row, :count] = np.arange(end - count, end)
+        return cache
+
+    def begin(
+        self, rows: Sequence[int], starts: Sequence[int], counts: Sequence[int], device: str | torch.device = "cpu"
+    ) -> "CachePass":
+        """The pass that reads `counts[b]` tokens of `rows[b]` from position `starts[b]`; give single tokens first."""
+        row_B, start_B, count_B = (np.asarray(numbers, dtype=np.int64) for numbers in (rows, starts, counts))
+        end_B = start_B + count_B  # positions
+        if end_B.max() > self.positions:
             raise SoliError(
-                f"position {slots - 1} is past the {self.max_slots} positions of this cache: use a shorter text"
+                f"position {end_B.max() - 1} is past the {self.positions} positions of this cache: use a shorter text"
             )
-        latent_BSC, rope_BSR = self._grown(layer, latent_BTC, rope_BTR, slots)
-        rows_B1 = torch.arange(latent_BTC.shape[0], device=latent_BTC.device)[:, None]
-        latent_BSC[rows_B1, positions_BT] = latent_BTC
-        rope_BSR[rows_B1, positions_BT] = rope_BTR
-        return latent_BSC[:, :slots], rope_BSR[:, :slots]
+        stop_B = np.cumsum(count_B)  # tokens of the pass
+        position_T = np.arange(stop_B[-1]) - np.repeat(stop_B - end_B, count_B)
+        slot_T = self._slots(np.repeat(row_B, count_B), position_T)
+        several = np.flatnonzero(count_B > 1)
+        singles = int(several[0]) if len(several) else len(row_B)
+        most = pages_for(int(end_B[:singles].max(initial=1)), self.page_tokens)
+        chunks = []
+        for row, start, end, stop in zip(row_B, start_B, end_B, stop_B, strict=True):
+            if stop > singles:
+                slots_S = torch.from_numpy(self._slots(row, np.arange(end))).to(device)
+                chunks.append(Chunk(int(stop - (end - start)), int(stop), int(start), slots_S))
+        return CachePass(
+            cache=self,
+            positions_T=torch.from_numpy(position_T).to(device),
+            slots_T=torch.from_numpy(slot_T).to(device),
+            singles=singles,
+            table_BM=torch.from_numpy(self.tables_RM[row_B[:singles], :most]).to(device),
+            lengths_B=torch.from_numpy(end_B[:singles].astype(np.int32)).to(device),
+            chunks=chunks,
+        )
 
-    def keep(self, rows: Tensor) -> None:
-        """Drops every batch row but `rows` (int64 indices, in the new order): finished requests leave the batch."""
-        for layer, (latent_BSC, rope_BSR) in self._layers.items():
-            self._layers[layer] = (latent_BSC.index_select(0, rows), rope_BSR.index_select(0, rows))
+    def write(self, layer: int, slots_T: Tensor, entries_TX: Tensor) -> Tensor:
+        """Stores one layer's entries in their slots; returns all its pages, (P, S, X)."""
+        pages_PSX = self._layers.get(layer)
+        if pages_PSX is None:
+            pages_PSX = entries_TX.new_empty(self.page_count, self.page_tokens, entries_TX.shape[1])
+            self._layers[layer] = pages_PSX
+        pages_PSX.flatten(0, 1).index_copy_(0, slots_T, entries_TX)
+        return pages_PSX
 
     def nbytes(self) -> int:
-        """Bytes held by the buffers, unused slots included."""
-        return sum(buffer.numel() * buffer.element_size() for pair in self._layers.values() for buffer in pair)
+        """Bytes of the pages, empty slots included."""
+        return sum(pages.numel() * pages.element_size() for pages in self._layers.values())
 
-    def _slots(self, positions_BT: Tensor) -> int:
-        """Highest position + 1. All layers of a pass give the same tensor, another pass a new one; so a GPU is asked,
-        and waited for, once a pass."""
-        if self._last is None or self._last[0] is not positions_BT:
-            self._last = positions_BT, int(positions_BT.max()) + 1
-        return self._last[1]
-
-    def _grown(self, layer: int, latent_BTC: Tensor, rope_BTR: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-        held = self._layers.get(layer)
-        capacity = held[0].shape[1] if held else 0
-        if held is None or capacity < slots:
-            capacity = min(self.max_slots, max(slots, 2 * capacity, FIRST_SLOTS))
-            old = held or (latent_BTC[:, :0], rope_BTR[:, :0])
-            self._layers[layer] = (_widened(old[0], capacity), _widened(old[1], capacity))
-        return self._layers[layer]
+    def _slots(self, row_T: NDArray[np.int64], position_T: NDArray[np.int64]) -> NDArray[np.int64]:
+        page_T, inside_T = np.divmod(position_T, self.page_tokens)
+        return self.tables_RM[row_T, page_T].astype(np.int64) * self.page_tokens + inside_T
 
 
-def _widened(buffer_BSX: Tensor, slots: int) -> Tensor:
-    # Zeros, not empty: a masked slot has probability 0, and 0 x NaN from stale memory would still poison the sum.
-    wider = buffer_BSX.new_zeros(buffer_BSX.shape[0], slots, buffer_BSX.shape[2])
-    wider[:, : buffer_BSX.shape[1]] = buffer_BSX
-    return wider
+@dataclass(frozen=True)
+class CachePass:
+    """One pass over new tokens, as attention sees the cache (`soli.model.attention.Cache`)."""
+
+    cache: LatentCache
+    positions_T: Tensor  # int64
+    slots_T: Tensor  # int64: where each token of the pass is written
+    singles: int
+    table_BM: Tensor
+    lengths_B: Tensor
+    chunks: Sequence[Chunk]
+
+    def write(self, layer: int, entries_TX: Tensor) -> Tensor:
+        """Stores the pass's entries of one layer; returns its pages."""
+        return self.cache.write(layer, self.slots_T, entries_TX)
+
+
+def pages_for(tokens: int, page_tokens: int) -> int:
+    """How many pages hold so many tokens."""
+    return -(-tokens // page_tokens)
+
+
+def bytes_per_token(config: ModelConfig, layers: int, dtype: torch.dtype) -> int:
+    """What one token takes in the cache of so many layers: 576 values a layer in V3 (DeepSeek-V2 report, table 1)."""
+    return layers * (config.kv_lora_rank + config.qk_rope_head_dim) * dtype.itemsize

@@ -1,8 +1,8 @@
 """Decoding: prompts in, tokens out, many requests at once.
 
-The first pass reads all prompts, right-padded to the longest; every later pass reads one token per request with
-absorbed attention over the latent cache (DeepSeek-V2 report, section 2.1.2). A finished request leaves the batch and
-the cache. Without the cache every pass reads each sequence again from its beginning: slow, and the reference that the
+The first pass reads all prompts as one flat sequence of tokens; every later pass reads one token per request with
+absorbed attention over the latent cache (DeepSeek-V2 report, section 2.1.2). A finished request leaves the batch.
+Without the cache every pass reads each sequence again from its beginning: slow, and the reference that the
 cache is tested against. Refuses empty prompts and requests that could outgrow the model's positions.
 
 Shapes: B requests still running, T tokens read in this pass, D hidden, V vocab.
@@ -10,6 +10,7 @@ Shapes: B requests still running, T tokens read in this pass, D hidden, V vocab.
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -74,7 +75,7 @@ def generate(
     for rounding) on the cache.
     """
     requests = _requests(model, prompts, max_new_tokens, sampling)
-    cache = LatentCache(model.config.max_position_embeddings) if use_cache else None
+    cache = LatentCache.whole_rows([len(r.ids) + r.max_new_tokens for r in requests]) if use_cache else None
     running = [request for request in requests if request.max_new_tokens > 0]
     while running:
         logits_BV = _read(model, running, cache, trace)
@@ -82,10 +83,7 @@ def generate(
             if isinstance(drawn, SoliError):
                 raise drawn
             _accept(request, drawn.token, stop_ids, on_token)
-        stay = [row for row, request in enumerate(running) if request.finish_reason is None]
-        if cache is not None and len(stay) < len(running):
-            cache.keep(torch.tensor(stay, dtype=torch.int64, device=logits_BV.device))
-        running = [running[row] for row in stay]
+        running = [request for request in running if request.finish_reason is None]
     return [request.generation() for request in requests]
 
 
@@ -119,16 +117,24 @@ def _requests(
 def _read(model: Transformer, running: list[_Request], cache: LatentCache | None, trace: bool) -> Tensor:
     """Reads what each request has not read yet (without a cache: everything); logits (B,V) after its last token."""
     device = model.embed_tokens.weight.device
-    starts = [request.read if cache is not None else 0 for request in running]
-    ids_BT, lengths_B = right_padded([r.ids[start:] for r, start in zip(running, starts, strict=True)], device)
-    positions_BT = torch.tensor(starts, device=device)[:, None] + torch.arange(ids_BT.shape[1], device=device)
-    trunk = model.trunk(ids_BT, positions_BT, cache)
-    if trace:
-        _keep_routing(running, trunk.routing, lengths_B.tolist(), ids_BT.shape[1])
-    for request in running:
+    if cache is None:
+        ids_BT, lengths_B = right_padded([request.ids for request in running], device)
+        trunk = model.trunk(ids_BT)
+        ends = [row * ids_BT.shape[1] + length for row, length in enumerate(lengths_B.tolist())]
+    else:
+        new = [request.ids[request.read :] for request in running]
+        counts = [len(ids) for ids in new]
+        now = cache.begin([r.number for r in running], [r.read for r in running], counts, device)
+        ids_T = torch.tensor([token for ids in new for token in ids], dtype=torch.int64).to(device)
+        trunk = model.trunk(ids_T[None], now.positions_T[None], now)
+        ends = list(accumulate(counts))
+    for request, end in zip(running, ends, strict=True):
+        if trace:
+            start = end - len(request.ids) + request.read
+            request.routing.append(tuple(slice_routing(layer, start, end) for layer in trunk.routing))
         request.read = len(request.ids)
-    last_B1D = trunk.hidden_BTD[torch.arange(len(running), device=device), lengths_B - 1][:, None]
-    return model.head(last_B1D)[:, 0]
+    last_BD = trunk.hidden_BTD.flatten(0, 1)[torch.tensor(ends, device=device) - 1]
+    return model.head(last_BD)
 
 
 def _accept(request: _Request, token: int, stop_ids: Collection[int], on_token: OnToken | None) -> None:
@@ -150,14 +156,6 @@ def right_padded(sequences: Sequence[Sequence[int]], device: torch.device) -> tu
     for row, sequence in enumerate(sequences):
         ids_BT[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.int64)
     return ids_BT.to(device), torch.tensor(lengths, device=device)
-
-
-def _keep_routing(running: list[_Request], layers: tuple[Routing, ...], lengths: list[int], width: int) -> None:
-    """Gives every request its own tokens' routing: no pads, and nothing that an earlier pass already recorded."""
-    for row, (request, length) in enumerate(zip(running, lengths, strict=True)):
-        new = len(request.ids) - request.read
-        start = row * width + length - new
-        request.routing.append(tuple(slice_routing(layer, start, start + new) for layer in layers))
 
 
 def slice_routing(routing: Routing, start: int, stop: int) -> Routing:

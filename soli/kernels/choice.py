@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from soli.errors import SoliError
-from soli.kernels import cpu, packed_torch, reference, sorted_experts, torch_linear
+from soli.kernels import cpu, latent_torch, packed_torch, reference, sorted_experts, torch_linear
 from soli.kernels.packed import PackedWeight
 from soli.kernels.packed_torch import PackedExperts
 
@@ -69,8 +69,11 @@ def latent_decode(
     q_BHX: Tensor, pages_PSX: Tensor, table_BM: Tensor, lengths_B: Tensor, *, latent: int, scale: float
 ) -> Tensor:
     """Attention of one query per row over paged latents (`reference.latent_decode` says which): (B, H, C)."""
-    takes = _takes(q_BHX, pages_PSX, forced()) and pages_PSX.dtype == q_BHX.dtype
-    answer = cpu.latent_decode if takes else reference.latent_decode
+    way = forced()
+    if _takes(q_BHX, pages_PSX, way) and pages_PSX.dtype == q_BHX.dtype:
+        answer = cpu.latent_decode
+    else:
+        answer = (reference if way == "reference" else latent_torch).latent_decode
     return answer(q_BHX, pages_PSX, table_BM, lengths_B, latent=latent, scale=scale)
 
 

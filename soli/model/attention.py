@@ -8,28 +8,56 @@ queries; *absorbed* folds the up-projections into query and output and attends o
 one query meets a long cache.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from soli import kernels
 from soli.config import ModelConfig
 from soli.model.layers import Device, Linear, RMSNorm
 from soli.model.rope import rotate, softmax_scale
 
 
-class Cache(Protocol):
-    """Where latents live between calls. The engine owns it; the model only appends and reads."""
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens start..stop-1 of a flat pass: one text's, at positions from `first` on. `slots_S`: where in the flattened
+    pages its positions lie, from 0 to that of its last token."""
 
-    def append(self, layer: int, latent_BTC: Tensor, rope_BTR: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Store each token in the slot of its position; return all slots so far, (B, S, C) and (B, S, R)."""
+    start: int
+    stop: int
+    first: int
+    slots_S: Tensor
+
+
+class Cache(Protocol):
+    """Where latents live between calls, for one pass over new tokens of several texts. The engine owns it.
+
+    The first `singles` tokens of the pass are one each of as many texts: token b attends to the first `lengths_B[b]`
+    (int32) slots of the pages in `table_BM[b]` (int32). The rest are `chunks`, in order. Batch and time of the pass
+    are flattened to T tokens.
+    """
+
+    @property
+    def singles(self) -> int: ...
+    @property
+    def table_BM(self) -> Tensor: ...
+    @property
+    def lengths_B(self) -> Tensor: ...
+    @property
+    def chunks(self) -> Sequence[Chunk]: ...
+
+    def write(self, layer: int, entries_TX: Tensor) -> Tensor:
+        """Store each token's latent and rotated key, X = C + R values; return the layer's pages, (P, S, X)."""
         ...
 
 
 SHORT = 512  # queries up to which a CPU is faster (about twice) with the scores written out than with the fused kernel
 
-WIDE = 256  # the widest head that a GPU's fused kernels take; the absorbed query is wider (576 in V3)
+WIDE = 256  # the widest head that a GPU's fused kernels take
 
 
 def attend(q_BHTX: Tensor, k_BHSX: Tensor, v_BHSV: Tensor, seen_B1TS: Tensor | None, scale: float) -> Tensor:
@@ -80,18 +108,29 @@ class LatentAttention(nn.Module):
     def forward(
         self, x_BTD: Tensor, cos_sin: tuple[Tensor, Tensor], positions_BT: Tensor, cache: Cache | None = None
     ) -> Tensor:
-        """Attend causally: over the T tokens given, or with a cache over every slot up to each query's position."""
+        """Attend causally: over the T tokens given, or with a cache over every earlier token of each text."""
         q_nope_BTHN, q_rope_BTHR = self._queries(x_BTD, cos_sin)
         latent_BTC, rope_BTR = self._latents(x_BTD, cos_sin)
         if cache is None:
             heads_BTHV = self._expanded(q_nope_BTHN, q_rope_BTHR, latent_BTC, rope_BTR, None)
         else:
-            latent_BSC, rope_BSR = cache.append(self.layer, latent_BTC, rope_BTR, positions_BT)
-            slots_S = torch.arange(latent_BSC.shape[1], device=x_BTD.device)
-            seen_BTS = slots_S <= positions_BT[..., None]
-            way = self._absorbed if x_BTD.shape[1] == 1 else self._expanded
-            heads_BTHV = way(q_nope_BTHN, q_rope_BTHR, latent_BSC, rope_BSR, seen_BTS)
+            pages_PSX = cache.write(self.layer, torch.cat((latent_BTC, rope_BTR), dim=-1).flatten(0, 1))
+            heads_THV = self._cached(q_nope_BTHN.flatten(0, 1), q_rope_BTHR.flatten(0, 1), pages_PSX, cache)
+            heads_BTHV = heads_THV.unflatten(0, x_BTD.shape[:2])
         return self.o_proj(heads_BTHV.flatten(2))
+
+    def _cached(self, q_nope_THN: Tensor, q_rope_THR: Tensor, pages_PSX: Tensor, cache: Cache) -> Tensor:
+        """Single queries the absorbed way, chunks the expanded way: (T, H, V)."""
+        parts, n = [], cache.singles
+        if n:
+            parts.append(self._absorbed(q_nope_THN[:n], q_rope_THR[:n], pages_PSX, cache))
+        for chunk in cache.chunks:
+            tokens, slots_1SX = slice(chunk.start, chunk.stop), pages_PSX.flatten(0, 1)[chunk.slots_S][None]
+            latent_1SC, rope_1SR = slots_1SX.split((self.C, self.R), dim=-1)
+            seen_1TS = None if chunk.first == 0 else _seen(chunk)
+            queries = q_nope_THN[None, tokens], q_rope_THR[None, tokens]
+            parts.append(self._expanded(*queries, latent_1SC, rope_1SR, seen_1TS)[0])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _queries(self, x_BTD: Tensor, cos_sin: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD))) if self.q_lora else self.q_proj(x_BTD)
@@ -114,14 +153,18 @@ class LatentAttention(nn.Module):
         mask = None if seen_BTS is None else seen_BTS[:, None]
         return attend(q, k, v_BSHV.transpose(1, 2), mask, self.scale).transpose(1, 2)
 
-    def _absorbed(
-        self, q_nope_BTHN: Tensor, q_rope_BTHR: Tensor, latent_BSC: Tensor, rope_BSR: Tensor, seen_BTS: Tensor
-    ) -> Tensor:
-        up_HXC = self.kv_b_proj.dense(latent_BSC.dtype).unflatten(0, (self.H, -1))
+    def _absorbed(self, q_nope_THN: Tensor, q_rope_THR: Tensor, pages_PSX: Tensor, cache: Cache) -> Tensor:
+        up_HXC = self.kv_b_proj.dense(q_nope_THN.dtype).unflatten(0, (self.H, -1))
         up_k_HNC, up_v_HVC = up_HXC.split((self.N, self.V), dim=1)
-        q_BTHC = torch.einsum("bthn,hnc->bthc", q_nope_BTHN, up_k_HNC)
-        # One key for all heads: the heads of the one query stand as queries of one head; nothing is copied per head.
-        q = torch.cat((q_BTHC, q_rope_BTHR), dim=-1)
-        k = torch.cat((latent_BSC, rope_BSR), dim=-1)[:, None]
-        mixed_BTHC = attend(q, k, latent_BSC[:, None], seen_BTS[:, None], self.scale)
-        return torch.einsum("bthc,hvc->bthv", mixed_BTHC, up_v_HVC)
+        q_THC = torch.einsum("thn,hnc->thc", q_nope_THN, up_k_HNC)
+        q_THX = torch.cat((q_THC, q_rope_THR), dim=-1)
+        mixed_THC = kernels.latent_decode(
+            q_THX, pages_PSX, cache.table_BM, cache.lengths_B, latent=self.C, scale=self.scale
+        )
+        return torch.einsum("thc,hvc->thv", mixed_THC, up_v_HVC)
+
+
+def _seen(chunk: Chunk) -> Tensor:
+    """Which slots each of the chunk's queries may attend to: (1, T, S)."""
+    slots_S = torch.arange(len(chunk.slots_S), device=chunk.slots_S.device)
+    return (slots_S <= slots_S[chunk.first :, None])[None]

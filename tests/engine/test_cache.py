@@ -1,43 +1,50 @@
-"""The latent cache: slot equals position, it grows without forgetting, and rows can leave."""
+"""The latent cache: a pass finds the slots of its tokens, writes them, and reads its rows whole."""
 
 import pytest
 import torch
 
-from soli.engine.cache import LatentCache
+from soli.config import preset
+from soli.engine.cache import LatentCache, bytes_per_token, pages_for
 from soli.errors import SoliError
 
 
-def test_slots_are_positions_whatever_the_order_of_arrival():
-    cache = LatentCache(512)
-    latent_BTC, rope_BTR = torch.randn(2, 3, 4), torch.randn(2, 3, 2)
-    positions_BT = torch.tensor([[0, 1, 2], [70, 71, 300]])
-    latent_BSC, rope_BSR = cache.append(5, latent_BTC, rope_BTR, positions_BT)
-    assert latent_BSC.shape == (2, 301, 4) and rope_BSR.shape == (2, 301, 2)
-    assert torch.equal(latent_BSC[0, :3], latent_BTC[0]) and torch.equal(rope_BSR[1, [70, 71, 300]], rope_BTR[1])
-    assert not latent_BSC[0, 3:].any(), "slots nobody wrote must hold zeros, never stale or undefined memory"
+def test_slots_follow_the_page_tables():
+    cache = LatentCache(pages=8, page_tokens=4, rows=2, positions=12)
+    cache.tables_RM[0], cache.tables_RM[1] = [5, 0, 7], [2, 6, 1]
+    now = cache.begin(rows=[1, 0], starts=[6, 2], counts=[1, 7])
+    assert now.positions_T.tolist() == [6, 2, 3, 4, 5, 6, 7, 8]
+    assert now.slots_T.tolist() == [26, 22, 23, 0, 1, 2, 3, 28]
+    assert now.singles == 1 and now.table_BM.tolist() == [[2, 6]] and now.lengths_B.tolist() == [7]
+    [chunk] = now.chunks
+    assert (chunk.start, chunk.stop, chunk.first) == (1, 8, 2)
+    assert chunk.slots_S.tolist() == [20, 21, 22, 23, 0, 1, 2, 3, 28]
 
 
-def test_growing_keeps_what_was_there_and_layers_apart():
-    cache = LatentCache(200)
-    written = torch.randn(1, 200, 4)
-    for at in range(200):
-        position = torch.tensor([[at]])
-        latent_BSC, _ = cache.append(0, written[:, at : at + 1], torch.zeros(1, 1, 2), position)
-        cache.append(1, -written[:, at : at + 1], torch.zeros(1, 1, 2), position)
-    assert torch.equal(latent_BSC, written)
-    assert cache.nbytes() == 2 * 200 * (4 + 2) * 4
+def test_what_is_written_lies_in_its_slots_and_layers_are_apart():
+    cache = LatentCache(pages=4, page_tokens=2, rows=1, positions=8)
+    cache.tables_RM[0] = [3, 1, 0, 2]
+    entries_TX = torch.arange(15.0).view(5, 3)
+    pages_PSX = cache.begin([0], [0], [5]).write(0, entries_TX)
+    other_PSX = cache.begin([0], [0], [5]).write(1, -entries_TX)
+    assert torch.equal(pages_PSX[3], entries_TX[:2]) and torch.equal(pages_PSX[0, 0], entries_TX[4])
+    cache.begin([0], [5], [1]).write(0, torch.full((1, 3), 9.0))
+    assert pages_PSX[0, 1].tolist() == [9.0] * 3 and torch.equal(pages_PSX[1], entries_TX[2:4])
+    assert torch.equal(other_PSX[3], -entries_TX[:2])
+    assert cache.nbytes() == 2 * 4 * 2 * 3 * 4
 
 
-def test_keep_drops_and_reorders_rows():
-    cache = LatentCache(8)
-    latent_BTC = torch.arange(3.0)[:, None, None].expand(3, 1, 4)
-    first = torch.zeros(3, 1, dtype=torch.int64)
-    cache.append(0, latent_BTC, torch.zeros(3, 1, 2), first)
-    cache.keep(torch.tensor([2, 0]))
-    latent_BSC, _ = cache.append(0, torch.full((2, 1, 4), 9.0), torch.zeros(2, 1, 2), first[:2] + 1)
-    assert latent_BSC[:, :, 0].tolist() == [[2.0, 9.0], [0.0, 9.0]]
+def test_whole_rows_own_pages_apart():
+    cache = LatentCache.whole_rows([5, 1, 8], page_tokens=4)
+    assert cache.page_count == 5 and cache.tables_RM.tolist() == [[0, 1], [2, 0], [3, 4]]
 
 
 def test_a_position_past_the_end_is_refused():
+    cache = LatentCache.whole_rows([8])
+    cache.begin([0], [7], [1])
     with pytest.raises(SoliError, match="position 8 is past the 8 positions"):
-        LatentCache(8).append(0, torch.zeros(1, 1, 4), torch.zeros(1, 1, 2), torch.tensor([[8]]))
+        cache.begin([0], [8], [1])
+
+
+def test_sizes():
+    assert [pages_for(tokens, 4) for tokens in (0, 1, 4, 5)] == [0, 1, 1, 2]
+    assert bytes_per_token(preset("deepseek-v3"), 61, torch.bfloat16) == 61 * 576 * 2

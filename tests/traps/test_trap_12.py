@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from soli.engine.cache import LatentCache
 from soli.model import attention
-from tests.model.cache import GrowingCache
 from tests.model.oracle import draw_config, draw_v2_config, make_model
 
 
@@ -28,11 +28,15 @@ def test_keys_of_192_and_values_of_128(short: int, monkeypatch: pytest.MonkeyPat
 def test_absorbed_decoding_equals_one_expanded_pass(config) -> None:  # type: ignore[no-untyped-def]
     model = make_model(config)
     ids = torch.randint(0, 97, (2, 12), generator=torch.Generator().manual_seed(0))
-    cache = GrowingCache()
+    cache = LatentCache.whole_rows([12, 12], page_tokens=4)
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        now = cache.begin([0, 1], [start, start], [stop - start] * 2)
+        hidden_1TD = model.trunk(ids[:, start:stop].reshape(1, -1), now.positions_T[None], now).hidden_BTD
+        return hidden_1TD.unflatten(1, (2, -1))[0]
+
     with torch.no_grad():
         whole = model(ids)
-        at = torch.arange(12).expand(2, -1)
-        parts = [model.trunk(ids[:, :5], at[:, :5], cache).hidden_BTD]
-        parts += [model.trunk(ids[:, t : t + 1], at[:, t : t + 1], cache).hidden_BTD for t in range(5, 12)]
+        parts = [read(0, 5), read(5, 8), *(read(t, t + 1) for t in range(8, 12))]
         pieces = model.head(torch.cat(parts, dim=1))
     torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-4 * float(whole.abs().max()))
