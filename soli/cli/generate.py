@@ -42,13 +42,13 @@ def generate(
     from soli.cli import experts_output
     from soli.engine.generate import generate as run
     from soli.engine.sampler import SamplingParams
-    from soli.engine.stream import TextStream
+    from soli.engine.stream import TextStream, token_text
     from soli.engine.text_model import open_text_model
 
     sampling = SamplingParams(temperature, top_k, top_p, seed)
     text_model = open_text_model(model, device, dtype)
     prompt_ids = text_model.text_prompt(text)
-    stream = TextStream(text_model.tokenizer.decode, stop or ())
+    stream = TextStream(token_text(text_model.tokenizer), stop or ())
 
     def on_token(_: int, token: int) -> bool:
         piece = stream.push(token)

@@ -46,6 +46,7 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, bos: str = "<|bos|>", eos: str = "<|eos|>") -> None:
         backend.encode_special_tokens = True  # text that spells a special token is encoded as text
         self._backend = backend
+        self._special = {index for index, token in backend.get_added_tokens_decoder().items() if token.special}
         self._bos, self._eos = bos, eos
 
     @classmethod
@@ -139,6 +140,15 @@ class Tokenizer:
         if all(character in _BYTE_OF for character in written):
             return bytes(_BYTE_OF[character] for character in written)
         return self.token_text(index).encode()
+
+    @property
+    def byte_level(self) -> bool:
+        """Whether decoding is `text_bytes` of token after token, joined and read as UTF-8."""
+        return isinstance(self._backend.decoder, decoders.ByteLevel)
+
+    def text_bytes(self, index: int) -> bytes:
+        """What a token adds to `decode`'s text: its bytes, or none for a special token."""
+        return b"" if index in self._special else self.token_bytes(index)
 
     def translation_prompt(self, text: str, to: str) -> list[int]:
         """`<|bos|><|en|>text<|zh|>` for `to="zh"`, the mirror image for `to="en"`."""
