@@ -1,0 +1,111 @@
+"""What goes into the engine and what comes out: requests, events, limits, figures. Values only; nothing here computes.
+
+A request is one answer to one prompt; n answers are n requests whose seeds `SamplingParams.numbered` derives.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from soli.engine.logprobs import TokenLogprob
+from soli.engine.sampler import GREEDY, SamplingParams
+from soli.errors import SoliError
+from soli.model.router import Routing
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one caller wants.
+
+    `stop`: strings, found across token borders, that end the text and are no part of it. `logprobs`: None for none, k
+    for the drawn token's and the k likeliest. `trace`: the routing of every token that is read, the prompt's included.
+    `muted`: (layer, expert) pairs that must not play; layers are numbered as in the files.
+    """
+
+    prompt_ids: tuple[int, ...]
+    max_new_tokens: int
+    sampling: SamplingParams = GREEDY
+    stop_ids: frozenset[int] = frozenset()
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    trace: bool = False
+    muted: frozenset[tuple[int, int]] = frozenset()
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a request took, in tokens. `cached`: of the prompt, found in the cache and not read again."""
+
+    prompt: int
+    completion: int
+    cached: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+
+@dataclass(frozen=True)
+class Event:
+    """What one step brought to one request.
+
+    `token` None: only held-back text, routing of a part of the prompt, or the end. `text`: whole characters that no
+    stop string can take back; often "". `routing`: of the tokens read in this step, one Routing per MoE layer of the
+    main model. The last event has `finish_reason` and `usage`; with "error" also `error`, one sentence.
+    """
+
+    request: int
+    token: int | None = None
+    text: str = ""
+    logprob: TokenLogprob | None = None
+    routing: tuple[Routing, ...] | None = None
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """What the engine may take. `cache_bytes` is never passed; `tokens_per_step` bounds what one step reads, so that a
+    long prompt delays the next token of the others by no more than that. `prefix_sharing`: keep the pages of
+    prompts for later ones that begin alike."""
+
+    cache_bytes: int = 2**30
+    running: int = 16
+    waiting: int = 256
+    tokens_per_step: int = 512
+    page_tokens: int = 16
+    prefix_sharing: bool = True
+    speculate: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("cache_bytes", 1), ("running", 1), ("waiting", 0), ("page_tokens", 1)):
+            if getattr(self, name) < least:
+                raise SoliError(f"the engine's {name} is {getattr(self, name)}: give {least} or more")
+        if self.tokens_per_step < self.running:
+            raise SoliError(
+                f"the engine's tokens_per_step is {self.tokens_per_step}, but each of {self.running} running requests "
+                f"reads a token in a step: give {self.running} or more"
+            )
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """How the engine stands; counts of tokens and events are since its start."""
+
+    running: int
+    waiting: int
+    pages_used: int
+    pages_total: int
+    cache_bytes: int
+    steps: int
+    prompt_tokens: int
+    completion_tokens: int
+    prefix_hit_tokens: int
+    preemptions: int
+    drafted: int
+    accepted: int
+    expert_load: tuple[tuple[int, ...], ...]  # per MoE layer, how often each expert was chosen
+
+
+class QueueFull(SoliError):
+    """As many requests wait as may: come back later."""
