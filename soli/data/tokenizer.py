@@ -141,6 +141,10 @@ class Tokenizer:
             return bytes(_BYTE_OF[character] for character in written)
         return self.token_text(index).encode()
 
+    def to_json(self) -> str:
+        """The content of a `tokenizer.json`."""
+        return str(self._backend.to_str())
+
     @property
     def byte_level(self) -> bool:
         """Whether decoding is `text_bytes` of token after token, joined and read as UTF-8."""

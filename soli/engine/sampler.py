@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from soli.engine.constraint import Constraint
 from soli.engine.distribution import distribution
 from soli.engine.logprobs import TokenLogprob, token_logprob
 from soli.engine.penalties import Penalties
@@ -84,12 +85,14 @@ GREEDY = SamplingParams()
 
 
 class SamplerState:
-    """Where one request stands: its parameters, how many tokens it has, and what was counted of them.
+    """Where one request stands: its parameters, how many tokens it has, what was counted of them, what may follow.
 
     Refuses a bias for a token that the vocabulary does not have.
     """
 
-    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int], vocab: int) -> None:
+    def __init__(
+        self, params: SamplingParams, prompt_ids: Sequence[int], vocab: int, constraint: Constraint | None = None
+    ) -> None:
         largest = max(params.logit_bias, default=0)
         if largest >= vocab:
             raise SoliError(f"logit_bias names token {largest}, but the model's vocabulary ends at {vocab - 1}")
@@ -97,6 +100,7 @@ class SamplerState:
         self._seed = secrets.randbits(63) if params.seed is None else params.seed
         self._tokens: list[int] = []
         self._penalties = Penalties(params, prompt_ids, vocab) if params.changes_logits else None
+        self._constraint = constraint
 
     @property
     def position(self) -> int:
@@ -106,27 +110,42 @@ class SamplerState:
     @property
     def plain(self) -> bool:
         """Whether the next token is simply that of the largest logit."""
-        return self.params.temperature == 0 and self._penalties is None
+        return self.params.temperature == 0 and self._penalties is None and self._constraint is None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the constraint is satisfied and leaves nothing to say."""
+        return self._constraint is not None and self._constraint.finished
 
     def accept(self, token: int) -> None:
-        """The answer goes on with this token."""
+        """The answer goes on with this token; SoliError when its constraint cannot."""
+        if self._constraint is not None:
+            self._constraint.accept(token)
         self._tokens.append(token)
         if self._penalties is not None:
             self._penalties.count(token, 1)
 
     def rollback(self, tokens: int) -> None:
         """Takes back the last `tokens` that were accepted, as if they had never been."""
+        if self._constraint is not None:
+            self._constraint.rollback(tokens)
         for _ in range(tokens):
             token = self._tokens.pop()
             if self._penalties is not None:
                 self._penalties.count(token, -1)
 
     def processed(self, logits_V: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The logits of the next token after penalties and bias; what was given stays as it was."""
-        if self._penalties is None:
+        """The logits of the next token after penalties and bias, -inf where the constraint excludes it.
+
+        What was given stays as it was. SoliError where the constraint has come to a dead end.
+        """
+        if self._penalties is None and self._constraint is None:
             return logits_V
         logits_V = logits_V.copy()
-        self._penalties.apply(logits_V)
+        if self._penalties is not None:
+            self._penalties.apply(logits_V)
+        if self._constraint is not None:
+            logits_V[~self._constraint.mask()] = -np.inf
         return logits_V
 
     def uniform(self, purpose: int = DRAW) -> float:
@@ -148,7 +167,8 @@ def sample(
     """One token for each row of logits, row b for `states[b]`; the states are left as they are until `accept`.
 
     `logprobs[b]`: None for none, or how many of the likeliest tokens to list beside the drawn one (logprobs.py). A row
-    that cannot be drawn from (its logits are not finite) gives its SoliError; the other rows are not touched by it.
+    that cannot be drawn from (its logits are not finite, or its constraint allows nothing) gives its SoliError; the
+    other rows are not touched by it.
     """
     asked = logprobs if logprobs is not None else [None] * len(states)
     low_B, high_B = logits_BV.aminmax(dim=-1)  # NaN comes through both
@@ -158,13 +178,15 @@ def sample(
     host = dict(zip(looked_at, logits_BV[looked_at].float().cpu().numpy(), strict=True)) if looked_at else {}
     drawn: list[Drawn | SoliError] = []
     for row, state in enumerate(states):
-        if not finite[row]:
-            drawn.append(not_finite())
-            continue
-        token, count = likeliest[row], asked[row]
-        if not state.plain:
-            token = distribution(state.processed(host[row]), state.params).draw(state.uniform())
-        drawn.append(Drawn(token, None if count is None else token_logprob(host[row], token, count)))
+        try:
+            if not finite[row]:
+                raise not_finite()
+            token, count = likeliest[row], asked[row]
+            if not state.plain:
+                token = distribution(state.processed(host[row]), state.params).draw(state.uniform())
+            drawn.append(Drawn(token, None if count is None else token_logprob(host[row], token, count)))
+        except SoliError as error:
+            drawn.append(error)
     return drawn
 
 
