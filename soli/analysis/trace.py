@@ -96,7 +96,8 @@ def trace_tokens(
 def trace_layer(name: str, router: Router, routing: Routing) -> list[LayerTrace]:
     """One LayerTrace per token of `routing`, which must be a decision of `router`."""
     chosen_TE = _mask(routing.expert_ids_TK, routing.num_experts)
-    unbiased_TK, _ = router.select(routing.scores_TE)
+    # A muted expert (biased affinity -inf) would not have played without the bias either.
+    unbiased_TK, _ = router.select(routing.scores_TE.masked_fill(routing.biased_TE == -torch.inf, -torch.inf))
     wanted_TE = _mask(unbiased_TK, routing.num_experts)
     near_TM, margins_TM = near_misses(routing, chosen_TE)
     columns = zip(

@@ -54,6 +54,10 @@ class PagePool:
             self._owners[page] += 1
         return page
 
+    def known(self, keys: Sequence[bytes]) -> int:
+        """How many of these pages, from the first on, could be found."""
+        return next((at for at, key in enumerate(keys) if key not in self._known), len(keys))
+
     def kept(self, keys: Sequence[bytes]) -> int:
         """How many of these pages are there without an owner: owning them makes so many unavailable."""
         return sum(self._known.get(key) in self._kept for key in keys)

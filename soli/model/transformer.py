@@ -7,7 +7,7 @@ so that losses, traces and the engine all read the one pass that was made. MTP m
 main model and are numbered after its layers, as in the released files.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -45,12 +45,17 @@ class Block(nn.Module):
             self.mlp = MLP(config.hidden_size, config.intermediate_size, device, dtype)
 
     def forward(
-        self, x_BTD: Tensor, cos_sin: tuple[Tensor, Tensor], positions_BT: Tensor, cache: Cache | None
+        self,
+        x_BTD: Tensor,
+        cos_sin: tuple[Tensor, Tensor],
+        positions_BT: Tensor,
+        cache: Cache | None,
+        muted_TE: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_sin, positions_BT, cache)
         normed_BTD = self.post_attention_layernorm(x_BTD)
         if isinstance(self.mlp, MoE):
-            y_BTD, routing = self.mlp(normed_BTD)
+            y_BTD, routing = self.mlp(normed_BTD, muted_TE)
             return x_BTD + y_BTD, routing
         return x_BTD + self.mlp(normed_BTD), None
 
@@ -126,12 +131,19 @@ class Transformer(nn.Module):
         """Normed hidden states (..., D) to logits (..., V), in the dtype of the hidden state."""
         return self.lm_head(hidden_BTD)
 
-    def trunk(self, input_ids_BT: Tensor, positions_BT: Tensor | None = None, cache: Cache | None = None) -> Trunk:
-        """Run the main layers. With a cache, positions say which slot each token takes; without, they are 0..T-1."""
+    def trunk(
+        self,
+        input_ids_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        cache: Cache | None = None,
+        muted: Mapping[int, Tensor] | None = None,
+    ) -> Trunk:
+        """Run the main layers. With a cache, positions say where in its text each token stands; without, they are
+        0..T-1. `muted`: for layers by number, bool (B*T, E), which experts must not play for which tokens."""
         at_BT, cos_sin = self._places(input_ids_BT, positions_BT)
         x_BTD, routing = self._embed(input_ids_BT), []
-        for block in self.layers:
-            x_BTD, decision = block(x_BTD, cos_sin, at_BT, cache)
+        for layer, block in enumerate(self.layers):
+            x_BTD, decision = block(x_BTD, cos_sin, at_BT, cache, muted.get(layer) if muted else None)
             if decision is not None:
                 routing.append(decision)
         return Trunk(self.norm(x_BTD), tuple(routing))

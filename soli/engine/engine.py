@@ -1,0 +1,264 @@
+"""The engine: requests join and leave at every step, each step is one pass of the model over what the scheduler chose.
+
+One thread owns it. Tokens of all requests stand in one flat row, so weights are read once for all of them; attention
+alone looks at each request's own pages. A request's answer does not depend on what else runs. An error in a step ends
+the requests of that step and nothing else. Refuses at once what could never run: empty or too long prompts, more
+tokens than the cache holds, mutes that leave a router too few experts.
+
+Shapes: T tokens of a step, L MoE layers, E experts.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from soli.engine.cache import LatentCache, bytes_per_token, pages_for
+from soli.engine.generate import slice_routing
+from soli.engine.pages import PagePool
+from soli.engine.request import EngineLimits, EngineStats, Event, FinishReason, QueueFull, Request, Usage
+from soli.engine.sampler import Drawn, SamplerState, sample
+from soli.engine.scheduler import Read, Scheduler, Task
+from soli.engine.stream import TextStream, token_text
+from soli.engine.text_model import TextModel
+from soli.errors import SoliError
+from soli.model.moe import MoE
+from soli.model.router import Routing
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False, kw_only=True)
+class _Answer(Task):
+    """A task with what its text needs."""
+
+    state: SamplerState
+    stream: TextStream
+    shown: int = 0  # tokens whose routing was handed out
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def usage(self) -> Usage:
+        prompt = len(self.request.prompt_ids)
+        return Usage(prompt, len(self.ids) - prompt, self.cached, self.drafted, self.accepted)
+
+
+class Engine:
+    """`limits.cache_bytes` bounds the latent cache; pages take memory as they are first used."""
+
+    def __init__(self, text_model: TextModel, limits: EngineLimits | None = None) -> None:
+        self.text_model, self.limits = text_model, limits or EngineLimits()
+        model = self._model = text_model.model
+        self._device = model.embed_tokens.weight.device
+        dtype = model.compute_dtype or model.embed_tokens.weight.dtype
+        page = self.limits.page_tokens * bytes_per_token(model.config, model.config.num_hidden_layers, dtype)
+        pages = self.limits.cache_bytes // page
+        if pages < 1:
+            raise SoliError(
+                f"a cache of {self.limits.cache_bytes} bytes holds no page of {self.limits.page_tokens} tokens, which "
+                f"takes {page}: give cache_bytes of {page} or more"
+            )
+        self._pages = PagePool(pages)
+        self._cache = LatentCache(pages, self.limits.page_tokens, self.limits.running, text_model.positions)
+        self._scheduler = Scheduler(self._cache, self._pages, self.limits)
+        self._answers: dict[int, _Answer] = {}
+        self._ended: list[Event] = []  # told with the next step
+        self._moes = {at: block.mlp for at, block in enumerate(model.layers) if isinstance(block.mlp, MoE)}
+        experts = model.config.n_routed_experts if self._moes else 0
+        self._load_LE = torch.zeros(len(self._moes), experts or 0, dtype=torch.int64)
+        self._next = self._steps = self._prompt_tokens = self._completion_tokens = 0
+        self._drafted = self._accepted = 0
+
+    def add(self, request: Request) -> int:
+        """Takes a request; its number. QueueFull when too many wait; SoliError for what could never run."""
+        self._check(request)
+        if len(self._scheduler.waiting) >= self.limits.waiting:
+            raise QueueFull(f"{self.limits.waiting} requests wait already: try again later")
+        state = SamplerState(request.sampling, request.prompt_ids, self._model.config.vocab_size)
+        stream = TextStream(token_text(self.text_model.tokenizer), request.stop)
+        answer = _Answer(self._next, request, list(request.prompt_ids), state=state, stream=stream)
+        self._next += 1
+        self._answers[answer.number] = answer
+        self._scheduler.waiting.append(answer)
+        return answer.number
+
+    def cancel(self, number: int) -> None:
+        """Ends a request now; the next step tells so. One that has ended already is left alone."""
+        answer = self._answers.get(number)
+        if answer is not None:
+            self._ended.append(self._end(answer, "cancelled"))
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do or to tell."""
+        return bool(self._answers or self._ended)
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """One pass, and what it brought."""
+        events, self._ended = self._ended, []
+        reads = self._scheduler.plan()
+        if not reads:
+            return events
+        self._steps += 1
+        try:
+            return events + self._read(reads)
+        except Exception as error:
+            known = isinstance(error, SoliError)
+            log.error("a step failed: %s", error, exc_info=not known)
+            said = str(error) if known else f"the step failed with {type(error).__name__}; the log has more"
+            self._pages.forget()  # a page may be half written
+            failed = [answer for read in reads if (answer := self._answers.get(read.task.number)) is not None]
+            return events + [self._end(answer, "error", error=said) for answer in failed]
+
+    def stats(self) -> EngineStats:
+        """How the engine stands now."""
+        return EngineStats(
+            running=len(self._scheduler.running),
+            waiting=len(self._scheduler.waiting),
+            pages_used=self._pages.used,
+            pages_total=self._pages.pages,
+            cache_bytes=self._cache.nbytes(),
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=self._completion_tokens,
+            prefix_hit_tokens=self._scheduler.prefix_hit_tokens,
+            preemptions=self._scheduler.preemptions,
+            drafted=self._drafted,
+            accepted=self._accepted,
+            expert_load=tuple(map(tuple, self._load_LE.tolist())),
+        )
+
+    def _check(self, request: Request) -> None:
+        prompt, limit, vocab = request.prompt_ids, request.max_new_tokens, self._model.config.vocab_size
+        if not prompt:
+            raise SoliError("the prompt is empty: give it at least one token")
+        if not 0 <= min(prompt) <= max(prompt) < vocab:
+            raise SoliError(f"the prompt holds token {max(prompt)}, but the model's vocabulary ends at {vocab - 1}")
+        if limit < 1:
+            raise SoliError(f"max_new_tokens is {limit}: ask for at least 1")
+        together = f"the prompt has {len(prompt)} tokens and asks for {limit} more"
+        if len(prompt) + limit > self.text_model.positions:
+            raise SoliError(
+                f"{together}, but the model has only {self.text_model.positions} positions: shorten the text or ask "
+                "for fewer tokens"
+            )
+        if pages_for(len(prompt) + limit, self.limits.page_tokens) > self._pages.pages:
+            raise SoliError(
+                f"{together}, but the cache of {self.limits.cache_bytes} bytes holds {self._pages.pages} pages of "
+                f"{self.limits.page_tokens}: shorten the text, ask for fewer tokens or give the engine more cache_bytes"
+            )
+        for layer in {layer for layer, _ in request.muted}:
+            self._check_mutes(layer, sorted(expert for at, expert in request.muted if at == layer))
+
+    def _check_mutes(self, layer: int, experts: Sequence[int]) -> None:
+        moe = self._moes.get(layer)
+        if moe is None:
+            raise SoliError(f"layer {layer} has no routed experts to mute; those with are {sorted(self._moes)}")
+        E = moe.gate.weight.shape[0]
+        if not 0 <= experts[0] <= experts[-1] < E:
+            raise SoliError(f"expert {experts[-1]} of layer {layer} cannot be muted: there are experts 0 to {E - 1}")
+        per_group = E // moe.gate.G
+        left = sorted(
+            per_group - sum(expert // per_group == group for expert in experts) for group in range(moe.gate.G)
+        )
+        if sum(left[: moe.gate.kept_groups]) < moe.gate.K:
+            raise SoliError(
+                f"{len(experts)} experts of layer {layer} are muted, which may leave fewer than the {moe.gate.K} that "
+                "play: mute fewer"
+            )
+
+    def _read(self, reads: Sequence[Read]) -> list[Event]:
+        """Runs the model over the reads, draws for those that are read to their end."""
+        tasks, counts = [read.task for read in reads], [read.count for read in reads]
+        now = self._cache.begin([task.row for task in tasks], [task.read for task in tasks], counts, self._device)
+        ids = [token for task, count in zip(tasks, counts, strict=True) for token in task.ids[task.read :][:count]]
+        ids_1T = torch.tensor([ids], dtype=torch.int64).to(self._device)
+        trunk = self._model.trunk(ids_1T, now.positions_T[None], now, self._muted(reads))
+        self._count(reads, trunk.routing)
+        stops = list(accumulate(counts))
+        routing = {
+            read.task.number: self._new_routing(read, trunk.routing, stop)
+            for read, stop in zip(reads, stops, strict=True)
+            if read.task.request.trace
+        }
+        self._scheduler.advance(reads)
+        done = [at for at, task in enumerate(tasks) if task.left == 0]
+        last_BD = trunk.hidden_BTD[0, torch.tensor([stops[at] - 1 for at in done], dtype=torch.int64)]
+        answers = [self._answers[tasks[at].number] for at in done]
+        drawn = self._draw(last_BD, answers) if answers else []
+        events = [
+            self._accept(one, token, routing.pop(one.number, None)) for one, token in zip(answers, drawn, strict=True)
+        ]
+        return events + [Event(number, routing=part) for number, part in routing.items() if part is not None]
+
+    def _draw(self, last_BD: Tensor, answers: Sequence[_Answer]) -> list[Drawn | SoliError]:
+        logits_BV = self._model.head(last_BD)
+        return sample(logits_BV, [answer.state for answer in answers], [answer.request.logprobs for answer in answers])
+
+    def _accept(self, answer: _Answer, drawn: Drawn | SoliError, routing: tuple[Routing, ...] | None) -> Event:
+        """The answer goes on, or ends, with what was drawn for it."""
+        if isinstance(drawn, SoliError):
+            return self._end(answer, "error", routing=routing, error=str(drawn))
+        token, request = drawn.token, answer.request
+        if token in request.stop_ids:
+            return self._end(answer, "stop", answer.stream.finish(), routing=routing)
+        answer.ids.append(token)
+        answer.state.accept(token)
+        self._completion_tokens += 1
+        text = answer.stream.push(token)
+        reason: FinishReason | None = None
+        if answer.stream.stopped:
+            reason = "stop"
+        elif len(answer.ids) - len(request.prompt_ids) == request.max_new_tokens:
+            reason, text = "length", text + answer.stream.finish()
+        if reason is None:
+            return Event(answer.number, token, text, drawn.logprob, routing)
+        return self._end(answer, reason, text, token, drawn, routing)
+
+    def _end(
+        self,
+        answer: _Answer,
+        reason: FinishReason,
+        text: str = "",
+        token: int | None = None,
+        drawn: Drawn | None = None,
+        routing: tuple[Routing, ...] | None = None,
+        error: str | None = None,
+    ) -> Event:
+        self._scheduler.remove(answer)
+        del self._answers[answer.number]
+        logprob = drawn.logprob if drawn else None
+        return Event(answer.number, token, text, logprob, routing, reason, answer.usage, error)
+
+    def _count(self, reads: Sequence[Read], layers: Sequence[Routing]) -> None:
+        fresh = sum(max(0, min(len(r.task.request.prompt_ids), r.task.read + r.count) - r.task.read) for r in reads)
+        self._prompt_tokens += fresh
+        for load_E, routing in zip(self._load_LE, layers, strict=True):
+            load_E += routing.counts_E().cpu()
+
+    def _new_routing(self, read: Read, layers: Sequence[Routing], stop: int) -> tuple[Routing, ...] | None:
+        """What the routers said of the read's tokens, less those that were told before a preemption."""
+        answer = self._answers[read.task.number]
+        end = answer.read + read.count
+        new = end - max(answer.shown, answer.read)
+        answer.shown = max(answer.shown, end)
+        return tuple(slice_routing(layer, stop - new, stop) for layer in layers) if new > 0 else None
+
+    def _muted(self, reads: Sequence[Read]) -> dict[int, Tensor] | None:
+        """For each layer with mutes, which experts must not play for which tokens."""
+        if not any(read.task.request.muted for read in reads):
+            return None
+        tokens, start = sum(read.count for read in reads), 0
+        muted: dict[int, Tensor] = {}
+        for read in reads:
+            for layer, expert in read.task.request.muted:
+                if layer not in muted:
+                    muted[layer] = torch.zeros(tokens, self._load_LE.shape[1], dtype=torch.bool)
+                muted[layer][start : start + read.count, expert] = True
+            start += read.count
+        return {layer: mask_TE.to(self._device) for layer, mask_TE in muted.items()}

@@ -1,0 +1,165 @@
+"""Which requests a step reads, and how many tokens of each: continuous batching over a bounded cache.
+
+Requests run in the order of their arrival. A step reads one token of every request that is decoding, then parts of
+prompts (chunked prefill) up to `tokens_per_step`, then lets in the next that wait, as long as there is a place and
+their tokens fit into the pages that are left. Pages are taken as tokens need them; when none is left, the youngest
+request gives its own back, goes to the head of the queue and is read again later (preemption by recomputation). The
+oldest can always go on, so every request ends.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from soli.engine.cache import LatentCache, pages_for
+from soli.engine.pages import PagePool, page_key
+from soli.engine.request import EngineLimits, Request
+
+
+@dataclass(eq=False)
+class Task:
+    """A request under way. `ids`: prompt and answer; the first `read` of them have their latents in the cache."""
+
+    number: int
+    request: Request
+    ids: list[int]
+    read: int = 0
+    cached: int = 0  # tokens of the prompt that the cache already held when the request first ran
+    row: int = -1  # of the page tables, while it runs
+    pages: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)  # of the whole pages of `ids`, as far as they were needed
+    published: int = 0
+    ran: bool = False
+
+    @property
+    def left(self) -> int:
+        """Tokens still to be read before the next one can be drawn."""
+        return len(self.ids) - self.read
+
+
+@dataclass(frozen=True)
+class Read:
+    """A part of a step: the next `count` tokens of a task."""
+
+    task: Task
+    count: int
+
+
+class Scheduler:
+    """Decides over `cache` and `pool`, which no one else may touch."""
+
+    def __init__(self, cache: LatentCache, pool: PagePool, limits: EngineLimits) -> None:
+        self.waiting: deque[Task] = deque()
+        self.running: list[Task] = []  # the oldest first
+        self.preemptions = 0
+        self.prefix_hit_tokens = 0
+        self._cache, self._pool, self._limits = cache, pool, limits
+        self._rows = list(range(limits.running - 1, -1, -1))
+
+    def plan(self) -> list[Read]:
+        """What the next step reads, single tokens first; [] when nothing runs. Whoever reads it calls `advance`."""
+        counts: dict[Task, int] = {}
+        budget = self._limits.tokens_per_step
+        for chunks in (False, True):
+            for task in [task for task in self.running if (task.left > 1) == chunks]:
+                if task.row >= 0 and budget and self._make_room(task, min(task.left, budget), counts):
+                    counts[task] = min(task.left, budget)
+                    budget -= counts[task]
+        while budget and self._admit():
+            task = self.running[-1]
+            count = min(task.left, budget)
+            if not self._make_room(task, count, counts):
+                break
+            counts[task] = count
+            budget -= count
+        return sorted((Read(task, count) for task, count in counts.items()), key=lambda read: read.count > 1)
+
+    def advance(self, reads: Sequence[Read]) -> None:
+        """The reads have been made: pages that are full now can be found by later requests."""
+        for task, count in ((read.task, read.count) for read in reads):
+            task.read += count
+            if self._limits.prefix_sharing:
+                whole = task.read // self._limits.page_tokens
+                self._extend_keys(task, whole)
+                for index in range(task.published, whole):
+                    self._pool.publish(task.pages[index], task.keys[index])
+                task.published = max(task.published, whole)
+
+    def remove(self, task: Task) -> None:
+        """The request has ended: its place and its pages are free."""
+        if task.row >= 0:
+            self._stop(task)
+        else:
+            self.waiting.remove(task)
+
+    def _admit(self) -> bool:
+        """Lets in the first that waits, if there is a place and its tokens, and one more, would fit now."""
+        if not self.waiting or not self._rows:
+            return False
+        task = self.waiting[0]
+        found = self._known_prefix(task)
+        needed = pages_for(len(task.ids) + 1, self._limits.page_tokens) - len(found)
+        if needed > self._pool.available - self._pool.kept(found):
+            return False
+        self.running.append(self.waiting.popleft())
+        task.row = self._rows.pop()
+        for key in found:
+            page = self._pool.find(key)
+            assert page is not None
+            self._own(task, page)
+        task.read = len(found) * self._limits.page_tokens
+        task.published = len(found)
+        if not task.ran:
+            task.cached = task.read
+            self.prefix_hit_tokens += task.read
+        task.ran = True
+        return True
+
+    def _make_room(self, task: Task, count: int, counts: dict[Task, int]) -> bool:
+        """Pages for the next `count` tokens; younger requests make room for them. False when the task itself had to."""
+        for _ in range(pages_for(task.read + count, self._limits.page_tokens) - len(task.pages)):
+            page = self._pool.take()
+            while page is None:
+                youngest = self.running[-1]
+                self._stop(youngest)
+                self.waiting.appendleft(youngest)
+                self.preemptions += 1
+                counts.pop(youngest, None)
+                if youngest is task:
+                    return False
+                page = self._pool.take()
+            self._own(task, page)
+        return True
+
+    def _own(self, task: Task, page: int) -> None:
+        self._cache.tables_RM[task.row, len(task.pages)] = page
+        task.pages.append(page)
+
+    def _stop(self, task: Task) -> None:
+        self.running.remove(task)
+        self._rows.append(task.row)
+        for page in reversed(task.pages):  # the end of a text is of less use to others than its beginning
+            self._pool.release(page)
+        task.row, task.read, task.published, task.pages = -1, 0, 0, []
+
+    def _known_prefix(self, task: Task) -> list[bytes]:
+        """Keys of the whole pages that are in the cache and that the task need not read. The last token is always read,
+        for its logits; of a request that wants a trace everything is."""
+        if task.request.trace or not self._limits.prefix_sharing:
+            return []
+        whole = (len(task.ids) - 1) // self._limits.page_tokens
+        self._extend_keys(task, whole)
+        return task.keys[: self._pool.known(task.keys[:whole])]
+
+    def _extend_keys(self, task: Task, pages: int) -> None:
+        size = self._limits.page_tokens
+        for index in range(len(task.keys), pages):
+            parent = task.keys[index - 1] if index else _root(task.request)
+            task.keys.append(page_key(parent, task.ids[index * size : (index + 1) * size]))
+
+
+def _root(request: Request) -> bytes:
+    """What the latents of a text depend on besides its tokens: who may not play."""
+    return np.asarray(sorted(request.muted), dtype=np.int64).tobytes()

@@ -1,0 +1,241 @@
+"""The engine: a request's answer is the same alone, among others, after a preemption and behind a shared prefix."""
+
+import random
+
+import pytest
+import torch
+
+from soli.analysis.trace import trace_layer
+from soli.engine.cache import bytes_per_token
+from soli.engine.engine import Engine
+from soli.engine.generate import generate, join_routing
+from soli.engine.request import EngineLimits, Event, QueueFull, Request
+from soli.engine.sampler import SamplingParams
+from soli.errors import SoliError
+from tests.engine.tiny import KINDS, tiny_model, tiny_text_model, tiny_tokenizer
+
+TEXT_MODEL = tiny_text_model()
+VOCAB, POSITIONS = 330, 96
+A_TOKEN = bytes_per_token(TEXT_MODEL.model.config, 3, torch.float32)
+
+
+def engine(pages: int = 200, page_tokens: int = 4, **limits: object) -> Engine:
+    given = {"running": 16, "tokens_per_step": 32, **limits}
+    return Engine(TEXT_MODEL, EngineLimits(cache_bytes=pages * page_tokens * A_TOKEN, page_tokens=page_tokens, **given))
+
+
+def requests(count: int, seed: int = 0, **given: object) -> list[Request]:
+    random_ = random.Random(seed)
+    lengths = [random_.randint(1, 60) for _ in range(count)]
+    return [
+        Request(tuple(random_.randrange(3, VOCAB) for _ in range(n)), random_.randint(1, 30), **given) for n in lengths
+    ]
+
+
+def run(engine: Engine, arrivals: dict[int, list[Request]] | list[Request]) -> dict[int, list[Event]]:
+    """Steps until all is done; requests arrive at the steps that `arrivals` says. The events of each, by number."""
+    arrivals = {0: list(arrivals)} if isinstance(arrivals, list) else dict(arrivals)
+    events: dict[int, list[Event]] = {}
+    step = 0
+    while arrivals or engine.has_work:
+        for request in arrivals.pop(step, []):
+            events[engine.add(request)] = []
+        for event in engine.step():
+            events[event.request].append(event)
+        assert engine.stats().pages_used <= engine.stats().pages_total
+        step += 1
+        assert step < 5000, "the engine does not come to an end"
+    assert engine.stats().pages_used == engine.stats().running == engine.stats().waiting == 0
+    return events
+
+
+def ids(events: list[Event]) -> tuple[int, ...]:
+    assert [event.finish_reason is not None for event in events] == [False] * (len(events) - 1) + [True]
+    return tuple(event.token for event in events if event.token is not None)
+
+
+def lone(request: Request) -> tuple[int, ...]:
+    [one] = generate(
+        TEXT_MODEL.model,
+        [request.prompt_ids],
+        max_new_tokens=request.max_new_tokens,
+        sampling=request.sampling,
+        stop_ids=request.stop_ids,
+    )
+    return one.ids
+
+
+@pytest.mark.parametrize("limits", [{}, {"pages": 60}, {"pages": 26, "tokens_per_step": 16}, {"running": 3}])
+def test_answers_are_those_of_a_request_alone(limits):
+    wanted = requests(24)
+    arrivals: dict[int, list[Request]] = {}
+    for number, request in enumerate(wanted):
+        arrivals.setdefault(3 * (number // 2), []).append(request)
+    tested = engine(**limits)
+    found = run(tested, arrivals)
+    assert [ids(found[number]) for number in range(24)] == [lone(request) for request in wanted]
+    assert (tested.stats().preemptions > 0) == (limits.get("pages", 200) < 100)
+    for number, request in enumerate(wanted):
+        usage = found[number][-1].usage
+        assert (usage.prompt, usage.completion) == (len(request.prompt_ids), len(ids(found[number])))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_model(kind):
+    from soli.engine.text_model import text_model
+
+    model = text_model(tiny_model(kind, vocab_size=330, max_position_embeddings=96), tiny_tokenizer())
+    wanted = requests(6, seed=1)
+    found = run(Engine(model, EngineLimits(cache_bytes=2**20, page_tokens=4, tokens_per_step=24)), wanted)
+    whole = [generate(model.model, [one.prompt_ids], max_new_tokens=one.max_new_tokens)[0].ids for one in wanted]
+    assert [ids(found[number]) for number in range(6)] == whole
+
+
+def test_seeds_hold_among_others_and_over_preemptions():
+    wanted = [
+        Request(request.prompt_ids, request.max_new_tokens, SamplingParams(1.2, top_k=20, seed=number))
+        for number, request in enumerate(requests(16, seed=2))
+    ]
+    tested = engine(pages=26)
+    found = run(tested, wanted)
+    assert tested.stats().preemptions > 0
+    assert [ids(found[number]) for number in range(16)] == [lone(request) for request in wanted]
+
+
+def test_a_prefix_that_is_known_is_not_read_again():
+    prefix = tuple(range(10, 51))
+    wanted = [Request((*prefix, 60 + n), 8) for n in range(3)]
+    tested = engine()
+    first = run(tested, wanted[:1])
+    read = tested.stats().prompt_tokens
+    rest = run(tested, wanted[1:])
+    found = first | rest
+    assert [ids(found[number]) for number in range(3)] == [lone(request) for request in wanted]
+    assert [found[number][-1].usage.cached for number in range(3)] == [0, 40, 40]
+    assert tested.stats().prefix_hit_tokens == 80
+    assert (read, tested.stats().prompt_tokens) == (42, 42 + 2 + 2)
+    muted = Request(wanted[0].prompt_ids, 4, muted=frozenset({(1, 3)}))
+    assert run(tested, [muted])[3][-1].usage.cached == 0, "other experts played for these latents"
+
+
+def test_a_long_prompt_never_stalls_the_others():
+    tested = engine(tokens_per_step=16, running=4)
+    tested.add(Request((5, 6), 60))
+    tested.step()
+    tested.add(Request(tuple(range(3, 73)), 2))
+    for _ in range(5):
+        events = tested.step()
+        assert any(event.request == 0 and event.token is not None for event in events), "a decoding request had to wait"
+    assert sum(event.request == 1 for event in tested.step()) == 1
+
+
+def test_cancelling_frees_pages_before_the_next_step():
+    tested = engine(pages=12, prefix_sharing=False)
+    numbers = [tested.add(Request(tuple(range(3, 23)), 10)) for _ in range(4)]
+    tested.step()
+    used = tested.stats().pages_used
+    tested.cancel(numbers[0]), tested.cancel(numbers[3])  # one that runs, one that waits
+    assert tested.stats().pages_used < used
+    events = tested.step()
+    assert {event.request for event in events if event.finish_reason == "cancelled"} == {numbers[0], numbers[3]}
+    tested.cancel(numbers[0])
+    while tested.has_work:
+        assert all(event.request in numbers[1:3] for event in tested.step())
+
+
+def test_an_error_ends_the_requests_of_its_step_alone(monkeypatch):
+    tested = engine(running=1)
+    bad, good = requests(2, seed=3)
+    tested.add(bad), tested.add(good)
+    with monkeypatch.context() as patched:
+        patched.setattr(TEXT_MODEL.model, "trunk", lambda *_: 1 / 0)
+        [event] = tested.step()
+    assert event.finish_reason == "error" and "ZeroDivisionError" in event.error
+    events = [event for _ in range(60) for event in tested.step()]
+    assert ids(events) == lone(good)
+
+
+def test_stop_tokens_and_stop_strings_end_an_answer():
+    [request] = requests(1, seed=5)
+    request = Request(request.prompt_ids[:30], 30)
+    whole = lone(request)
+    stop = whole[7]
+    [events] = run(engine(), [Request(request.prompt_ids, 30, stop_ids=frozenset({stop}))]).values()
+    assert ids(events) == whole[: whole.index(stop)] and events[-1].finish_reason == "stop"
+    text = TEXT_MODEL.tokenizer.decode(list(whole))
+    word = text[len(text) // 2 :][:3]
+    [events] = run(engine(), [Request(request.prompt_ids, 30, stop=(word,))]).values()
+    assert "".join(event.text for event in events) == text[: text.index(word)]
+    [events] = run(engine(), [request]).values()
+    assert "".join(event.text for event in events) == text and events[-1].finish_reason == "length"
+
+
+def test_a_trace_is_that_of_one_forward_even_over_preemptions():
+    wanted = requests(8, seed=4, trace=True)
+    tested = engine(pages=26)
+    found = run(tested, wanted)
+    assert tested.stats().preemptions > 0
+    for number, request in enumerate(wanted):
+        read = [*request.prompt_ids, *ids(found[number])][:-1]
+        with torch.no_grad():
+            whole = TEXT_MODEL.model.trunk(torch.tensor([read])).routing
+        parts = zip(*(event.routing for event in found[number] if event.routing), strict=True)
+        for mine, layer in zip(map(join_routing, parts), whole, strict=True):
+            assert torch.equal(mine.expert_ids_TK, layer.expert_ids_TK)
+            torch.testing.assert_close(mine.weights_TK, layer.weights_TK)
+
+
+def test_a_muted_expert_does_not_play_and_others_are_not_muted():
+    plain = Request(tuple(range(20, 50)), 12, trace=True)
+    [events] = run(engine(), [plain]).values()
+    load = join_routing([event.routing[0] for event in events if event.routing]).counts_E()
+    busiest = int(load.argmax())
+    muted = Request(plain.prompt_ids, 12, trace=True, muted=frozenset({(1, busiest), (2, 0)}))
+    both = run(engine(), [plain, muted])
+    assert ids(both[0]) == ids(events)
+    routing = join_routing([event.routing[0] for event in both[1] if event.routing])
+    assert not (routing.expert_ids_TK == busiest).any() and load[busiest] > 0
+    traced = trace_layer("layers.1", dict(TEXT_MODEL.model.moe_layers())["layers.1"].gate, routing)
+    shown = [player.expert for token in traced for player in (*token.kept_out, *token.near_misses, *token.players)]
+    assert busiest not in shown
+
+
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        (Request((), 3), "the prompt is empty"),
+        (Request((5, 330), 3), "vocabulary ends at 329"),
+        (Request((5,), 0), "ask for at least 1"),
+        (Request((5,) * 90, 7), "only 96 positions"),
+        (Request((5,) * 40, 10), "holds 10 pages of 4"),
+        (Request((5,), 1, muted=frozenset({(0, 1)})), "layer 0 has no routed experts"),
+        (Request((5,), 1, muted=frozenset({(1, 16)})), "expert 16 of layer 1"),
+        (Request((5,), 1, muted=frozenset((1, e) for e in range(6))), "fewer than the 3 that play"),
+        (Request((5,), 1, SamplingParams(logit_bias={330: 1.0})), "logit_bias names token 330"),
+    ],
+)
+def test_what_could_never_run_is_refused_at_once(request_, said):
+    tested = engine(pages=10)
+    with pytest.raises(SoliError, match=said):
+        tested.add(request_)
+    assert not tested.has_work
+
+
+def test_a_full_queue_says_so():
+    tested = engine(running=1, waiting=2)
+    tested.add(Request((5,), 3)), tested.step()
+    tested.add(Request((5,), 3)), tested.add(Request((5,), 3))
+    with pytest.raises(QueueFull, match="2 requests wait"):
+        tested.add(Request((5,), 3))
+
+
+def test_figures_count_what_happened():
+    wanted = requests(5, seed=6)
+    tested = engine()
+    found = run(tested, wanted)
+    stats = tested.stats()
+    assert stats.prompt_tokens == sum(len(request.prompt_ids) for request in wanted)
+    assert stats.completion_tokens == sum(len(ids(events)) for events in found.values())
+    read = stats.prompt_tokens + stats.completion_tokens - len(wanted)
+    assert [sum(layer) for layer in stats.expert_load] == [3 * read] * 2
+    assert 0 < stats.cache_bytes <= 200 * 4 * A_TOKEN
