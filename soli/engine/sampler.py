@@ -25,8 +25,9 @@ from soli.engine.penalties import Penalties
 from soli.errors import SoliError
 
 LARGEST_SEED = 2**63 - 1
-DRAW, CHOICE = range(2)
-"""What random bits are for: a token of the answer, or the seed of another answer to the same prompt."""
+DRAW, CHOICE, PROPOSE, TEST, REPLACE = range(5)
+"""What random bits are for: a token of the answer, the seed of another answer to the same prompt, and speculation's
+drafts, their test and their replacement (speculate.py)."""
 
 
 @dataclass(frozen=True)
