@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import record
 
 if TYPE_CHECKING:
+    from soli.engine.text_model import TextModel
     from soli.model import Transformer
 
 IMPLEMENTATIONS = ("eager", "grouped_mm")
@@ -88,15 +89,56 @@ def soli(lab: Lab, folder: Path, work: Work) -> Iterator[Ask]:
         yield ask
 
 
-def build_soli(folder: Path, work: dict[str, int]) -> Callable[[str, bool], float]:
-    """For `record.alone`. Besides the questions: "resident", the most that was resident, in MiB."""
-    import soli
+def build_soli(folder: Path, work: dict[str, int]) -> Callable[..., Any]:
+    """For `record.alone`. Besides the questions: "resident", the most that was resident, in MiB, and "load", when the
+    tokens of requests came that arrive at random. Many requests go to the engine, one alone to generate()."""
+    from functools import cache
 
-    return asked(soli.load_model(folder, mtp=False, packed=True), work)
+    from soli.engine.text_model import open_text_model
+
+    text_model = open_text_model(str(folder), dtype="as-is")
+    alone = asked(text_model.model, work)
+    together = cache(lambda: served(text_model, work))
+
+    def run(question: str, warm: bool, **more: float) -> Any:
+        return together()(question, warm, **more) if question in ("batch", "load") else alone(question, warm)
+
+    return run
+
+
+def served(text_model: TextModel, work: dict[str, int]) -> Callable[..., Any]:
+    """The answers of an Engine."""
+    import load
+
+    from soli.engine.engine import Engine
+    from soli.engine.request import Request
+
+    engine = Engine(text_model)
+    numbers: dict[int, int] = {}  # the engine's to the arrival's
+
+    def step() -> list[int]:
+        events = engine.step()
+        for event in events:
+            if event.finish_reason == "error":
+                raise RuntimeError(event.error)
+        return [numbers[event.request] for event in events if event.token is not None]
+
+    def run(question: str, warm: bool, rate: float = 0.0, count: int = 0, seed: int = 0) -> Any:
+        now = warmed(Work(**work), warm)
+        at = load.arrivals(rate, count, seed) if question == "load" else [0.0] * now.batch
+        prompts = random_ids(len(at), now.prompt, text_model.model.config.vocab_size)
+
+        def add(number: int) -> None:
+            numbers[engine.add(Request(tuple(prompts[number]), now.new))] = number
+
+        times = load.drive(at, now.new, add, step)
+        return times if question == "load" else now.batch * now.new / max(one[-1] for one in times)
+
+    return run
 
 
 def asked(model: Transformer, work: dict[str, int]) -> Callable[[str, bool], float]:
-    """The answers of a Transformer."""
+    """The answers of a Transformer about one request."""
     from soli.engine.generate import generate
 
     vocab = model.config.vocab_size
@@ -105,9 +147,6 @@ def asked(model: Transformer, work: dict[str, int]) -> Callable[[str, bool], flo
         now = warmed(Work(**work), warm)
         if question == "resident":
             return peak_mib()
-        if question == "batch":
-            prompts = random_ids(now.batch, now.prompt, vocab)
-            return now.batch * now.new / seconds(lambda: generate(model, prompts, max_new_tokens=now.new))
         if question == "prefill":
             prompts = random_ids(1, now.prefill, vocab)
             return now.prefill / seconds(lambda: generate(model, prompts, max_new_tokens=1))
@@ -232,7 +271,7 @@ def finished(command: list[str]) -> tuple[str, float]:
 
 @contextmanager
 def vllm(lab: Lab, folder: Path, work: Work) -> Iterator[Ask]:
-    """vLLM's CPU build on a bf16 folder, through peer_vllm.py in its own Python."""
+    """vLLM's CPU build on a bf16 folder, through peer_vllm.py in its own Python; "load" as in `engine`."""
     python = lab.needs("vLLM", lab.vllm)
     lab.needs("vLLM", folder)
     own = {
@@ -247,11 +286,11 @@ def vllm(lab: Lab, folder: Path, work: Work) -> Iterator[Ask]:
     ) as process:  # fmt: skip
         answer(process)  # it has loaded
 
-        def run(question: str, warm: bool) -> float:
+        def run(question: str, warm: bool, **more: float) -> Any:
             assert process.stdin is not None
-            process.stdin.write(json.dumps({"question": question, **asdict(warmed(work, warm))}) + "\n")
+            process.stdin.write(json.dumps({"question": question, **asdict(warmed(work, warm)), **more}) + "\n")
             process.stdin.flush()
-            return answer(process)["tokens_per_second"]
+            return answer(process)["value"]
 
         yield run
         assert process.stdin is not None

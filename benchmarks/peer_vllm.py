@@ -11,6 +11,9 @@ import random
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+import load
 
 
 def main() -> None:
@@ -19,20 +22,39 @@ def main() -> None:
     if (shape["kv_lora_rank"], shape["qk_rope_head_dim"]) != (512, 64):
         os.environ["VLLM_MLA_DISABLE"] = "1"
     from vllm import LLM, SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
     model = LLM(
         str(folder), dtype="bfloat16", max_model_len=1024, enable_prefix_caching=False, max_num_seqs=16,
         max_num_batched_tokens=2048, seed=0,
     )  # fmt: skip
 
+    def prompt_of(length: int) -> dict[str, list[int]]:
+        return {"prompt_token_ids": random.choices(range(2, shape["vocab_size"]), k=length)}
+
+    def wanted(new: int, **more: Any) -> SamplingParams:
+        return SamplingParams(temperature=0, max_tokens=new, min_tokens=new, ignore_eos=True, detokenize=False, **more)
+
     def seconds(count: int, length: int, new: int) -> float:
-        prompts = [{"prompt_token_ids": random.choices(range(2, shape["vocab_size"]), k=length)} for _ in range(count)]
-        wanted = SamplingParams(temperature=0, max_tokens=new, min_tokens=new, ignore_eos=True, detokenize=False)
+        prompts = [prompt_of(length) for _ in range(count)]
         start = time.perf_counter()
-        model.generate(prompts, wanted, use_tqdm=False)
+        model.generate(prompts, wanted(new), use_tqdm=False)
         return time.perf_counter() - start
 
-    def speed(question: str, prompt: int, new: int, prefill: int, batch: int) -> float:
+    def under_load(length: int, new: int, rate: float, count: int, seed: int) -> load.Times:
+        engine = model.llm_engine
+
+        def add(number: int) -> None:
+            engine.add_request(str(number), prompt_of(length), wanted(new, output_kind=RequestOutputKind.DELTA))
+
+        def step() -> list[int]:
+            return [int(one.request_id) for one in engine.step() for _ in one.outputs[0].token_ids]
+
+        return load.drive(load.arrivals(rate, count, seed), new, add, step)
+
+    def answer(question: str, prompt: int, new: int, prefill: int, batch: int, **more: Any) -> Any:
+        if question == "load":
+            return under_load(prompt, new, **more)
         if question == "batch":
             return batch * new / seconds(batch, prompt, new)
         if question == "prefill":
@@ -42,7 +64,7 @@ def main() -> None:
 
     print("ANSWER {}", flush=True)
     for line in sys.stdin:
-        print("ANSWER", json.dumps({"tokens_per_second": speed(**json.loads(line))}), flush=True)
+        print("ANSWER", json.dumps({"value": answer(**json.loads(line))}), flush=True)
 
 
 if __name__ == "__main__":

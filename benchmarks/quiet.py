@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import record
 
@@ -25,7 +26,7 @@ LIMIT, TRIES, PATIENCE = 0.05, 3, 30.0  # share of others, measurements at most,
 class Taken:
     """A measured value, and the share of the machine that others had meanwhile."""
 
-    value: float
+    value: Any
     others: float | None
 
 
@@ -54,7 +55,7 @@ def ours() -> float:
     return sum(used[pid] for pid in own if pid in used)
 
 
-def watched(run: Callable[[], float]) -> Taken:
+def watched(run: Callable[[], Any]) -> Taken:
     """Run and say how much others took."""
     before, own, start = busy(), ours(), time.perf_counter()
     value = run()
@@ -65,7 +66,7 @@ def watched(run: Callable[[], float]) -> Taken:
     return Taken(value, max(0.0, others / (seconds * (os.cpu_count() or 1))))
 
 
-def patiently(run: Callable[[], float], limit: float = LIMIT) -> Taken:
+def patiently(run: Callable[[], Any], limit: float = LIMIT) -> Taken:
     """The first of TRIES runs in which others took no more than `limit`, else the least disturbed of them."""
     tries: list[Taken] = []
     while len(tries) < TRIES:
@@ -85,7 +86,7 @@ def wait_for_quiet(limit: float, patience: float = PATIENCE) -> None:
 
 
 def interleaved(
-    contenders: Mapping[str, Callable[[], float]], rounds: int, limit: float = LIMIT
+    contenders: Mapping[str, Callable[[], Any]], rounds: int, limit: float = LIMIT
 ) -> dict[str, list[Taken]]:
     """What each contender gave in each round: all take their turn in every round, in an order drawn anew. Warming up is
     the caller's."""
@@ -99,7 +100,7 @@ def interleaved(
     return taken
 
 
-def values(taken: Sequence[Taken]) -> list[float]:
+def values(taken: Sequence[Taken]) -> list[Any]:
     return [one.value for one in taken]
 
 

@@ -78,8 +78,8 @@ def alone(
     process.start()
     there.close()
 
-    def ask(*request: object) -> Any:
-        here.send(request)
+    def ask(*request: object, **more: object) -> Any:
+        here.send((request, more))
         return here.recv()
 
     try:
@@ -98,7 +98,8 @@ def _serve(
     run = build(*arguments)
     with suppress(EOFError):
         while True:
-            connection.send(run(*connection.recv()))
+            request, more = connection.recv()
+            connection.send(run(*request, **more))
 
 
 def interleaved(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:

@@ -139,7 +139,7 @@ def test_llama_cpp_is_asked_through_its_tools(tmp_path: Path) -> None:
 
 def test_vllm_answers_among_its_log(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    answer = 'echo "ANSWER {\\"tokens_per_second\\": 3}"'
+    answer = 'echo "ANSWER {\\"value\\": 3}"'
     reply = f'echo INFO; echo "ANSWER {{}}"; while read line; do echo log; {answer}; done'
     here = Lab(tmp_path, None, script(tmp_path / "python", reply), "", 2)
     with contenders.vllm(here, tmp_path, QUICK) as ask:

@@ -1,0 +1,103 @@
+"""benchmarks/serve.py: one run with few tokens and no peers, and the driving of random arrivals by itself."""
+
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+
+import cpu_plot  # noqa: E402
+import llama_server  # noqa: E402
+import load  # noqa: E402
+import models  # noqa: E402
+import record  # noqa: E402
+import serve  # noqa: E402
+
+SMALLER = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 512, "intermediate_size": 64, "q_lora_rank": 64}
+
+
+def test_arrivals_are_as_many_as_asked_for_on_average() -> None:
+    at = load.arrivals(4.0, 2001, seed=3)
+    assert at[0] == 0 and at == sorted(at) and 2000 / at[-1] == pytest.approx(4.0, rel=0.1)
+    assert at == load.arrivals(4.0, 2001, seed=3) != load.arrivals(4.0, 2001, seed=4)
+
+
+class Toy:
+    """An engine that gives each running request a token in a step of 2 ms."""
+
+    def __init__(self) -> None:
+        self.left: dict[int, int] = {}
+        self.most = 0
+
+    def add(self, number: int) -> None:
+        self.left[number] = 3
+        self.most = max(self.most, len(self.left))
+
+    def step(self) -> list[int]:
+        assert self.left, "a step with nothing to do"
+        time.sleep(0.002)
+        came = list(self.left)
+        self.left = {number: left - 1 for number, left in self.left.items() if left > 1}
+        return came
+
+
+def test_requests_wait_for_their_time_and_all_get_their_tokens() -> None:
+    toy = Toy()
+    times = load.drive([0.0, 0.001, 0.05], 3, toy.add, toy.step)
+    assert [len(one) for one in times] == [3, 3, 3] and toy.most == 2
+    assert all(one == sorted(one) and 0.0015 < one[0] < 0.04 for one in times)
+
+
+def test_figures_are_milliseconds() -> None:
+    found = load.figures([[0.010, 0.012, 0.014], [0.050, 0.051, 0.151]])
+    assert found["first, median"] == pytest.approx(50) and found["first, longest"] == pytest.approx(50)
+    assert found["between, median"] == pytest.approx(2) and found["between, 95 of 100"] == pytest.approx(2)
+
+
+def test_llamas_stream_is_counted_by_tokens() -> None:
+    class Stream(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            for tokens in ([5], [6, 7], []):  # a character of two tokens comes in one piece
+                self.wfile.write(f'data: {{"tokens": {tokens}}}\n\n'.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer((llama_server.HOST, 0), Stream)
+    Thread(target=server.serve_forever, daemon=True).start()
+    times = llama_server.send(server.server_address[1], [0.0, 0.02], [[1], [2]], 3)
+    server.shutdown()
+    assert [len(one) for one in times] == [3, 3] and all(0 < one[0] < 5 for one in times)
+
+
+def test_a_run_measures_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setitem(models.SHAPES, "small", models.SHAPES["tiny"] | SMALLER)
+    models.make(tmp_path, "small", "bf16")
+    shared = ["--lab", str(tmp_path), "--quick", "--rounds", "1", "--others", "1", "--without", "transformers"]
+    serve.main([*shared, "--rates", "50,100", "--requests", "3"])
+    told = capsys.readouterr()
+    assert "batch, small, bf16: Soli " in told.out
+    for rate in (50, 100):
+        assert f"{rate} requests a second, small, bf16: first token, median: Soli " in told.out
+    assert "int8" not in told.out and "load: without vLLM bf16: no path was given" in told.err
+
+
+def test_the_picture_of_serving(tmp_path: Path) -> None:
+    rows = []
+    for rate in (0.5, 1.0):
+        for figure in cpu_plot.FIGURES:
+            made = record.row(f"{rate:g} requests a second, small, bf16: {figure}", "ms", [2.0], {"vLLM bf16": [4.0]})
+            rows.append(made | {"row": "load", "rate": rate, "figure": figure})
+    assert cpu_plot._curves(rows[::2]) == [
+        ("Soli bf16", "Soli", [0.5, 1.0], [2.0, 2.0]),
+        ("vLLM bf16", "vLLM", [0.5, 1.0], [4.0, 4.0]),
+    ]
+    cpu_plot.draw_serving(rows, tmp_path / "serve.png")
+    assert (tmp_path / "serve.png").stat().st_size > 5000
