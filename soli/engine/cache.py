@@ -74,12 +74,15 @@ class LatentCache:
             chunks=chunks,
         )
 
+    def pages(self, layer: int, width: int, like: Tensor) -> Tensor:
+        """A layer's pages (P, S, width), made when first asked for, in the dtype and on the device of `like`."""
+        if layer not in self._layers:
+            self._layers[layer] = like.new_empty(self.page_count, self.page_tokens, width)
+        return self._layers[layer]
+
     def write(self, layer: int, slots_T: Tensor, entries_TX: Tensor) -> Tensor:
         """Stores one layer's entries in their slots; returns all its pages, (P, S, X)."""
-        pages_PSX = self._layers.get(layer)
-        if pages_PSX is None:
-            pages_PSX = entries_TX.new_empty(self.page_count, self.page_tokens, entries_TX.shape[1])
-            self._layers[layer] = pages_PSX
+        pages_PSX = self.pages(layer, entries_TX.shape[1], entries_TX)
         pages_PSX.flatten(0, 1).index_copy_(0, slots_T, entries_TX)
         return pages_PSX
 
@@ -103,6 +106,10 @@ class CachePass:
     table_BM: Tensor
     lengths_B: Tensor
     chunks: Sequence[Chunk]
+
+    def pages(self, layer: int, width: int, like: Tensor) -> Tensor:
+        """A layer's pages, for whoever writes them himself."""
+        return self.cache.pages(layer, width, like)
 
     def write(self, layer: int, entries_TX: Tensor) -> Tensor:
         """Stores the pass's entries of one layer; returns its pages."""

@@ -25,16 +25,16 @@ from soli.kernels.packed_torch import PackedExperts
 WAYS = ("reference", "torch", "cpu")
 NARROW = (torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.uint8)  # weights that any token may meet
 
-# Measured beside torch 2.13 (benchmarks/cpu_kernels.py). The experts of a layer are faster in C++ at every size. One
-# matrix is faster in torch for many bfloat16 tokens, and for one float32 token where the matrix is small.
-ONEDNN_FROM = 48  # tokens
-SMALL = 2**21  # weights
+# Measured beside torch 2.13 (benchmarks/cpu_kernels.py): the experts of a layer are faster in C++ at every size, and so
+# are float32 products of more than one token. One matrix is faster in torch for many bfloat16 tokens. For one float32
+# token and a small matrix torch takes less time before its product, but its bits differ from those in a batch.
+ONEDNN_FROM = 48  # bfloat16 tokens
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in) times weight (out, in) transposed, in the dtype of x."""
     way = forced()
-    if _takes(x, weight, way) and (way == "cpu" or _wins(x, weight)):
+    if _takes(x, weight, way) and (way == "cpu" or _wins(x)):
         return cpu.plain_linear(x, weight, bias)
     return (reference if way == "reference" else torch_linear).linear(x, weight, bias)
 
@@ -59,7 +59,7 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -
 def packed_experts(x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, packed: PackedExperts) -> Tensor:
     """Equation 12's routed part from packed experts, wherever they lie; only those that were chosen are read."""
     if _takes(x_TD, packed.downs[0].weight, forced()):
-        table = _table(packed)
+        table = table_of(packed)
         if table is not None:
             return cpu.experts(x_TD, expert_ids_TK, weights_TK, table)
     return packed_torch.experts(x_TD, expert_ids_TK, weights_TK, packed)
@@ -75,6 +75,20 @@ def latent_decode(
     else:
         answer = (reference if way == "reference" else latent_torch).latent_decode
     return answer(q_BHX, pages_PSX, table_BM, lengths_B, latent=latent, scale=scale)
+
+
+def takes(x: Tensor) -> bool:
+    """Whether C++ shall compute what follows from x: real activations on a CPU that want no gradient."""
+    return _takes(x, x, forced())
+
+
+def table_of(packed: PackedExperts) -> cpu.ExpertTable | None:
+    """Where a layer's packed experts lie, found once; None for experts of different formats, which torch computes."""
+    if packed not in _tables:
+        kinds = [{(w.format, w.group, w.shape) for w in part} for part in (packed.gates + packed.ups, packed.downs)]
+        uniform = all(len(kind) == 1 for kind in kinds)
+        _tables[packed] = cpu.ExpertTable.listed(packed.gates, packed.ups, packed.downs) if uniform else None
+    return _tables[packed]
 
 
 def forced() -> str | None:
@@ -104,20 +118,9 @@ def _takes(x: Tensor, weight: Tensor, way: str | None) -> bool:
     return fits and (cpu.available() or way == "cpu")
 
 
-def _wins(x: Tensor, weight: Tensor) -> bool:
+def _wins(x: Tensor) -> bool:
     """Whether C++ is the faster way for one plain matrix."""
-    if x.dtype == torch.bfloat16:
-        return x.numel() < ONEDNN_FROM * x.shape[-1]
-    return x.numel() > x.shape[-1] or weight.numel() >= SMALL
+    return x.dtype != torch.bfloat16 or x.numel() < ONEDNN_FROM * x.shape[-1]
 
 
 _tables: WeakKeyDictionary[PackedExperts, cpu.ExpertTable | None] = WeakKeyDictionary()
-
-
-def _table(packed: PackedExperts) -> cpu.ExpertTable | None:
-    """Where a layer's packed experts lie, found once; None for experts of different formats, which torch computes."""
-    if packed not in _tables:
-        kinds = [{(w.format, w.group, w.shape) for w in part} for part in (packed.gates + packed.ups, packed.downs)]
-        uniform = all(len(kind) == 1 for kind in kinds)
-        _tables[packed] = cpu.ExpertTable.listed(packed.gates, packed.ups, packed.downs) if uniform else None
-    return _tables[packed]

@@ -50,6 +50,10 @@ class Cache(Protocol):
     @property
     def chunks(self) -> Sequence[Chunk]: ...
 
+    def pages(self, layer: int, width: int, like: Tensor) -> Tensor:
+        """The layer's pages (P, S, width), contiguous, in the dtype and on the device of `like`."""
+        ...
+
     def write(self, layer: int, entries_TX: Tensor) -> Tensor:
         """Store each token's latent and rotated key, X = C + R values; return the layer's pages, (P, S, X)."""
         ...

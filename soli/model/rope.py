@@ -60,15 +60,15 @@ class Rope:
     """cos and sin of every position. Not a module: frequencies are float32 whatever the model is cast to."""
 
     def __init__(self, config: ModelConfig) -> None:
-        self._scale = cos_sin_scale(config)
-        self._inv_P = self._near_P = inverse_frequencies(config)
+        self.scale = cos_sin_scale(config)
+        self.inv_P = self._near_P = inverse_frequencies(config)
 
     def __call__(self, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Positions (B, T) to float32 cos and sin, each (B, T, 1, P): the 1 stands for the heads."""
         if self._near_P.device != positions_BT.device:  # kept: a copy from the host in every pass would hold a GPU up
-            self._near_P = self._inv_P.to(positions_BT.device)
+            self._near_P = self.inv_P.to(positions_BT.device)
         angle_BT1P = positions_BT[..., None, None].to(torch.float32) * self._near_P
-        return angle_BT1P.cos() * self._scale, angle_BT1P.sin() * self._scale
+        return angle_BT1P.cos() * self.scale, angle_BT1P.sin() * self.scale
 
 
 def rotate(x_BTHR: Tensor, cos_sin: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from soli.config import ModelConfig
+from soli.model import one_call
 from soli.model.attention import Cache, LatentAttention
 from soli.model.layers import MLP, Device, Linear, RMSNorm
 from soli.model.moe import MoE
@@ -75,10 +76,13 @@ class MTPModule(nn.Module):
     def forward(
         self, embedding_BTD: Tensor, hidden_BTD: Tensor, cos_sin: tuple[Tensor, Tensor], at: Tensor, cache: Cache | None
     ) -> tuple[Tensor, Routing | None]:
-        # differs: equation 21 prints [hidden; embedding]; the released weights want [embedding; hidden].
-        joined = torch.cat((self.enorm(embedding_BTD), self.hnorm(hidden_BTD)), dim=-1)
-        x_BTD, routing = self.block(self.eh_proj(joined), cos_sin, at, cache)
+        x_BTD, routing = self.block(self.join(embedding_BTD, hidden_BTD), cos_sin, at, cache)
         return self.norm(x_BTD), routing
+
+    def join(self, embedding_BTD: Tensor, hidden_BTD: Tensor) -> Tensor:
+        """What the block reads."""
+        # differs: equation 21 prints [hidden; embedding]; the released weights want [embedding; hidden].
+        return self.eh_proj(torch.cat((self.enorm(embedding_BTD), self.hnorm(hidden_BTD)), dim=-1))
 
 
 class Transformer(nn.Module):
@@ -140,8 +144,11 @@ class Transformer(nn.Module):
     ) -> Trunk:
         """Run the main layers. With a cache, positions say where in its text each token stands; without, they are
         0..T-1. `muted`: for layers by number, bool (B*T, E), which experts must not play for which tokens."""
-        at_BT, cos_sin = self._places(input_ids_BT, positions_BT)
-        x_BTD, routing = self._embed(input_ids_BT), []
+        at_BT, x_BTD = _places(input_ids_BT, positions_BT), self._embed(input_ids_BT)
+        plan = one_call.plan(self.layers, self.norm, self.rope, x_BTD, at_BT, cache, muted)
+        if plan is not None:
+            return Trunk(*plan.run(x_BTD))
+        cos_sin, routing = self.rope(at_BT), []
         for layer, block in enumerate(self.layers):
             x_BTD, decision = block(x_BTD, cos_sin, at_BT, cache, muted.get(layer) if muted else None)
             if decision is not None:
@@ -158,8 +165,12 @@ class Transformer(nn.Module):
     ) -> Trunk:
         """Run MTP module ``depth`` (0 first): from the normed hidden state at i and token i+1+depth to a hidden state
         whose head predicts token i+2+depth. Deeper modules take the normed output of the one before."""
-        at_BT, cos_sin = self._places(next_ids_BT, positions_BT)
-        hidden, decision = self.mtp[depth](self._embed(next_ids_BT), hidden_BTD, cos_sin, at_BT, cache)
+        at_BT, x_BTD, module = _places(next_ids_BT, positions_BT), self._embed(next_ids_BT), self.mtp[depth]
+        assert isinstance(module, MTPModule)
+        plan = one_call.plan((module.block,), module.norm, self.rope, x_BTD, at_BT, cache)
+        if plan is not None:
+            return Trunk(*plan.run(module.join(x_BTD, hidden_BTD)))
+        hidden, decision = module(x_BTD, hidden_BTD, self.rope(at_BT), at_BT, cache)
         return Trunk(hidden, () if decision is None else (decision,))
 
     def moe_layers(self) -> Iterator[tuple[str, MoE]]:
@@ -173,7 +184,9 @@ class Transformer(nn.Module):
     def _embed(self, ids_BT: Tensor) -> Tensor:
         return F.embedding(ids_BT, self.embed_tokens.weight).to(self.compute_dtype or self.embed_tokens.weight.dtype)
 
-    def _places(self, ids_BT: Tensor, positions_BT: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        if positions_BT is None:
-            positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
-        return positions_BT, self.rope(positions_BT)
+
+def _places(ids_BT: Tensor, positions_BT: Tensor | None) -> Tensor:
+    """The positions of tokens: 0 ... T-1 where nothing else is said."""
+    if positions_BT is not None:
+        return positions_BT
+    return torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)

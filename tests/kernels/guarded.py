@@ -13,7 +13,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from soli.kernels import cpu
 from soli.kernels.packed import PackedWeight
+from soli.kernels.packed_torch import PackedExperts
+from soli.model.layers import Linear
+from soli.model.moe import RoutedExperts
 from tests.kernels.weights import DTYPES, FORMATS, inputs, random_weight
+from tests.model.packed import packed_model
+from tests.model.paged import Paged
 
 PAGE = mmap.PAGESIZE
 libc = ctypes.CDLL(None, use_errno=True)
@@ -43,6 +48,7 @@ def main() -> None:
                     check(weight, generator)
         for at_end in (True, False):
             check_experts(format, at_end, generator)
+            check_layers(format, at_end)
     for width in (1, 24, 31, 80, 145):
         check_latents(width, generator)
     print("read nothing that it should not")
@@ -85,6 +91,30 @@ def check_latents(width: int, generator: torch.Generator) -> None:
         for at_end in (True, False):
             inputs = (guarded(tensor, at_end) for tensor in (q_BHX, pages_PSX, table_BM, lengths_B))
             assert torch.equal(cpu.latent_decode(*inputs, latent=latent, scale=0.5), expected)
+
+
+@torch.inference_mode()
+def check_layers(format: str, at_end: bool) -> None:
+    """Two passes through whole layers: every matrix, and the pages of the cache."""
+    ids_BT = torch.arange(3)[None]
+    for dtype in DTYPES if format != "fp32" else DTYPES[:1]:
+        model, found = packed_model(format, dtype), []
+        for lying in (False, True):
+            cache = Paged(model, 1, 8, 4)
+            if lying:
+                hold(model, at_end)
+                cache._layers = {layer: guarded(pages, at_end) for layer, pages in cache._layers.items()}
+            found.append([cache.read(model, ids_BT, [0], at)[-1].hidden_BTD for at in (0, 3)])
+        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def hold(model: torch.nn.Module, at_end: bool) -> None:
+    for module in model.modules():
+        if isinstance(module, Linear) and module.packed is not None:
+            module.pack(held(module.packed, at_end))
+        elif isinstance(module, RoutedExperts) and module.packed is not None:
+            parts = (module.packed.gates, module.packed.ups, module.packed.downs)
+            module.pack(PackedExperts(*(tuple(held(weight, at_end) for weight in part) for part in parts)))
 
 
 if __name__ == "__main__":

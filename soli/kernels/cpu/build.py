@@ -30,7 +30,7 @@ ISA_FLAGS: Final = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "avx512": (*AVX512, "-mfma", "-mf16c", "-mprefer-vector-width=512"),
 }
-COMMON: Final = ("dispatch", "experts", "latents", "linear", "portable")
+COMMON: Final = ("dispatch", "experts", "latents", "linear", "pass", "portable")
 
 
 class BuildError(Exception):

@@ -34,6 +34,7 @@ class Library:
     linear: Any
     experts: Any
     latent_decode: Any
+    run_pass: Any  # csrc/pass.cpp, by the address of a layers.Call
 
 
 def open_library(path: Path) -> Library:
@@ -44,7 +45,8 @@ def open_library(path: Path) -> Library:
     handle.soli_latent_decode.argtypes = [
         *[_INT] * 6, *[_POINTER] * 2, *[_INT] * 2, _POINTER, _INT, _POINTER, ctypes.c_double, _POINTER, _INT
     ]  # fmt: skip
-    entries = handle.soli_linear, handle.soli_experts, handle.soli_latent_decode
+    handle.soli_pass.argtypes = [_POINTER]
+    entries = handle.soli_linear, handle.soli_experts, handle.soli_latent_decode, handle.soli_pass
     return Library(path, ISAS[handle.soli_best_isa()], *entries)
 
 

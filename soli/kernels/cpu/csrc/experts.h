@@ -51,6 +51,12 @@ struct Pairs {
         std::copy_backward(start, start + E, start + E + 1);  // ... which is the start of the next
         start[0] = 0;
     }
+
+    // One expert that all T tokens chose with weight one.
+    void everyone(int64_t T) {
+        experts = 1, start[0] = 0, start[1] = T, chosen[0] = 0;
+        for (int64_t t = 0; t < T; t++) token[t] = t, weight[t] = 1.0f;
+    }
 };
 
 // silu(gate) * up for rows row ... row + rows of one expert.

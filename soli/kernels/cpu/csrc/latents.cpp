@@ -11,8 +11,8 @@ extern "C" int soli_latent_decode(
     static thread_local Scratch scratch;
     const Latents latents = {kernels(isa), {dtype == FLOAT ? FP32 : BF16, S, X, 0}, P, H, C, static_cast<float>(scale),
                              static_cast<const uint8_t*>(pages)};
+    if (!readable(table, M, lengths, B, P, S)) return 3;
     Batch batch(latents, B, M, table, lengths, threads);
-    if (!batch.readable()) return 3;
     Tokens queries(latents.isa, latents.slot, dtype);
     if (!scratch.reserve(queries.token_bytes() * B * H + Scratch::bytes<float>(batch.part_floats()))) return 2;
     queries.data = scratch.take<uint8_t>(queries.token_bytes() * B * H);

@@ -100,6 +100,17 @@ struct Latents {
     }
 };
 
+// Whether each of B rows has a slot, and all its slots lie in pages.
+inline bool readable(const int32_t* table, int64_t M, const int32_t* lengths, int64_t B, int64_t P, int64_t S) {
+    for (int64_t b = 0; b < B; b++) {
+        const int64_t pages = (lengths[b] + S - 1) / S;
+        if (lengths[b] < 1 || pages > M) return false;
+        for (int64_t m = 0; m < pages; m++)
+            if (table[b * M + m] < 0 || table[b * M + m] >= P) return false;
+    }
+    return true;
+}
+
 // The rows of one call, cut into pieces of work for a team of threads.
 struct Batch {
     const Latents& latents;
@@ -113,17 +124,6 @@ struct Batch {
         for (int64_t b = 0; b < B; b++) most = std::max(most, Latents::Cut(lengths[b]).parts);
         // Few pieces are cut by heads too; each then reads the latents for itself.
         heads = B * most >= 2 * threads ? latents.H : std::max<int64_t>(1, std::min(HEADS, latents.H / threads));
-    }
-
-    // Whether each row has a slot, and every slot that will be read lies in a page.
-    bool readable() const {
-        for (int64_t b = 0; b < B; b++) {
-            const int64_t S = latents.slot.O, pages = (lengths[b] + S - 1) / S;
-            if (lengths[b] < 1 || pages > M) return false;
-            for (int64_t m = 0; m < pages; m++)
-                if (table[b * M + m] < 0 || table[b * M + m] >= latents.P) return false;
-        }
-        return true;
     }
 
     int64_t part_floats() const { return B * most * latents.part_floats(); }

@@ -1,0 +1,71 @@
+// One call for one token of each of T requests: all layers and the norm after them, by one team of threads.
+#include "pass_attention.h"
+#include "pass_feed_forward.h"
+
+namespace soli {
+namespace {
+
+void start_row(const Pass& pass, int64_t pairs, int64_t t) {
+    const Call& call = pass.call;
+    std::copy(call.x + t * call.D, call.x + (t + 1) * call.D, pass.x + t * call.D);
+    for (int64_t i = 0; i < pairs; i++) {
+        const float angle = static_cast<float>(call.positions[t]) * call.frequencies[i];
+        pass.cos[t * pairs + i] = std::cos(angle) * static_cast<float>(call.cos_sin_scale);
+        pass.sin[t * pairs + i] = std::sin(angle) * static_cast<float>(call.cos_sin_scale);
+    }
+}
+
+void finish_row(const Pass& pass, int64_t t) {
+    float* row = pass.x + t * pass.call.D;
+    normed(pass.call.norm, row, pass.call.D, row);
+    write_out(row, pass.call.D, pass.call.y, t * pass.call.D, pass.call.dtype);
+}
+
+// The decisions of the next layer that has a router.
+Routings after(const Routings& now, const Router& router, int64_t T) {
+    const int64_t E = T * router.E(), K = E ? T * router.K : 0, G = E ? T * router.G : 0;
+    return {now.ids + K, now.weights + K, now.scores + E, now.biased + E, now.groups + G};
+}
+
+size_t most_used(const Pass& pass) {
+    size_t most = 0;
+    for (const Layer* layer = pass.call.layers; layer < pass.call.layers + pass.call.count; layer++)
+        most = std::max({most, AttentionStep(pass, layer->attention, nullptr, {nullptr}).used,
+                         FeedForwardStep(pass, layer->feed_forward, {}, nullptr, {nullptr}).used});
+    return most;
+}
+
+}  // namespace
+
+// Writes the rows' latents into the pages, the routers' decisions, and y. Returns 0; 2 when there is no memory for the
+// scratch; 3 when a row has a slot that lies in no page; 4 for more rows than MOST_ROWS.
+extern "C" int soli_pass(const Call* given) {
+    static thread_local Scratch scratch;
+    const Call& call = *given;
+    if (call.T > MOST_ROWS) return 4;
+    if (!readable(call.table, call.M, call.lengths, call.T, call.P, call.S)) return 3;
+    const int64_t pairs = call.count ? call.layers->attention.R / 2 : 0;
+    Pass pass = {call, kernels(call.isa), nullptr, nullptr, nullptr};
+    const size_t used = most_used(pass), rows = Scratch::bytes<float>(call.T * call.D), turns = Scratch::bytes<float>(call.T * pairs);
+    if (!scratch.reserve(rows + 2 * turns + used)) return 2;
+    pass.x = scratch.take<float>(call.T * call.D);
+    pass.cos = scratch.take<float>(call.T * pairs), pass.sin = scratch.take<float>(call.T * pairs);
+    const Area area = {scratch.take<uint8_t>(used)};
+#pragma omp parallel num_threads(call.threads) if (call.threads > 1)
+    {
+#pragma omp for
+        for (int64_t t = 0; t < call.T; t++) start_row(pass, pairs, t);
+        Routings decisions = call.routings;
+        for (int64_t i = 0; i < call.count; i++) {
+            const Layer& layer = call.layers[i];
+            AttentionStep(pass, layer.attention, call.pages[i], area).run();
+            FeedForwardStep(pass, layer.feed_forward, decisions, call.muted ? call.muted[i] : nullptr, area).run();
+            decisions = after(decisions, layer.feed_forward.router, call.T);
+        }
+#pragma omp for
+        for (int64_t t = 0; t < call.T; t++) finish_row(pass, t);
+    }
+    return 0;
+}
+
+}  // namespace soli

@@ -1,0 +1,127 @@
+// The attention of one layer for T rows: x += o(heads(norm x)), absorbed (paper section 2.1.1, and latents.h).
+//
+// W_UK is folded into each query as a weighted sum of kv_b's rows and W_UV is applied to what a head has mixed, both
+// straight from kv_b in its own format.
+#pragma once
+#include "pass.h"
+
+namespace soli {
+namespace {
+
+class AttentionStep {
+public:
+    AttentionStep(const Pass& pass, const Attention& a, void* pages, Area area)
+        : pass(pass), call(pass.call), a(a), T(call.T), H(a.H), C(a.C()), X(a.X()), pages(pages),
+          latents{pass.isa, {call.dtype == FLOAT ? FP32 : BF16, call.S, X, 0}, call.P, H, C, static_cast<float>(a.scale),
+                  static_cast<const uint8_t*>(pages)},
+          batch(latents, T, call.M, call.table, call.lengths, call.threads), q_in(pass.tokens(a.low() ? a.q_a : a.q_b)),
+          low_in(pass.tokens(a.q_b)), kv_in(pass.tokens(a.kv_a)), queries(pass.isa, latents.slot, call.dtype),
+          mixed_in(pass.tokens(a.kv_b)), o_in(pass.tokens(a.o)) {
+        take(area, q_in, T), take(area, low_in, a.low() ? T : 0), take(area, kv_in, T), take(area, queries, T * H);
+        take(area, mixed_in, T * H), take(area, o_in, T);
+        rows = area.take<float>(T * call.D), low = area.take<float>(T * a.q_a.layout.O), kv = area.take<float>(T * X);
+        q = area.take<float>(T * H * (a.N + a.R)), absorbed = area.take<float>(T * H * padded(X));
+        heads = area.take<float>(T * H * a.V), batch.parts = area.take<float>(batch.part_floats());
+        used = area.used;
+    }
+
+    size_t used;
+
+    void run() {
+#pragma omp for
+        for (int64_t t = 0; t < T; t++) begin(t);
+        const int64_t low_blocks = blocks(a.q_a.layout.O), kv_blocks = blocks(X);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < low_blocks + kv_blocks; i++)
+            if (i < low_blocks) product(a.q_a, q_in, T, i, a.q_a_bias, low);
+            else product(a.kv_a, kv_in, T, i - low_blocks, a.kv_a_bias, kv);
+#pragma omp for
+        for (int64_t t = 0; t < T; t++) keep(t);
+#pragma omp for schedule(dynamic)
+        for (int64_t h = 0; h < H; h++) query(h);
+#pragma omp for schedule(dynamic)
+        for (int64_t piece = 0; piece < batch.pieces(); piece++) batch.attend(queries, piece);
+#pragma omp for schedule(dynamic)
+        for (int64_t h = 0; h < H; h++) value(h);
+#pragma omp for
+        for (int64_t t = 0; t < T; t++) o_in.put(t, heads + t * H * a.V, FLOAT);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < blocks(call.D); i++) end(i);
+    }
+
+private:
+    // The row, normed, for the first products.
+    void begin(int64_t t) {
+        float* row = rows + t * call.D;
+        normed(a.norm, pass.x + t * call.D, call.D, row);
+        q_in.put(t, row, FLOAT), kv_in.put(t, row, FLOAT);
+    }
+
+    // The query's latent, normed; the keys' latent, normed, and the key, rotated, into their slot of the cache.
+    void keep(int64_t t) {
+        const int64_t L = a.q_a.layout.O, slot = call.lengths[t] - 1;
+        if (a.low()) {
+            normed(a.q_norm, low + t * L, L, low + t * L);
+            low_in.put(t, low + t * L, FLOAT);
+        }
+        float* row = kv + t * X;
+        normed(a.kv_norm, row, C, row);
+        rotate(t, row + C);
+        const int64_t page = call.table[t * call.M + slot / call.S];
+        write_out(row, X, pages, (page * call.S + slot % call.S) * X, call.dtype);
+    }
+
+    // The queries of one head: their own part folded with W_UK, beside the rotated one.
+    void query(int64_t h) {
+        const int64_t width = a.N + a.R, stride = padded(X);
+        float *own = q + h * T * width, *folded = absorbed + h * T * stride;
+        (a.low() ? low_in : q_in).dots(a.q_b.matrix, h * width, width, 0, T, own, width);
+        std::fill(folded, folded + T * stride, 0.0f);
+        const Rows up_k = {a.kv_b.matrix, a.kv_b.layout, h * (a.N + a.V), a.N};
+        pass.isa.mix[a.kv_b.layout.format](up_k, C, own, width, T, folded, stride);
+        for (int64_t t = 0; t < T; t++) {
+            rotate(t, own + t * width + a.N);
+            std::copy(own + t * width + a.N, own + (t + 1) * width, folded + t * stride + C);
+            queries.put(t * H + h, folded + t * stride, FLOAT);
+        }
+    }
+
+    // What one head has mixed, through W_UV.
+    void value(int64_t h) {
+        for (int64_t t = 0; t < T; t++) mixed_in.put(h * T + t, batch.merged(t, h), FLOAT);
+        mixed_in.dots(a.kv_b.matrix, h * (a.N + a.V) + a.N, a.V, h * T, T, heads + h * a.V, H * a.V);
+    }
+
+    // One block of the output, added to the rows.
+    void end(int64_t block) {
+        alignas(64) float tile[MOST_ROWS * ROWS];
+        const int64_t row = block * ROWS, count = std::min(ROWS, call.D - row);
+        o_in.dots(a.o.matrix, row, count, 0, T, tile, ROWS);
+        for (int64_t t = 0; t < T; t++)
+            for (int64_t r = 0; r < count; r++)
+                pass.x[t * call.D + row + r] += tile[t * ROWS + r] + (a.o_bias.data ? a.o_bias[row + r] : 0.0f);
+    }
+
+    // Turns each pair by its angle (equations 3 and 8): neighbours, or one of each half.
+    void rotate(int64_t t, float* x) const {
+        const int64_t pairs = a.R / 2, step = a.interleaved ? 1 : pairs;
+        for (int64_t i = 0; i < pairs; i++) {
+            float* first = x + (a.interleaved ? 2 * i : i);
+            const float cos = pass.cos[t * pairs + i], sin = pass.sin[t * pairs + i], p = first[0], q = first[step];
+            first[0] = p * cos - q * sin, first[step] = q * cos + p * sin;
+        }
+    }
+
+    const Pass& pass;
+    const Call& call;
+    const Attention& a;
+    const int64_t T, H, C, X;
+    void* pages;
+    const Latents latents;
+    Batch batch;
+    Tokens q_in, low_in, kv_in, queries, mixed_in, o_in;
+    float *rows, *low, *kv, *q, *absorbed, *heads;
+};
+
+}  // namespace
+}  // namespace soli

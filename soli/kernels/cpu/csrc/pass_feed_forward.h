@@ -1,0 +1,87 @@
+// The feed-forward part of one layer for T rows: x += network(norm x), a dense network or routed and shared experts
+// (equation 12). What every row goes through is one expert that all rows chose with weight one.
+#pragma once
+#include "pass_router.h"
+
+namespace soli {
+namespace {
+
+class FeedForwardStep {
+public:
+    FeedForwardStep(const Pass& pass, const FeedForward& f, const Routings& decisions, const uint8_t* muted, Area area)
+        : pass(pass), call(pass.call), f(f), decisions(decisions), muted(muted), T(call.T), E(f.router.E()), P(E ? T * f.router.K : 0),
+          all{pass.isa, 1, 1, f.gate.layout, f.down.layout, &f.gate.matrix, &f.up.matrix, &f.down.matrix},
+          some{pass.isa, E, f.router.K, f.in, f.out, f.experts, f.experts + E, f.experts + 2 * E},
+          router_in(pass.isa, f.router.weight.layout, FLOAT), all_in(pass.isa, all.in, call.dtype),
+          all_out(pass.isa, all.out, call.dtype), row_in(pass.isa, some.in, call.dtype), some_in(row_in),
+          some_out(pass.isa, some.out, call.dtype), everyone(area, 1, T), pairs(area, E, P) {
+        take(area, router_in, T), take(area, all_in, T), take(area, all_out, T);
+        take(area, row_in, T), take(area, some_in, P), take(area, some_out, P);
+        rows = area.take<float>(T * call.D), logits = area.take<float>(T * E), experts = area.take<int64_t>(1);
+        all_hidden = area.take<float>(T * all.in.O), some_hidden = area.take<float>(P * some.in.O);
+        used = area.used;
+    }
+
+    size_t used;
+
+    void run() {
+#pragma omp for
+        for (int64_t t = 0; t < T; t++) begin(t);
+        const int64_t router_blocks = blocks(E), all_blocks = blocks(all.in.O), some_blocks = blocks(some.in.O);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < router_blocks + all_blocks; i++)
+            if (i < router_blocks) product(f.router.weight, router_in, T, i, {}, logits);
+            else hidden_rows(all, 0, all_in, 0, T, (i - router_blocks) * ROWS, all_hidden);
+#pragma omp single
+        choose();
+        everyone.experts = all.in.O > 0, pairs.experts = *experts;
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < pairs.experts * some_blocks; i++) {
+            const int64_t e = pairs.chosen[i / some_blocks];
+            hidden_rows(some, e, some_in, pairs.start[e], pairs.start[e + 1], i % some_blocks * ROWS, some_hidden);
+        }
+#pragma omp for
+        for (int64_t i = 0; i < P + T * everyone.experts; i++)
+            if (i < P) some_out.put(i, some_hidden + i * some.in.O, FLOAT);
+            else all_out.put(i - P, all_hidden + (i - P) * all.in.O, FLOAT);
+#pragma omp for schedule(dynamic)
+        for (int64_t row = 0; row < call.D; row += ROWS) {
+            for (int64_t i = 0; i < pairs.experts; i++) add_rows(some, pairs.chosen[i], some_out, pairs, row, pass.x);
+            if (everyone.experts) add_rows(all, 0, all_out, everyone, row, pass.x);
+        }
+    }
+
+private:
+    // The row, normed, for the first products.
+    void begin(int64_t t) {
+        float* row = rows + t * call.D;
+        normed(f.norm, pass.x + t * call.D, call.D, row);
+        if (all.in.O) all_in.put(t, row, FLOAT);
+        if (E) router_in.put(t, row, FLOAT), row_in.put(t, row, FLOAT);
+    }
+
+    // The routers' decisions, and the rows in the order of their experts.
+    void choose() {
+        everyone.everyone(T);
+        for (int64_t t = 0; t < T && E; t++) decide(f.router, logits + t * E, muted, t, decisions);
+        pairs.sort(E, f.router.K, P, decisions.ids, decisions.weights);
+        const int64_t bytes = row_in.token_bytes();
+        for (int64_t p = 0; p < P; p++) std::memcpy(some_in.data + p * bytes, row_in.data + pairs.token[p] * bytes, bytes);
+        *experts = pairs.experts;
+    }
+
+    const Pass& pass;
+    const Call& call;
+    const FeedForward& f;
+    const Routings& decisions;
+    const uint8_t* muted;
+    const int64_t T, E, P;
+    const Experts all, some;
+    Tokens router_in, all_in, all_out, row_in, some_in, some_out;
+    Pairs everyone, pairs;
+    float *rows, *logits, *all_hidden, *some_hidden;
+    int64_t* experts;  // how many were chosen: `pairs` is each thread's own, its arrays are not
+};
+
+}  // namespace
+}  // namespace soli

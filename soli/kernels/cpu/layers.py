@@ -1,0 +1,209 @@
+"""A pass of up to MOST_ROWS tokens, each of its own row, through whole layers in one C++ call (csrc/pass.h).
+
+`Layer` and what it is made of are tables of addresses with the same fields as the structs of csrc/pass.h; weights stay
+where they lie, in any of the five formats. Numerics: float32 between products; rows are rounded to bfloat16 only as
+tokens of a product, into the cache and on leaving. A row has the same bits in any company.
+
+Shapes: T rows, D hidden, M layers with a router (in a page table: pages of a row), E experts, K chosen, G groups,
+P pages of S slots of X values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import Array, Structure, addressof, c_double, c_int64, c_void_p
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from soli.kernels.cpu import ExpertTable, native
+from soli.kernels.packed import PackedWeight, plain
+
+MOST_ROWS: Final = 128  # as in csrc/pass.h
+MOST_GROUPS: Final = 64
+
+
+class Vector(Structure):
+    _fields_ = (("data", c_void_p), ("dtype", c_int64))
+
+
+class Norm(Structure):
+    _fields_ = (("weight", Vector), ("eps", c_double))
+
+
+class Matrix(Structure):
+    _fields_ = (("weight", c_void_p), ("scale", c_void_p))
+
+
+class Layout(Structure):
+    _fields_ = (("format", c_int64), ("O", c_int64), ("I", c_int64), ("group", c_int64))
+
+
+class Weight(Structure):
+    _fields_ = (("matrix", Matrix), ("layout", Layout))
+
+
+class Attention(Structure):
+    _fields_ = (
+        *((name, Norm) for name in ("norm", "q_norm", "kv_norm")),
+        *((name, Weight) for name in ("q_a", "q_b", "kv_a", "kv_b", "o")),
+        *((name, Vector) for name in ("q_a_bias", "kv_a_bias", "o_bias")),
+        *((name, c_int64) for name in ("H", "N", "R", "V", "interleaved")),
+        ("scale", c_double),
+    )
+
+
+class Router(Structure):
+    _fields_ = (
+        ("weight", Weight),
+        ("bias", Vector),
+        *((name, c_int64) for name in ("K", "G", "kept", "best", "softmax", "normalise")),
+        ("scaling", c_double),
+    )
+
+
+class FeedForward(Structure):
+    _fields_ = (
+        ("norm", Norm),
+        *((name, Weight) for name in ("gate", "up", "down")),
+        ("router", Router),
+        *(("expert_in", Layout), ("expert_out", Layout)),
+        ("experts", c_void_p),
+    )
+
+
+class Layer(Structure):
+    _fields_ = (("attention", Attention), ("feed_forward", FeedForward))
+
+
+class Call(Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("isa", "dtype", "threads", "T", "D", "count")),
+        *((name, c_void_p) for name in ("layers", "pages")),
+        *((name, c_int64) for name in ("P", "S", "M")),
+        *((name, c_void_p) for name in ("table", "lengths", "positions", "frequencies")),
+        ("cos_sin_scale", c_double),
+        ("x", c_void_p),
+        ("norm", Norm),
+        ("y", c_void_p),
+        ("muted", c_void_p),
+        *((name, c_void_p) for name in ("ids", "weights", "scores", "biased", "groups")),
+    )
+
+
+def vector(tensor: Tensor | None) -> Vector:
+    """A contiguous float32 or bfloat16 vector where it lies; without a tensor there is none."""
+    return Vector() if tensor is None else Vector(tensor.data_ptr(), native.DTYPES[tensor.dtype])
+
+
+def weight(matrix: PackedWeight | Tensor | None) -> Weight:
+    """A matrix (O, I) where it lies; without one there is none."""
+    if matrix is None:
+        return Weight()
+    packed = plain(matrix) if isinstance(matrix, Tensor) else matrix
+    O, I = packed.shape  # noqa: E741
+    scale = 0 if packed.scale is None else packed.scale.data_ptr()
+    layout = Layout(native.FORMATS[packed.format], O, I, packed.group)
+    return Weight(Matrix(packed.weight.data_ptr(), scale), layout)
+
+
+def set_experts(part: FeedForward, table: ExpertTable) -> None:
+    """Give a layer its routed experts. `table` must outlive `part`."""
+    _, D, F = table.shape
+    (in_format, in_group), (out_format, out_group) = table.gate_up, table.down
+    part.expert_in = Layout(native.FORMATS[in_format], F, D, in_group)
+    part.expert_out = Layout(native.FORMATS[out_format], D, F, out_group)
+    part.experts = table.addresses_3E2.data_ptr()
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What the routers decided, a layer with a router after another: the fields of soli.model.router.Routing."""
+
+    ids_MTK: Tensor
+    weights_MTK: Tensor
+    scores_MTE: Tensor
+    biased_MTE: Tensor
+    groups_MTG: Tensor
+
+
+@dataclass(frozen=True)
+class Table:
+    """A run of layers and the norm after them; `alive` keeps their memory."""
+
+    layers: Array[Layer]
+    norm: Norm
+    frequencies_R: Tensor  # float32 (R / 2) radians per position
+    cos_sin_scale: float
+    alive: tuple[object, ...]
+
+    @property
+    def routers(self) -> list[Router]:
+        """Those of the layers that have one."""
+        return [layer.feed_forward.router for layer in self.layers if layer.feed_forward.router.weight.layout.O]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where T rows stand: row t attends to its first lengths_T[t] slots (int32), of which the last is its own and is
+    written; slot s is slot s % S of page table_TM[t, s // S] (int32). Positions (int64) turn queries and keys."""
+
+    positions_T: Tensor
+    table_TM: Tensor
+    lengths_T: Tensor
+
+
+def run(
+    table: Table, x_TD: Tensor, rows: Rows, pages: Sequence[Tensor], muted: Sequence[Tensor | None] = ()
+) -> tuple[Tensor, Decisions]:
+    """Rows (T, D) to their normed output in the same dtype, with every router's decision.
+
+    `pages` (P, S, X) of each layer, in the dtype of x. Rows may share pages: all slots of a layer are written before
+    any is read. `muted` has for each layer bool (T, E), the experts that must not play, or None; empty, all may.
+    IndexError for a slot that lies in no page.
+    """
+    (T, D), (P, S, _), kernels = x_TD.shape, pages[0].shape, native.library()
+    assert kernels is not None
+    _check(table, x_TD, rows, pages, muted)
+    found, y_TD, x32_TD = _unmade(table.routers, T), torch.empty_like(x_TD), x_TD.float().contiguous()
+    lying, silent = _addresses(pages), _addresses(muted)
+    call = Call(
+        native.chosen_isa(kernels.best_isa), native.DTYPES[x_TD.dtype], torch.get_num_threads(), T, D,
+        len(table.layers), addressof(table.layers), addressof(lying), P, S, rows.table_TM.shape[1],
+        rows.table_TM.data_ptr(), rows.lengths_T.data_ptr(), rows.positions_T.data_ptr(),
+        table.frequencies_R.data_ptr(), table.cos_sin_scale, x32_TD.data_ptr(), table.norm, y_TD.data_ptr(),
+        addressof(silent) if muted else None, found.ids_MTK.data_ptr(), found.weights_MTK.data_ptr(),
+        found.scores_MTE.data_ptr(), found.biased_MTE.data_ptr(), found.groups_MTG.data_ptr(),
+    )  # fmt: skip
+    native.check_code(kernels.run_pass(addressof(call)))
+    return y_TD, found
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> Array[c_void_p]:
+    return (c_void_p * len(tensors))(*(None if tensor is None else tensor.data_ptr() for tensor in tensors))
+
+
+def _unmade(routers: Sequence[Router], T: int) -> Decisions:
+    """Memory for T rows' decisions."""
+    M = len(routers)
+    E, K, G = (routers[0].weight.layout.O, routers[0].K, routers[0].G) if M else (0, 0, 0)
+    ids, weights = torch.empty(M, T, K, dtype=torch.int64), torch.empty(M, T, K)
+    return Decisions(ids, weights, torch.empty(M, T, E), torch.empty(M, T, E), torch.empty(M, T, G, dtype=torch.bool))
+
+
+def _check(table: Table, x_TD: Tensor, rows: Rows, pages: Sequence[Tensor], muted: Sequence[Tensor | None]) -> None:
+    """What C++ will believe; ValueError where it would be wrong."""
+    T, like = x_TD.shape[0], pages[0]
+    wanted: list[tuple[Tensor, torch.dtype, Sequence[int]]] = [(page, x_TD.dtype, like.shape) for page in pages]
+    wanted += [(rows.positions_T, torch.int64, (T,)), (rows.lengths_T, torch.int32, (T,))]
+    wanted += [(rows.table_TM, torch.int32, (T, rows.table_TM.shape[-1]))]
+    for layer, part in zip(table.layers, muted, strict=True) if muted else ():
+        if part is not None:
+            wanted.append((part, torch.bool, (T, layer.feed_forward.router.weight.layout.O)))
+    for tensor, dtype, shape in wanted:
+        if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
+            raise ValueError(f"{tensor.dtype} {tuple(tensor.shape)} is no contiguous {dtype} {tuple(shape)}")
+    if T > MOST_ROWS or len(pages) != len(table.layers):
+        raise ValueError(f"{T} rows and pages for {len(pages)} layers do not fit a table of {len(table.layers)}")

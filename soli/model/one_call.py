@@ -1,0 +1,217 @@
+"""All layers of a pass in one C++ call: for inference on a CPU, few tokens, and a cache that lies on pages.
+
+This is the one place that decides it. `plan` answers None where blocks must run one after another in torch: without
+such a cache, for a gradient, for many tokens, on other devices, under SOLI_KERNELS=reference or torch, and for modules
+whose parts are not the plain ones (another `product`, a sharded or tracing tensor, experts of several formats).
+
+The tables of addresses are made once and checked before every pass: a parameter that has moved, been packed or been
+replaced makes a new table.
+
+Shapes: B batch, T tokens (of the whole batch where B is missing), D hidden, P pages of S slots,
+X = C latent + R rotary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from soli.kernels import choice, cpu
+from soli.kernels.cpu import layers as c
+from soli.model.attention import Cache, LatentAttention
+from soli.model.layers import MLP, Linear, RMSNorm
+from soli.model.moe import MoE, RoutedExperts
+from soli.model.rope import Rope
+from soli.model.router import Router, Routing
+
+if TYPE_CHECKING:
+    from soli.model.transformer import Block
+
+MOST_TOKENS: Final = 64  # beyond, products of many tokens and keys written out for every head are faster
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One pass that C++ can take."""
+
+    table: c.Table
+    indices: tuple[int, ...]  # of the layers in the cache
+    width: int  # of a slot
+    cache: Cache
+    positions_BT: Tensor
+    muted: tuple[Tensor | None, ...]
+
+    def run(self, x_BTD: Tensor) -> tuple[Tensor, tuple[Routing, ...]]:
+        """The blocks and the norm after them: hidden states (B, T, D) and every router's decision, in layer order."""
+        pages = [self.cache.pages(index, self.width, x_BTD) for index in self.indices]
+        rows = c.Rows(self.positions_BT.flatten(), self.cache.table_BM.contiguous(), self.cache.lengths_B)
+        y_TD, made = c.run(self.table, x_BTD.flatten(0, 1), rows, pages, self.muted)
+        parts = [made.ids_MTK, made.weights_MTK, made.scores_MTE, made.biased_MTE]
+        groups = made.groups_MTG.unbind() if made.groups_MTG.shape[2] > 1 else [None] * len(made.ids_MTK)
+        routing = tuple(map(Routing, *(part.unbind() for part in parts), groups))
+        return y_TD.view_as(x_BTD), routing
+
+
+def plan(
+    blocks: Iterable[Any],
+    norm: nn.Module,
+    rope: Rope,
+    x_BTD: Tensor,
+    positions_BT: Tensor,
+    cache: Cache | None,
+    muted: Mapping[int, Tensor] | None = None,
+) -> Plan | None:
+    """How C++ would run `blocks` and `norm` on rows like `x_BTD`; None when it cannot. `muted`: for layers by number,
+    bool (B*T, E), which experts must not play for which tokens."""
+    T = x_BTD.shape[:-1].numel()
+    if cache is None or cache.chunks or not 0 < T <= MOST_TOKENS or not choice.takes(x_BTD):
+        return None
+    built = _table(blocks, norm, rope, x_BTD.dtype)
+    if built is None:
+        return None
+    silent = tuple(muted[index].contiguous() if index in muted else None for index in built.indices) if muted else ()
+    return Plan(built.table, built.indices, built.width, cache, positions_BT, silent)
+
+
+class _Unfit(Exception):
+    """These modules are not for C++."""
+
+
+class _Builder:
+    """Makes the table of some blocks, and remembers where it looked."""
+
+    def __init__(self, blocks: Sequence[Block], norm: nn.Module, rope: Rope, dtype: torch.dtype) -> None:
+        self.dtype, self.rope = dtype, rope
+        self.narrow = (dtype, torch.bfloat16)  # a float32 master under bfloat16 is torch's: it rounds before a product
+        self.places: list[tuple[dict[str, Any], str]] = []  # where tensors hang
+        self.packs: list[tuple[Linear | RoutedExperts, object]] = []  # modules with what they had packed
+        self.alive: list[object] = []
+        self.scales = [(block.self_attn, block.self_attn.scale) for block in blocks]
+        table = (c.Layer * len(blocks))(*(self._layer(block) for block in blocks))
+        self.table = c.Table(table, self._norm(norm), rope.inv_P, rope.scale, tuple(self.alive))
+        self.width = blocks[0].self_attn.C + blocks[0].self_attn.R
+        self.indices = tuple(block.self_attn.layer for block in blocks)
+        self.addresses = [hung[name].data_ptr() for hung, name in self.places]
+
+    def holds(self, rope: Rope, dtype: torch.dtype) -> bool:
+        """Whether everything is still where the table says."""
+        return (
+            self.rope is rope
+            and self.dtype == dtype
+            and all(module.packed is packed and "product" not in vars(module) for module, packed in self.packs)
+            and all(module.scale == scale for module, scale in self.scales)
+            and [-1 if hung.get(name) is None else hung[name].data_ptr() for hung, name in self.places]
+            == self.addresses
+        )
+
+    def _layer(self, block: Block) -> c.Layer:
+        attention, norm = block.self_attn, self._norm(block.input_layernorm)
+        after = self._norm(block.post_attention_layernorm)
+        return c.Layer(self._attention(attention, norm), self._feed_forward(block.mlp, after))
+
+    def _attention(self, a: LatentAttention, norm: c.Norm) -> c.Attention:
+        self._plain(a, LatentAttention)
+        q_norm, q_a, q_a_bias = c.Norm(), c.Weight(), c.Vector()
+        if a.q_lora:
+            q_norm, q_a, q_a_bias = self._norm(a.q_a_layernorm), self._weight(a.q_a_proj), self._bias(a.q_a_proj)
+        return c.Attention(
+            norm, q_norm, self._norm(a.kv_a_layernorm),
+            q_a, self._weight(a.q_b_proj if a.q_lora else a.q_proj), self._weight(a.kv_a_proj_with_mqa),
+            self._weight(a.kv_b_proj), self._weight(a.o_proj),
+            q_a_bias, self._bias(a.kv_a_proj_with_mqa), self._bias(a.o_proj),
+            a.H, a.N, a.R, a.V, a.interleaved, a.scale,
+        )  # fmt: skip
+
+    def _feed_forward(self, mlp: MoE | MLP, norm: c.Norm) -> c.FeedForward:
+        everyone = mlp.shared_experts if isinstance(mlp, MoE) else mlp
+        part = c.FeedForward(norm)
+        if everyone is not None:
+            self._plain(everyone, MLP)
+            part.gate, part.up = self._weight(everyone.gate_proj), self._weight(everyone.up_proj)
+            part.down = self._weight(everyone.down_proj)
+            if bytes(part.gate.layout) != bytes(part.up.layout):
+                raise _Unfit
+        if isinstance(mlp, MoE):
+            part.router = self._router(mlp.gate)
+            c.set_experts(part, self._experts(mlp.experts))
+        return part
+
+    def _router(self, router: Router) -> c.Router:
+        self._plain(router, Router)
+        bias = router.e_score_correction_bias
+        if router.G > c.MOST_GROUPS or (bias is not None and bias.dtype != torch.float32):
+            raise _Unfit
+        return c.Router(
+            c.weight(self._tensor(router._parameters, "weight")),
+            c.Vector() if bias is None else c.vector(self._tensor(router._buffers, "e_score_correction_bias")),
+            router.K, router.G, router.kept_groups, 1 if bias is None else 2,
+            router.scoring_func != "sigmoid", router.normalise, router.scaling,
+        )  # fmt: skip
+
+    def _experts(self, experts: RoutedExperts) -> cpu.ExpertTable:
+        self._plain(experts, RoutedExperts)
+        self.packs.append((experts, experts.packed))
+        if experts.packed is None:
+            hung = experts._parameters
+            stacks = (self._tensor(hung, name, *self.narrow) for name in ("gate_up_proj", "down_proj"))
+            table: cpu.ExpertTable | None = cpu.ExpertTable.plain(*stacks)
+        else:
+            table = choice.table_of(experts.packed)
+        if table is None:
+            raise _Unfit
+        self.alive.append(table)
+        return table
+
+    def _weight(self, linear: Linear) -> c.Weight:
+        self._plain(linear, Linear)
+        self.packs.append((linear, linear.packed))
+        if linear.packed is None:
+            return c.weight(self._tensor(linear._parameters, "weight", *self.narrow))
+        self._check(linear.packed.weight, self.dtype, *choice.NARROW)
+        self.alive.append(linear.packed)
+        return c.weight(linear.packed)
+
+    def _bias(self, linear: Linear) -> c.Vector:
+        return c.Vector() if linear.bias is None else c.vector(self._tensor(linear._parameters, "bias"))
+
+    def _norm(self, norm: nn.Module) -> c.Norm:
+        if type(norm) is not RMSNorm:
+            raise _Unfit
+        return c.Norm(c.vector(self._tensor(norm._parameters, "weight")), norm.eps)
+
+    def _tensor(self, hung: dict[str, Any], name: str, *dtypes: torch.dtype) -> Tensor:
+        """A tensor that the table points to; an alias keeps its memory, so that no other can come to lie there."""
+        tensor = hung[name]
+        self._check(tensor, *(dtypes or (torch.float32, torch.bfloat16)))
+        self.places.append((hung, name))
+        self.alive.append(tensor.detach())
+        return tensor
+
+    @staticmethod
+    def _check(tensor: Tensor, *dtypes: torch.dtype) -> None:
+        real = type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu and tensor.is_contiguous()
+        if not real or tensor.dtype not in dtypes:
+            raise _Unfit
+
+    @staticmethod
+    def _plain(module: nn.Module, kind: type[nn.Module]) -> None:
+        if type(module) is not kind or "product" in vars(module):
+            raise _Unfit
+
+
+_built: WeakKeyDictionary[nn.Module, _Builder] = WeakKeyDictionary()  # by the norm after the blocks
+
+
+def _table(blocks: Iterable[Any], norm: nn.Module, rope: Rope, dtype: torch.dtype) -> _Builder | None:
+    found = _built.get(norm)
+    if found is None or not found.holds(rope, dtype):
+        try:
+            found = _built[norm] = _Builder(list(blocks), norm, rope, dtype)
+        except _Unfit:
+            return None
+    return found

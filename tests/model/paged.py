@@ -1,0 +1,36 @@
+"""A cache for the tests of the one call: texts on pages in any order, every token of a pass a row of its own."""
+
+from collections.abc import Sequence
+
+import torch
+
+from soli.engine.cache import CachePass, LatentCache, pages_for
+from soli.model import Transformer, Trunk
+
+
+class Paged(LatentCache):
+    """`rows` texts of up to `slots` slots on pages of S. What was never written is NaN."""
+
+    def __init__(self, model: Transformer, rows: int, slots: int, S: int, seed: int = 0) -> None:
+        each = pages_for(slots, S)
+        super().__init__(rows * each + 1, S, rows, slots)
+        order = torch.randperm(rows * each + 1, generator=torch.Generator().manual_seed(seed))
+        self.tables_RM[:] = order[1:].view(rows, each).numpy()
+        width = model.config.kv_lora_rank + model.config.qk_rope_head_dim
+        for layer in range(model.config.num_hidden_layers + len(model.mtp)):
+            self.pages(layer, width, model.embed_tokens.weight).fill_(float("nan"))
+
+    def tokens(self, rows: Sequence[int], at: int, count: int) -> CachePass:
+        """The pass that reads `count` tokens of each of `rows` from position `at`."""
+        places = [at + t for _ in rows for t in range(count)]
+        return self.begin([row for row in rows for _ in range(count)], places, [1] * len(places))
+
+    def read(self, model: Transformer, ids_BT: torch.Tensor, rows: Sequence[int], at: int) -> list[Trunk]:
+        """Tokens (B, T) of these rows from position `at`: the trunk, and the MTP module if there is one."""
+        B, T = ids_BT.shape
+        now = self.tokens(rows, at, T)
+        trunks = [model.trunk(ids_BT, now.positions_T.view(B, T), now)]
+        if len(model.mtp):
+            after = model.mtp_step(0, trunks[0].hidden_BTD, (ids_BT + 1) % 97, now.positions_T.view(B, T), now)
+            trunks.append(after)
+        return trunks

@@ -1,0 +1,213 @@
+"""All layers in one C++ call: what torch computes module by module, in every format, on every instruction set, with the
+same bits in any company; and torch itself wherever the call may not answer."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from soli.engine.cache import LatentCache
+from soli.kernels import PackedExperts
+from soli.model import Transformer, Trunk, one_call
+from tests.engine.tiny import KINDS, tiny_model
+from tests.kernels import weights
+from tests.kernels.weights import needs_kernels
+from tests.model.packed import packed_model, scaled
+from tests.model.paged import Paged
+
+pytestmark = needs_kernels
+STEPS = (4, 1, 1, 3, 1)  # tokens read in each pass
+
+
+@pytest.fixture(params=weights.isas())
+def isa(request, monkeypatch):
+    monkeypatch.setenv("SOLI_CPU_ISA", request.param)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    with torch.inference_mode():
+        yield
+
+
+def drawn_ids(B: int, seed: int = 1) -> Tensor:
+    return torch.randint(0, 97, (B, sum(STEPS)), generator=torch.Generator().manual_seed(seed))
+
+
+def read(model: Transformer, cache: Paged, ids_BT: Tensor, torchs: bool = False) -> list[Trunk]:
+    """Some tokens at a time, in the one call or as torch computes them."""
+    at, trunks = 0, []
+    with pytest.MonkeyPatch.context() as patch:
+        if torchs:
+            patch.setattr(one_call, "plan", lambda *_, **__: None)
+        for count in STEPS:
+            trunks += cache.read(model, ids_BT[:, at : at + count], range(len(ids_BT)), at)
+            at += count
+    return trunks
+
+
+def assert_same(found: list[Trunk], expected: list[Trunk], bound: float) -> None:
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.hidden_BTD.float(), other.hidden_BTD.float(), rtol=0, atol=bound)
+        for decision, plain in zip(one.routing, other.routing, strict=True):
+            assert torch.equal(decision.expert_ids_TK, plain.expert_ids_TK)
+            for name in ("weights_TK", "scores_TE", "biased_TE"):
+                torch.testing.assert_close(getattr(decision, name), getattr(plain, name), rtol=1e-4, atol=1e-5)
+            assert (decision.groups_TG is None) == (plain.groups_TG is None)
+            assert decision.groups_TG is None or torch.equal(decision.groups_TG, plain.groups_TG)
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "rope_interleave": False}])
+@pytest.mark.parametrize("kind", KINDS)
+def test_is_what_torch_computes_and_leaves_the_same_latents(isa, kind, changes) -> None:
+    model, ids_BT = tiny_model(kind, **changes), drawn_ids(3)
+    if changes:
+        model = copy.deepcopy(model)
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias") or "norm" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) / 4)
+    fast, plain = Paged(model, 3, 20, 3), Paged(model, 3, 20, 3)
+    assert_same(read(model, fast, ids_BT), read(model, plain, ids_BT, torchs=True), 2e-5)
+    for layer, pages_PSX in plain._layers.items():
+        torch.testing.assert_close(fast._layers[layer], pages_PSX, rtol=0, atol=2e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("format", weights.FORMATS)
+def test_every_format_with_float32_rows(isa, format) -> None:
+    model, ids_BT = packed_model(format, torch.float32), drawn_ids(2)
+    assert_same(
+        read(model, Paged(model, 2, 20, 4), ids_BT), read(model, Paged(model, 2, 20, 4), ids_BT, torchs=True), 1e-4
+    )
+
+
+@pytest.mark.parametrize("format", ["bf16", "fp8", "int8", "int4"])
+def test_bfloat16_rows_are_nearer_to_float32_than_torchs(isa, format) -> None:
+    """Torch rounds after every product and sum, the call only before products. Of one layer, before choices differ."""
+    error, ids_BT = {}, drawn_ids(3)
+    wide, narrow = packed_model(format, torch.float32), packed_model(format, torch.bfloat16)
+    wide.load_state_dict({name: value.float() for name, value in narrow.state_dict().items()})
+    for model in (wide, narrow):
+        model.layers = model.layers[1:2]
+    exact = read(wide, Paged(wide, 3, 20, 4), ids_BT, torchs=True)[0]
+    for torchs in (False, True):
+        found = read(narrow, Paged(narrow, 3, 20, 4), ids_BT, torchs)[0]
+        same = (found.routing[0].expert_ids_TK == exact.routing[0].expert_ids_TK).all(dim=1)
+        assert same.float().mean() > 0.5
+        error[torchs] = (found.hidden_BTD.float() - exact.hidden_BTD).flatten(0, 1)[same].square().mean().sqrt()
+    assert error[False] < 0.01 and error[False] < 1.05 * error[True]
+
+
+@pytest.mark.parametrize("dtype", weights.DTYPES)
+def test_a_row_has_the_same_bits_in_any_company_and_with_any_threads(isa, dtype) -> None:
+    model, ids_BT, threads = packed_model("int8", dtype), drawn_ids(9), torch.get_num_threads()
+    together: list[list[Trunk]] = []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            together.append(read(model, Paged(model, 9, 20, 3), ids_BT))
+    finally:
+        torch.set_num_threads(threads)
+    for row in (0, 4, 8):
+        cache = Paged(model, 9, 20, 16, seed=5)
+        for number, count in enumerate(STEPS):
+            at = sum(STEPS[:number])
+            for t in range(count):  # one by one
+                alone = cache.read(model, ids_BT[row : row + 1, at + t : at + t + 1], [row], at + t)
+                for found in together:
+                    for step, one in enumerate(alone):
+                        other, place = found[2 * number + step], row * count + t
+                        assert torch.equal(one.hidden_BTD[0, 0], other.hidden_BTD[row, t])
+                        assert torch.equal(one.routing[0].weights_TK[0], other.routing[0].weights_TK[place])
+
+
+def planned(model: Transformer, tokens: int = 2, several: bool = False) -> bool:
+    x_BTD = model.embed_tokens.weight[None, :1].expand(1, tokens, -1).contiguous()
+    cache = LatentCache(100, 16, 1, 96)
+    now = cache.begin([0], [0], [tokens]) if several else cache.begin([0] * tokens, range(tokens), [1] * tokens)
+    return one_call.plan(model.layers, model.norm, model.rope, x_BTD, now.positions_T[None], now) is not None
+
+
+def test_torch_answers_where_the_call_may_not(monkeypatch) -> None:
+    model = copy.deepcopy(tiny_model("v3"))
+    assert planned(model, 64) and not planned(model, 65) and not planned(model, several=True)
+    with torch.inference_mode(False), torch.enable_grad():
+        assert not planned(copy.deepcopy(model))
+    for way, taken in (("reference", False), ("torch", False), ("cpu", True)):
+        monkeypatch.setenv("SOLI_KERNELS", way)
+        assert planned(model) is taken
+    monkeypatch.delenv("SOLI_KERNELS")
+    model.layers[1].mlp.experts.product = lambda *_: None
+    assert not planned(model)
+    mixed = packed_model("int8", torch.float32)
+    experts = mixed.layers[2].mlp.experts
+    last = scaled("bf16", experts.packed.downs[0].shape, torch.Generator())
+    experts.pack(PackedExperts(experts.packed.gates, experts.packed.ups, (*experts.packed.downs[:-1], last)))
+    assert not planned(mixed)
+    masters = copy.deepcopy(tiny_model("v3"))
+    masters.compute_dtype = torch.bfloat16
+    x_BTD = masters.embed_tokens(torch.tensor([[3]])).bfloat16()
+    now = LatentCache(1, 16, 1, 16).begin([0], [0], [1])
+    assert one_call.plan(masters.layers, masters.norm, masters.rope, x_BTD, now.positions_T[None], now) is None
+
+
+def test_weights_that_were_changed_replaced_or_moved_are_seen() -> None:
+    model, ids_BT = copy.deepcopy(tiny_model("v3")), drawn_ids(1)
+
+    def agree() -> None:
+        assert_same(
+            read(model, Paged(model, 1, 20, 4), ids_BT), read(model, Paged(model, 1, 20, 4), ids_BT, torchs=True), 2e-5
+        )
+
+    agree()
+    attention, moe = model.layers[1].self_attn, model.layers[2].mlp
+    attention.kv_b_proj.weight.mul_(1.5)
+    agree()
+    attention.kv_b_proj.weight = torch.nn.Parameter(attention.kv_b_proj.weight.flip(0).contiguous(), False)
+    agree()
+    attention.o_proj.weight.data = attention.o_proj.weight * 0.5
+    agree()
+    moe.gate.e_score_correction_bias = moe.gate.e_score_correction_bias.flip(0).contiguous()
+    attention.scale *= 2
+    agree()
+    attention.kv_b_proj.pack(scaled("fp8", attention.kv_b_proj.weight.shape, torch.Generator().manual_seed(1)))
+    agree()
+
+
+def test_a_muted_expert_does_not_play(isa) -> None:
+    model, ids_BT = tiny_model("v3"), drawn_ids(2)[:, :1]
+    now, x_BTD = Paged(model, 2, 20, 4).tokens([0, 1], 0, 1), model.embed_tokens(ids_BT)
+    muted_TE = torch.zeros(2, 16, dtype=torch.bool)
+
+    def chosen() -> list[list[int]]:
+        plan = one_call.plan(model.layers, model.norm, model.rope, x_BTD, now.positions_T[:, None], now, {2: muted_TE})
+        assert plan is not None
+        _, (first, second) = plan.run(x_BTD)
+        assert first.biased_TE.isfinite().all() and torch.equal(second.biased_TE.isinf(), muted_TE)
+        return second.expert_ids_TK.tolist()
+
+    before = chosen()
+    muted_TE[0, before[0][0]] = True
+    after = chosen()
+    assert before[0][0] not in after[0] and after[1] == before[1] and len(set(after[0])) == 3
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    model, ids_BT = tiny_model("v3"), torch.tensor([[3]])
+    now = Paged(model, 1, 20, 4).tokens([0], 0, 1)
+
+    def run(**changes: Tensor) -> None:
+        model.trunk(ids_BT, now.positions_T[None], dataclasses.replace(now, **changes))
+
+    for table, length in (([[-1]], 1), ([[99]], 1), ([[0]], 5), ([[0]], 0)):
+        with pytest.raises(IndexError, match="does not lead to as many slots"):
+            run(table_BM=torch.tensor(table, dtype=torch.int32), lengths_B=torch.tensor([length], dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"torch.int64 \(1, 1\) is no contiguous torch.int32"):
+        run(table_BM=torch.zeros(1, 1, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"torch.int32 \(2,\) is no contiguous torch.int32 \(1,\)"):
+        run(lengths_B=torch.ones(2, dtype=torch.int32))
+    now.cache._layers[1] = now.cache._layers[1].bfloat16()
+    with pytest.raises(ValueError, match=r"torch.bfloat16 .* is no contiguous torch.float32"):
+        run()
