@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from soli.engine.cache import LatentCache, bytes_per_token, pages_for
+from soli.engine.constraint import Constraints
 from soli.engine.generate import slice_routing
 from soli.engine.pages import PagePool
 from soli.engine.request import EngineLimits, EngineStats, Event, FinishReason, QueueFull, Request, Usage
@@ -67,6 +68,7 @@ class Engine:
         self._scheduler = Scheduler(self._cache, self._pages, self.limits)
         self._answers: dict[int, _Answer] = {}
         self._ended: list[Event] = []  # told with the next step
+        self._constraints: Constraints | None = None
         self._moes = {at: block.mlp for at, block in enumerate(model.layers) if isinstance(block.mlp, MoE)}
         experts = model.config.n_routed_experts if self._moes else 0
         self._load_LE = torch.zeros(len(self._moes), experts or 0, dtype=torch.int64)
@@ -78,7 +80,7 @@ class Engine:
         self._check(request)
         if len(self._scheduler.waiting) >= self.limits.waiting:
             raise QueueFull(f"{self.limits.waiting} requests wait already: try again later")
-        state = SamplerState(request.sampling, request.prompt_ids, self._model.config.vocab_size)
+        state = self._state(request)
         stream = TextStream(token_text(self.text_model.tokenizer), request.stop)
         answer = _Answer(self._next, request, list(request.prompt_ids), state=state, stream=stream)
         self._next += 1
@@ -132,6 +134,14 @@ class Engine:
             accepted=self._accepted,
             expert_load=tuple(map(tuple, self._load_LE.tolist())),
         )
+
+    def _state(self, request: Request) -> SamplerState:
+        vocab, constraint = self._model.config.vocab_size, None
+        if request.constraint is not None:
+            if self._constraints is None:  # its package is an extra
+                self._constraints = Constraints(self.text_model.tokenizer, vocab, self.text_model.stop_ids)
+            constraint = self._constraints.open(request.constraint)
+        return SamplerState(request.sampling, request.prompt_ids, vocab, constraint)
 
     def _check(self, request: Request) -> None:
         prompt, limit, vocab = request.prompt_ids, request.max_new_tokens, self._model.config.vocab_size
@@ -207,13 +217,18 @@ class Engine:
         token, request = drawn.token, answer.request
         if token in request.stop_ids:
             return self._end(answer, "stop", answer.stream.finish(), routing=routing)
+        try:
+            answer.state.accept(token)
+        except SoliError as error:  # a dead end of the constraint
+            return self._end(answer, "error", routing=routing, error=str(error))
         answer.ids.append(token)
-        answer.state.accept(token)
         self._completion_tokens += 1
         text = answer.stream.push(token)
         reason: FinishReason | None = None
         if answer.stream.stopped:
             reason = "stop"
+        elif answer.state.finished:
+            reason, text = "stop", text + answer.stream.finish()
         elif len(answer.ids) - len(request.prompt_ids) == request.max_new_tokens:
             reason, text = "length", text + answer.stream.finish()
         if reason is None:

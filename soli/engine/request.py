@@ -6,6 +6,7 @@ A request is one answer to one prompt; n answers are n requests whose seeds `Sam
 from dataclasses import dataclass
 from typing import Literal
 
+from soli.engine.constraint import ConstraintSpec
 from soli.engine.logprobs import TokenLogprob
 from soli.engine.sampler import GREEDY, SamplingParams
 from soli.errors import SoliError
@@ -20,7 +21,8 @@ class Request:
 
     `stop`: strings, found across token borders, that end the text and are no part of it. `logprobs`: None for none, k
     for the drawn token's and the k likeliest. `trace`: the routing of every token that is read, the prompt's included.
-    `muted`: (layer, expert) pairs that must not play; layers are numbered as in the files.
+    `muted`: (layer, expert) pairs that must not play; layers are numbered as in the files. `constraint`: what the whole
+    text must be; it ends where nothing else can follow.
     """
 
     prompt_ids: tuple[int, ...]
@@ -31,6 +33,7 @@ class Request:
     logprobs: int | None = None
     trace: bool = False
     muted: frozenset[tuple[int, int]] = frozenset()
+    constraint: ConstraintSpec | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import torch
 
 from soli.analysis.trace import trace_layer
 from soli.engine.cache import bytes_per_token
+from soli.engine.constraint import ConstraintSpec
 from soli.engine.engine import Engine
 from soli.engine.generate import generate, join_routing
 from soli.engine.request import EngineLimits, Event, QueueFull, Request
@@ -227,6 +228,16 @@ def test_a_full_queue_says_so():
     tested.add(Request((5,), 3)), tested.add(Request((5,), 3))
     with pytest.raises(QueueFull, match="2 requests wait"):
         tested.add(Request((5,), 3))
+
+
+def test_a_constraint_holds_for_its_request_alone():
+    pytest.importorskip("llguidance")
+    plain = Request(tuple(range(20, 40)), 12)
+    bound = Request(plain.prompt_ids, 12, stop_ids=frozenset({1}), constraint=ConstraintSpec.regex("(ab|ba){2}"))
+    both = run(engine(), [plain, bound])
+    text = "".join(event.text for event in both[1])
+    assert text in {"abab", "abba", "baab", "baba"} and both[1][-1].finish_reason == "stop"
+    assert ids(both[0]) == lone(plain)
 
 
 def test_figures_count_what_happened():
