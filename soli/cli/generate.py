@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from soli.cli import options
+from soli.cli import options, sampling_input
 from soli.cli.text_input import argument_lines, stdin_lines
 from soli.errors import SoliError
 
@@ -24,11 +24,19 @@ def generate(
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = 0,
     top_p: options.TopP = 1.0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    presence_penalty: options.PresencePenalty = 0.0,
+    frequency_penalty: options.FrequencyPenalty = 0.0,
+    logit_bias: options.LogitBias = None,
     seed: options.Seed = None,
+    json_schema: options.JsonSchema = None,
+    regex: options.Regex = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="End before this text appears; may be given several times.")
     ] = None,
     max_new_tokens: options.MaxNewTokens = None,
+    logprobs: options.Logprobs = None,
     experts: options.Experts = False,
     experts_detail: options.Detail = False,
     json: options.Json = False,
@@ -39,13 +47,25 @@ def generate(
     text = "\n".join(stdin_lines() if prompt == "-" else argument_lines(prompt, "the prompt"))
     if not text.strip():
         raise SoliError("the prompt is empty: give some text to continue")
-    from soli.cli import experts_output
+    from soli.cli import experts_output, logprobs_output
+    from soli.engine.constraint import Constraints
     from soli.engine.generate import generate as run
     from soli.engine.sampler import SamplingParams
     from soli.engine.stream import TextStream, token_text
     from soli.engine.text_model import open_text_model
 
-    sampling = SamplingParams(temperature, top_k, top_p, seed)
+    sampling = SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=sampling_input.logit_bias(logit_bias or ()),
+        seed=seed,
+    )
+    spec = sampling_input.constraint_spec(json_schema, regex)
     text_model = open_text_model(model, device, dtype)
     prompt_ids = text_model.text_prompt(text)
     stream = TextStream(token_text(text_model.tokenizer), stop or ())
@@ -65,13 +85,18 @@ def generate(
         stop_ids=text_model.stop_ids,
         on_token=on_token,
         trace=experts or experts_detail,
+        logprobs=logprobs,
+        constraints=[Constraints.of(text_model).open(spec)] if spec else None,
     )
     rest = stream.finish()
     trace = experts_output.traced(text_model, prompt_ids, generation) if generation.routing is not None else None
+    listed = logprobs_output.as_json(text_model, generation.logprobs) if logprobs is not None else None
     if json:
-        _print_json(text, stream.text, prompt_ids, generation, trace)
+        _print_json(text, stream.text, prompt_ids, generation, trace, listed)
         return
     print(harmless(rest), flush=True)
+    if listed is not None:
+        print("", *logprobs_output.lines(listed), sep="\n")
     if trace is not None:
         print()
         experts_output.show(trace, experts_detail)
@@ -85,12 +110,19 @@ def harmless(text: str) -> str:
 
 
 def _print_json(
-    prompt: str, text: str, prompt_ids: list[int], generation: Generation, trace: list[TokenTrace] | None
+    prompt: str,
+    text: str,
+    prompt_ids: list[int],
+    generation: Generation,
+    trace: list[TokenTrace] | None,
+    logprobs: list[dict[str, Any]] | None,
 ) -> None:
     from soli.cli import experts_output
 
     found: dict[str, Any] = {"prompt": prompt, "text": text, "finish_reason": generation.finish_reason}
     found["prompt_tokens"], found["new_tokens"] = len(prompt_ids), len(generation.ids)
+    if logprobs is not None:
+        found["logprobs"] = logprobs
     if trace is not None:
         found["experts"] = experts_output.as_json(trace)
     experts_output.print_json(found)

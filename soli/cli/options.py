@@ -4,9 +4,36 @@ from typing import Annotated
 
 import typer
 
-Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; higher numbers take more chances.")]
+Temperature = Annotated[
+    float, typer.Option(help="From 0, which takes the likeliest token; higher numbers take more chances.")
+]
 TopK = Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0 from all.")]
-TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens that hold this share of the probability.")]
+TopP = Annotated[
+    float, typer.Option(help="Sample from the likeliest tokens that hold this share of the probability; 1 from all.")
+]
+MinP = Annotated[
+    float, typer.Option(help="Drop tokens below this share, 0 to 1, of the likeliest one's probability; 0 drops none.")
+]
+RepetitionPenalty = Annotated[
+    float, typer.Option(help="Above 1, tokens of prompt and answer come less readily; below, more; 1 is off.")
+]
+PresencePenalty = Annotated[
+    float, typer.Option(help="-2 to 2, taken from the logit of a token that the answer has already; 0 is off.")
+]
+FrequencyPenalty = Annotated[
+    float, typer.Option(help="-2 to 2, taken from a token's logit each time the answer has it; 0 is off.")
+]
+LogitBias = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TOKEN=NUMBER", help="Add -100 to 100 to a token's logit; may be given several times."),
+]
+JsonSchema = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Write JSON that fits the schema in this file, or nothing.")
+]
+Regex = Annotated[str | None, typer.Option(help="Write a text that matches this regular expression from end to end.")]
+Logprobs = Annotated[
+    int | None, typer.Option(min=0, help="Show each token's log-probability, and this many likeliest tokens.")
+]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same text.")]
 MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Stop after this many tokens.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object per line, for programs.")]

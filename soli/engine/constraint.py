@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
     from soli.data.tokenizer import Tokenizer
+    from soli.engine.text_model import TextModel
 
 COMPILED_KEPT = 64
 # Between the parts of JSON: enough for indentation, not so much that a model can write white space to the end.
@@ -117,6 +118,11 @@ class Constraints:
         self._vocab = vocab
         self._compiled: OrderedDict[ConstraintSpec, LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
+
+    @classmethod
+    def of(cls, text_model: TextModel) -> Constraints:
+        """Those of a model that reads and writes text."""
+        return cls(text_model.tokenizer, text_model.model.config.vocab_size, text_model.stop_ids)
 
     def open(self, spec: ConstraintSpec) -> Constraint:
         """A constraint at its beginning; SoliError when the grammar is invalid or no text can satisfy it."""

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from soli.engine.cache import LatentCache
-from soli.engine.sampler import GREEDY, SamplerState, SamplingParams, sample
+from soli.engine.constraint import Constraint
+from soli.engine.logprobs import TokenLogprob
+from soli.engine.sampler import GREEDY, Drawn, SamplerState, SamplingParams, sample
 from soli.errors import SoliError
 from soli.model.router import Routing
 from soli.model.transformer import Transformer
@@ -32,11 +34,13 @@ class Generation:
     `ids`: the new tokens, without the stop token. `finish_reason`: "stop" (a stop token, or `on_token` said so) or
     "length". `routing`: if asked for, one Routing per MoE layer over the tokens the model read: the prompt, then
     `ids` (less the last one when no stop token followed it, for then nothing was read after it was drawn).
+    `logprobs`: those of `ids`, if asked for.
     """
 
     ids: tuple[int, ...]
     finish_reason: Literal["stop", "length"]
     routing: tuple[Routing, ...] | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass
@@ -49,10 +53,12 @@ class _Request:
     read: int = 0
     finish_reason: Literal["stop", "length"] | None = None
     routing: list[tuple[Routing, ...]] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
 
     def generation(self) -> Generation:
         routing = tuple(map(join_routing, zip(*self.routing, strict=True))) if self.routing else None
-        return Generation(tuple(self.ids[self.prompt_length :]), self.finish_reason or "length", routing)
+        ids = tuple(self.ids[self.prompt_length :])
+        return Generation(ids, self.finish_reason or "length", routing, tuple(self.logprobs))
 
 
 @torch.inference_mode()
@@ -66,23 +72,27 @@ def generate(
     on_token: OnToken | None = None,
     use_cache: bool = True,
     trace: bool = False,
+    logprobs: int | None = None,
+    constraints: Sequence[Constraint | None] | None = None,
 ) -> list[Generation]:
-    """Continues every prompt (token ids) until a stop token, `max_new_tokens` or `on_token` ends it.
+    """Continues every prompt (token ids) until a stop token, `max_new_tokens`, `on_token` or its constraint ends it.
 
     `max_new_tokens` and `sampling` hold for all prompts or are given one by one. `on_token(request, token)` is called
     for each new token (never for a stop token) and ends that request by returning True. `trace` keeps each read
-    token's Routing. Results are in the order of `prompts`; they do not depend on what else is in the batch, nor (but
-    for rounding) on the cache.
+    token's Routing, `logprobs` each new token's log-probability and so many alternatives. `constraints`: one freshly
+    opened, or None, for each prompt. Results are in the order of `prompts`; they do not depend on what else is in the
+    batch, nor (but for rounding) on the cache.
     """
-    requests = _requests(model, prompts, max_new_tokens, sampling)
+    requests = _requests(model, prompts, max_new_tokens, sampling, constraints or [None] * len(prompts))
     cache = LatentCache.whole_rows([len(r.ids) + r.max_new_tokens for r in requests]) if use_cache else None
     running = [request for request in requests if request.max_new_tokens > 0]
     while running:
         logits_BV = _read(model, running, cache, trace)
-        for request, drawn in zip(running, sample(logits_BV, [request.state for request in running]), strict=True):
+        tokens = sample(logits_BV, [request.state for request in running], [logprobs] * len(running))
+        for request, drawn in zip(running, tokens, strict=True):
             if isinstance(drawn, SoliError):
                 raise drawn
-            _accept(request, drawn.token, stop_ids, on_token)
+            _accept(request, drawn, stop_ids, on_token)
         running = [request for request in running if request.finish_reason is None]
     return [request.generation() for request in requests]
 
@@ -92,6 +102,7 @@ def _requests(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int | Sequence[int],
     sampling: SamplingParams | Sequence[SamplingParams],
+    constraints: Sequence[Constraint | None],
 ) -> list[_Request]:
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
@@ -109,7 +120,7 @@ def _requests(
                 f"prompt {number + 1} has {len(prompt)} tokens and asks for {limit} more, but the model has only "
                 f"{positions} positions: shorten the text or ask for fewer tokens"
             )
-        state = SamplerState(params[number], prompt, vocab)
+        state = SamplerState(params[number], prompt, vocab, constraints[number])
         requests.append(_Request(number, list(prompt), len(prompt), limit, state))
     return requests
 
@@ -137,13 +148,17 @@ def _read(model: Transformer, running: list[_Request], cache: LatentCache | None
     return model.head(last_BD)
 
 
-def _accept(request: _Request, token: int, stop_ids: Collection[int], on_token: OnToken | None) -> None:
+def _accept(request: _Request, drawn: Drawn, stop_ids: Collection[int], on_token: OnToken | None) -> None:
+    token = drawn.token
     if token in stop_ids:
         request.finish_reason = "stop"
         return
     request.ids.append(token)
     request.state.accept(token)
-    if on_token is not None and on_token(request.number, token):
+    if drawn.logprob is not None:
+        request.logprobs.append(drawn.logprob)
+    told_to_stop = on_token is not None and on_token(request.number, token)
+    if told_to_stop or request.state.finished:
         request.finish_reason = "stop"
     elif len(request.ids) - request.prompt_length >= request.max_new_tokens:
         request.finish_reason = "length"

@@ -2,11 +2,13 @@
 
 import io
 import json
+import re
 import sys
 
 import pytest
 
 from soli.cli import main
+from soli.data.tokenizer import Tokenizer
 from tests.engine.tiny import tiny_folder
 
 SHORT = ["--max-new-tokens", "6"]
@@ -15,6 +17,10 @@ SHORT = ["--max-new-tokens", "6"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
     return tiny_folder(tmp_path_factory.mktemp("toy"))
+
+
+def tiny_token(folder: str, text: str) -> int:
+    return Tokenizer.from_folder(folder).encode(text)[0]
 
 
 @pytest.fixture
@@ -84,6 +90,73 @@ def test_generate_streams_the_continuation_and_stops_where_told(run, folder):
     cut = json.loads(run("generate", folder, "the cat", *sampled, "--stop", stop, "--json")[1])
     assert cut["text"] == out[: out.find(stop)] and cut["finish_reason"] == "stop"
     assert "layers.1" in run("generate", folder, "the cat", "--experts", *SHORT)[1]
+
+
+def test_generate_takes_penalties_bias_and_filters(run, folder):
+    def found(*options: str) -> dict:
+        return json.loads(run("generate", folder, "the cat", *SHORT, "--json", "--logprobs", "2", *options)[1])
+
+    plain = found()
+    tokens = [one["token"] for one in plain["logprobs"]]
+    assert len(tokens) == plain["new_tokens"] == 6
+    assert all(one["top"][0]["token"] == one["token"] and len(one["top"]) == 2 for one in plain["logprobs"])
+    assert all(one["top"][0]["logprob"] >= one["top"][1]["logprob"] for one in plain["logprobs"])
+    second = plain["logprobs"][0]["top"][1]["token"]
+    biased = found("--logit-bias", f"{tokens[0]}=-100", "--logit-bias", f"{second}=100")
+    assert {one["token"] for one in biased["logprobs"]} == {second}
+    assert biased["logprobs"][0]["top"] == plain["logprobs"][0]["top"], "log-probabilities are the model's own"
+    repelled = found("--frequency-penalty", "2", "--presence-penalty", "2", "--repetition-penalty", "9")
+    assert len({one["token"] for one in repelled["logprobs"]}) == 6
+    assert found("--temperature", "9", "--min-p", "1")["logprobs"] == plain["logprobs"]
+
+
+def test_generate_shows_log_probabilities_after_the_text(run, folder):
+    plain = run("generate", folder, "the cat", *SHORT)[1]
+    status, out, _ = run("generate", folder, "the cat", *SHORT, "--logprobs", "1")
+    assert status == 0 and out.startswith(plain + "\n")
+    rows = out[len(plain) + 1 :].splitlines()
+    assert len(rows) == 6 and all(row.split()[0].isdigit() and float(row.split()[1]) <= 0 for row in rows)
+
+
+def test_generate_keeps_to_a_schema_or_an_expression(run, folder, tmp_path):
+    pytest.importorskip("llguidance")
+    schema = tmp_path / "schema.json"
+    schema.write_text(
+        '{"type": "object", "properties": {"名": {"enum": ["猫", 7]}}, "required": ["名"]}', encoding="utf-8"
+    )
+    sampled = ["--temperature", "1", "--seed", "2", "--max-new-tokens", "80", "--json"]
+    done = json.loads(run("generate", folder, "the cat", "--regex", "(cat|猫)-[0-9]{3}", *sampled)[1])
+    assert re.fullmatch("(cat|猫)-[0-9]{3}", done["text"]) and done["finish_reason"] == "stop"
+    bias = ["--logit-bias", f"{tiny_token(folder, '}')}=100"]
+    done = json.loads(run("generate", folder, "the cat", "--json-schema", str(schema), *bias, *sampled)[1])
+    assert json.loads(done["text"])["名"] in ("猫", 7) and done["finish_reason"] == "stop"
+    refused(run("generate", folder, "x", "--regex", "(", *SHORT), "unclosed group")
+    refused(run("generate", folder, "x", "--regex", "a", "--json-schema", str(schema)), "one of them")
+    refused(run("generate", folder, "x", "--json-schema", str(tmp_path / "none.json")), "none.json")
+    schema.write_text('{"not": {}}', encoding="utf-8")
+    refused(run("generate", folder, "x", "--json-schema", str(schema)), "'not' at /not")
+    schema.write_bytes(b"\xff")
+    refused(run("generate", folder, "x", "--json-schema", str(schema)), "UTF-8")
+    schema.write_bytes(b" " * 300_000)
+    refused(run("generate", folder, "x", "--json-schema", str(schema)), "262,144")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--min-p", "2"], "min_p is 2.0"),
+        (["--repetition-penalty", "0"], "repetition_penalty is 0.0"),
+        (["--presence-penalty", "3"], "presence_penalty is 3.0"),
+        (["--frequency-penalty", "nan"], "frequency_penalty is nan"),
+        (["--logit-bias", "cat=3"], "TOKEN=NUMBER"),
+        (["--logit-bias", "5"], "TOKEN=NUMBER"),
+        (["--logit-bias", "5=200"], "-100 to 100"),
+        (["--logit-bias", "5=1", "--logit-bias", "5=2"], "twice"),
+        (["--logit-bias", "999999=1"], "vocabulary ends"),
+    ],
+)
+def test_bad_sampling_values_get_a_sentence(run, folder, options, said):
+    refused(run("generate", folder, "the cat", *options), said)
 
 
 def test_bad_text_gets_a_sentence(run, folder):
