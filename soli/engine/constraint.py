@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 COMPILED_KEPT = 64
 # Between the parts of JSON: enough for indentation, not so much that a model can write white space to the end.
-WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,40}"
+WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,20}"
 
 
 @dataclass(frozen=True)

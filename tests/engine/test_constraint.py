@@ -96,7 +96,7 @@ def test_white_space_is_bounded():
     for token in TOKENIZER.encode("{"):
         constraint.accept(token)
     space = TOKENIZER.encode(" ")[0]
-    for _ in range(40):
+    for _ in range(20):
         assert constraint.mask()[space]
         constraint.accept(space)
     assert not constraint.mask()[space]
