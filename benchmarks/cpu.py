@@ -4,9 +4,9 @@
     python benchmarks/cpu.py --lab LAB --rows small-decode,small-prefill --rounds 7
 
 LAB holds what models.py makes; DIR has llama-bench and llama-batched-bench; PYTHON is one that has vllm. What is not
-there is left out and said. Rows: SHAPE-decode, -prefill, -batch (16 requests of 128 in and 128 out) and, of large,
--resident; `sparse`, decoding as experts grow from 16 to 256 while six play, and a mixture beside a dense model of equal
-activated parameters; `training`, tiny's whole steps.
+there is left out and said. Rows: SHAPE-decode, -prefill (512 tokens, of nano 496), -batch (16 requests of 128 in and
+128 out, Soli's through its engine) and, of large, -resident; `sparse`, decoding as experts grow from 16 to 256 while
+six play, and a mixture beside a dense model of equal activated parameters; `training`, tiny's whole steps.
 
 Contenders take turns in every round. A measurement in which others took more than 5 % of the machine is made again
 (quiet.py). The memory's line is what would come of reading each weight that plays once at the measured speed, and
@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ import cpu_plot
 import models
 import quiet
 import record
+import sparse_law
 from contenders import QUICK, Absent, Ask, Lab, Work
 
 MEMORY, BEST, FILE, RESIDENT = "memory", "the best peer", "the file", "resident"
@@ -125,8 +127,8 @@ def measure_shape(lab: Lab, shape: str, rows: Sequence[str], work: Work, rounds:
 
 
 def measure_row(lab: Lab, lines: Sequence[Line], asks: Mapping[str, Ask], rounds: int, limit: float) -> Rows:
-    """The lines of one row, all measured together."""
-    question = lines[0].question
+    """The lines of one row, all measured together; of 16 requests, which take long, half as many rounds."""
+    question, first = lines[0].question, lines[0].shape
     names = dict.fromkeys(name for line in lines for name in (line.soli, *line.peers, *line.against))
     sides: dict[str, Callable[[], float]] = {}
     for name in names:
@@ -137,9 +139,17 @@ def measure_row(lab: Lab, lines: Sequence[Line], asks: Mapping[str, Ask], rounds
         except Absent as reason:
             record.progress(f"without {name}: {reason}")
             continue
-        sides[name] = lambda ask=asks[name]: ask(question, False)
-    taken = quiet.interleaved(sides, 1 if question == RESIDENT else rounds, limit)
+        sides[name] = partial(_turn, asks[name], question, first == "large")
+    fewer = {RESIDENT: 1, "batch": max(1, rounds // 2)}
+    taken = quiet.interleaved(sides, fewer.get(question, rounds), limit)
     return [made for line in lines if line.soli in taken for made in written(lab, line, taken)]
+
+
+def _turn(ask: Ask, question: str, again: bool) -> float:
+    """One measurement; `again` warms up before it, where contenders push each other's files out of memory."""
+    if again:
+        ask(question, True)
+    return ask(question, False)
 
 
 def written(lab: Lab, line: Line, taken: Mapping[str, Sequence[quiet.Taken]]) -> Iterator[dict[str, Any]]:
@@ -181,7 +191,8 @@ def judged(
         aims.append({"against": name, "at_least": round(least, 3), "reached": reached, "met": reached >= least})
     shares = [quiet.most(taken[name]) for name in (line.soli, *peers) if name in taken]
     others = max((share for share in shares if share is not None), default=None)
-    return row | {"row": line.row, "aims": aims, "others": None if others is None else round(others, 3)}
+    others = None if others is None else round(others, 3)
+    return row | {"row": line.row, "aims": aims, "rounds": len(soli), "others": others}
 
 
 def bytes_per_token(folder: Path) -> float:
@@ -201,36 +212,13 @@ def bytes_per_token(folder: Path) -> float:
     return total
 
 
-def build_sparse(experts: int, shape: Mapping[str, Any], work: dict[str, int]) -> Callable[[str, bool], float]:
-    """For `record.alone`: a few layers of `shape` with so many experts, or with none, dense and as wide as those that
-    play. Weights repeat one block of random numbers, each in memory of its own."""
-    import torch
-
-    from soli.config import ModelConfig
-    from soli.model import Transformer
-
-    played = (shape["num_experts_per_tok"] + shape["n_shared_experts"]) * shape["moe_intermediate_size"]
-    changes = {"num_hidden_layers": 4, "vocab_size": 4096, "n_group": 1, "topk_group": 1, "intermediate_size": played}
-    changes |= {"first_k_dense_replace": 0, "n_routed_experts": experts} if experts else {"first_k_dense_replace": 4}
-    config = ModelConfig.from_dict({"model_type": "deepseek_v3", **shape, **changes})
-    model = Transformer(config, dtype=torch.bfloat16).eval()
-    block = (torch.randn(2**22, generator=torch.Generator().manual_seed(0)) * models.STD).bfloat16()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            for part in parameter.view(-1).split(block.numel()):
-                part.copy_(block[: part.numel()] if parameter.dim() > 1 else torch.ones(()))
-        for _, moe in model.moe_layers():
-            moe.gate.e_score_correction_bias.zero_()
-    return contenders.asked(model, work)
-
-
 def measure_sparse(lab: Lab, work: Work, rounds: int, limit: float) -> Rows:
     """Decoding with ever more experts of which as many play, and a mixture beside a dense model of what plays."""
     experts, shape = (EXPERTS, models.SHAPES["small"]) if work != QUICK else ((8, 16), models.SHAPES["tiny"])
     with ExitStack() as stack:
         asks = {
             str(count or "dense"): stack.enter_context(
-                record.alone(build_sparse, count, shape, asdict(work), threads=lab.threads)
+                record.alone(sparse_law.build, count, shape, asdict(work), threads=lab.threads)
             )
             for count in (0, *experts)
         }

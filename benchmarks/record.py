@@ -219,15 +219,21 @@ def finish(name: str, size: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
 def merge(name: str, note: str, size: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], threads: int) -> Any:
     """Put rows into results/NAME.json in place of those of the same name, and return all of it. Rows of another commit,
     or of a tree with other changes, are dropped."""
-    machine, file = hardware(threads), RESULTS / f"{name}.json"
-    kept = []
-    if file.exists():
-        earlier = json.loads(file.read_text(encoding="utf-8"))
-        same = all(earlier["hardware"][key] == machine[key] for key in ("commit", "dirty", "cpu", "threads"))
-        kept = [old for old in earlier["rows"] if same and old["what"] not in {new["what"] for new in rows}]
-    result = {"hardware": machine, "note": note, "size": size, "rows": [*kept, *rows]}
+    new = {row["what"] for row in rows}
+    kept = [row for row in earlier(name, threads) if row["what"] not in new]
+    result = {"hardware": hardware(threads), "note": note, "size": size, "rows": [*kept, *rows]}
     write(name, result)
     return result
+
+
+def earlier(name: str, threads: int) -> list[dict[str, Any]]:
+    """The rows of results/NAME.json where this commit measured them on this machine; else none."""
+    file = RESULTS / f"{name}.json"
+    if not file.exists():
+        return []
+    found, machine = json.loads(file.read_text(encoding="utf-8")), hardware(threads)
+    same = all(found["hardware"][key] == machine[key] for key in ("commit", "dirty", "cpu", "threads"))
+    return found["rows"] if same else []
 
 
 def summary(line: Mapping[str, Any]) -> str:

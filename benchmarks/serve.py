@@ -38,7 +38,11 @@ NOTE = (
 
 
 def throughput(lab: Lab, work: Work, rounds: int, limit: float) -> Iterator[cpu.Rows]:
-    """The row small-batch of cpu.py, which Soli's engine answers."""
+    """The row small-batch of cpu.py, which Soli's engine answers: from results/cpu.json where it is of this commit."""
+    known = [row for row in record.earlier("cpu", lab.threads) if row["row"] == "small-batch"]
+    if known and work != QUICK:
+        yield [row | {"row": "throughput"} for row in known]
+        return
     for rows in cpu.measure_shape(lab, "small", ("small-batch",), work, rounds, limit):
         yield [row | {"row": "throughput"} for row in rows]
 
