@@ -27,13 +27,14 @@ VERBS = {
     "runs": "List training runs and compare them.",
     "data": "Build a recipe's corpus, pack your own texts, inspect either.",
     "eval": "Score a model on held-out pairs and text.",
+    "bench": "Measure a server under load: throughput and latency over arrival rates.",
     "convert": "Rewrite a model folder as bf16 or fp8.",
     "doctor": "Show what this machine has, its kernels, and how fast memory and disk are.",
     "export": "Make a model folder out of a training run.",
 }
 
 # Packages of the extras; without one, the verb that needs it says what to install.
-EXTRAS = {"sacrebleu": "train", "matplotlib": "train", "opencc": "data", "h5py": "data"}
+EXTRAS = {"sacrebleu": "train", "matplotlib": "train", "opencc": "data", "h5py": "data", "httpx": "serve"}
 
 
 class Verbs(TyperGroup):

@@ -1,0 +1,153 @@
+"""`soli bench serve URL|MODEL`: throughput and latency of a server over arrival rates."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from soli.errors import SoliError
+
+if TYPE_CHECKING:
+    from soli.serve.load import Load, Server
+
+app = typer.Typer(help="Measure a server under load.", no_args_is_help=True, rich_markup_mode=None)
+LOADING = 600.0  # seconds that a model may take to load
+
+
+@app.callback()
+def bench() -> None:
+    """Measure a server under load."""
+
+
+@app.command()
+def serve(
+    target: Annotated[
+        str, typer.Argument(metavar="[URL|MODEL]", help="A server's address, or a model folder to serve for this.")
+    ] = "nano",
+    rates: Annotated[
+        str, typer.Option(help="Requests per second, with commas; inf sends all at once.")
+    ] = "0.5,1,2,4,inf",
+    requests: Annotated[int, typer.Option(min=1, help="Requests at each rate, for each seed.")] = 32,
+    seeds: Annotated[str, typer.Option(help="Seeds of arrivals and prompts, with commas.")] = "0",
+    prompt_words: Annotated[int, typer.Option(min=1, help="Words in each prompt, drawn at random.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens asked for by each request.")] = 64,
+    api_key: Annotated[str | None, typer.Option(envvar="SOLI_API_KEY", help="The server's key.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="NAME", help="Write NAME.json and the plot NAME.png.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+) -> None:
+    """Send requests at random times (Poisson arrivals) and measure tokens per second, time to the first piece of text,
+    between pieces and to the end. Times count from the moment a request was due."""
+    at = _numbers(rates, "rates", float)
+    if any(not rate > 0 for rate in at):
+        raise SoliError(f"--rates has {rates!r}: give numbers above 0, or inf")
+    from soli.serve.load import Load
+
+    load = Load(requests, _numbers(seeds, "seeds", int), prompt_words, new_tokens)
+    if target.startswith(("http://", "https://")):
+        rows, name = _measured(target.rstrip("/"), api_key, at, load)
+    else:
+        with served(target) as url:
+            rows, name = _measured(url, None, at, load)
+    found = {"server": target, "model": name, "load": vars(load), "rows": rows}
+    if out is not None:
+        from soli.serve.load_plot import save_load
+
+        save_load(
+            out.with_name(f"{out.name}.png"), rows, f"{name}, {load.prompt_words} words in, {new_tokens} tokens out"
+        )
+        out.with_name(f"{out.name}.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    if as_json:
+        print(json.dumps(found))
+    else:
+        _print(rows)
+
+
+def _numbers(text: str, name: str, kind: type) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise SoliError(f"--{name} has {text!r}: give numbers separated by commas") from None
+
+
+def _measured(url: str, key: str | None, rates: list[float], load: Load) -> tuple[list[dict[str, Any]], str]:
+    import asyncio
+
+    from soli.cli.progress import progress
+    from soli.serve.load import Server, served_model
+
+    server = Server(url, asyncio.run(served_model(url, key)), key)
+    with progress("requests", len(rates) * len(load.seeds) * load.requests) as advance:
+        return [asyncio.run(_row(server, rate, load, advance)) for rate in rates], server.model
+
+
+async def _row(server: Server, rate: float, load: Load, advance: Any) -> dict[str, Any]:
+    from soli.serve.load import measure
+
+    return await measure(server, rate, load, advance)
+
+
+@contextmanager
+def served(model: str) -> Iterator[str]:
+    """A server of this model in a process of its own, on a free port; its address once it is ready."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "soli", "serve", model, "--port", str(port)]
+    environment = {name: value for name, value in os.environ.items() if name != "SOLI_API_KEY"}
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, env=environment)
+        try:
+            _wait_until_ready(process, url, log)
+            yield url
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: IO[bytes]) -> None:
+    import httpx
+
+    until = time.monotonic() + LOADING
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            log.seek(0)
+            said = log.read().decode(errors="replace").strip().splitlines()
+            raise SoliError(f"the server did not start ({said[-1] if said else 'it said nothing'}): try soli serve")
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{url}/ready").status_code == 200:
+                return
+        time.sleep(0.1)
+    raise SoliError(f"the model was not loaded within {LOADING:.0f} seconds: start soli serve and give its address")
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    from soli.cli.console import stdout_console
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    times = ["first ms p50", "p95", "p99", "between ms p50", "p95", "p99"]
+    for column in ("requests/s", "done", "failed", "tokens/s", *times):
+        table.add_column(column, justify="right")
+    for row in rows:
+        rate = "at once" if row["rate"] is None or math.isinf(row["rate"]) else f"{row['rate']:g}"
+        done = row["requests"] - row["failed"]
+        shown = [f"{value:,.1f}" for name in ("first", "between") for value in (row[name] or {}).values()]
+        table.add_row(rate, str(done), str(row["failed"]), f"{row['tokens_per_second']:,.1f}", *shown)
+    stdout_console().print(table)
+    for error in sorted({error for row in rows for error in row["errors"]}):
+        print(f"soli: {error}", file=sys.stderr)
