@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from soli.engine.sampler import SamplingParams
 
+BLOCK = 1024
+SMALLEST = float(np.finfo(np.float64).tiny)  # beside the likeliest token's 1: less is never drawn
+
 
 @dataclass(frozen=True)
 class Distribution:
@@ -28,10 +31,13 @@ class Distribution:
 
     def draw(self, uniform: float) -> int:
         """The token at `uniform` (0 up to but not 1) of the cumulative distribution."""
-        cumulative_K = self.probabilities_K.cumsum()
-        # Scaled by the last sum, which rounding leaves near 1; "right", so that a token's share is [before, after).
-        place = int(np.searchsorted(cumulative_K, uniform * cumulative_K[-1], side="right"))
-        return int(self.tokens_K[min(place, len(self.tokens_K) - 1)])
+        # In blocks, because a running sum over a whole vocabulary takes longer than all else here together.
+        cumulative = np.add.reduceat(self.probabilities_K, np.arange(0, len(self.tokens_K), BLOCK)).cumsum()
+        target = uniform * float(cumulative[-1])  # the sum is 1 but for rounding
+        block = _place(cumulative, target)
+        before = float(cumulative[block - 1]) if block else 0.0
+        inside = self.probabilities_K[block * BLOCK : (block + 1) * BLOCK].cumsum()
+        return int(self.tokens_K[block * BLOCK + _place(inside, target - before)])
 
     def probability(self, token: int) -> float:
         """Probability of one token; 0 for one that was filtered out."""
@@ -47,30 +53,36 @@ def distribution(logits_V: NDArray[np.float32], params: SamplingParams) -> Distr
     """
     if params.temperature == 0:
         return Distribution(np.array([logits_V.argmax()]), np.ones(1))
+    tokens_K = _likeliest(logits_V, params.top_k)
     # Measured from the largest logit, so that a temperature near 0 cannot overflow to inf - inf.
-    scaled_V = logits_V.astype(np.float64) - float(logits_V.max())
-    outside_V = scaled_V < _kth_largest(scaled_V, params.top_k)
+    scaled_K = logits_V[tokens_K].astype(np.float64) - float(logits_V.max())
     with np.errstate(over="ignore"):
-        scaled_V /= params.temperature
-    weights_V = np.exp(scaled_V)
-    weights_V[outside_V] = 0
-    if params.top_p < 1:
-        weights_V[weights_V < _nucleus_floor(weights_V, params.top_p)] = 0
-    weights_V[weights_V < params.min_p] = 0  # the likeliest token weighs 1
-    tokens_K = np.flatnonzero(weights_V)
-    weights_K = weights_V[tokens_K]
-    return Distribution(tokens_K, weights_K / weights_K.sum())
+        scaled_K /= params.temperature
+    weights_K = np.exp(scaled_K)
+    floor = _nucleus_floor(weights_K, params.top_p) if params.top_p < 1 else 0.0
+    kept_K = weights_K >= max(floor, params.min_p, SMALLEST)  # the likeliest token weighs 1
+    weights_K = weights_K[kept_K]
+    return Distribution(tokens_K[kept_K], weights_K / weights_K.sum())
 
 
-def _kth_largest(values_V: NDArray[np.float64], k: int) -> float:
-    """The k-th largest value; -inf when k is 0 or keeps everything."""
-    size = len(values_V)
-    return float(np.partition(values_V, size - k)[size - k]) if 0 < k < size else -np.inf
+def _place(cumulative: NDArray[np.float64], target: float) -> int:
+    """Where `target` falls: a share is [before, after)."""
+    return min(int(np.searchsorted(cumulative, target, side="right")), len(cumulative) - 1)
 
 
-def _nucleus_floor(weights_V: NDArray[np.float64], top_p: float) -> float:
+def _likeliest(logits_V: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+    """The tokens at or above the k-th largest logit; all when k is 0."""
+    size = len(logits_V)
+    if not 0 < k < size:
+        return np.arange(size)
+    return np.flatnonzero(logits_V >= np.partition(logits_V, size - k)[size - k])
+
+
+def _nucleus_floor(weights_K: NDArray[np.float64], top_p: float) -> float:
     """The smallest weight in the smallest set of largest weights that holds `top_p` of their sum."""
-    descending_K = np.sort(weights_V[weights_V > 0])[::-1]
-    cumulative_K = descending_K.cumsum()
-    last = int(np.searchsorted(cumulative_K, top_p * cumulative_K[-1]))
-    return float(descending_K[min(last, len(descending_K) - 1)])
+    total = float(weights_K.sum())
+    # All the weights below (1 - top_p) of the mean together hold less than is left out: no need to sort them.
+    candidates = weights_K[weights_K >= (1 - top_p) * total / len(weights_K) * (1 - 1e-9)]
+    descending = np.sort(candidates)[::-1]
+    last = int(np.searchsorted(descending.cumsum(), top_p * total))
+    return float(descending[min(last, len(descending) - 1)])

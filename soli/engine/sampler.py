@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -171,21 +170,18 @@ def sample(
     that cannot be drawn from (its logits are not finite, or its constraint allows nothing) gives its SoliError; the
     other rows are not touched by it.
     """
-    asked = logprobs if logprobs is not None else [None] * len(states)
-    low_B, high_B = logits_BV.aminmax(dim=-1)  # NaN comes through both
-    finite = (torch.isfinite(low_B) & torch.isfinite(high_B)).tolist()
-    likeliest = logits_BV.argmax(dim=-1).tolist()
-    looked_at = [row for row, state in enumerate(states) if not state.plain or asked[row] is not None]
-    host = dict(zip(looked_at, logits_BV[looked_at].float().cpu().numpy(), strict=True)) if looked_at else {}
+    rows_BV = logits_BV.cpu().float().numpy()  # numpy's argmax and sums are many times as fast as torch's here
+    finite_B = np.isfinite(rows_BV).all(axis=-1)
+    likeliest_B = rows_BV.argmax(axis=-1)  # the lowest of equals
     drawn: list[Drawn | SoliError] = []
     for row, state in enumerate(states):
+        token, count = int(likeliest_B[row]), logprobs[row] if logprobs is not None else None
         try:
-            if not finite[row]:
+            if not finite_B[row]:
                 raise not_finite()
-            token, count = likeliest[row], asked[row]
             if not state.plain:
-                token = distribution(state.processed(host[row]), state.params).draw(state.uniform())
-            drawn.append(Drawn(token, None if count is None else token_logprob(host[row], token, count)))
+                token = distribution(state.processed(rows_BV[row]), state.params).draw(state.uniform())
+            drawn.append(Drawn(token, None if count is None else token_logprob(rows_BV[row], token, count)))
         except SoliError as error:
             drawn.append(error)
     return drawn

@@ -120,5 +120,5 @@ def _distribution(logits_V: NDArray[np.float32], state: SamplerState) -> Distrib
 
 
 def _rows(logits_BV: Tensor) -> NDArray[np.float32]:
-    rows_BV: NDArray[np.float32] = logits_BV.float().cpu().numpy()
+    rows_BV: NDArray[np.float32] = logits_BV.cpu().float().numpy()
     return rows_BV

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from soli.engine.distribution import distribution
+from soli.engine.distribution import Distribution, distribution
 from soli.engine.sampler import Drawn, SamplerState, SamplingParams, sample
 from soli.errors import SoliError
 
@@ -32,7 +32,7 @@ def reference(logits: list[float], params: SamplingParams) -> dict[int, float]:
     order = sorted(range(len(logits)), key=lambda token: -weights[token])[: params.top_k or None]
     total, kept, held = sum(weights[token] for token in order), {}, 0.0
     for token in order:
-        if kept and held >= params.top_p:
+        if kept and params.top_p < 1 and held >= params.top_p:
             break
         kept[token] = weights[token] / total
         held += kept[token]
@@ -125,6 +125,27 @@ def test_filters_are_those_of_transformers():
         found = distribution(row_V.numpy(), params)
         assert found.tokens_K.tolist() == theirs_V.nonzero().flatten().tolist()
         np.testing.assert_allclose(found.probabilities_K, theirs_V[found.tokens_K].numpy(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 6.0])
+def test_the_nucleus_of_a_large_vocabulary(spread):
+    logits_V = (np.random.default_rng(3).standard_normal(3000) * spread).astype(np.float32)
+    weights = np.exp(logits_V.astype(np.float64))
+    order = np.argsort(-weights)
+    for top_p in (0.05, 0.5, 0.9, 0.999):
+        kept = int(np.searchsorted(weights[order].cumsum(), top_p * weights.sum())) + 1
+        found = distribution(logits_V, SamplingParams(1.0, top_p=top_p))
+        assert found.tokens_K.tolist() == sorted(order[:kept].tolist())
+
+
+@pytest.mark.parametrize("size", [1, 2, 1023, 1024, 1025, 5000])
+def test_a_draw_inverts_the_cumulative_distribution(size):
+    shares = np.random.default_rng(size).random(size) + 1e-3
+    found = Distribution(np.arange(size) * 2, shares / shares.sum())
+    ends = found.probabilities_K.cumsum()
+    for uniform in [0.0, 0.5, *(ends - found.probabilities_K / 2)[:: max(1, size // 50)], 1 - 2.0**-53]:
+        place = found.draw(float(uniform)) // 2
+        assert ends[place] - found.probabilities_K[place] - 1e-9 <= uniform <= ends[place] + 1e-9
 
 
 def test_frequencies_follow_the_probabilities():
