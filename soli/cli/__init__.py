@@ -22,6 +22,7 @@ VERBS = {
     "count": "Count parameters, bytes, cache and FLOPs of a model, or of a what-if.",
     "translate": "Translate between English and Chinese with the model in the box.",
     "generate": "Continue a prompt with the model in a folder.",
+    "serve": "Serve a model: an OpenAI-compatible API, and a page that shows the experts play.",
     "routing": "Report which experts a text file plays, and which language they prefer.",
     "train": "Train a model from a recipe; a stopped run resumes.",
     "runs": "List training runs and compare them.",
@@ -34,7 +35,17 @@ VERBS = {
 }
 
 # Packages of the extras; without one, the verb that needs it says what to install.
-EXTRAS = {"sacrebleu": "train", "matplotlib": "train", "opencc": "data", "h5py": "data", "httpx": "serve"}
+EXTRAS = {
+    "sacrebleu": "train",
+    "matplotlib": "train",
+    "opencc": "data",
+    "h5py": "data",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "jinja2": "serve",
+    "prometheus_client": "serve",
+    "httpx": "serve",
+}
 
 
 class Verbs(TyperGroup):

@@ -118,6 +118,10 @@ class Tokenizer:
         """Whether the vocabulary holds this token, by its written form."""
         return self._backend.token_to_id(token) is not None
 
+    def special_tokens(self) -> list[str]:
+        """The written forms of the special tokens."""
+        return [str(self._backend.id_to_token(index)) for index in sorted(self._special)]
+
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, without bos or eos."""
         return list(self._backend.encode(text, add_special_tokens=False).ids)

@@ -5,7 +5,7 @@ a line that cannot be translated is translated first; then the line's SoliError 
 """
 
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from soli.engine.batches import generate_many
@@ -57,17 +57,17 @@ class Translator:
             yield from self._answered(asked, on_batch)
 
     def _asked(self, number: int, line: str) -> _Asked:
-        text = " ".join(unicodedata.normalize("NFC", line).split())
+        text = _normalised(line)
         if not text:
             return _Asked(line, None, [], 0)
-        to: Language = self.to or ("en" if language_of(text) == "zh" else "zh")
+        to = self.to or target_of(text)
         prompt = self.text_model.tokenizer.translation_prompt(text, to)
         return _Asked(line, to, prompt, self._limit(prompt, number))
 
     def _limit(self, prompt: list[int], number: int) -> int:
         room = self.text_model.room(prompt, f"line {number}")
         if self.max_new_tokens is None:
-            return min(room, 32 + 3 * len(prompt))
+            return enough(room, prompt)
         if self.max_new_tokens > room:
             raise SoliError(
                 f"line {number} has {len(prompt)} tokens and {self.max_new_tokens} more are asked for, but the model "
@@ -94,6 +94,30 @@ class Translator:
             generation = next(generations)
             text = one_line(self.text_model.tokenizer.decode(generation.ids))
             yield Translation(one.source, text, one.to, tuple(one.prompt), generation)
+
+
+def translation_request(text_model: TextModel, text: str, to: Language | None) -> tuple[list[int], int]:
+    """The prompt for one text, as one line, and as many new tokens as its translation may need. Refuses what is empty
+    or too long."""
+    line = _normalised(text)
+    if not line:
+        raise SoliError("the text is empty: give something to translate")
+    prompt = text_model.tokenizer.translation_prompt(line, to or target_of(line))
+    return prompt, enough(text_model.room(prompt, "the text"), prompt)
+
+
+def target_of(text: str) -> Language:
+    """Chinese goes to English, anything else to Chinese."""
+    return "en" if language_of(text) == "zh" else "zh"
+
+
+def enough(room: int, prompt: Sequence[int]) -> int:
+    """How many tokens a translation may take."""
+    return min(room, 32 + 3 * len(prompt))
+
+
+def _normalised(line: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", line).split())
 
 
 def one_line(text: str) -> str:

@@ -1,0 +1,165 @@
+"""From a body to the engine's requests: prompts as tokens, how to sample, where to stop. What the model cannot do is
+refused with the field that asks for it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from soli.engine.constraint import ConstraintSpec
+from soli.engine.request import Request
+from soli.engine.sampler import SamplingParams
+from soli.errors import SoliError
+from soli.serve.errors import ApiError
+from soli.serve.reasoning import ends_thinking
+from soli.serve.schema import ChatBody, CompletionBody, Message, Sampling, SoliOptions, Tool, ToolChoice
+from soli.serve.service import Loaded, ServiceLimits
+from soli.serve.tools import schema_of_any
+
+COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat may use the room there is
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a body asks for: `choices` answers to each of `prompts`, all as `requests`, prompt by prompt."""
+
+    requests: tuple[Request, ...]
+    choices: int
+    options: SoliOptions
+    usage_chunk: bool = False
+    thinking: bool = False  # the prompt ends inside the reasoning
+    tools: bool = False  # the answer may hold calls
+    forced_tool: str | None = None  # the answer is the arguments of this tool, or of "" one that it names
+
+
+def completion(body: CompletionBody, loaded: Loaded, limits: ServiceLimits) -> Asked:
+    """POST /v1/completions."""
+    given: Any = body.prompt
+    if isinstance(given, str) or isinstance(given[0], int):
+        given = [given]
+    prompts = [loaded.text_model.text_prompt(one) if isinstance(one, str) else list(one) for one in given]
+    base = _base(body, body.max_tokens or COMPLETION_TOKENS, loaded)
+    return _asked(body, [replace(base, prompt_ids=tuple(ids), logprobs=body.logprobs) for ids in prompts], limits)
+
+
+def chat(body: ChatBody, loaded: Loaded, limits: ServiceLimits) -> Asked:
+    """POST /v1/chat/completions."""
+    if loaded.template is None:
+        raise ApiError(
+            400,
+            "this model has no chat template, so it cannot chat: use /v1/completions, or /soli/translate where the "
+            "model translates",
+            "messages",
+        )
+    tools, forced = _tools(body, loaded)
+    try:
+        ids, end = loaded.template.render([_turn(one) for one in body.messages], tools, body.chat_template_kwargs)
+    except SoliError as error:
+        raise ApiError(400, str(error), "messages") from error
+    if body.max_tokens and body.max_completion_tokens:
+        raise ApiError(400, "give max_tokens or max_completion_tokens, not both", "max_tokens")
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs to be true", "top_logprobs")
+    room = max(1, loaded.text_model.positions - len(ids))
+    base = _base(body, body.max_completion_tokens or body.max_tokens or room, loaded)
+    request = replace(
+        base,
+        prompt_ids=tuple(ids),
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        constraint=_constraint(body, forced),
+    )
+    asked = _asked(body, [request], limits)
+    thinking = ends_thinking(end) and request.constraint is None
+    return replace(asked, thinking=thinking, tools=bool(tools) and forced is None, forced_tool=forced)
+
+
+def _asked(body: Sampling, prompts: Sequence[Request], limits: ServiceLimits) -> Asked:
+    choices = body.n or 1
+    if choices * len(prompts) > limits.choices:
+        raise ApiError(400, f"{choices * len(prompts)} answers are asked for; this server gives {limits.choices}", "n")
+    longest = max(len(one.prompt_ids) for one in prompts)
+    if longest > limits.prompt_tokens:
+        raise ApiError(400, f"the prompt has {longest} tokens; this server takes {limits.prompt_tokens}", "prompt")
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options needs stream to be true", "stream_options")
+    requests = [replace(one, sampling=one.sampling.numbered(at)) for one in prompts for at in range(choices)]
+    usage = body.stream_options is not None and body.stream_options.include_usage
+    return Asked(tuple(requests), choices, body.soli, usage)
+
+
+def _base(body: Sampling, max_new_tokens: int, loaded: Loaded) -> Request:
+    sampling = SamplingParams(
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_k=body.top_k,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        min_p=body.min_p,
+        repetition_penalty=body.repetition_penalty,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias={int(token): bias for token, bias in (body.logit_bias or {}).items()},
+        seed=body.seed,
+    )
+    return Request(
+        prompt_ids=(),
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop_ids=loaded.text_model.stop_ids,
+        stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
+        trace=body.soli.routing != "none",
+        muted=frozenset((layer, expert) for layer, expert in body.soli.mute),
+    )
+
+
+def _turn(message: Message) -> dict[str, Any]:
+    """A message as templates read it."""
+    turn: dict[str, Any] = {"role": message.role, "content": message.text}
+    if message.tool_calls:
+        turn["tool_calls"] = [call.model_dump() for call in message.tool_calls]
+    for name in ("name", "tool_call_id", "reasoning_content"):
+        if getattr(message, name) is not None:
+            turn[name] = getattr(message, name)
+    return turn
+
+
+def _tools(body: ChatBody, loaded: Loaded) -> tuple[list[dict[str, Any]] | None, str | None]:
+    """The tools as the template gets them, and the one that must be called ("": any)."""
+    if not body.tools:
+        if body.tool_choice not in (None, "none"):
+            raise ApiError(400, "tool_choice needs tools", "tool_choice")
+        return None, None
+    assert loaded.template is not None
+    if not loaded.template.knows_tools:
+        raise ApiError(400, "this model's chat template knows no tools: leave them out", "tools")
+    if body.tool_choice == "none":
+        return None, None
+    if isinstance(body.tool_choice, ToolChoice):
+        name = body.tool_choice.function.name
+        if name not in {tool.function.name for tool in body.tools}:
+            raise ApiError(400, f"tool_choice names {name!r}, which is not among the tools", "tool_choice")
+        forced: str | None = name
+    else:
+        forced = "" if body.tool_choice == "required" else None
+    return [tool.model_dump(exclude_none=True) for tool in body.tools], forced
+
+
+def _constraint(body: ChatBody, forced: str | None) -> ConstraintSpec | None:
+    kind = body.response_format.type if body.response_format else "text"
+    if forced is not None and kind != "text":
+        raise ApiError(400, "a forced tool and a response_format exclude each other", "response_format")
+    try:
+        if forced is not None:
+            return ConstraintSpec.json_schema(_forced_schema(body.tools or [], forced))
+        if kind == "json_object":
+            return ConstraintSpec.json_object()
+        if kind == "json_schema":
+            assert body.response_format is not None
+            if body.response_format.json_schema is None:
+                raise ApiError(400, "response_format.json_schema is missing", "response_format.json_schema")
+            return ConstraintSpec.json_schema(body.response_format.json_schema.schema_)
+    except SoliError as error:
+        raise ApiError(400, str(error), "response_format" if forced is None else "tools") from error
+    return None
+
+
+def _forced_schema(tools: Sequence[Tool], forced: str) -> dict[str, Any]:
+    schemas = [(tool.function.name, tool.function.parameters or {"type": "object"}) for tool in tools]
+    return dict(schemas)[forced] if forced else schema_of_any(schemas)

@@ -1,0 +1,88 @@
+"""Running the server: a socket, uvicorn, the model loaded beside it, and an end that drains.
+
+SIGTERM and SIGINT stop taking requests, let the answers under way end for a while, then end the process. A model that
+cannot be loaded ends it with one sentence.
+"""
+
+import logging
+import socket
+import sys
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from soli.checkpoint import open_checkpoint
+from soli.engine.engine import Engine
+from soli.engine.request import EngineLimits
+from soli.engine.service import AsyncEngine
+from soli.engine.text_model import open_text_model
+from soli.errors import SoliError
+from soli.serve.app import AppRules, create_app
+from soli.serve.service import Loaded, Service, ServiceLimits
+from soli.serve.templates import ChatTemplate
+
+
+def load(model: str, device: str, dtype: str, limits: EngineLimits) -> Loaded:
+    """A folder, or "nano", with its engine and its chat template."""
+    text_model = open_text_model(model, device, dtype, mtp=bool(limits.speculate))
+    template = ChatTemplate.from_folder(open_checkpoint(model).folder, text_model.tokenizer)
+    return Loaded(text_model, AsyncEngine(Engine(text_model, limits)), template)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which lets the engine finish before it waits for connections to close."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._service, self._drain_seconds = service, drain_seconds
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await self._service.drain(self._drain_seconds)
+        await super().shutdown(sockets)
+
+
+def run_server(
+    model: str,
+    name: str,
+    host: str,
+    port: int,
+    *,
+    engine: EngineLimits,
+    service: ServiceLimits,
+    rules: AppRules,
+    drain_seconds: float,
+    device: str = "cpu",
+    dtype: str = "auto",
+) -> None:
+    """Serves until it is told to stop. SoliError where the port is taken or the model cannot be loaded."""
+    bound = _socket(host, port)
+    made = Service(name, lambda: load(model, device, dtype, engine), service)
+    server = _uvicorn(create_app(made, rules), made, drain_seconds)
+    address = f"[{host}]" if ":" in host else host
+    print(f"soli: serving {name} on http://{address}:{bound.getsockname()[1]}/ (the API under /v1)", file=sys.stderr)
+    made.start(on_failure=lambda _: setattr(server, "should_exit", True))
+    server.run(sockets=[bound])
+    if made.failure is not None:
+        raise made.failure
+
+
+def _uvicorn(app: ASGIApp, service: Service, drain_seconds: float) -> _Server:
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    for quiet in ("uvicorn", "uvicorn.error", "httpx"):
+        logging.getLogger(quiet).setLevel(logging.WARNING)
+    config = uvicorn.Config(
+        app, access_log=False, log_config=None, server_header=False, lifespan="off", timeout_graceful_shutdown=5
+    )
+    return _Server(config, service, drain_seconds)
+
+
+def _socket(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise SoliError(f"cannot listen on {host} port {port} ({error.strerror}): choose another --port") from error
+    return bound

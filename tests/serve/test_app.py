@@ -1,0 +1,100 @@
+"""The application in process: answers are the engine's, refusals name the field, nothing passes without the key."""
+
+import json
+
+import httpx
+import pytest
+
+from soli.engine.engine import Engine
+from soli.engine.request import EngineLimits
+from soli.engine.service import AsyncEngine
+from soli.serve.app import AppRules, create_app
+from soli.serve.gate import GateRules
+from soli.serve.service import Loaded, Service
+from tests.engine.tiny import tiny_text_model
+
+TEXT_MODEL = tiny_text_model()
+
+
+@pytest.fixture(scope="module")
+def service():
+    engine = AsyncEngine(Engine(TEXT_MODEL, EngineLimits(cache_bytes=2**20, page_tokens=4)))
+    made = Service("tiny", lambda: Loaded(TEXT_MODEL, engine, None))
+    made._loaded = made._load()
+    yield made
+    engine.close()
+
+
+def call(service, method, path, body=None, rules=None, **headers):
+    async def ask():
+        transport = httpx.ASGITransport(create_app(service, rules))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.request(method, path, content=body, headers=headers)
+
+    import asyncio
+
+    return asyncio.run(ask())
+
+
+def post(service, path, body, **headers):
+    content = body if isinstance(body, str | bytes) else json.dumps(body)
+    return call(service, "POST", path, content, **{"content-type": "application/json"} | headers)
+
+
+def test_a_completion_streams_what_it_answers_whole(service):
+    asked = {"prompt": "the cat", "temperature": 0, "max_tokens": 12, "logprobs": 1}
+    whole = post(service, "/v1/completions", asked).json()
+    streamed = post(service, "/v1/completions", asked | {"stream": True, "stream_options": {"include_usage": True}})
+    lines = [line.removeprefix("data: ") for line in streamed.text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    chunks = [json.loads(line) for line in lines[:-1]]
+    assert "".join(c["choices"][0]["text"] for c in chunks[:-1]) == whole["choices"][0]["text"] != ""
+    assert chunks[-1]["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"] == 12
+    assert chunks[-2]["choices"][0]["finish_reason"] == whole["choices"][0]["finish_reason"] == "length"
+    assert len(whole["choices"][0]["logprobs"]["tokens"]) == 12
+
+
+def test_routing_comes_with_every_token_read_and_the_log_knows_it(service):
+    asked = {"prompt": "hello", "temperature": 0, "max_tokens": 3, "soli": {"routing": "full", "mute": [[1, 2]]}}
+    answer = post(service, "/v1/completions", asked).json()
+    tokens = answer["choices"][0]["soli"]["tokens"]
+    assert len(tokens) == answer["usage"]["total_tokens"] - 1
+    assert [token["position"] for token in tokens] == list(range(len(tokens)))
+    players = [p["expert"] for token in tokens for p in token["layers"][0]["players"]]
+    assert len(players) == 3 * len(tokens) and 2 not in players
+    about = call(service, "GET", f"/soli/experts/1/{players[0]}").json()
+    assert about["plays"] >= 1 and about["tokens"][0]["text"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param"),
+    [
+        ("/v1/completions", {"prompt": "x", "surprise": 1}, 400, "surprise"),
+        ("/v1/completions", {"prompt": "x", "temperature": 3}, 400, "temperature"),
+        ("/v1/completions", {"prompt": "x", "temperature": "1"}, 400, "temperature"),
+        ("/v1/completions", {"prompt": "x", "model": "other"}, 404, "model"),
+        ("/v1/completions", {"prompt": "x", "n": 17}, 400, "n"),
+        ("/v1/completions", '{"prompt": "x", "temperature": NaN}', 400, None),
+        ("/v1/completions", "[" * 100_000, 400, None),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}, 400, "messages"),
+        ("/soli/translate", {"text": " "}, 400, "text"),
+        ("/nowhere", {}, 404, None),
+    ],
+)
+def test_refusals_are_shaped_as_openai_s_and_name_the_field(service, path, body, status, param):
+    answer = post(service, path, body)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert error["param"] == param and error["message"] and set(error) == {"message", "type", "param", "code"}
+
+
+def test_the_gate(service):
+    rules = AppRules(GateRules(key="secret", body_bytes=100))
+    for path in ("/v1/models", "/metrics", "/openapi.json", "/soli/model", "/nowhere"):
+        assert call(service, "GET", path, rules=rules).status_code == 401
+        assert call(service, "GET", path, rules=rules, authorization="Bearer secreu").status_code == 401
+    assert call(service, "GET", "/v1/models", rules=rules, authorization="Bearer secret").status_code == 200
+    assert call(service, "GET", "/health", rules=rules).status_code == 200
+    assert call(service, "GET", "/health", host="evil.example").status_code == 421
+    large = call(service, "POST", "/v1/completions", b"x" * 101, rules=rules, authorization="Bearer secret")
+    assert large.status_code == 413
