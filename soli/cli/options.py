@@ -15,7 +15,7 @@ MinP = Annotated[
     float, typer.Option(help="Drop tokens below this share, 0 to 1, of the likeliest one's probability; 0 drops none.")
 ]
 RepetitionPenalty = Annotated[
-    float, typer.Option(help="Above 1, tokens of prompt and answer come less readily; below, more; 1 is off.")
+    float, typer.Option(help="0.1 to 10: above 1, tokens of prompt and answer come less readily; 1 is off.")
 ]
 PresencePenalty = Annotated[
     float, typer.Option(help="-2 to 2, taken from the logit of a token that the answer has already; 0 is off.")

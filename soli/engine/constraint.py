@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from soli.engine.text_model import TextModel
 
 COMPILED_KEPT = 64
+# A fifth of llguidance's own limits: a hostile expression costs 0.2 s and 100 MB at most, not a second and 500 MB.
+LIMITS = {"initial_lexer_fuel": 200_000, "max_lexer_states": 50_000}
 # Between the parts of JSON: enough for indentation, not so much that a model can write white space to the end.
 WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,20}"
 
@@ -142,7 +144,8 @@ class Constraints:
         else:
             overrides = {"whitespace_pattern": WHITE_SPACE}
             grammar, name = grammar_from.grammar_from_json_schema(spec.text, overrides=overrides), "JSON schema"
-        matcher = self._llguidance.LLMatcher(self._tokens, grammar, log_level=0)
+        limits = self._llguidance.LLParserLimits(**LIMITS)
+        matcher = self._llguidance.LLMatcher(self._tokens, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise SoliError(f"the {name} is not supported ({_reason(matcher.get_error())}): change it")
         Constraint(matcher, self._vocab).mask()  # what nothing can satisfy shows here

@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from soli.engine.sampler import SamplingParams
 
+LARGEST = float(np.finfo(np.float32).max)
+
 
 class Penalties:
     """What one request's penalties and bias do to its logits; counts its tokens as they are accepted."""
@@ -39,7 +41,11 @@ class Penalties:
         self._counts_V[token] += times
 
     def apply(self, logits_V: NDArray[np.float32]) -> None:
-        """Changes the logits in place, in float32."""
+        """Changes the logits in place, in float32; finite ones stay finite."""
+        with np.errstate(over="ignore"):
+            self._apply(logits_V)
+
+    def _apply(self, logits_V: NDArray[np.float32]) -> None:
         params, sampled_V = self._params, self._counts_V > 0
         if params.repetition_penalty != 1:
             tokens = np.flatnonzero(self._prompt_V | sampled_V)
@@ -49,3 +55,5 @@ class Penalties:
             tokens = np.flatnonzero(sampled_V)
             logits_V[tokens] -= params.frequency_penalty * self._counts_V[tokens] + params.presence_penalty
         logits_V[self._bias_tokens] += self._biases
+        # Only logits that were absurd before come here; infinite ones would make every probability undefined.
+        np.clip(logits_V, -LARGEST, LARGEST, out=logits_V)

@@ -23,7 +23,6 @@ from soli.engine.logprobs import TokenLogprob, token_logprob
 from soli.engine.penalties import Penalties
 from soli.errors import SoliError
 
-LARGEST_SEED = 2**63 - 1
 DRAW, CHOICE, PROPOSE, TEST, REPLACE = range(5)
 """What random bits are for: a token of the answer, the seed of another answer to the same prompt, and speculation's
 drafts, their test and their replacement (speculate.py)."""
@@ -53,9 +52,9 @@ class SamplingParams:
             ("temperature", 0 <= self.temperature < math.inf, "a number from 0 (always the likeliest token) upward"),
             ("top_k", self.top_k >= 0, "0 for the whole vocabulary, or how many tokens to keep"),
             ("top_p", 0 < self.top_p <= 1, "a share above 0 and up to 1"),
-            ("seed", self.seed is None or 0 <= self.seed <= LARGEST_SEED, "a whole number from 0 to 2**63 - 1"),
+            ("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "a whole number of 64 bits"),
             ("min_p", 0 <= self.min_p <= 1, "a share of the likeliest token's probability, from 0 to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a number above 0; 1 changes nothing"),
+            ("repetition_penalty", 0.1 <= self.repetition_penalty <= 10, "a number from 0.1 to 10; 1 changes nothing"),
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "a number from -2 to 2; 0 changes nothing"),
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "a number from -2 to 2; 0 changes nothing"),
         )
@@ -194,4 +193,4 @@ def not_finite() -> SoliError:
 
 def _philox(seed: int, position: int, purpose: int) -> int:
     """64 random bits that depend on the three numbers alone: Philox4x64-10 (Salmon et al. 2011), counter-based."""
-    return int(np.random.Philox(key=seed, counter=[position, purpose, 0, 0]).random_raw())
+    return int(np.random.Philox(key=seed % 2**64, counter=[position, purpose, 0, 0]).random_raw())

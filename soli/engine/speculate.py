@@ -103,14 +103,13 @@ def _next(wanted: Distribution, draft: Draft | None, state: SamplerState) -> tup
 
 def remainder(wanted: Distribution, guess: Distribution) -> Distribution:
     """max(0, p - q) as a distribution; p itself where rounding leaves nothing of it."""
-    guessed_K = np.zeros_like(wanted.probabilities_K)
-    _, here, there = np.intersect1d(wanted.tokens_K, guess.tokens_K, assume_unique=True, return_indices=True)
-    guessed_K[here] = guess.probabilities_K[there]
-    left_K = wanted.probabilities_K - guessed_K
-    tokens_K = np.flatnonzero(left_K > 0)
-    if not len(tokens_K):
+    guessed_V = np.zeros(max(int(wanted.tokens_K[-1]), int(guess.tokens_K[-1])) + 1)
+    guessed_V[guess.tokens_K] = guess.probabilities_K
+    left_K = wanted.probabilities_K - guessed_V[wanted.tokens_K]
+    some_K = left_K > 0
+    if not some_K.any():
         return wanted
-    return Distribution(wanted.tokens_K[tokens_K], left_K[tokens_K] / left_K[tokens_K].sum())
+    return Distribution(wanted.tokens_K[some_K], left_K[some_K] / left_K[some_K].sum())
 
 
 def _distribution(logits_V: NDArray[np.float32], state: SamplerState) -> Distribution:

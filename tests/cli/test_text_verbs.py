@@ -146,6 +146,7 @@ def test_generate_keeps_to_a_schema_or_an_expression(run, folder, tmp_path):
     [
         (["--min-p", "2"], "min_p is 2.0"),
         (["--repetition-penalty", "0"], "repetition_penalty is 0.0"),
+        (["--seed", "9223372036854775808"], "seed is 9223372036854775808"),
         (["--presence-penalty", "3"], "presence_penalty is 3.0"),
         (["--frequency-penalty", "nan"], "frequency_penalty is nan"),
         (["--logit-bias", "cat=3"], "TOKEN=NUMBER"),

@@ -223,9 +223,10 @@ def test_logprobs_are_those_of_the_model_whatever_the_sampling(logits, count):
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.1}, "top_p is 1.1"),
-        ({"seed": -4}, "seed is -4"),
+        ({"seed": 2**63}, "seed is 9223372036854775808"),
         ({"min_p": 1.5}, "min_p is 1.5"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
+        ({"repetition_penalty": 11}, "repetition_penalty is 11"),
         ({"presence_penalty": 2.5}, "presence_penalty is 2.5"),
         ({"frequency_penalty": float("nan")}, "frequency_penalty is nan"),
         ({"logit_bias": {3: 101}}, "logit_bias of token 3 is 101"),
@@ -236,6 +237,36 @@ def test_logprobs_are_those_of_the_model_whatever_the_sampling(logits, count):
 def test_values_out_of_range_are_refused(values, said):
     with pytest.raises(SoliError, match=said):
         state(**values)
+
+
+ANY_PARAMS = st.builds(
+    SamplingParams,
+    temperature=st.floats(0, 1e300),
+    top_k=st.integers(0, 2**70),
+    top_p=st.floats(0, 1, exclude_min=True),
+    seed=st.integers(-(2**63), 2**63 - 1),
+    min_p=st.floats(0, 1),
+    repetition_penalty=st.floats(0.1, 10),
+    presence_penalty=st.floats(-2, 2),
+    frequency_penalty=st.floats(-2, 2),
+    logit_bias=st.dictionaries(st.integers(0, V - 1), st.floats(-100, 100), max_size=3),
+)
+
+
+@pytest.mark.filterwarnings("error")
+@given(
+    logits=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=V, max_size=V),
+    params=ANY_PARAMS,
+    answer=TOKENS,
+)
+def test_whatever_is_allowed_draws_a_token(logits, params, answer):
+    counted = SamplerState(params, [0], V)
+    for token in answer:
+        counted.accept(token)
+    [drawn] = sample(torch.tensor([logits], dtype=torch.float32), [counted], [3])
+    assert isinstance(drawn, Drawn) and 0 <= drawn.token < V and drawn.logprob is not None
+    found = distribution(counted.processed(np.array(logits, np.float32)), params)
+    assert found.probability(drawn.token) > 0 and abs(found.probabilities_K.sum() - 1) < 1e-9
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
