@@ -269,6 +269,16 @@ def test_whatever_is_allowed_draws_a_token(logits, params, answer):
     assert found.probability(drawn.token) > 0 and abs(found.probabilities_K.sum() - 1) < 1e-9
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("penalty", [0.1, 10])
+def test_penalties_keep_absurd_logits_finite(penalty):
+    largest = float(np.finfo(np.float32).max)
+    logits = torch.tensor([[largest, -largest, 0.0, largest, -largest, 1.0]])
+    counted = state(range(V), temperature=1.0, repetition_penalty=penalty, seed=0)
+    assert np.isfinite(counted.processed(logits[0].numpy())).all()
+    assert sample(logits, [counted])[0].token in (0, 3)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("params", [{}, {"temperature": 1.0, "seed": 0}])
 def test_a_row_that_is_not_finite_is_refused_and_the_others_are_not(bad, params):
