@@ -46,6 +46,7 @@ class NearMiss:
     """An expert next in line; it missed by `margin` in biased affinity."""
 
     expert: int
+    affinity: float
     biased: float
     margin: float
 
@@ -148,9 +149,9 @@ def _kept_out(routing: Routing, kept_out_TE: Tensor) -> list[tuple[KeptOut, ...]
 
 
 def _near(routing: Routing, near_TM: Tensor, margins_TM: Tensor) -> list[tuple[NearMiss, ...]]:
-    biased_TM = routing.biased_TE.gather(1, near_TM)
-    rows = zip(near_TM.tolist(), biased_TM.tolist(), margins_TM.tolist(), strict=True)
-    return [tuple(NearMiss(*near) for near in zip(*row, strict=True) if near[2] != float("inf")) for row in rows]
+    columns = (near_TM, routing.scores_TE.gather(1, near_TM), routing.biased_TE.gather(1, near_TM), margins_TM)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return [tuple(NearMiss(*near) for near in zip(*row, strict=True) if near[-1] != float("inf")) for row in rows]
 
 
 def _groups(routing: Routing) -> list[tuple[int, ...] | None]:

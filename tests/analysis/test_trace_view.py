@@ -12,7 +12,7 @@ from soli.analysis.trace_view import print_detail, print_score, visible
 def layer(name: str, kept_out: bool = True) -> LayerTrace:
     players = (Player(7, 1.5, 0.9, 0.9, False), Player(12, 0.5, 0.3, 0.8, kept_out))
     out = (KeptOut(3, 0.5, 0.4),) if kept_out else ()
-    return LayerTrace(name, players, out, (NearMiss(4, 0.75, 0.05),), (0, 2))
+    return LayerTrace(name, players, out, (NearMiss(4, 0.7, 0.75, 0.05),), (0, 2))
 
 
 def passage(layers: int = 2) -> list[TokenTrace]:

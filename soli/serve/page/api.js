@@ -1,0 +1,77 @@
+/** Talking to the server this page came from. The API key lives in this module's memory and nowhere else. */
+
+let key = '';
+
+export const setKey = (value) => { key = value.trim(); };
+export const hasKey = () => key !== '';
+
+/** The server refused for want of an API key, or of the right one. */
+export class KeyNeeded extends Error {}
+
+async function request(path, options = {}) {
+  const headers = { ...options.headers };
+  if (key) headers.Authorization = `Bearer ${key}`;
+  const answer = await fetch(path, { ...options, headers, credentials: 'omit', redirect: 'error' });
+  if (answer.ok) return answer;
+  const said = await answer.json().catch(() => null);
+  const message = said?.error?.message ?? said?.detail ?? `HTTP ${answer.status}`;
+  throw answer.status === 401 ? new KeyNeeded(message) : new Error(String(message));
+}
+
+/** What the server says about its model. */
+export async function getModel() {
+  return (await request('/soli/model')).json();
+}
+
+/** What one expert has played since the server started. `layer` is the number in the layer's name. */
+export async function getExpert(layer, expert, limit = 12) {
+  return (await request(`/soli/experts/${layer}/${expert}?limit=${limit}`)).json();
+}
+
+/**
+ * Posts a request and yields the objects of its event stream as they come.
+ * @param {string} path
+ * @param {object} body
+ * @param {AbortSignal} signal  aborting closes the connection, and the server frees the place
+ */
+export async function* stream(path, body, signal) {
+  const answer = await request(path, {
+    method: 'POST', headers: { 'Content-Type': 'application/json' }, body: JSON.stringify({ ...body, stream: true }), signal,
+  });
+  for await (const data of serverSentData(answer.body)) {
+    if (data === '[DONE]') return;
+    const event = JSON.parse(data);
+    if (event.error) throw new Error(event.error.message ?? String(event.error));
+    yield event;
+  }
+}
+
+async function* serverSentData(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let pieces = []; // of an event whose end has not come; joined once, however long it is
+  try {
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done) return;
+      const parts = value.replaceAll('\r', '').split('\n');
+      for (let i = 0; i < parts.length; i += 1) {
+        pieces.push(parts[i]);
+        if (i === parts.length - 1) break;
+        const line = pieces.join('');
+        pieces = [];
+        if (line.startsWith('data:')) yield line.slice(5).trim();
+      }
+    }
+  } finally {
+    reader.cancel().catch(() => {});
+  }
+}
+
+/** The path and body that ask for `text` in `mode`; `past` are the earlier messages of a chat. */
+export function asking(mode, text, { to, past, maxTokens, name, mutes }) {
+  const soli = { routing: 'full', mute: mutes };
+  const common = { model: name, max_tokens: maxTokens, temperature: 0, soli };
+  if (mode === 'translate') return ['/soli/translate', { text, to: to || null, soli }];
+  if (mode === 'chat') return ['/v1/chat/completions', { messages: [...past, { role: 'user', content: text }], ...common }];
+  return ['/v1/completions', { prompt: text, ...common }];
+}

@@ -1,0 +1,164 @@
+/**
+ * The desk on the left: what is asked, in which mode, and what the model answers. It builds requests and reads their
+ * streams; what the tokens' routing looks like is the stage's affair.
+ */
+import { asking, stream } from './api.js';
+import { byId, el, rove } from './elements.js';
+import { t } from './strings.js';
+
+const USUAL_TOKENS = { complete: 48, chat: 256 };
+const TEXT = { translate: 'textTranslate', complete: 'textComplete', chat: 'textChat' };
+const EXAMPLE = { translate: 'You can use this knife to cut wood.', complete: 'The river', chat: '' };
+const EXAMPLE_B = { translate: '你可以用这把刀切木头。', complete: 'The city', chat: '' };
+
+export class Desk {
+  /**
+   * @param {object} model
+   * @param {{begin: (parts: number) => void, take: (n: number, tokens: object[]) => void,
+   *          mutesOf: (n: number) => number[][], failed: (error: Error) => void, done: () => void, say: (text: string) => void}} does
+   */
+  constructor(model, does) {
+    Object.assign(this, { model, does, past: [], abort: null });
+    [this.mode] = model.modes;
+    byId('modes').replaceChildren(...model.modes.map((mode) => el('button', {
+      type: 'button', role: 'radio', id: `mode-${mode}`, data: { mode, t: mode }, onClick: () => this.choose(mode),
+    })));
+    byId('modes').onkeydown = (event) => this.key(event);
+    byId('ask').onsubmit = (event) => {
+      event.preventDefault();
+      this.run();
+    };
+    byId('stop').onclick = () => this.abort?.abort();
+    byId('compare').onchange = () => this.dress();
+    byId('new-chat').onclick = () => this.forget();
+    for (const area of [byId('text-a'), byId('text-b')]) area.onkeydown = (event) => {
+      if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) this.run();
+    };
+    this.choose(this.mode);
+  }
+
+  get compared() { return byId('compare').checked; }
+
+  get running() { return this.abort !== null; }
+
+  choose(mode) {
+    const untouched = (id, examples) => Object.values(examples).includes(byId(id).value);
+    if (untouched('text-a', EXAMPLE)) byId('text-a').value = EXAMPLE[mode];
+    if (untouched('text-b', EXAMPLE_B)) byId('text-b').value = EXAMPLE_B[mode];
+    this.mode = mode;
+    if (USUAL_TOKENS[mode]) byId('max-tokens').value = USUAL_TOKENS[mode];
+    this.forget();
+    this.dress();
+  }
+
+  key(event) {
+    const by = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+    if (!by) return;
+    event.preventDefault();
+    const all = this.model.modes;
+    const mode = all[(all.indexOf(this.mode) + by + all.length) % all.length];
+    this.choose(mode);
+    byId(`mode-${mode}`).focus();
+  }
+
+  /** Shows the controls that the mode has, with their names in the page's language. */
+  dress() {
+    const buttons = [...byId('modes').children];
+    for (const button of buttons) {
+      button.textContent = t(button.dataset.mode);
+      button.setAttribute('aria-checked', String(button.dataset.mode === this.mode));
+    }
+    rove(buttons, byId(`mode-${this.mode}`));
+    byId('label-a').textContent = t(TEXT[this.mode]) + (this.compared ? ' (A)' : '');
+    byId('direction-line').hidden = this.mode !== 'translate';
+    byId('tokens-line').hidden = this.mode === 'translate';
+    byId('line-b').hidden = !this.compared;
+    byId('only-b-line').hidden = !this.compared;
+    byId('new-chat').hidden = this.mode !== 'chat' || this.compared || !this.past.length;
+    byId('run').hidden = this.running;
+    byId('stop').hidden = !this.running;
+  }
+
+  forget() {
+    this.past = [];
+    byId('answers').replaceChildren();
+    this.dress();
+  }
+
+  /** Asks the model, once or (to compare) twice at the same time, and gives its tokens to the stage. */
+  async run() {
+    const texts = (this.compared ? ['text-a', 'text-b'] : ['text-a']).map((id) => byId(id).value);
+    if (texts.some((text) => !text.trim())) {
+      this.does.failed(new Error(t('empty')));
+      return;
+    }
+    this.abort?.abort();
+    const abort = new AbortController();
+    this.abort = abort;
+    this.does.begin(texts.length);
+    this.dress();
+    this.does.say(t('asking'));
+    const chatting = this.mode === 'chat' && !this.compared;
+    if (!chatting) byId('answers').replaceChildren();
+    try {
+      const answers = await Promise.all(texts.map((text, n) => this.ask(text, n, texts.length > 1, abort.signal)));
+      if (chatting) this.past.push({ role: 'user', content: texts[0] }, { role: 'assistant', content: answers[0] });
+      if (chatting) byId('text-a').value = '';
+      this.does.done();
+    } catch (error) {
+      const given = abort.signal.aborted; // by the person, or by a newer run
+      abort.abort(); // one of two failed: the other need not go on
+      if (!given) this.does.failed(error);
+      else if (this.abort === abort) this.does.say(t('stopped'));
+    } finally {
+      if (this.abort === abort) {
+        this.abort = null;
+        this.dress();
+      }
+    }
+  }
+
+  async ask(text, n, compared, signal) {
+    const [path, body] = asking(this.mode, text, {
+      to: byId('direction').value, past: compared ? [] : this.past, maxTokens: Number(byId('max-tokens').value),
+      name: this.model.name, mutes: this.does.mutesOf(n),
+    });
+    const { box, words, thoughts } = this.answerBox(text, compared ? 'AB'[n] : null);
+    let answer = '';
+    try {
+      for await (const event of stream(path, body, signal)) {
+        if (event.soli?.tokens?.length) this.does.take(n, event.soli.tokens);
+        const choice = event.choices?.[0];
+        const piece = choice?.delta?.content ?? choice?.text ?? '';
+        const thought = choice?.delta?.reasoning_content ?? '';
+        if (thought) thoughts(thought);
+        if (piece) words.appendData(piece);
+        answer += piece;
+      }
+    } finally {
+      box.setAttribute('aria-busy', 'false');
+    }
+    return answer;
+  }
+
+  /** A place for an answer, read out when it is complete. */
+  answerBox(text, letter) {
+    const words = document.createTextNode('');
+    const box = el('div', { class: 'reply', 'aria-live': 'polite', 'aria-busy': 'true' });
+    if (this.mode === 'chat') box.append(el('p', { class: 'mine' }, el('b', { class: 'who' }, t('you')), text));
+    const heading = letter ? t('answerOf', { letter }) : t(this.mode === 'chat' ? 'model' : 'answer');
+    const words_ = el('p', { class: 'words' }, words);
+    box.append(el('b', { class: 'who' }, heading), words_);
+    if (this.mode === 'complete') words_.prepend(el('span', { class: 'given' }, text));
+    byId('answers').append(box);
+    let reasoning = null;
+    const thoughts = (piece) => {
+      if (!reasoning) {
+        reasoning = document.createTextNode('');
+        words_.before(el('details', { class: 'thoughts', open: true }, el('summary', {}, t('thinking')), el('p', {}, reasoning)));
+      }
+      reasoning.appendData(piece);
+    };
+    return { box, words, thoughts };
+  }
+}

@@ -1,0 +1,65 @@
+"""A headless Chromium for the page's tests, which are skipped, with the reason, where there is none."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.serve.page.mock_server import MockServer
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("needs chromium: apt-get install chromium, or CHROMIUM=path")
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium)
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def mock() -> Iterator[MockServer]:
+    with MockServer() as server:
+        yield server
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
+    """Opens a server's page. In the end: no error was logged, nothing was asked of another origin, nothing was stored.
+
+    `complaints` are texts that the console may hold (a refused key is logged by the browser itself);
+    `watch` is a script that runs before the page's own.
+    """
+    opened: list[tuple[Any, str, list[str], list[str], tuple[str, ...]]] = []
+
+    def open_it(
+        server: Any, complaints: tuple[str, ...] = (), ready: bool = True, watch: str = "", **options: Any
+    ) -> Any:
+        options = {"viewport": {"width": 1280, "height": 900}, "locale": "en-GB", "color_scheme": "light", **options}
+        page = browser.new_context(**options).new_page()
+        page.set_default_timeout(8000)
+        errors: list[str] = []
+        requests: list[str] = []
+        page.on(
+            "console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None
+        )
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        opened.append((page, server.url, errors, requests, complaints))
+        page.add_init_script(watch)
+        page.goto(server.url)
+        if ready:
+            page.wait_for_selector("body:not(.loading)")
+        return page
+
+    yield open_it
+    for page, url, errors, requests, complaints in opened:
+        assert [error for error in errors if not any(known in error for known in complaints)] == []
+        assert [asked for asked in requests if not asked.startswith(f"{url}/")] == []
+        assert page.evaluate("[localStorage.length, sessionStorage.length, document.cookie]") == [0, 0, ""]
+        page.context.close()

@@ -1,0 +1,207 @@
+"""A stand-in for `soli serve` with the standard library alone: the page's own files, and streams replayed from traces.
+
+Recorded traces are outputs of the model in the box, made anew by `soli translate "TEXT" --experts --json` and
+`soli generate nano "The river" --experts --json`. The large stage is made up in giant.py.
+Every request is kept in `asked`, so that a test can say what the page sent, and that it sent nothing elsewhere.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from soli.serve.page_files import page_files
+
+RECORDINGS = Path(__file__).parent / "recordings"
+NANO = {
+    "name": "nano",
+    "layers": [f"layers.{n}" for n in range(1, 5)],
+    "experts": 32,
+    "chosen": 4,
+    "groups": 4,
+    "kept_groups": 2,
+    "total": 18_000_000,
+    "activated": 7_000_000,
+    "modes": ["translate", "complete"],
+    "context": 512,
+}
+
+
+@dataclass
+class Piece:
+    """What the model reads and writes for one text: the tokens as the API sends them."""
+
+    text: str
+    tokens: list[dict[str, Any]]
+
+
+def recorded() -> list[Piece]:
+    """The recordings, by the text that was asked."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RECORDINGS.glob("*.json"))]
+    return [Piece(one.get("source") or one["prompt"], one["experts"]) for one in found]
+
+
+@dataclass
+class MockServer:
+    """Serves on a free loopback port while used as a context. `pace`: seconds between the tokens of an answer."""
+
+    model: dict[str, Any] = field(default_factory=lambda: NANO)
+    pieces: list[Piece] = field(default_factory=recorded)
+    key: str | None = None
+    pace: float = 0.0
+    fail_after: int | None = None  # answer tokens after which a stream breaks off with an error
+    asked: list[tuple[str, str, Any]] = field(default_factory=list)
+    dropped: int = 0  # streams that the page closed before their end
+
+    def __enter__(self) -> "MockServer":
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"mock": self}))
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def bodies(self, path: str) -> list[Any]:
+        """What was posted to a path, in order."""
+        return [body for _, asked, body in self.asked if asked == path]
+
+    def stream(self, path: str, body: dict[str, Any]) -> Iterator[str]:
+        text = body.get("text") or body.get("prompt") or body["messages"][-1]["content"]
+        piece = next((piece for piece in self.pieces if piece.text == text), self.pieces[0])
+        tokens = [muted(token, body["soli"]["mute"]) for token in piece.tokens]
+        prompt = [token for token in tokens if token["part"] == "prompt"]
+        answer = [token for token in tokens if token["part"] == "answer"]
+        yield json.dumps({"choices": [_choice(path, "")], "soli": {"tokens": prompt}})
+        for number, token in enumerate(answer):
+            if number == self.fail_after:
+                yield json.dumps({"error": {"message": "the step failed"}})
+                return
+            time.sleep(self.pace)
+            yield json.dumps({"choices": [_choice(path, token["text"])], "soli": {"tokens": [token]}})
+        yield "[DONE]"
+
+    def expert(self, layer: int, expert: int) -> dict[str, Any]:
+        name, found = f"layers.{layer}", []
+        read = sum(len(piece.tokens) for piece in self.pieces)
+        for piece in self.pieces:
+            for at, token in enumerate(piece.tokens):
+                players = next(one["players"] for one in token["layers"] if one["layer"] == name)
+                weight = next((player["weight"] for player in players if player["expert"] == expert), None)
+                if weight is not None:
+                    before = "".join(one["text"] for one in piece.tokens[max(0, at - 3) : at])
+                    after = "".join(one["text"] for one in piece.tokens[at + 1 : at + 3])
+                    found.append({"text": token["text"], "weight": weight, "before": before, "after": after})
+        found.sort(key=lambda one: -one["weight"])
+        kinds = dict.fromkeys(("chinese", "english", "digits", "punctuation", "other"), 0)
+        for one in found:
+            kinds[_kind(one["text"])] += 1
+        return {
+            "layer": name,
+            "expert": expert,
+            "plays": len(found),
+            "read": read,
+            "tokens": found[:12],
+            "kinds": kinds,
+        }
+
+
+def muted(token: dict[str, Any], pairs: list[list[int]]) -> dict[str, Any]:
+    """The token as if the pairs (layer number, expert) did not play: the next in line takes the place."""
+    away = {(f"layers.{layer}", expert) for layer, expert in pairs}
+    return token | {"layers": [_without(layer, away) for layer in token["layers"]]}
+
+
+def _without(layer: dict[str, Any], away: set[tuple[str, int]]) -> dict[str, Any]:
+    stay = [player for player in layer["players"] if (layer["layer"], player["expert"]) not in away]
+    gone = len(layer["players"]) - len(stay)
+    if not gone:
+        return layer
+    taken = layer["near_misses"][:gone]
+    filled = [
+        {
+            "expert": near["expert"],
+            "weight": 0.4,
+            "affinity": near["affinity"],
+            "biased": near["biased"],
+            "let_in": False,
+        }
+        for near in taken
+    ]
+    return layer | {"players": stay + filled, "near_misses": layer["near_misses"][gone:]}
+
+
+def _choice(path: str, text: str) -> dict[str, Any]:
+    return {"index": 0, "delta": {"content": text}} if "chat" in path else {"index": 0, "text": text}
+
+
+def _kind(text: str) -> str:
+    text = text.strip()
+    if any("\u4e00" <= character <= "\u9fff" for character in text):
+        return "chinese"
+    if text.isdigit():
+        return "digits"
+    if text.isascii() and text.isalpha():
+        return "english"
+    return "punctuation" if text and not any(character.isalnum() for character in text) else "other"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    mock: MockServer
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        self.mock.asked.append(("GET", self.path, None))
+        file = page_files().get(path)
+        if file is not None:
+            self._send(200, file.content, file.headers)
+        elif not self._allowed():
+            self._json(401, {"error": {"message": "an API key is needed"}})
+        elif path == "/soli/model":
+            self._json(200, self.mock.model)
+        elif path.startswith("/soli/experts/"):
+            self._json(200, self.mock.expert(*map(int, path.split("/")[3:5])))
+        else:
+            self._json(404, {"error": {"message": "not found"}})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.mock.asked.append(("POST", self.path, body))
+        if not self._allowed():
+            self._json(401, {"error": {"message": "an API key is needed"}})
+            return
+        self.close_connection = True
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        try:
+            for data in self.mock.stream(self.path, body):
+                self.wfile.write(f"data: {data}\n\n".encode())
+                self.wfile.flush()
+        except (BrokenPipeError, ConnectionResetError):
+            self.mock.dropped += 1
+
+    def _allowed(self) -> bool:
+        return self.mock.key is None or self.headers.get("Authorization") == f"Bearer {self.mock.key}"
+
+    def _json(self, status: int, value: Any) -> None:
+        self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass

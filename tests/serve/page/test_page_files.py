@@ -1,0 +1,79 @@
+"""The page as files, without a browser: complete, small, in two languages, and with no way to make HTML of text."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from soli.serve.page_files import FOLDER, page_files
+
+SOURCES = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.iterdir()}
+SCRIPTS = {name: text for name, text in SOURCES.items() if name.endswith(".js")}
+
+
+def test_every_file_that_is_named_is_served_and_every_file_that_is_served_is_named():
+    named = set(re.findall(r"/static/[\w.-]+", SOURCES["index.html"]))
+    named |= {f"/static/{name}" for text in SCRIPTS.values() for name in re.findall(r"from '\./([\w.]+)'", text)}
+    assert named | {"/"} == set(page_files())
+
+
+def test_headers_allow_the_page_and_nothing_else():
+    for path, file in page_files().items():
+        policy = file.headers["Content-Security-Policy"]
+        assert policy.startswith("default-src 'none'; ") and "unsafe" not in policy and "http" not in policy, path
+        assert file.headers["X-Content-Type-Options"] == "nosniff"
+    assert page_files()["/static/main.js"].headers["Content-Type"].startswith("text/javascript")
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_files_are_small_and_point_nowhere_else(name):
+    assert SOURCES[name].count("\n") < 350
+    assert re.findall(r"(?:https?:)?//(?!www\.w3\.org/2000/svg)[\w.]+\.\w", SOURCES[name]) == []
+
+
+@pytest.mark.parametrize("name", sorted(SCRIPTS))
+def test_no_script_parses_html_or_stores_anything(name):
+    forbidden = (
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|DOMParser|\beval\b|Function\(|Storage|indexedDB|cookie"
+    )
+    assert re.findall(forbidden, SCRIPTS[name]) == []
+
+
+def tables() -> dict[str, dict[str, str]]:
+    found = {}
+    for language, body in re.findall(r"^const (EN|ZH) = \{\n(.*?)^\};", SCRIPTS["strings.js"], re.S | re.M):
+        found[language] = dict(re.findall(r"(\w+): '((?:[^'\\]|\\.)*)'", body))
+    return found
+
+
+def test_both_languages_say_the_same_things_with_the_same_gaps():
+    english, chinese = tables()["EN"], tables()["ZH"]
+    assert len(english) > 90 and set(english) == set(chinese)
+    for key, text in english.items():
+        assert set(re.findall(r"\{\w+\}", text)) == set(re.findall(r"\{\w+\}", chinese[key])), key
+    assert all(
+        re.search(r"[\u4e00-\u9fff]|API|English|^\{\w+\}", text)
+        for key, text in chinese.items()
+        if key != "languageLabel"
+    )
+
+
+def test_every_string_is_used_and_every_used_string_exists():
+    rest = "".join(text for name, text in SOURCES.items() if name != "strings.js")
+    computed = {"themeAuto", "themeLight", "themeDark", "en", "zh"}
+    words = set(re.findall(r"['\"](\w+)['\"]", rest)) | computed
+    assert [key for key in tables()["EN"] if key not in words] == []
+    used = set(re.findall(r"\bt\('(\w+)'", rest)) | set(re.findall(r'data-t(?:-label)?="(\w+)"', rest))
+    assert used - set(tables()["EN"]) == set()
+
+
+def test_the_page_is_installed_with_the_package():
+    code = (
+        "import setuptools; setuptools.setup = lambda **k: print(k['package_data']['soli']); "
+        "exec(open('setup.py').read())"
+    )
+    root = Path(__file__).parents[3]
+    said = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
+    assert "'serve/page/*'" in said
