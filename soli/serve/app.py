@@ -15,7 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from soli import __version__
-from soli.serve import errors, openai_routes, soli_routes
+from soli.serve import errors, openai_routes, page_routes, soli_routes
 from soli.serve.gate import Gate, GateRules
 from soli.serve.service import Service
 
@@ -52,6 +52,7 @@ def create_app(service: Service, rules: AppRules | None = None) -> ASGIApp:
 
     app.include_router(openai_routes.router(service))
     app.include_router(soli_routes.router(service))
+    app.include_router(page_routes.router())
     wrapped: ASGIApp = app
     if rules.origins:
         wrapped = CORSMiddleware(
