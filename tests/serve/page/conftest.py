@@ -10,8 +10,9 @@ import pytest
 from tests.serve.page.mock_server import MockServer
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Any]:
+    """Closed before other tests run: while Playwright works, its event loop counts as running in this thread."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
     chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
     if chromium is None:
