@@ -53,16 +53,18 @@ def distribution(logits_V: NDArray[np.float32], params: SamplingParams) -> Distr
     """
     if params.temperature == 0:
         return Distribution(np.array([logits_V.argmax()]), np.ones(1))
-    tokens_K = _likeliest(logits_V, params.top_k)
+    among = _likeliest(logits_V, params.top_k)
     # Measured from the largest logit, so that a temperature near 0 cannot overflow to inf - inf.
-    scaled_K = logits_V[tokens_K].astype(np.float64) - float(logits_V.max())
+    weights_K = logits_V[among].astype(np.float64)
+    weights_K -= float(logits_V.max())
     with np.errstate(over="ignore"):
-        scaled_K /= params.temperature
-    weights_K = np.exp(scaled_K)
+        weights_K /= params.temperature
+    np.exp(weights_K, out=weights_K)
     floor = _nucleus_floor(weights_K, params.top_p) if params.top_p < 1 else 0.0
-    kept_K = weights_K >= max(floor, params.min_p, SMALLEST)  # the likeliest token weighs 1
+    kept_K = np.flatnonzero(weights_K >= max(floor, params.min_p, SMALLEST))  # the likeliest token weighs 1
     weights_K = weights_K[kept_K]
-    return Distribution(tokens_K[kept_K], weights_K / weights_K.sum())
+    weights_K /= weights_K.sum()
+    return Distribution(kept_K if isinstance(among, slice) else among[kept_K], weights_K)
 
 
 def _place(cumulative: NDArray[np.float64], target: float) -> int:
@@ -70,11 +72,11 @@ def _place(cumulative: NDArray[np.float64], target: float) -> int:
     return min(int(np.searchsorted(cumulative, target, side="right")), len(cumulative) - 1)
 
 
-def _likeliest(logits_V: NDArray[np.float32], k: int) -> NDArray[np.int64]:
-    """The tokens at or above the k-th largest logit; all when k is 0."""
+def _likeliest(logits_V: NDArray[np.float32], k: int) -> NDArray[np.int64] | slice:
+    """The tokens at or above the k-th largest logit; all, as a slice, when k is 0."""
     size = len(logits_V)
     if not 0 < k < size:
-        return np.arange(size)
+        return slice(None)
     return np.flatnonzero(logits_V >= np.partition(logits_V, size - k)[size - k])
 
 
