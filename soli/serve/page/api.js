@@ -8,6 +8,9 @@ export const hasKey = () => key !== '';
 /** The server refused for want of an API key, or of the right one. */
 export class KeyNeeded extends Error {}
 
+/** The server is not ready yet. */
+export class NotReady extends Error {}
+
 async function request(path, options = {}) {
   const headers = { ...options.headers };
   if (key) headers.Authorization = `Bearer ${key}`;
@@ -15,7 +18,8 @@ async function request(path, options = {}) {
   if (answer.ok) return answer;
   const said = await answer.json().catch(() => null);
   const message = said?.error?.message ?? said?.detail ?? `HTTP ${answer.status}`;
-  throw answer.status === 401 ? new KeyNeeded(message) : new Error(String(message));
+  const Kind = { 401: KeyNeeded, 503: NotReady }[answer.status] ?? Error;
+  throw new Kind(String(message));
 }
 
 /** What the server says about its model. */

@@ -1,12 +1,15 @@
 /**
  * What every cell of a grid shows: a value from 0 (dark) to 1 and a kind that picks its colour. While the music plays
- * a cell is as bright as its weight in the last tokens, fading, over a faint imprint of all it has played so far.
+ * a cell is as bright as its weight in the last tokens, fading, over a faint imprint of all it has played so far,
+ * which comes forward when the music ends.
  */
 import { KEPT_OUT, LET_IN, NEAR, PLAYS } from './score.js';
 
 export const MORE_A = 4;
 export const MORE_B = 5;
-const IMPRINT = 0.5; // how bright the most played expert stays when nothing plays
+// How bright the most played expert of the passage stays while others sound, and when all is quiet.
+const BEHIND = 0.28;
+const ALONE = 0.7;
 
 export class Lights {
   constructor(model) {
@@ -28,6 +31,7 @@ export class Lights {
     this.played = 0; // tokens
     this.heard = 0; // different experts
     this.peak = 0;
+    this.loudest = 0; // the strongest glow
   }
 
   /** Token t sounds. */
@@ -41,36 +45,39 @@ export class Lights {
       if (this.sums[cell] > this.peak) this.peak = this.sums[cell];
       const level = this.brightness(score.share[i]);
       if (level > this.glow[cell]) this.glow[cell] = level;
+      if (level > this.loudest) this.loudest = level;
     }
     this.played += 1;
   }
 
   /** An expert with twice the mean weight of those chosen is as bright as can be. */
-  brightness(share) { return Math.min(1, 0.15 + 0.45 * share * this.chosen); }
+  brightness(share) { return Math.min(1, 0.28 + 0.45 * share * this.chosen); }
 
   /** As if the first `count` tokens had just been played, with nothing sounding. */
   rewind(score, count) {
     this.clear();
     for (let t = 0; t < count; t += 1) this.play(score, t);
     this.glow.fill(0);
+    this.loudest = 0;
   }
 
   /** Time passes; false when all is quiet. `half` is the time in seconds in which a note loses half its light. */
   fade(seconds, half) {
     const factor = 2 ** (-seconds / half);
-    let sounding = false;
+    this.loudest = 0;
     for (let cell = 0; cell < this.glow.length; cell += 1) {
       if (this.glow[cell] === 0) continue;
       const left = this.glow[cell] * factor;
       this.glow[cell] = left < 0.02 ? 0 : left;
-      sounding = true;
+      if (left > this.loudest) this.loudest = left;
     }
-    return sounding;
+    return this.loudest > 0;
   }
 
   /** Shows the present; `still` leaves the flashes out and shows the imprint alone, in full. */
   showPresent(still) {
-    const scale = this.peak ? (still ? 1 : IMPRINT) / Math.sqrt(this.peak) : 0;
+    const most = still ? 1 : ALONE + (BEHIND - ALONE) * Math.min(1, 2 * this.loudest);
+    const scale = this.peak ? most / Math.sqrt(this.peak) : 0;
     for (let cell = 0; cell < this.value.length; cell += 1) {
       const imprint = Math.sqrt(this.sums[cell]) * scale;
       this.value[cell] = still ? imprint : Math.max(this.glow[cell], imprint);

@@ -1,5 +1,5 @@
 /** Puts the page together: asks the server for its model, then joins desk, stage, details, mutes and switches. */
-import { getModel, hasKey, KeyNeeded, setKey } from './api.js';
+import { getModel, hasKey, KeyNeeded, NotReady, setKey } from './api.js';
 import { Desk } from './desk.js';
 import { byId, el, rove } from './elements.js';
 import { showExpert } from './expert.js';
@@ -9,6 +9,7 @@ import { Stage } from './stage.js';
 import { currentLanguage, large, setLanguage, t } from './strings.js';
 
 const THEMES = ['auto', 'light', 'dark'];
+const ASK_AGAIN = 1000; // milliseconds, while the server loads its model or cannot be reached
 const mutes = new Set(); // "row:expert"
 let model = null;
 let stage = null;
@@ -196,11 +197,13 @@ async function start() {
   try {
     model = await getModel();
   } catch (error) {
-    if (error instanceof KeyNeeded) askForKey(start);
-    else {
-      byId('alert').textContent = t('noModel', { why: error.message });
-      byId('alert').hidden = false;
+    if (error instanceof KeyNeeded) {
+      askForKey(start);
+      return;
     }
+    byId('alert').textContent = error instanceof NotReady ? t('loading') : t('noModel', { why: error.message });
+    byId('alert').hidden = false;
+    setTimeout(start, ASK_AGAIN);
     return;
   }
   byId('alert').hidden = true;

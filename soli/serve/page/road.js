@@ -8,7 +8,7 @@ import { t } from './strings.js';
 
 const ALL_OPEN = 6; // models with up to so many layers show every table
 const KIND = ['plays', 'letInShort', 'keptOutShort', 'near'];
-const MOST_SIGNS = 7; // more are counted instead
+const MOST_SIGNS = 26; // characters; more are counted instead
 const CLASS = ['plays', 'let-in', 'kept-out', 'near'];
 
 /**
@@ -53,12 +53,15 @@ function shares({ players }) {
 function signs({ players, keptOut, near }) {
   const letIn = players.filter((player) => player.kind === LET_IN);
   const next = near.slice(0, 1).map((one) => ['near', `~${one.expert}`, t('near')]);
-  const marks = letIn.length + keptOut.length > MOST_SIGNS ? [
-    ['let-in', t('countIn', { count: letIn.length }), t('letIn')], ['kept-out', t('countOut', { count: keptOut.length }), t('keptOut')], ...next,
-  ] : [
+  let marks = [
     ...letIn.map((player) => ['let-in', `+${player.expert}`, t('letIn')]),
-    ...keptOut.map((out) => ['kept-out', `−${out.expert}`, t('keptOut')]), ...next,
+    ...keptOut.map((out) => ['kept-out', `−${out.expert}`, t('keptOut')]),
   ];
+  if (marks.reduce((length, [, sign]) => length + sign.length + 1, 0) > MOST_SIGNS) marks = [
+    ['let-in', t('countIn', { count: letIn.length }), t('letIn')],
+    ['kept-out', t('countOut', { count: keptOut.length }), t('keptOut')],
+  ];
+  marks.push(...next);
   return el('span', { class: 'signs' }, ...marks.map(([kind, sign, title]) => el('span', { class: kind, title }, sign)));
 }
 

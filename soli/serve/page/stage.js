@@ -174,7 +174,7 @@ export class Stage {
     const { score, lights } = part;
     const { position, playing, speed } = this.player;
     const still = this.still.matches;
-    const sounding = playing && !still && lights.fade(seconds, Math.max(0.25, Math.min(0.9, 4 / speed)));
+    const sounding = playing && !still && lights.fade(seconds, Math.max(0.25, Math.min(0.9, 3 / speed)));
     for (let i = lights.played; i < Math.min(position, score.length); i += 1) lights.play(score, i);
     if (this.chosen?.part === part) lights.showToken(score, this.chosen.index);
     else lights.showPresent(still);

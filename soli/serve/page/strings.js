@@ -42,7 +42,7 @@ const EN = {
   chinese: 'Chinese', english: 'English', digits: 'digits', punctuation: 'punctuation', other: 'other', kindCount: '{kind}: {count}, {share} %',
   asking: 'Asking the model.', done: 'Done: {count} tokens.', stopped: 'Stopped.', failed: 'That did not work: {why}',
   empty: 'Write some text first.', noRouting: 'This model has no routed experts: every parameter plays for every token.',
-  noModel: 'The server does not answer: {why}',
+  loading: 'The server is loading its model.', noModel: 'The server does not answer: {why}',
 };
 
 const ZH = {
@@ -87,7 +87,7 @@ const ZH = {
   chinese: '中文', english: '英文', digits: '数字', punctuation: '标点', other: '其他', kindCount: '{kind}：{count}，{share} %',
   asking: '正在询问模型。', done: '完成：{count} 个词元。', stopped: '已停止。', failed: '没有成功：{why}',
   empty: '请先输入文字。', noRouting: '此模型没有路由专家：每个参数都为每个词元演奏。',
-  noModel: '服务器没有回应：{why}',
+  loading: '服务器正在加载模型。', noModel: '服务器没有回应：{why}',
 };
 
 export const STRINGS = { en: EN, zh: ZH };

@@ -37,6 +37,7 @@ class Piece:
 
     text: str
     tokens: list[dict[str, Any]]
+    thought: str = ""  # what a reasoning model says before its answer
 
 
 def recorded() -> list[Piece]:
@@ -52,6 +53,7 @@ class MockServer:
     model: dict[str, Any] = field(default_factory=lambda: NANO)
     pieces: list[Piece] = field(default_factory=recorded)
     key: str | None = None
+    loading: int = 0  # how many times the model is asked for before it is there
     pace: float = 0.0
     fail_after: int | None = None  # answer tokens after which a stream breaks off with an error
     asked: list[tuple[str, str, Any]] = field(default_factory=list)
@@ -79,6 +81,8 @@ class MockServer:
         prompt = [token for token in tokens if token["part"] == "prompt"]
         answer = [token for token in tokens if token["part"] == "answer"]
         yield json.dumps({"choices": [_choice(path, "")], "soli": {"tokens": prompt}})
+        if piece.thought:
+            yield json.dumps({"choices": [{"index": 0, "delta": {"reasoning_content": piece.thought}}]})
         for number, token in enumerate(answer):
             if number == self.fail_after:
                 yield json.dumps({"error": {"message": "the step failed"}})
@@ -164,6 +168,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, file.content, file.headers)
         elif not self._allowed():
             self._json(401, {"error": {"message": "an API key is needed"}})
+        elif self.mock.loading > 0:
+            self.mock.loading -= 1
+            self._json(503, {"error": {"message": "the model is still being loaded"}})
         elif path == "/soli/model":
             self._json(200, self.mock.model)
         elif path.startswith("/soli/experts/"):

@@ -181,6 +181,7 @@ def test_the_same_text_is_all_in_common_and_a_mute_in_b_alone_is_seen(mock, open
 
 def test_completing_and_chatting(mock, open_page):
     mock.model = mock.model | {"modes": ["chat", "translate", "complete"]}
+    mock.pieces.append(Piece("And then?", mock.pieces[0].tokens, thought="Let me think."))
     page = open_page(mock)
     page.fill("#text-a", "The river")
     play(page)
@@ -191,6 +192,7 @@ def test_completing_and_chatting(mock, open_page):
     assert second["messages"][0] == first["messages"][0] and second["messages"][2]["content"] == "And then?"
     assert first["stream"] is True and first["model"] == "nano" and first["max_tokens"] == 256
     assert page.locator(".reply .mine").count() == 2
+    assert page.inner_text(".thoughts p") == "Let me think."
     page.click("#new-chat")
     assert page.locator(".reply").count() == 0
     page.focus("#mode-chat")
@@ -223,6 +225,15 @@ def test_the_key_is_asked_for_and_kept_in_memory_alone(mock, open_page):
     page.fill("#key-input", "changed")
     page.keyboard.press("Enter")
     until_done(page)
+
+
+def test_a_server_that_is_still_loading_is_waited_for(mock, open_page):
+    mock.loading = 1
+    page = open_page(mock, complaints=("503",), ready=False)
+    page.wait_for_selector("#alert:visible")
+    assert page.inner_text("#alert") == "The server is loading its model."
+    page.wait_for_selector("body:not(.loading)")
+    assert not page.is_visible("#alert")
 
 
 def test_stopping_closes_the_stream(mock, open_page):
