@@ -1,6 +1,6 @@
 """Soli: the DeepSeek-V3 system as one small, readable package.
 
-`import soli` is light: torch is imported at the first use of `load_model` or `save_model`.
+`import soli` is light: torch is imported at the first use of what needs it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from soli.checkpoint import load_model, save_model
     from soli.config import ModelConfig, preset
+    from soli.engine.sampler import SamplingParams
     from soli.errors import SoliError
+    from soli.llm import LLM
 
 __version__ = "0.1.0"
 
@@ -21,9 +23,11 @@ _HOMES = {
     "ModelConfig": "soli.config",
     "preset": "soli.config",
     "SoliError": "soli.errors",
+    "LLM": "soli.llm",
+    "SamplingParams": "soli.engine.sampler",
 }
 
-__all__ = ["ModelConfig", "SoliError", "__version__", "load_model", "preset", "save_model"]
+__all__ = ["LLM", "ModelConfig", "SamplingParams", "SoliError", "__version__", "load_model", "preset", "save_model"]
 
 
 def __getattr__(name: str) -> Any:

@@ -21,6 +21,8 @@ from soli.config import ModelConfig
 from soli.errors import SoliError
 from soli.model.attention import Chunk
 
+FEW = 4  # tokens of one text: up to here each is a query of its own, beyond they are read as a chunk
+
 
 class LatentCache:
     """`pages` pages of `page_tokens` tokens a layer, and page tables for `rows` rows of up to `positions` tokens.
@@ -46,7 +48,8 @@ class LatentCache:
     def begin(
         self, rows: Sequence[int], starts: Sequence[int], counts: Sequence[int], device: str | torch.device = "cpu"
     ) -> "CachePass":
-        """The pass that reads `counts[b]` tokens of `rows[b]` from position `starts[b]`; give single tokens first."""
+        """The pass that reads `counts[b]` tokens of `rows[b]` from position `starts[b]`; give counts up to FEW first:
+        their tokens are single queries, each with its own length."""
         row_B, start_B, count_B = (np.asarray(numbers, dtype=np.int64) for numbers in (rows, starts, counts))
         end_B = start_B + count_B  # positions
         if end_B.max() > self.positions:
@@ -55,10 +58,11 @@ class LatentCache:
             )
         stop_B = np.cumsum(count_B)  # tokens of the pass
         position_T = np.arange(stop_B[-1]) - np.repeat(stop_B - end_B, count_B)
-        slot_T = self._slots(np.repeat(row_B, count_B), position_T)
-        several = np.flatnonzero(count_B > 1)
-        singles = int(several[0]) if len(several) else len(row_B)
-        most = pages_for(int(end_B[:singles].max(initial=1)), self.page_tokens)
+        row_T = np.repeat(row_B, count_B)
+        many = np.flatnonzero(count_B > FEW)
+        singles = int(stop_B[many[0]] - count_B[many[0]]) if len(many) else int(stop_B[-1])
+        lengths_B = position_T[:singles] + 1
+        most = pages_for(int(lengths_B.max(initial=1)), self.page_tokens)
         chunks = []
         for row, start, end, stop in zip(row_B, start_B, end_B, stop_B, strict=True):
             if stop > singles:
@@ -67,10 +71,10 @@ class LatentCache:
         return CachePass(
             cache=self,
             positions_T=torch.from_numpy(position_T).to(device),
-            slots_T=torch.from_numpy(slot_T).to(device),
+            slots_T=torch.from_numpy(self._slots(row_T, position_T)).to(device),
             singles=singles,
-            table_BM=torch.from_numpy(self.tables_RM[row_B[:singles], :most]).to(device),
-            lengths_B=torch.from_numpy(end_B[:singles].astype(np.int32)).to(device),
+            table_BM=torch.from_numpy(self.tables_RM[row_T[:singles], :most]).to(device),
+            lengths_B=torch.from_numpy(lengths_B.astype(np.int32)).to(device),
             chunks=chunks,
         )
 

@@ -1,16 +1,17 @@
 """The engine: requests join and leave at every step, each step is one pass of the model over what the scheduler chose.
 
 One thread owns it. Tokens of all requests stand in one flat row, so weights are read once for all of them; attention
-alone looks at each request's own pages. A request's answer does not depend on what else runs. An error in a step ends
-the requests of that step and nothing else. Refuses at once what could never run: empty or too long prompts, more
-tokens than the cache holds, mutes that leave a router too few experts.
+alone looks at each request's own pages. With speculation a step also reads a draft of each request's next token, and
+gains two tokens where it holds (drafter.py, speculate.py). A request's answer does not depend on what else runs. An
+error in a step ends the requests of that step and nothing else. Refuses at once what could never run: empty or too
+long prompts, more tokens than the cache holds, mutes that leave a router too few experts.
 
 Shapes: T tokens of a step, L MoE layers, E experts.
 """
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
@@ -18,11 +19,13 @@ from torch import Tensor
 
 from soli.engine.cache import LatentCache, bytes_per_token, pages_for
 from soli.engine.constraint import Constraints
+from soli.engine.drafter import Drafter, Followed
 from soli.engine.generate import slice_routing
 from soli.engine.pages import PagePool
 from soli.engine.request import EngineLimits, EngineStats, Event, FinishReason, QueueFull, Request, Usage
 from soli.engine.sampler import Drawn, SamplerState, sample
 from soli.engine.scheduler import Read, Scheduler, Task
+from soli.engine.speculate import Draft, Verified, verify
 from soli.engine.stream import TextStream, token_text
 from soli.engine.text_model import TextModel
 from soli.errors import SoliError
@@ -38,6 +41,7 @@ class _Answer(Task):
 
     state: SamplerState
     stream: TextStream
+    guesses: list[Draft] = field(default_factory=list)  # of the drafts
     shown: int = 0  # tokens whose routing was handed out
     drafted: int = 0
     accepted: int = 0
@@ -46,6 +50,11 @@ class _Answer(Task):
     def usage(self) -> Usage:
         prompt = len(self.request.prompt_ids)
         return Usage(prompt, len(self.ids) - prompt, self.cached, self.drafted, self.accepted)
+
+    @property
+    def room(self) -> int:
+        """Tokens that may still be drawn."""
+        return len(self.request.prompt_ids) + self.request.max_new_tokens - len(self.ids)
 
 
 class Engine:
@@ -56,7 +65,8 @@ class Engine:
         model = self._model = text_model.model
         self._device = model.embed_tokens.weight.device
         dtype = model.compute_dtype or model.embed_tokens.weight.dtype
-        page = self.limits.page_tokens * bytes_per_token(model.config, model.config.num_hidden_layers, dtype)
+        layers = model.config.num_hidden_layers + bool(self.limits.speculate)
+        page = self.limits.page_tokens * bytes_per_token(model.config, layers, dtype)
         pages = self.limits.cache_bytes // page
         if pages < 1:
             raise SoliError(
@@ -65,7 +75,8 @@ class Engine:
             )
         self._pages = PagePool(pages)
         self._cache = LatentCache(pages, self.limits.page_tokens, self.limits.running, text_model.positions)
-        self._scheduler = Scheduler(self._cache, self._pages, self.limits)
+        self._scheduler = Scheduler(self._cache, self._pages, self.limits, bool(self.limits.speculate))
+        self._drafter = self._make_drafter() if self.limits.speculate else None
         self._answers: dict[int, _Answer] = {}
         self._ended: list[Event] = []  # told with the next step
         self._constraints: Constraints | None = None
@@ -135,6 +146,11 @@ class Engine:
             expert_load=tuple(map(tuple, self._load_LE.tolist())),
         )
 
+    def _make_drafter(self) -> Drafter:
+        if not len(self._model.mtp):
+            raise SoliError("this model has no MTP module to draft with: turn speculation off")
+        return Drafter(self._model, self._cache)
+
     def _state(self, request: Request) -> SamplerState:
         vocab, constraint = self._model.config.vocab_size, None
         if request.constraint is not None:
@@ -183,44 +199,91 @@ class Engine:
             )
 
     def _read(self, reads: Sequence[Read]) -> list[Event]:
-        """Runs the model over the reads, draws for those that are read to their end."""
-        tasks, counts = [read.task for read in reads], [read.count for read in reads]
-        now = self._cache.begin([task.row for task in tasks], [task.read for task in tasks], counts, self._device)
-        ids = [token for task, count in zip(tasks, counts, strict=True) for token in task.ids[task.read :][:count]]
-        ids_1T = torch.tensor([ids], dtype=torch.int64).to(self._device)
+        """Runs the model over the reads, draws for those that are read to their end, drafts what may follow."""
+        counts = [read.count for read in reads]
+        now = self._cache.begin([read.task.row for read in reads], [read.start for read in reads], counts, self._device)
+        ids_1T = torch.tensor([[token for read in reads for token in read.tokens]], dtype=torch.int64).to(self._device)
         trunk = self._model.trunk(ids_1T, now.positions_T[None], now, self._muted(reads))
         self._count(reads, trunk.routing)
-        stops = list(accumulate(counts))
-        routing = {
-            read.task.number: self._new_routing(read, trunk.routing, stop)
-            for read, stop in zip(reads, stops, strict=True)
-            if read.task.request.trace
-        }
-        self._scheduler.advance(reads)
-        done = [at for at, task in enumerate(tasks) if task.left == 0]
-        last_BD = trunk.hidden_BTD[0, torch.tensor([stops[at] - 1 for at in done], dtype=torch.int64)]
-        answers = [self._answers[tasks[at].number] for at in done]
-        drawn = self._draw(last_BD, answers) if answers else []
-        events = [
-            self._accept(one, token, routing.pop(one.number, None)) for one, token in zip(answers, drawn, strict=True)
-        ]
-        return events + [Event(number, routing=part) for number, part in routing.items() if part is not None]
+        ends = list(accumulate(counts))
+        drawn = self._draw(reads, ends, trunk.hidden_BTD[0])
+        events: list[Event] = []
+        followed: list[Followed] = []
+        for read, end in zip(reads, ends, strict=True):
+            answer = self._answers[read.task.number]
+            found = drawn.get(answer.number)
+            stays = read.count if found is None else read.count - len(answer.drafts) + found.kept
+            routing = self._new_routing(answer, read, stays, trunk.routing, end - read.count)
+            self._scheduler.advance(answer, stays)
+            if self._drafter is None:
+                self._scheduler.publish(answer)
+            events += self._accept_all(answer, found, routing)
+            if answer.number in self._answers:
+                wants = answer.state if found is not None and answer.room > 1 else None
+                followed.append(Followed(answer, read.start, stays, end - read.count, wants))
+        if self._drafter is not None:
+            self._draft(self._drafter, followed, trunk.hidden_BTD[0])
+        return events
 
-    def _draw(self, last_BD: Tensor, answers: Sequence[_Answer]) -> list[Drawn | SoliError]:
-        logits_BV = self._model.head(last_BD)
-        return sample(logits_BV, [answer.state for answer in answers], [answer.request.logprobs for answer in answers])
+    def _draw(self, reads: Sequence[Read], ends: Sequence[int], hidden_TD: Tensor) -> dict[int, Verified]:
+        """The next tokens of everyone who is read to the end, by number; drafts are verified."""
+        last = [(self._answers[read.task.number], end) for read, end in zip(reads, ends, strict=True) if read.last]
+        if not last:
+            return {}
+        rows = [row for answer, end in last for row in range(end - 1 - len(answer.drafts), end)]
+        logits_RV = self._model.head(hidden_TD[torch.tensor(rows, device=self._device)])
+        stops = list(accumulate(1 + len(answer.drafts) for answer, _ in last))
+        plain = [(answer, stop - 1) for (answer, _), stop in zip(last, stops, strict=True) if not answer.drafts]
+        found: dict[int, Verified] = {}
+        if plain:
+            states, asked = [one.state for one, _ in plain], [one.request.logprobs for one, _ in plain]
+            tokens = sample(logits_RV[[row for _, row in plain]], states, asked)
+            found = {one.number: Verified((token,), 0) for (one, _), token in zip(plain, tokens, strict=True)}
+        for (one, _), stop in zip(last, stops, strict=True):
+            if one.drafts:
+                own_KV = logits_RV[stop - 1 - len(one.drafts) : stop]
+                found[one.number] = verify(own_KV, one.guesses, one.state, one.request.stop_ids, one.request.logprobs)
+        return found
 
-    def _accept(self, answer: _Answer, drawn: Drawn | SoliError, routing: tuple[Routing, ...] | None) -> Event:
+    def _draft(self, drafter: Drafter, followed: Sequence[Followed], hidden_TD: Tensor) -> None:
+        drafts = drafter.follow(followed, hidden_TD)
+        for part in followed:
+            self._scheduler.publish(part.task)
+            draft = drafts.get(part.task.number)
+            if draft is not None:
+                self._answers[part.task.number].guesses = [draft]
+                part.task.drafts = [draft.token]
+
+    def _accept_all(self, answer: _Answer, found: Verified | None, routing: tuple[Routing, ...] | None) -> list[Event]:
+        """The events of one request in a step; what was read is told with the last of them."""
+        events: list[Event] = []
+        if found is not None:
+            answer.drafted += len(answer.drafts)
+            answer.accepted += found.kept
+            self._drafted += len(answer.drafts)
+            self._accepted += found.kept
+            answer.drafts, answer.guesses = [], []
+            for drawn in found.drawn:
+                events.append(self._accept(answer, drawn))
+                if events[-1].finish_reason is not None:
+                    break
+        if routing is None:
+            return events
+        if not events:
+            return [Event(answer.number, routing=routing)]
+        return [*events[:-1], replace(events[-1], routing=routing)]
+
+    def _accept(self, answer: _Answer, drawn: Drawn | SoliError) -> Event:
         """The answer goes on, or ends, with what was drawn for it."""
         if isinstance(drawn, SoliError):
-            return self._end(answer, "error", routing=routing, error=str(drawn))
+            return self._end(answer, "error", error=str(drawn))
         token, request = drawn.token, answer.request
         if token in request.stop_ids:
-            return self._end(answer, "stop", answer.stream.finish(), routing=routing)
+            return self._end(answer, "stop", answer.stream.finish())
         try:
             answer.state.accept(token)
         except SoliError as error:  # a dead end of the constraint
-            return self._end(answer, "error", routing=routing, error=str(error))
+            return self._end(answer, "error", error=str(error))
         answer.ids.append(token)
         self._completion_tokens += 1
         text = answer.stream.push(token)
@@ -229,11 +292,11 @@ class Engine:
             reason = "stop"
         elif answer.state.finished:
             reason, text = "stop", text + answer.stream.finish()
-        elif len(answer.ids) - len(request.prompt_ids) == request.max_new_tokens:
+        elif answer.room == 0:
             reason, text = "length", text + answer.stream.finish()
         if reason is None:
-            return Event(answer.number, token, text, drawn.logprob, routing)
-        return self._end(answer, reason, text, token, drawn, routing)
+            return Event(answer.number, token, text, drawn.logprob)
+        return self._end(answer, reason, text, token, drawn)
 
     def _end(
         self,
@@ -242,27 +305,30 @@ class Engine:
         text: str = "",
         token: int | None = None,
         drawn: Drawn | None = None,
-        routing: tuple[Routing, ...] | None = None,
         error: str | None = None,
     ) -> Event:
         self._scheduler.remove(answer)
         del self._answers[answer.number]
         logprob = drawn.logprob if drawn else None
-        return Event(answer.number, token, text, logprob, routing, reason, answer.usage, error)
+        return Event(answer.number, token, text, logprob, None, reason, answer.usage, error)
 
     def _count(self, reads: Sequence[Read], layers: Sequence[Routing]) -> None:
-        fresh = sum(max(0, min(len(r.task.request.prompt_ids), r.task.read + r.count) - r.task.read) for r in reads)
-        self._prompt_tokens += fresh
+        for read in reads:
+            self._prompt_tokens += max(0, min(len(read.task.request.prompt_ids) - read.start, read.count))
         for load_E, routing in zip(self._load_LE, layers, strict=True):
             load_E += routing.counts_E().cpu()
 
-    def _new_routing(self, read: Read, layers: Sequence[Routing], stop: int) -> tuple[Routing, ...] | None:
-        """What the routers said of the read's tokens, less those that were told before a preemption."""
-        answer = self._answers[read.task.number]
-        end = answer.read + read.count
-        new = end - max(answer.shown, answer.read)
-        answer.shown = max(answer.shown, end)
-        return tuple(slice_routing(layer, stop - new, stop) for layer in layers) if new > 0 else None
+    def _new_routing(
+        self, answer: _Answer, read: Read, stays: int, layers: Sequence[Routing], row: int
+    ) -> tuple[Routing, ...] | None:
+        """What the routers said of the read's tokens that stay, less those that were told before a preemption; they
+        begin at `row` of the step."""
+        end = read.start + stays
+        first = max(answer.shown, read.start)
+        if not answer.request.trace or end <= first:
+            return None
+        answer.shown = end
+        return tuple(slice_routing(layer, row + first - read.start, row + stays) for layer in layers)
 
     def _muted(self, reads: Sequence[Read]) -> dict[int, Tensor] | None:
         """For each layer with mutes, which experts must not play for which tokens."""

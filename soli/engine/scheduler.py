@@ -8,23 +8,24 @@ oldest can always go on, so every request ends.
 """
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from soli.engine.cache import LatentCache, pages_for
+from soli.engine.cache import FEW, LatentCache, pages_for
 from soli.engine.pages import PagePool, page_key
 from soli.engine.request import EngineLimits, Request
 
 
 @dataclass(eq=False)
 class Task:
-    """A request under way. `ids`: prompt and answer; the first `read` of them have their latents in the cache."""
+    """A request under way. `ids`: prompt and answer; the first `read` of them have their latents in the cache. `drafts`
+    are guesses at what follows, read together with the last of `ids`."""
 
     number: int
     request: Request
     ids: list[int]
+    drafts: list[int] = field(default_factory=list)
     read: int = 0
     cached: int = 0  # tokens of the prompt that the cache already held when the request first ran
     row: int = -1  # of the page tables, while it runs
@@ -35,22 +36,34 @@ class Task:
 
     @property
     def left(self) -> int:
-        """Tokens still to be read before the next one can be drawn."""
-        return len(self.ids) - self.read
+        """Tokens to be read before the next can be drawn, drafts among them."""
+        return len(self.ids) + len(self.drafts) - self.read
 
 
 @dataclass(frozen=True)
 class Read:
-    """A part of a step: the next `count` tokens of a task."""
+    """A part of a step: `count` tokens of a task from position `start` on, those of `ids` and then the drafts."""
 
     task: Task
+    start: int
     count: int
+
+    @property
+    def tokens(self) -> list[int]:
+        return (self.task.ids[self.start :] + self.task.drafts)[: self.count]
+
+    @property
+    def last(self) -> bool:
+        """Whether nothing is left to read after it, so that tokens can be drawn."""
+        return self.start + self.count == len(self.task.ids) + len(self.task.drafts)
 
 
 class Scheduler:
     """Decides over `cache` and `pool`, which no one else may touch."""
 
-    def __init__(self, cache: LatentCache, pool: PagePool, limits: EngineLimits) -> None:
+    def __init__(self, cache: LatentCache, pool: PagePool, limits: EngineLimits, drafting: bool = False) -> None:
+        # What the MTP module keeps of a token depends on the token after it as well.
+        self._beyond = int(drafting)
         self.waiting: deque[Task] = deque()
         self.running: list[Task] = []  # the oldest first
         self.preemptions = 0
@@ -59,33 +72,38 @@ class Scheduler:
         self._rows = list(range(limits.running - 1, -1, -1))
 
     def plan(self) -> list[Read]:
-        """What the next step reads, single tokens first; [] when nothing runs. Whoever reads it calls `advance`."""
+        """What the next step reads, a few tokens of one task before many; [] when nothing runs. Whoever reads it tells
+        `advance`."""
         counts: dict[Task, int] = {}
         budget = self._limits.tokens_per_step
         for chunks in (False, True):
-            for task in [task for task in self.running if (task.left > 1) == chunks]:
-                if task.row >= 0 and budget and self._make_room(task, min(task.left, budget), counts):
-                    counts[task] = min(task.left, budget)
-                    budget -= counts[task]
+            for task in [task for task in self.running if (task.left > FEW) == chunks]:
+                count = _portion(task, budget)
+                if task.row >= 0 and count and self._make_room(task, count, counts):
+                    counts[task] = count
+                    budget -= count
         while budget and self._admit():
             task = self.running[-1]
-            count = min(task.left, budget)
-            if not self._make_room(task, count, counts):
+            count = _portion(task, budget)
+            if not count or not self._make_room(task, count, counts):
                 break
             counts[task] = count
             budget -= count
-        return sorted((Read(task, count) for task, count in counts.items()), key=lambda read: read.count > 1)
+        reads = (Read(task, task.read, count) for task, count in counts.items())
+        return sorted(reads, key=lambda read: read.count > FEW)
 
-    def advance(self, reads: Sequence[Read]) -> None:
-        """The reads have been made: pages that are full now can be found by later requests."""
-        for task, count in ((read.task, read.count) for read in reads):
-            task.read += count
-            if self._limits.prefix_sharing:
-                whole = task.read // self._limits.page_tokens
-                self._extend_keys(task, whole)
-                for index in range(task.published, whole):
-                    self._pool.publish(task.pages[index], task.keys[index])
-                task.published = max(task.published, whole)
+    def advance(self, task: Task, tokens: int) -> None:
+        """So many more of the task's `ids` have their latents in the cache."""
+        task.read += tokens
+
+    def publish(self, task: Task) -> None:
+        """Pages of the task that are full now can be found by later requests."""
+        if self._limits.prefix_sharing:
+            whole = min(task.read, len(task.ids) - self._beyond) // self._limits.page_tokens
+            self._extend_keys(task, whole)
+            for index in range(task.published, whole):
+                self._pool.publish(task.pages[index], task.keys[index])
+            task.published = max(task.published, whole)
 
     def remove(self, task: Task) -> None:
         """The request has ended: its place and its pages are free."""
@@ -100,7 +118,7 @@ class Scheduler:
             return False
         task = self.waiting[0]
         found = self._known_prefix(task)
-        needed = pages_for(len(task.ids) + 1, self._limits.page_tokens) - len(found)
+        needed = pages_for(len(task.ids) + len(task.drafts) + 1, self._limits.page_tokens) - len(found)
         if needed > self._pool.available - self._pool.kept(found):
             return False
         self.running.append(self.waiting.popleft())
@@ -157,7 +175,14 @@ class Scheduler:
         size = self._limits.page_tokens
         for index in range(len(task.keys), pages):
             parent = task.keys[index - 1] if index else _root(task.request)
-            task.keys.append(page_key(parent, task.ids[index * size : (index + 1) * size]))
+            task.keys.append(page_key(parent, task.ids[index * size : (index + 1) * size + self._beyond]))
+
+
+def _portion(task: Task, budget: int) -> int:
+    """How many tokens of a task a step may read. The drafts and the last token before them are read together."""
+    count = min(task.left, budget)
+    cut = 0 < task.left - count <= len(task.drafts)
+    return task.left - len(task.drafts) - 1 if cut else count
 
 
 def _root(request: Request) -> bytes:

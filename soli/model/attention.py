@@ -36,9 +36,9 @@ class Chunk:
 class Cache(Protocol):
     """Where latents live between calls, for one pass over new tokens of several texts. The engine owns it.
 
-    The first `singles` tokens of the pass are one each of as many texts: token b attends to the first `lengths_B[b]`
-    (int32) slots of the pages in `table_BM[b]` (int32). The rest are `chunks`, in order. Batch and time of the pass
-    are flattened to T tokens.
+    The first `singles` tokens of the pass are queries by themselves: token b attends to the first `lengths_B[b]`
+    (int32) slots of the pages in `table_BM[b]` (int32); its own is the last of them. Several may be of one text. The
+    rest are `chunks`, in order. Batch and time of the pass are flattened to T tokens.
     """
 
     @property
