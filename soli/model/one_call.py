@@ -89,7 +89,7 @@ class _Builder:
         self.dtype, self.rope = dtype, rope
         self.narrow = (dtype, torch.bfloat16)  # a float32 master under bfloat16 is torch's: it rounds before a product
         self.places: list[tuple[dict[str, Any], str]] = []  # where tensors hang
-        self.packs: list[tuple[Linear | RoutedExperts, object]] = []  # modules with what they had packed
+        self.packs: list[tuple[dict[str, Any], object]] = []  # attributes of modules, and what was packed
         self.alive: list[object] = []
         self.scales = [(block.self_attn, block.self_attn.scale) for block in blocks]
         table = (c.Layer * len(blocks))(*(self._layer(block) for block in blocks))
@@ -100,13 +100,16 @@ class _Builder:
 
     def holds(self, rope: Rope, dtype: torch.dtype) -> bool:
         """Whether everything is still where the table says."""
+        try:
+            addresses = [hung[name].data_ptr() for hung, name in self.places]
+        except (KeyError, AttributeError):  # taken out, or None
+            return False
         return (
-            self.rope is rope
+            addresses == self.addresses
+            and self.rope is rope
             and self.dtype == dtype
-            and all(module.packed is packed and "product" not in vars(module) for module, packed in self.packs)
+            and all(hung.get("packed") is packed and "product" not in hung for hung, packed in self.packs)
             and all(module.scale == scale for module, scale in self.scales)
-            and [-1 if hung.get(name) is None else hung[name].data_ptr() for hung, name in self.places]
-            == self.addresses
         )
 
     def _layer(self, block: Block) -> c.Layer:
@@ -155,7 +158,7 @@ class _Builder:
 
     def _experts(self, experts: RoutedExperts) -> cpu.ExpertTable:
         self._plain(experts, RoutedExperts)
-        self.packs.append((experts, experts.packed))
+        self.packs.append((vars(experts), experts.packed))
         if experts.packed is None:
             hung = experts._parameters
             stacks = (self._tensor(hung, name, *self.narrow) for name in ("gate_up_proj", "down_proj"))
@@ -169,7 +172,7 @@ class _Builder:
 
     def _weight(self, linear: Linear) -> c.Weight:
         self._plain(linear, Linear)
-        self.packs.append((linear, linear.packed))
+        self.packs.append((vars(linear), linear.packed))
         if linear.packed is None:
             return c.weight(self._tensor(linear._parameters, "weight", *self.narrow))
         self._check(linear.packed.weight, self.dtype, *choice.NARROW)

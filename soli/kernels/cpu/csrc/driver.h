@@ -37,6 +37,20 @@ struct Tokens {
         }
     }
 
+    // The part of token t from `at` on, a multiple of STEP: n values, and zeros up to the next multiple.
+    void put_part(int64_t t, int64_t at, const float* from, int64_t n) {
+        const int64_t whole = padded(n);
+        if (narrow) {
+            uint16_t* to = reinterpret_cast<uint16_t*>(data + t * token_bytes()) + at;
+            for (int64_t i = 0; i < n; i++) to[i] = narrowed(from[i]);
+            std::memset(to + n, 0, 2 * (whole - n));
+            isa.arrange16(layout.format, to, whole);
+        } else {
+            float* to = reinterpret_cast<float*>(data + t * token_bytes()) + at;
+            std::memcpy(to, from, 4 * n), std::memset(to + n, 0, 4 * (whole - n));
+        }
+    }
+
     // y[t * y_stride + r] for `count` tokens from `first` on and all rows.
     void dots(const Matrix& matrix, int64_t row, int64_t rows, int64_t first, int64_t count, float* y, int64_t y_stride) const {
         const Rows block = {matrix, layout, row, rows};

@@ -3,11 +3,16 @@
 // Each struct from Vector to Call has the same fields in soli/kernels/cpu/layers.py. Weights stay where they are, in any
 // format; between products everything is float32: rows are rounded only into the tokens of a bfloat16 product, into the
 // cache, and on leaving. Every thread of the team runs every step and shares its loops; a step's buffers lie in one area
-// that each thread lays out for itself, at the same addresses.
+// that each thread lays out for itself, at the same addresses. What is small is done by every thread for itself where
+// there are fewer rows than threads, and loops are shared out beforehand: both take less time than waiting for each other.
 //
 // Shapes: T rows, D hidden, H heads, N nope, R rotary and V value width, C latent, X = C + R, L query latent, E experts,
 // K chosen, G groups, F width of a feed-forward network.
 #pragma once
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #include "experts.h"
 #include "latents.h"
 
@@ -117,11 +122,49 @@ struct Pass {
     const Kernels& isa;
     float *x, *cos, *sin;  // (T, D) the rows between layers; (T, R / 2)
 
+    bool alone() const { return call.T < call.threads; }  // every thread does what is small for itself
+
+    // Memory for what each_row makes: of its own for every thread that works alone.
+    template <class V>
+    V* made(Area& area, int64_t count) const {
+        return alone() ? own<V>(area, count) : area.take<V>(count);
+    }
+
+    // Memory of its own for every thread.
+    template <class V>
+    V* own(Area& area, int64_t count) const {
+        const int64_t each = Scratch::bytes<V>(count) / sizeof(V);
+        return area.take<V>(each * call.threads) + each * thread();
+    }
+
+    // Calls run(t) for each row; then all rows are done, as far as this thread can see.
+    template <class Run>
+    void each_row(Run run) const {
+        if (alone()) {
+            for (int64_t t = 0; t < call.T; t++) run(t);
+        } else {
+#pragma omp for
+            for (int64_t t = 0; t < call.T; t++) run(t);
+        }
+    }
+
+    static int64_t thread() {
+#ifdef _OPENMP
+        return omp_get_thread_num();
+#else
+        return 0;
+#endif
+    }
+
     Tokens tokens(const Weight& weight) const { return Tokens(isa, weight.layout, call.dtype); }
 };
 
 inline void take(Area& area, Tokens& tokens, int64_t count) {
     tokens.data = area.take<uint8_t>(tokens.token_bytes() * count);
+}
+
+inline void take_made(const Pass& pass, Area& area, Tokens& tokens, int64_t count) {
+    tokens.data = pass.made<uint8_t>(area, tokens.token_bytes() * count);
 }
 
 // y = x / sqrt(mean(x^2) + eps) * weight. Sixteen sums, so that the compiler may add side by side.

@@ -17,9 +17,10 @@ public:
           batch(latents, T, call.M, call.table, call.lengths, call.threads), q_in(pass.tokens(a.low() ? a.q_a : a.q_b)),
           low_in(pass.tokens(a.q_b)), kv_in(pass.tokens(a.kv_a)), queries(pass.isa, latents.slot, call.dtype),
           mixed_in(pass.tokens(a.kv_b)), o_in(pass.tokens(a.o)) {
-        take(area, q_in, T), take(area, low_in, a.low() ? T : 0), take(area, kv_in, T), take(area, queries, T * H);
-        take(area, mixed_in, T * H), take(area, o_in, T);
-        rows = area.take<float>(T * call.D), low = area.take<float>(T * a.q_a.layout.O), kv = area.take<float>(T * X);
+        take_made(pass, area, q_in, T), take_made(pass, area, low_in, a.low() ? T : 0), take_made(pass, area, kv_in, T);
+        take_made(pass, area, o_in, T), take(area, queries, T * H), take(area, mixed_in, T * H);
+        row = pass.own<float>(area, std::max(call.D, a.q_a.layout.O));
+        low = area.take<float>(T * a.q_a.layout.O), kv = area.take<float>(T * X);
         q = area.take<float>(T * H * (a.N + a.R)), absorbed = area.take<float>(T * H * padded(X));
         heads = area.take<float>(T * H * a.V), batch.parts = area.take<float>(batch.part_floats());
         used = area.used;
@@ -28,47 +29,56 @@ public:
     size_t used;
 
     void run() {
-#pragma omp for
-        for (int64_t t = 0; t < T; t++) begin(t);
+        pass.each_row([&](int64_t t) { begin(t); });
         const int64_t low_blocks = blocks(a.q_a.layout.O), kv_blocks = blocks(X);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(static)
         for (int64_t i = 0; i < low_blocks + kv_blocks; i++)
             if (i < low_blocks) product(a.q_a, q_in, T, i, a.q_a_bias, low);
             else product(a.kv_a, kv_in, T, i - low_blocks, a.kv_a_bias, kv);
-#pragma omp for
-        for (int64_t t = 0; t < T; t++) keep(t);
-#pragma omp for schedule(dynamic)
-        for (int64_t h = 0; h < H; h++) query(h);
-#pragma omp for schedule(dynamic)
-        for (int64_t piece = 0; piece < batch.pieces(); piece++) batch.attend(queries, piece);
-#pragma omp for schedule(dynamic)
-        for (int64_t h = 0; h < H; h++) value(h);
-#pragma omp for
-        for (int64_t t = 0; t < T; t++) o_in.put(t, heads + t * H * a.V, FLOAT);
-#pragma omp for schedule(dynamic)
+        if (a.low()) pass.each_row([&](int64_t t) { follow(t); });
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < H + T; i++)
+            if (i < H) query(i);
+            else keep(i - H);
+        const int64_t groups = batch.groups();
+        if (groups > 1) {  // few pieces: whoever attends for some heads goes on with them
+#pragma omp for schedule(static)
+            for (int64_t g = 0; g < groups; g++) {
+                for (int64_t piece = g; piece < batch.pieces(); piece += groups) batch.attend(queries, piece);
+                for (int64_t h = g * batch.heads; h < std::min(H, (g + 1) * batch.heads); h++) value(h);
+            }
+        } else {
+#pragma omp for schedule(static)
+            for (int64_t piece = 0; piece < batch.pieces(); piece++) batch.attend(queries, piece);
+#pragma omp for schedule(static)
+            for (int64_t h = 0; h < H; h++) value(h);
+        }
+        pass.each_row([&](int64_t t) { o_in.put(t, heads + t * H * a.V, FLOAT); });
+#pragma omp for schedule(static)
         for (int64_t i = 0; i < blocks(call.D); i++) end(i);
     }
 
 private:
     // The row, normed, for the first products.
     void begin(int64_t t) {
-        float* row = rows + t * call.D;
         normed(a.norm, pass.x + t * call.D, call.D, row);
         q_in.put(t, row, FLOAT), kv_in.put(t, row, FLOAT);
     }
 
-    // The query's latent, normed; the keys' latent, normed, and the key, rotated, into their slot of the cache.
+    // The query's latent, normed.
+    void follow(int64_t t) {
+        const int64_t L = a.q_a.layout.O;
+        normed(a.q_norm, low + t * L, L, row);
+        low_in.put(t, row, FLOAT);
+    }
+
+    // The keys' latent, normed, and the key, rotated, into their slot of the cache.
     void keep(int64_t t) {
-        const int64_t L = a.q_a.layout.O, slot = call.lengths[t] - 1;
-        if (a.low()) {
-            normed(a.q_norm, low + t * L, L, low + t * L);
-            low_in.put(t, low + t * L, FLOAT);
-        }
-        float* row = kv + t * X;
-        normed(a.kv_norm, row, C, row);
-        rotate(t, row + C);
-        const int64_t page = call.table[t * call.M + slot / call.S];
-        write_out(row, X, pages, (page * call.S + slot % call.S) * X, call.dtype);
+        float* latent = kv + t * X;
+        normed(a.kv_norm, latent, C, latent);
+        rotate(t, latent + C);
+        const int64_t slot = call.lengths[t] - 1, page = call.table[t * call.M + slot / call.S];
+        write_out(latent, X, pages, (page * call.S + slot % call.S) * X, call.dtype);
     }
 
     // The queries of one head: their own part folded with W_UK, beside the rotated one.
@@ -120,7 +130,7 @@ private:
     const Latents latents;
     Batch batch;
     Tokens q_in, low_in, kv_in, queries, mixed_in, o_in;
-    float *rows, *low, *kv, *q, *absorbed, *heads;
+    float *row, *low, *kv, *q, *absorbed, *heads;
 };
 
 }  // namespace

@@ -15,9 +15,9 @@ public:
           router_in(pass.isa, f.router.weight.layout, FLOAT), all_in(pass.isa, all.in, call.dtype),
           all_out(pass.isa, all.out, call.dtype), row_in(pass.isa, some.in, call.dtype), some_in(row_in),
           some_out(pass.isa, some.out, call.dtype), everyone(area, 1, T), pairs(area, E, P) {
-        take(area, router_in, T), take(area, all_in, T), take(area, all_out, T);
-        take(area, row_in, T), take(area, some_in, P), take(area, some_out, P);
-        rows = area.take<float>(T * call.D), logits = area.take<float>(T * E), experts = area.take<int64_t>(1);
+        take_made(pass, area, router_in, T), take_made(pass, area, all_in, T), take_made(pass, area, row_in, T);
+        take(area, all_out, T), take(area, some_in, P), take(area, some_out, P);
+        row = pass.own<float>(area, call.D), logits = area.take<float>(T * E), experts = area.take<int64_t>(1);
         all_hidden = area.take<float>(T * all.in.O), some_hidden = area.take<float>(P * some.in.O);
         used = area.used;
     }
@@ -25,26 +25,21 @@ public:
     size_t used;
 
     void run() {
-#pragma omp for
-        for (int64_t t = 0; t < T; t++) begin(t);
-        const int64_t router_blocks = blocks(E), all_blocks = blocks(all.in.O), some_blocks = blocks(some.in.O);
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < router_blocks + all_blocks; i++)
+        pass.each_row([&](int64_t t) { begin(t); });
+        const int64_t router_blocks = blocks(E), all_spans = spans(all.in.O), some_spans = spans(some.in.O);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < router_blocks + all_spans; i++)
             if (i < router_blocks) product(f.router.weight, router_in, T, i, {}, logits);
-            else hidden_rows(all, 0, all_in, 0, T, (i - router_blocks) * ROWS, all_hidden);
+            else hidden(all, 0, all_in, 0, T, i - router_blocks, all_hidden, all_out);
 #pragma omp single
         choose();
         everyone.experts = all.in.O > 0, pairs.experts = *experts;
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < pairs.experts * some_blocks; i++) {
-            const int64_t e = pairs.chosen[i / some_blocks];
-            hidden_rows(some, e, some_in, pairs.start[e], pairs.start[e + 1], i % some_blocks * ROWS, some_hidden);
+#pragma omp for schedule(dynamic)  // experts have different numbers of rows
+        for (int64_t i = 0; i < pairs.experts * some_spans; i++) {
+            const int64_t e = pairs.chosen[i / some_spans];
+            hidden(some, e, some_in, pairs.start[e], pairs.start[e + 1], i % some_spans, some_hidden, some_out);
         }
-#pragma omp for
-        for (int64_t i = 0; i < P + T * everyone.experts; i++)
-            if (i < P) some_out.put(i, some_hidden + i * some.in.O, FLOAT);
-            else all_out.put(i - P, all_hidden + (i - P) * all.in.O, FLOAT);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(static)
         for (int64_t row = 0; row < call.D; row += ROWS) {
             for (int64_t i = 0; i < pairs.experts; i++) add_rows(some, pairs.chosen[i], some_out, pairs, row, pass.x);
             if (everyone.experts) add_rows(all, 0, all_out, everyone, row, pass.x);
@@ -54,10 +49,19 @@ public:
 private:
     // The row, normed, for the first products.
     void begin(int64_t t) {
-        float* row = rows + t * call.D;
         normed(f.norm, pass.x + t * call.D, call.D, row);
         if (all.in.O) all_in.put(t, row, FLOAT);
         if (E) router_in.put(t, row, FLOAT), row_in.put(t, row, FLOAT);
+    }
+
+    static int64_t spans(int64_t F) { return (F + STEP - 1) / STEP; }
+
+    // STEP hidden values of each pair of one expert, made and put ready for the down product.
+    void hidden(const Experts& layer, int64_t e, const Tokens& in, int64_t begin, int64_t end, int64_t span, float* values,
+                Tokens& out) {
+        const int64_t F = layer.in.O, first = span * STEP, last = std::min(F, first + STEP);
+        for (int64_t at = first; at < last; at += ROWS) hidden_rows(layer, e, in, begin, end, at, values);
+        for (int64_t p = begin; p < end; p++) out.put_part(p, first, values + p * F + first, last - first);
     }
 
     // The routers' decisions, and the rows in the order of their experts.
@@ -79,7 +83,7 @@ private:
     const Experts all, some;
     Tokens router_in, all_in, all_out, row_in, some_in, some_out;
     Pairs everyone, pairs;
-    float *rows, *logits, *all_hidden, *some_hidden;
+    float *row, *logits, *all_hidden, *some_hidden;
     int64_t* experts;  // how many were chosen: `pairs` is each thread's own, its arrays are not
 };
 
