@@ -118,9 +118,9 @@ class Tokenizer:
         """Whether the vocabulary holds this token, by its written form."""
         return self._backend.token_to_id(token) is not None
 
-    def special_tokens(self) -> list[str]:
-        """The written forms of the special tokens."""
-        return [str(self._backend.id_to_token(index)) for index in sorted(self._special)]
+    def added_tokens(self) -> dict[str, int]:
+        """The tokens that stand beside the vocabulary, special or not, by their written forms."""
+        return {token.content: index for index, token in self._backend.get_added_tokens_decoder().items()}
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, without bos or eos."""

@@ -22,7 +22,7 @@ from soli.engine.constraint import Constraints
 from soli.engine.drafter import Drafter, Followed
 from soli.engine.generate import slice_routing
 from soli.engine.pages import PagePool
-from soli.engine.request import EngineLimits, EngineStats, Event, FinishReason, QueueFull, Request, Usage
+from soli.engine.request import EngineLimits, EngineStats, Event, FinishReason, QueueFull, Refused, Request, Usage
 from soli.engine.sampler import Drawn, SamplerState, sample
 from soli.engine.scheduler import Read, Scheduler, Task
 from soli.engine.speculate import Draft, Verified, verify
@@ -87,7 +87,7 @@ class Engine:
         self._drafted = self._accepted = 0
 
     def add(self, request: Request) -> int:
-        """Takes a request; its number. QueueFull when too many wait; SoliError for what could never run."""
+        """Takes a request; its number. QueueFull when too many wait; Refused or SoliError for what could never run."""
         self._check(request)
         if len(self._scheduler.waiting) >= self.limits.waiting:
             raise QueueFull(f"{self.limits.waiting} requests wait already: try again later")
@@ -162,21 +162,27 @@ class Engine:
     def _check(self, request: Request) -> None:
         prompt, limit, vocab = request.prompt_ids, request.max_new_tokens, self._model.config.vocab_size
         if not prompt:
-            raise SoliError("the prompt is empty: give it at least one token")
+            raise Refused("prompt_ids", "the prompt is empty: give it at least one token")
         if not 0 <= min(prompt) <= max(prompt) < vocab:
-            raise SoliError(f"the prompt holds token {max(prompt)}, but the model's vocabulary ends at {vocab - 1}")
+            raise Refused(
+                "prompt_ids",
+                f"the prompt holds token {max(prompt)}, but the model's vocabulary ends at {vocab - 1}",
+            )
         if limit < 1:
-            raise SoliError(f"max_new_tokens is {limit}: ask for at least 1")
+            raise Refused("max_new_tokens", f"max_new_tokens is {limit}: ask for at least 1")
         together = f"the prompt has {len(prompt)} tokens and asks for {limit} more"
         if len(prompt) + limit > self.text_model.positions:
-            raise SoliError(
+            raise Refused(
+                "max_new_tokens",
                 f"{together}, but the model has only {self.text_model.positions} positions: shorten the text or ask "
-                "for fewer tokens"
+                "for fewer tokens",
             )
         if pages_for(len(prompt) + limit, self.limits.page_tokens) > self._pages.pages:
-            raise SoliError(
+            raise Refused(
+                "max_new_tokens",
                 f"{together}, but the cache of {self.limits.cache_bytes} bytes holds {self._pages.pages} pages of "
-                f"{self.limits.page_tokens}: shorten the text, ask for fewer tokens or give the engine more cache_bytes"
+                f"{self.limits.page_tokens}: shorten the text, ask for fewer tokens or give the engine more "
+                "cache_bytes",
             )
         for layer in {layer for layer, _ in request.muted}:
             self._check_mutes(layer, sorted(expert for at, expert in request.muted if at == layer))
@@ -184,18 +190,21 @@ class Engine:
     def _check_mutes(self, layer: int, experts: Sequence[int]) -> None:
         moe = self._moes.get(layer)
         if moe is None:
-            raise SoliError(f"layer {layer} has no routed experts to mute; those with are {sorted(self._moes)}")
+            raise Refused("muted", f"layer {layer} has no routed experts to mute; those with are {sorted(self._moes)}")
         E = moe.gate.weight.shape[0]
         if not 0 <= experts[0] <= experts[-1] < E:
-            raise SoliError(f"expert {experts[-1]} of layer {layer} cannot be muted: there are experts 0 to {E - 1}")
+            raise Refused(
+                "muted", f"expert {experts[-1]} of layer {layer} cannot be muted: there are experts 0 to {E - 1}"
+            )
         per_group = E // moe.gate.G
         left = sorted(
             per_group - sum(expert // per_group == group for expert in experts) for group in range(moe.gate.G)
         )
         if sum(left[: moe.gate.kept_groups]) < moe.gate.K:
-            raise SoliError(
+            raise Refused(
+                "muted",
                 f"{len(experts)} experts of layer {layer} are muted, which may leave fewer than the {moe.gate.K} that "
-                "play: mute fewer"
+                "play: mute fewer",
             )
 
     def _read(self, reads: Sequence[Read]) -> list[Event]:

@@ -112,3 +112,11 @@ class EngineStats:
 
 class QueueFull(SoliError):
     """As many requests wait as may: come back later."""
+
+
+class Refused(SoliError):
+    """A request that can never run. `field`: what of the Request is to blame."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field

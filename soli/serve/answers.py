@@ -3,7 +3,8 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
 
@@ -71,11 +72,12 @@ class Answer:
     async def whole(self) -> dict[str, Any]:
         """The answer in one body."""
         traces: list[list[TokenTrace]] = [[] for _ in self._choices]
-        async for place, event in await self._service.play(self._asked.requests):
-            self._choices[place].push(event)
-            self._end(place, event)
-            if self._played:
-                traces[place] += await self._played[place].push(event)
+        async with aclosing(await self._play()) as events:
+            async for place, event in events:
+                self._choices[place].push(event)
+                self._end(place, event)
+                if self._played:
+                    traces[place] += await self._played[place].push(event)
         choices = [choice.whole() for choice in self._choices]
         if self._asked.options.routing == "full":
             for choice, tokens in zip(choices, traces, strict=True):
@@ -83,10 +85,16 @@ class Answer:
         body = self._head | {"object": self._kind, "choices": choices, "usage": self._usage()}
         return body | self._summary()
 
-    async def chunks(self, events: AsyncIterator[tuple[int, Event]]) -> AsyncIterator[dict[str, Any]]:
-        """The chunks of a stream; `events` come from `Service.play`, so that what is refused is refused before it."""
+    async def stream(self) -> AsyncGenerator[dict[str, Any], None]:
+        """The chunks of a stream, once the engine has taken all requests: what is refused is refused before."""
+        return self._chunks(await self._play())
+
+    async def _play(self) -> AsyncGenerator[tuple[int, Event], None]:
+        return await self._service.play(self._asked.requests, self._asked.params)
+
+    async def _chunks(self, events: AsyncGenerator[tuple[int, Event], None]) -> AsyncGenerator[dict[str, Any], None]:
         head = self._head | {"object": "chat.completion.chunk" if self._kind.startswith("chat") else self._kind}
-        try:
+        async with aclosing(events):
             async for place, event in events:
                 traces = await self._played[place].push(event) if self._played else []
                 piece = self._choices[place].push(event)
@@ -96,8 +104,6 @@ class Answer:
                         chunk["soli"] = {"choice": place, "tokens": [asdict(token) for token in traces]}
                     yield chunk
                 self._end(place, event)
-        finally:
-            await events.aclose()  # type: ignore[attr-defined]
         if self._asked.usage_chunk or self._played:
             usage = {"usage": self._usage()} if self._asked.usage_chunk else {}
             yield head | {"choices": []} | usage | self._summary()

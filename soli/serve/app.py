@@ -15,6 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from soli import __version__
+from soli.errors import SoliError
 from soli.serve import errors, openai_routes, page_routes, soli_routes
 from soli.serve.gate import Gate, GateRules
 from soli.serve.service import Service
@@ -35,6 +36,7 @@ def create_app(service: Service, rules: AppRules | None = None) -> ASGIApp:
     app.add_exception_handler(errors.ApiError, errors.on_api_error)
     app.add_exception_handler(AnyHTTPException, errors.on_http_error)
     app.add_exception_handler(RequestValidationError, errors.on_invalid)
+    app.add_exception_handler(SoliError, errors.on_soli_error)
     app.add_exception_handler(Exception, errors.on_anything)
 
     @app.get("/health")
@@ -53,12 +55,9 @@ def create_app(service: Service, rules: AppRules | None = None) -> ASGIApp:
     app.include_router(openai_routes.router(service))
     app.include_router(soli_routes.router(service))
     app.include_router(page_routes.router())
-    wrapped: ASGIApp = app
-    if rules.origins:
-        wrapped = CORSMiddleware(
-            app,
-            allow_origins=rules.origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
-        )
-    return Gate(wrapped, rules.gate)
+    gated = Gate(app, rules.gate)
+    if not rules.origins:
+        return gated
+    # Outside the gate: a browser asks whether it may before it sends the key, and must be able to read a refusal.
+    headers = ["Authorization", "Content-Type"]
+    return CORSMiddleware(gated, allow_origins=rules.origins, allow_methods=["GET", "POST"], allow_headers=headers)

@@ -50,7 +50,9 @@ class CompletionChoice:
         return {"index": self.index, "text": text, "logprobs": said, "finish_reason": self.finish_reason}
 
     def _logprobs(self, logprobs: Sequence[tuple[TokenLogprob, int]]) -> dict[str, Any]:
-        show = self.text_model.tokenizer.token_text
+        def show(token: int) -> str:
+            return token_name(self.text_model, token)
+
         return {
             "tokens": [show(one.token) for one, _ in logprobs],
             "token_logprobs": [one.logprob for one, _ in logprobs],
@@ -135,5 +137,14 @@ class ChatChoice:
         return self._token(found.token, found.logprob) | {"top_logprobs": top}
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        tokenizer = self._text_model.tokenizer
-        return {"token": tokenizer.token_text(token), "logprob": logprob, "bytes": list(tokenizer.token_bytes(token))}
+        written = self._text_model.tokenizer.token_bytes(token)
+        return {"token": token_name(self._text_model, token), "logprob": logprob, "bytes": list(written)}
+
+
+def token_name(text_model: TextModel, token: int) -> str:
+    """A token in logprobs: its text; bytes that are no whole character as OpenAI writes them, `bytes:\\xe4\\xb8`."""
+    written = text_model.tokenizer.token_bytes(token)
+    try:
+        return written.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in written)

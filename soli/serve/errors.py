@@ -1,6 +1,6 @@
 """Errors as OpenAI's API words them: {"error": {"message", "type", "param", "code"}}."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import Request
@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+LONGEST = 800  # characters of a message
 
 
 class ApiError(Exception):
@@ -57,13 +58,33 @@ async def on_invalid(_: Request, error: Exception) -> JSONResponse:
     """The first thing wrong with a body, named as a path: messages.0.content."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    place = [str(part) for part in first["loc"][1:] if isinstance(part, int) or part.islower()]
-    param = ".".join(place) or None
+    param = _place(first["loc"], error.body, first["type"] == "missing") or None
     if first["type"] == "extra_forbidden":
         said = f"{param} is not supported: leave it out"
     else:
         said = f"{param or 'the body'}: {str(first['msg']).removeprefix('Value error, ')}"
-    return JSONResponse(error_body(422 if param is None else 400, said, param), 400)
+    return JSONResponse(error_body(400, said[:LONGEST], param), 400)
+
+
+async def on_soli_error(_: Request, error: Exception) -> JSONResponse:
+    """What the caller caused, where no field is known."""
+    return error_response(400, str(error)[:LONGEST])
+
+
+def _place(loc: Sequence[int | str], body: Any, missing: bool) -> str:
+    """Where in the body pydantic found an error, without the names that it gives to the members of unions."""
+    found: list[str] = []
+    if loc[0] != "body":  # a part of the address
+        return ".".join(map(str, loc[1:]))
+    for number, part in enumerate(loc[1:], start=2):
+        if isinstance(body, dict) and (part in body or (missing and number == len(loc))):
+            body = body.get(part)
+        elif isinstance(body, list) and isinstance(part, int):
+            body = body[part]
+        else:
+            continue
+        found.append(str(part)[:80])
+    return ".".join(found)
 
 
 async def on_anything(_: Request, error: Exception) -> JSONResponse:

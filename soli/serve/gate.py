@@ -1,10 +1,10 @@
 """What every request passes first: allowed host, the key, a bounded body; and one line of log when it is over.
 
-The log is JSON lines without a word of prompts or answers. Plain ASGI, so that streams pass through untouched.
+The log (json_log.py) has no word of prompts or answers. Plain ASGI, so that streams pass through untouched.
 """
 
+import asyncio
 import hmac
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -29,6 +29,7 @@ class GateRules:
     hosts: Sequence[str] = LOOPBACK
     key: str | None = None
     body_bytes: int = 4 * 2**20
+    body_seconds: float = 60.0
 
 
 class Gate:
@@ -59,25 +60,36 @@ class Gate:
                 "bytes": seen["sent"],
                 "seconds": round(time.monotonic() - started, 4),
             }
-            log.info(json.dumps(line))
+            log.info("request", extra={"fields": line})
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}
         refusal = self._refusal(scope, headers)
         if refusal is not None:
-            await error_response(*refusal)(scope, receive, send)
+            headers_out = {"WWW-Authenticate": "Bearer"} if refusal[0] == 401 else None
+            await error_response(*refusal, headers_out)(scope, receive, send)
             return
-        taken = 0
+        await self._app(scope, self._bounded(receive), send)
+
+    def _bounded(self, receive: Receive) -> Receive:
+        """`receive`, which refuses a body that is too large or takes too long to come."""
+        taken, complete = 0, False
+        until = time.monotonic() + self._rules.body_seconds
 
         async def bounded() -> Message:
-            nonlocal taken
-            message = await receive()
+            nonlocal taken, complete
+            try:
+                async with asyncio.timeout(None if complete else until - time.monotonic()):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, f"the body did not come within {self._rules.body_seconds:g} seconds") from None
             taken += len(message.get("body", b""))
+            complete = not message.get("more_body", False)
             if taken > self._rules.body_bytes:
                 raise HTTPException(413, self._too_large())
             return message
 
-        await self._app(scope, bounded, send)
+        return bounded
 
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> tuple[int, str] | None:
         """(status, why) for a request that goes no further."""
@@ -88,14 +100,12 @@ class Gate:
         if not self._open(scope) and not self._has_key(headers):
             return 401, "a key is needed: send it as 'Authorization: Bearer KEY'"
         length = headers.get(b"content-length", b"0")
-        if not length.isdigit():
-            return 400, "Content-Length is no number"
+        if not length.isdigit() or len(length) > 15:
+            return 400, "Content-Length is no number of bytes"
         return (413, self._too_large()) if int(length) > self._rules.body_bytes else None
 
     def _open(self, scope: Scope) -> bool:
-        # A browser asks whether it may before it sends the key (CORS).
-        asks = scope["method"] == "OPTIONS"
-        return asks or scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_FOLDER)
+        return scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_FOLDER)
 
     def _has_key(self, headers: dict[bytes, bytes]) -> bool:
         if self._rules.key is None:

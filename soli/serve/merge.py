@@ -1,14 +1,14 @@
 """Several event streams as one, for answers with several choices, bounded in time."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 from soli.engine.request import Event
 from soli.engine.service import AsyncEvents
 from soli.serve.errors import ApiError
 
 
-async def merged(streams: Sequence[AsyncEvents], seconds: float) -> AsyncIterator[tuple[int, Event]]:
+async def merged(streams: Sequence[AsyncEvents], seconds: float) -> AsyncGenerator[tuple[int, Event], None]:
     """Events as they come, each with its stream's place. Left early, or after so long (ApiError 504), all close."""
     queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -57,11 +58,11 @@ class Metrics:
         """The page that Prometheus reads."""
         return generate_latest(self._registry)
 
-    async def timed(self, events: AsyncIterator[tuple[int, Event]]) -> AsyncIterator[tuple[int, Event]]:
+    async def timed(self, events: AsyncGenerator[tuple[int, Event], None]) -> AsyncGenerator[tuple[int, Event], None]:
         """The events themselves, their times taken."""
         last: dict[int, float] = {}
         started = time.monotonic()
-        try:
+        async with aclosing(events):
             async for place, event in events:
                 now = time.monotonic()
                 if event.token is not None:
@@ -73,8 +74,6 @@ class Metrics:
                 if event.finish_reason is not None:
                     self.ended.labels(event.finish_reason).inc()
                 yield place, event
-        finally:
-            await events.aclose()  # type: ignore[attr-defined]
 
 
 class _EngineFigures:

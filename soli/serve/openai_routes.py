@@ -1,5 +1,6 @@
 """OpenAI's routes: models, completions, chat completions."""
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,10 @@ from soli.serve.streaming import EventStream, while_connected
 from soli.serve.strict import StrictRoute
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer} for status in (400, 401, 404, 413, 421, 429, 500, 503, 504)
+    status: {"model": ErrorAnswer} for status in (400, 401, 404, 408, 413, 421, 429, 500, 503, 504)
 }
+
+UNREAD_SECONDS = 30.0  # how much longer than the answer its reader may take
 
 
 def router(service: Service) -> APIRouter:
@@ -37,7 +40,7 @@ def router(service: Service) -> APIRouter:
     async def completions(body: CompletionBody, request: Request) -> Response:
         service.check_model(body.model)
         loaded = service.loaded
-        asked = prompts.completion(body, loaded, service.limits)
+        asked = await asyncio.to_thread(prompts.completion, body, loaded, service.limits)
         return await respond(
             service, request, asked, "text_completion", lambda at: CompletionChoice(at, loaded.text_model), body.stream
         )
@@ -46,7 +49,7 @@ def router(service: Service) -> APIRouter:
     async def chat(body: ChatBody, request: Request) -> Response:
         service.check_model(body.model)
         loaded = service.loaded
-        asked = prompts.chat(body, loaded, service.limits)
+        asked = await asyncio.to_thread(prompts.chat, body, loaded, service.limits)
         return await respond(
             service, request, asked, "chat.completion", lambda at: ChatChoice(at, loaded.text_model, asked), body.stream
         )
@@ -60,7 +63,7 @@ async def respond(
     """A stream or a whole answer. Refusals come before the first byte of either."""
     answer = Answer(service, asked, kind, make)
     if stream:
-        return EventStream(answer.chunks(await service.play(asked.requests)))
+        return EventStream(await answer.stream(), service.limits.seconds + UNREAD_SECONDS)
     return JSONResponse(await while_connected(request, answer.whole()))
 
 

@@ -1,7 +1,7 @@
 """From a body to the engine's requests: prompts as tokens, how to sample, where to stop. What the model cannot do is
 refused with the field that asks for it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,12 +10,12 @@ from soli.engine.request import Request
 from soli.engine.sampler import SamplingParams
 from soli.errors import SoliError
 from soli.serve.errors import ApiError
-from soli.serve.reasoning import ends_thinking
 from soli.serve.schema import ChatBody, CompletionBody, Message, Sampling, SoliOptions, Tool, ToolChoice
 from soli.serve.service import Loaded, ServiceLimits
 from soli.serve.tools import schema_of_any
 
 COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat may use the room there is
+PARAMS = {"max_new_tokens": "max_tokens", "muted": "soli.mute"}  # fields of a Request as bodies call them
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Asked:
     requests: tuple[Request, ...]
     choices: int
     options: SoliOptions
+    params: Mapping[str, str]  # the body's names of the requests' fields, for refusals
     usage_chunk: bool = False
     thinking: bool = False  # the prompt ends inside the reasoning
     tools: bool = False  # the answer may hold calls
@@ -38,7 +39,8 @@ def completion(body: CompletionBody, loaded: Loaded, limits: ServiceLimits) -> A
         given = [given]
     prompts = [loaded.text_model.text_prompt(one) if isinstance(one, str) else list(one) for one in given]
     base = _base(body, body.max_tokens or COMPLETION_TOKENS, loaded)
-    return _asked(body, [replace(base, prompt_ids=tuple(ids), logprobs=body.logprobs) for ids in prompts], limits)
+    requests = [replace(base, prompt_ids=tuple(ids), logprobs=body.logprobs) for ids in prompts]
+    return _asked(body, requests, {"prompt_ids": "prompt", **PARAMS}, loaded, limits)
 
 
 def chat(body: ChatBody, loaded: Loaded, limits: ServiceLimits) -> Asked:
@@ -51,8 +53,10 @@ def chat(body: ChatBody, loaded: Loaded, limits: ServiceLimits) -> Asked:
             "messages",
         )
     tools, forced = _tools(body, loaded)
+    constraint = _constraint(body, forced)
     try:
-        ids, end = loaded.template.render([_turn(one) for one in body.messages], tools, body.chat_template_kwargs)
+        turns = [_turn(one) for one in body.messages]
+        ids, thinking = loaded.template.render(turns, tools, body.chat_template_kwargs, think=constraint is None)
     except SoliError as error:
         raise ApiError(400, str(error), "messages") from error
     if body.max_tokens and body.max_completion_tokens:
@@ -65,28 +69,39 @@ def chat(body: ChatBody, loaded: Loaded, limits: ServiceLimits) -> Asked:
         base,
         prompt_ids=tuple(ids),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        constraint=_constraint(body, forced),
+        constraint=constraint,
     )
-    asked = _asked(body, [request], limits)
-    thinking = ends_thinking(end) and request.constraint is None
+    params = {"prompt_ids": "messages", **PARAMS, "constraint": "response_format" if forced is None else "tools"}
+    if body.max_completion_tokens:
+        params["max_new_tokens"] = "max_completion_tokens"
+    asked = _asked(body, [request], params, loaded, limits)
     return replace(asked, thinking=thinking, tools=bool(tools) and forced is None, forced_tool=forced)
 
 
-def _asked(body: Sampling, prompts: Sequence[Request], limits: ServiceLimits) -> Asked:
+def _asked(
+    body: Sampling, prompts: Sequence[Request], params: Mapping[str, str], loaded: Loaded, limits: ServiceLimits
+) -> Asked:
     choices = body.n or 1
     if choices * len(prompts) > limits.choices:
         raise ApiError(400, f"{choices * len(prompts)} answers are asked for; this server gives {limits.choices}", "n")
     longest = max(len(one.prompt_ids) for one in prompts)
-    if longest > limits.prompt_tokens:
-        raise ApiError(400, f"the prompt has {longest} tokens; this server takes {limits.prompt_tokens}", "prompt")
+    most = min(limits.prompt_tokens, loaded.text_model.positions - 1)
+    if longest > most:
+        said = f"the prompt has {longest} tokens; this server takes at most {most}: shorten it"
+        raise ApiError(400, said, params["prompt_ids"], "context_length_exceeded")
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options needs stream to be true", "stream_options")
     requests = [replace(one, sampling=one.sampling.numbered(at)) for one in prompts for at in range(choices)]
     usage = body.stream_options is not None and body.stream_options.include_usage
-    return Asked(tuple(requests), choices, body.soli, usage)
+    return Asked(tuple(requests), choices, body.soli, params, usage)
 
 
 def _base(body: Sampling, max_new_tokens: int, loaded: Loaded) -> Request:
+    vocab = loaded.text_model.model.config.vocab_size
+    largest = max(map(int, body.logit_bias or {}), default=0)
+    if largest >= vocab:
+        said = f"logit_bias names token {largest}, but the model's vocabulary ends at {vocab - 1}"
+        raise ApiError(400, said, "logit_bias")
     sampling = SamplingParams(
         temperature=1.0 if body.temperature is None else body.temperature,
         top_k=body.top_k,
@@ -138,6 +153,10 @@ def _tools(body: ChatBody, loaded: Loaded) -> tuple[list[dict[str, Any]] | None,
         forced: str | None = name
     else:
         forced = "" if body.tool_choice == "required" else None
+    strict = next((at for at, tool in enumerate(body.tools) if tool.function.strict), None)
+    if strict is not None and forced is None:
+        said = "arguments are held to their schema only where a call is forced: leave strict out or set tool_choice"
+        raise ApiError(400, said, f"tools.{strict}.function.strict")
     return [tool.model_dump(exclude_none=True) for tool in body.tools], forced
 
 

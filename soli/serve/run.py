@@ -7,6 +7,8 @@ cannot be loaded ends it with one sentence.
 import logging
 import socket
 import sys
+import threading
+from types import FrameType
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -18,6 +20,7 @@ from soli.engine.service import AsyncEngine
 from soli.engine.text_model import open_text_model
 from soli.errors import SoliError
 from soli.serve.app import AppRules, create_app
+from soli.serve.json_log import JsonLines
 from soli.serve.service import Loaded, Service, ServiceLimits
 from soli.serve.templates import ChatTemplate
 
@@ -35,6 +38,13 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service, drain_seconds: float) -> None:
         super().__init__(config)
         self._service, self._drain_seconds = service, drain_seconds
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains, the second ends at once. Neither is raised again: the process exits with 0."""
+        self.force_exit = self.should_exit
+        if self.should_exit:
+            threading.Thread(target=self._service.abort, daemon=True).start()
+        self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._service.drain(self._drain_seconds)
@@ -67,11 +77,19 @@ def run_server(
 
 
 def _uvicorn(app: ASGIApp, service: Service, drain_seconds: float) -> _Server:
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(handlers=[handler], level=logging.INFO)
     for quiet in ("uvicorn", "uvicorn.error", "httpx"):
         logging.getLogger(quiet).setLevel(logging.WARNING)
     config = uvicorn.Config(
-        app, access_log=False, log_config=None, server_header=False, lifespan="off", timeout_graceful_shutdown=5
+        app,
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        lifespan="off",
+        ws="none",
+        timeout_graceful_shutdown=5,
     )
     return _Server(config, service, drain_seconds)
 

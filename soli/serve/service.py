@@ -5,10 +5,10 @@ Whoever is asked before the model is there says so (503); a model that cannot be
 
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from soli.engine.request import Event, QueueFull, Request
+from soli.engine.request import Event, QueueFull, Refused, Request
 from soli.engine.service import AsyncEngine, AsyncEvents
 from soli.engine.text_model import TextModel
 from soli.errors import SoliError
@@ -86,14 +86,22 @@ class Service:
         if self._loaded is not None:
             await self._loaded.engine.drain(seconds)
 
+    def abort(self) -> None:
+        """Ends the answers under way."""
+        if self._loaded is not None:
+            self._loaded.engine.close()
+
     def check_model(self, name: str | None) -> None:
         """ApiError 404 for another model than the one that is served."""
         if name is not None and name != self.name:
             raise ApiError(404, f"there is no model {name[:80]!r} here: this server has {self.name}", "model")
 
-    async def play(self, requests: Sequence[Request]) -> AsyncIterator[tuple[int, Event]]:
+    async def play(
+        self, requests: Sequence[Request], params: Mapping[str, str]
+    ) -> AsyncGenerator[tuple[int, Event], None]:
         """Hands all requests over and returns the iterator of their events, each with its request's place; closing it
-        cancels what is not finished. ApiError where the engine refuses one; then none is run."""
+        cancels what is not finished. ApiError where the engine refuses one, with the `params` of the field of the
+        request that is to blame; then none is run."""
         if self._draining:
             raise ApiError(503, "the server is shutting down: ask again when it is back", retry_after=RETRY_SECONDS)
         streams: list[AsyncEvents] = []
@@ -106,7 +114,10 @@ class Service:
             raise ApiError(429, str(error), code="queue_full", retry_after=RETRY_SECONDS) from error
         except SoliError as error:
             _close(streams)
-            raise ApiError(400, str(error)) from error
+            if not self.ready:  # told to stop meanwhile
+                raise ApiError(503, str(error), retry_after=RETRY_SECONDS) from error
+            field = error.field if isinstance(error, Refused) else "constraint"
+            raise ApiError(400, str(error), params.get(field)) from error
         except BaseException:
             _close(streams)
             raise

@@ -1,5 +1,6 @@
 """Soli's own routes: what the model is, what an expert has played, and translation as the model in the box does it."""
 
+import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query, Request
@@ -13,7 +14,7 @@ from soli.errors import SoliError
 from soli.serve.choices import CompletionChoice
 from soli.serve.errors import ApiError
 from soli.serve.openai_routes import ERRORS, respond
-from soli.serve.prompts import Asked
+from soli.serve.prompts import PARAMS, Asked
 from soli.serve.schema import TranslateBody
 from soli.serve.service import Loaded, Service
 from soli.serve.strict import StrictRoute
@@ -42,7 +43,8 @@ def router(service: Service) -> APIRouter:
     @routes.post("/translate", response_model=None)
     async def translate(body: TranslateBody, request: Request) -> Response:
         loaded = service.loaded
-        asked = Asked((_translation(body, loaded),), 1, body.soli, usage_chunk=True)
+        wanted = await asyncio.to_thread(_translation, body, loaded)
+        asked = Asked((wanted,), 1, body.soli, {"prompt_ids": "text", **PARAMS}, usage_chunk=True)
         return await respond(
             service, request, asked, "soli.translation", lambda at: CompletionChoice(at, loaded.text_model), body.stream
         )

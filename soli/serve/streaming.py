@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -17,16 +17,16 @@ HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-cont
 
 class EventStream(Response):
     """Each object as one `data:` line, then [DONE]; an error on the way is the last object. When the client goes away,
-    `events` is closed at once."""
+    `events` is closed at once; so it is after `seconds`, which a client that does not read could stretch for ever."""
 
-    def __init__(self, events: AsyncIterator[dict[str, Any]]) -> None:
-        self.status_code, self.background, self._events = 200, None, events
+    def __init__(self, events: AsyncGenerator[dict[str, Any], None], seconds: float) -> None:
+        self.status_code, self.background, self._events, self._seconds = 200, None, events, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
         sending, gone = asyncio.create_task(self._send(send)), asyncio.create_task(_gone(receive))
         try:
-            await asyncio.wait((sending, gone), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((sending, gone), timeout=self._seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
             gone.cancel()
             sending.cancel()
@@ -45,7 +45,7 @@ class EventStream(Response):
             await _put(send, "[DONE]")
             await send({"type": "http.response.body", "body": b""})
         finally:
-            await self._events.aclose()  # type: ignore[attr-defined]
+            await self._events.aclose()
 
 
 async def while_connected(request: Request, answer: Coroutine[Any, Any, Answer]) -> Answer:

@@ -1,0 +1,96 @@
+"""An engine that says what a script tells it: AsyncEngine's protocol without a model, for what no tiny model says."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+from soli.engine.logprobs import TokenLogprob
+from soli.engine.request import EngineStats, Event, QueueFull, Request, Usage
+from soli.engine.stream import TextStream, token_text
+from soli.engine.text_model import TextModel
+from soli.errors import SoliError
+
+Script = Callable[[Request], str]
+
+
+class ScriptedEngine:
+    """`script` gives the whole text of an answer, said a token each `pause` seconds; a SoliError in it refuses the
+    request, another exception ends the answer in the middle with "error"."""
+
+    healthy = True
+
+    def __init__(self, text_model: TextModel, script: Script, pause: float = 0.0, waiting: int = 1000) -> None:
+        self.text_model, self.script, self.pause, self.room = text_model, script, pause, waiting
+        self.requests: list[Request] = []
+        self.running = 0
+        self.cancelled = 0
+
+    async def submit(self, request: Request) -> "ScriptedEvents":
+        if self.running >= self.room:
+            raise QueueFull("1 requests wait already: try again later")
+        self.requests.append(request)
+        said, broken = self._said(request)
+        self.running += 1
+        return ScriptedEvents(self, request, said, broken)
+
+    def _said(self, request: Request) -> tuple[str, bool]:
+        try:
+            return self.script(request), False
+        except SoliError:
+            raise
+        except Exception:
+            return "half", True
+
+    def stats(self) -> EngineStats:
+        return EngineStats(self.running, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, ())
+
+    async def drain(self, seconds: float) -> None:
+        self.healthy = False
+        until = asyncio.get_running_loop().time() + seconds
+        while self.running and asyncio.get_running_loop().time() < until:
+            await asyncio.sleep(0.005)
+
+    def close(self, seconds: float = 0.0) -> None:
+        self.healthy = False
+
+
+class ScriptedEvents:
+    def __init__(self, engine: ScriptedEngine, request: Request, text: str, broken: bool) -> None:
+        self._engine, self._open = engine, True
+        self._events = self._said(request, text, broken)
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        return self
+
+    async def __anext__(self) -> Event:
+        event = await anext(self._events)
+        if event.finish_reason is not None:
+            self._end()
+        return event
+
+    def close(self) -> None:
+        self._engine.cancelled += self._open
+        self._end()
+
+    async def aclose(self) -> None:
+        self.close()
+
+    def _end(self) -> None:
+        self._engine.running -= self._open
+        self._open = False
+
+    async def _said(self, request: Request, text: str, broken: bool) -> AsyncIterator[Event]:
+        tokenizer = self._engine.text_model.tokenizer
+        stream = TextStream(token_text(tokenizer), request.stop)
+        told, prompt = 0, len(request.prompt_ids)
+        for token in tokenizer.encode(text):
+            await asyncio.sleep(self._engine.pause)
+            told += 1
+            logprob = None if request.logprobs is None else TokenLogprob(token, -0.5, ((token, -0.5),))
+            yield Event(0, token, stream.push(token), logprob)
+            if stream.stopped or told == request.max_new_tokens:
+                break
+        if broken:
+            yield Event(0, finish_reason="error", error="the step failed", usage=Usage(prompt, told))
+            return
+        reason = "length" if told == request.max_new_tokens and not stream.stopped else "stop"
+        yield Event(0, None, stream.finish(), finish_reason=reason, usage=Usage(prompt, told))

@@ -1,0 +1,348 @@
+"""OpenAI's own client against a live server: models, completions, chat, streams, tools, errors, sync and async."""
+
+import asyncio
+import json
+import math
+
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+
+from soli.serve.choices import token_name
+from soli.serve.tools import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR
+from tests.serve.tiny_server import scripted_server, tiny, tiny_server
+
+HELLO = [{"role": "user", "content": "hello world"}]
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "the weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "enum": ["Wien", "北京"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+CLOCK = {"type": "function", "function": {"name": "get_time"}}
+
+
+@pytest.fixture(scope="module")
+def url():
+    with tiny_server() as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def complete(client, prompt="the cat", **options):
+    return client.completions.create(**{"model": "tiny", "prompt": prompt, "max_tokens": 8, "temperature": 0} | options)
+
+
+def chat(client, messages=HELLO, **options):
+    defaults = {"model": "tiny", "messages": messages, "max_tokens": 8, "temperature": 0}
+    return client.chat.completions.create(**defaults | options)
+
+
+def test_models_are_listed(client):
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").owned_by == "soli"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt")
+
+
+def test_completions_count_their_tokens(client):
+    answer = complete(client)
+    [choice] = answer.choices
+    assert choice.finish_reason in ("length", "stop") and choice.logprobs is None
+    assert answer.usage.completion_tokens <= 8 and answer.usage.prompt_tokens > 0
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_a_stream_says_what_the_whole_answer_says(client):
+    whole = complete(client, max_tokens=24)
+    stream = list(complete(client, max_tokens=24, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].text for chunk in stream if chunk.choices) == whole.choices[0].text
+    assert [chunk.choices[0].finish_reason for chunk in stream if chunk.choices][-1] == whole.choices[0].finish_reason
+    assert stream[-1].usage.completion_tokens == whole.usage.completion_tokens and not stream[-1].choices
+    assert all(chunk.usage is None for chunk in stream[:-1])
+
+
+def test_a_chat_stream_says_what_the_whole_answer_says(client):
+    whole = chat(client, max_tokens=24).choices[0]
+    chunks = [chunk.choices[0] for chunk in chat(client, max_tokens=24, stream=True)]
+    assert chunks[0].delta.role == "assistant" and whole.message.role == "assistant"
+    assert "".join(chunk.delta.content or "" for chunk in chunks) == whole.message.content
+    assert chunks[-1].finish_reason == whole.finish_reason
+
+
+def test_many_prompts_and_n_come_in_order(client):
+    alone = [complete(client, prompt).choices[0].text for prompt in ("the cat", "hello")]
+    both = complete(client, ["the cat", "hello"], n=2)
+    assert [choice.text for choice in both.choices] == [alone[0], alone[0], alone[1], alone[1]]
+    assert [choice.index for choice in both.choices] == [0, 1, 2, 3]
+    streamed = {index: "" for index in range(4)}
+    for chunk in complete(client, ["the cat", "hello"], n=2, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert list(streamed.values()) == [choice.text for choice in both.choices]
+
+
+def test_seeds_repeat_and_choices_differ(client):
+    def texts(seed):
+        return [choice.text for choice in complete(client, n=3, temperature=2, seed=seed, max_tokens=16).choices]
+
+    assert texts(7) == texts(7) != texts(8)
+    assert len(set(texts(7))) > 1
+
+
+def test_tokens_as_a_prompt_equal_their_text(client):
+    ids = tiny().text_prompt("the cat")
+    assert complete(client, ids).choices[0].text == complete(client).choices[0].text
+
+
+def test_stop_ends_the_text_before_it(client):
+    text = complete(client, max_tokens=24).choices[0].text
+    stop = text[5:7]
+    answer = complete(client, max_tokens=24, stop=[stop, "never"]).choices[0]
+    assert answer.text == text[: text.index(stop)] and answer.finish_reason == "stop"
+
+
+def test_logprobs_of_completions(client):
+    found = complete(client, logprobs=3).choices[0].logprobs
+    assert len(found.tokens) == len(found.token_logprobs) == len(found.top_logprobs) == len(found.text_offset)
+    assert all(
+        len(top) == 3 and max(top.values()) == pytest.approx(value)
+        for top, value in zip(found.top_logprobs, found.token_logprobs, strict=True)
+    )
+    streamed = [chunk.choices[0].logprobs for chunk in complete(client, logprobs=3, stream=True)]
+    assert [token for part in streamed if part for token in part.tokens] == found.tokens
+    assert [at for part in streamed if part for at in part.text_offset] == found.text_offset
+
+
+def test_logprobs_of_chats(client):
+    found = chat(client, logprobs=True, top_logprobs=2).choices[0].logprobs.content
+    assert all(one.logprob == one.top_logprobs[0].logprob and len(one.top_logprobs) == 2 for one in found)
+    shown = [bytes(one.bytes).decode(errors="replace") for one in found]
+    assert all(one.token == text or one.token.startswith("bytes:") for one, text in zip(found, shown, strict=True))
+    bare = chat(client, logprobs=True).choices[0].logprobs.content
+    assert [one.token for one in bare] == [one.token for one in found] and not bare[0].top_logprobs
+
+
+def test_bias_and_penalties_reach_the_sampler(client):
+    first = chat(client, logprobs=True, max_tokens=1).choices[0].logprobs.content[0].token
+    [token] = [at for at in range(330) if token_name(tiny(), at) == first]
+    other = (
+        chat(client, logprobs=True, max_tokens=1, logit_bias={str(token): -100}).choices[0].logprobs.content[0].token
+    )
+    assert other != first
+    plain = complete(client, max_tokens=48, logprobs=0).choices[0].logprobs.tokens
+    fresh = (
+        complete(client, max_tokens=48, logprobs=0, presence_penalty=2, frequency_penalty=2).choices[0].logprobs.tokens
+    )
+    assert len(set(fresh)) > len(set(plain))
+
+
+def test_structured_output_fits_its_schema(client):
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "boolean"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+    answer = chat(client, response_format=wanted, max_tokens=200).choices[0]
+    assert answer.finish_reason == "stop" and set(json.loads(answer.message.content)) == {"a"}
+
+
+def test_a_forced_tool_is_called(client):
+    choice = {"type": "function", "function": {"name": "get_weather"}}
+    for tool_choice in (choice, "required"):
+        answer = chat(client, tools=[WEATHER], tool_choice=tool_choice, max_tokens=400).choices[0]
+        [call] = answer.message.tool_calls
+        assert call.function.name == "get_weather" and set(json.loads(call.function.arguments)) == {"city"}
+        assert answer.message.content is None
+    [chunk] = [
+        chunk.choices[0].delta.tool_calls[0]
+        for chunk in chat(client, tools=[WEATHER], tool_choice=choice, max_tokens=400, stream=True)
+        if chunk.choices[0].delta.tool_calls
+    ]
+    assert chunk.index == 0 and json.loads(chunk.function.arguments)["city"] in ("Wien", "北京")
+
+
+def test_tool_calls_in_the_models_own_words_are_parsed():
+    one = f'{CALL_BEGIN}get_weather{SEPARATOR}{{"city": "北京"}}{CALL_END}'
+    two = f"{CALL_BEGIN}function{SEPARATOR}get_time\n```json\n{{}}\n```{CALL_END}"
+    text = f"Let me look.{CALLS_BEGIN}{one}\n{two}{CALLS_END}"
+    with scripted_server(lambda request: text) as (url, engine):
+        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        answer = chat(client, tools=[WEATHER, CLOCK], max_tokens=500).choices[0]
+        deltas = [chunk.choices[0].delta for chunk in chat(client, tools=[WEATHER, CLOCK], max_tokens=500, stream=True)]
+        plain = chat(client, tools=[WEATHER], tool_choice="none", max_tokens=500).choices[0]
+        cut = chat(client, tools=[WEATHER], max_tokens=60).choices[0]
+    assert answer.finish_reason == "tool_calls" and answer.message.content == "Let me look."
+    called = [(call.function.name, call.function.arguments) for call in answer.message.tool_calls]
+    assert called == [("get_weather", '{"city": "北京"}'), ("get_time", "{}")]
+    streamed = [call for delta in deltas for call in delta.tool_calls or ()]
+    assert [(call.function.name, call.function.arguments) for call in streamed] == called
+    assert [call.index for call in streamed] == [0, 1] and len({call.id for call in streamed}) == 2
+    assert plain.message.content == text and not plain.message.tool_calls
+    assert cut.finish_reason == "length" and not cut.message.tool_calls and text.startswith(cut.message.content)
+    shown = [engine.text_model.tokenizer.decode(request.prompt_ids) for request in engine.requests]
+    assert "get_weather" in shown[0] and "get_weather" not in shown[2]
+
+
+def test_a_conversation_with_calls_and_results_goes_round():
+    call = {"id": "c1", "type": "function", "function": {"name": "get_time", "arguments": "{}"}}
+    messages = [
+        {"role": "system", "content": [{"type": "text", "text": "be "}, {"type": "text", "text": "brief"}]},
+        *HELLO,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "noon"},
+    ]
+    with scripted_server(lambda request: "It is noon.") as (url, engine):
+        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        assert chat(client, messages, tools=[CLOCK], max_tokens=50).choices[0].message.content == "It is noon."
+    shown = engine.text_model.tokenizer.decode(engine.requests[0].prompt_ids)
+    assert "be brief" in shown and "get_time{}" in shown and "noon" in shown
+
+
+def test_reasoning_comes_apart_from_the_answer():
+    with scripted_server(lambda request: "hm, hm\n</think>\n\nYes.") as (url, _):
+        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        options = {"max_tokens": 100, "extra_body": {"chat_template_kwargs": {"thinking": True}}}
+        message = chat(client, **options).choices[0].message
+        deltas = [chunk.choices[0].delta for chunk in chat(client, stream=True, **options)]
+    assert (message.reasoning_content, message.content) == ("hm, hm", "Yes.")
+    assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas) == "hm, hm"
+    assert "".join(delta.content or "" for delta in deltas) == "Yes."
+
+
+def test_a_failure_in_mid_answer_is_an_error_not_a_short_answer():
+    def broken(request):
+        raise RuntimeError("secret detail")
+
+    with scripted_server(broken) as (url, _):
+        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        with pytest.raises(openai.InternalServerError, match="the step failed"):
+            chat(client, max_tokens=100)
+        with pytest.raises(openai.APIError, match="the step failed"):
+            list(chat(client, max_tokens=100, stream=True))
+
+
+def test_the_async_client_runs_many_at_once(url):
+    async def run():
+        async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+
+            async def streamed(prompt):
+                return "".join([chunk.choices[0].text async for chunk in await complete(client, prompt, stream=True)])
+
+            prompts = ["the cat", "hello", "你好", "今天"] * 3
+            whole = await asyncio.gather(*(complete(client, prompt) for prompt in prompts))
+            assert [one.choices[0].text for one in whole] == await asyncio.gather(*map(streamed, prompts))
+            answer = await chat(client)
+            assert answer.choices[0].message.content is not None
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("options", "param", "said"),
+    [
+        ({"temperature": 3}, "temperature", "2"),
+        ({"max_tokens": 5000}, "max_tokens", "positions"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
+        ({"top_logprobs": 2}, "top_logprobs", "logprobs"),
+        ({"logit_bias": {"329999": 1}}, "logit_bias", "vocabulary"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x", ""),
+        ({"n": 400}, "n", "16"),
+        ({"n": 0}, "n", "1"),
+        ({"stop": ""}, "stop", ""),
+        ({"seed": -1}, "seed", ""),
+        ({"service_tier": "flex"}, "service_tier", "not supported"),
+        ({"messages": []}, "messages", ""),
+        ({"messages": [{"role": "boss", "content": "x"}]}, "messages.0.role", ""),
+        ({"messages": [{"role": "developer", "content": "x"}]}, "messages", "there is no developer here"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "stream"),
+        ({"tool_choice": "required"}, "tool_choice", "tools"),
+        ({"tools": [CLOCK], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice", "among"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", ""),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}},
+         "response_format", "enforced"),
+        ({"extra_body": {"soli": {"mute": [[0, 1]]}}}, "soli.mute", "layer 0"),
+        ({"extra_body": {"soli": {"routing": "everything"}}}, "soli.routing", ""),
+    ],
+)  # fmt: skip
+def test_errors_name_the_parameter(client, options, param, said):
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(client, **options)
+    error = caught.value
+    assert error.param == param and said in error.message and error.type == "invalid_request_error"
+    with pytest.raises(openai.BadRequestError):
+        chat(
+            client,
+            stream=True,
+            **{key: value for key, value in options.items() if key != "stream_options"}
+            | ({} if "stream_options" not in options else {"n": 0}),
+        )
+
+
+def test_unknown_models_are_not_found(client):
+    with pytest.raises(openai.NotFoundError) as caught:
+        chat(client, model="gpt-5")
+    assert caught.value.param == "model"
+
+
+def test_a_model_without_a_template_refuses_chat_and_names_what_it_does():
+    with tiny_server(chat=False) as url:
+        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        with pytest.raises(openai.BadRequestError, match=r"/v1/completions.*?/soli/translate"):
+            chat(client)
+        assert complete(client).choices
+
+
+def test_a_full_queue_says_when_to_come_back():
+    with scripted_server(lambda request: "a" * 400, pause=0.01, waiting=1) as (url, _):
+        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        with chat(client, stream=True, max_tokens=400) as stream:
+            next(iter(stream))
+            with pytest.raises(openai.RateLimitError) as caught:
+                chat(client)
+        assert int(caught.value.response.headers["retry-after"]) >= 1
+
+
+def test_routing_comes_with_the_tokens(client):
+    full = complete(client, extra_body={"soli": {"routing": "full"}})
+    tokens = full.choices[0].soli["tokens"]
+    assert [one["position"] for one in tokens] == list(range(len(tokens)))
+    assert {one["part"] for one in tokens} == {"prompt", "answer"}
+    players = [layer["players"] for one in tokens for layer in one["layers"]]
+    assert all(len(three) == 3 and all(math.isfinite(one["weight"]) for one in three) for three in players)
+    streamed = [
+        token
+        for chunk in complete(client, extra_body={"soli": {"routing": "full"}}, stream=True)
+        if hasattr(chunk, "soli")
+        for token in chunk.soli["tokens"]
+    ]
+    assert streamed == tokens
+    summary = complete(client, extra_body={"soli": {"routing": "summary"}}).soli["experts"][0]
+    for layer in summary:
+        played = [0] * 16
+        for one in tokens:
+            for player in next(row for row in one["layers"] if row["layer"] == layer["layer"])["players"]:
+                played[player["expert"]] += 1
+        assert layer["counts"] == played
+
+
+def test_a_muted_expert_does_not_play(client):
+    def players(mute):
+        answer = complete(client, extra_body={"soli": {"routing": "full", "mute": mute}})
+        return {p["expert"] for t in answer.choices[0].soli["tokens"] for p in t["layers"][0]["players"]}
+
+    muted = min(players([]))
+    assert muted not in players([[1, muted]])
