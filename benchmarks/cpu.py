@@ -41,6 +41,10 @@ GGUF = {"bf16": "llama.cpp bf16", "int8": "llama.cpp q8_0", "int4": "llama.cpp q
 BF16 = (GGUF["bf16"], "transformers bf16", "vLLM bf16")
 ALIKE = 1 / 1.1  # within a tenth, as a ratio of speeds
 EXPERTS = (16, 64, 256)
+SAID = {
+    "tiny": "tiny (12 M)", "small": "small (1.2 B)", "large": "large (16 B)", "nano": "nano",
+    "decode": "decode", "prefill": "prefill", "batch": "16 at once", RESIDENT: "resident memory",
+}  # fmt: skip
 NOTE = (
     "Time that passes, two threads. Contenders take turns; a measurement in which others took more than 5 % of the "
     "machine is made again. The memory's line is reading each weight that plays once, at the speed measured beside it."
@@ -154,13 +158,13 @@ def _turn(ask: Ask, question: str, again: bool) -> float:
 
 def written(lab: Lab, line: Line, taken: Mapping[str, Sequence[quiet.Taken]]) -> Iterator[dict[str, Any]]:
     """A line beside its peers, and where it is compared with the memory or a file, another for that."""
-    what, soli = f"{line.question}, {line.shape}, {line.kind}", quiet.values(taken[line.soli])
+    what, soli = f"{SAID[line.question]}, {SAID[line.shape]}, {line.kind}", quiet.values(taken[line.soli])
     unit = "MiB" if line.question == RESIDENT else "tokens/s"
     peers = {name: quiet.values(taken[name]) for name in line.peers if name in taken}
     folder = models.place(lab.folder, line.shape, line.kind)
     if FILE in line.against:
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2**20
-        yield judged(f"resident memory, {line.shape}, {line.kind}", unit, soli, {FILE: [size]} | peers, line, taken)
+        yield judged(what, unit, soli, {FILE: [size]} | peers, line, taken)
         return
     if peers or set(line.against) != {MEMORY}:
         yield judged(what, unit, soli, peers, line, taken)

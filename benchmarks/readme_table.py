@@ -100,7 +100,8 @@ def machine(result: Mapping[str, Any]) -> str:
     """A line about a result's machine, versions, commit and day."""
     of = result["hardware"]
     commit = of["commit"][:7] + (", with changes not committed" if of["dirty"] else "")
-    rounds = f"; medians of {result['size']['rounds']} interleaved rounds" if "size" in result else ""
+    counts = sorted({row.get("rounds", result["size"]["rounds"]) for row in result["rows"]}) if "size" in result else []
+    rounds = f"; medians of {' or '.join(map(str, counts))} interleaved rounds" if counts else ""
     return (
         f"{of['cpu']}, {of['threads']} of {of['cores']} cores, {of['memory_gib']} GiB; torch {of['torch']}, "
         f"transformers {of['transformers']}; {of['date']}, commit {commit}{rounds}."

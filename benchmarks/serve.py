@@ -88,7 +88,7 @@ def load_rows(kind: str, rate: float, taken: Mapping[str, Sequence[quiet.Taken]]
     peers = [name for name in PEERS[kind] if name in taken]
     for figure in quiet.values(taken[line.soli])[0]:
         found = {name: [one[figure] for one in quiet.values(taken[name])] for name in (line.soli, *peers)}
-        what = f"{rate:g} requests a second, small, {kind}: {figure.replace('first', 'first token')}"
+        what = f"{rate:g} requests a second, {cpu.SAID['small']}, {kind}: {figure.replace('first', 'first token')}"
         row = cpu.judged(what, "ms", found[line.soli], {name: found[name] for name in peers}, line, taken)
         yield row | {"row": "load", "rate": rate, "figure": figure, "headline": False}
 

@@ -42,7 +42,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_measures_what_is_there_and_says_what_is_not(lab: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cpu.main(["--lab", str(lab), "--rows", "tiny-decode,tiny-prefill", "--quick", "--rounds", "2", "--others", "1"])
     told = capsys.readouterr()
-    assert "decode, tiny, bf16: Soli " in told.out and "prefill, tiny, bf16: Soli " in told.out
+    assert "decode, tiny (12 M), bf16: Soli " in told.out and "prefill, tiny (12 M), bf16: Soli " in told.out
     assert "int8" not in told.out
     assert "tiny: without llama.cpp bf16: no path was given" in told.err
     assert f"tiny: without soli int8: {lab / 'models' / 'tiny-int8'} is not there" in told.err
