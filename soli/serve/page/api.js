@@ -28,7 +28,7 @@ export async function getModel() {
 }
 
 /** What one expert has played since the server started. `layer` is the number in the layer's name. */
-export async function getExpert(layer, expert, limit = 12) {
+export async function getExpert(layer, expert, limit) {
   return (await request(`/soli/experts/${layer}/${expert}?limit=${limit}`)).json();
 }
 

@@ -6,6 +6,8 @@ import { t } from './strings.js';
 
 const KINDS = ['chinese', 'english', 'digits', 'punctuation', 'other'];
 const MOST_HERE = 24;
+const ASKED = 32; // tokens since the start; the same words at the same place are shown once
+const MOST_SINCE = 12;
 let asked = 0; // an answer about an expert that is no longer shown is dropped
 
 /**
@@ -24,7 +26,7 @@ export async function showExpert(host, { row, expert, name, number, muted, parts
     el('h4', {}, t('since')), since,
   );
   try {
-    const found = await getExpert(number, expert);
+    const found = await getExpert(number, expert, ASKED);
     if (mine === asked) since.replaceChildren(...sinceStart(found));
   } catch (error) {
     if (mine === asked) since.replaceChildren(el('p', { class: 'about' }, t('failed', { why: error.message })));
@@ -52,10 +54,19 @@ function sinceStart({ plays, read, tokens, kinds }) {
   return [
     el('ul', { class: 'kinds', 'aria-label': t('kinds') }, ...KINDS.map((kind) => kindLine(kind, kinds[kind] ?? 0, all))),
     el('p', { class: 'about' }, t('sinceAbout', { plays, read })),
-    el('ol', { class: 'repertoire' }, ...tokens.map((token) => el('li', {},
+    el('ol', { class: 'repertoire' }, ...distinct(tokens).slice(0, MOST_SINCE).map((token) => el('li', {},
       el('span', { class: 'before' }, harmless(token.before ?? '')), el('b', {}, visible(token.text)),
       el('span', { class: 'after' }, harmless(token.after ?? '')), el('small', {}, token.weight.toFixed(2))))),
   ];
+}
+
+/** Without tokens that were played alike in the same words. */
+function distinct(tokens) {
+  const seen = new Set();
+  return tokens.filter(({ before, text, after }) => {
+    const words = JSON.stringify([before, text, after]);
+    return !seen.has(words) && seen.add(words);
+  });
 }
 
 function kindLine(kind, count, all) {

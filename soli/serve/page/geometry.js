@@ -4,6 +4,8 @@
 
 const AXIS = 20; // above, for expert numbers; CSS pixels, like all constants here
 const TALLEST = 54;
+const NARROW = 600; // on such a screen rows are lower and bar lines closer
+const TALLEST_NARROW = 38;
 const MOST_HEIGHT = 520;
 const WIDEST_GAP = 12;
 const NOTE_WIDTH = 8; // cells at least this wide hold note heads, narrower ones are plain blocks
@@ -24,7 +26,7 @@ export class Geometry {
     const full = Math.floor(width * ratio);
     const wide = (full - this.left) / model.experts > NOTE_WIDTH * ratio;
     const groups = model.groups || 1;
-    this.gap = groups > 1 ? Math.round((wide ? (width < 600 ? 5 : 9) : 3) * Math.max(1, ratio / 1.5)) : 0;
+    this.gap = groups > 1 ? Math.round((wide ? (width < NARROW ? 5 : 9) : 3) * Math.max(1, ratio / 1.5)) : 0;
     const room = (full - this.left - this.gap * (groups + 1)) / model.experts;
     const cell = ratio < 2 && room >= 3 ? Math.floor(room) : room; // whole pixels where a half one would show
     const over = Math.floor(((room - cell) * model.experts) / (groups + 1)); // what they leave goes between the groups
@@ -38,7 +40,7 @@ export class Geometry {
       this.xs[e] = Math.round(this.left + bars + cell * e);
       this.widths[e] = Math.max(1, Math.round(this.left + bars + cell * (e + 1)) - this.xs[e] - space);
     }
-    this.rowStep = Math.max(4, Math.round(Math.min(TALLEST, Math.max(5, MOST_HEIGHT / this.rows)) * ratio));
+    this.rowStep = Math.max(4, Math.round(Math.min(width < NARROW ? TALLEST_NARROW : TALLEST, Math.max(5, MOST_HEIGHT / this.rows)) * ratio));
     this.rowHeight = this.notes ? this.rowStep : Math.max(3, this.rowStep - Math.max(1, Math.round(ratio)));
     this.width = this.xs[model.experts - 1] + this.widths[model.experts - 1] + this.gap + Math.ceil(ratio);
     this.height = this.top + this.rowStep * this.rows + Math.round(6 * ratio);

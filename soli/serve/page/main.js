@@ -61,10 +61,14 @@ function toggleMute(row, expert) {
 }
 
 function mutesChanged() {
+  if (!stage) return;
   const chips = [...mutes].map((pair) => {
     const [row, expert] = pair.split(':').map(Number);
     return el('li', {}, el('button', {
-      type: 'button', class: 'chip', 'aria-label': t('unmute', { name: nameOf(row, expert) }), onClick: () => toggleMute(row, expert),
+      type: 'button', class: 'chip', 'aria-label': t('unmute', { name: nameOf(row, expert) }), onClick: () => {
+        toggleMute(row, expert);
+        (byId('mute-list').querySelector('button') ?? byId('run')).focus(); // the button pressed is gone
+      },
     }, `${model.layers[row].replace(/^.*\./, '')}·${expert} ×`));
   });
   byId('mute-list').replaceChildren(...chips);
@@ -77,6 +81,7 @@ function mutesChanged() {
 byId('clear-mutes').onclick = () => {
   mutes.clear();
   mutesChanged();
+  byId('run').focus();
 };
 byId('run-again').onclick = () => desk.run();
 byId('only-b').onchange = () => mutesChanged();
@@ -177,9 +182,9 @@ function speak(language) {
   if (!model) return;
   showCounters();
   desk.dress();
-  stage.rename();
+  stage?.rename();
   mutesChanged();
-  tokenChosen(stage.chosen?.part ?? null, stage.chosen?.index ?? null);
+  tokenChosen(stage?.chosen?.part ?? null, stage?.chosen?.index ?? null);
   moved();
 }
 
@@ -207,20 +212,25 @@ async function start() {
     return;
   }
   byId('alert').hidden = true;
-  stage = new Stage(model, { tokenChosen, expertChosen, muteToggled: toggleMute, moved, nameOf });
+  const dense = model.layers.length === 0; // nothing is chosen, so there is nothing to show but the answer
+  byId('stage').hidden = dense;
+  byId('mutes').hidden = dense;
+  byId('no-routing').hidden = !dense;
+  stage = dense ? null : new Stage(model, { tokenChosen, expertChosen, muteToggled: toggleMute, moved, nameOf });
   desk = new Desk(model, {
     begin: (count) => {
       byId('alert').hidden = true;
       document.body.classList.toggle('comparing', count > 1);
-      stage.begin(count);
+      stage?.begin(count);
       mutesChanged();
     },
-    take: (n, tokens) => stage.take(n, tokens),
+    take: (n, tokens) => stage?.take(n, tokens),
     mutesOf: (n) => [...mutedIn(n)].map((pair) => pair.split(':').map(Number)).map(([row, expert]) => [numberOf(row), expert]),
     failed: (error) => failed(error, () => desk.run()),
     done: () => {
-      say(model.layers.length ? t('done', { count: stage.player.piece.length() }) : t('noRouting'));
+      say(stage ? t('done', { count: stage.player.piece.length() }) : '');
       moved();
+      if (!byId('panel-expert').hidden) showChosenExpert();
     },
     say,
   });

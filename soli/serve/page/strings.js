@@ -109,7 +109,7 @@ export function setLanguage(wanted) {
   for (const one of document.querySelectorAll('[data-t-label]')) one.setAttribute('aria-label', t(one.dataset.tLabel));
 }
 
-/** A count as people read it: 671 B, 6710亿. */
+/** A count as people read it: 671B, 6710亿. */
 export function large(value) {
-  return new Intl.NumberFormat(language === 'zh' ? 'zh-CN' : 'en', { notation: 'compact', maximumSignificantDigits: 4 }).format(value);
+  return new Intl.NumberFormat(language === 'zh' ? 'zh-CN' : 'en', { notation: 'compact', maximumSignificantDigits: 3 }).format(value);
 }

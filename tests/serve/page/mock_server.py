@@ -60,8 +60,7 @@ class MockServer:
     dropped: int = 0  # streams that the page closed before their end
 
     def __enter__(self) -> "MockServer":
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"mock": self}))
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"mock": self}))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
         return self
@@ -111,7 +110,7 @@ class MockServer:
             "expert": expert,
             "plays": len(found),
             "read": read,
-            "tokens": found[:12],
+            "tokens": found[:32],
             "kinds": kinds,
         }
 
@@ -154,6 +153,13 @@ def _kind(text: str) -> str:
     if text.isascii() and text.isalpha():
         return "english"
     return "punctuation" if text and not any(character.isalnum() for character in text) else "other"
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: object) -> None:
+        """A browser that closes while it is being answered is no error of the server."""
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -119,6 +119,9 @@ def test_muting_an_expert_and_running_again(mock, open_page):
     assert mock.bodies("/soli/translate")[-1]["soli"]["mute"] == [[4, heaviest]]
     token(page, WOOD).click()
     assert str(heaviest) not in page.locator("#panel-token .layer").nth(3).locator("tr.plays .expert").all_inner_texts()
+    assert page.inner_text("#panel-expert h3") == f"layers.4, expert {heaviest}"
+    page.click("#tab-expert")
+    assert "It has not played in this passage" in page.inner_text("#panel-expert")
     page.click("#clear-mutes")
     assert page.locator(".chip").count() == 0 and page.locator("#no-mutes").is_visible()
 
@@ -225,6 +228,17 @@ def test_the_key_is_asked_for_and_kept_in_memory_alone(mock, open_page):
     page.fill("#key-input", "changed")
     page.keyboard.press("Enter")
     until_done(page)
+
+
+def test_a_model_without_routed_experts_answers_all_the_same(mock, open_page):
+    mock.model = mock.model | {"layers": [], "experts": 0, "chosen": 0, "groups": 1, "kept_groups": 1}
+    mock.pieces = [Piece(KNIFE["source"], [one | {"layers": []} for one in KNIFE["experts"]])]
+    page = open_page(mock)
+    assert "every parameter plays for every token" in page.inner_text("#no-routing")
+    page.click("#run")
+    until(page, f"document.querySelector('.words')?.textContent === '{KNIFE['translation']}'")
+    page.click("#language")
+    assert "每个参数" in page.inner_text("#no-routing") and not page.is_visible("#stage")
 
 
 def test_a_server_that_is_still_loading_is_waited_for(mock, open_page):

@@ -71,7 +71,7 @@ def test_translating_on_the_real_server(page):
     play(page)
     assert page.locator(".reply .words").inner_text() == KNIFE["translation"]
     assert page.locator("#strip-a .token").count() == len(KNIFE["experts"])
-    assert page.inner_text("#activated") == "6.373M"
+    assert page.inner_text("#activated") == "6.37M"
     token(page, WOOD).click()
     heaviest = max(KNIFE["experts"][WOOD]["layers"][3]["players"], key=lambda player: player["weight"])["expert"]
     layer = page.locator("#panel-token .layer").nth(3)

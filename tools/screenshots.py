@@ -1,0 +1,166 @@
+"""Regenerates the pictures in docs/images: `python tools/screenshots.py`. Needs playwright and chromium.
+
+The pictures of nano show `soli serve nano` at work; the one at DeepSeek-V3's size shows made-up decisions (real routers
+with random weights, see tests/serve/page/giant.py), since nobody has V3 at hand. Fonts: fonts-texgyre, fonts-inter and
+fonts-noto-cjk from Debian.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from playwright.sync_api import Browser, Page, sync_playwright
+
+ROOT = Path(__file__).parent.parent
+IMAGES = ROOT / "docs" / "images"
+LARGEST = 300_000  # bytes
+WOOD = 9  # the place of " wood" in the sentence about the knife
+HEARD_BEFORE = (
+    "The old man walked slowly to the river.", "Please close the window, it is cold.", "我们明天早上八点出发。",
+    "The train leaves at 10:45.", "他把书放在桌子上。", "In 1998 the city had 200 schools.",
+)  # fmt: skip
+
+sys.path.insert(0, str(ROOT))
+
+
+@contextmanager
+def nano() -> Iterator[str]:
+    """`soli serve nano` on a free port, with a few sentences translated so that its experts have something to show."""
+    command = [sys.executable, "-m", "soli", "serve", "nano", "--port", "0"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        found = re.search(r"http://[\d.:]+", next(line for line in server.stderr if "http://" in line))
+        assert found is not None
+        for text in HEARD_BEFORE:
+            translate(found[0], text)
+        yield found[0]
+        server.terminate()
+        server.stderr.read()
+
+
+def translate(url: str, text: str) -> None:
+    """One translation with its routing, asked for until the model is loaded."""
+    body = json.dumps({"text": text, "soli": {"routing": "full"}}).encode()
+    request = urllib.request.Request(f"{url}/soli/translate", body, {"Content-Type": "application/json"})
+    for _ in range(600):
+        try:
+            urllib.request.urlopen(request).read()
+            return
+        except OSError:
+            time.sleep(0.1)
+    sys.exit(f"{url} does not translate")
+
+
+def opened(browser: Browser, url: str, **options: Any) -> Page:
+    options = {"viewport": {"width": 1440, "height": 1000}, "locale": "en-GB", **options}
+    page = browser.new_context(**options).new_page()
+    page.goto(url)
+    page.wait_for_selector("body:not(.loading)")
+    return page
+
+
+def wait_for(page: Page, at: int) -> None:
+    """Until at least `at` tokens have been played."""
+    while int(re.findall(r"\d+", page.inner_text("#at"))[0]) < at:
+        page.wait_for_timeout(10)
+
+
+def save(page: Page, name: str, height: int | None = None) -> None:
+    """Writes docs/images/NAME: the window, or the page's top `height` pixels."""
+    page.mouse.move(0, 0)
+    page.evaluate("window.scrollTo(0, 0)")
+    page.wait_for_timeout(200)
+    width = page.viewport_size["width"] if page.viewport_size else 1440
+    clip = {"x": 0, "y": 0, "width": width, "height": height} if height else None
+    path = IMAGES / name
+    page.screenshot(path=path, full_page=height is not None, clip=clip)  # type: ignore[arg-type]
+    page.context.close()
+    if path.stat().st_size > LARGEST:
+        sys.exit(f"{path} has {path.stat().st_size} bytes, more than {LARGEST}")
+    print(f"{path.relative_to(ROOT)}  {path.stat().st_size // 1000} kB")
+
+
+def road(browser: Browser, url: str) -> None:
+    page = opened(browser, url, color_scheme="light")
+    page.click("#run")
+    wait_for(page, 20)
+    page.locator(".token").nth(WOOD).click()
+    save(page, "page-road.png", 1290)
+
+
+def live(browser: Browser, url: str) -> None:
+    page = opened(browser, url, color_scheme="dark")
+    page.click("#run")
+    wait_for(page, 16)
+    page.click("#play")
+    save(page, "page-nano.png", 660)
+
+
+def compared(browser: Browser, url: str) -> None:
+    page = opened(browser, url, color_scheme="light")
+    page.check("#compare")
+    page.click("#run")
+    wait_for(page, 21)
+    page.wait_for_timeout(1500)
+    save(page, "page-compare.png", 940)
+
+
+def muted(browser: Browser, url: str) -> None:
+    page = opened(browser, url, color_scheme="dark", locale="zh-CN")
+    page.click("#run")
+    wait_for(page, 20)
+    page.focus("#grid-a")
+    for key in ["ArrowDown"] * 3 + ["ArrowRight"] * 24 + ["Enter"]:
+        page.keyboard.press(key)
+    page.wait_for_selector(".repertoire li")
+    page.click("#mute")
+    page.click("#run-again")
+    wait_for(page, 20)
+    page.wait_for_timeout(1500)
+    save(page, "page-expert-zh.png", 1130)
+
+
+def phone(browser: Browser, url: str) -> None:
+    small = {"width": 390, "height": 844}
+    page = opened(
+        browser, url, viewport=small, device_scale_factor=2, is_mobile=True, has_touch=True, color_scheme="dark"
+    )
+    page.tap("#run")
+    wait_for(page, 20)
+    page.locator(".token").nth(WOOD).tap()
+    save(page, "page-phone.png", 1060)
+
+
+def giant(browser: Browser) -> None:
+    from tests.serve.page.giant import giant_model, giant_piece
+    from tests.serve.page.mock_server import MockServer
+
+    with MockServer(model=giant_model(), pieces=[giant_piece(60)]) as server:
+        page = opened(browser, server.url, color_scheme="dark")
+        page.fill("#text-a", "What does the river carry?")
+        page.click("#run")
+        wait_for(page, 30)
+        page.click("#play")
+        save(page, "page-v3-size.png")
+
+
+def main() -> None:
+    chromium = shutil.which("chromium") or sys.exit("chromium is not installed: apt-get install chromium")
+    IMAGES.mkdir(exist_ok=True)
+    with sync_playwright() as playwright, nano() as url:
+        browser = playwright.chromium.launch(executable_path=chromium)
+        for picture in (live, road, compared, muted, phone):
+            picture(browser, url)
+        giant(browser)
+
+
+if __name__ == "__main__":
+    main()
