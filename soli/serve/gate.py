@@ -60,7 +60,8 @@ class Gate:
                 "bytes": seen["sent"],
                 "seconds": round(time.monotonic() - started, 4),
             }
-            log.info("request", extra={"fields": line})
+            polled = scope["path"] in ("/health", "/ready")
+            log.log(logging.DEBUG if polled else logging.INFO, "request", extra={"fields": line})
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}

@@ -1,6 +1,5 @@
 """A server on a free port, in a thread of the test's process or in a process of its own."""
 
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -9,11 +8,13 @@ from typing import Any
 
 import uvicorn
 
+from soli.serve.run import listen
+
 
 @contextmanager
 def live(app: Any, **options: Any) -> Iterator[str]:
     """Serves an ASGI app from a thread; its address."""
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = listen("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", **options))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

@@ -1,0 +1,281 @@
+"""A server's life: it answers while its model loads, a client that leaves frees its place, SIGTERM drains, a killed one
+starts again."""
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+import pytest
+
+from soli.cli import main
+from soli.engine.engine import Engine
+from soli.engine.request import EngineLimits, Event
+from soli.engine.service import AsyncEngine
+from soli.errors import SoliError
+from soli.serve.app import create_app
+from soli.serve.run import listen
+from soli.serve.service import Loaded, Service, ServiceLimits
+from tests.serve.live import live
+from tests.serve.tiny_server import scripted_server, serving, tiny, tiny_server
+
+BODIES: dict = {
+    "/v1/completions": {"prompt": "a"},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}]},
+    "/soli/translate": {"text": "a"},
+}
+LONG = {"prompt": "the cat", "max_tokens": 900, "temperature": 0, "logit_bias": {"1": -100}}
+
+
+class SlowEngine(Engine):
+    """A step takes 30 ms."""
+
+    def step(self) -> list[Event]:
+        time.sleep(0.03)
+        return super().step()
+
+
+@contextmanager
+def slow_server(running: int = 2) -> Iterator[tuple[str, AsyncEngine]]:
+    engine = AsyncEngine(SlowEngine(tiny(), EngineLimits(cache_bytes=2**22, running=running)))
+    try:
+        with serving(engine) as url:
+            yield url, engine
+    finally:
+        engine.close()
+
+
+def steps_until_free(engine: AsyncEngine) -> int:
+    """How many steps the engine still makes before nobody has a place or waits for one."""
+    before = engine.stats().steps
+    while (stats := engine.stats()).running or stats.waiting:
+        assert stats.steps - before < 50
+        time.sleep(0.001)
+    return engine.stats().steps - before
+
+
+def test_a_client_that_leaves_a_stream_frees_its_place_within_a_step():
+    with slow_server() as (url, engine):
+        with httpx.stream("POST", f"{url}/v1/completions", json=LONG | {"stream": True}) as answer:
+            next(answer.iter_lines())
+            assert engine.stats().running == 1
+        assert steps_until_free(engine) <= 2  # the one under way, and that which tells
+        assert engine.stats().pages_used == 0
+
+
+def test_clients_that_give_up_on_whole_answers_free_all_their_places():
+    with slow_server() as (url, engine):
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}/v1/completions", json=LONG | {"n": 5}, timeout=0.3)
+        assert steps_until_free(engine) <= 2 and engine.stats().pages_used == 0
+
+
+def test_an_answer_that_takes_too_long_ends_and_frees_its_place():
+    engine = AsyncEngine(SlowEngine(tiny(), EngineLimits(cache_bytes=2**22)))
+    with serving(engine, limits=ServiceLimits(seconds=0.2)) as url:
+        answer = httpx.post(f"{url}/v1/completions", json=LONG)
+        assert answer.status_code == 504 and "0.2 seconds" in answer.json()["error"]["message"]
+        assert steps_until_free(engine) <= 2
+    engine.close()
+
+
+def test_while_the_model_loads_the_server_answers_and_says_so():
+    go = threading.Event()
+
+    def load() -> Loaded:
+        go.wait()
+        raise SoliError("there is no such folder")
+
+    service = Service("tiny", load)
+    service.start()
+    with live(create_app(service)) as url:
+        assert httpx.get(f"{url}/health").status_code == 200
+        assert httpx.get(f"{url}/ready").status_code == 503
+        for path in BODIES:
+            answer = httpx.post(url + path, json=BODIES[path])
+            assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1
+            assert "being loaded" in answer.json()["error"]["message"]
+        assert httpx.get(f"{url}/v1/models").status_code == 200
+        assert "soli_ready 0" in httpx.get(f"{url}/metrics").text
+        go.set()
+        while "no such folder" not in httpx.get(f"{url}/ready").text:
+            time.sleep(0.01)
+
+
+def test_metrics_count_what_happened():
+    with tiny_server() as url, httpx.Client(base_url=url) as client:
+        client.post("/v1/completions", json={"prompt": "the cat sat on the mat", "max_tokens": 5, "temperature": 0})
+        client.post("/v1/completions", json={"prompt": "the cat sat on the mat", "max_tokens": 5, "temperature": 0})
+        text = client.get("/metrics").text
+    found = dict(re.findall(r"^(soli_\w+(?:\{[^}]*\})?) (\S+)$", text, re.MULTILINE))
+    assert float(found["soli_ready"]) == 1 and float(found["soli_running"]) == float(found["soli_waiting"]) == 0
+    assert sum(float(value) for name, value in found.items() if name.startswith("soli_requests_total")) == 2
+    assert float(found["soli_time_to_first_token_seconds_count"]) == 2
+    assert float(found["soli_inter_token_seconds_count"]) == float(found["soli_completion_tokens_total"]) - 2
+    assert float(found["soli_pages_total"]) > 0 and "soli_prefix_hit_tokens_total" in found
+    load = {name: float(value) for name, value in found.items() if name.startswith("soli_expert_load_total")}
+    assert len(load) == 32 and sum(load.values()) > 0 and "soli_drafted_total" in found
+
+
+def test_draining_refuses_the_new_and_finishes_the_old():
+    service = Service("tiny", lambda: Loaded(tiny(), engine, None))
+    engine = AsyncEngine(SlowEngine(tiny(), EngineLimits(cache_bytes=2**22)))
+    service.start()
+    with live(create_app(service)) as url, httpx.Client(base_url=url) as client:
+        while not service.ready:
+            time.sleep(0.005)
+        ended: dict = {}
+
+        def ask() -> None:
+            ended["answer"] = httpx.post(f"{url}/v1/completions", json=LONG | {"max_tokens": 20})
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        while not engine.stats().running:
+            time.sleep(0.005)
+        draining = threading.Thread(target=lambda: asyncio.run(service.drain(30)))
+        draining.start()
+        while service.ready:
+            time.sleep(0.005)
+        refused = client.post("/v1/completions", json={"prompt": "a"})
+        assert refused.status_code == 503 and "shutting down" in refused.json()["error"]["message"]
+        assert client.get("/ready").status_code == 503 and client.get("/health").status_code == 200
+        draining.join()
+        asking.join()
+    assert ended["answer"].json()["usage"]["completion_tokens"] == 20
+
+
+def test_answers_leave_without_waiting_for_acknowledgements():
+    with listen("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--host", "0.0.0.0"], "SOLI_API_KEY"),
+        (["--host", "::"], "SOLI_API_KEY"),
+        (["--api-key", "a b"], "printable ASCII"),
+        (["/no/such/folder"], "no"),
+    ],
+)
+def test_what_must_not_be_served_is_refused(arguments, said, capsys, monkeypatch):
+    monkeypatch.delenv("SOLI_API_KEY", raising=False)
+    assert main(["serve", *arguments]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_said(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert main(["serve", "--port", str(taken.getsockname()[1])]) == 1
+    assert "choose another --port" in capsys.readouterr().err
+
+
+@contextmanager
+def process(port: int = 0, *arguments: str) -> Iterator[tuple[subprocess.Popen, str, list[str]]]:
+    """`soli serve nano` in a process of its own: it, its address, and the lines of its log."""
+    environment = {name: value for name, value in os.environ.items() if name != "SOLI_API_KEY"}
+    command = [sys.executable, "-m", "soli", "serve", "nano", "--port", str(port), *arguments]
+    started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment | {"OMP_NUM_THREADS": "1"})
+    assert started.stderr is not None
+    try:
+        first = started.stderr.readline()
+        found = re.search(r"http://[^/]+", first)
+        assert found, first
+        lines: list[str] = []
+        reader = threading.Thread(target=lambda: lines.extend(started.stderr))
+        reader.start()
+        yield started, found[0], lines
+    finally:
+        started.kill()
+        started.wait()
+        reader.join()
+
+
+def wait_until_ready(url: str) -> None:
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{url}/ready").status_code == 200:
+                return
+        time.sleep(0.05)
+    raise AssertionError("never ready")
+
+
+def test_the_model_in_the_box_translates_continues_and_ends_on_sigterm():
+    with process() as (server, url, lines), httpx.Client(base_url=url, timeout=60) as client:
+        assert client.get("/health").status_code == 200  # at once, while it loads
+        wait_until_ready(url)
+        translated = client.post(
+            "/soli/translate", json={"text": "Good morning.", "soli": {"routing": "summary"}}
+        ).json()
+        assert re.search(r"[一-鿿]", translated["choices"][0]["text"]) and translated["soli"]["experts"]
+        chat = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "hi"}]})
+        assert chat.status_code == 400 and "/soli/translate" in chat.json()["error"]["message"]
+        assert client.get("/soli/model").json()["modes"] == ["translate", "complete"]
+        with client.stream("POST", "/v1/completions", json=LONG | {"max_tokens": 200, "stream": True}) as answer:
+            data = answer.iter_lines()
+            next(data)
+            server.send_signal(signal.SIGTERM)
+            rest = [line for line in data if line]
+        assert rest[-1] == "data: [DONE]" and '"finish_reason": "length"' in rest[-2]
+        assert server.wait(timeout=30) == 0
+    logged = [json.loads(line) for line in lines if line.strip()]
+    paths = [line["path"] for line in logged if line["message"] == "request"]
+    assert paths == ["/soli/translate", "/v1/chat/completions", "/soli/model", "/v1/completions"]
+
+
+@pytest.mark.slow
+def test_a_killed_server_starts_again_on_its_port_and_says_the_same():
+    asked = {"prompt": "Once upon a time", "max_tokens": 20, "temperature": 0}
+    with process() as (server, url, _):
+        wait_until_ready(url)
+        first = httpx.post(f"{url}/v1/completions", json=asked, timeout=60).json()["choices"]
+        with httpx.stream("POST", f"{url}/v1/completions", json=LONG | {"max_tokens": 400, "stream": True}) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            server.kill()
+            with pytest.raises(httpx.RemoteProtocolError):
+                list(lines)
+        port = int(url.rpartition(":")[2])
+    with process(port) as (_, again, _):
+        wait_until_ready(again)
+        assert again == url and httpx.post(f"{url}/v1/completions", json=asked, timeout=60).json()["choices"] == first
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_at_once():
+    with process() as (server, url, _):
+        wait_until_ready(url)
+        body = {"prompt": "a", "max_tokens": 400, "n": 16, "stream": True, "logit_bias": {"1": -100}}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            server.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+            server.send_signal(signal.SIGTERM)
+            assert "shut down" in [line for line in lines if line][-2]
+        assert server.wait(timeout=20) == 0
+
+
+def test_a_broken_script_does_not_leak_into_others():
+    def script(request):
+        if len(request.prompt_ids) > 20:
+            raise RuntimeError("private words")
+        return "fine"
+
+    with scripted_server(script) as (url, engine), httpx.Client(base_url=url) as client:
+        bad = client.post("/v1/completions", json={"prompt": "x " * 30, "n": 3})
+        good = client.post("/v1/completions", json={"prompt": "x"})
+    assert bad.status_code == 500 and "private" not in bad.text and good.json()["choices"][0]["text"] == "fine"
+    assert engine.running == 0
