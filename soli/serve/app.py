@@ -48,7 +48,7 @@ def create_app(service: Service, rules: AppRules | None = None) -> ASGIApp:
         said = "ready" if service.ready else "loading" if service.failure is None else f"failed: {service.failure}"
         return JSONResponse({"status": said}, 200 if service.ready else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     def metrics() -> PlainTextResponse:
         return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4")
 

@@ -8,10 +8,11 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from soli.serve import prompts
+from soli.serve.answer_schema import ChatAnswer, CompletionAnswer, ErrorAnswer, answers
 from soli.serve.answers import Answer
 from soli.serve.choices import ChatChoice, Choice, CompletionChoice
 from soli.serve.prompts import Asked
-from soli.serve.schema import ChatBody, CompletionBody, ErrorAnswer
+from soli.serve.schema import ChatBody, CompletionBody
 from soli.serve.service import Service
 from soli.serve.streaming import EventStream, while_connected
 from soli.serve.strict import StrictRoute
@@ -36,7 +37,7 @@ def router(service: Service) -> APIRouter:
         service.check_model(name)
         return _card(service)
 
-    @routes.post("/completions", response_model=None)
+    @routes.post("/completions", response_model=None, responses=answers(CompletionAnswer))
     async def completions(body: CompletionBody, request: Request) -> Response:
         service.check_model(body.model)
         loaded = service.loaded
@@ -45,7 +46,7 @@ def router(service: Service) -> APIRouter:
             service, request, asked, "text_completion", lambda at: CompletionChoice(at, loaded.text_model), body.stream
         )
 
-    @routes.post("/chat/completions", response_model=None)
+    @routes.post("/chat/completions", response_model=None, responses=answers(ChatAnswer))
     async def chat(body: ChatBody, request: Request) -> Response:
         service.check_model(body.model)
         loaded = service.loaded

@@ -146,18 +146,33 @@ def _tools(body: ChatBody, loaded: Loaded) -> tuple[list[dict[str, Any]] | None,
         raise ApiError(400, "this model's chat template knows no tools: leave them out", "tools")
     if body.tool_choice == "none":
         return None, None
-    if isinstance(body.tool_choice, ToolChoice):
-        name = body.tool_choice.function.name
-        if name not in {tool.function.name for tool in body.tools}:
-            raise ApiError(400, f"tool_choice names {name!r}, which is not among the tools", "tool_choice")
-        forced: str | None = name
-    else:
-        forced = "" if body.tool_choice == "required" else None
-    strict = next((at for at, tool in enumerate(body.tools) if tool.function.strict), None)
-    if strict is not None and forced is None:
-        said = "arguments are held to their schema only where a call is forced: leave strict out or set tool_choice"
-        raise ApiError(400, said, f"tools.{strict}.function.strict")
+    forced = _forced(body, body.tools)
+    if forced is None:
+        _refuse_what_only_force_can_do(body, body.tools)
     return [tool.model_dump(exclude_none=True) for tool in body.tools], forced
+
+
+def _forced(body: ChatBody, tools: Sequence[Tool]) -> str | None:
+    """The tool that must be called; "": any of them, None: none need be."""
+    if not isinstance(body.tool_choice, ToolChoice):
+        return "" if body.tool_choice == "required" else None
+    name = body.tool_choice.function.name
+    if name not in {tool.function.name for tool in tools}:
+        raise ApiError(400, f"tool_choice names {name!r}, which is not among the tools", "tool_choice")
+    return name
+
+
+def _refuse_what_only_force_can_do(body: ChatBody, tools: Sequence[Tool]) -> None:
+    if body.parallel_tool_calls is False:
+        said = "the model decides how many calls it makes: leave parallel_tool_calls out or set tool_choice"
+        raise ApiError(400, said, "parallel_tool_calls")
+    for number, tool in enumerate(tools):
+        if tool.function.strict:
+            said = "arguments are held to their schema only where a call is forced: leave strict out or set tool_choice"
+            raise ApiError(400, said, f"tools.{number}.function.strict")
+    if body.response_format is not None and body.response_format.type != "text":
+        said = "an answer held to a format cannot call tools: leave response_format out or set tool_choice to none"
+        raise ApiError(400, said, "response_format")
 
 
 def _constraint(body: ChatBody, forced: str | None) -> ConstraintSpec | None:

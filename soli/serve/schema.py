@@ -8,9 +8,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Count = Annotated[int, Field(ge=1, le=2**31)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
 Words = Annotated[str, Field(min_length=1, max_length=512)]
 Stops = Words | Annotated[list[Words], Field(max_length=16)]
+
+
+Pair = Annotated[list[Annotated[int, Field(ge=0, le=2**31)]], Field(min_length=2, max_length=2)]
 
 
 class Body(BaseModel):
@@ -21,7 +23,7 @@ class SoliOptions(Body):
     """What to say about routing, and who may not play: [layer, expert] pairs."""
 
     routing: Literal["none", "summary", "full"] = "none"
-    mute: Annotated[list[Annotated[list[int], Field(min_length=2, max_length=2)]], Field(max_length=4096)] = []
+    mute: Annotated[list[Pair], Field(max_length=4096)] = []
 
 
 class StreamOptions(Body):
@@ -60,9 +62,6 @@ class CompletionBody(Sampling):
     prompt: str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
     max_tokens: Count | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    echo: Literal[False] | None = None
-    best_of: Literal[1] | None = None
-    suffix: None = None
 
 
 class FunctionCall(Body):
@@ -142,7 +141,7 @@ class ChatBody(Sampling):
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
-    parallel_tool_calls: Literal[True] | None = None
+    parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] = {}
 
 
@@ -156,16 +155,3 @@ class TranslateBody(Body):
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
     stream: bool = False
     soli: SoliOptions = SoliOptions()
-
-
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorAnswer(BaseModel):
-    """What every refusal looks like."""
-
-    error: ErrorDetail

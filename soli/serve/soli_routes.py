@@ -11,6 +11,7 @@ from soli.engine.request import Request as EngineRequest
 from soli.engine.sampler import SamplingParams
 from soli.engine.translate import translation_request
 from soli.errors import SoliError
+from soli.serve.answer_schema import TranslationAnswer, answers
 from soli.serve.choices import CompletionChoice
 from soli.serve.errors import ApiError
 from soli.serve.openai_routes import ERRORS, respond
@@ -40,7 +41,7 @@ def router(service: Service) -> APIRouter:
             raise ApiError(404, f"there is no expert {expert} in layer {layer}: see /soli/model", "expert")
         return service.experts.about(name, expert, limit)
 
-    @routes.post("/translate", response_model=None)
+    @routes.post("/translate", response_model=None, responses=answers(TranslationAnswer))
     async def translate(body: TranslateBody, request: Request) -> Response:
         loaded = service.loaded
         wanted = await asyncio.to_thread(_translation, body, loaded)

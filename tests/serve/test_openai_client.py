@@ -27,6 +27,7 @@ WEATHER = {
     },
 }
 CLOCK = {"type": "function", "function": {"name": "get_time"}}
+STRICT = {"type": "function", "function": {"name": "f", "strict": True}}
 
 
 @pytest.fixture(scope="module")
@@ -271,6 +272,9 @@ def test_the_async_client_runs_many_at_once(url):
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream"),
         ({"tool_choice": "required"}, "tool_choice", "tools"),
         ({"tools": [CLOCK], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice", "among"),
+        ({"tools": [CLOCK], "parallel_tool_calls": False}, "parallel_tool_calls", "tool_choice"),
+        ({"tools": [CLOCK, STRICT]}, "tools.1.function.strict", "forced"),
+        ({"tools": [CLOCK], "response_format": {"type": "json_object"}}, "response_format", "none"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", ""),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}},
          "response_format", "enforced"),

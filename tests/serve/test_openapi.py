@@ -1,0 +1,60 @@
+"""What the server says of itself holds: schemathesis sends what its OpenAPI description allows, and what it forbids."""
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis.checks import (
+    content_type_conformance,
+    not_a_server_error,
+    response_schema_conformance,
+    status_code_conformance,
+)
+from schemathesis.generation import GenerationMode
+from schemathesis.specs.openapi.checks import negative_data_rejection
+
+from tests.serve.tiny_server import scripted_server
+
+ALWAYS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+ROUTES = [
+    "GET /health", "GET /ready", "GET /metrics", "GET /v1/models", "GET /v1/models/{name}", "POST /v1/completions",
+    "POST /v1/chat/completions", "GET /soli/model", "GET /soli/experts/{layer}/{expert}", "POST /soli/translate",
+]  # fmt: skip
+POSTS = [route for route in ROUTES if route.startswith("POST")]
+
+
+@pytest.fixture(scope="module")
+def routes():
+    with scripted_server(lambda request: "the cat sat" * (len(request.prompt_ids) % 3)) as (url, _):
+        described = schemathesis.openapi.from_url(f"{url}/openapi.json")
+        yield {f"{one.ok().method.upper()} {one.ok().path}": one.ok() for one in described.get_all_operations()}
+
+
+def test_every_route_is_described(routes):
+    assert sorted(routes) == sorted(ROUTES)
+
+
+def send(route, mode, checks, examples):
+    @settings(max_examples=examples, phases=[Phase.generate], database=None, suppress_health_check=list(HealthCheck))
+    @given(case=route.as_strategy(generation_mode=mode))
+    def run(case):
+        case.call_and_validate(checks=checks)
+
+    run()
+
+
+@pytest.mark.parametrize("name", ROUTES)
+def test_what_is_allowed_is_answered_as_described(routes, name):
+    send(routes[name], GenerationMode.POSITIVE, ALWAYS, 30 if name in POSTS else 5)
+
+
+@pytest.mark.parametrize("name", POSTS)
+def test_what_is_forbidden_is_refused(routes, name):
+    send(routes[name], GenerationMode.NEGATIVE, [*ALWAYS, negative_data_rejection], 30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", POSTS)
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
+def test_both_for_long(routes, name, mode):
+    forbidden = [negative_data_rejection] if mode == GenerationMode.NEGATIVE else []
+    send(routes[name], mode, ALWAYS + forbidden, 1500)

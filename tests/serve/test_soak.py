@@ -1,0 +1,109 @@
+"""Many requests at once, a third of them cancelled at random: every answer is the lone answer, nothing stays behind."""
+
+import asyncio
+import gc
+import random
+
+import httpx
+import pytest
+
+from soli.engine.engine import Engine
+from soli.engine.request import EngineLimits
+from soli.engine.service import AsyncEngine
+from tests.serve.tiny_server import serving, tiny
+
+PROMPTS = ["the cat sat on the mat", "hello world", "你好世界", "今天天气很好", "the cat sat on the", "mat"]
+LIMITS = EngineLimits(cache_bytes=18 * 2**10, page_tokens=4, running=8, waiting=64, tokens_per_step=32)
+
+
+def bodies(count: int) -> list[dict]:
+    """Requests of all kinds, the same for the same count."""
+    draw = random.Random(0)
+    found: list[dict] = []
+    for _ in range(count):
+        body = {"prompt": draw.choice(PROMPTS), "max_tokens": draw.choice([1, 5, 17, 30])}
+        body |= draw.choice([{"temperature": 0}, {"temperature": 1.0, "seed": draw.randrange(4)}])
+        body |= draw.choice([{}, {"stop": "a"}, {"logprobs": 2}, {"soli": {"mute": [[1, 3]]}}, {"presence_penalty": 1}])
+        found.append(body | {"stream": draw.random() < 0.5})
+    return found
+
+
+async def streamed(client: httpx.AsyncClient, body: dict, leave_after: int | None) -> str | None:
+    """The text of a stream; None for one left after so many lines."""
+    import json
+
+    text, lines = "", 0
+    async with client.stream("POST", "/v1/completions", json=body) as answer:
+        assert answer.status_code == 200, await answer.aread()
+        async for line in answer.aiter_lines():
+            lines += 1
+            if leave_after is not None and lines > leave_after:
+                return None
+            if line.startswith("data: {"):
+                text += "".join(choice["text"] for choice in json.loads(line[6:])["choices"])
+    return text
+
+
+async def asked(client: httpx.AsyncClient, body: dict, leave: random.Random | None) -> str | None:
+    """One answer's text; with `leave`, one time out of three, None for a request that was given up."""
+    gives_up = leave is not None and leave.random() < 1 / 3
+    if body["stream"]:
+        return await streamed(client, body, leave.randrange(6) if leave is not None and gives_up else None)
+    request = asyncio.ensure_future(client.post("/v1/completions", json=body))
+    if leave is not None and gives_up:
+        await asyncio.sleep(leave.random() * 0.05)
+        request.cancel()
+        await asyncio.gather(request, return_exceptions=True)
+        return None
+    answer = await request
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["text"]
+
+
+async def soak(url: str, wanted: list[dict], at_once: int, leave: random.Random | None) -> list[str | None]:
+    places = asyncio.Semaphore(at_once)
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
+
+        async def one(body: dict) -> str | None:
+            async with places:
+                return await asked(client, body, leave)
+
+        return await asyncio.gather(*map(one, wanted))
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * 4096
+
+
+def run(count: int) -> None:
+    wanted = bodies(count)
+    engine = AsyncEngine(Engine(tiny(), LIMITS))
+    with serving(engine) as url:
+        kinds = {str(body): body for body in wanted}
+        alone = dict(zip(kinds, asyncio.run(soak(url, list(kinds.values()), 1, None)), strict=True))
+        asyncio.run(soak(url, wanted[: count // 4], 24, random.Random(1)))
+        gc.collect()
+        before = resident_bytes()
+        answers = asyncio.run(soak(url, wanted, 24, random.Random(2)))
+        stats = engine.stats()
+        while stats.running or stats.waiting:
+            stats = engine.stats()
+        gc.collect()
+        grown = resident_bytes() - before
+    engine.close()
+    given = [(answer, alone[str(body)]) for answer, body in zip(answers, wanted, strict=True) if answer is not None]
+    assert count / 2 < len(given) < count
+    assert [answer for answer, _ in given] == [lone for _, lone in given]
+    assert stats.pages_used == 0 and stats.preemptions > 0 and stats.prefix_hit_tokens > 0
+    assert grown < 24 * 2**20, f"{grown / 2**20:.1f} MiB more than before"
+
+
+def test_sixty_requests_answer_as_if_alone():
+    run(60)
+
+
+@pytest.mark.slow
+def test_two_thousand_requests_answer_as_if_alone_in_flat_memory():
+    run(2000)
