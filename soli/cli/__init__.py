@@ -22,6 +22,7 @@ VERBS = {
     "count": "Count parameters, bytes, cache and FLOPs of a model, or of a what-if.",
     "translate": "Translate between English and Chinese with the model in the box.",
     "generate": "Continue a prompt with the model in a folder.",
+    "chat": "Talk with a chat-tuned model in the terminal.",
     "serve": "Serve a model: an OpenAI-compatible API, and a page that shows the experts play.",
     "routing": "Report which experts a text file plays, and which language they prefer.",
     "train": "Train a model from a recipe; a stopped run resumes.",

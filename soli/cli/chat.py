@@ -1,0 +1,137 @@
+"""`soli chat [MODEL]`: talk with a chat-tuned model in the terminal; it remembers the conversation until /reset."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from soli.cli import options
+from soli.errors import SoliError
+
+if TYPE_CHECKING:
+    from soli.engine.sampler import SamplingParams
+    from soli.llm import LLM
+    from soli.serve.templates import ChatTemplate
+
+HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves; Ctrl-C stops an answer"
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+
+
+def chat(
+    model: Annotated[str, typer.Argument(help="A model folder with a chat template.")] = "nano",
+    system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
+    temperature: options.Temperature = 0.6,
+    top_p: options.TopP = 0.95,
+    seed: options.Seed = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "auto",
+) -> None:
+    """Chat with a model. Answers go to standard output; reasoning (R1) is shown dim, on a terminal only."""
+    from soli.engine.sampler import SamplingParams
+
+    sampling = SamplingParams(temperature, top_p=top_p, seed=seed)
+    llm, template = opened(model, device, dtype)
+    conversation = Conversation(llm, template, sampling, max_new_tokens, system)
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  (line editing and history for input())
+
+        print(f"{model}: {HELP}")
+    for line in _lines():
+        if line in ("/exit", "/quit"):
+            break
+        if line == "/reset":
+            conversation.reset()
+        elif line.startswith("/"):
+            print(f"soli: there is no {line.split()[0]}: {HELP}", file=sys.stderr)
+        elif line:
+            _answer(conversation, line)
+
+
+def opened(model: str, device: str, dtype: str) -> tuple[LLM, ChatTemplate]:
+    """The model and its chat template; SoliError, before any weight is read, where there is none."""
+    from soli.checkpoint import open_checkpoint
+    from soli.data.tokenizer import Tokenizer
+    from soli.llm import LLM
+    from soli.serve.templates import ChatTemplate
+
+    folder = open_checkpoint(model).folder
+    template = ChatTemplate.from_folder(folder, Tokenizer.from_folder(folder))
+    if template is None:
+        raise SoliError(
+            f"{model} has no chat template, so it was not trained to chat: use soli generate to continue a text, or "
+            "soli translate"
+        )
+    return LLM(model, device=device, dtype=dtype), template
+
+
+class Conversation:
+    """Turns so far, and the model that answers the next. An answer that is stopped stays as far as it came; a question
+    that gets none is forgotten."""
+
+    def __init__(
+        self, llm: LLM, template: ChatTemplate, sampling: SamplingParams, limit: int | None, system: str | None
+    ) -> None:
+        self._llm, self._template, self._sampling, self._limit = llm, template, sampling, limit
+        self._first = [{"role": "system", "content": system}] if system else []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all turns but the system's."""
+        self.messages = list(self._first)
+
+    def say(self, text: str) -> Iterator[tuple[str, str]]:
+        """Pieces of (reasoning, answer) to the next thing a person says. SoliError when the model has no room left."""
+        from soli.serve.reasoning import ThinkSplit
+
+        asked = [*self.messages, {"role": "user", "content": text}]
+        ids, thinking = self._template.render(asked)
+        limit = self._llm.text_model.room(ids, "the conversation")
+        limit = limit if self._limit is None else min(limit, self._limit)
+        split, said = ThinkSplit(thinking), ""
+        try:
+            for event in self._llm.stream(ids, self._sampling, max_new_tokens=limit):
+                thought, answer = split.push(event.text, event.finish_reason is not None)
+                said += answer
+                yield thought, answer
+        finally:
+            if said:
+                self.messages = [*asked, {"role": "assistant", "content": said}]
+
+
+def _lines() -> Iterator[str]:
+    """What a person types, a line each, until the end of input."""
+    from soli.cli.text_input import stdin_lines
+
+    if not sys.stdin.isatty():
+        yield from (line.strip() for line in stdin_lines())
+        return
+    while True:
+        try:
+            yield input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+
+
+def _answer(conversation: Conversation, line: str) -> None:
+    from soli.cli.generate import harmless
+
+    terminal = sys.stdout.isatty()
+    try:
+        for thought, answer in conversation.say(line):
+            if thought and terminal:
+                print(f"{DIM}{harmless(thought)}{PLAIN}", end="", flush=True)
+            if answer:
+                print(harmless(answer), end="", flush=True)
+    except KeyboardInterrupt:
+        if not sys.stdin.isatty():
+            raise
+    except SoliError as error:
+        if not sys.stdin.isatty():
+            raise
+        print(f"soli: {error}; {HELP}", file=sys.stderr)
+    print(flush=True)
