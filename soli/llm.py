@@ -66,7 +66,7 @@ class LLM:
         self, model: str, *, device: str = "cpu", dtype: str = "auto", limits: EngineLimits | None = None
     ) -> None:
         limits = limits or EngineLimits()
-        self.text_model = open_text_model(model, device, dtype, mtp=bool(limits.speculate))
+        self.text_model = open_text_model(model, device, dtype, mtp=limits.speculate)
         self.engine = AsyncEngine(Engine(self.text_model, limits))
         self._at_once = max(1, limits.waiting)
 

@@ -33,6 +33,9 @@ def serve(
     running: Annotated[int, typer.Option(min=1, max=1024, help="Requests answered at the same time.")] = 16,
     waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are told to come back.")] = 256,
     tokens_per_step: Annotated[int, typer.Option(min=1, help="Tokens read in one pass of the model.")] = 512,
+    speculate: Annotated[
+        bool, typer.Option("--speculate", help="Draft tokens with the model's MTP module; slower on the CPUs measured.")
+    ] = False,
     body_mib: Annotated[float, typer.Option(min=0.001, help="The largest body taken.")] = 4.0,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="The longest prompt taken.")] = 2**20,
     choices: Annotated[int, typer.Option(min=1, help="The most answers to one request (n).")] = 16,
@@ -62,7 +65,11 @@ def serve(
         host,
         port,
         engine=EngineLimits(
-            cache_bytes=cache_mib * MIB, running=running, waiting=waiting, tokens_per_step=tokens_per_step
+            cache_bytes=cache_mib * MIB,
+            running=running,
+            waiting=waiting,
+            tokens_per_step=tokens_per_step,
+            speculate=speculate,
         ),
         service=ServiceLimits(prompt_tokens, choices, seconds),
         rules=AppRules(GateRules(hosts, key, int(body_mib * MIB)), tuple(allow_origin or ())),

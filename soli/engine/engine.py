@@ -17,19 +17,19 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from soli.engine.cache import LatentCache, bytes_per_token, pages_for
+from soli.engine.admission import check, mixture_layers
+from soli.engine.cache import LatentCache, bytes_per_token
 from soli.engine.constraint import Constraints
 from soli.engine.drafter import Drafter, Followed
 from soli.engine.generate import slice_routing
 from soli.engine.pages import PagePool
-from soli.engine.request import EngineLimits, EngineStats, Event, FinishReason, QueueFull, Refused, Request, Usage
+from soli.engine.request import EngineLimits, EngineStats, Event, FinishReason, QueueFull, Request, Usage
 from soli.engine.sampler import Drawn, SamplerState, sample
 from soli.engine.scheduler import Read, Scheduler, Task
 from soli.engine.speculate import Draft, Verified, verify
 from soli.engine.stream import TextStream, token_text
 from soli.engine.text_model import TextModel
 from soli.errors import SoliError
-from soli.model.moe import MoE
 from soli.model.router import Routing
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class Engine:
         model = self._model = text_model.model
         self._device = model.embed_tokens.weight.device
         dtype = model.compute_dtype or model.embed_tokens.weight.dtype
-        layers = model.config.num_hidden_layers + bool(self.limits.speculate)
+        layers = model.config.num_hidden_layers + self.limits.speculate
         page = self.limits.page_tokens * bytes_per_token(model.config, layers, dtype)
         pages = self.limits.cache_bytes // page
         if pages < 1:
@@ -75,20 +75,19 @@ class Engine:
             )
         self._pages = PagePool(pages)
         self._cache = LatentCache(pages, self.limits.page_tokens, self.limits.running, text_model.positions)
-        self._scheduler = Scheduler(self._cache, self._pages, self.limits, bool(self.limits.speculate))
+        self._scheduler = Scheduler(self._cache, self._pages, self.limits, self.limits.speculate)
         self._drafter = self._make_drafter() if self.limits.speculate else None
         self._answers: dict[int, _Answer] = {}
         self._ended: list[Event] = []  # told with the next step
         self._constraints: Constraints | None = None
-        self._moes = {at: block.mlp for at, block in enumerate(model.layers) if isinstance(block.mlp, MoE)}
-        experts = model.config.n_routed_experts if self._moes else 0
-        self._load_LE = torch.zeros(len(self._moes), experts or 0, dtype=torch.int64)
+        mixtures = len(mixture_layers(text_model))
+        self._load_LE = torch.zeros(mixtures, model.config.n_routed_experts or 0, dtype=torch.int64)
         self._next = self._steps = self._prompt_tokens = self._completion_tokens = 0
         self._drafted = self._accepted = 0
 
     def add(self, request: Request) -> int:
         """Takes a request; its number. QueueFull when too many wait; Refused or SoliError for what could never run."""
-        self._check(request)
+        check(request, self.text_model, self.limits, self._pages.pages)
         if len(self._scheduler.waiting) >= self.limits.waiting:
             raise QueueFull(f"{self.limits.waiting} requests wait already: try again later")
         state = self._state(request)
@@ -158,54 +157,6 @@ class Engine:
                 self._constraints = Constraints(self.text_model.tokenizer, vocab, self.text_model.stop_ids)
             constraint = self._constraints.open(request.constraint)
         return SamplerState(request.sampling, request.prompt_ids, vocab, constraint)
-
-    def _check(self, request: Request) -> None:
-        prompt, limit, vocab = request.prompt_ids, request.max_new_tokens, self._model.config.vocab_size
-        if not prompt:
-            raise Refused("prompt_ids", "the prompt is empty: give it at least one token")
-        if not 0 <= min(prompt) <= max(prompt) < vocab:
-            raise Refused(
-                "prompt_ids",
-                f"the prompt holds token {max(prompt)}, but the model's vocabulary ends at {vocab - 1}",
-            )
-        if limit < 1:
-            raise Refused("max_new_tokens", f"max_new_tokens is {limit}: ask for at least 1")
-        together = f"the prompt has {len(prompt)} tokens and asks for {limit} more"
-        if len(prompt) + limit > self.text_model.positions:
-            raise Refused(
-                "max_new_tokens",
-                f"{together}, but the model has only {self.text_model.positions} positions: shorten the text or ask "
-                "for fewer tokens",
-            )
-        if pages_for(len(prompt) + limit, self.limits.page_tokens) > self._pages.pages:
-            raise Refused(
-                "max_new_tokens",
-                f"{together}, but the cache of {self.limits.cache_bytes} bytes holds {self._pages.pages} pages of "
-                f"{self.limits.page_tokens}: shorten the text, ask for fewer tokens or give the engine more "
-                "cache_bytes",
-            )
-        for layer in {layer for layer, _ in request.muted}:
-            self._check_mutes(layer, sorted(expert for at, expert in request.muted if at == layer))
-
-    def _check_mutes(self, layer: int, experts: Sequence[int]) -> None:
-        moe = self._moes.get(layer)
-        if moe is None:
-            raise Refused("muted", f"layer {layer} has no routed experts to mute; those with are {sorted(self._moes)}")
-        E = moe.gate.weight.shape[0]
-        if not 0 <= experts[0] <= experts[-1] < E:
-            raise Refused(
-                "muted", f"expert {experts[-1]} of layer {layer} cannot be muted: there are experts 0 to {E - 1}"
-            )
-        per_group = E // moe.gate.G
-        left = sorted(
-            per_group - sum(expert // per_group == group for expert in experts) for group in range(moe.gate.G)
-        )
-        if sum(left[: moe.gate.kept_groups]) < moe.gate.K:
-            raise Refused(
-                "muted",
-                f"{len(experts)} experts of layer {layer} are muted, which may leave fewer than the {moe.gate.K} that "
-                "play: mute fewer",
-            )
 
     def _read(self, reads: Sequence[Read]) -> list[Event]:
         """Runs the model over the reads, draws for those that are read to their end, drafts what may follow."""

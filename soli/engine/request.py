@@ -70,7 +70,8 @@ class Event:
 class EngineLimits:
     """What the engine may take. `cache_bytes` is never passed; `tokens_per_step` bounds what one step reads, so that a
     long prompt delays the next token of the others by no more than that. `prefix_sharing`: keep the pages of
-    prompts for later ones that begin alike."""
+    prompts for later ones that begin alike. `speculate`: draft with the model's MTP module; measured to be slower on
+    CPUs (benchmarks/speculation.py)."""
 
     cache_bytes: int = 2**30
     running: int = 16
@@ -78,7 +79,7 @@ class EngineLimits:
     tokens_per_step: int = 512
     page_tokens: int = 16
     prefix_sharing: bool = True
-    speculate: bool | None = None
+    speculate: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("cache_bytes", 1), ("running", 1), ("waiting", 0), ("page_tokens", 1)):

@@ -30,7 +30,7 @@ from soli.serve.templates import ChatTemplate
 
 def load(model: str, device: str, dtype: str, limits: EngineLimits) -> Loaded:
     """A folder, or "nano", with its engine and its chat template."""
-    text_model = open_text_model(model, device, dtype, mtp=bool(limits.speculate))
+    text_model = open_text_model(model, device, dtype, mtp=limits.speculate)
     template = ChatTemplate.from_folder(open_checkpoint(model).folder, text_model.tokenizer)
     return Loaded(text_model, AsyncEngine(Engine(text_model, limits)), template)
 
