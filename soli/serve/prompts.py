@@ -10,8 +10,9 @@ from soli.engine.request import Request
 from soli.engine.sampler import SamplingParams
 from soli.errors import SoliError
 from soli.serve.errors import ApiError
-from soli.serve.schema import ChatBody, CompletionBody, Message, Sampling, SoliOptions, Tool, ToolChoice
+from soli.serve.schema import ChatBody, CompletionBody, Message, Sampling, SoliOptions, Tool, ToolCall, ToolChoice
 from soli.serve.service import Loaded, ServiceLimits
+from soli.serve.templates import JsonText
 from soli.serve.tools import schema_of_any
 
 COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat may use the room there is
@@ -128,11 +129,17 @@ def _turn(message: Message) -> dict[str, Any]:
     """A message as templates read it."""
     turn: dict[str, Any] = {"role": message.role, "content": message.text}
     if message.tool_calls:
-        turn["tool_calls"] = [call.model_dump() for call in message.tool_calls]
+        turn["tool_calls"] = [_called(call) for call in message.tool_calls]
     for name in ("name", "tool_call_id", "reasoning_content"):
         if getattr(message, name) is not None:
             turn[name] = getattr(message, name)
     return turn
+
+
+def _called(call: ToolCall) -> dict[str, Any]:
+    dumped = call.model_dump()
+    dumped["function"]["arguments"] = JsonText(call.function.arguments)
+    return dumped
 
 
 def _tools(body: ChatBody, loaded: Loaded) -> tuple[list[dict[str, Any]] | None, str | None]:

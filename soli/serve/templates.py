@@ -28,6 +28,10 @@ from soli.serve.reasoning import CLOSE, OPEN, ends_thinking
 NO_REASONING = f"\n{CLOSE}\n\n"  # as DeepSeek-V3.1 writes it where it does not think
 
 
+class JsonText(str):
+    """JSON as the model wrote it, which `tojson` leaves as it is: templates join a call's arguments with or without."""
+
+
 class ChatTemplate:
     """`source` is jinja2, `names` the special tokens by the names that templates use (bos_token). Refuses one that does
     not compile; `render` refuses messages that it cannot take."""
@@ -95,7 +99,9 @@ class ChatTemplate:
     def _marked(self, value: Any, marker: str, kept: Sequence[str] = ()) -> Any:
         """`value` with every added token in its strings, but those `kept`, broken behind its first character."""
         if isinstance(value, str):
-            return self._token.sub(lambda at: at[0] if at[0] in kept else at[0][0] + marker + at[0][1:], value)
+            return type(value)(
+                self._token.sub(lambda at: at[0] if at[0] in kept else at[0][0] + marker + at[0][1:], value)
+            )
         if isinstance(value, Mapping):
             return {key: self._marked(item, marker, kept) for key, item in value.items()}
         if isinstance(value, list | tuple):
@@ -118,6 +124,8 @@ def _tojson(
     value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
     """As `transformers` gives it to templates: no HTML escapes, characters as they are."""
+    if isinstance(value, JsonText):
+        return value
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -7,7 +7,7 @@ from tokenizers import AddedToken
 
 from soli.data.tokenizer import Tokenizer
 from soli.errors import SoliError
-from soli.serve.templates import ChatTemplate
+from soli.serve.templates import ChatTemplate, JsonText
 from tests.engine.tiny import tiny_tokenizer
 
 PLAIN = "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>"
@@ -108,3 +108,12 @@ def test_a_folder_gives_its_template_from_either_file(tmp_path):
     (tmp_path / "chat_template.jinja").write_text("file")
     found = ChatTemplate.from_folder(tmp_path, tokenizer)
     assert found is not None and tokenizer.decode(found.render(user("x"))[0]) == "file"
+
+
+def test_arguments_stand_as_they_were_written_whatever_the_template_does_with_them():
+    source = "{% for call in messages[0].tool_calls %}{{ call.function.arguments ARGUMENTS }}{% endfor %}"
+    calls = [{"function": {"name": "f", "arguments": JsonText('{"a":  "猫"}')}}]
+    for how in ("", "| tojson"):
+        template = ChatTemplate(source.replace("ARGUMENTS", how), TOKENIZER, NAMES)
+        ids, _ = template.render([{"role": "assistant", "tool_calls": calls}])
+        assert TOKENIZER.decode(ids) == '{"a":  "猫"}'
