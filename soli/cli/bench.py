@@ -86,9 +86,9 @@ def _measured(url: str, key: str | None, rates: list[float], load: Load) -> tupl
     import asyncio
 
     from soli.cli.progress import progress
-    from soli.serve.load import Server, served_model
+    from soli.serve.load import find_server
 
-    server = Server(url, asyncio.run(served_model(url, key)), key)
+    server = asyncio.run(find_server(url, key))
     with progress("requests", len(rates) * len(load.seeds) * load.requests) as advance:
         return [asyncio.run(_row(server, rate, load, advance)) for rate in rates], server.model
 

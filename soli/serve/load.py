@@ -34,7 +34,7 @@ PERCENTILES = (50, 95, 99)
 @dataclass(frozen=True)
 class Load:
     """What is sent at each rate: `requests` for each of `seeds`, of about `prompt_words` tokens or more, for at most
-    `new_tokens` each, likeliest tokens only. An answer that ends earlier counts with the tokens that it has."""
+    `new_tokens` each, likeliest tokens only. What ends earlier, on servers without `ignore_eos`, counts as it is."""
 
     requests: int = 32
     seeds: Sequence[int] = (0,)
@@ -55,21 +55,26 @@ class Timing:
 
 @dataclass(frozen=True)
 class Server:
-    """Where to send what: base address, model name, API key."""
+    """Where to send what: base address, model name, API key; `full_length`: it takes `ignore_eos`, so every answer has
+    all the tokens that were asked for."""
 
     url: str
     model: str
     key: str | None = None
+    full_length: bool = False
 
 
-async def served_model(url: str, key: str | None) -> str:
-    """The first model that the server names; SoliError when there is no server of this kind."""
+async def find_server(url: str, key: str | None) -> Server:
+    """The server's first model, and whether it takes `ignore_eos`; SoliError when there is no server of this kind."""
     try:
         async with _client(url, key) as client:
             answer = await client.get("/v1/models")
             if answer.status_code != 200:
                 raise SoliError(f"{url} answers /v1/models with status {answer.status_code}: {_said(answer.text)}")
-            return str(answer.json()["data"][0]["id"])
+            model = str(answer.json()["data"][0]["id"])
+            probe = {"model": model, "prompt": "time", "max_tokens": 1, "ignore_eos": True}
+            taken = await client.post("/v1/completions", json=probe)
+            return Server(url, model, key, taken.status_code == 200)
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
         raise SoliError(f"{url} is no OpenAI-compatible server ({error}): give its address without /v1") from error
 
@@ -89,7 +94,7 @@ async def measure(
 
             async def one(at: float, prompt: str, client: httpx.AsyncClient = client, start: float = start) -> Timing:
                 await asyncio.sleep(max(0.0, start + at - time.perf_counter()))
-                timing = await _timed(client, server.model, prompt, load.new_tokens, start + at)
+                timing = await _timed(client, _body(server, prompt, load.new_tokens), start + at)
                 on_end(1)
                 return timing
 
@@ -135,11 +140,15 @@ def _percentiles(seconds: Sequence[float]) -> dict[str, float] | None:
     return {f"p{percent}": float(value) for percent, value in zip(PERCENTILES, values, strict=True)}
 
 
-async def _timed(client: httpx.AsyncClient, model: str, prompt: str, new_tokens: int, due: float) -> Timing:
-    body = {"model": model, "prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "stream": True}
+def _body(server: Server, prompt: str, new_tokens: int) -> dict[str, Any]:
+    body = {"model": server.model, "prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "stream": True}
+    return body | {"stream_options": {"include_usage": True}} | ({"ignore_eos": True} if server.full_length else {})
+
+
+async def _timed(client: httpx.AsyncClient, body: dict[str, Any], due: float) -> Timing:
     timing = Timing()
     try:
-        async with client.stream("POST", "/v1/completions", json=body | _WITH_USAGE) as answer:
+        async with client.stream("POST", "/v1/completions", json=body) as answer:
             if answer.status_code != 200:
                 await answer.aread()
                 timing.error = f"status {answer.status_code}: {_said(answer.text)}"
@@ -155,9 +164,6 @@ async def _timed(client: httpx.AsyncClient, model: str, prompt: str, new_tokens:
     except (httpx.HTTPError, ValueError) as error:
         timing.error = f"{type(error).__name__}: {_said(str(error))}"
     return timing
-
-
-_WITH_USAGE = {"stream_options": {"include_usage": True}}
 
 
 def _note(chunk: dict[str, Any], timing: Timing, at: float) -> None:

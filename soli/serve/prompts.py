@@ -55,6 +55,8 @@ def chat(body: ChatBody, loaded: Loaded, limits: ServiceLimits) -> Asked:
         )
     tools, forced = _tools(body, loaded)
     constraint = _constraint(body, forced)
+    if constraint is not None and body.ignore_eos:
+        raise ApiError(400, "an answer held to a format ends where the format does: leave ignore_eos out", "ignore_eos")
     try:
         turns = [_turn(one) for one in body.messages]
         ids, thinking = loaded.template.render(turns, tools, body.chat_template_kwargs, think=constraint is None)
@@ -118,7 +120,7 @@ def _base(body: Sampling, max_new_tokens: int, loaded: Loaded) -> Request:
         prompt_ids=(),
         max_new_tokens=max_new_tokens,
         sampling=sampling,
-        stop_ids=loaded.text_model.stop_ids,
+        stop_ids=frozenset() if body.ignore_eos else loaded.text_model.stop_ids,
         stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
         trace=body.soli.routing != "none",
         muted=frozenset((layer, expert) for layer, expert in body.soli.mute),

@@ -46,6 +46,7 @@ class Sampling(Body):
     )
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
     stop: Stops | None = None
+    ignore_eos: bool = False  # vLLM's and llama.cpp's name: the answer goes on to max_tokens
     n: Annotated[int, Field(ge=1, le=1024)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from soli.cli import main
 from soli.serve.load import Load, Server, Timing, arrivals, figures, measure
 from tests.serve.live import live
+from tests.serve.tiny_server import tiny_server
 
 PAUSE = 0.02
 
@@ -30,6 +31,8 @@ def stand_in() -> FastAPI:
 
     @app.post("/v1/completions")
     async def completions(body: dict):
+        if "ignore_eos" in body:  # a server that takes OpenAI's fields alone
+            return JSONResponse({"error": {"message": "unknown"}}, 400)
         seen.append(body)
         if len(seen) % 5 == 0:
             return JSONResponse({"error": {"message": "too many\nwait"}}, 429)
@@ -111,3 +114,10 @@ def test_the_table_has_a_line_per_rate(capsys):
 def test_what_cannot_be_measured_is_refused(arguments, said, capsys):
     assert main(["bench", "serve", *arguments]) == 1
     assert said in capsys.readouterr().err
+
+
+def test_answers_have_their_full_length_where_the_server_can(capsys):
+    with tiny_server() as url:
+        assert main(["bench", "serve", url, "--rates", "inf", "--requests", "3", "--new-tokens", "40", "--json"]) == 0
+    [row] = json.loads(capsys.readouterr().out)["rows"]
+    assert row["tokens"] == 120 and row["failed"] == 0 and row["between"]["p50"] > 0

@@ -278,6 +278,7 @@ def test_the_async_client_runs_many_at_once(url):
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", ""),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}},
          "response_format", "enforced"),
+        ({"extra_body": {"ignore_eos": True}, "response_format": {"type": "json_object"}}, "ignore_eos", "format"),
         ({"extra_body": {"soli": {"mute": [[0, 1]]}}}, "soli.mute", "layer 0"),
         ({"extra_body": {"soli": {"routing": "everything"}}}, "soli.routing", ""),
     ],
