@@ -54,10 +54,12 @@ async def on_http_error(_: Request, error: Exception) -> JSONResponse:
     return error_response(error.status_code, said.get(error.status_code, str(error.detail)), error.headers)
 
 
-async def on_invalid(_: Request, error: Exception) -> JSONResponse:
+async def on_invalid(request: Request, error: Exception) -> JSONResponse:
     """The first thing wrong with a body, named as a path: messages.0.content."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
+    if "json" not in request.headers.get("content-type", "") and first["loc"][0] == "body":
+        return error_response(400, "the body is not called JSON: send it with Content-Type: application/json")
     param = _place(first["loc"], error.body, first["type"] == "missing") or None
     if first["type"] == "extra_forbidden":
         said = f"{param} is not supported: leave it out"

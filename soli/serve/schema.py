@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Count = Annotated[int, Field(ge=1, le=2**31)]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Words = Annotated[str, Field(min_length=1, max_length=512)]
 Stops = Words | Annotated[list[Words], Field(max_length=16)]
 
@@ -38,13 +39,13 @@ class Sampling(Body):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=2**31)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] = 1.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None = (
         None
     )
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
+    seed: Seed | None = None
     stop: Stops | None = None
     ignore_eos: bool = False  # vLLM's and llama.cpp's name: the answer goes on to max_tokens
     n: Annotated[int, Field(ge=1, le=1024)] | None = None
@@ -153,6 +154,6 @@ class TranslateBody(Body):
     to: Literal["en", "zh"] | None = None
     max_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
+    seed: Seed | None = None
     stream: bool = False
     soli: SoliOptions = SoliOptions()

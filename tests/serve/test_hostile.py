@@ -138,3 +138,9 @@ def test_noise_on_the_wire_does_not_matter(url):
             connection.settimeout(5)
             while connection.recv(4096):
                 pass
+
+
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain", "multipart/form-data; boundary=x"])
+def test_bodies_of_other_kinds_are_refused_and_told_how(url, kind):
+    answer = CLIENT.post(f"{url}/v1/completions", content=json.dumps(GOOD), headers={"Content-Type": kind})
+    assert answer.status_code == 400 and "application/json" in answer.json()["error"]["message"]

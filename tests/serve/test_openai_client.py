@@ -8,7 +8,9 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
+from soli.engine.sampler import SamplingParams
 from soli.serve.choices import token_name
+from soli.serve.schema import CompletionBody
 from soli.serve.tools import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR
 from tests.serve.tiny_server import scripted_server, tiny, tiny_server
 
@@ -264,7 +266,7 @@ def test_the_async_client_runs_many_at_once(url):
         ({"n": 400}, "n", "16"),
         ({"n": 0}, "n", "1"),
         ({"stop": ""}, "stop", ""),
-        ({"seed": -1}, "seed", ""),
+        ({"seed": 2**63}, "seed", ""),
         ({"service_tier": "flex"}, "service_tier", "not supported"),
         ({"messages": []}, "messages", ""),
         ({"messages": [{"role": "boss", "content": "x"}]}, "messages.0.role", ""),
@@ -295,6 +297,17 @@ def test_errors_name_the_parameter(client, options, param, said):
             **{key: value for key, value in options.items() if key != "stream_options"}
             | ({} if "stream_options" not in options else {"n": 0}),
         )
+
+
+def test_the_bounds_of_bodies_are_those_of_the_sampler():
+    fields = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    described = CompletionBody.model_json_schema()["properties"]
+    for name in (*fields, "seed"):
+        allowed = described[name].get("anyOf", [described[name]])[0]
+        bounds = [allowed[side] for side in ("minimum", "maximum") if side in allowed]
+        assert bounds
+        for bound in bounds:
+            SamplingParams(**{name: bound})
 
 
 def test_unknown_models_are_not_found(client):

@@ -1,0 +1,39 @@
+"""Asks a server as any OpenAI client does, and shows which experts played. Needs `pip install openai`.
+
+soli serve &
+python examples/ask.py "The river"
+python examples/ask.py "The river" http://127.0.0.1:9000/v1
+"""
+
+import os
+import sys
+
+from openai import OpenAI
+
+
+def main(prompt: str, address: str = "http://127.0.0.1:8000/v1") -> None:
+    client = OpenAI(base_url=address, api_key=os.environ.get("SOLI_API_KEY", "none"))
+    [model] = client.models.list()
+    chunks = client.completions.create(
+        model=model.id,
+        prompt=prompt,
+        max_tokens=40,
+        temperature=0.7,
+        seed=1,
+        stream=True,
+        extra_body={"soli": {"routing": "summary"}},
+    )
+    for chunk in chunks:
+        for choice in chunk.choices:
+            print(choice.text, end="", flush=True)
+        summary = getattr(chunk, "soli", {}).get("experts")
+    print()
+    for layer in summary[0] if summary else []:
+        counts = layer["counts"]
+        busiest = sorted(range(len(counts)), key=lambda expert: -counts[expert])[:4]
+        often = ", ".join(f"{expert} ({counts[expert]} times)" for expert in busiest)
+        print(f"{layer['layer']}: {sum(map(bool, counts))} of {len(counts)} experts played, most often {often}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
