@@ -58,22 +58,28 @@ class Metrics:
         """The page that Prometheus reads."""
         return generate_latest(self._registry)
 
-    async def timed(self, events: AsyncGenerator[tuple[int, Event], None]) -> AsyncGenerator[tuple[int, Event], None]:
-        """The events themselves, their times taken."""
+    async def timed(
+        self, events: AsyncGenerator[tuple[int, Event], None], requests: int
+    ) -> AsyncGenerator[tuple[int, Event], None]:
+        """The events of so many requests themselves, their times taken; who is left without an end was cancelled."""
         last: dict[int, float] = {}
-        started = time.monotonic()
-        async with aclosing(events):
-            async for place, event in events:
-                now = time.monotonic()
-                if event.token is not None:
-                    if place in last:
-                        self.between.observe(now - last[place])
-                    else:
-                        self.first.observe(now - started)
-                    last[place] = now
-                if event.finish_reason is not None:
-                    self.ended.labels(event.finish_reason).inc()
-                yield place, event
+        started, left = time.monotonic(), requests
+        try:
+            async with aclosing(events):
+                async for place, event in events:
+                    now = time.monotonic()
+                    if event.token is not None:
+                        if place in last:
+                            self.between.observe(now - last[place])
+                        else:
+                            self.first.observe(now - started)
+                        last[place] = now
+                    if event.finish_reason is not None:
+                        left -= 1
+                        self.ended.labels(event.finish_reason).inc()
+                    yield place, event
+        finally:
+            self.ended.labels("cancelled").inc(left)
 
 
 class _EngineFigures:

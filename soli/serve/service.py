@@ -121,7 +121,7 @@ class Service:
         except BaseException:
             _close(streams)
             raise
-        return self.metrics.timed(merged(streams, self.limits.seconds))
+        return self.metrics.timed(merged(streams, self.limits.seconds), len(requests))
 
 
 def _close(streams: Sequence[AsyncEvents]) -> None:

@@ -78,6 +78,7 @@ def test_clients_that_give_up_on_whole_answers_free_all_their_places():
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{url}/v1/completions", json=LONG | {"n": 5}, timeout=0.3)
         assert steps_until_free(engine) <= 2 and engine.stats().pages_used == 0
+        assert 'soli_requests_total{reason="cancelled"} 5.0' in httpx.get(f"{url}/metrics").text
 
 
 def test_an_answer_that_takes_too_long_ends_and_frees_its_place():

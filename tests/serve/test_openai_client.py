@@ -7,6 +7,7 @@ import math
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
+from pydantic import BaseModel
 
 from soli.engine.sampler import SamplingParams
 from soli.serve.choices import token_name
@@ -161,6 +162,24 @@ def test_structured_output_fits_its_schema(client):
     wanted = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
     answer = chat(client, response_format=wanted, max_tokens=200).choices[0]
     assert answer.finish_reason == "stop" and set(json.loads(answer.message.content)) == {"a"}
+
+
+def test_the_clients_own_parsing_works(client):
+    class Answer(BaseModel):
+        a: bool
+
+    parsed = client.chat.completions.parse(model="tiny", messages=HELLO, response_format=Answer, max_tokens=200)
+    assert isinstance(parsed.choices[0].message.parsed, Answer)
+    with client.chat.completions.stream(model="tiny", messages=HELLO, response_format=Answer, max_tokens=200) as stream:
+        kinds = [event.type for event in stream]
+    assert "content.delta" in kinds and isinstance(stream.get_final_completion().choices[0].message.parsed, Answer)
+
+
+def test_an_answer_can_be_sent_back_as_it_came(client):
+    choice = {"type": "function", "function": {"name": "get_weather"}}
+    first = chat(client, tools=[WEATHER], tool_choice=choice, max_tokens=400).choices[0].message
+    result = {"role": "tool", "tool_call_id": first.tool_calls[0].id, "content": "sunny"}
+    assert chat(client, [*HELLO, first, result], tools=[WEATHER]).choices
 
 
 def test_a_forced_tool_is_called(client):
