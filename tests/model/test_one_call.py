@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from soli.engine.cache import LatentCache
+from soli.engine.cache import FEW, LatentCache
 from soli.kernels import PackedExperts
 from soli.model import Transformer, Trunk, one_call
 from tests.engine.tiny import KINDS, tiny_model
@@ -123,16 +123,17 @@ def test_a_row_has_the_same_bits_in_any_company_and_with_any_threads(isa, dtype)
                         assert torch.equal(one.routing[0].weights_TK[0], other.routing[0].weights_TK[place])
 
 
-def planned(model: Transformer, tokens: int = 2, several: bool = False) -> bool:
+def planned(model: Transformer, tokens: int = 2, chunk: bool = False) -> bool:
     x_BTD = model.embed_tokens.weight[None, :1].expand(1, tokens, -1).contiguous()
     cache = LatentCache(100, 16, 1, 96)
-    now = cache.begin([0], [0], [tokens]) if several else cache.begin([0] * tokens, range(tokens), [1] * tokens)
+    now = cache.begin([0], [0], [tokens]) if chunk else cache.begin([0] * tokens, range(tokens), [1] * tokens)
     return one_call.plan(model.layers, model.norm, model.rope, x_BTD, now.positions_T[None], now) is not None
 
 
 def test_torch_answers_where_the_call_may_not(monkeypatch) -> None:
     model = copy.deepcopy(tiny_model("v3"))
-    assert planned(model, 64) and not planned(model, 65) and not planned(model, several=True)
+    assert planned(model, 64) and not planned(model, 65)
+    assert planned(model, FEW, chunk=True) and not planned(model, FEW + 1, chunk=True)
     with torch.inference_mode(False), torch.enable_grad():
         assert not planned(copy.deepcopy(model))
     for way, taken in (("reference", False), ("torch", False), ("cpu", True)):
