@@ -31,7 +31,10 @@ export class Cursor {
     this.rename();
     host.onkeydown = (event) => this.key(event);
     host.onfocus = () => this.show();
-    host.onblur = () => { this.ring.hidden = true; };
+    host.onblur = () => {
+      this.ring.hidden = true;
+      byId('tip').hidden = true;
+    };
     host.onpointermove = (event) => this.hover(event);
     host.onpointerleave = () => { byId('tip').hidden = true; };
     host.onclick = (event) => this.click(event);
@@ -55,7 +58,7 @@ export class Cursor {
     event.preventDefault();
   }
 
-  /** Puts ring and name at the cursor. */
+  /** Puts ring and name at the cursor; for eyes the name stands below the ring. */
   show() {
     this.place(this.ring, this.row, this.expert);
     this.ring.hidden = false;
@@ -66,6 +69,15 @@ export class Cursor {
     this.lines[this.turn].setAttribute('aria-rowindex', String(this.row + 1));
     before.textContent = '';
     this.grid.host.setAttribute('aria-activedescendant', now.id);
+    const at = this.ring.getBoundingClientRect();
+    this.tell(now.textContent, at.left, at.bottom + 8);
+  }
+
+  tell(text, left, top) {
+    const tip = byId('tip');
+    tip.hidden = false;
+    tip.textContent = text;
+    Object.assign(tip.style, { left: `${Math.max(8, Math.min(left, window.innerWidth - tip.offsetWidth - 8))}px`, top: `${top}px` });
   }
 
   place(box, row, expert) {
@@ -79,13 +91,9 @@ export class Cursor {
   }
 
   hover(event) {
-    const cell = this.cellOf(event);
-    const tip = byId('tip');
-    tip.hidden = cell === null || event.pointerType === 'touch';
-    if (tip.hidden) return;
-    tip.textContent = this.does.describe(cell.row, cell.expert);
-    const left = Math.min(event.clientX + 14, window.innerWidth - tip.offsetWidth - 8);
-    Object.assign(tip.style, { left: `${Math.max(8, left)}px`, top: `${event.clientY + 18}px` });
+    const cell = event.pointerType === 'touch' ? null : this.cellOf(event);
+    if (cell) this.tell(this.does.describe(cell.row, cell.expert), event.clientX + 14, event.clientY + 18);
+    else byId('tip').hidden = true;
   }
 
   click(event) {

@@ -8,6 +8,7 @@ import { t } from './strings.js';
 
 const USUAL_TOKENS = { complete: 48, chat: 256 };
 const TEXT = { translate: 'textTranslate', complete: 'textComplete', chat: 'textChat' };
+const RUN = { translate: 'runTranslate', complete: 'runComplete', chat: 'runChat' };
 const EXAMPLE = { translate: 'You can use this knife to cut wood.', complete: 'The river', chat: '' };
 const EXAMPLE_B = { translate: '你可以用这把刀切木头。', complete: 'The city', chat: '' };
 
@@ -21,7 +22,7 @@ export class Desk {
     Object.assign(this, { model, does, past: [], abort: null });
     [this.mode] = model.modes;
     byId('modes').replaceChildren(...model.modes.map((mode) => el('button', {
-      type: 'button', role: 'radio', id: `mode-${mode}`, data: { mode, t: mode }, onClick: () => this.choose(mode),
+      type: 'button', role: 'radio', id: `mode-${mode}`, data: { mode, t: mode }, onClick: () => mode === this.mode || this.choose(mode),
     })));
     byId('modes').onkeydown = (event) => this.key(event);
     byId('ask').onsubmit = (event) => {
@@ -32,7 +33,7 @@ export class Desk {
     byId('compare').onchange = () => this.dress();
     byId('new-chat').onclick = () => this.forget();
     for (const area of [byId('text-a'), byId('text-b')]) area.onkeydown = (event) => {
-      if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) this.run();
+      if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) byId('ask').requestSubmit();
     };
     this.choose(this.mode);
   }
@@ -70,8 +71,10 @@ export class Desk {
     }
     rove(buttons, byId(`mode-${this.mode}`));
     byId('label-a').textContent = t(TEXT[this.mode]) + (this.compared ? ' (A)' : '');
+    byId('run').textContent = t(RUN[this.mode]);
     byId('direction-line').hidden = this.mode !== 'translate';
     byId('tokens-line').hidden = this.mode === 'translate';
+    byId('max-tokens').disabled = this.mode === 'translate'; // what is not seen is not checked either
     byId('line-b').hidden = !this.compared;
     byId('only-b-line').hidden = !this.compared;
     byId('new-chat').hidden = this.mode !== 'chat' || this.compared || !this.past.length;

@@ -5,7 +5,7 @@
  */
 import { el } from './elements.js';
 import { Geometry } from './geometry.js';
-import { KEPT_OUT, NEAR } from './score.js';
+import { KEPT_OUT, LET_IN, NEAR } from './score.js';
 
 const LEVELS = 32;
 const KINDS = 6;
@@ -152,6 +152,7 @@ export class Grid {
     if (!hollow) {
       pen.fillStyle = colour;
       pen.fill();
+      if (kind === LET_IN) pen.fillRect(x + size * 0.82, y - size * 2.1, 1.6 * g.ratio, size * 1.9); // a stem, for eyes that see no green
       return;
     }
     pen.fillStyle = this.ink['--ground'];

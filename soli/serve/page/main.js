@@ -153,8 +153,8 @@ function moved() {
   if (!stage) return;
   const { player, parts } = stage;
   const length = player.piece.length();
-  const sounds = player.playing && (!player.atEnd || desk?.running);
-  byId('play').textContent = t(sounds || (player.playing && !length) ? 'pause' : 'play');
+  for (const id of ['play', 'step-back', 'step', 'replay', 'seek']) byId(id).disabled = length === 0;
+  byId('play').textContent = t(player.sounding ? 'pause' : 'play');
   byId('seek').max = String(length);
   byId('seek').value = String(player.position);
   byId('seek').setAttribute('aria-valuetext', t('of', { at: player.position, length }));
@@ -216,7 +216,7 @@ async function start() {
   byId('stage').hidden = dense;
   byId('mutes').hidden = dense;
   byId('no-routing').hidden = !dense;
-  stage = dense ? null : new Stage(model, { tokenChosen, expertChosen, muteToggled: toggleMute, moved, nameOf });
+  stage = dense ? null : new Stage(model, { tokenChosen, expertChosen, muteToggled: toggleMute, moved, more: () => desk?.running ?? false, nameOf });
   desk = new Desk(model, {
     begin: (count) => {
       byId('alert').hidden = true;

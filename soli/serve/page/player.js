@@ -7,7 +7,8 @@ export const SPEEDS = [1, 3, 6, 12, 30, 60, Infinity]; // tokens per second; Inf
 export const USUAL_SPEED = 12;
 
 export class Player {
-  /** @param {{length: () => number, changed: () => void}} piece  how many tokens there are; what to do when the state changes */
+  /** @param {{length: () => number, more: () => boolean, changed: () => void}} piece  how many tokens have come; whether
+   *   more will; what to do when the state changes */
   constructor(piece) {
     this.piece = piece;
     this.speed = USUAL_SPEED;
@@ -36,14 +37,20 @@ export class Player {
     return count;
   }
 
+  /** Whether music is to be heard, now or as soon as more tokens come. */
+  get sounding() { return this.playing && (!this.atEnd || this.piece.more()); }
+
+  /** Pauses, goes on, or at the end begins again. */
   toggle() {
-    if (!this.playing && this.atEnd) this.position = 0;
-    this.playing = !this.playing;
-    this.piece.changed();
+    if (this.sounding) {
+      this.playing = false;
+      this.piece.changed();
+    } else this.play(this.atEnd ? 0 : this.position);
   }
 
-  replay() {
-    this.position = 0;
+  /** Plays from a position. */
+  play(position) {
+    this.position = position;
     this.playing = true;
     this.piece.changed();
   }

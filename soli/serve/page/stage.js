@@ -17,13 +17,14 @@ export class Stage {
   /**
    * @param {object} model  as the server describes it
    * @param {{tokenChosen: (part: object|null, index: number|null) => void, expertChosen: (row: number, expert: number) => void,
-   *          muteToggled: (row: number, expert: number) => void, moved: () => void, nameOf: (row: number, expert: number) => string}} does
+   *          muteToggled: (row: number, expert: number) => void, moved: () => void, more: () => boolean, nameOf: (row: number, expert: number) => string}} does
    */
   constructor(model, does) {
     Object.assign(this, { model, does, parts: [], difference: null, chosen: null, asked: false, before: 0, common: null });
     this.still = matchMedia('(prefers-reduced-motion: reduce)');
     this.player = new Player({
       length: () => Math.max(0, ...this.parts.map((part) => part.score.length)),
+      more: () => does.more(),
       changed: () => this.moved(),
     });
     new ResizeObserver(() => this.refit()).observe(byId('grids'));
@@ -122,7 +123,7 @@ export class Stage {
 
   replay() {
     if (this.chosen) this.choose(null, null);
-    this.player.replay();
+    this.player.play(0);
   }
 
   seek(position) {

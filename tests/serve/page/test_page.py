@@ -150,6 +150,9 @@ def test_pause_step_replay_seek_and_speed(mock, open_page):
     until(page, "document.querySelector('#play').textContent === 'Play'")
     assert page.inner_text("#at") == "20 of 20"
     assert page.locator('#strip-a [aria-selected="true"]').count() == 0
+    page.select_option("#speed", "1")
+    page.click("#play")  # at the end: once more from the beginning
+    assert page.inner_text("#play") == "Pause" and int(page.inner_text("#at").split()[0]) < 3
 
 
 def test_two_texts_side_by_side(mock, open_page):

@@ -117,10 +117,10 @@ def test_theme_and_language_can_be_switched(mock, open_page):
     page.click("#theme")
     assert page.evaluate(background) == dark
     page.click("#language")
-    assert page.inner_text("#run") == "演奏" and "偏置改变了" in page.inner_text("#panel-token")
+    assert page.inner_text("#run") == "翻译" and "偏置改变了" in page.inner_text("#panel-token")
     assert page.evaluate("document.documentElement.lang") == "zh-CN"
     page.click("#language")
-    assert page.inner_text("#run") == "Play"
+    assert page.inner_text("#run") == "Translate"
 
 
 def test_little_motion_means_no_flashes(mock, open_page):
