@@ -27,10 +27,10 @@ def isa(request, monkeypatch):
 
 
 def exact(
-    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up: PackedWeight, down: PackedWeight
+    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up: PackedWeight, down: PackedWeight, isa: str
 ) -> tuple[Tensor, Tensor]:
     """The layer in float64 and how far an answer may be from it."""
-    x, w = x_TD.double(), weights_TK.double()
+    x, w = weights.as_multiplied(x_TD, isa, gate_up.format).double(), weights_TK.double()
     up_E2FD, down_EDF = gate_up.dequantize(torch.float64), down.dequantize(torch.float64)
     y_TD = reference.experts(x, ids_TK, w, up_E2FD, down_EDF)
     limit_TD = torch.zeros_like(y_TD)
@@ -42,6 +42,9 @@ def exact(
             limit_TD[t] += weight * BOUND * (down_EDF[e].abs() @ (1.1 * terms * up_terms + hidden.abs()))
             if x_TD.dtype == torch.bfloat16:
                 limit_TD[t] += weight * BOUND_HALF * (down_EDF[e].abs() @ hidden.abs())
+            if weights.rounds_tokens(isa, down.format, x_TD.dtype):  # half of one of 127 steps up to the largest of 128
+                steps = torch.cat([part.abs().amax() / 127 * torch.ones_like(part) for part in hidden.split(128)])
+                limit_TD[t] += weight * 0.51 * (down_EDF[e].abs() @ steps)
     return y_TD, limit_TD
 
 
@@ -68,7 +71,7 @@ def test_is_equation_12_and_no_token_depends_on_another(isa, format, T, E, K, D,
     x_TD = torch.randn(T, D, generator=generator).to(torch.bfloat16 if half else torch.float32)
     table = ExpertTable.stacked(gate_up, down)
     y_TD = cpu.experts(x_TD, ids_TK, weights_TK, table)
-    exact_TD, limit_TD = exact(x_TD, ids_TK, weights_TK, gate_up, down)
+    exact_TD, limit_TD = exact(x_TD, ids_TK, weights_TK, gate_up, down, isa)
     assert y_TD.dtype == x_TD.dtype and ((y_TD.double() - exact_TD).abs() <= limit_TD).all()
     for t in range(T):
         rows = slice(t, t + 1)
@@ -102,7 +105,7 @@ def test_formats_may_differ_between_up_and_down(isa) -> None:
     down = random_weight("int8", (4, 64, 128), 64, generator)
     ids_TK, weights_TK = routed(3, 4, 2, "any", generator)
     x_TD = torch.randn(3, 64, generator=generator)
-    exact_TD, limit_TD = exact(x_TD, ids_TK, weights_TK, gate_up, down)
+    exact_TD, limit_TD = exact(x_TD, ids_TK, weights_TK, gate_up, down, isa)
     y_TD = cpu.experts(x_TD, ids_TK, weights_TK, ExpertTable.stacked(gate_up, down))
     assert ((y_TD.double() - exact_TD).abs() <= limit_TD).all()
 

@@ -47,9 +47,9 @@ def test_is_the_product_within_the_bound(isa, format, T, O, I, group, half, seed
     weight = random_weight(format, (O, weights.inputs(format, I, group)), group, generator)
     x_TI = torch.randn(T, weight.shape[1], generator=generator).to(torch.bfloat16 if half else torch.float32)
     y_TO = into_poison(x_TI, weight)
-    exact_OI = weight.dequantize(torch.float64)
-    limit_TO = BOUND[x_TI.dtype] * (x_TI.double().abs() @ exact_OI.abs().T)
-    assert ((y_TO.double() - x_TI.double() @ exact_OI.T).abs() <= limit_TO).all()
+    exact_OI, exact_TI = weight.dequantize(torch.float64), weights.as_multiplied(x_TI, isa, format).double()
+    limit_TO = BOUND[x_TI.dtype] * (exact_TI.abs() @ exact_OI.abs().T)
+    assert ((y_TO.double() - exact_TI @ exact_OI.T).abs() <= limit_TO).all()
     alone = torch.cat([cpu.linear(x_TI[t : t + 1], weight) for t in range(T)])
     assert torch.equal(alone, y_TO)
 
@@ -63,6 +63,32 @@ def test_many_tokens_and_rows_have_the_bits_of_each_alone(isa, format) -> None:
         y_TO = into_poison(x_TI, weight)
         for t in (0, 77, 127, 128, 149):
             assert torch.equal(cpu.linear(x_TI[t], weight), y_TO[t])
+
+
+@pytest.mark.parametrize("format", ("int8", "int4"))
+def test_tokens_in_8_bits_of_any_size_and_numbers_that_are_none(isa, format) -> None:
+    generator = torch.Generator().manual_seed(8)
+    weight = random_weight(format, (20, 256), 128, generator)
+    x_TI = torch.randn(5, 256, generator=generator) * torch.tensor([1e-30, 1e-36, 1.0, 1e30, 0.0])[:, None]
+    x_TI = x_TI.bfloat16()
+    exact_TI, exact_OI = weights.as_multiplied(x_TI, isa, format).double(), weight.dequantize(torch.float64)
+    limit_TO = BOUND[torch.bfloat16] * (exact_TI.abs() @ exact_OI.abs().T) + 1e-30
+    assert ((cpu.linear(x_TI, weight).double() - exact_TI @ exact_OI.T).abs() <= limit_TO).all()
+    for wrong in (float("nan"), float("inf")):
+        x_TI[2, 200] = wrong
+        y_TO = cpu.linear(x_TI, weight)
+        assert not y_TO[2].isfinite().any() and y_TO[[0, 1, 3, 4]].isfinite().all()
+
+
+@pytest.mark.parametrize("format", ("int8", "int4"))
+@pytest.mark.parametrize("group", (32, 64, 128))
+def test_any_number_of_tokens_has_the_bits_of_each_alone(isa, format, group) -> None:
+    generator = torch.Generator().manual_seed(9)
+    weight = random_weight(format, (37, 640 - group), group, generator)
+    x_TI = torch.randn(41, 640 - group, generator=generator).bfloat16()
+    alone = torch.cat([cpu.linear(x_TI[t : t + 1], weight) for t in range(41)])
+    for T in range(1, 42):
+        assert torch.equal(into_poison(x_TI[:T].contiguous(), weight), alone[:T])
 
 
 def test_threads_do_not_change_a_bit(isa) -> None:

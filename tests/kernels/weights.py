@@ -14,7 +14,8 @@ from soli.kernels.packed import PackedWeight, plain
 needs_kernels = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
 
 #: |y - exact| <= BOUND[dtype of the tokens] * sum |x| |w|, for every format: codes and scales are taken exactly, so
-#: what is left is float32 sums, and for bfloat16 tokens the one rounding of the result (2^-8 of it).
+#: what is left is float32 sums, and for bfloat16 tokens the one rounding of the result (2^-8 of it). `exact` is of tokens
+#: `as_multiplied`.
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8 + 1e-5}
 DTYPES = tuple(BOUND)
 SETTINGS = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # SOLI_CPU_ISA stays for all examples
@@ -25,6 +26,23 @@ FORMATS = ("fp32", "bf16", "fp8", "int8", "int4")
 def isas() -> tuple[str, ...]:
     found = library()
     return available_isas(found.best_isa) if found else ()
+
+
+def rounds_tokens(isa: str, format: str, dtype: torch.dtype) -> bool:
+    """Whether tokens are multiplied in 8 bits."""
+    return isa == "avx512" and format in ("int8", "int4") and dtype == torch.bfloat16
+
+
+def as_multiplied(x: Tensor, isa: str, format: str) -> Tensor:
+    """Tokens (..., I) as the kernel takes them: in 8 bits, -127 ... 127 times largest / 127 for each 128 numbers, where
+    `rounds_tokens`, and else as they are."""
+    if not rounds_tokens(isa, format, x.dtype):
+        return x
+    parts = []
+    for part in x.float().split(128, dim=-1):
+        most = part.abs().amax(-1, keepdim=True).clamp(min=2.0**-100)
+        parts.append((part * (127 / most)).round() * (most / 127))
+    return torch.cat(parts, -1)
 
 
 def inputs(format: str, wanted: int, group: int) -> int:

@@ -25,7 +25,7 @@ from typing import Final
 SOURCES: Final = Path(__file__).parent / "csrc"
 # No contraction: what is one rounding and what is two is written out, so that every tile size gives the same bits.
 FLAGS: Final = ("-O3", "-std=c++17", "-fPIC", "-fno-exceptions", "-fno-rtti", "-ffp-contract=off", "-DNDEBUG")
-AVX512: Final = tuple(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vbmi", "bf16"))
+AVX512: Final = tuple(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vbmi", "vnni", "bf16"))
 ISA_FLAGS: Final = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "avx512": (*AVX512, "-mfma", "-mf16c", "-mprefer-vector-width=512"),
@@ -127,7 +127,7 @@ def _units() -> list[tuple[str, tuple[str, ...]]]:
     units: list[tuple[str, tuple[str, ...]]] = [(name, ()) for name in COMMON]
     if platform.machine() == "x86_64":
         units += [("avx2", ISA_FLAGS["avx2"])]
-        units += [(name, ISA_FLAGS["avx512"]) for name in ("avx512", "avx512_bf16")]
+        units += [(name, ISA_FLAGS["avx512"]) for name in ("avx512", "avx512_bf16", "avx512_vnni")]
     return units
 
 

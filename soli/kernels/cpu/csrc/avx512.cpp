@@ -1,5 +1,5 @@
-// The kernels for AVX-512 with BF16 and VBMI (Zen 4, Sapphire Rapids and later), for float32 tokens: sixteen floats at a
-// time. Those for bfloat16 tokens are in avx512_bf16.cpp.
+// The kernels for AVX-512 with BF16, VNNI and VBMI (Zen 4, Sapphire Rapids and later), for float32 tokens: sixteen floats at a
+// time. Those for bfloat16 tokens are in avx512_bf16.cpp and avx512_vnni.cpp.
 #include "avx512.h"
 
 namespace soli {
@@ -93,7 +93,7 @@ const Kernels AVX512 = {
     "avx512",
     {dots32<Fp32>, dots32<Bf16>, dots32<Fp8>, dots32<Int8>, dots32<Int4>},
     {nullptr, dots16_bf16, dots16_fp8, dots16_int8, dots16_int4},
-    arrange16,
+    put16,
     silu_mul,
     {mix32<Fp32>, mix32<Bf16>, mix32<Fp8>, mix32<Int8>, mix32<Int4>},
     soften,

@@ -1,8 +1,9 @@
-// The AVX-512 kernels for bfloat16 tokens: every format becomes exact bfloat16 codes, multiplied 32 at a time by vdpbf16ps
-// with float32 sums; each group's sum is then multiplied by the group's scale. Scales and codes are never rounded.
+// The AVX-512 kernels for bfloat16 tokens and weights in bfloat16 or FP8: either becomes exact bfloat16 codes, multiplied
+// 32 at a time by vdpbf16ps with float32 sums; each block's sum is then multiplied by the block's scale. Scales and codes
+// are never rounded.
 //
 // Bytes turn into bfloat16 by looking up its upper and lower byte and interleaving the two, which works within 16 bytes:
-// arrange16 puts tokens into the order that comes out.
+// put16 puts tokens into the order that comes out.
 #include "avx512.h"
 #include "scratch.h"
 
@@ -44,8 +45,6 @@ constexpr uint16_t bfloat16(int mantissa, int exponent) {
     return static_cast<uint16_t>((exponent + 7 + 127) << 7 | (mantissa & 127));
 }
 
-constexpr uint16_t whole(int code) { return bfloat16(code, 0); }
-
 constexpr uint16_t e4m3(int code) {  // four bits of exponent with bias 7, three of mantissa; 127 is NaN
     return code == 127 ? 0x7fc0 : code < 8 ? bfloat16(code, -9) : bfloat16(8 + (code & 7), (code >> 3) - 10);
 }
@@ -69,7 +68,7 @@ struct Table {
     }
 };
 
-constexpr Table E4M3(e4m3), WHOLE(whole);
+constexpr Table E4M3(e4m3);
 
 struct Fp8 {
     static constexpr int CHUNK = 128, VECS = 4;
@@ -90,60 +89,6 @@ struct Fp8 {
     static void prefetch(const Row& row, int64_t k, int64_t ahead) {
         prefetch_line<128>(row.weight, k, ahead), prefetch_line<128>(row.weight, k, ahead + 64);
     }
-};
-
-// The scales of CHUNK weights in groups of G, each for as many float32 lanes as its group fills.
-template <int CHUNK, int G, bool FULL>
-__m512 group_scales(const uint8_t* scale, int64_t k, int64_t left) {
-    constexpr int COUNT = CHUNK > G ? CHUNK / G : 1;
-    uint64_t halves = 0;
-    if (FULL) __builtin_memcpy(&halves, scale + k / G * 2, 2 * COUNT);
-    else __builtin_memcpy(&halves, scale + k / G * 2, 2 * ((left + G - 1) / G));
-    const __m512 few = _mm512_castps128_ps512(_mm_cvtph_ps(_mm_cvtsi64_si128(halves)));
-    if (COUNT == 1) return _mm512_broadcastss_ps(_mm512_castps512_ps128(few));
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    return _mm512_permutexvar_ps(_mm512_srli_epi32(lane, COUNT == 2 ? 3 : 2), few);
-}
-
-template <int G>
-struct Int8 {
-    static constexpr int CHUNK = 64, VECS = 2;
-    static constexpr bool SCALED = true;
-    template <bool FULL>
-    static void codes(const Row& row, int64_t k, int64_t left, __m512i* out) {
-        const __m512i code = bytes<FULL>(row.weight + k, left);
-        WHOLE.look_up(_mm512_abs_epi8(code), code, out);
-    }
-    template <bool FULL>
-    static __m512 scale(const Row& row, int64_t k, int64_t left) {
-        return group_scales<CHUNK, G, FULL>(row.scale, k, left);
-    }
-    static void prefetch(const Row& row, int64_t k, int64_t ahead) { prefetch_line<64>(row.weight, k, ahead); }
-};
-
-template <int G>
-struct Int4 {
-    static constexpr int CHUNK = 128, VECS = 4;
-    static constexpr bool SCALED = true;
-    template <bool FULL>
-    static void codes(const Row& row, int64_t k, int64_t left, __m512i* out) {
-        // Bytes of the bfloat16 numbers -8 ... 7: c100, c0e0, ... bf80, 0000, 3f80, ... 40e0.
-        const __m512i upper = _mm512_broadcast_i32x4(_mm_setr_epi8(
-            -63, -64, -64, -64, -64, -64, -64, -65, 0, 63, 64, 64, 64, 64, 64, 64));
-        const __m512i lower = _mm512_broadcast_i32x4(_mm_setr_epi8(
-            0, -32, -64, -96, -128, 64, 0, -128, 0, -128, 0, 64, -128, -96, -64, -32));
-        const __m512i packed = bytes<FULL>(row.weight + k / 2, left / 2), mask = _mm512_set1_epi8(15);
-        const __m512i nibble[2] = {_mm512_and_si512(packed, mask), _mm512_and_si512(_mm512_srli_epi16(packed, 4), mask)};
-        for (int half = 0; half < 2; half++) {
-            const __m512i high = _mm512_shuffle_epi8(upper, nibble[half]), low = _mm512_shuffle_epi8(lower, nibble[half]);
-            out[2 * half] = _mm512_unpacklo_epi8(low, high), out[2 * half + 1] = _mm512_unpackhi_epi8(low, high);
-        }
-    }
-    template <bool FULL>
-    static __m512 scale(const Row& row, int64_t k, int64_t left) {
-        return group_scales<CHUNK, G, FULL>(row.scale, k, left);
-    }
-    static void prefetch(const Row& row, int64_t k, int64_t ahead) { prefetch_line<64>(row.weight, k / 2, ahead); }
 };
 
 // Format D with its codes unpacked before: the same numbers in the same order, so the same bits.
@@ -216,7 +161,8 @@ void unpack(Row* row, int64_t count, int64_t I, uint16_t* codes) {
 }
 
 template <class D>
-void dots16(const Rows& rows, const uint16_t* x, int64_t tokens, float* y, int64_t y_stride) {
+void dots16(const Rows& rows, const uint8_t* token, int64_t tokens, float* y, int64_t y_stride) {
+    const uint16_t* x = reinterpret_cast<const uint16_t*>(token);
     static thread_local Scratch scratch;
     const Layout& layout = rows.layout;
     uint16_t* codes = nullptr;
@@ -239,35 +185,18 @@ void dots16(const Rows& rows, const uint16_t* x, int64_t tokens, float* y, int64
 
 }  // namespace
 
-void dots16_bf16(const Rows& rows, const uint16_t* x, int64_t tokens, float* y, int64_t y_stride) {
+void dots16_bf16(const Rows& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride) {
     dots16<Bf16>(rows, x, tokens, y, y_stride);
 }
 
-void dots16_fp8(const Rows& rows, const uint16_t* x, int64_t tokens, float* y, int64_t y_stride) {
+void dots16_fp8(const Rows& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride) {
     dots16<Fp8>(rows, x, tokens, y, y_stride);
 }
 
-void dots16_int8(const Rows& rows, const uint16_t* x, int64_t tokens, float* y, int64_t y_stride) {
-    const int64_t group = rows.layout.group;
-    (group == 32 ? dots16<Int8<32>> : group == 64 ? dots16<Int8<64>> : dots16<Int8<128>>)(rows, x, tokens, y, y_stride);
-}
-
-void dots16_int4(const Rows& rows, const uint16_t* x, int64_t tokens, float* y, int64_t y_stride) {
-    const int64_t group = rows.layout.group;
-    (group == 32 ? dots16<Int4<32>> : group == 64 ? dots16<Int4<64>> : dots16<Int4<128>>)(rows, x, tokens, y, y_stride);
-}
-
-// A vector of codes holds units of eight neighbours; unit u of the arranged token is unit ORDER[u] of the natural one.
-void arrange16(int64_t format, uint16_t* x, int64_t I) {
-    static const int BYTES[16] = {0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15};
-    static const int NIBBLES[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
-    if (format == BF16) return;
-    const int* order = format == INT4 ? NIBBLES : BYTES;
-    for (int64_t k = 0; k < I; k += 128) {
-        __m128i unit[16];
-        for (int u = 0; u < 16; u++) unit[u] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + k + 8 * order[u]));
-        for (int u = 0; u < 16; u++) _mm_storeu_si128(reinterpret_cast<__m128i*>(x + k + 8 * u), unit[u]);
-    }
+// FP8's vectors of codes hold units of eight neighbours; unit u of the token is unit ORDER[u] of the natural one.
+void put16_fp8(const uint16_t* x, uint16_t* to) {
+    static const int ORDER[16] = {0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15};
+    for (int u = 0; u < 16; u++) __builtin_memcpy(to + 8 * u, x + 8 * ORDER[u], 16);
 }
 
 }  // namespace soli

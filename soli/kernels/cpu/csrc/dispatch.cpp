@@ -27,11 +27,11 @@ bool has_avx2() {
     return (saved() & 0x6) == 0x6 && has(one.c, 12) && has(one.c, 29) && has(seven.b, 5);  // FMA, F16C, AVX2
 }
 
-// F, DQ, BW, VL, VBMI and BF16 together: Zen 4, Sapphire Rapids and later.
+// F, DQ, BW, VL, VBMI, VNNI and BF16 together: Zen 4, Sapphire Rapids and later.
 bool has_avx512() {
     const Registers seven(7, 0), more(7, 1);
     return has_avx2() && (saved() & 0xe6) == 0xe6 && has(seven.b, 16) && has(seven.b, 17) && has(seven.b, 30) &&
-           has(seven.b, 31) && has(seven.c, 1) && has(more.a, 5);
+           has(seven.b, 31) && has(seven.c, 1) && has(seven.c, 11) && has(more.a, 5);
 }
 
 }  // namespace

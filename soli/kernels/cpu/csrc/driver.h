@@ -1,5 +1,6 @@
 // What both drivers share: activations made ready for a kernel, and results written out.
 #pragma once
+#include <algorithm>
 #include <cstring>
 
 #include "kernels.h"
@@ -7,47 +8,38 @@
 
 namespace soli {
 
-// Tokens in the form that a kernel reads: bfloat16 in its order, or float32.
+// Tokens in the form that a kernel reads: what dots16 takes, or float32.
 struct Tokens {
     const Kernels& isa;
     Layout layout;
-    bool narrow;  // bfloat16
+    bool narrow;  // for dots16
     uint8_t* data;
 
     Tokens(const Kernels& isa, const Layout& layout, int64_t dtype)
         : isa(isa), layout(layout), narrow(dtype == HALF && isa.dots16[layout.format]), data(nullptr) {}
 
-    int64_t stride() const { return padded(layout.I); }
-    int64_t token_bytes() const { return stride() * (narrow ? 2 : 4); }
+    int64_t token_bytes() const { return narrow ? layout.token16_bytes() : 4 * padded(layout.I); }
 
     // Token t from `from`, I values of `dtype`.
     void put(int64_t t, const void* from, int64_t dtype) {
-        const int64_t I = layout.I;
-        if (narrow) {
-            uint16_t* to = reinterpret_cast<uint16_t*>(data + t * token_bytes());
-            if (dtype == HALF) std::memcpy(to, from, 2 * I);
-            else for (int64_t i = 0; i < I; i++) to[i] = narrowed(static_cast<const float*>(from)[i]);
-            std::memset(to + I, 0, 2 * (stride() - I));
-            isa.arrange16(layout.format, to, stride());
-        } else {
-            float* to = reinterpret_cast<float*>(data + t * token_bytes());
-            if (dtype == FLOAT) std::memcpy(to, from, 4 * I);
-            else for (int64_t i = 0; i < I; i++) to[i] = widened(static_cast<const uint16_t*>(from)[i]);
-            std::memset(to + I, 0, 4 * (stride() - I));
-        }
+        if (dtype == FLOAT) put_part(t, 0, static_cast<const float*>(from), layout.I);
+        else put_part(t, 0, static_cast<const uint16_t*>(from), layout.I);
     }
 
     // The part of token t from `at` on, a multiple of STEP: n values, and zeros up to the next multiple.
-    void put_part(int64_t t, int64_t at, const float* from, int64_t n) {
-        const int64_t whole = padded(n);
-        if (narrow) {
-            uint16_t* to = reinterpret_cast<uint16_t*>(data + t * token_bytes()) + at;
-            for (int64_t i = 0; i < n; i++) to[i] = narrowed(from[i]);
-            std::memset(to + n, 0, 2 * (whole - n));
-            isa.arrange16(layout.format, to, whole);
-        } else {
-            float* to = reinterpret_cast<float*>(data + t * token_bytes()) + at;
-            std::memcpy(to, from, 4 * n), std::memset(to + n, 0, 4 * (whole - n));
+    template <class V>
+    void put_part(int64_t t, int64_t at, const V* from, int64_t n) {
+        uint8_t* token = data + t * token_bytes();
+        alignas(64) uint16_t half[STEP];
+        for (int64_t k = 0; k < n; k += STEP) {
+            const int64_t count = std::min(STEP, n - k);
+            if (narrow) {
+                copy(from + k, count, half), std::memset(half + count, 0, 2 * (STEP - count));
+                isa.put16(layout, half, token, at + k);
+            } else {
+                float* to = reinterpret_cast<float*>(token) + at + k;
+                copy(from + k, count, to), std::memset(to + count, 0, 4 * (STEP - count));
+            }
         }
     }
 
@@ -55,8 +47,18 @@ struct Tokens {
     void dots(const Matrix& matrix, int64_t row, int64_t rows, int64_t first, int64_t count, float* y, int64_t y_stride) const {
         const Rows block = {matrix, layout, row, rows};
         const uint8_t* x = data + first * token_bytes();
-        if (narrow) isa.dots16[layout.format](block, reinterpret_cast<const uint16_t*>(x), count, y, y_stride);
+        if (narrow) isa.dots16[layout.format](block, x, count, y, y_stride);
         else isa.dots32[layout.format](block, reinterpret_cast<const float*>(x), count, y, y_stride);
+    }
+
+private:
+    static void copy(const float* from, int64_t n, float* to) { std::memcpy(to, from, 4 * n); }
+    static void copy(const uint16_t* from, int64_t n, uint16_t* to) { std::memcpy(to, from, 2 * n); }
+    static void copy(const uint16_t* from, int64_t n, float* to) {
+        for (int64_t i = 0; i < n; i++) to[i] = widened(from[i]);
+    }
+    static void copy(const float* from, int64_t n, uint16_t* to) {
+        for (int64_t i = 0; i < n; i++) to[i] = narrowed(from[i]);
     }
 };
 

@@ -24,6 +24,10 @@ struct Matrix {
     const void* scale;
 };
 
+// Activations are padded with zeros to whole steps of the widest kernel, so that only weights have ragged ends.
+constexpr int64_t STEP = 128;
+SOLI_INLINE int64_t padded(int64_t I) { return (I + STEP - 1) / STEP * STEP; }
+
 // What all matrices of a stack share.
 struct Layout {
     int64_t format, O, I, group;
@@ -34,7 +38,13 @@ struct Layout {
     }
     SOLI_INLINE int64_t scale_bytes() const {  // of one row (INT8, INT4) or of 128 rows (FP8)
         if (format == FP8) return 4 * ((I + 127) / 128);
-        return format == INT8 || format == INT4 ? 2 * (I / group) : 0;
+        return whole() ? 2 * (I / group) : 0;
+    }
+    SOLI_INLINE bool whole() const { return format == INT8 || format == INT4; }  // weights are whole numbers
+    // Of one token for dots16: bfloat16 numbers; beside whole weights codes, four sums of 32 codes and a scale per STEP.
+    SOLI_INLINE int64_t token16_bytes() const {
+        const int64_t P = padded(I);
+        return whole() ? (P + P / 8 + P / 32 + 63) / 64 * 64 : 2 * P;
     }
 };
 
@@ -53,13 +63,9 @@ struct Rows {
     }
 };
 
-// Activations are padded with zeros to whole steps of the widest kernel, so that only weights have ragged ends.
-constexpr int64_t STEP = 128;
-SOLI_INLINE int64_t padded(int64_t I) { return (I + STEP - 1) / STEP * STEP; }
-
-// y[t * y_stride + r] = rows[r] . x[t * padded(I) ...], for `tokens` tokens and all rows.
+// y[t * y_stride + r] = rows[r] . x[t], for `tokens` tokens and all rows; tokens are padded(I) floats or token16_bytes().
 using Dots32 = void (*)(const Rows& rows, const float* x, int64_t tokens, float* y, int64_t y_stride);
-using Dots16 = void (*)(const Rows& rows, const uint16_t* x, int64_t tokens, float* y, int64_t y_stride);
+using Dots16 = void (*)(const Rows& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride);
 
 // y[t * y_stride + i] += sum over r of p[t * p_stride + r] * rows[r][i], for the first `columns` numbers of each row, row
 // after row; y has padded(columns) numbers per token.
@@ -75,7 +81,7 @@ struct Kernels {
     const char* name;
     Dots32 dots32[FORMATS];
     Dots16 dots16[FORMATS];
-    void (*arrange16)(int64_t format, uint16_t* x, int64_t I);  // in place: the order in which dots16 wants a token
+    void (*put16)(const Layout& layout, const uint16_t* x, uint8_t* token, int64_t at);  // STEP numbers, at x, as dots16 wants them
     void (*silu_mul)(const float* gate, const float* up, float* out, int64_t n);
     Mix mix[FORMATS];
     Soft (*soften)(float* values, int64_t n, float scale);  // in place: exp(scale * value - most)
