@@ -69,30 +69,34 @@ struct Band {
     }
 };
 
-// a and b side by side, eight float16 numbers each, as sixteen float32 ones.
-SOLI_INLINE __m512 both(__m128i a, __m128i b) {
-    return _mm512_cvtph_ps(_mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1));
+// Eight rows of float16 numbers to columns: in its 128 bits i, a[c] becomes column 8 i + c of all rows.
+SOLI_INLINE void columns(__m512i* a) {
+    for (int level = 0; level < 3; level++) {
+        __m512i b[8];
+        for (int r = 0; r < 4; r++)
+            b[2 * r] = _mm512_unpacklo_epi16(a[r], a[r + 4]), b[2 * r + 1] = _mm512_unpackhi_epi16(a[r], a[r + 4]);
+        for (int r = 0; r < 8; r++) a[r] = b[r];
+    }
 }
 
-// The scales of a band, group after group: to[16 * g + r]. The next band's are asked for.
+// The scales of a band, group after group: to[16 * g + r], up to a whole eight of groups. The next band's are asked for.
 void transpose_scales(const Band& band, int64_t groups, float* to) {
     for (int64_t line = 0; line < 2 * groups * BAND; line += 64)
         _mm_prefetch(reinterpret_cast<const char*>(band.scale[0] + 2 * groups * BAND + line), _MM_HINT_T0);
-    for (int64_t g = 0; g < groups; g += 8) {
-        const int64_t count = groups - g < 8 ? groups - g : 8;
-        __m128i column[2][8];
-        for (int block = 0; block < 2; block++) {
-            __m128i a[8], b[8];
-            for (int r = 0; r < 8; r++) {
-                const uint8_t* from = band.scale[8 * block + r] + 2 * g;
-                a[r] = _mm_maskz_loadu_epi16(static_cast<__mmask8>((1 << count) - 1), from);
+    const __m512i pairs[2] = {_mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15)};
+    for (int64_t g = 0; g < groups; g += 32, to += 32 * BAND) {
+        const int64_t count = groups - g;
+        const __mmask32 there = count < 32 ? (1u << count) - 1 : ~0u;
+        __m512i a[BAND];
+        for (int r = 0; r < BAND; r++) a[r] = _mm512_maskz_loadu_epi16(there, band.scale[r] + 2 * g);
+        columns(a), columns(a + 8);
+        for (int i = 0; i < 2 && 16 * i < count; i++)
+            for (int c = 0; c < 8; c++) {
+                const __m512i two = _mm512_permutex2var_epi64(a[c], pairs[i], a[8 + c]);  // columns 16 i + c and 8 further
+                float* at = to + BAND * (16 * i + c);
+                _mm512_store_ps(at, _mm512_cvtph_ps(_mm512_castsi512_si256(two)));
+                if (16 * i + 8 < count) _mm512_store_ps(at + BAND * 8, _mm512_cvtph_ps(_mm512_extracti64x4_epi64(two, 1)));
             }
-            for (int r = 0; r < 4; r++) b[2 * r] = _mm_unpacklo_epi16(a[r], a[r + 4]), b[2 * r + 1] = _mm_unpackhi_epi16(a[r], a[r + 4]);
-            for (int r = 0; r < 4; r++) a[2 * r] = _mm_unpacklo_epi16(b[r], b[r + 4]), a[2 * r + 1] = _mm_unpackhi_epi16(b[r], b[r + 4]);
-            for (int r = 0; r < 4; r++)
-                column[block][2 * r] = _mm_unpacklo_epi16(a[r], a[r + 4]), column[block][2 * r + 1] = _mm_unpackhi_epi16(a[r], a[r + 4]);
-        }
-        for (int64_t c = 0; c < count; c++) _mm512_store_ps(to + 16 * (g + c), both(column[0][c], column[1][c]));
     }
 }
 
@@ -147,10 +151,10 @@ SOLI_INLINE void multiply(const uint8_t* const* rows, int64_t k, int64_t left, i
 
 // Sixteen results of each of N tokens, along the inputs.
 template <int64_t FORMAT, int G, int N>
-void few(const Band& band, const float* scales, const uint8_t* x, int64_t stride, int64_t row_bytes, __m512i* quads, __m512* sum) {
+void few(const Band& band, const float* scales, const uint8_t* x, int64_t stride, __m512i* quads, __m512* sum) {
     constexpr int GROUPS = 128 / G;
-    // What is asked for: the next rows, or with short rows the ones after, so that they come in time.
-    const int64_t P = padded(band.I), whole = band.I / 128 * 128, ahead = row_bytes * EIGHT * (row_bytes < 1024 ? 2 : 1);
+    // What is asked for: 4 KiB on, whatever the width; less comes late, more is gone from the cache again.
+    const int64_t P = padded(band.I), whole = band.I / 128 * 128, ahead = 4096;
     for (int half = 0; half < BAND / EIGHT; half++) {
         const uint8_t* const* rows = band.weight + half * EIGHT;
         __m512i* to = quads + half * N * P / 64;
@@ -247,7 +251,7 @@ void some(Turned band, const uint8_t* x, __m512* sum) {
 using Some = void (*)(Turned, const uint8_t*, __m512*);
 template <int G>
 constexpr Some SOME[] = {some<G, 1>, some<G, 2>, some<G, 3>, some<G, 4>, some<G, 5>, some<G, 6>, some<G, 7>, some<G, 8>};
-using Few = void (*)(const Band&, const float*, const uint8_t*, int64_t, int64_t, __m512i*, __m512*);
+using Few = void (*)(const Band&, const float*, const uint8_t*, int64_t, __m512i*, __m512*);
 template <int64_t FORMAT, int G>
 constexpr Few FEW[] = {few<FORMAT, G, 1>, few<FORMAT, G, 2>, few<FORMAT, G, 3>};
 constexpr int64_t MOST_FEW = 3, MOST = 8, TURN_FROM = 12;  // tokens at a time; tokens from which a band is turned for all
@@ -258,8 +262,8 @@ void run(const Rows& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y
     const Layout& layout = rows.layout;
     const int64_t P = padded(layout.I), groups = layout.I / G, stride = layout.token16_bytes(), bytes = layout.row_bytes() * BAND;
     const bool turn = tokens >= TURN_FROM;
-    if (!scratch.reserve(64 * groups + BAND * P)) __builtin_trap();
-    float* scales = scratch.take<float>(16 * groups);
+    if (!scratch.reserve(64 * (groups + 7) + BAND * P)) __builtin_trap();
+    float* scales = scratch.take<float>(16 * ((groups + 7) / 8 * 8));
     uint8_t* turned = scratch.take<uint8_t>(BAND * P);  // or up to seven eighths of it, sums
     const int64_t most = turn ? MOST : MOST_FEW, pieces = (tokens + most - 1) / most, step = bytes / (pieces * P / 128) / 64 * 64 + 64;
     for (int64_t r = 0; r < rows.count; r += BAND) {
@@ -272,7 +276,7 @@ void run(const Rows& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y
             const uint8_t *token = x + t * stride, *next = band.weight[0] + bytes + piece * step * (P / 128);
             __m512 sum[MOST];
             if (turn) SOME<G>[count - 1]({turned, scales, layout.I, stride, next, step}, token, sum);
-            else FEW<FORMAT, G>[count - 1](band, scales, token, stride, layout.row_bytes(), reinterpret_cast<__m512i*>(turned), sum);
+            else FEW<FORMAT, G>[count - 1](band, scales, token, stride, reinterpret_cast<__m512i*>(turned), sum);
             for (int64_t n = 0; n < count; n++) _mm512_mask_storeu_ps(y + (t + n) * y_stride + r, there, sum[n]);
             t += count;
         }
