@@ -6,7 +6,8 @@ Converts the model (nano, or --model FOLDER) with `soli convert`'s own code, rea
 translates pairs of its heldout.tsv, and writes benchmarks/results/formats.json and the tables of docs/formats.md.
 
 Every format is measured with its weights written out, in float32 arithmetic, on the same tokens: what differs is the
-weights alone. KL is the mean over tokens of KL(bf16 || format) in nats; "same choice" is the share of tokens where the
+weights alone. Rows "in bf16" are measured as the model runs: weights as they lie, bfloat16 tokens, this machine's
+kernels. KL is the mean over tokens of KL(bf16 || format) in nats; "same choice" is the share of tokens where the
 format's likeliest next token is that of bf16. The weights' error is root mean square, relative, over all packed ones.
 """
 
@@ -46,6 +47,8 @@ FORMATS = (
     ("int4 --wide self_attn", Target("int4", wide=("self_attn",)), False),
     ("int4 --wide self_attn --wide shared_experts", Target("int4", wide=("self_attn", "shared_experts")), True),
 )
+IN_BF16 = ", in bf16"
+COMPUTED = tuple((f"{name}{IN_BF16}", Target(name), False) for name in ("bf16", "int8", "int4"))
 BATCH = 16  # texts read together
 
 
@@ -69,7 +72,9 @@ def build(model: str, folder: Path, formats: Sequence[tuple[str, Target, bool]] 
     for number, (name, target, translates) in enumerate(formats):
         at = folder / str(number)
         convert_checkpoint(model, at, target)
-        loaded = load_model(at, dtype=torch.float32, mtp=False, packed=False)
+        as_it_runs = name.endswith(IN_BF16)
+        dtype = torch.bfloat16 if as_it_runs else torch.float32
+        loaded = load_model(at, dtype=dtype, mtp=False, packed=as_it_runs)
         size = sum(file.stat().st_size for file in at.glob("*.safetensors"))
         found.append(Contender(name, size, translates, text_model(loaded, Tokenizer.from_folder(at), at)))
         record.progress(f"written as {name}")
@@ -108,7 +113,7 @@ def read(contenders: Sequence[Contender], texts: Sequence[str]) -> int:
         exact_NV = None
         target_N1 = ids_BT[:, 1:][counts_BT][:, None]
         for contender in contenders:
-            log_NV = contender.spoken.model(ids_BT)[:, :-1][counts_BT].log_softmax(dim=-1)
+            log_NV = contender.spoken.model(ids_BT)[:, :-1][counts_BT].float().log_softmax(dim=-1)
             exact_NV = log_NV if exact_NV is None else exact_NV
             contender.nats -= float(log_NV.gather(1, target_N1).double().sum())
             contender.kl += float((exact_NV.exp() * (exact_NV - log_NV)).sum(dim=1).double().sum())
@@ -124,7 +129,7 @@ def row(contender: Contender, exact: Contender, tokens: int, size: int) -> dict[
     return {
         "format": contender.name,
         "bytes": contender.bytes,
-        "weight_error": record.rounded(weight_error(exact, contender)),
+        "weight_error": None if IN_BF16 in contender.name else record.rounded(weight_error(exact, contender)),
         "bits_per_byte": round(bits, 5),
         "bits_per_byte_change": round(contender.nats / exact.nats - 1, 6),
         "kl": record.rounded(contender.kl / tokens),
@@ -142,15 +147,18 @@ def tables(result: Mapping[str, Any]) -> str:
     ]
     for of in result["rows"]:
         chrf = [f"{of['chrf'][to]:.1f}" if to in of["chrf"] else "" for to in ("en-zh", "zh-en")]
+        error = "" if of["weight_error"] is None else f"{of['weight_error']:.2%}"
         measures = (
-            f"{of['bytes'] / 1e6:.1f}", f"{of['weight_error']:.2%}", f"{of['bits_per_byte']:.4f}",
+            f"{of['bytes'] / 1e6:.1f}", error, f"{of['bits_per_byte']:.4f}",
             f"{of['bits_per_byte_change']:+.2%}", f"{of['kl']:.5f}", f"{of['same_choice']:.1%}", *chrf,
         )  # fmt: skip
         lines.append(f"| `{of['format']}` | {' | '.join(measures)} |")
     said = (
         f"{result['model']}: {size['tokens']:,} tokens of {size['texts']:,} held-out texts; {size['pairs']:,} held-out "
-        "pairs each way, where a point of chrF is chance. Weights written out, float32 arithmetic, torch "
-        f"{result['hardware']['torch']}; {result['hardware']['date']}, commit {result['hardware']['commit'][:7]}."
+        "pairs each way, where a point of chrF is chance. Weights written out, float32 arithmetic, save in the last "
+        "rows; "
+        f"torch {result['hardware']['torch']}; {result['hardware']['date']}, "
+        f"commit {result['hardware']['commit'][:7]}."
     )
     return "\n".join([*lines, "", said])
 
@@ -166,7 +174,7 @@ def main() -> None:
     texts = evenly(file_texts(str(arguments.data / "heldout_mono.tsv")), arguments.texts)
     pairs = evenly(file_pairs(str(arguments.data / "heldout.tsv")), arguments.pairs)
     with tempfile.TemporaryDirectory() as folder:
-        contenders = build(arguments.model, Path(folder))
+        contenders = build(arguments.model, Path(folder), (*FORMATS, *COMPUTED))
         tokens = read(contenders, texts)
         for contender in contenders:
             for to in ("zh", "en") if contender.translates and pairs else ():

@@ -14,8 +14,8 @@ from soli.kernels.packed import PackedWeight, plain
 needs_kernels = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
 
 #: |y - exact| <= BOUND[dtype of the tokens] * sum |x| |w|, for every format: codes and scales are taken exactly, so
-#: what is left is float32 sums, and for bfloat16 tokens the one rounding of the result (2^-8 of it). `exact` is of tokens
-#: `as_multiplied`.
+#: what is left is float32 sums, and for bfloat16 tokens the one rounding of the result (2^-8 of it). `exact` is of
+#: tokens `as_multiplied`.
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8 + 1e-5}
 DTYPES = tuple(BOUND)
 SETTINGS = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # SOLI_CPU_ISA stays for all examples

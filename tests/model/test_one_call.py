@@ -97,7 +97,10 @@ def test_bfloat16_rows_are_nearer_to_float32_than_torchs(isa, format) -> None:
         same = (found.routing[0].expert_ids_TK == exact.routing[0].expert_ids_TK).all(dim=1)
         assert same.float().mean() > 0.5
         error[torchs] = (found.hidden_BTD.float() - exact.hidden_BTD).flatten(0, 1)[same].square().mean().sqrt()
-    assert error[False] < 0.01 and error[False] < 1.05 * error[True]
+    if weights.rounds_tokens(isa, format, torch.bfloat16):  # to 8 bits, which torch does not
+        assert error[False] < 0.03
+    else:
+        assert error[False] < 0.01 and error[False] < 1.05 * error[True]
 
 
 @pytest.mark.parametrize("dtype", weights.DTYPES)

@@ -127,7 +127,7 @@ def _units() -> list[tuple[str, tuple[str, ...]]]:
     units: list[tuple[str, tuple[str, ...]]] = [(name, ()) for name in COMMON]
     if platform.machine() == "x86_64":
         units += [("avx2", ISA_FLAGS["avx2"])]
-        units += [(name, ISA_FLAGS["avx512"]) for name in ("avx512", "avx512_bf16", "avx512_vnni")]
+        units += [(name, ISA_FLAGS["avx512"]) for name in ("avx512", "avx512_bf16", "avx512_tokens", "avx512_vnni")]
     return units
 
 

@@ -10,13 +10,30 @@ void dots16_bf16(const Rows& rows, const uint8_t* x, int64_t tokens, float* y, i
 void dots16_fp8(const Rows& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride);
 void dots16_int8(const Rows& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride);
 void dots16_int4(const Rows& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride);
-void put16_fp8(const uint16_t* x, uint16_t* to);
 void put16(const Layout& layout, const uint16_t* x, uint8_t* token, int64_t at);
 
 // Ask for a line of the rows that come next, once per line: hardware follows a row but not the jump to another.
 template <int BYTES>
 static inline void prefetch_line(const uint8_t* weight, int64_t at, int64_t ahead) {
     if (at % 64 < BYTES) _mm_prefetch(reinterpret_cast<const char*>(weight + at + ahead), _MM_HINT_T0);
+}
+
+// A token beside weights in int8 or int4, of `padded` numbers: codes; for each 128 numbers four starts, of which the first
+// of each group holds the group's sum of codes times minus the weights' offset; for each 128 a scale.
+struct Token {
+    uint8_t* codes;
+    int32_t* starts;
+    float* scales;
+
+    SOLI_INLINE Token(const uint8_t* token, int64_t padded)
+        : codes(const_cast<uint8_t*>(token)), starts(reinterpret_cast<int32_t*>(codes + padded)),
+          scales(reinterpret_cast<float*>(codes + padded + padded / 8)) {}
+};
+
+// 2 x 64 bytes in the order of int4's halves: of each 32 the first 16, then the others.
+static SOLI_INLINE void halves(__m512i* v) {
+    const __m512i first = v[0];
+    v[0] = _mm512_shuffle_i32x4(first, v[1], 0x88), v[1] = _mm512_shuffle_i32x4(first, v[1], 0xdd);
 }
 
 }  // namespace soli

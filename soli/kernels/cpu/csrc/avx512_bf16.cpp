@@ -193,10 +193,4 @@ void dots16_fp8(const Rows& rows, const uint8_t* x, int64_t tokens, float* y, in
     dots16<Fp8>(rows, x, tokens, y, y_stride);
 }
 
-// FP8's vectors of codes hold units of eight neighbours; unit u of the token is unit ORDER[u] of the natural one.
-void put16_fp8(const uint16_t* x, uint16_t* to) {
-    static const int ORDER[16] = {0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15};
-    for (int u = 0; u < 16; u++) __builtin_memcpy(to + 8 * u, x + 8 * ORDER[u], 16);
-}
-
 }  // namespace soli

@@ -17,29 +17,11 @@ namespace {
 constexpr int BAND = 16;  // rows at a time, one for each lane of a float32 vector
 constexpr int EIGHT = 8;   // rows that a few tokens read at once: more streams are slower
 
-// Where the parts of a token lie, of `padded` numbers: codes; for each 128 four starts, of which the first of each group
-// holds its sum of codes times minus the offset; for each 128 a scale.
-struct Token {
-    const uint8_t* codes;
-    const int32_t* starts;
-    const float* scales;
-
-    Token(const uint8_t* token, int64_t padded)
-        : codes(token), starts(reinterpret_cast<const int32_t*>(token + padded)),
-          scales(reinterpret_cast<const float*>(token + padded + padded / 8)) {}
-};
-
 // `left` of 64 bytes; what is masked out is neither read nor a fault.
 template <bool FULL>
 SOLI_INLINE __m512i bytes(const uint8_t* from, int64_t left) {
     if (FULL || left >= 64) return _mm512_loadu_si512(from);
     return _mm512_maskz_loadu_epi8(left > 0 ? (1ull << left) - 1 : 0, from);
-}
-
-// 2 x 64 bytes in the order of int4's halves.
-SOLI_INLINE void halves(__m512i* v) {
-    const __m512i first = v[0];
-    v[0] = _mm512_shuffle_i32x4(first, v[1], 0x88), v[1] = _mm512_shuffle_i32x4(first, v[1], 0xdd);
 }
 
 // 128 weights from k on of which `left` exist, as two vectors of bytes without sign.
@@ -129,7 +111,8 @@ SOLI_INLINE void by_group(const __m512i* upper, const __m512i* lower, __m512i* o
 // The exact sums of N tokens' products, along the inputs, with eight rows of 128 weights: to[2 * n] and to[2 * n + 1] hold
 // four rows each, side by side in each 128 bits. Lines `ahead` are asked for.
 template <int64_t FORMAT, int G, int N, bool FULL>
-SOLI_INLINE void multiply(const uint8_t* const* rows, int64_t k, int64_t left, int64_t ahead, const uint8_t* x, int64_t stride, __m512i* to) {
+SOLI_INLINE void multiply(
+    const uint8_t* const* rows, int64_t k, int64_t left, int64_t ahead, const uint8_t* x, int64_t stride, __m512i* to) {
     constexpr int LINES = FORMAT == INT4 ? 1 : 2;
     __m512i part[N][EIGHT];
 #pragma GCC unroll 8
@@ -283,29 +266,6 @@ void run(const Rows& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y
     }
 }
 
-// What 128 bfloat16 numbers are multiplied and divided by. A largest number that is not finite makes the scale NaN; one
-// below 2^-100 makes it 0.
-struct Scale {
-    float factor, scale;
-
-    explicit Scale(const __m512i* number) {
-        __m512i largest = _mm512_setzero_si512();
-        for (int v = 0; v < 4; v++)
-            largest = _mm512_max_epu16(largest, _mm512_and_si512(number[v], _mm512_set1_epi16(0x7fff)));
-        largest = _mm512_max_epu16(largest, _mm512_srli_epi32(largest, 16));
-        const float most = as_float(_mm512_reduce_max_epu32(_mm512_and_si512(largest, _mm512_set1_epi32(0xffff))) << 16);
-        const bool zero = most < 0x1p-100f, finite = most <= 0x1.fep127f;
-        factor = zero || !finite ? 0.0f : 127.0f / most;
-        scale = zero ? 0.0f : finite ? most / 127.0f : __builtin_nanf("");
-    }
-};
-
-// Sixteen bfloat16 numbers to codes.
-SOLI_INLINE __m128i rounded(__m256i part, float factor) {
-    const __m512 wide = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(part), 16));
-    return _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(wide, _mm512_set1_ps(factor))));
-}
-
 }  // namespace
 
 void dots16_int8(const Rows& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride) {
@@ -316,38 +276,6 @@ void dots16_int8(const Rows& rows, const uint8_t* x, int64_t tokens, float* y, i
 void dots16_int4(const Rows& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride) {
     const int64_t G = rows.layout.group;
     (G == 32 ? run<INT4, 32> : G == 64 ? run<INT4, 64> : run<INT4, 128>)(rows, x, tokens, y, y_stride);
-}
-
-void put16_whole(const Layout& layout, const uint16_t* x, uint8_t* token, int64_t at) {
-    __m512i number[4];
-    for (int v = 0; v < 4; v++) number[v] = _mm512_loadu_si512(x + 32 * v);
-    const Scale scale(number);
-    alignas(64) __m128i part[8];
-    for (int v = 0; v < 4; v++) {
-        part[2 * v] = rounded(_mm512_castsi512_si256(number[v]), scale.factor);
-        part[2 * v + 1] = rounded(_mm512_extracti64x4_epi64(number[v], 1), scale.factor);
-    }
-    __m512i code[2] = {_mm512_load_si512(part), _mm512_load_si512(part + 4)};
-    if (layout.format == INT4 || layout.group < 128) halves(code);
-    const __m512i offset = _mm512_set1_epi8(static_cast<char>(layout.format == INT4 ? 8 : 128));
-    __m512i start = _mm512_dpbusd_epi32(_mm512_setzero_si512(), offset, code[0]);
-    start = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_dpbusd_epi32(start, offset, code[1]));
-    start = _mm512_add_epi32(start, _mm512_shuffle_epi32(start, _MM_PERM_BADC));
-    start = _mm512_add_epi32(start, _mm512_shuffle_epi32(start, _MM_PERM_CDAB));  // each lane the sum of its four
-    start = _mm512_maskz_compress_epi32(0x1111, start);  // of 32 codes each
-    if (layout.group > 32) start = _mm512_add_epi32(start, _mm512_shuffle_epi32(start, _MM_PERM_CDAB));
-    if (layout.group > 64) start = _mm512_add_epi32(start, _mm512_shuffle_epi32(start, _MM_PERM_BADC));
-    const Token to(token, padded(layout.I));
-    for (int v = 0; v < 2; v++) _mm512_store_si512(token + at + 64 * v, code[v]);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(const_cast<int32_t*>(to.starts) + at / 32), _mm512_castsi512_si128(start));
-    const_cast<float*>(to.scales)[at / 128] = scale.scale;
-}
-
-void put16(const Layout& layout, const uint16_t* x, uint8_t* token, int64_t at) {
-    uint16_t* to = reinterpret_cast<uint16_t*>(token) + at;
-    if (layout.whole()) put16_whole(layout, x, token, at);
-    else if (layout.format == FP8) put16_fp8(x, to);
-    else __builtin_memcpy(to, x, 2 * STEP);
 }
 
 }  // namespace soli

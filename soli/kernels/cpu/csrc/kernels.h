@@ -81,7 +81,8 @@ struct Kernels {
     const char* name;
     Dots32 dots32[FORMATS];
     Dots16 dots16[FORMATS];
-    void (*put16)(const Layout& layout, const uint16_t* x, uint8_t* token, int64_t at);  // STEP numbers, at x, as dots16 wants them
+    // STEP numbers, from `at` on, of a token as dots16 wants it.
+    void (*put16)(const Layout& layout, const uint16_t* x, uint8_t* token, int64_t at);
     void (*silu_mul)(const float* gate, const float* up, float* out, int64_t n);
     Mix mix[FORMATS];
     Soft (*soften)(float* values, int64_t n, float scale);  // in place: exp(scale * value - most)
