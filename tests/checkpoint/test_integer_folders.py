@@ -106,11 +106,12 @@ def test_packed_weights_compute_what_they_are_written_out(to: str, folders: Path
 
 @pytest.mark.parametrize("to", ["int8", "int4"])
 def test_in_bf16_packed_weights_are_as_near_the_truth_as_written_out(to: str, folders: Path) -> None:
-    """Not equal: written out, a weight is rounded to bf16 first, and either way may tip a token to another expert."""
+    """Not equal: written out, a weight is rounded to bf16 first; as it lies, tokens may be rounded to 8 bits (AVX-512);
+    and either way may tip a token to another expert."""
     exact = outputs(load_model(folders / to, dtype=torch.float32))[0]
     models = (load_model(folders / to, dtype=torch.bfloat16, packed=keep) for keep in (None, False))
     ours, theirs = (float((outputs(model)[0].float() - exact).square().mean(-1).median().sqrt()) for model in models)
-    assert 0 < ours < 2 * theirs < 0.2 * float(exact.square().mean().sqrt())
+    assert 0 < ours < 3 * theirs and theirs < 0.1 * float(exact.square().mean().sqrt())
 
 
 def test_less_is_lost_with_more_bits(folders: Path) -> None:
