@@ -134,10 +134,10 @@ SOLI_INLINE void multiply(
 
 // Sixteen results of each of N tokens, along the inputs.
 template <int64_t FORMAT, int G, int N>
-void few(const Band& band, const float* scales, const uint8_t* x, int64_t stride, __m512i* quads, __m512* sum) {
+void few(const Band& band, const float* scales, const uint8_t* x, int64_t stride, int64_t row_bytes, __m512i* quads, __m512* sum) {
     constexpr int GROUPS = 128 / G;
-    // What is asked for: 4 KiB on, whatever the width; less comes late, more is gone from the cache again.
-    const int64_t P = padded(band.I), whole = band.I / 128 * 128, ahead = 4096;
+    // What is asked for: the next eight rows, or what lies 4 KiB on; less comes late, more is gone from the cache again.
+    const int64_t P = padded(band.I), whole = band.I / 128 * 128, next = EIGHT * row_bytes, ahead = next < 4096 ? 4096 : next;
     for (int half = 0; half < BAND / EIGHT; half++) {
         const uint8_t* const* rows = band.weight + half * EIGHT;
         __m512i* to = quads + half * N * P / 64;
@@ -234,7 +234,7 @@ void some(Turned band, const uint8_t* x, __m512* sum) {
 using Some = void (*)(Turned, const uint8_t*, __m512*);
 template <int G>
 constexpr Some SOME[] = {some<G, 1>, some<G, 2>, some<G, 3>, some<G, 4>, some<G, 5>, some<G, 6>, some<G, 7>, some<G, 8>};
-using Few = void (*)(const Band&, const float*, const uint8_t*, int64_t, __m512i*, __m512*);
+using Few = void (*)(const Band&, const float*, const uint8_t*, int64_t, int64_t, __m512i*, __m512*);
 template <int64_t FORMAT, int G>
 constexpr Few FEW[] = {few<FORMAT, G, 1>, few<FORMAT, G, 2>, few<FORMAT, G, 3>};
 constexpr int64_t MOST_FEW = 3, MOST = 8, TURN_FROM = 12;  // tokens at a time; tokens from which a band is turned for all
@@ -259,7 +259,7 @@ void run(const Rows& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y
             const uint8_t *token = x + t * stride, *next = band.weight[0] + bytes + piece * step * (P / 128);
             __m512 sum[MOST];
             if (turn) SOME<G>[count - 1]({turned, scales, layout.I, stride, next, step}, token, sum);
-            else FEW<FORMAT, G>[count - 1](band, scales, token, stride, reinterpret_cast<__m512i*>(turned), sum);
+            else FEW<FORMAT, G>[count - 1](band, scales, token, stride, layout.row_bytes(), reinterpret_cast<__m512i*>(turned), sum);
             for (int64_t n = 0; n < count; n++) _mm512_mask_storeu_ps(y + (t + n) * y_stride + r, there, sum[n]);
             t += count;
         }
