@@ -20,6 +20,7 @@ from soli.train.settings import OptimizerSettings
 
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROUTER = "mlp.gate.weight"
+TOGETHER = 2**24  # elements that a GPU orthogonalises in one call: few launches if small, little room if large
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic; five rounds bring singular values near 1
 
 
@@ -44,20 +45,43 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p, dtype=self.moments)
-                momentum = state["momentum"].to(p.dtype).lerp_(p.grad, 1 - group["momentum"])
-                if self.moments != p.dtype:
-                    state["momentum"].copy_(momentum)
-                step = p.grad.lerp(momentum, group["momentum"])  # Nesterov
-                matrices = step.unflatten(-2, (group["matrices"], -1))
-                update = orthogonalise(matrices, self.dtype).view_as(p)
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * 0.2 * max(matrices.shape[-2:]) ** 0.5)
+            for alike in _alike([p for p in group["params"] if p.grad is not None], group["matrices"]):
+                self._move(alike, group)
+
+    def _move(self, alike: list[Tensor], group: dict[str, Any]) -> None:
+        """Parameters whose matrices have one shape, in the calls of one: launches are what a small model waits for."""
+        grads = [p.grad for p in alike]
+        momenta = [self._momentum(p).to(p.dtype) for p in alike]
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        if any(momentum.dtype != self.moments for momentum in momenta):
+            torch._foreach_copy_([self.state[p]["momentum"] for p in alike], momenta)
+        steps = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov
+        rows, columns = alike[0].shape[-2] // group["matrices"], alike[0].shape[-1]
+        stack = torch.cat([step.reshape(-1, rows, columns) for step in steps])
+        updates = orthogonalise(stack, self.dtype).split([p.numel() // (rows * columns) for p in alike])
+        torch._foreach_mul_(alike, 1 - group["lr"] * group["weight_decay"])
+        scale = -group["lr"] * 0.2 * max(rows, columns) ** 0.5
+        torch._foreach_add_(alike, [update.view_as(p) for update, p in zip(updates, alike, strict=True)], alpha=scale)
+
+    def _momentum(self, p: Tensor) -> Tensor:
+        """As it is kept between steps; zero at first."""
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p, dtype=self.moments)
+        momentum: Tensor = state["momentum"]
+        return momentum
+
+
+def _alike(parameters: list[Tensor], matrices: int) -> list[list[Tensor]]:
+    """Parameters whose matrices have one shape, about `TOGETHER` elements at a time; on a CPU, whose cache is smaller
+    and whose calls cost little, each alone."""
+    groups: dict[tuple[int, int], list[list[Tensor]]] = {}
+    for p in parameters:
+        of_shape = groups.setdefault((p.shape[-2] // matrices, p.shape[-1]), [[]])
+        if sum(other.numel() for other in of_shape[-1]) >= (TOGETHER if p.is_cuda else 1):
+            of_shape.append([])
+        of_shape[-1].append(p)
+    return [group for of_shape in groups.values() for group in of_shape]
 
 
 def orthogonalise(matrix: Tensor, dtype: torch.dtype, rounds: int = 5) -> Tensor:
