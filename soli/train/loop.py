@@ -84,12 +84,15 @@ def accumulate(run: Run, window_BW: Tensor, totals: Totals) -> tuple[list[float]
     """Gradients of one optimizer step, micro-batch by micro-batch; its three losses and its tokens per expert."""
     settings, device = run.settings, run.model.embed_tokens.weight.device
     weight, alpha = mtp_weight(settings.losses, run.progress.tokens), settings.balance.alpha
+    if run.graphed is not None and window_BW.shape[0] <= run.stage.micro_sequences:
+        found = run.graphed(window_BW, totals, weight)
+        if found is not None:
+            return found[0].tolist(), found[1]
     sums, counts = torch.zeros(3, device=device), []
     for part_BW in window_BW.to(device).split(run.stage.micro_sequences):
         losses = compute_losses(run.model, part_BW, totals, run.tokenizer.eos_id)
         losses.total(weight, alpha).backward()
-        mtp = torch.stack(losses.mtp).mean() if losses.mtp else torch.zeros((), device=device)
-        sums += torch.stack((losses.next_token, mtp, losses.balance)).detach()
+        sums += losses.parts()
         counts.append(losses.counts_LE)
     return sums.tolist(), torch.stack(counts).sum(0)
 

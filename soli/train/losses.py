@@ -27,7 +27,7 @@ class Totals:
     """Counts over one whole optimizer step, all micro-batches and ranks, that the sums are divided by."""
 
     tokens: int
-    mtp_tokens: tuple[int, ...]  # unmasked targets per depth
+    mtp_tokens: tuple[int | Tensor, ...]  # unmasked targets per depth, at least 1
     sequences: int
 
 
@@ -40,10 +40,15 @@ class Losses:
     balance: Tensor  # summed over MoE layers, before alpha
     counts_LE: Tensor  # tokens per expert (int64), L MoE layers, MTP ones last
 
-    def total(self, mtp_weight: float, alpha: float) -> Tensor:
+    def total(self, mtp_weight: float | Tensor, alpha: float) -> Tensor:
         """next token + lambda * mean over depths + alpha * balance (eqs. 25 and 17)."""
         loss = self.next_token + alpha * self.balance
         return loss + mtp_weight * torch.stack(self.mtp).mean() if self.mtp else loss
+
+    def parts(self) -> Tensor:
+        """Next token, mean over MTP depths (0 without any), balance: (3,), for the record."""
+        mtp = torch.stack(self.mtp).mean() if self.mtp else torch.zeros_like(self.next_token)
+        return torch.stack((self.next_token, mtp, self.balance)).detach()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -114,7 +119,7 @@ def mtp_mask(window_BW: Tensor, depth: int, length: int, eos_id: int) -> Tensor:
 def count_targets(window_BW: Tensor, mtp_depth: int, eos_id: int) -> Totals:
     """The denominators of an optimizer step whose windows are `window_BW` (W = T + 1 + mtp_depth)."""
     length = window_BW.shape[1] - 1 - mtp_depth
-    mtp = tuple(int(mtp_mask(window_BW, depth, length, eos_id).sum()) for depth in range(mtp_depth))
+    mtp = tuple(max(1, int(mtp_mask(window_BW, depth, length, eos_id).sum())) for depth in range(mtp_depth))
     return Totals(tokens=window_BW.shape[0] * length, mtp_tokens=mtp, sequences=window_BW.shape[0])
 
 
@@ -148,7 +153,7 @@ def compute_losses(model: Transformer, window_BW: Tensor, totals: Totals, eos_id
     for depth in range(depths):
         step = model.mtp_step(depth, hidden_BTD, window_BW[:, 1 + depth : 1 + depth + length])
         target_BT = window_BW[:, 2 + depth : 2 + depth + length]
-        weight_BT = mtp_mask(window_BW, depth, length, eos_id) / max(totals.mtp_tokens[depth], 1)
+        weight_BT = mtp_mask(window_BW, depth, length, eos_id) / totals.mtp_tokens[depth]
         mtp.append(cross_entropy(step.hidden_BTD, head_VD, target_BT, weight_BT))
         routing, hidden_BTD = [*routing, *step.routing], step.hidden_BTD
     zero = torch.zeros((), device=window_BW.device)

@@ -50,7 +50,7 @@ class Muon(torch.optim.Optimizer):
 
     def _move(self, alike: list[Tensor], group: dict[str, Any]) -> None:
         """Parameters whose matrices have one shape, in the calls of one: launches are what a small model waits for."""
-        grads = [p.grad for p in alike]
+        grads = [p.grad for p in alike if p.grad is not None]
         momenta = [self._momentum(p).to(p.dtype) for p in alike]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         if any(momentum.dtype != self.moments for momentum in momenta):

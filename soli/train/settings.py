@@ -83,6 +83,7 @@ class RunSettings:
     micro_sequences: int = 16  # sequences in one forward pass; a step adds up the gradients of several
     activation_checkpointing: bool = False  # keep the blocks' inputs alone, and run each forward again for its backward
     compile: bool = False  # torch.compile for the blocks' forward and backward, all but the routed experts
+    cuda_graph: bool = False  # on a GPU: launch a step's forward and backward as one, where it is one micro-batch
     log_every: int = 10  # steps
     save_every: int = 200  # steps; 0 saves at the end alone
     keep: int = 2  # checkpoints kept, beside the best

@@ -22,6 +22,7 @@ from soli.errors import SoliError
 from soli.model.transformer import Transformer
 from soli.train.batches import PackedTokens
 from soli.train.evaluate import bytes_per_token
+from soli.train.graph import GraphedStep
 from soli.train.optimizer import Optimizer
 from soli.train.precision import use_fp8
 from soli.train.settings import TrainSettings, as_recipe
@@ -47,6 +48,7 @@ class Run:
     bytes_V: Tensor  # UTF-8 bytes that each token stands for
     sentences: list[tuple[str, str]]  # to translate now and then: text, target language
     progress: Progress = field(default_factory=Progress)
+    graphed: GraphedStep | None = None  # where run.cuda_graph asks for it
 
     @property
     def stage(self) -> Stage:
@@ -73,6 +75,11 @@ def prepare(settings: TrainSettings, data: dict[str, Any], data_folder: Path, ru
         raise SoliError("soli train runs on one device; start it without torchrun, or with WORLD_SIZE unset")
     device = choose_device(settings.run.device)
     compute = choose_precision(settings.run.precision, device)
+    if settings.run.cuda_graph and (device.type != "cuda" or compute != torch.bfloat16):
+        raise SoliError(
+            f"run.cuda_graph is true, but it needs a GPU and bf16 or fp8, and this run has {device.type} and "
+            f"{str(compute).removeprefix('torch.')}; use --set run.cuda_graph=false"
+        )
     tokenizer = _open_tokenizer(data_folder, settings)
     train_tokens, valid_tokens = PackedTokens(data_folder, "train"), PackedTokens(data_folder, "valid")
     _check_fim_rate(data, train_tokens)
@@ -91,6 +98,8 @@ def prepare(settings: TrainSettings, data: dict[str, Any], data_folder: Path, ru
         bytes_V=bytes_per_token(tokenizer, settings.model.vocab_size),
         sentences=read_sentences(data_folder / "heldout.tsv", settings.eval.samples),
     )
+    if settings.run.cuda_graph:
+        run.graphed = GraphedStep(model, settings.balance.alpha, tokenizer.eos_id)
     found = checkpoints(run_folder)
     if found:
         run.progress = load_checkpoint(found[-1], model, run.optimizer)

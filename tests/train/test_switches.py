@@ -119,6 +119,11 @@ def test_a_step_takes_as_many_micro_batches_as_it_must(tmp_path, data):
     assert sizes == [3, 3, 2]
 
 
+def test_a_graph_is_refused_where_there_is_no_gpu(tmp_path, data):
+    with pytest.raises(SoliError, match="needs a GPU and bf16"):
+        prepare(settings(run={"cuda_graph": True}), {}, data, tmp_path)
+
+
 @pytest.fixture
 def counted():
     """torch's own counts of compiled graphs and graph breaks, from nothing."""
