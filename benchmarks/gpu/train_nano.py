@@ -1,40 +1,50 @@
 """The model in the box, trained on a GPU that is lent for minutes and reaches nothing: data in, model out, in pieces.
 
     python benchmarks/gpu/train_nano.py pack data/nano-zh-en .carry/nano.tar.xz    # here: 80 MB of tokens in 27 MiB
-    python benchmarks/gpu/train_nano.py train .carry/nano.tar.xz --minutes 8 --out $OUT    # there, again and again
+    python benchmarks/gpu/train_nano.py train .carry/nano.tar.xz --minutes 7 --fit --out $OUT    # there
     python benchmarks/gpu/train_nano.py join FOLDER my-nano                        # here: checked, then unpacked
 
 `train` unpacks beside its run, in --work, and goes on from the run's last checkpoint as long as that folder lives; each
-call leaves the best model so far in --out, FP8, as parts of 15 MiB with their checksum, and the run's figures. The
-recipe's schedule is kept; what is said by --set comes after. --tiny trains a toy on invented tokens.
+call leaves the best model so far in --out, FP8, as parts of 15 MiB with their checksum, and the run's figures. With
+--fit the first steps are timed and the recipe's schedule is stretched to end when the minutes do, everything in it at
+the same share of the run; without, it is kept. What is said by --set comes first. `leave` does the end of `train`
+alone, for a run that was cut off. --tiny trains a toy on invented tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import io
 import json
 import shutil
 import tarfile
 import tempfile
+import time
 from pathlib import Path
 
 import chip
 import record
 
 import soli
+from soli.checkpoint.writer import write_json
 from soli.data.recipe import find_recipe, load_recipe
+from soli.train.device import find_device
+from soli.train.loop import take_step
 from soli.train.loop import train as run_training
-from soli.train.settings import read_settings
-from soli.train.setup import prepare
-from soli.train.state import load_run
+from soli.train.settings import SECTIONS, TrainSettings, as_recipe, read_settings
+from soli.train.setup import Run, prepare
+from soli.train.state import best_checkpoint, checkpoints, load_run, read_progress
 
+RECIPE = "nano-gpu"
+RUN_IN, TIMED = 20, 60  # steps of --fit
+SPARE = 0.97  # of the timed speed: evaluations and checkpoints take their time
 NEEDED = ("meta.json", "train.bin", "valid.bin", "tokenizer.json", "tokenizer_config.json", "heldout.tsv")
 PART = 15 * 2**20  # bytes
 TINY = {"model.num_hidden_layers": 2, "schedule.batch_sequences": 2, "run.micro_sequences": 2,
-        "schedule.batch_sequences_start": "none", "schedule.batch_ramp_tokens": 0,
         "schedule.warmup_tokens": 512, "schedule.constant_tokens": 512, "schedule.cosine_tokens": 512,
+        "run.precision": "auto", "run.cuda_graph": "false", "run.compile": "false",
         "eval.tokens": 512, "eval.samples": 0, "schedule.sequence_length": 64}  # fmt: skip
 
 
@@ -83,25 +93,84 @@ def join(folder: Path, destination: Path) -> None:
     print(f"{destination} is a model folder: soli generate {destination}")
 
 
+def lengthened(settings: TrainSettings, total: int) -> TrainSettings:
+    """The same schedule over `total` tokens: all but the warm-up, which is as long as it was, at the same share."""
+    schedule, balance, losses = settings.schedule, settings.balance, settings.losses
+    warm, before = schedule.warmup_tokens, schedule.total_tokens
+    cosine = int((total - warm) * schedule.cosine_tokens / (before - warm))
+
+    def at(tokens: int | None) -> int | None:
+        return None if tokens is None else int(total * tokens / before)
+
+    return dataclasses.replace(
+        settings,
+        schedule=dataclasses.replace(schedule, constant_tokens=total - warm - cosine, cosine_tokens=cosine),
+        balance=dataclasses.replace(balance, gamma_tokens=at(balance.gamma_tokens)),
+        losses=dataclasses.replace(losses, mtp_late_after_tokens=at(losses.mtp_late_after_tokens)),
+    )
+
+
+def fit(run: Run, end: float) -> None:
+    """Time the run's first steps and let its schedule end with the time that there is."""
+    for _ in range(RUN_IN):
+        take_step(run)
+    began, before = time.monotonic(), run.progress.tokens
+    for _ in range(TIMED):
+        take_step(run)
+    now = time.monotonic()
+    speed = (run.progress.tokens - before) / (now - began)
+    run.progress.seconds += now - began
+    run.settings = lengthened(run.settings, run.progress.tokens + max(1, int(SPARE * speed * (end - now))))
+    file = run.folder / "recipe.resolved.json"
+    write_json(file, json.loads(file.read_text(encoding="utf-8")) | as_recipe(run.settings, {}))
+    record.progress(f"{speed:,.0f} tokens/s, so {run.settings.total_tokens / 1e6:.1f} M tokens")
+
+
+def chosen_settings(folder: Path, changes: list[str]) -> TrainSettings:
+    """Those of the recipe with `changes`, or those that the run in `folder` began with."""
+    file = folder / "recipe.resolved.json"
+    if not checkpoints(folder):
+        return read_settings(load_recipe(find_recipe(RECIPE), changes))
+    recipe = json.loads(file.read_text(encoding="utf-8"))
+    return read_settings({name: recipe[name] for name in (*SECTIONS, "model")})
+
+
 def train(arguments: argparse.Namespace) -> None:
     """Go on with the run, then leave its best model and its figures."""
-    work = arguments.work
+    end, work = time.monotonic() + 60 * arguments.minutes, arguments.work
     work.mkdir(parents=True, exist_ok=True)
     unpack(arguments.archive, work / "data")
-    changes = [f"run.max_minutes={arguments.minutes}", 'run.precision="bf16"', "run.micro_sequences=32"]
-    changes += [f"{key}={value}" for key, value in (TINY if arguments.tiny else {}).items()]
-    settings = read_settings(load_recipe(find_recipe("nano-zh-en"), changes + (arguments.set or [])))
+    changes = [f"{key}={value}" for key, value in (TINY if arguments.tiny else {}).items()]
+    settings = chosen_settings(work / "run", changes + (arguments.set or []))
     run = prepare(settings, {}, work / "data", work / "run")
-    why = run_training(run)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    model = work / "model"
+    if arguments.fit and not run.progress.step:
+        fit(run, end)
+    limited = dataclasses.replace(run.settings.run, max_minutes=max(0, end - time.monotonic()) / 60)
+    run.settings = dataclasses.replace(run.settings, run=limited)
+    leave(arguments, run_training(run))
+
+
+def leave(arguments: argparse.Namespace, ended: str = "cut off") -> None:
+    """The best model of the run in --work and its figures, in --out."""
+    run, out, model = arguments.work / "run", arguments.out, arguments.work / "model"
+    out.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(model, ignore_errors=True)
-    soli.save_model(load_run(work / "run"), model, format="fp8", tokenizer_from=work / "run")
-    split(model, arguments.out)
-    shutil.copy(work / "run" / "metrics.jsonl", arguments.out)
-    done = run.progress
-    speed = record.rounded(done.tokens / max(done.seconds, 1e-9))
-    figures = {"ended": why, "steps": done.step, "tokens": done.tokens, "seconds": done.seconds, "tokens_s": speed}
+    soli.save_model(load_run(run), model, format="fp8", tokenizer_from=run)
+    split(model, out)
+    for name in ("metrics.jsonl", "recipe.resolved.json"):
+        shutil.copy(run / name, out)
+    best = best_checkpoint(run)
+    assert best is not None
+    done, settings = read_progress(checkpoints(run)[-1]), chosen_settings(run, [])
+    figures = {
+        "ended": ended,
+        "steps": done.step,
+        "tokens": done.tokens,
+        "seconds": record.rounded(done.seconds),
+        "tokens_s": record.rounded(done.tokens / max(done.seconds, 1e-9)),
+        "best": {"step": read_progress(best).step, "heldout_loss": read_progress(best).valid_loss},
+        "products_tflops": record.rounded(find_device(settings).tflops),
+    }
     chip.finish("train_nano", arguments, figures)
 
 
@@ -112,18 +181,23 @@ def main() -> None:
     verb.add_argument("data", type=Path), verb.add_argument("archive", type=Path)
     verb = verbs.add_parser("join")
     verb.add_argument("folder", type=Path), verb.add_argument("destination", type=Path)
-    verb = verbs.add_parser("train")
-    verb.add_argument("archive", type=Path)
-    verb.add_argument("--minutes", type=float, default=8.0)
-    verb.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "soli-nano")
-    verb.add_argument("--out", type=Path, required=True)
-    verb.add_argument("--set", action="append", metavar="SECTION.FIELD=VALUE")
-    verb.add_argument("--tiny", action="store_true", help="a smoke test: a toy, any device, no result")
+    for name in ("train", "leave"):
+        verb = verbs.add_parser(name)
+        verb.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "soli-nano")
+        verb.add_argument("--out", type=Path, required=True)
+        verb.add_argument("--tiny", action="store_true", help="a smoke test: a toy, any device, no result")
+        if name == "train":
+            verb.add_argument("archive", type=Path)
+            verb.add_argument("--minutes", type=float, default=7.0)
+            verb.add_argument("--fit", action="store_true", help="stretch a new run's schedule to end with the minutes")
+            verb.add_argument("--set", action="append", metavar="SECTION.FIELD=VALUE")
     arguments = parser.parse_args()
     if arguments.verb == "pack":
         pack(arguments.data, arguments.archive)
     elif arguments.verb == "join":
         join(arguments.folder, arguments.destination)
+    elif arguments.verb == "leave":
+        leave(arguments)
     else:
         chip.require_gpu(arguments.tiny)
         train(arguments)
