@@ -89,7 +89,7 @@ def test_experts_are_near_the_emulation_and_near_wide_ones(T: int, E: int, D: in
         into += [y.detach(), x.grad, weights.grad, gate_up.grad, down.grad]
     for one, other, exact in zip(found, expected, wide, strict=True):
         # The down projection's input is quantised after products that differ in the last bits: some codes differ.
-        assert off(one, other) < 2e-2 and off(one, exact) < 0.12
+        assert off(one, other) < 2e-2 and off(one, exact) < 0.14
     assert not found[3][-1].any() and not found[4][-1].any()
 
 

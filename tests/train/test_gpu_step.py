@@ -8,7 +8,7 @@ import torch
 from soli.config import preset
 from soli.model import Transformer
 from soli.train.graph import GraphedStep
-from soli.train.losses import Losses, compute_losses, count_targets
+from soli.train.losses import Losses, Totals, compute_losses, count_targets
 from soli.train.precision import use_fp8
 
 pytestmark = pytest.mark.gpu
@@ -21,25 +21,35 @@ def step(model: Transformer, window_BW: torch.Tensor) -> Losses:
     return losses
 
 
-@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-3), ("bf16", 3e-2), ("fp8", 3e-1)])
-def test_losses_and_gradients_are_those_of_a_cpu(precision: str, bound: float) -> None:
+def drawn(device: str, precision: str) -> Transformer:
+    """The same nano on either device."""
+    model = Transformer(preset("nano"), device="cpu", dtype=torch.float32)
+    model.init_weights(torch.Generator().manual_seed(0))
+    model = model.to(device)
+    model.compute_dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    if precision == "fp8":
+        use_fp8(model)
+    return model
+
+
+def off(found: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
+    """Relative error of all gradients together, in the Frobenius norm."""
+    wrong = sum(float((a.double().cpu() - b.double()).square().sum()) for a, b in zip(found, exact, strict=True))
+    return (wrong / sum(float(b.double().square().sum()) for b in exact)) ** 0.5
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+def test_losses_and_gradients_are_as_near_to_fp32_as_those_of_a_cpu(precision: str) -> None:
+    """In bf16 and FP8 tokens near a tie choose other experts, which moves gradients by 11 % and 37 % on a CPU too."""
     window = torch.randint(3, 500, (4, 66), generator=torch.Generator().manual_seed(0))
-    models, losses = {}, {}
-    for device in ("cpu", "cuda"):
-        model = Transformer(preset("nano"), device="cpu", dtype=torch.float32)
-        model.init_weights(torch.Generator().manual_seed(0))
-        models[device] = model = model.to(device)
-        if device == "cuda":
-            model.compute_dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-            if precision == "fp8":
-                use_fp8(model)
-        losses[device] = float(step(model, window.to(device)).next_token)
-    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=bound / 10)
-    on_gpu = dict(models["cuda"].named_parameters())
-    for name, p in models["cpu"].named_parameters():
-        if "mlp.gate" not in name and "experts" not in name:  # a token near a tie may choose otherwise
-            other = on_gpu[name].grad.cpu()
-            assert float((other - p.grad).norm()) <= bound * float(p.grad.norm()) + 1e-7, name
+    gradients, losses = {}, {}
+    for device, computes in (("cpu", "fp32"), ("cpu", precision), ("cuda", precision)):
+        model = drawn(device, computes)
+        losses[device, computes] = step(model, window.to(device)).next_token.detach()
+        gradients[device, computes] = [p.grad for p in model.parameters() if p.grad is not None]
+    exact = gradients["cpu", "fp32"]
+    assert float(losses["cuda", precision]) == pytest.approx(float(losses["cpu", "fp32"]), rel=1e-3)
+    assert off(gradients["cuda", precision], exact) <= 1.3 * off(gradients["cpu", precision], exact) + 1e-3
 
 
 @pytest.mark.parametrize("fp8", [False, True])
@@ -61,12 +71,17 @@ def test_forward_and_backward_wait_for_nothing(fp8: bool) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_a_replayed_step_is_the_step_of_its_window_weights_and_lambda(precision: str) -> None:
-    model = Transformer(preset("nano"), device="cuda", dtype=torch.float32)
-    model.init_weights(torch.Generator("cuda").manual_seed(0))
-    model.compute_dtype = torch.bfloat16
-    if precision == "fp8":
-        use_fp8(model)
+    """Sums by atomic additions make gradients differ from run to run, in FP8 by codes: so a replay may differ from the
+    step as written about as far as that step from itself."""
+    model = drawn("cuda", precision)
     graphed, generator = GraphedStep(model, 1e-4, eos_id=1), torch.Generator().manual_seed(1)
+
+    def written(window: torch.Tensor, totals: Totals, weight: float) -> tuple[Losses, list[torch.Tensor]]:
+        model.zero_grad()
+        losses = compute_losses(model, window.cuda(), totals, eos_id=1)
+        losses.total(weight, 1e-4).backward()
+        return losses, [p.grad.cpu() for p in model.parameters() if p.grad is not None]
+
     for number, weight in enumerate((0.3, 0.3, 0.3, 0.1)):
         window = torch.randint(1, 500, (16, 258), generator=generator)
         totals = count_targets(window, 1, eos_id=1)
@@ -75,16 +90,12 @@ def test_a_replayed_step_is_the_step_of_its_window_weights_and_lambda(precision:
         assert (found is None) == (number == 0)  # its shape is new
         if found is None:
             continue
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        losses, counts = found[0].clone(), found[1]
-        model.zero_grad()
-        expected = compute_losses(model, window.cuda(), totals, eos_id=1)
-        expected.total(weight, 1e-4).backward()
-        assert torch.equal(counts, expected.counts_LE)
-        torch.testing.assert_close(losses, expected.parts(), rtol=1e-5, atol=1e-6)
-        for name, p in model.named_parameters():
-            if p.grad is not None:
-                assert float((gradients[name] - p.grad).norm()) <= 3e-2 * float(p.grad.norm()) + 1e-7, name
+        gradients = [p.grad.cpu() for p in model.parameters() if p.grad is not None]
+        expected, first = written(window, totals, weight)
+        assert torch.equal(found[1], expected.counts_LE)
+        torch.testing.assert_close(found[0], expected.parts(), rtol=1e-5, atol=1e-6)
+        assert off(gradients, first) <= 3 * off(written(window, totals, weight)[1], first) + 1e-3
         with torch.no_grad():
             for p in model.parameters():
-                p.add_(p.grad, alpha=-0.01)
+                if p.grad is not None:
+                    p.add_(p.grad, alpha=-0.01)
