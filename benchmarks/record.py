@@ -35,7 +35,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
-MORE_IS_BETTER = ("tokens/s",)
+MORE_IS_BETTER = ("tokens/s", "TFLOP/s")
 EVEN = (0.95, 1.05)  # ratios that nobody should read anything into
 BUSY = (
     "Processor time of one thread, on a machine that other work shared: caches and memory were not ours alone, so "
@@ -165,10 +165,11 @@ def _ratio(soli: Sequence[float], peer: Sequence[float], better: int) -> float:
 
 def hardware(threads: int = 1) -> dict[str, Any]:
     """The machine, the versions, the commit and the day, as every result begins. Where the tree travels without its
-    history, the commit is what SOLI_COMMIT says."""
+    history, or with another, the commit is what SOLI_COMMIT says; it is said of a tree without changes."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     names = [line.split(":")[1] for line in lines if "model name" in line]
+    said = os.environ.get("SOLI_COMMIT", "")
     return {
         "cpu": names[0].strip() if names else platform.processor(),
         "cores": os.cpu_count(),
@@ -177,8 +178,8 @@ def hardware(threads: int = 1) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": version("torch"),
         "transformers": version("transformers"),
-        "commit": _git("rev-parse", "HEAD") or os.environ.get("SOLI_COMMIT", ""),
-        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs/images")),
+        "commit": said or _git("rev-parse", "HEAD"),
+        "dirty": not said and bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs/images")),
         "date": datetime.date.today().isoformat(),
     }
 
