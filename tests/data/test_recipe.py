@@ -83,3 +83,8 @@ def test_broken_toml_names_the_file(recipe):
 def test_impossible_values_are_named_with_the_mend(section, message):
     with pytest.raises(SoliError, match=message):
         DataConfig.from_recipe({"data": section})
+
+
+def test_nano_reads_one_corpus_on_a_cpu_and_on_a_gpu():
+    assert load_recipe("nano-gpu")["data"] == load_recipe("nano-zh-en")["data"]
+    assert load_recipe("nano-gpu")["model"] == load_recipe("nano-zh-en")["model"]

@@ -30,7 +30,7 @@ def test_a_toys_numbers_by_hand():
     assert plan.gpu_hours == pytest.approx(plan.flops / 0.5e12 / 3600)
 
 
-@pytest.mark.parametrize("recipe", ["nano-zh-en", "one-gpu", "16b", "671b"])
+@pytest.mark.parametrize("recipe", ["nano-zh-en", "nano-gpu", "one-gpu", "16b", "671b"])
 def test_every_shipped_recipe_is_planned(recipe, capsys):
     assert main(["train", recipe, "--dry-run", "--no-measure"]) == 0
     printed = capsys.readouterr().out
