@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from soli.data.recipe import load_recipe
 from soli.data.tokenizer import Tokenizer
+from soli.train.settings import read_settings
 
 GPU = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu"
 
@@ -50,7 +52,7 @@ def test_without_a_gpu_nothing_is_measured(monkeypatch) -> None:  # type: ignore
 @pytest.mark.slow
 def test_kernels_measure_what_a_cpu_has_and_say_what_it_lacks() -> None:
     rows = json.loads(run("kernels.py", "--tiny"))["rows"]
-    assert "gb_s" in rows[0] and len(rows) == 6 and any("failed" in row for row in rows)
+    assert "gb_s" in rows[0] and len(rows) == 7 and any("failed" in row for row in rows)
 
 
 @pytest.mark.slow
@@ -68,11 +70,33 @@ def test_nano_goes_out_packed_and_comes_back_in_parts(packed: Path, tmp_path: Pa
     first = run(*train, "--minutes", 0)
     assert '"ended": "time"' in first and '"steps": 1,' in first
     assert '"ended": "finished"' in run(*train)
-    run("train_nano.py", "join", out, tmp_path / "model")
-    assert (tmp_path / "model" / "config.json").is_file()
+    run("train_nano.py", "join", out, tmp_path / "models")
+    assert all((tmp_path / "models" / which / "config.json").is_file() for which in ("best", "last"))
     (out / "model.tar.000").write_bytes(b"")
     with pytest.raises(AssertionError, match="fetch them again"):
         run("train_nano.py", "join", out, tmp_path / "again")
+
+
+def test_a_fitted_schedule_has_its_turns_where_the_recipe_has_them(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.syspath_prepend(str(GPU))
+    import train_nano
+
+    before = read_settings(load_recipe("nano-gpu"))
+    after = train_nano.lengthened(before, 50_000_000)
+    assert after.total_tokens == 50_000_000
+    assert after.schedule.warmup_tokens == before.schedule.warmup_tokens
+    share = 50_000_000 / before.total_tokens
+    for old, new in ((before.balance.gamma_tokens, after.balance.gamma_tokens),
+                     (before.losses.mtp_late_after_tokens, after.losses.mtp_late_after_tokens)):  # fmt: skip
+        assert old is not None and new == pytest.approx(share * old, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_nano_s_speed_is_measured_by_batch(packed: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "nano.tar.xz"
+    run("train_nano.py", "pack", packed, archive)
+    rows = json.loads(run("nano_speed.py", archive, "--tiny", "--work", tmp_path / "work"))["rows"]
+    assert len(rows) == 2 and all(row["tokens_s"] > 0 for row in rows)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ python benchmarks/gpu/kernels.py
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import chip
@@ -37,7 +38,9 @@ def mla_decode(batch: int, context: int, heads: int, repeats: int) -> dict[str, 
     return {"ms": took * 1e3, "gb_s": bytes_ / took / 1e9, "tflops": flops / took / 1e12}
 
 
-def mla_prefill(backend: SDPBackend, pad: bool, batch: int, length: int, heads: int, repeats: int) -> dict[str, Any]:
+def mla_prefill(
+    backend: SDPBackend | None, pad: bool, batch: int, length: int, heads: int, repeats: int
+) -> dict[str, Any]:
     """Forward and forward with backward; `pad`: values filled up to the keys' width, for backends that want it."""
     at = chip.device()
     q, k, v = (
@@ -49,7 +52,7 @@ def mla_prefill(backend: SDPBackend, pad: bool, batch: int, length: int, heads: 
         values = F.pad(v, (0, 64)) if pad else v
         return F.scaled_dot_product_attention(q, k, values, is_causal=True)[..., :128]
 
-    with sdpa_kernel(backend):
+    with nullcontext() if backend is None else sdpa_kernel(backend):
         with torch.no_grad():
             ahead = chip.seconds(forward, repeats)
         both = chip.seconds(lambda: torch.autograd.grad(forward(), (q, k, v), up), repeats)
@@ -104,9 +107,10 @@ def main() -> None:
         rows.append(chip.attempt(f"mla decode, batch {batch}, context {context}",
                                  lambda b=batch, s=context: mla_decode(b, s, 4 if tiny else 128, repeats)))  # fmt: skip
     shape = (1, 64, 2) if tiny else (2, 4096, 128)
-    for backend, pad in [(SDPBackend.FLASH_ATTENTION, True), (SDPBackend.CUDNN_ATTENTION, False),
+    for backend, pad in [(None, False), (SDPBackend.FLASH_ATTENTION, True), (SDPBackend.CUDNN_ATTENTION, False),
                          (SDPBackend.EFFICIENT_ATTENTION, False)]:  # fmt: skip
-        rows.append(chip.attempt(f"mla prefill 192/128, {backend.name.lower()}{', padded' if pad else ''}",
+        name = "as torch chooses" if backend is None else backend.name.lower()
+        rows.append(chip.attempt(f"mla prefill 192/128, {name}{', padded' if pad else ''}",
                                  lambda b=backend, p=pad: mla_prefill(b, p, *shape, repeats)))  # fmt: skip
     for m in [128] if tiny else [64, 128, 4096]:
         for n, k in [(256, 128)] if tiny else GEMM:

@@ -5,10 +5,11 @@
     python benchmarks/gpu/train_nano.py join FOLDER my-nano                        # here: checked, then unpacked
 
 `train` unpacks beside its run, in --work, and goes on from the run's last checkpoint as long as that folder lives; each
-call leaves the best model so far in --out, FP8, as parts of 15 MiB with their checksum, and the run's figures. With
---fit the first steps are timed and the recipe's schedule is stretched to end when the minutes do, everything in it at
-the same share of the run; without, it is kept. What is said by --set comes first. `leave` does the end of `train`
-alone, for a run that was cut off. --tiny trains a toy on invented tokens.
+call leaves the models with the lowest held-out loss and of the last step (`best`, `last`) in --out, FP8, as parts of 15
+MiB with their checksum, and the run's figures. With --fit the first steps are timed and the recipe's schedule is
+stretched to end when the minutes do, everything in it at the same share of the run; without, it is kept. What is said
+by --set comes first. `leave` does the end of `train` alone, for a run that was cut off. --tiny trains a toy on invented
+tokens.
 """
 
 from __future__ import annotations
@@ -26,16 +27,19 @@ from pathlib import Path
 
 import chip
 import record
+import torch
 
 import soli
 from soli.checkpoint.writer import write_json
+from soli.config import load_config
 from soli.data.recipe import find_recipe, load_recipe
+from soli.model import Transformer
 from soli.train.device import find_device
 from soli.train.loop import take_step
 from soli.train.loop import train as run_training
 from soli.train.settings import SECTIONS, TrainSettings, as_recipe, read_settings
 from soli.train.setup import Run, prepare
-from soli.train.state import best_checkpoint, checkpoints, load_run, read_progress
+from soli.train.state import best_checkpoint, checkpoints, load_weights, read_progress
 
 RECIPE = "nano-gpu"
 RUN_IN, TIMED = 20, 60  # steps of --fit
@@ -90,7 +94,7 @@ def join(folder: Path, destination: Path) -> None:
         raise SystemExit(f"the parts in {folder} do not give what was split; fetch them again")
     with tarfile.open(fileobj=io.BytesIO(held)) as source:
         source.extractall(destination, filter="data")
-    print(f"{destination} is a model folder: soli generate {destination}")
+    print(f"{destination}/best and {destination}/last are model folders: soli eval {destination}/best")
 
 
 def lengthened(settings: TrainSettings, total: int) -> TrainSettings:
@@ -151,17 +155,20 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def leave(arguments: argparse.Namespace, ended: str = "cut off") -> None:
-    """The best model of the run in --work and its figures, in --out."""
-    run, out, model = arguments.work / "run", arguments.out, arguments.work / "model"
+    """The models of the run in --work and its figures, in --out."""
+    run, out, models = arguments.work / "run", arguments.out, arguments.work / "models"
     out.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(model, ignore_errors=True)
-    soli.save_model(load_run(run), model, format="fp8", tokenizer_from=run)
-    split(model, out)
+    shutil.rmtree(models, ignore_errors=True)
+    best, last = best_checkpoint(run), checkpoints(run)[-1]
+    assert best is not None
+    for name, checkpoint in {"best": best, "last": last}.items():
+        model = Transformer(load_config(checkpoint), dtype=torch.float32)
+        load_weights(checkpoint, model)
+        soli.save_model(model, models / name, format="fp8", tokenizer_from=run)
+    split(models, out)
     for name in ("metrics.jsonl", "recipe.resolved.json"):
         shutil.copy(run / name, out)
-    best = best_checkpoint(run)
-    assert best is not None
-    done, settings = read_progress(checkpoints(run)[-1]), chosen_settings(run, [])
+    done, settings = read_progress(last), chosen_settings(run, [])
     figures = {
         "ended": ended,
         "steps": done.step,
