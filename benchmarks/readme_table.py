@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import gpu_rows
 import record
 
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
@@ -27,6 +28,7 @@ SCRIPTS = {
     "serve": "serve.py",
     "cpu_kernels": "cpu_kernels.py",
     "open_checkpoint": "open_checkpoint.py",
+    **gpu_rows.SCRIPTS,
 }
 DIRECTIONS = {"en-zh": "English to Chinese", "zh-en": "Chinese to English"}
 HEAD = ["| what | Soli | peer | ratio | where measured |", "|---|--:|--:|--:|---|"]
@@ -42,6 +44,8 @@ def table(results: Path, every_row: bool) -> str:
         if not file.exists():
             continue
         result = json.loads(file.read_text(encoding="utf-8"))
+        if name in gpu_rows.SCRIPTS:
+            result |= {"rows": gpu_rows.rows(name, result), "note": gpu_rows.NOTE}
         for cells in quality(result["figures"]) if "figures" in result else speed(result["rows"], every_row):
             lines.append(f"| {' | '.join(cells)} | [{script}]({link(script, every_row)}) |")
         if "hardware" in result:
@@ -65,7 +69,7 @@ def speed(rows: Sequence[Mapping[str, Any]], every_row: bool) -> list[list[str]]
     """The cells of a benchmark's rows: each with its best peer, or with every peer when every row is wanted."""
     cells = []
     for row in rows:
-        lost = row["ratio"] is not None and row["ratio"] < record.EVEN[0]
+        lost = row["ratio"] is not None and row["ratio"] < record.EVEN[0] and not row.get("aside")
         if not (every_row or row["headline"] or lost):
             continue
         peers = list(row["peers"]) if every_row else [row["peer"]] if row["peer"] else []
@@ -91,7 +95,9 @@ def quality(figures: Mapping[str, Any]) -> list[list[str]]:
     if figures.get("mtp_acceptance") is not None:
         cells.append(["nano, second token guessed right by MTP", f"{figures['mtp_acceptance']:.0%}"])
     if "tokens_seen" in figures and "hours" in figures:
-        trained = f"{figures['tokens_seen'] / 1e6:.1f} M tokens, {figures['hours']:.1f} hours"
+        hours = figures["hours"]
+        took = f"{hours:.1f} hours" if hours >= 2 else f"{60 * hours:.1f} minutes"
+        trained = f"{figures.get('tokens_run', figures['tokens_seen']) / 1e6:.1f} M tokens, {took}"
         cells.append(["nano, training", trained])
     return [[*cell, "", ""] for cell in cells]
 
@@ -99,6 +105,8 @@ def quality(figures: Mapping[str, Any]) -> list[list[str]]:
 def machine(result: Mapping[str, Any]) -> str:
     """A line about a result's machine, versions, commit and day."""
     of = result["hardware"]
+    if of.get("gpu"):
+        return f"one {of['gpu']}; torch {of['torch']} for CUDA {of['cuda']}; {of['date']}, commit {of['commit'][:7]}."
     commit = of["commit"][:7] + (", with changes not committed" if of["dirty"] else "")
     counts = sorted({row.get("rounds", result["size"]["rounds"]) for row in result["rows"]}) if "size" in result else []
     rounds = f"; medians of {' or '.join(map(str, counts))} interleaved rounds" if counts else ""
