@@ -1,11 +1,12 @@
 """Score the model in the box and write its card: figures, curve, load, examples: nothing in the card is typed by hand.
 
-    python benchmarks/nano_card.py --run runs/nano-zh-en --data data/nano-zh-en [--before FOLDER --before-tokens N]
+    python benchmarks/nano_card.py --run runs/nano-gpu --data data/nano-zh-en [--before FOLDER --before-tokens N]
 
-Reads the run's metrics and resolved recipe, runs `soli eval` and `soli routing` on the held-out files, and writes
-benchmarks/results/nano.json, soli/models/nano/README.md and soli/models/nano/curve.png. `--before` scores the model
-that was in the box until now on the same files. Run it with as many threads (OMP_NUM_THREADS) as the training had: the
-utilisation is the run's FLOP/s over the rate of its matrix products, measured now.
+Reads the run's metrics and resolved recipe, and what gpu/train_nano.py left where a GPU trained; runs `soli eval` and
+`soli routing` on the held-out files, and writes benchmarks/results/nano.json, soli/models/nano/README.md and
+soli/models/nano/curve.png. `--before` scores the model that was in the box until now on the same files. Of a run on a
+CPU: with as many threads (OMP_NUM_THREADS) as the training had, for the utilisation is the run's FLOP/s over the rate
+of its matrix products, measured now; of one on a GPU it is their share of what the card's maker states.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import record
 
 from soli.data.sources.catalogue import SOURCES
-from soli.train.device import find_device
+from soli.train.device import find_device, stated_peak
 from soli.train.plan import training_flops
 from soli.train.settings import SECTIONS, TrainSettings, read_settings
 
@@ -113,22 +114,39 @@ def quality(scores: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def utilisation(settings: TrainSettings, steps: list[dict[str, Any]]) -> dict[str, Any]:
-    """MFU of the median step: its model FLOP/s over what the processor does on the recipe's products alone."""
+def utilisation(run: Path, settings: TrainSettings, steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """Where the run was and its median step: its model FLOP/s over what the processor does on the recipe's products
+    alone, of a GPU over the bf16 peak that its maker states."""
     speed = statistics.median(step["tokens_per_second"] for step in steps)
     flops = training_flops(settings, settings.schedule.sequence_length)
+    found = {"tokens_per_second": speed, "flops_per_token": flops}
+    left = run / "gpu_train_nano.json"
+    if left.is_file():
+        machine = json.loads(left.read_text(encoding="utf-8"))["hardware"]
+        peak = stated_peak(machine["gpu"])
+        assert peak is not None
+        return {**found, "machine": f"one {machine['gpu']}", "date": machine["date"], "commit": machine["commit"],
+                "peak_tflops": peak, "mfu": speed * flops / 1e12 / peak}  # fmt: skip
     device = max((find_device(settings) for _ in range(5)), key=lambda found: found.tflops)  # others may be at work
+    here = record.hardware()
     return {
-        "tokens_per_second": speed,
-        "flops_per_token": flops,
+        **found,
+        "machine": f"{device.threads} of {here['cores']} cores of {here['cpu']}",
+        "date": here["date"],
+        "commit": here["commit"],
         "measured_tflops": device.tflops,
-        "threads": device.threads,
         "mfu": speed * flops / 1e12 / device.tflops,
     }
 
 
+def chosen_tokens(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], save_every: int) -> int:
+    """Tokens that the exported checkpoint had seen: of those saved, that with the lowest held-out loss."""
+    saved = [e for e in evaluations if "loss" in e and (e["step"] % save_every == 0 or e["step"] == steps[-1]["step"])]
+    return int(min(saved, key=lambda e: e["loss"])["tokens"])
+
+
 def summarise(
-    measured: dict[str, Any], steps: list[dict[str, Any]], model_bytes: int, training: dict[str, Any]
+    measured: dict[str, Any], steps: list[dict[str, Any]], seen: int, model_bytes: int, training: dict[str, Any]
 ) -> dict[str, Any]:
     """What benchmarks/results/nano.json holds; the README's table reads `figures`."""
     scores, last = measured["eval"], steps[-1]
@@ -136,8 +154,9 @@ def summarise(
         "hardware": record.hardware(),
         "figures": {
             **quality(scores),
-            "tokens_seen": last["tokens"],
-            "hours": round(last["seconds"] / 3600, 2),
+            "tokens_seen": seen,
+            "tokens_run": last["tokens"],
+            "hours": float(f"{last['seconds'] / 3600:.3g}"),
             "bytes": model_bytes,
         },
         "training": training,
@@ -152,15 +171,16 @@ def card(result: dict[str, Any], steps: list[dict[str, Any]], data: Path) -> str
     sources = json.loads((data / "meta.json").read_text(encoding="utf-8"))
     names = sorted(sources["sources"], key=lambda name: -sources["sources"][name]["tokens"])
     counted, training = soli_json("count", "nano"), result["training"]
-    flop = training["flops_per_token"] * figures["tokens_seen"]
+    flop = training["flops_per_token"] * figures["tokens_run"]
     fill = {
         "total": f"{counted['total'] / 1e6:.1f}",
         "activated": f"{counted['activated'] / 1e6:.1f}",
         "tokens_seen": f"{figures['tokens_seen'] / 1e6:.1f}",
-        "hours": f"{figures['hours']:.1f}",
-        "cpu": f"{result['hardware']['cores']} cores of {result['hardware']['cpu']}",
+        "tokens_run": f"{figures['tokens_run'] / 1e6:.1f}",
+        "took": duration(figures["hours"]),
+        "machine": training["machine"],
         "speed": f"{training['tokens_per_second']:,.0f}",
-        "mfu": f"{100 * training['mfu']:.0f} % of {training['measured_tflops']:.2f} TFLOP/s",
+        "mfu": utilised(training),
         "versions": "\n".join(version_rows(result)),
         "flop": f"{flop:.1e}".replace("e+", " x 10^"),
         "corpus": f"{sources['train_tokens'] / 1e6:.1f}",
@@ -176,6 +196,19 @@ def card(result: dict[str, Any], steps: list[dict[str, Any]], data: Path) -> str
         "sources": "\n".join(source_row(name, sources["sources"][name]) for name in names),
     }
     return string.Template((BENCHMARKS / "nano_card.md").read_text(encoding="utf-8")).substitute(fill)
+
+
+def duration(hours: float) -> str:
+    """In minutes below two hours."""
+    return f"{hours:.1f} h" if hours >= 2 else f"{60 * hours:.1f} min"
+
+
+def utilised(training: dict[str, Any]) -> str:
+    if "peak_tflops" in training:
+        return (
+            f"{100 * training['mfu']:.1f} % of the {training['peak_tflops']:.0f} TFLOP/s that its maker states in bf16"
+        )
+    return f"{100 * training['mfu']:.0f} % of {training['measured_tflops']:.2f} TFLOP/s in its matrix products alone"
 
 
 def version_rows(result: dict[str, Any]) -> list[str]:
@@ -225,16 +258,18 @@ def source_row(name: str, counts: dict[str, int]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=ROOT / "runs" / "nano-zh-en")
+    parser.add_argument("--run", type=Path, default=ROOT / "runs" / "nano-gpu")
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "nano-zh-en")
     parser.add_argument("--before", type=Path, help="the model that was in the box until now, scored beside it")
     parser.add_argument("--before-tokens", type=int, default=0, help="tokens which that model had seen")
     arguments = parser.parse_args()
     steps, evaluations = read_metrics(arguments.run)
-    training = utilisation(read_recipe(arguments.run), steps)
+    settings = read_recipe(arguments.run)
+    training = utilisation(arguments.run, settings, steps)
+    seen = chosen_tokens(steps, evaluations, settings.run.save_every)
     draw_curve(steps, evaluations, MODEL / "curve.png")
     measured = measure(arguments.data)
-    result = summarise(measured, steps, (MODEL / "model.safetensors").stat().st_size, training)
+    result = summarise(measured, steps, seen, (MODEL / "model.safetensors").stat().st_size, training)
     if arguments.before:
         tokens = {"tokens_seen": arguments.before_tokens}
         result["before"] = {**quality(score(str(arguments.before), arguments.data)), **tokens}
