@@ -65,15 +65,22 @@ def page(served, open_page):
     return page
 
 
-def test_translating_on_the_real_server(page):
+@pytest.fixture(scope="module")
+def answer():
+    """What `soli translate` says to the sentence, from the same model."""
+    command = [sys.executable, "-m", "soli", "translate", KNIFE["source"], "--experts", "--json"]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def test_translating_on_the_real_server(page, answer):
     page.click("#mode-translate")
     page.fill("#text-a", KNIFE["source"])
     play(page)
-    assert page.locator(".reply .words").inner_text() == KNIFE["translation"]
-    assert page.locator("#strip-a .token").count() == len(KNIFE["experts"])
+    assert page.locator(".reply .words").inner_text() == answer["translation"]
+    assert page.locator("#strip-a .token").count() == len(answer["experts"])
     assert page.inner_text("#activated") == "6.37M"
     token(page, WOOD).click()
-    heaviest = max(KNIFE["experts"][WOOD]["layers"][3]["players"], key=lambda player: player["weight"])["expert"]
+    heaviest = max(answer["experts"][WOOD]["layers"][3]["players"], key=lambda player: player["weight"])["expert"]
     layer = page.locator("#panel-token .layer").nth(3)
     assert int(layer.locator("tr.plays .expert").first.inner_text()) == heaviest
     choose_cell(page, 3, heaviest)
