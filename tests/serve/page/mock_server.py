@@ -1,7 +1,8 @@
 """A stand-in for `soli serve` with the standard library alone: the page's own files, and streams replayed from traces.
 
-Recorded traces are outputs of a model that was in the box in November 2026; any would do. Another is recorded by `soli translate "TEXT" --experts --json` and
-`soli generate nano "The river" --experts --json`. The large stage is made up in giant.py.
+Recorded traces are outputs of a model that was in the box in November 2026; any would do. Another is recorded by
+`soli translate "TEXT" --experts --json` and `soli generate nano "The river" --experts --json`. The large stage is made
+up in giant.py.
 Every request is kept in `asked`, so that a test can say what the page sent, and that it sent nothing elsewhere.
 """
 
