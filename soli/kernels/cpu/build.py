@@ -30,6 +30,7 @@ ISA_FLAGS: Final = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "avx512": (*AVX512, "-mfma", "-mf16c", "-mprefer-vector-width=512"),
 }
+AMX: Final = ("-mamx-tile", "-mamx-bf16", "-mamx-int8")  # compilers before 2021 do without
 COMMON: Final = ("dispatch", "experts", "latents", "linear", "pass", "portable")
 
 
@@ -103,7 +104,7 @@ def _compile(compiler: str, flags: Sequence[str], runtime: Path | None, library:
     openmp = ["-fopenmp"] if runtime else []
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         objects, running = [], []
-        for name, more in _units():
+        for name, more in _units(compiler):
             objects.append(f"{scratch}/{name}.o")
             command = [compiler, *flags, *openmp, *more, "-c", str(SOURCES / f"{name}.cpp"), "-o", objects[-1]]
             running.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
@@ -122,13 +123,20 @@ def _compile(compiler: str, flags: Sequence[str], runtime: Path | None, library:
             os.replace(made, library)
 
 
-def _units() -> list[tuple[str, tuple[str, ...]]]:
+def _units(compiler: str) -> list[tuple[str, tuple[str, ...]]]:
     """Each source file with the flags of its instruction set."""
-    units: list[tuple[str, tuple[str, ...]]] = [(name, ()) for name in COMMON]
-    if platform.machine() == "x86_64":
-        units += [("avx2", ISA_FLAGS["avx2"])]
-        units += [(name, ISA_FLAGS["avx512"]) for name in ("avx512", "avx512_bf16", "avx512_tokens", "avx512_vnni")]
-    return units
+    if platform.machine() != "x86_64":
+        return [(name, ()) for name in COMMON]
+    amx, tiles = ("-DSOLI_AMX",) if _takes(compiler, AMX) else (), ("amx_bf16", "amx_vnni")
+    avx512, wide = (*ISA_FLAGS["avx512"], *amx), ("avx512", "avx512_bf16", "avx512_tokens", "avx512_vnni")
+    units = [(name, amx) for name in COMMON] + [("avx2", ISA_FLAGS["avx2"])] + [(name, avx512) for name in wide]
+    return units + [(name, (*avx512, *AMX)) for name in tiles if amx]
+
+
+def _takes(compiler: str, flags: Sequence[str]) -> bool:
+    """Whether the compiler knows these flags."""
+    command = [compiler, *flags, "-x", "c++", "-c", "/dev/null", "-o", "/dev/null"]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def _run(command: list[str]) -> str:

@@ -1,6 +1,6 @@
 """The compiled kernels as functions of plain integers: loading, the choice of instruction set, and error codes.
 
-SOLI_CPU_ISA forces portable, avx2 or avx512; without it the best that the processor has runs.
+SOLI_CPU_ISA forces portable, avx2, avx512 or amx; without it the best that the processor has runs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from soli.errors import SoliError
 from soli.kernels.cpu.build import BuildError, build
 
-ISAS: Final = ("portable", "avx2", "avx512")  # as soli::kernels() numbers them
+ISAS: Final = ("portable", "avx2", "avx512", "amx")  # as soli::kernels() numbers them
 FORMATS: Final = {"fp32": 0, "bf16": 1, "fp8": 2, "int8": 3, "int4": 4}  # as enum Format
 DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1}  # as enum Dtype
 

@@ -87,16 +87,24 @@ struct Int4 {
     static void prefetch(const Row& row, int64_t k, int64_t ahead) { prefetch_line<16>(row.weight, k / 2, ahead); }
 };
 
+// Both sets differ in their products for bfloat16 tokens alone.
+constexpr Kernels with(const char* name, Dots16 bf16, Dots16 fp8, Dots16 int8, Dots16 int4) {
+    return {
+        name,
+        {dots32<Fp32>, dots32<Bf16>, dots32<Fp8>, dots32<Int8>, dots32<Int4>},
+        {nullptr, bf16, fp8, int8, int4},
+        put16,
+        silu_mul,
+        {mix32<Fp32>, mix32<Bf16>, mix32<Fp8>, mix32<Int8>, mix32<Int4>},
+        soften,
+    };
+}
+
 }  // namespace
 
-const Kernels AVX512 = {
-    "avx512",
-    {dots32<Fp32>, dots32<Bf16>, dots32<Fp8>, dots32<Int8>, dots32<Int4>},
-    {nullptr, dots16_bf16, dots16_fp8, dots16_int8, dots16_int4},
-    put16,
-    silu_mul,
-    {mix32<Fp32>, mix32<Bf16>, mix32<Fp8>, mix32<Int8>, mix32<Int4>},
-    soften,
-};
+constexpr Kernels AVX512 = with("avx512", dots16_bf16, dots16_fp8, dots16_int8, dots16_int4);
+#ifdef SOLI_AMX
+constexpr Kernels AMX = with("amx", dots16_bf16_tiles, dots16_fp8_tiles, dots16_int8_tiles, dots16_int4_tiles);
+#endif
 
 }  // namespace soli

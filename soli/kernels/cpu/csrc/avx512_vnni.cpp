@@ -1,228 +1,33 @@
 // The AVX-512 kernels for bfloat16 tokens and weights in int8 or int4: vpdpbusd multiplies 64 bytes at once.
-//
-// Tokens are rounded to 8 bits, with a scale for each 128 numbers: x = code * largest / 127, codes -127 ... 127. Weights
-// count from their lowest code, since one side of the product has no sign: w + 128 or w + 8; `starts`, kept with the
-// token, take the difference back. The sum of a group is a whole number and exact, in any order; then
-//     y = fma(sum of group g, weight's scale * token's scale, y)      for g = 0, 1, ...
-// so a single token, whose products run along the inputs, and many, whose products run along the rows, get the same bits.
-//
-// Codes lie in units of four. int4's runs of 32 give one vector of first halves and one of second ones, and int8 in groups
-// below 128 is put into the same order: lanes 4 i ... 4 i + 3 of both vectors belong to the numbers 32 i ... 32 i + 31.
-#include "avx512.h"
-#include "scratch.h"
+#include "avx512_vnni.h"
 
 namespace soli {
 namespace {
 
-constexpr int BAND = 16;  // rows at a time, one for each lane of a float32 vector
-constexpr int EIGHT = 8;   // rows that a few tokens read at once: more streams are slower
-
-// `left` of 64 bytes; what is masked out is neither read nor a fault.
-template <bool FULL>
-SOLI_INLINE __m512i bytes(const uint8_t* from, int64_t left) {
-    if (FULL || left >= 64) return _mm512_loadu_si512(from);
-    return _mm512_maskz_loadu_epi8(left > 0 ? (1ull << left) - 1 : 0, from);
-}
-
-// 128 weights from k on of which `left` exist, as two vectors of bytes without sign.
-template <int64_t FORMAT, int G, bool FULL>
-SOLI_INLINE void codes(const uint8_t* row, int64_t k, int64_t left, __m512i* out) {
-    if (FORMAT == INT4) {
-        const __m512i packed = bytes<FULL>(row + k / 2, left / 2), mask = _mm512_set1_epi8(15);
-        out[0] = _mm512_and_si512(packed, mask), out[1] = _mm512_and_si512(_mm512_srli_epi16(packed, 4), mask);
-    } else {
-        for (int v = 0; v < 2; v++)
-            out[v] = _mm512_xor_si512(bytes<FULL>(row + k + 64 * v, left - 64 * v), _mm512_set1_epi8(-128));
-        if (G < 128) halves(out);
-    }
-}
-
-// Sixteen rows of a matrix, the last one again where there are fewer.
-struct Band {
-    const uint8_t* weight[BAND];
-    const uint8_t* scale[BAND];
-    int64_t I, count;
-
-    Band(const Rows& rows, int64_t first) : I(rows.layout.I), count(rows.count - first < BAND ? rows.count - first : BAND) {
-        for (int64_t r = 0; r < BAND; r++) {
-            const int64_t row = first + (r < count ? r : count - 1);
-            weight[r] = rows.weight(row), scale[r] = rows.scale(row);
-        }
-    }
-};
-
-// Eight rows of float16 numbers to columns: in its 128 bits i, a[c] becomes column 8 i + c of all rows.
-SOLI_INLINE void columns(__m512i* a) {
-    for (int level = 0; level < 3; level++) {
-        __m512i b[8];
-        for (int r = 0; r < 4; r++)
-            b[2 * r] = _mm512_unpacklo_epi16(a[r], a[r + 4]), b[2 * r + 1] = _mm512_unpackhi_epi16(a[r], a[r + 4]);
-        for (int r = 0; r < 8; r++) a[r] = b[r];
-    }
-}
-
-// The scales of a band, group after group: to[16 * g + r], up to a whole eight of groups. The next band's are asked for.
-void transpose_scales(const Band& band, int64_t groups, float* to) {
-    for (int64_t line = 0; line < 2 * groups * BAND; line += 64)
-        _mm_prefetch(reinterpret_cast<const char*>(band.scale[0] + 2 * groups * BAND + line), _MM_HINT_T0);
-    const __m512i pairs[2] = {_mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15)};
-    for (int64_t g = 0; g < groups; g += 32, to += 32 * BAND) {
-        const int64_t count = groups - g;
-        const __mmask32 there = count < 32 ? (1u << count) - 1 : ~0u;
-        __m512i a[BAND];
-        for (int r = 0; r < BAND; r++) a[r] = _mm512_maskz_loadu_epi16(there, band.scale[r] + 2 * g);
-        columns(a), columns(a + 8);
-        for (int i = 0; i < 2 && 16 * i < count; i++)
-            for (int c = 0; c < 8; c++) {
-                const __m512i two = _mm512_permutex2var_epi64(a[c], pairs[i], a[8 + c]);  // columns 16 i + c and 8 further
-                float* at = to + BAND * (16 * i + c);
-                _mm512_store_ps(at, _mm512_cvtph_ps(_mm512_castsi512_si256(two)));
-                if (16 * i + 8 < count) _mm512_store_ps(at + BAND * 8, _mm512_cvtph_ps(_mm512_extracti64x4_epi64(two, 1)));
-            }
-    }
-}
-
-// Sums of neighbouring lanes of two vectors, and of four: each 128 bits hold one sum of every one of the four.
-SOLI_INLINE __m512i two(__m512i a, __m512i b) {
-    return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-}
-
-SOLI_INLINE __m512i four(__m512i a, __m512i b, __m512i c, __m512i d) {
-    const __m512i ab = two(a, b), cd = two(c, d);
-    return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-}
-
-// From sums with four rows to a vector, eight rows in `upper` and eight in `lower`, to one vector of sixteen for each group.
-template <int G>
-SOLI_INLINE void by_group(const __m512i* upper, const __m512i* lower, __m512i* out) {
-    constexpr int FIRST = G == 64 ? 0x88 : 0x44, SECOND = G == 64 ? 0xdd : 0xee;
-    const __m512i a = _mm512_shuffle_i32x4(upper[0], upper[1], FIRST), b = _mm512_shuffle_i32x4(upper[0], upper[1], SECOND);
-    const __m512i c = _mm512_shuffle_i32x4(lower[0], lower[1], FIRST), d = _mm512_shuffle_i32x4(lower[0], lower[1], SECOND);
-    if (G == 32) {
-        out[0] = _mm512_shuffle_i32x4(a, c, 0x88), out[1] = _mm512_shuffle_i32x4(a, c, 0xdd);
-        out[2] = _mm512_shuffle_i32x4(b, d, 0x88), out[3] = _mm512_shuffle_i32x4(b, d, 0xdd);
-        return;
-    }
-    const __m512i ab = _mm512_add_epi32(a, b), cd = _mm512_add_epi32(c, d);
-    out[0] = _mm512_shuffle_i32x4(ab, cd, 0x88), out[1] = _mm512_shuffle_i32x4(ab, cd, 0xdd);
-    if (G == 128) out[0] = _mm512_add_epi32(out[0], out[1]);
-}
-
-// The exact sums of N tokens' products, along the inputs, with eight rows of 128 weights: to[2 * n] and to[2 * n + 1] hold
-// four rows each, side by side in each 128 bits. Lines `ahead` are asked for.
-template <int64_t FORMAT, int G, int N, bool FULL>
-SOLI_INLINE void multiply(
-    const uint8_t* const* rows, int64_t k, int64_t left, int64_t ahead, const uint8_t* x, int64_t stride, __m512i* to) {
-    constexpr int LINES = FORMAT == INT4 ? 1 : 2;
-    __m512i part[N][EIGHT];
-#pragma GCC unroll 8
-    for (int r = 0; r < EIGHT; r++) {
-        __m512i w[2];
-        codes<FORMAT, G, FULL>(rows[r], k, left, w);
-        for (int n = 0; n < N; n++) {
-            part[n][r] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w[0], _mm512_load_si512(x + n * stride + k));
-            part[n][r] = _mm512_dpbusd_epi32(part[n][r], w[1], _mm512_load_si512(x + n * stride + k + 64));
-        }
-        const uint8_t* line = rows[r] + (FORMAT == INT4 ? k / 2 : k) + ahead;
-        for (int i = 0; i < LINES; i++) _mm_prefetch(reinterpret_cast<const char*>(line + 64 * i), _MM_HINT_T0);
-    }
-    for (int n = 0; n < N; n++) {
-        const __m512i* p = part[n];
-        to[2 * n] = four(p[0], p[1], p[2], p[3]), to[2 * n + 1] = four(p[4], p[5], p[6], p[7]);
-    }
-}
-
-// Sixteen results of each of N tokens, along the inputs.
-template <int64_t FORMAT, int G, int N>
-void few(const Band& band, const float* scales, const uint8_t* x, int64_t stride, int64_t row_bytes, __m512i* quads, __m512* sum) {
-    constexpr int GROUPS = 128 / G;
-    // What is asked for: the next eight rows, or what lies 4 KiB on; less comes late, more is gone from the cache again.
-    const int64_t P = padded(band.I), whole = band.I / 128 * 128, next = EIGHT * row_bytes, ahead = next < 4096 ? 4096 : next;
-    for (int half = 0; half < BAND / EIGHT; half++) {
-        const uint8_t* const* rows = band.weight + half * EIGHT;
-        __m512i* to = quads + half * N * P / 64;
-        for (int64_t k = 0; k < whole; k += 128, to += 2 * N) multiply<FORMAT, G, N, true>(rows, k, 128, ahead, x, stride, to);
-        if (whole < band.I) multiply<FORMAT, G, N, false>(rows, whole, band.I - whole, ahead, x, stride, to);
-    }
-    for (int n = 0; n < N; n++) {
-        const Token token(x + n * stride, P);
-        sum[n] = _mm512_setzero_ps();
-        for (int64_t k = 0; k < band.I; k += 128) {
-            __m512i total[4];
-            const __m512i *upper = quads + k / 64 * N + 2 * n, *lower = upper + N * P / 64;
-            by_group<G>(upper, lower, total);
-            const __m512 of_token = _mm512_set1_ps(token.scales[k / 128]);
-            for (int g = 0; g < GROUPS && k + g * G < band.I; g++) {
-                const __m512i exact = _mm512_add_epi32(total[g], _mm512_set1_epi32(token.starts[k / 32 + g * (G / 32)]));
-                const __m512 each = _mm512_mul_ps(_mm512_load_ps(scales + 16 * (k / G + g)), of_token);
-                sum[n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), each, sum[n]);
-            }
-        }
-    }
-}
-
-// A band for many tokens, units of four codes of sixteen rows side by side: to[64 * unit + 4 * row].
-template <int64_t FORMAT, int G>
-void transpose(const Band& band, uint8_t* to) {
-    for (int64_t k = 0; k < band.I; k += 128) {
-        __m512i w[BAND][2];
-        for (int r = 0; r < BAND; r++) codes<FORMAT, G, false>(band.weight[r], k, band.I - k, w[r]);
-        for (int v = 0; v < 2; v++, to += 1024) {
-            __m512i a[16], b[16];
-            for (int r = 0; r < 4; r++)
-                for (int q = 0; q < 4; q++) {  // rows 4 q + r: in the end lane 4 q + r
-                    a[4 * q + r] = w[4 * q + r][v];
-                }
-            for (int q = 0; q < 4; q++) {
-                const __m512i *in = a + 4 * q, low = _mm512_unpacklo_epi32(in[0], in[1]), high = _mm512_unpackhi_epi32(in[0], in[1]);
-                const __m512i low2 = _mm512_unpacklo_epi32(in[2], in[3]), high2 = _mm512_unpackhi_epi32(in[2], in[3]);
-                b[4 * q] = _mm512_unpacklo_epi64(low, low2), b[4 * q + 1] = _mm512_unpackhi_epi64(low, low2);
-                b[4 * q + 2] = _mm512_unpacklo_epi64(high, high2), b[4 * q + 3] = _mm512_unpackhi_epi64(high, high2);
-            }  // b[4 q + u]: in 128 bits i unit 4 i + u of rows 4 q ... 4 q + 3
-            for (int u = 0; u < 4; u++) {
-                const __m512i low = _mm512_shuffle_i32x4(b[u], b[4 + u], 0x44), high = _mm512_shuffle_i32x4(b[u], b[4 + u], 0xee);
-                const __m512i low2 = _mm512_shuffle_i32x4(b[8 + u], b[12 + u], 0x44), high2 = _mm512_shuffle_i32x4(b[8 + u], b[12 + u], 0xee);
-                _mm512_store_si512(to + 64 * u, _mm512_shuffle_i32x4(low, low2, 0x88));
-                _mm512_store_si512(to + 64 * (4 + u), _mm512_shuffle_i32x4(low, low2, 0xdd));
-                _mm512_store_si512(to + 64 * (8 + u), _mm512_shuffle_i32x4(high, high2, 0x88));
-                _mm512_store_si512(to + 64 * (12 + u), _mm512_shuffle_i32x4(high, high2, 0xdd));
-            }
-        }
-    }
-}
-
-// A band turned for many tokens, the tokens, and what comes after it: bytes to ask for at each step, from `next` on.
-struct Turned {
-    const uint8_t* weights;
-    const float* scales;
-    int64_t I, stride;
-    const uint8_t* next;
-    int64_t step;
-};
-
 // Sixteen results of each of N tokens, along the rows.
 template <int G, int N>
-void some(Turned band, const uint8_t* x, __m512* sum) {
+void some(const Turned& band, Turned::Ahead ahead, const uint8_t* x, __m512* sum) {
     constexpr int GROUPS = 128 / G;
     const int64_t stride = band.stride, P = padded(band.I);
     for (int n = 0; n < N; n++) sum[n] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < band.I; k += 128, band.weights += 128 * BAND, band.scales += 16 * GROUPS, band.next += band.step) {
-        for (int64_t line = 0; line < band.step; line += 64)
-            _mm_prefetch(reinterpret_cast<const char*>(band.next + line), _MM_HINT_T1);
+    const uint8_t* weights = band.weights;
+    const float* scales = band.scales;
+    for (int64_t k = 0; k < band.I; k += 128, weights += 128 * BAND, scales += 16 * GROUPS) {
+        ahead.ask();
         for (int g = 0; g < GROUPS && k + g * G < band.I; g++) {
             __m512i exact[N];
             for (int n = 0; n < N; n++) exact[n] = _mm512_set1_epi32(Token(x + n * stride, P).starts[k / 32 + g * (G / 32)]);
 #pragma GCC unroll 8
             for (int u = 0; u < G / 4; u++) {
                 const int unit = G == 128 ? u : (u < G / 8 ? 0 : 16 - G / 8) + g * (G / 8) + u;
-                const __m512i w = _mm512_load_si512(band.weights + 64 * unit);
+                const __m512i w = _mm512_load_si512(weights + 64 * unit);
                 for (int n = 0; n < N; n++) {
                     int32_t codes;
                     __builtin_memcpy(&codes, x + n * stride + k + 4 * unit, 4);
                     exact[n] = _mm512_dpbusd_epi32(exact[n], w, _mm512_set1_epi32(codes));
                 }
             }
-            const __m512 scale = _mm512_load_ps(band.scales + 16 * g);
+            const __m512 scale = _mm512_load_ps(scales + 16 * g);
             for (int n = 0; n < N; n++) {
                 const __m512 each = _mm512_mul_ps(scale, _mm512_set1_ps(Token(x + n * stride, P).scales[k / 128]));
                 sum[n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact[n]), each, sum[n]);
@@ -231,51 +36,35 @@ void some(Turned band, const uint8_t* x, __m512* sum) {
     }
 }
 
-using Some = void (*)(Turned, const uint8_t*, __m512*);
+using Some = void (*)(const Turned&, Turned::Ahead, const uint8_t*, __m512*);
 template <int G>
 constexpr Some SOME[] = {some<G, 1>, some<G, 2>, some<G, 3>, some<G, 4>, some<G, 5>, some<G, 6>, some<G, 7>, some<G, 8>};
-using Few = void (*)(const Band&, const float*, const uint8_t*, int64_t, int64_t, __m512i*, __m512*);
-template <int64_t FORMAT, int G>
-constexpr Few FEW[] = {few<FORMAT, G, 1>, few<FORMAT, G, 2>, few<FORMAT, G, 3>};
-constexpr int64_t MOST_FEW = 3, MOST = 8, TURN_FROM = 12;  // tokens at a time; tokens from which a band is turned for all
 
-template <int64_t FORMAT, int G>
-void run(const Rows& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride) {
-    static thread_local Scratch scratch;
-    const Layout& layout = rows.layout;
-    const int64_t P = padded(layout.I), groups = layout.I / G, stride = layout.token16_bytes(), bytes = layout.row_bytes() * BAND;
-    const bool turn = tokens >= TURN_FROM;
-    if (!scratch.reserve(64 * (groups + 7) + BAND * P)) __builtin_trap();
-    float* scales = scratch.take<float>(16 * ((groups + 7) / 8 * 8));
-    uint8_t* turned = scratch.take<uint8_t>(BAND * P);  // or up to seven eighths of it, sums
-    const int64_t most = turn ? MOST : MOST_FEW, pieces = (tokens + most - 1) / most, step = bytes / (pieces * P / 128) / 64 * 64 + 64;
-    for (int64_t r = 0; r < rows.count; r += BAND) {
-        const Band band(rows, r);
-        const __mmask16 there = static_cast<__mmask16>((1 << band.count) - 1);
-        transpose_scales(band, groups, scales);
-        if (turn) transpose<FORMAT, G>(band, turned);
+struct Many {
+    static constexpr int64_t FROM = 12, MOST = 8;  // tokens from which a band is turned; tokens at a time
+    static constexpr bool SIGNED = false;
+
+    template <int G>
+    static void multiply(const Turned& band, const uint8_t* x, int64_t tokens, __mmask16 there, float* y, int64_t y_stride) {
+        const int64_t pieces = (tokens + MOST - 1) / MOST;
         for (int64_t piece = 0, t = 0; piece < pieces; piece++) {
             const int64_t count = (tokens - t + pieces - piece - 1) / (pieces - piece);
-            const uint8_t *token = x + t * stride, *next = band.weight[0] + bytes + piece * step * (P / 128);
             __m512 sum[MOST];
-            if (turn) SOME<G>[count - 1]({turned, scales, layout.I, stride, next, step}, token, sum);
-            else FEW<FORMAT, G>[count - 1](band, scales, token, stride, layout.row_bytes(), reinterpret_cast<__m512i*>(turned), sum);
-            for (int64_t n = 0; n < count; n++) _mm512_mask_storeu_ps(y + (t + n) * y_stride + r, there, sum[n]);
+            SOME<G>[count - 1](band, band.ahead(piece, pieces), x + t * band.stride, sum);
+            for (int64_t n = 0; n < count; n++) _mm512_mask_storeu_ps(y + (t + n) * y_stride, there, sum[n]);
             t += count;
         }
     }
-}
+};
 
 }  // namespace
 
 void dots16_int8(const Rows& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride) {
-    const int64_t G = rows.layout.group;
-    (G == 32 ? run<INT8, 32> : G == 64 ? run<INT8, 64> : run<INT8, 128>)(rows, x, tokens, y, y_stride);
+    dots16_whole<INT8, Many>(rows, x, tokens, y, y_stride);
 }
 
 void dots16_int4(const Rows& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride) {
-    const int64_t G = rows.layout.group;
-    (G == 32 ? run<INT4, 32> : G == 64 ? run<INT4, 64> : run<INT4, 128>)(rows, x, tokens, y, y_stride);
+    dots16_whole<INT4, Many>(rows, x, tokens, y, y_stride);
 }
 
 }  // namespace soli

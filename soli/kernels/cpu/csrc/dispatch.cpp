@@ -3,6 +3,10 @@
 
 #ifdef __x86_64__
 #include <cpuid.h>
+#ifdef SOLI_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace soli {
 namespace {
@@ -14,7 +18,7 @@ struct Registers {
 
 bool has(unsigned word, int bit) { return word >> bit & 1; }
 
-// Registers that the operating system saves: XCR0 bits 1, 2 (SSE, AVX) and 5, 6, 7 (AVX-512).
+// Registers that the operating system saves: XCR0 bits 1, 2 (SSE, AVX), 5, 6, 7 (AVX-512) and 17, 18 (tiles).
 unsigned saved() {
     if (!has(Registers(1, 0).c, 27)) return 0;
     unsigned low, high;
@@ -34,12 +38,30 @@ bool has_avx512() {
            has(seven.b, 31) && has(seven.c, 1) && has(seven.c, 11) && has(more.a, 5);
 }
 
+// TILE, BF16 and INT8, with Linux's leave: a process must ask before it uses tiles, because they make its signal frames
+// larger than some stacks.
+bool has_amx() {
+#ifdef SOLI_AMX
+    const unsigned bits = Registers(7, 0).d;
+    constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
+    return has_avx512() && has(bits, 22) && has(bits, 24) && has(bits, 25) && (saved() & 0x60000) == 0x60000 &&
+           syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+#else
+    return false;
+#endif
+}
+
 }  // namespace
 
-const Kernels& kernels(int64_t isa) { return isa == 2 ? AVX512 : isa == 1 ? AVX2 : PORTABLE; }
+const Kernels& kernels(int64_t isa) {
+#ifdef SOLI_AMX
+    if (isa == 3) return AMX;
+#endif
+    return isa == 2 ? AVX512 : isa == 1 ? AVX2 : PORTABLE;
+}
 
-// The best instruction set here: 0 portable, 1 AVX2, 2 AVX-512.
-extern "C" int soli_best_isa() { return has_avx512() ? 2 : has_avx2() ? 1 : 0; }
+// The best instruction set here: 0 portable, 1 AVX2, 2 AVX-512, 3 AMX beside it.
+extern "C" int soli_best_isa() { return has_amx() ? 3 : has_avx512() ? 2 : has_avx2() ? 1 : 0; }
 
 }  // namespace soli
 

@@ -8,6 +8,8 @@
 
 namespace soli {
 
+constexpr int64_t SPARE = 15;  // tokens past the last that a kernel may read: it takes up to sixteen at once
+
 // Tokens in the form that a kernel reads: what dots16 takes, or float32.
 struct Tokens {
     const Kernels& isa;
@@ -19,6 +21,8 @@ struct Tokens {
         : isa(isa), layout(layout), narrow(dtype == HALF && isa.dots16[layout.format]), data(nullptr) {}
 
     int64_t token_bytes() const { return narrow ? layout.token16_bytes() : 4 * padded(layout.I); }
+    // Of `count` tokens. What a kernel makes of the spare ones nobody sees.
+    int64_t bytes(int64_t count) const { return token_bytes() * (count + SPARE); }
 
     // Token t from `from`, I values of `dtype`.
     void put(int64_t t, const void* from, int64_t dtype) {

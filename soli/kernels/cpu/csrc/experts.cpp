@@ -18,12 +18,12 @@ int run(const Experts& layer, int64_t dtype, int64_t threads, int64_t T, const v
     static thread_local Scratch scratch;
     const int64_t D = layer.in.I, F = layer.in.O, P = T * layer.K, size = dtype == FLOAT ? 4 : 2;
     Tokens in(layer.isa, layer.in, dtype), out(layer.isa, layer.out, dtype);
-    const size_t wanted = Pairs::bytes(layer.E, P) + (in.token_bytes() + out.token_bytes()) * P +
+    const size_t wanted = Pairs::bytes(layer.E, P) + in.bytes(P) + out.bytes(P) +
                           Scratch::bytes<float>(P * F) + Scratch::bytes<float>(T * D);
     if (!scratch.reserve(wanted)) return 2;
     Pairs pairs(scratch, layer.E, P);
     pairs.sort(layer.E, layer.K, P, ids, weights);
-    in.data = scratch.take<uint8_t>(in.token_bytes() * P), out.data = scratch.take<uint8_t>(out.token_bytes() * P);
+    in.data = scratch.take<uint8_t>(in.bytes(P)), out.data = scratch.take<uint8_t>(out.bytes(P));
     float *hidden = scratch.take<float>(P * F), *sum = scratch.take<float>(T * D);
     const int64_t blocks = (F + ROWS - 1) / ROWS;
 #pragma omp parallel num_threads(threads) if (threads > 1)

@@ -88,7 +88,7 @@ struct Kernels {
     Soft (*soften)(float* values, int64_t n, float scale);  // in place: exp(scale * value - most)
 };
 
-extern const Kernels PORTABLE, AVX2, AVX512;
+extern const Kernels PORTABLE, AVX2, AVX512, AMX;
 const Kernels& kernels(int64_t isa);
 
 SOLI_INLINE float as_float(uint32_t bits) {

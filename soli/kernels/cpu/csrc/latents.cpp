@@ -14,8 +14,8 @@ extern "C" int soli_latent_decode(
     if (!readable(table, M, lengths, B, P, S)) return 3;
     Batch batch(latents, B, M, table, lengths, threads);
     Tokens queries(latents.isa, latents.slot, dtype);
-    if (!scratch.reserve(queries.token_bytes() * B * H + Scratch::bytes<float>(batch.part_floats()))) return 2;
-    queries.data = scratch.take<uint8_t>(queries.token_bytes() * B * H);
+    if (!scratch.reserve(queries.bytes(B * H) + Scratch::bytes<float>(batch.part_floats()))) return 2;
+    queries.data = scratch.take<uint8_t>(queries.bytes(B * H));
     batch.parts = scratch.take<float>(batch.part_floats());
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {

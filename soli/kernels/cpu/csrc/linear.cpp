@@ -13,8 +13,8 @@ extern "C" int soli_linear(
     const Layout layout = {format, O, I, group};
     const Matrix matrix = {weight, scale};
     Tokens tokens(kernels(isa), layout, dtype);
-    if (!scratch.reserve(tokens.token_bytes() * T)) return 2;
-    tokens.data = scratch.take<uint8_t>(tokens.token_bytes() * T);
+    if (!scratch.reserve(tokens.bytes(T))) return 2;
+    tokens.data = scratch.take<uint8_t>(tokens.bytes(T));
     const int64_t size = dtype == FLOAT ? 4 : 2;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {

@@ -160,11 +160,11 @@ struct Pass {
 };
 
 inline void take(Area& area, Tokens& tokens, int64_t count) {
-    tokens.data = area.take<uint8_t>(tokens.token_bytes() * count);
+    tokens.data = area.take<uint8_t>(tokens.bytes(count));
 }
 
 inline void take_made(const Pass& pass, Area& area, Tokens& tokens, int64_t count) {
-    tokens.data = pass.made<uint8_t>(area, tokens.token_bytes() * count);
+    tokens.data = pass.made<uint8_t>(area, tokens.bytes(count));
 }
 
 // y = x / sqrt(mean(x^2) + eps) * weight. Sixteen sums, so that the compiler may add side by side.
