@@ -12,6 +12,7 @@ import math
 import mmap
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -77,6 +78,9 @@ class Shard:
     def _bytes(self) -> Tensor:
         with self.file.open("rb") as stream:
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # read in pages of 2 MiB where the file system can: fewer addresses to translate
+            with suppress(OSError):
+                mapped.madvise(mmap.MADV_HUGEPAGE)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             return torch.frombuffer(mapped, dtype=torch.uint8)

@@ -9,7 +9,8 @@ namespace soli {
 namespace {
 
 constexpr int64_t BAND = 16, BLOCK = 16;  // rows and tokens of a tile
-constexpr int64_t MOST_FEW = 3;
+constexpr int64_t MOST_FEW = 2, MANY = 7;  // tokens beside one tile of weights; from which weights are turned
+constexpr int64_t AHEAD = 256;  // bytes that FP8 asks for ahead; beside bfloat16 asking takes more time than it saves
 
 // Sixteen rows of a matrix, the last one again where there are fewer.
 struct Band {
@@ -33,61 +34,72 @@ struct Band {
     }
 };
 
-// Few tokens: tiles of weights beside one column for each token.
-enum { COLUMNS = 0, WEIGHTS = 3, TOKEN = 4 };
+// Few tokens: tiles of weights, of two bands in turns, beside one column for each token.
+enum { COLUMNS = 0, WEIGHTS = 4, TOKEN = 6 };
 
 template <int n, int N>
 SOLI_INLINE void columns_zero() {
-    tile_zero<COLUMNS + n>();
+    tile_zero<COLUMNS + 2 * n>(), tile_zero<COLUMNS + 2 * n + 1>();
     if constexpr (n + 1 < N) columns_zero<n + 1, N>();
 }
 
-template <int n, int N>
+template <int n, int N, int BANDS>
 SOLI_INLINE void columns_add(const uint16_t* x, int64_t x_stride) {
-    tile_load<TOKEN + n>(x, 4), tile_dot_bf16<COLUMNS + n, WEIGHTS, TOKEN + n>();
-    if constexpr (n + 1 < N) columns_add<n + 1, N>(x + x_stride, x_stride);
+    tile_load<TOKEN + n>(x, 4), tile_dot_bf16<COLUMNS + 2 * n, WEIGHTS, TOKEN + n>();
+    if constexpr (BANDS > 1) tile_dot_bf16<COLUMNS + 2 * n + 1, WEIGHTS + 1, TOKEN + n>();
+    if constexpr (n + 1 < N) columns_add<n + 1, N, BANDS>(x + x_stride, x_stride);
 }
 
 template <int n, int N>
 SOLI_INLINE void columns_take(float (*to)[BAND]) {
-    tile_store<COLUMNS + n>(to[n], 4);
+    tile_store<COLUMNS + 2 * n>(to[2 * n], 4), tile_store<COLUMNS + 2 * n + 1>(to[2 * n + 1], 4);
     if constexpr (n + 1 < N) columns_take<n + 1, N>(to);
 }
 
-// Sixteen results of each of N tokens.
-template <class D, int N>
-void few(const Band& band, const Layout& layout, const uint16_t* x, int64_t x_stride, __m512* sum) {
-    alignas(64) uint16_t staged[BAND][D::CHUNK];
-    alignas(64) float part[N][BAND];
-    const int64_t row_bytes = layout.row_bytes(), ahead = BAND * row_bytes;
-    for (int n = 0; n < N; n++) sum[n] = _mm512_setzero_ps();
+// Where a band's codes from k on lie, `stride` bytes from row to row: in the file, or put on `stage`.
+template <class D>
+SOLI_INLINE const uint8_t* placed(const Band& band, int64_t row_bytes, int64_t k, uint16_t (*stage)[D::CHUNK], int64_t& stride) {
+    if (!D::SCALED && band.count == BAND && band.I - k >= D::CHUNK) {
+        stride = row_bytes;
+        return band.row[0].weight + 2 * k;
+    }
+    for (int64_t r = 0; r < BAND; r++) {
+        __m512i codes[D::VECS];
+        D::template codes<false>(band.row[r], k, band.I - k, codes);
+        for (int v = 0; v < D::VECS; v++) _mm512_store_si512(stage[r] + 32 * v, codes[v]);
+    }
+    stride = sizeof stage[0];
+    return reinterpret_cast<const uint8_t*>(stage);
+}
+
+// Results of one or two bands for N tokens: sum[2 * n + band].
+template <class D, int N, int BANDS>
+void few(const Band* band, int64_t row_bytes, const uint16_t* x, int64_t x_stride, __m512* sum) {
+    alignas(64) uint16_t stage[BANDS][BAND][D::CHUNK];
+    alignas(64) float part[2 * N][BAND];
+    for (int n = 0; n < 2 * N; n++) sum[n] = _mm512_setzero_ps();
     columns_zero<0, N>();
-    for (int64_t k = 0; k < band.I; k += D::CHUNK) {
-        const int64_t left = band.I - k;
-        const void* from = band.row[0].weight + 2 * k;
-        int64_t stride = row_bytes;
-        if (D::SCALED || band.count < BAND || left < D::CHUNK) {
-            from = staged, stride = sizeof staged[0];
-            for (int64_t r = 0; r < BAND; r++) {
-                __m512i codes[D::VECS];
-                D::template codes<false>(band.row[r], k, left, codes);
-                for (int v = 0; v < D::VECS; v++) _mm512_store_si512(staged[r] + 32 * v, codes[v]);
-            }
-        }
-        for (int64_t r = 0; r < BAND; r++) D::prefetch(band.row[r], k, ahead);
+    for (int64_t k = 0; k < band->I; k += D::CHUNK) {
+        for (int64_t r = 0; D::SCALED && r < BANDS * BAND; r++) D::prefetch(band[r / BAND].row[r % BAND], k, AHEAD);
+        int64_t stride[2];
+        const uint8_t* from[2] = {placed<D>(band[0], row_bytes, k, stage[0], stride[0])};
+        if (BANDS > 1) from[1] = placed<D>(band[1], row_bytes, k, stage[BANDS - 1], stride[1]);
         for (int v = 0; v < D::VECS; v++) {
-            tile_load<WEIGHTS>(static_cast<const uint8_t*>(from) + 64 * v, stride);
-            columns_add<0, N>(x + k + 32 * v, x_stride);
+            tile_load<WEIGHTS>(from[0] + 64 * v, stride[0]);
+            if (BANDS > 1) tile_load<WEIGHTS + 1>(from[1] + 64 * v, stride[1]);
+            columns_add<0, N, BANDS>(x + k + 32 * v, x_stride);
         }
         if (D::SCALED) {
             columns_take<0, N>(part), columns_zero<0, N>();
-            const __m512 scale = band.template scale<D>(k);
-            for (int n = 0; n < N; n++) sum[n] = _mm512_fmadd_ps(_mm512_load_ps(part[n]), scale, sum[n]);
+            for (int j = 0; j < BANDS; j++) {
+                const __m512 scale = band[j].template scale<D>(k);
+                for (int n = 0; n < N; n++) sum[2 * n + j] = _mm512_fmadd_ps(_mm512_load_ps(part[2 * n + j]), scale, sum[2 * n + j]);
+            }
         }
     }
     if (D::SCALED) return;
     columns_take<0, N>(part);
-    for (int n = 0; n < N; n++) sum[n] = _mm512_load_ps(part[n]);
+    for (int n = 0; n < 2 * N; n++) sum[n] = _mm512_load_ps(part[n]);
 }
 
 // Many tokens: rows of tokens beside columns of weights, two blocks of tokens and two bands at a time.
@@ -186,19 +198,22 @@ void dots16(const Rows& rows, const uint8_t* token, int64_t tokens, float* y, in
     const uint16_t* x = reinterpret_cast<const uint16_t*>(token);
     const int64_t stride = padded(rows.layout.I);
     Tiles tiles;
-    if (tokens > 2 * MOST_FEW) {
+    if (tokens >= MANY) {
         tiles.shape(SUMS, 4, BLOCK, 4 * BAND), tiles.shape(LEFT, 2, BLOCK, 64), tiles.shape(RIGHT, 2, 16, 4 * BAND), tiles.set();
         many<D>(rows, x, tokens, y, y_stride);
         return;
     }
-    tiles.shape(COLUMNS, MOST_FEW, BAND, 4), tiles.shape(WEIGHTS, 1, BAND, 64), tiles.shape(TOKEN, MOST_FEW, 16, 4), tiles.set();
-    for (int64_t r = 0; r < rows.count; r += BAND) {
-        const Band band(rows, r);
+    tiles.shape(COLUMNS, 4, BAND, 4), tiles.shape(WEIGHTS, 2, BAND, 64), tiles.shape(TOKEN, MOST_FEW, 16, 4), tiles.set();
+    for (int64_t r = 0; r < rows.count; r += 2 * BAND) {
+        const bool two = rows.count - r > BAND;
+        const Band band[2] = {Band(rows, r), Band(rows, two ? r + BAND : r)};
         for (int64_t t = 0; t < tokens; t += MOST_FEW) {
             const int64_t count = tokens - t < MOST_FEW ? tokens - t : MOST_FEW;
-            __m512 sum[MOST_FEW];
-            (count == 1 ? few<D, 1> : count == 2 ? few<D, 2> : few<D, 3>)(band, rows.layout, x + t * stride, stride, sum);
-            for (int64_t n = 0; n < count; n++) _mm512_mask_storeu_ps(y + (t + n) * y_stride + r, band.there(), sum[n]);
+            __m512 sum[2 * MOST_FEW];
+            (count == 1 ? two ? few<D, 1, 2> : few<D, 1, 1> : two ? few<D, 2, 2> : few<D, 2, 1>)(band, rows.layout.row_bytes(), x + t * stride, stride, sum);
+            for (int j = 0; j <= two; j++)
+                for (int64_t n = 0; n < count; n++)
+                    _mm512_mask_storeu_ps(y + (t + n) * y_stride + r + j * BAND, band[j].there(), sum[2 * n + j]);
         }
     }
 }
