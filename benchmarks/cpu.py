@@ -288,6 +288,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = record.parser(__doc__, rounds=5)
     parser.add_argument("--rows", default=",".join(ROWS), help=f"some of {', '.join(ROWS)}")
     add_lab_options(parser)
+    parser.add_argument(
+        "--record", default="cpu", metavar="NAME", help="results/NAME.json and its picture (default cpu; cpu_amx: with AMX)"
+    )
     arguments = parser.parse_args(argv)
     unknown = set(arguments.rows.split(",")) - set(ROWS)
     if unknown:
@@ -324,8 +327,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for row in rows:
             print(told(row), flush=True)
         if not arguments.quick:
-            result = record.merge("cpu", NOTE, size, rows, threads=arguments.threads)
-            cpu_plot.draw(result["rows"], record.ROOT / "docs" / "images" / "cpu.png")
+            result = record.merge(arguments.record, NOTE, size, rows, threads=arguments.threads)
+            cpu_plot.draw(result["rows"], record.ROOT / "docs" / "images" / f"{arguments.record}.png")
 
 
 def told(row: Mapping[str, Any]) -> str:

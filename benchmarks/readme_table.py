@@ -25,6 +25,7 @@ SCRIPTS = {
     "train_step": "train_step.py",
     "experts": "experts.py",
     "cpu": "cpu.py",
+    "cpu_amx": "cpu.py",
     "serve": "serve.py",
     "cpu_kernels": "cpu_kernels.py",
     "open_checkpoint": "open_checkpoint.py",
@@ -46,6 +47,8 @@ def table(results: Path, every_row: bool) -> str:
         result = json.loads(file.read_text(encoding="utf-8"))
         if name in gpu_rows.SCRIPTS:
             result |= {"rows": gpu_rows.rows(name, result), "note": gpu_rows.NOTE}
+        if name == "cpu_amx":  # the same rows on another processor
+            result["rows"] = [row | {"what": f"with AMX: {row['what']}"} for row in result["rows"]]
         for cells in quality(result["figures"]) if "figures" in result else speed(result["rows"], every_row):
             lines.append(f"| {' | '.join(cells)} | [{script}]({link(script, every_row)}) |")
         if "hardware" in result:
