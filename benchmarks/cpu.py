@@ -289,8 +289,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", default=",".join(ROWS), help=f"some of {', '.join(ROWS)}")
     add_lab_options(parser)
     parser.add_argument(
-        "--record", default="cpu", metavar="NAME", help="results/NAME.json and its picture (default cpu; cpu_amx: with AMX)"
+        "--record",
+        default="cpu",
+        metavar="NAME",
+        help="results/NAME.json and its picture (default cpu; cpu_amx: with AMX)",
     )
+    parser.add_argument("--note", default="", help="what else must be said of this machine or its peers")
     arguments = parser.parse_args(argv)
     unknown = set(arguments.rows.split(",")) - set(ROWS)
     if unknown:
@@ -327,7 +331,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for row in rows:
             print(told(row), flush=True)
         if not arguments.quick:
-            result = record.merge(arguments.record, NOTE, size, rows, threads=arguments.threads)
+            result = record.merge(
+                arguments.record, f"{NOTE} {arguments.note}".strip(), size, rows, threads=arguments.threads
+            )
             cpu_plot.draw(result["rows"], record.ROOT / "docs" / "images" / f"{arguments.record}.png")
 
 

@@ -78,7 +78,7 @@ class Shard:
     def _bytes(self) -> Tensor:
         with self.file.open("rb") as stream:
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        if hasattr(mmap, "MADV_HUGEPAGE"):  # read in pages of 2 MiB where the file system can: fewer addresses to translate
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # in pages of 2 MiB where the file system can: fewer addresses to translate
             with suppress(OSError):
                 mapped.madvise(mmap.MADV_HUGEPAGE)
         with warnings.catch_warnings():

@@ -88,7 +88,7 @@ class Engine:
     def add(self, request: Request) -> int:
         """Takes a request; its number. QueueFull when too many wait; Refused or SoliError for what could never run."""
         check(request, self.text_model, self.limits, self._pages.pages)
-        if len(self._scheduler.waiting) >= self.limits.waiting:
+        if len(self._scheduler.waiting) - self._scheduler.places >= self.limits.waiting:
             raise QueueFull(f"{self.limits.waiting} requests wait already: try again later")
         state = self._state(request)
         stream = TextStream(token_text(self.text_model.tokenizer), request.stop)

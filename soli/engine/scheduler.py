@@ -71,6 +71,11 @@ class Scheduler:
         self._cache, self._pool, self._limits = cache, pool, limits
         self._rows = list(range(limits.running - 1, -1, -1))
 
+    @property
+    def places(self) -> int:
+        """How many more could run beside those that do."""
+        return len(self._rows)
+
     def plan(self) -> list[Read]:
         """What the next step reads, a few tokens of one task before many; [] when nothing runs. Whoever reads it tells
         `advance`."""

@@ -230,6 +230,14 @@ def test_a_full_queue_says_so():
         tested.add(Request((5,), 3))
 
 
+def test_who_comes_while_there_are_places_does_not_count_as_waiting():
+    tested = engine(running=2, waiting=0)
+    tested.add(Request((5,), 3)), tested.add(Request((6,), 3))  # no step between them
+    with pytest.raises(QueueFull, match="0 requests wait"):
+        tested.add(Request((7,), 3))
+    assert {event.request for event in tested.step()} == {0, 1}
+
+
 def test_a_constraint_holds_for_its_request_alone():
     pytest.importorskip("llguidance")
     plain = Request(tuple(range(20, 40)), 12)

@@ -50,6 +50,15 @@ def test_another_flag_is_another_library_and_a_failure_is_kept(tmp_path, monkeyp
     assert len(list(tmp_path.glob("kernels/*/failed.txt"))) == 2
 
 
+@needs_kernels
+def test_a_compiler_that_knows_no_tiles_builds_the_rest(tmp_path, monkeypatch) -> None:
+    compiler = tmp_path / "old"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *-mamx*) exit 1;; esac\nexec {build.find_compiler()} "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert native.open_library(build.build(cache=tmp_path)).best_isa in ("portable", "avx2", "avx512")
+
+
 def test_without_a_compiler_there_is_one_line_and_torch(monkeypatch, capsys) -> None:
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
     native.opened.cache_clear(), native.library.cache_clear()
