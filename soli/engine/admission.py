@@ -32,6 +32,7 @@ def check(request: Request, text_model: TextModel, limits: EngineLimits, pages: 
             "max_new_tokens",
             f"{together}, but the model has only {text_model.positions} positions: shorten the text or ask for fewer "
             "tokens",
+            too_long=True,
         )
     if pages_for(len(prompt) + limit, limits.page_tokens) > pages:
         raise Refused(

@@ -116,8 +116,8 @@ class QueueFull(SoliError):
 
 
 class Refused(SoliError):
-    """A request that can never run. `field`: what of the Request is to blame."""
+    """A request that can never run. `field`: what of the Request is to blame; `too_long`: for the model's positions."""
 
-    def __init__(self, field: str, message: str) -> None:
+    def __init__(self, field: str, message: str, too_long: bool = False) -> None:
         super().__init__(message)
-        self.field = field
+        self.field, self.too_long = field, too_long

@@ -1,11 +1,13 @@
 """The server as one ASGI application: routes, errors in OpenAI's shape, and the gate that every request passes.
 
-/health says that the process lives, /ready that the model answers; both are open, as is the page. Everything else
-needs the key where one is set.
+/health says that the model is there and its engine runs, /ready that new requests are taken as well; both are open, as
+is the page. Everything else needs the key where one is set.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -20,13 +22,24 @@ from soli.serve import errors, openai_routes, page_routes, soli_routes
 from soli.serve.gate import Gate, GateRules
 from soli.serve.service import Service
 
+UNREADY: dict[int | str, dict[str, Any]] = {503: {"description": "Not ready; `status` says why"}}
+
 
 @dataclass(frozen=True)
 class AppRules:
-    """`origins`: web pages of other hosts that may call (CORS); none by default."""
+    """`origins`: web pages of other hosts that may call (CORS), "*" for any; none by default. SoliError for what no
+    browser would send: it would match nothing, and nobody would be told."""
 
     gate: GateRules = field(default_factory=GateRules)
     origins: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for origin in self.origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+                raise SoliError(
+                    f"the origin {origin!r} is none a browser sends: give scheme and host, with the port if it has "
+                    "one and without a path, as https://example.org"
+                )
 
 
 def create_app(service: Service, rules: AppRules | None = None) -> ASGIApp:
@@ -39,14 +52,15 @@ def create_app(service: Service, rules: AppRules | None = None) -> ASGIApp:
     app.add_exception_handler(SoliError, errors.on_soli_error)
     app.add_exception_handler(Exception, errors.on_anything)
 
-    @app.get("/health")
-    def health() -> dict[str, str]:
-        return {"status": "alive"}
+    @app.get("/health", responses=UNREADY)
+    def health() -> JSONResponse:
+        status = service.status
+        return JSONResponse({"status": status}, 200 if status in ("ready", "stopping") else 503)
 
-    @app.get("/ready")
+    @app.get("/ready", responses=UNREADY)
     def ready() -> JSONResponse:
-        said = "ready" if service.ready else "loading" if service.failure is None else f"failed: {service.failure}"
-        return JSONResponse({"status": said}, 200 if service.ready else 503)
+        status = service.status
+        return JSONResponse({"status": status}, 200 if status == "ready" else 503)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     def metrics() -> PlainTextResponse:

@@ -57,7 +57,7 @@ async def on_http_error(_: Request, error: Exception) -> JSONResponse:
 async def on_invalid(request: Request, error: Exception) -> JSONResponse:
     """The first thing wrong with a body, named as a path: messages.0.content."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
+    first = _nearest(error.errors())
     if "json" not in request.headers.get("content-type", "") and first["loc"][0] == "body":
         return error_response(400, "the body is not called JSON: send it with Content-Type: application/json")
     param = _place(first["loc"], error.body, first["type"] == "missing") or None
@@ -71,6 +71,12 @@ async def on_invalid(request: Request, error: Exception) -> JSONResponse:
 async def on_soli_error(_: Request, error: Exception) -> JSONResponse:
     """What the caller caused, where no field is known."""
     return error_response(400, str(error)[:LONGEST])
+
+
+def _nearest(errors: Sequence[Any]) -> Any:
+    """Of what is wrong with the first wrong field, what lies deepest: of a union's members, the one that was meant."""
+    of_first = [one for one in errors if one["loc"][:2] == errors[0]["loc"][:2]]
+    return max(of_first, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
 
 
 def _place(loc: Sequence[int | str], body: Any, missing: bool) -> str:

@@ -1,4 +1,5 @@
-"""What every request passes first: allowed host, the key, a bounded body; and one line of log when it is over.
+"""What every request passes first: allowed host, the key, a bounded body; and one line of log when it is over, with the
+id that the answer has as X-Request-Id.
 
 The log (json_log.py) has no word of prompts or answers. Plain ASGI, so that streams pass through untouched.
 """
@@ -6,6 +7,7 @@ The log (json_log.py) has no word of prompts or answers. Plain ASGI, so that str
 import asyncio
 import hmac
 import logging
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,11 +44,12 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        seen, started = {"status": 0, "sent": 0}, time.monotonic()
+        seen, started, name = {"status": 0, "sent": 0}, time.monotonic(), f"req-{secrets.token_hex(8)}"
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 seen["status"] = message["status"]
+                message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", name.encode())]}
             seen["sent"] += len(message.get("body", b""))
             await send(message)
 
@@ -54,6 +57,7 @@ class Gate:
             await self._pass(scope, receive, counted)
         finally:
             line = {
+                "id": name,
                 "method": scope["method"],
                 "path": scope["path"][:200],
                 "status": seen["status"],

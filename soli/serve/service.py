@@ -3,6 +3,7 @@
 Whoever is asked before the model is there says so (503); a model that cannot be loaded ends the server.
 """
 
+import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -17,6 +18,8 @@ from soli.serve.expert_log import ExpertLog
 from soli.serve.merge import merged
 from soli.serve.metrics import Metrics
 from soli.serve.templates import ChatTemplate
+
+log = logging.getLogger("soli.serve")
 
 RETRY_SECONDS = 1
 
@@ -55,8 +58,10 @@ class Service:
         """Begins to load."""
 
         def run() -> None:
+            began = time.monotonic()
             try:
                 self._loaded = self._load()
+                log.info("ready", extra={"fields": {"model": self.name, "seconds": round(time.monotonic() - began, 3)}})
             except Exception as error:
                 self.failure = error
                 on_failure(error)
@@ -66,7 +71,18 @@ class Service:
     @property
     def ready(self) -> bool:
         """Whether requests are answered: the model is there, its engine healthy, nobody has said to stop."""
-        return self._loaded is not None and not self._draining and self._loaded.engine.healthy
+        return self.status == "ready"
+
+    @property
+    def status(self) -> str:
+        """One word, and why where it failed: "loading", "ready", "stopping", "failed: …"."""
+        if self.failure is not None:
+            return f"failed: {self.failure}"
+        if self._loaded is None:
+            return "loading"
+        if self._draining:
+            return "stopping"
+        return "ready" if self._loaded.engine.healthy else "failed: the engine stopped; the log has more"
 
     @property
     def loaded(self) -> Loaded:
@@ -83,6 +99,7 @@ class Service:
     async def drain(self, seconds: float) -> None:
         """Takes nothing new, lets the answers under way end for so long, then ends them."""
         self._draining = True
+        log.info("stopping", extra={"fields": {"drain_seconds": seconds}})
         if self._loaded is not None:
             await self._loaded.engine.drain(seconds)
 
@@ -117,7 +134,9 @@ class Service:
             if not self.ready:  # told to stop meanwhile
                 raise ApiError(503, str(error), retry_after=RETRY_SECONDS) from error
             field = error.field if isinstance(error, Refused) else "constraint"
-            raise ApiError(400, str(error), params.get(field)) from error
+            too_long = isinstance(error, Refused) and error.too_long
+            code = "context_length_exceeded" if too_long else None
+            raise ApiError(400, str(error), params.get(field), code) from error
         except BaseException:
             _close(streams)
             raise

@@ -88,13 +88,33 @@ def test_refusals_are_shaped_as_openai_s_and_name_the_field(service, path, body,
     assert error["param"] == param and error["message"] and set(error) == {"message", "type", "param", "code"}
 
 
+@pytest.mark.parametrize(
+    ("content", "param", "said"),
+    [
+        ([{"type": "image_url", "image_url": {"url": "x"}}], "messages.0.content.0.type", "'text'"),
+        ([{"type": "text", "text": 3}], "messages.0.content.0.text", "string"),
+        (3, "messages.0.content", "string"),
+    ],
+)
+def test_of_a_union_the_member_that_was_meant_is_named(service, content, param, said):
+    body = {"messages": [{"role": "user", "content": content}]}
+    error = post(service, "/v1/chat/completions", body).json()["error"]
+    assert error["param"] == param and said in error["message"]
+
+
+def test_what_the_model_has_no_room_for_has_openais_code(service):
+    for body in ({"prompt": "the cat", "max_tokens": 5000}, {"prompt": "the cat " * 500}):
+        error = post(service, "/v1/completions", body).json()["error"]
+        assert error["code"] == "context_length_exceeded" and error["param"] in ("max_tokens", "prompt")
+
+
 def test_the_gate(service):
     rules = AppRules(GateRules(key="secret", body_bytes=100))
     for path in ("/v1/models", "/metrics", "/openapi.json", "/soli/model", "/nowhere"):
         assert call(service, "GET", path, rules=rules).status_code == 401
         assert call(service, "GET", path, rules=rules, authorization="Bearer secreu").status_code == 401
     assert call(service, "GET", "/v1/models", rules=rules, authorization="Bearer secret").status_code == 200
-    assert call(service, "GET", "/health", rules=rules).status_code == 200
+    assert call(service, "GET", "/health", rules=rules).json() == {"status": "ready"}
     assert call(service, "GET", "/health", host="evil.example").status_code == 421
     large = call(service, "POST", "/v1/completions", b"x" * 101, rules=rules, authorization="Bearer secret")
     assert large.status_code == 413

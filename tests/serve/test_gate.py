@@ -98,11 +98,14 @@ def test_without_a_list_no_other_origin_may_call():
 
 def test_a_log_line_holds_no_text(caplog):
     with caplog.at_level("INFO", "soli.serve"), scripted_server(lambda request: "the answer's words") as (url, _):
-        httpx.post(f"{url}/v1/completions", json={"prompt": "my private words"}, headers={"X-Private": "header"})
-        httpx.post(f"{url}/v1/completions?private=query", content=b'{"private": ')
-    lines = [JsonLines().format(record) for record in caplog.records if record.name == "soli.serve"]
+        body, headers = {"prompt": "my private words"}, {"X-Private": "header"}
+        answers = [httpx.post(f"{url}/v1/completions", json=body, headers=headers)]
+        answers.append(httpx.post(f"{url}/v1/completions?private=query", content=b'{"private": '))
+    records = [record for record in caplog.records if record.message == "request"]
+    lines = [JsonLines().format(record) for record in records]
     assert [json.loads(line)["status"] for line in lines] == [200, 400]
     assert all(json.loads(line)["path"] == "/v1/completions" for line in lines)
+    assert [json.loads(line)["id"] for line in lines] == [answer.headers["x-request-id"] for answer in answers]
     assert not any(word in line for line in lines for word in ("private", "words", "header"))
 
 

@@ -100,8 +100,9 @@ def test_while_the_model_loads_the_server_answers_and_says_so():
     service = Service("tiny", load)
     service.start()
     with live(create_app(service)) as url:
-        assert httpx.get(f"{url}/health").status_code == 200
-        assert httpx.get(f"{url}/ready").status_code == 503
+        for path in ("/health", "/ready"):
+            answer = httpx.get(url + path)
+            assert (answer.status_code, answer.json()) == (503, {"status": "loading"})
         for path in BODIES:
             answer = httpx.post(url + path, json=BODIES[path])
             assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1
@@ -111,6 +112,20 @@ def test_while_the_model_loads_the_server_answers_and_says_so():
         go.set()
         while "no such folder" not in httpx.get(f"{url}/ready").text:
             time.sleep(0.01)
+
+
+def test_a_server_whose_engine_broke_says_so():
+    class Broken(Engine):
+        def step(self) -> list[Event]:
+            raise RuntimeError("private words")
+
+    engine = AsyncEngine(Broken(tiny(), EngineLimits(cache_bytes=2**22)))
+    with serving(engine) as url:
+        assert httpx.post(f"{url}/v1/completions", json={"prompt": "a"}).status_code == 500
+        for path in ("/health", "/ready"):
+            answer = httpx.get(url + path)
+            assert answer.status_code == 503 and "engine stopped" in answer.json()["status"]
+            assert "private" not in answer.text
 
 
 def test_metrics_count_what_happened():
@@ -150,7 +165,9 @@ def test_draining_refuses_the_new_and_finishes_the_old():
             time.sleep(0.005)
         refused = client.post("/v1/completions", json={"prompt": "a"})
         assert refused.status_code == 503 and "shutting down" in refused.json()["error"]["message"]
-        assert client.get("/ready").status_code == 503 and client.get("/health").status_code == 200
+        for path, status in (("/ready", 503), ("/health", 200)):  # no longer for new ones; not to be killed yet
+            answer = client.get(path)
+            assert (answer.status_code, answer.json()) == (status, {"status": "stopping"})
         draining.join()
         asking.join()
     assert ended["answer"].json()["usage"]["completion_tokens"] == 20
@@ -167,6 +184,8 @@ def test_answers_leave_without_waiting_for_acknowledgements():
         (["--host", "0.0.0.0"], "SOLI_API_KEY"),
         (["--host", "::"], "SOLI_API_KEY"),
         (["--api-key", "a b"], "printable ASCII"),
+        (["--allow-origin", "https://a.example/"], "without a path"),
+        (["--allow-origin", "a.example"], "as https://"),
         (["/no/such/folder"], "no"),
     ],
 )
@@ -215,7 +234,7 @@ def wait_until_ready(url: str) -> None:
 
 def test_the_model_in_the_box_translates_continues_and_ends_on_sigterm():
     with process() as (server, url, lines), httpx.Client(base_url=url, timeout=60) as client:
-        assert client.get("/health").status_code == 200  # at once, while it loads
+        assert client.get("/health").status_code in (200, 503)  # at once, while it loads
         wait_until_ready(url)
         translated = client.post(
             "/soli/translate", json={"text": "Good morning.", "soli": {"routing": "summary"}}
@@ -232,6 +251,7 @@ def test_the_model_in_the_box_translates_continues_and_ends_on_sigterm():
         assert rest[-1] == "data: [DONE]" and '"finish_reason": "length"' in rest[-2]
         assert server.wait(timeout=30) == 0
     logged = [json.loads(line) for line in lines if line.strip()]
+    assert [line["message"] for line in logged if line["message"] != "request"] == ["ready", "stopping"]
     paths = [line["path"] for line in logged if line["message"] == "request"]
     assert paths == ["/soli/translate", "/v1/chat/completions", "/soli/model", "/v1/completions"]
 
