@@ -27,6 +27,7 @@ SCRIPTS = {
     "cpu": "cpu.py",
     "cpu_amx": "cpu.py",
     "serve": "serve.py",
+    "speculation": "speculation.py",
     "cpu_kernels": "cpu_kernels.py",
     "open_checkpoint": "open_checkpoint.py",
     **gpu_rows.SCRIPTS,
