@@ -50,8 +50,10 @@ def table(results: Path, every_row: bool) -> str:
             result |= {"rows": gpu_rows.rows(name, result), "note": gpu_rows.NOTE}
         if name == "cpu_amx":  # the same rows on another processor
             result["rows"] = [row | {"what": f"with AMX: {row['what']}"} for row in result["rows"]]
-        for cells in quality(result["figures"]) if "figures" in result else speed(result["rows"], every_row):
-            lines.append(f"| {' | '.join(cells)} | [{script}]({link(script, every_row)}) |")
+        shown = quality(result["figures"]) if "figures" in result else speed(result["rows"], every_row)
+        if not shown:
+            continue
+        lines += [f"| {' | '.join(cells)} | [{script}]({link(script, every_row)}) |" for cells in shown]
         if "hardware" in result:
             machines.setdefault(machine(result), []).append(name)
         if result.get("note", record.BUSY) != record.BUSY:
