@@ -16,7 +16,7 @@ export class Desk {
   /**
    * @param {object} model
    * @param {{begin: (parts: number) => void, take: (n: number, tokens: object[]) => void,
-   *          mutesOf: (n: number) => number[][], failed: (error: Error) => void, done: () => void, say: (text: string) => void}} does
+   *          mutesOf: (n: number) => number[][], failed: (error: Error) => void, chosen: () => void, done: () => void, say: (text: string) => void}} does
    */
   constructor(model, does) {
     Object.assign(this, { model, does, past: [], abort: null });
@@ -35,6 +35,7 @@ export class Desk {
     for (const area of [byId('text-a'), byId('text-b')]) area.onkeydown = (event) => {
       if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) byId('ask').requestSubmit();
     };
+    byId('max-tokens').max = String(model.context);
     this.choose(this.mode);
   }
 
@@ -43,6 +44,7 @@ export class Desk {
   get running() { return this.abort !== null; }
 
   choose(mode) {
+    this.does.chosen();
     const untouched = (id, examples) => Object.values(examples).includes(byId(id).value);
     if (untouched('text-a', EXAMPLE)) byId('text-a').value = EXAMPLE[mode];
     if (untouched('text-b', EXAMPLE_B)) byId('text-b').value = EXAMPLE_B[mode];

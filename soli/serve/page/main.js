@@ -175,6 +175,7 @@ function showCounters() {
 
 function speak(language) {
   setLanguage(language);
+  byId('alert').hidden = byId('alert').hidden || model !== null; // what it said, it said in the other language
   byId('theme').textContent = t(themeKey());
   byId('speed').replaceChildren(...SPEEDS.map((speed) => el('option', { value: String(speed) },
     speed === Infinity ? t('asTheyCome') : t('perSecond', { speed }))));
@@ -227,6 +228,7 @@ async function start() {
     take: (n, tokens) => stage?.take(n, tokens),
     mutesOf: (n) => [...mutedIn(n)].map((pair) => pair.split(':').map(Number)).map(([row, expert]) => [numberOf(row), expert]),
     failed: (error) => failed(error, () => desk.run()),
+    chosen: () => { byId('alert').hidden = true; },
     done: () => {
       say(stage ? t('done', { count: stage.player.piece.length() }) : '');
       moved();
