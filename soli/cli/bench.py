@@ -69,6 +69,7 @@ def serve(
             out.with_name(f"{out.name}.png"), rows, f"{name}, {load.prompt_words} words in, {new_tokens} tokens out"
         )
         out.with_name(f"{out.name}.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        print(f"soli: wrote {out}.json and {out}.png", file=sys.stderr)
     if as_json:
         print(json.dumps(found))
     else:
