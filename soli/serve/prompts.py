@@ -39,9 +39,9 @@ def completion(body: CompletionBody, loaded: Loaded, limits: ServiceLimits) -> A
     if isinstance(given, str) or isinstance(given[0], int):
         given = [given]
     prompts = [loaded.text_model.text_prompt(one) if isinstance(one, str) else list(one) for one in given]
-    base = _base(body, body.max_tokens or COMPLETION_TOKENS, loaded)
+    base = _base(body, body.max_tokens or COMPLETION_TOKENS, _format(body), loaded)
     requests = [replace(base, prompt_ids=tuple(ids), logprobs=body.logprobs) for ids in prompts]
-    return _asked(body, requests, {"prompt_ids": "prompt", **PARAMS}, loaded, limits)
+    return _asked(body, requests, {"prompt_ids": "prompt", **PARAMS, "constraint": "response_format"}, loaded, limits)
 
 
 def chat(body: ChatBody, loaded: Loaded, limits: ServiceLimits) -> Asked:
@@ -55,8 +55,6 @@ def chat(body: ChatBody, loaded: Loaded, limits: ServiceLimits) -> Asked:
         )
     tools, forced = _tools(body, loaded)
     constraint = _constraint(body, forced)
-    if constraint is not None and body.ignore_eos:
-        raise ApiError(400, "an answer held to a format ends where the format does: leave ignore_eos out", "ignore_eos")
     try:
         turns = [_turn(one) for one in body.messages]
         ids, thinking = loaded.template.render(turns, tools, body.chat_template_kwargs, think=constraint is None)
@@ -67,12 +65,11 @@ def chat(body: ChatBody, loaded: Loaded, limits: ServiceLimits) -> Asked:
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs to be true", "top_logprobs")
     room = max(1, loaded.text_model.positions - len(ids))
-    base = _base(body, body.max_completion_tokens or body.max_tokens or room, loaded)
+    base = _base(body, body.max_completion_tokens or body.max_tokens or room, constraint, loaded)
     request = replace(
         base,
         prompt_ids=tuple(ids),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        constraint=constraint,
     )
     params = {"prompt_ids": "messages", **PARAMS, "constraint": "response_format" if forced is None else "tools"}
     if body.max_completion_tokens:
@@ -99,7 +96,9 @@ def _asked(
     return Asked(tuple(requests), choices, body.soli, params, usage)
 
 
-def _base(body: Sampling, max_new_tokens: int, loaded: Loaded) -> Request:
+def _base(body: Sampling, max_new_tokens: int, constraint: ConstraintSpec | None, loaded: Loaded) -> Request:
+    if constraint is not None and body.ignore_eos:
+        raise ApiError(400, "an answer held to a format ends where the format does: leave ignore_eos out", "ignore_eos")
     vocab = loaded.text_model.model.config.vocab_size
     largest = max(map(int, body.logit_bias or {}), default=0)
     if largest >= vocab:
@@ -124,6 +123,7 @@ def _base(body: Sampling, max_new_tokens: int, loaded: Loaded) -> Request:
         stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
         trace=body.soli.routing != "none",
         muted=frozenset((layer, expert) for layer, expert in body.soli.mute),
+        constraint=constraint,
     )
 
 
@@ -185,22 +185,33 @@ def _refuse_what_only_force_can_do(body: ChatBody, tools: Sequence[Tool]) -> Non
 
 
 def _constraint(body: ChatBody, forced: str | None) -> ConstraintSpec | None:
-    kind = body.response_format.type if body.response_format else "text"
-    if forced is not None and kind != "text":
+    if forced is None:
+        return _format(body)
+    if body.response_format is not None and body.response_format.type != "text":
         raise ApiError(400, "a forced tool and a response_format exclude each other", "response_format")
     try:
-        if forced is not None:
-            return ConstraintSpec.json_schema(_forced_schema(body.tools or [], forced))
-        if kind == "json_object":
-            return ConstraintSpec.json_object()
-        if kind == "json_schema":
-            assert body.response_format is not None
-            if body.response_format.json_schema is None:
-                raise ApiError(400, "response_format.json_schema is missing", "response_format.json_schema")
-            return ConstraintSpec.json_schema(body.response_format.json_schema.schema_)
+        return ConstraintSpec.json_schema(_forced_schema(body.tools or [], forced))
     except SoliError as error:
-        raise ApiError(400, str(error), "response_format" if forced is None else "tools") from error
-    return None
+        raise ApiError(400, str(error), "tools") from error
+
+
+def _format(body: Sampling) -> ConstraintSpec | None:
+    """What response_format holds the answer to."""
+    wanted = body.response_format
+    if wanted is None:
+        return None
+    for field, kind in (("json_schema", "json_schema"), ("pattern", "regex")):
+        if (getattr(wanted, field) is None) == (wanted.type == kind):
+            said = "is missing" if wanted.type == kind else f"goes with type {kind} alone"
+            raise ApiError(400, f"response_format.{field} {said}", f"response_format.{field}")
+    try:
+        if wanted.json_schema is not None:
+            return ConstraintSpec.json_schema(wanted.json_schema.schema_)
+        if wanted.pattern is not None:
+            return ConstraintSpec.regex(wanted.pattern)
+        return ConstraintSpec.json_object() if wanted.type == "json_object" else None
+    except SoliError as error:
+        raise ApiError(400, str(error), "response_format") from error
 
 
 def _forced_schema(tools: Sequence[Tool], forced: str) -> dict[str, Any]:

@@ -31,6 +31,21 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
+class JsonSchema(Body):
+    name: str
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """What the answer must be. "regex" is not OpenAI's: a text that matches `pattern` from end to end."""
+
+    type: Literal["text", "json_object", "json_schema", "regex"]
+    json_schema: JsonSchema | None = None
+    pattern: Annotated[str, Field(min_length=1)] | None = None
+
+
 class Sampling(Body):
     """How tokens are picked and where the answer ends; shared by all routes that generate."""
 
@@ -48,6 +63,7 @@ class Sampling(Body):
     seed: Seed | None = None
     stop: Stops | None = None
     ignore_eos: bool = False  # vLLM's and llama.cpp's name: the answer goes on to max_tokens
+    response_format: ResponseFormat | None = None
     n: Annotated[int, Field(ge=1, le=1024)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -120,18 +136,6 @@ class ToolChoice(Body):
     function: FunctionName
 
 
-class JsonSchema(Body):
-    name: str
-    schema_: Annotated[dict[str, Any], Field(alias="schema")]
-    description: str | None = None
-    strict: bool | None = None
-
-
-class ResponseFormat(Body):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-
 class ChatBody(Sampling):
     """POST /v1/chat/completions"""
 
@@ -140,7 +144,6 @@ class ChatBody(Sampling):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None

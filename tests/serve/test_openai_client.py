@@ -164,6 +164,16 @@ def test_structured_output_fits_its_schema(client):
     assert answer.finish_reason == "stop" and set(json.loads(answer.message.content)) == {"a"}
 
 
+def test_completions_and_chats_fit_an_expression(client):
+    wanted = {"type": "regex", "pattern": "(ab|ba){2}"}
+    text = client.completions.create(
+        model="tiny", prompt="the cat", max_tokens=20, extra_body={"response_format": wanted}
+    ).choices[0]
+    assert text.text in {"abab", "abba", "baab", "baba"} and text.finish_reason == "stop"
+    said = chat(client, response_format=wanted, max_tokens=20).choices[0]
+    assert said.message.content in {"abab", "abba", "baab", "baba"} and said.finish_reason == "stop"
+
+
 def test_the_clients_own_parsing_works(client):
     class Answer(BaseModel):
         a: bool
@@ -299,6 +309,9 @@ def test_the_async_client_runs_many_at_once(url):
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", ""),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}},
          "response_format", "enforced"),
+        ({"response_format": {"type": "regex"}}, "response_format.pattern", "missing"),
+        ({"response_format": {"type": "regex", "pattern": "(?=a)"}}, "response_format", "not supported"),
+        ({"response_format": {"type": "text", "pattern": "a"}}, "response_format.pattern", "alone"),
         ({"extra_body": {"ignore_eos": True}, "response_format": {"type": "json_object"}}, "ignore_eos", "format"),
         ({"extra_body": {"soli": {"mute": [[0, 1]]}}}, "soli.mute", "layer 0"),
         ({"extra_body": {"soli": {"routing": "everything"}}}, "soli.routing", ""),
