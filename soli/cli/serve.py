@@ -41,6 +41,13 @@ def serve(
     choices: Annotated[int, typer.Option(min=1, help="The most answers to one request (n).")] = 16,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long an answer may take.")] = 600.0,
     drain_seconds: Annotated[float, typer.Option(min=0.0, help="After SIGTERM, how long answers may go on.")] = 30.0,
+    open_page: Annotated[
+        bool | None,
+        typer.Option(
+            "--open/--no-open",
+            help="Open the page in a browser; by default from a terminal on a machine with a screen.",
+        ),
+    ] = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
 ) -> None:
@@ -49,7 +56,7 @@ def serve(
     from soli.engine.request import EngineLimits
     from soli.serve.app import AppRules
     from soli.serve.gate import LOOPBACK, GateRules
-    from soli.serve.run import run_server
+    from soli.serve.run import on_desktop, run_server
     from soli.serve.service import ServiceLimits
 
     key = api_key or os.environ.get("SOLI_API_KEY") or None
@@ -76,4 +83,5 @@ def serve(
         drain_seconds=drain_seconds,
         device=device,
         dtype=dtype,
+        open_page=(host in LOOPBACK and on_desktop()) if open_page is None else open_page,
     )

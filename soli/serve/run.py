@@ -5,10 +5,12 @@ cannot be loaded ends it with one sentence.
 """
 
 import logging
+import os
 import signal
 import socket
 import sys
 import threading
+import webbrowser
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -75,17 +77,25 @@ def run_server(
     drain_seconds: float,
     device: str = "cpu",
     dtype: str = "auto",
+    open_page: bool = False,
 ) -> None:
-    """Serves until it is told to stop. SoliError where the port is taken or the model cannot be loaded."""
+    """Serves until it is told to stop; `open_page` shows the page in a browser once the model is loaded. SoliError
+    where the port is taken or the model cannot be loaded."""
     bound = listen(host, port)
     made = Service(name, lambda: load(model, device, dtype, engine), service)
     server = _uvicorn(create_app(made, rules), made, drain_seconds)
-    address = f"[{host}]" if ":" in host else host
-    print(f"soli: serving {name} on http://{address}:{bound.getsockname()[1]}/ (the API under /v1)", file=sys.stderr)
-    made.start(on_failure=lambda _: setattr(server, "should_exit", True))
+    url = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}/"
+    print(f"soli: serving {name} on {url} (the API under /v1)", file=sys.stderr)
+    made.start(lambda _: setattr(server, "should_exit", True), lambda: open_page and webbrowser.open(url))
     server.run(sockets=[bound])
     if made.failure is not None:
         raise made.failure
+
+
+def on_desktop() -> bool:
+    """Whether somebody sits at a terminal of a machine with a screen."""
+    screen = sys.platform in ("darwin", "win32") or bool({"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys())
+    return screen and sys.stderr.isatty() and "SSH_CONNECTION" not in os.environ
 
 
 def _uvicorn(app: ASGIApp, service: Service, drain_seconds: float) -> _Server:

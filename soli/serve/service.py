@@ -54,7 +54,11 @@ class Service:
         self._load, self._draining = load, False
         self._loaded: Loaded | None = None
 
-    def start(self, on_failure: Callable[[Exception], None] = lambda _: None) -> None:
+    def start(
+        self,
+        on_failure: Callable[[Exception], None] = lambda _: None,
+        on_ready: Callable[[], object] = lambda: None,
+    ) -> None:
         """Begins to load."""
 
         def run() -> None:
@@ -65,6 +69,8 @@ class Service:
             except Exception as error:
                 self.failure = error
                 on_failure(error)
+            else:
+                on_ready()
 
         threading.Thread(target=run, name="soli-load", daemon=True).start()
 

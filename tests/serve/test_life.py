@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -24,7 +25,7 @@ from soli.engine.request import EngineLimits, Event
 from soli.engine.service import AsyncEngine
 from soli.errors import SoliError
 from soli.serve.app import create_app
-from soli.serve.run import listen
+from soli.serve.run import listen, on_desktop
 from soli.serve.service import Loaded, Service, ServiceLimits
 from tests.serve.live import live
 from tests.serve.tiny_server import scripted_server, serving, tiny, tiny_server
@@ -202,9 +203,9 @@ def test_a_port_that_is_taken_is_said(capsys):
 
 
 @contextmanager
-def process(port: int = 0, *arguments: str) -> Iterator[tuple[subprocess.Popen, str, list[str]]]:
-    """`soli serve nano` in a process of its own: it, its address, and the lines of its log."""
-    environment = {name: value for name, value in os.environ.items() if name != "SOLI_API_KEY"}
+def process(port: int = 0, *arguments: str, **more: str) -> Iterator[tuple[subprocess.Popen, str, list[str]]]:
+    """`soli serve nano` in a process of its own, `more` in its environment: it, its address, the lines of its log."""
+    environment = more | {name: value for name, value in os.environ.items() if name != "SOLI_API_KEY"}
     command = [sys.executable, "-m", "soli", "serve", "nano", "--port", str(port), *arguments]
     started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment | {"OMP_NUM_THREADS": "1"})
     assert started.stderr is not None
@@ -272,6 +273,42 @@ def test_a_killed_server_starts_again_on_its_port_and_says_the_same():
     with process(port) as (_, again, _):
         wait_until_ready(again)
         assert again == url and httpx.post(f"{url}/v1/completions", json=asked, timeout=60).json()["choices"] == first
+
+
+@pytest.mark.slow
+def test_the_page_is_opened_where_it_is_wanted(tmp_path):
+    seen = tmp_path / "seen"
+    browser = tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\necho "$1" > {seen}\n')
+    browser.chmod(0o755)
+    with process(0, "--open", BROWSER=f"{browser} %s") as (_, url, _):
+        wait_until_ready(url)
+        until = time.monotonic() + 10
+        while not seen.exists() or not seen.read_text():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        assert seen.read_text() == f"{url}/\n"
+
+
+@pytest.mark.parametrize(
+    ("platform", "terminal", "environment", "wanted"),
+    [
+        ("linux", True, {"DISPLAY": ":0"}, True),
+        ("linux", True, {"WAYLAND_DISPLAY": "wayland-0"}, True),
+        ("linux", True, {}, False),
+        ("linux", False, {"DISPLAY": ":0"}, False),
+        ("linux", True, {"DISPLAY": ":10", "SSH_CONNECTION": "1.2.3.4 5 6.7.8.9 22"}, False),
+        ("darwin", True, {}, True),
+    ],
+)
+def test_a_desktop_is_a_screen_and_a_terminal(platform, terminal, environment, wanted, monkeypatch):
+    monkeypatch.setattr("sys.platform", platform)
+    monkeypatch.setattr("sys.stderr", SimpleNamespace(isatty=lambda: terminal))
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "SSH_CONNECTION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert on_desktop() == wanted
 
 
 @pytest.mark.slow
