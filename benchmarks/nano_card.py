@@ -177,7 +177,7 @@ def card(result: dict[str, Any], steps: list[dict[str, Any]], data: Path) -> str
         "activated": f"{counted['activated'] / 1e6:.1f}",
         "tokens_seen": f"{figures['tokens_seen'] / 1e6:.1f}",
         "tokens_run": f"{figures['tokens_run'] / 1e6:.1f}",
-        "took": duration(figures["hours"]),
+        "took": record.duration(figures["hours"]),
         "machine": training["machine"],
         "speed": f"{training['tokens_per_second']:,.0f}",
         "mfu": utilised(training),
@@ -196,11 +196,6 @@ def card(result: dict[str, Any], steps: list[dict[str, Any]], data: Path) -> str
         "sources": "\n".join(source_row(name, sources["sources"][name]) for name in names),
     }
     return string.Template((BENCHMARKS / "nano_card.md").read_text(encoding="utf-8")).substitute(fill)
-
-
-def duration(hours: float) -> str:
-    """In minutes below two hours."""
-    return f"{hours:.1f} h" if hours >= 2 else f"{60 * hours:.1f} min"
 
 
 def utilised(training: dict[str, Any]) -> str:

@@ -101,9 +101,8 @@ def quality(figures: Mapping[str, Any]) -> list[list[str]]:
     if figures.get("mtp_acceptance") is not None:
         cells.append(["nano, second token guessed right by MTP", f"{figures['mtp_acceptance']:.0%}"])
     if "tokens_seen" in figures and "hours" in figures:
-        hours = figures["hours"]
-        took = f"{hours:.1f} hours" if hours >= 2 else f"{60 * hours:.1f} minutes"
-        trained = f"{figures.get('tokens_run', figures['tokens_seen']) / 1e6:.1f} M tokens, {took}"
+        tokens = figures.get("tokens_run", figures["tokens_seen"])
+        trained = f"{tokens / 1e6:.1f} M tokens, {record.duration(figures['hours'])}"
         cells.append(["nano, training", trained])
     return [[*cell, "", ""] for cell in cells]
 

@@ -163,6 +163,11 @@ def _ratio(soli: Sequence[float], peer: Sequence[float], better: int) -> float:
     return rounded(statistics.median((s / p) ** better for s, p in zip(soli, peer, strict=True)))
 
 
+def duration(hours: float) -> str:
+    """In minutes below two hours."""
+    return f"{hours:.1f} h" if hours >= 2 else f"{60 * hours:.1f} min"
+
+
 def hardware(threads: int = 1) -> dict[str, Any]:
     """The machine, the versions, the commit and the day, as every result begins. Where the tree travels without its
     history, or with another, the commit is what SOLI_COMMIT says; it is said of a tree without changes."""

@@ -25,12 +25,14 @@ from typing import Final
 SOURCES: Final = Path(__file__).parent / "csrc"
 # No contraction: what is one rounding and what is two is written out, so that every tile size gives the same bits.
 FLAGS: Final = ("-O3", "-std=c++17", "-fPIC", "-fno-exceptions", "-fno-rtti", "-ffp-contract=off", "-DNDEBUG")
-AVX512: Final = tuple(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vbmi", "vnni", "bf16"))
 ISA_FLAGS: Final = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
-    "avx512": (*AVX512, "-mfma", "-mf16c", "-mprefer-vector-width=512"),
+    "avx512": (
+        *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vbmi", "vnni", "bf16")),
+        *("-mfma", "-mf16c", "-mprefer-vector-width=512"),
+    ),
+    "amx": ("-mamx-tile", "-mamx-bf16", "-mamx-int8"),  # beside avx512's; compilers before 2021 do without
 }
-AMX: Final = ("-mamx-tile", "-mamx-bf16", "-mamx-int8")  # compilers before 2021 do without
 COMMON: Final = ("dispatch", "experts", "latents", "linear", "pass", "portable")
 
 
@@ -127,10 +129,12 @@ def _units(compiler: str) -> list[tuple[str, tuple[str, ...]]]:
     """Each source file with the flags of its instruction set."""
     if platform.machine() != "x86_64":
         return [(name, ()) for name in COMMON]
-    amx, tiles = ("-DSOLI_AMX",) if _takes(compiler, AMX) else (), ("amx_bf16", "amx_vnni")
-    avx512, wide = (*ISA_FLAGS["avx512"], *amx), ("avx512", "avx512_bf16", "avx512_tokens", "avx512_vnni")
-    units = [(name, amx) for name in COMMON] + [("avx2", ISA_FLAGS["avx2"])] + [(name, avx512) for name in wide]
-    return units + [(name, (*avx512, *AMX)) for name in tiles if amx]
+    units: dict[str, tuple[str, ...]] = dict.fromkeys(COMMON, ()) | {"avx2": ISA_FLAGS["avx2"]}
+    units |= dict.fromkeys(("avx512", "avx512_bf16", "avx512_tokens", "avx512_vnni"), ISA_FLAGS["avx512"])
+    if not _takes(compiler, ISA_FLAGS["amx"]):
+        return list(units.items())
+    units |= dict.fromkeys(("amx_bf16", "amx_vnni"), (*ISA_FLAGS["avx512"], *ISA_FLAGS["amx"]))
+    return [(name, ("-DSOLI_AMX", *flags)) for name, flags in units.items()]
 
 
 def _takes(compiler: str, flags: Sequence[str]) -> bool:

@@ -2,37 +2,27 @@
 // one order whatever its sides hold, so a single token, a column beside weights as they lie, and many, rows beside weights
 // turned into columns, get the same bits.
 #include "amx.h"
+#include "avx512_band.h"
 #include "avx512_bf16.h"
 #include "scratch.h"
 
 namespace soli {
 namespace {
 
-constexpr int64_t BAND = 16, BLOCK = 16;  // rows and tokens of a tile
+constexpr int64_t BLOCK = 16;  // tokens of a tile
 constexpr int64_t MOST_FEW = 2, MANY = 7;  // tokens beside one tile of weights; from which weights are turned
 constexpr int64_t AHEAD = 256;  // bytes that FP8 asks for ahead; beside bfloat16 asking takes more time than it saves
 
-// Sixteen rows of a matrix, the last one again where there are fewer.
-struct Band {
-    Row row[BAND];
-    int64_t I, count;
+Row row_of(const Band& band, int64_t r) { return {band.weight[r], band.scale[r], nullptr}; }
 
-    Band(const Rows& rows, int64_t first) : I(rows.layout.I), count(rows.count - first < BAND ? rows.count - first : BAND) {
-        for (int64_t r = 0; r < BAND; r++) {
-            const int64_t at = first + (r < count ? r : count - 1);
-            row[r] = {rows.weight(at), rows.scale(at), nullptr};
-        }
-    }
-    __mmask16 there() const { return static_cast<__mmask16>((1 << count) - 1); }
-    // FP8's scales of all rows; sixteen rows seldom lie in two blocks.
-    template <class D>
-    __m512 scale(int64_t k) const {
-        if (row[0].scale == row[BAND - 1].scale) return D::template scale<true>(row[0], k, 0);
-        alignas(64) float all[BAND];
-        for (int64_t r = 0; r < BAND; r++) _mm_store_ss(all + r, _mm512_castps512_ps128(D::template scale<true>(row[r], k, 0)));
-        return _mm512_load_ps(all);
-    }
-};
+// FP8's scales of a band's rows; sixteen rows seldom lie in two blocks.
+template <class D>
+__m512 scale_of(const Band& band, int64_t k) {
+    if (band.scale[0] == band.scale[BAND - 1]) return D::template scale<true>(row_of(band, 0), k, 0);
+    alignas(64) float all[BAND];
+    for (int64_t r = 0; r < BAND; r++) _mm_store_ss(all + r, _mm512_castps512_ps128(D::template scale<true>(row_of(band, r), k, 0)));
+    return _mm512_load_ps(all);
+}
 
 // Few tokens: tiles of weights, of two bands in turns, beside one column for each token.
 enum { COLUMNS = 0, WEIGHTS = 4, TOKEN = 6 };
@@ -61,11 +51,11 @@ template <class D>
 SOLI_INLINE const uint8_t* placed(const Band& band, int64_t row_bytes, int64_t k, uint16_t (*stage)[D::CHUNK], int64_t& stride) {
     if (!D::SCALED && band.count == BAND && band.I - k >= D::CHUNK) {
         stride = row_bytes;
-        return band.row[0].weight + 2 * k;
+        return band.weight[0] + 2 * k;
     }
     for (int64_t r = 0; r < BAND; r++) {
         __m512i codes[D::VECS];
-        D::template codes<false>(band.row[r], k, band.I - k, codes);
+        D::template codes<false>(row_of(band, r), k, band.I - k, codes);
         for (int v = 0; v < D::VECS; v++) _mm512_store_si512(stage[r] + 32 * v, codes[v]);
     }
     stride = sizeof stage[0];
@@ -80,7 +70,7 @@ void few(const Band* band, int64_t row_bytes, const uint16_t* x, int64_t x_strid
     for (int n = 0; n < 2 * N; n++) sum[n] = _mm512_setzero_ps();
     columns_zero<0, N>();
     for (int64_t k = 0; k < band->I; k += D::CHUNK) {
-        for (int64_t r = 0; D::SCALED && r < BANDS * BAND; r++) D::prefetch(band[r / BAND].row[r % BAND], k, AHEAD);
+        for (int64_t r = 0; D::SCALED && r < BANDS * BAND; r++) D::prefetch(row_of(band[r / BAND], r % BAND), k, AHEAD);
         int64_t stride[2];
         const uint8_t* from[2] = {placed<D>(band[0], row_bytes, k, stage[0], stride[0])};
         if (BANDS > 1) from[1] = placed<D>(band[1], row_bytes, k, stage[BANDS - 1], stride[1]);
@@ -92,7 +82,7 @@ void few(const Band* band, int64_t row_bytes, const uint16_t* x, int64_t x_strid
         if (D::SCALED) {
             columns_take<0, N>(part), columns_zero<0, N>();
             for (int j = 0; j < BANDS; j++) {
-                const __m512 scale = band[j].template scale<D>(k);
+                const __m512 scale = scale_of<D>(band[j], k);
                 for (int n = 0; n < N; n++) sum[2 * n + j] = _mm512_fmadd_ps(_mm512_load_ps(part[2 * n + j]), scale, sum[2 * n + j]);
             }
         }
@@ -111,7 +101,7 @@ void turn_band(const Band& band, uint8_t* to) {
     for (int64_t k = 0; k < band.I; k += D::CHUNK) {
         __m512i w[D::VECS][BAND], codes[D::VECS];
         for (int64_t r = 0; r < BAND; r++) {
-            D::template codes<false>(band.row[r], k, band.I - k, codes);
+            D::template codes<false>(row_of(band, r), k, band.I - k, codes);
             for (int v = 0; v < D::VECS; v++) w[v][r] = codes[v];
         }
         for (int v = 0; v < D::VECS; v++, to += 1024) turn(w[v], to);
@@ -158,7 +148,7 @@ void tile(const Band* band, const uint8_t* turned, const uint16_t* x, Part* sum,
         if (!D::SCALED) continue;
         tiles_take<BLOCKS, BANDS>(part), tiles_zero<BLOCKS, BANDS>();
         for (int j = 0; j < BANDS; j++) {
-            const __m512 scale = band[j].template scale<D>(k);
+            const __m512 scale = scale_of<D>(band[j], k);
             for (int i = 0; i < BLOCKS; i++)
                 for (int64_t n = 0; n < BLOCK; n++) {
                     float* to = sum[2 * i + j][n];

@@ -29,25 +29,6 @@ static SOLI_INLINE __m512i bytes(const uint8_t* from, int64_t left) {
     return _mm512_maskz_loadu_epi8(left > 0 ? (1ull << left) - 1 : 0, from);
 }
 
-// Sixteen rows of sixteen units of four bytes, the rows in a[0 ... 15], to columns: to[64 * unit + 4 * row].
-static SOLI_INLINE void turn(const __m512i* a, uint8_t* to) {
-    __m512i b[16];
-    for (int q = 0; q < 4; q++) {
-        const __m512i *in = a + 4 * q, low = _mm512_unpacklo_epi32(in[0], in[1]), high = _mm512_unpackhi_epi32(in[0], in[1]);
-        const __m512i low2 = _mm512_unpacklo_epi32(in[2], in[3]), high2 = _mm512_unpackhi_epi32(in[2], in[3]);
-        b[4 * q] = _mm512_unpacklo_epi64(low, low2), b[4 * q + 1] = _mm512_unpackhi_epi64(low, low2);
-        b[4 * q + 2] = _mm512_unpacklo_epi64(high, high2), b[4 * q + 3] = _mm512_unpackhi_epi64(high, high2);
-    }  // b[4 q + u]: in 128 bits i unit 4 i + u of rows 4 q ... 4 q + 3
-    for (int u = 0; u < 4; u++) {
-        const __m512i low = _mm512_shuffle_i32x4(b[u], b[4 + u], 0x44), high = _mm512_shuffle_i32x4(b[u], b[4 + u], 0xee);
-        const __m512i low2 = _mm512_shuffle_i32x4(b[8 + u], b[12 + u], 0x44), high2 = _mm512_shuffle_i32x4(b[8 + u], b[12 + u], 0xee);
-        _mm512_store_si512(to + 64 * u, _mm512_shuffle_i32x4(low, low2, 0x88));
-        _mm512_store_si512(to + 64 * (4 + u), _mm512_shuffle_i32x4(low, low2, 0xdd));
-        _mm512_store_si512(to + 64 * (8 + u), _mm512_shuffle_i32x4(high, high2, 0x88));
-        _mm512_store_si512(to + 64 * (12 + u), _mm512_shuffle_i32x4(high, high2, 0xdd));
-    }
-}
-
 // A token beside weights in int8 or int4, of `padded` numbers: codes; for each 128 numbers four starts, of which the first
 // of each group holds the group's sum of codes times minus the weights' offset; for each 128 a scale.
 struct Token {

@@ -9,14 +9,13 @@
 // Codes lie in units of four. int4's runs of 32 give one vector of first halves and one of second ones, and int8 in groups
 // below 128 is put into the same order: lanes 4 i ... 4 i + 3 of both vectors belong to the numbers 32 i ... 32 i + 31.
 #pragma once
-#include "avx512.h"
+#include "avx512_band.h"
 #include "scratch.h"
 
 namespace soli {
 namespace {
 
-constexpr int BAND = 16;  // rows at a time, one for each lane of a float32 vector
-constexpr int EIGHT = 8;   // rows that a few tokens read at once: more streams are slower
+constexpr int EIGHT = 8;  // rows that a few tokens read at once: more streams are slower
 
 // 128 weights from k on of which `left` exist, as two vectors of bytes: with their sign, or counted from the lowest code.
 template <int64_t FORMAT, int G, bool FULL, bool SIGNED = false>
@@ -31,20 +30,6 @@ SOLI_INLINE void codes(const uint8_t* row, int64_t k, int64_t left, __m512i* out
         if (G < 128) halves(out);
     }
 }
-
-// Sixteen rows of a matrix, the last one again where there are fewer.
-struct Band {
-    const uint8_t* weight[BAND];
-    const uint8_t* scale[BAND];
-    int64_t I, count;
-
-    Band(const Rows& rows, int64_t first) : I(rows.layout.I), count(rows.count - first < BAND ? rows.count - first : BAND) {
-        for (int64_t r = 0; r < BAND; r++) {
-            const int64_t row = first + (r < count ? r : count - 1);
-            weight[r] = rows.weight(row), scale[r] = rows.scale(row);
-        }
-    }
-};
 
 // Eight rows of float16 numbers to columns: in its 128 bits i, a[c] becomes column 8 i + c of all rows.
 SOLI_INLINE void columns(__m512i* a) {
@@ -209,19 +194,18 @@ void run(const Rows& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y
     uint8_t* turned = scratch.take<uint8_t>(BAND * P);  // or up to seven eighths of it, sums
     for (int64_t r = 0; r < rows.count; r += BAND) {
         const Band band(rows, r);
-        const __mmask16 there = static_cast<__mmask16>((1 << band.count) - 1);
         transpose_scales(band, groups, scales);
         if (tokens >= Many::FROM) {
             turn_band<FORMAT, G, Many::SIGNED>(band, turned);
             const Turned all = {turned, scales, layout.I, stride, band.weight[0] + bytes, bytes};
-            Many::template multiply<G>(all, x, tokens, there, y + r, y_stride);
+            Many::template multiply<G>(all, x, tokens, band.there(), y + r, y_stride);
             continue;
         }
         for (int64_t t = 0; t < tokens;) {
             const int64_t pieces = (tokens - t + MOST_FEW - 1) / MOST_FEW, count = (tokens - t + pieces - 1) / pieces;
             __m512 sum[MOST_FEW];
             FEW<FORMAT, G>[count - 1](band, scales, x + t * stride, stride, layout.row_bytes(), reinterpret_cast<__m512i*>(turned), sum);
-            for (int64_t n = 0; n < count; n++) _mm512_mask_storeu_ps(y + (t + n) * y_stride + r, there, sum[n]);
+            for (int64_t n = 0; n < count; n++) _mm512_mask_storeu_ps(y + (t + n) * y_stride + r, band.there(), sum[n]);
             t += count;
         }
     }
