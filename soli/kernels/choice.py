@@ -26,8 +26,9 @@ WAYS = ("reference", "torch", "cpu")
 NARROW = (torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.uint8)  # weights that any token may meet
 
 # Measured beside torch 2.13 (benchmarks/cpu_kernels.py): the experts of a layer are faster in C++ at every size, and so
-# are float32 products of more than one token. One matrix is faster in torch for many bfloat16 tokens. For one float32
-# token and a small matrix torch takes less time before its product, but its bits differ from those in a batch.
+# are float32 products of more than one token. One matrix is faster in torch for many bfloat16 tokens, where oneDNN
+# multiplies those. For one float32 token and a small matrix torch takes less time before its product, but its bits
+# differ from those in a batch.
 ONEDNN_FROM = 48  # bfloat16 tokens
 
 
@@ -120,7 +121,7 @@ def _takes(x: Tensor, weight: Tensor, way: str | None) -> bool:
 
 def _wins(x: Tensor) -> bool:
     """Whether C++ is the faster way for one plain matrix."""
-    return x.dtype != torch.bfloat16 or x.numel() < ONEDNN_FROM * x.shape[-1]
+    return x.dtype != torch.bfloat16 or x.numel() < ONEDNN_FROM * x.shape[-1] or torch_linear.widens(x)
 
 
 _tables: WeakKeyDictionary[PackedExperts, cpu.ExpertTable | None] = WeakKeyDictionary()

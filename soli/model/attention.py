@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from soli import kernels
 from soli.config import ModelConfig
+from soli.kernels.torch_linear import widens
 from soli.model.layers import Device, Linear, RMSNorm
 from soli.model.rope import rotate, softmax_scale
 
@@ -70,6 +71,9 @@ def attend(q_BHTX: Tensor, k_BHSX: Tensor, v_BHSV: Tensor, seen_B1TS: Tensor | N
     Keys are wider than values (192 against 128 in V3): torch picks a fused backend that takes it.
     """
     T, width = q_BHTX.shape[2:]
+    if widens(q_BHTX):
+        wide = q_BHTX.float(), k_BHSX.float(), v_BHSV.float()
+        return attend(*wide, seen_B1TS, scale).to(q_BHTX.dtype)
     if (q_BHTX.is_cuda and width <= WIDE) or T > SHORT:
         return F.scaled_dot_product_attention(
             q_BHTX, k_BHSX, v_BHSV, attn_mask=seen_B1TS, is_causal=seen_B1TS is None, scale=scale

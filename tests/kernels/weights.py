@@ -30,7 +30,7 @@ def isas() -> tuple[str, ...]:
 
 def rounds_tokens(isa: str, format: str, dtype: torch.dtype) -> bool:
     """Whether tokens are multiplied in 8 bits."""
-    return isa in ("avx512", "amx") and format in ("int8", "int4") and dtype == torch.bfloat16
+    return isa != "portable" and format in ("int8", "int4") and dtype == torch.bfloat16
 
 
 def as_multiplied(x: Tensor, isa: str, format: str) -> Tensor:

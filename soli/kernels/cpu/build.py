@@ -129,7 +129,8 @@ def _units(compiler: str) -> list[tuple[str, tuple[str, ...]]]:
     """Each source file with the flags of its instruction set."""
     if platform.machine() != "x86_64":
         return [(name, ()) for name in COMMON]
-    units: dict[str, tuple[str, ...]] = dict.fromkeys(COMMON, ()) | {"avx2": ISA_FLAGS["avx2"]}
+    units: dict[str, tuple[str, ...]] = dict.fromkeys(COMMON, ())
+    units |= dict.fromkeys(("avx2", "avx2_bytes"), ISA_FLAGS["avx2"])
     units |= dict.fromkeys(("avx512", "avx512_bf16", "avx512_tokens", "avx512_vnni"), ISA_FLAGS["avx512"])
     if not _takes(compiler, ISA_FLAGS["amx"]):
         return list(units.items())

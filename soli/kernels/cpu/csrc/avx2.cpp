@@ -1,13 +1,14 @@
 // The kernels for AVX2 with FMA and F16C: eight floats at a time, every weight widened to float32 on its way.
 #include <immintrin.h>
 
-#include "kernels.h"
+#include "avx2.h"
+#include "scratch.h"
 
 namespace soli {
 namespace {
 
 struct Vec {
-    static constexpr int WIDTH = 8, ROWS = 2;  // 2 rows x 4 tokens: sums and operands fit sixteen registers
+    static constexpr int WIDTH = 8, ROWS = 2, STRIP = 3;  // 3 rows x 4 tokens: sums and operands fit sixteen registers
     __m256 v;
 
     static Vec zero() { return {_mm256_setzero_ps()}; }
@@ -57,22 +58,20 @@ struct Bf16 {
 };
 
 struct Fp8 {
-    static constexpr int STEP = 8, BYTES = 1;
+    static constexpr int STEP = 16, BYTES = 1;
     static void decode(const Row& row, int64_t k, Vec* out) {
-        const __m256i code = eight_bytes(row.weight + k), magnitude = _mm256_and_si256(code, _mm256_set1_epi32(127));
-        const __m256i sign = _mm256_slli_epi32(_mm256_andnot_si256(_mm256_set1_epi32(127), code), 24);
-        const __m256i nan = _mm256_cmpeq_epi32(magnitude, _mm256_set1_epi32(127));
-        // The seven bits lie like the head of a float32 with another bias; below 8 they are a whole number of 2^-9.
-        const __m256i normal = _mm256_add_epi32(_mm256_slli_epi32(magnitude, 20), _mm256_set1_epi32(120 << 23));
-        const __m256 small = _mm256_mul_ps(_mm256_cvtepi32_ps(magnitude), _mm256_set1_ps(0x1p-9f));
-        const __m256i is_small = _mm256_cmpgt_epi32(_mm256_set1_epi32(8), magnitude);
-        __m256 value = _mm256_blendv_ps(_mm256_castsi256_ps(normal), small, _mm256_castsi256_ps(is_small));
-        value = _mm256_or_ps(value, _mm256_castsi256_ps(_mm256_or_si256(sign, nan)));
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row.weight + k));
+        const __m256i code = _mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 8), all = _mm256_set1_epi16(0x7f00);
+        // A place further right the seven bits are float16's, with a bias that makes them 2^-8 of the number, small ones too.
+        const __m256i half = _mm256_and_si256(_mm256_srai_epi16(code, 1), _mm256_set1_epi16(static_cast<short>(0xbf80)));
+        const __m256i nan = _mm256_cmpeq_epi16(_mm256_and_si256(code, all), all), found = _mm256_or_si256(half, nan);
         float scale;
         __builtin_memcpy(&scale, row.scale + k / 128 * 4, 4);
-        out->v = _mm256_mul_ps(value, _mm256_set1_ps(scale));
+        const __m256 each = _mm256_set1_ps(scale * 256.0f);
+        out[0].v = _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(found)), each);
+        out[1].v = _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(found, 1)), each);
     }
-    static void prefetch(const Row& row, int64_t k, int64_t ahead) { prefetch_line<8>(row.weight, k, ahead); }
+    static void prefetch(const Row& row, int64_t k, int64_t ahead) { prefetch_line<16>(row.weight, k, ahead); }
 };
 
 struct Int8 {
@@ -104,7 +103,8 @@ struct Int4 {
 }  // namespace
 
 const Kernels AVX2 = {
-    "avx2", {dots32<Fp32>, dots32<Bf16>, dots32<Fp8>, dots32<Int8>, dots32<Int4>}, {}, nullptr, silu_mul,
+    "avx2", {dots32<Fp32>, dots32<Bf16>, dots32<Fp8>, dots32<Int8>, dots32<Int4>}, {nullptr, nullptr, nullptr, dots16_int8_avx2, dots16_int4_avx2},
+    put16_bytes, silu_mul,
     {mix32<Fp32>, mix32<Bf16>, mix32<Fp8>, mix32<Int8>, mix32<Int4>}, soften,
 };
 

@@ -1,12 +1,13 @@
 // The kernels for AVX-512 with BF16, VNNI and VBMI (Zen 4, Sapphire Rapids and later), for float32 tokens: sixteen floats at a
 // time. Those for bfloat16 tokens are in avx512_bf16.cpp and avx512_vnni.cpp.
 #include "avx512.h"
+#include "scratch.h"
 
 namespace soli {
 namespace {
 
 struct Vec {
-    static constexpr int WIDTH = 16, ROWS = 4;  // 4 rows x 4 tokens
+    static constexpr int WIDTH = 16, ROWS = 4, STRIP = 4;  // 4 rows x 4 tokens
     __m512 v;
 
     static Vec zero() { return {_mm512_setzero_ps()}; }

@@ -2,7 +2,7 @@
 #pragma once
 #include <immintrin.h>
 
-#include "kernels.h"
+#include "bytes.h"
 
 namespace soli {
 
@@ -28,18 +28,6 @@ static SOLI_INLINE __m512i bytes(const uint8_t* from, int64_t left) {
     if (FULL || left >= 64) return _mm512_loadu_si512(from);
     return _mm512_maskz_loadu_epi8(left > 0 ? (1ull << left) - 1 : 0, from);
 }
-
-// A token beside weights in int8 or int4, of `padded` numbers: codes; for each 128 numbers four starts, of which the first
-// of each group holds the group's sum of codes times minus the weights' offset; for each 128 a scale.
-struct Token {
-    uint8_t* codes;
-    int32_t* starts;
-    float* scales;
-
-    SOLI_INLINE Token(const uint8_t* token, int64_t padded)
-        : codes(const_cast<uint8_t*>(token)), starts(reinterpret_cast<int32_t*>(codes + padded)),
-          scales(reinterpret_cast<float*>(codes + padded + padded / 8)) {}
-};
 
 // 2 x 64 bytes in the order of int4's halves: of each 32 the first 16, then the others.
 static SOLI_INLINE void halves(__m512i* v) {

@@ -4,22 +4,13 @@
 namespace soli {
 namespace {
 
-// What 128 bfloat16 numbers are multiplied and divided by. A largest number that is not finite makes the scale NaN; one
-// below 2^-100 makes it 0.
-struct Scale {
-    float factor, scale;
-
-    explicit Scale(const __m512i* number) {
-        __m512i largest = _mm512_setzero_si512();
-        for (int v = 0; v < 4; v++)
-            largest = _mm512_max_epu16(largest, _mm512_and_si512(number[v], _mm512_set1_epi16(0x7fff)));
-        largest = _mm512_max_epu16(largest, _mm512_srli_epi32(largest, 16));
-        const float most = as_float(_mm512_reduce_max_epu32(_mm512_and_si512(largest, _mm512_set1_epi32(0xffff))) << 16);
-        const bool zero = most < 0x1p-100f, finite = most <= 0x1.fep127f;
-        factor = zero || !finite ? 0.0f : 127.0f / most;
-        scale = zero ? 0.0f : finite ? most / 127.0f : __builtin_nanf("");
-    }
-};
+// The largest of 128 bfloat16 numbers, without signs.
+SOLI_INLINE float largest(const __m512i* number) {
+    __m512i most = _mm512_setzero_si512();
+    for (int v = 0; v < 4; v++) most = _mm512_max_epu16(most, _mm512_and_si512(number[v], _mm512_set1_epi16(0x7fff)));
+    most = _mm512_max_epu16(most, _mm512_srli_epi32(most, 16));
+    return as_float(_mm512_reduce_max_epu32(_mm512_and_si512(most, _mm512_set1_epi32(0xffff))) << 16);
+}
 
 // Sixteen bfloat16 numbers to codes.
 SOLI_INLINE __m128i rounded(__m256i part, float factor) {
@@ -31,7 +22,7 @@ SOLI_INLINE __m128i rounded(__m256i part, float factor) {
 void put16_whole(const Layout& layout, const uint16_t* x, uint8_t* token, int64_t at) {
     __m512i number[4];
     for (int v = 0; v < 4; v++) number[v] = _mm512_loadu_si512(x + 32 * v);
-    const Scale scale(number);
+    const Scale scale(largest(number));
     alignas(64) __m128i part[8];
     for (int v = 0; v < 4; v++) {
         part[2 * v] = rounded(_mm512_castsi512_si256(number[v]), scale.factor);

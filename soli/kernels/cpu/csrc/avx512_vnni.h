@@ -1,10 +1,5 @@
-// Weights in int8 and int4 beside tokens of 8 bits, for the two files that multiply them: avx512_vnni.cpp and amx_vnni.cpp.
-//
-// Tokens are rounded to 8 bits, with a scale for each 128 numbers: x = code * largest / 127, codes -127 ... 127. Where one
-// side of the product must have no sign, weights count from their lowest code, w + 128 or w + 8, and `starts`, kept with
-// the token, take the difference back. The sum of a group is a whole number and exact, in any order; then
-//     y = fma(sum of group g, weight's scale * token's scale, y)      for g = 0, 1, ...
-// so a single token, whose products run along the inputs, and many, whose products run along the rows, get the same bits.
+// Weights in int8 and int4 beside tokens of 8 bits (bytes.h), for the two files that multiply them: avx512_vnni.cpp and
+// amx_vnni.cpp.
 //
 // Codes lie in units of four. int4's runs of 32 give one vector of first halves and one of second ones, and int8 in groups
 // below 128 is put into the same order: lanes 4 i ... 4 i + 3 of both vectors belong to the numbers 32 i ... 32 i + 31.
@@ -153,30 +148,6 @@ void turn_band(const Band& band, uint8_t* to) {
         for (int v = 0; v < 2; v++, to += 1024) turn(w[v], to);
     }
 }
-
-// A band turned for many tokens, how far these are apart, and what comes after the band: `bytes` to ask for from `next` on.
-struct Turned {
-    const uint8_t* weights;
-    const float* scales;
-    int64_t I, stride;
-    const uint8_t* next;
-    int64_t bytes;
-
-    // The share of one of `pieces` that all tokens are cut into, step by step of 128 inputs.
-    struct Ahead {
-        const uint8_t* next;
-        int64_t step;
-        void ask() {
-            for (int64_t line = 0; line < step; line += 64)
-                _mm_prefetch(reinterpret_cast<const char*>(next + line), _MM_HINT_T1);
-            next += step;
-        }
-    };
-    Ahead ahead(int64_t piece, int64_t pieces) const {
-        const int64_t steps = padded(I) / 128, step = bytes / (pieces * steps) / 64 * 64 + 64;
-        return {next + piece * step * steps, step};
-    }
-};
 
 using Few = void (*)(const Band&, const float*, const uint8_t*, int64_t, int64_t, __m512i*, __m512*);
 template <int64_t FORMAT, int G>

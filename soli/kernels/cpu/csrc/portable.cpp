@@ -1,11 +1,12 @@
 // The kernels for any machine: plain C++ on eight floats at a time, which every compiler turns into what it has.
 #include "kernels.h"
+#include "scratch.h"
 
 namespace soli {
 namespace {
 
 struct Vec {
-    static constexpr int WIDTH = 8, ROWS = 2;
+    static constexpr int WIDTH = 8, ROWS = 2, STRIP = 2;
     float lane[WIDTH];
 
     static Vec zero() { return {}; }
