@@ -1,8 +1,8 @@
-"""All layers of a pass in one C++ call: for inference on a CPU, few tokens, and a cache that lies on pages.
+"""All layers of a pass in one C++ call: for inference on a CPU with a cache that lies on pages.
 
 This is the one place that decides it. `plan` answers None where blocks must run one after another in torch: without
-such a cache, for a gradient, for many tokens, on other devices, under SOLI_KERNELS=reference or torch, and for modules
-whose parts are not the plain ones (another `product`, a sharded or tracing tensor, experts of several formats).
+such a cache, for a gradient, on other devices, under SOLI_KERNELS=reference or torch, and for modules whose parts are
+not the plain ones (another `product`, a sharded or tracing tensor, experts of several formats).
 
 The tables of addresses are made once and checked before every pass: a parameter that has moved, been packed or been
 replaced makes a new table.
@@ -32,14 +32,16 @@ from soli.model.router import Router, Routing
 if TYPE_CHECKING:
     from soli.model.transformer import Block
 
-MOST_TOKENS: Final = 64  # beyond, products of many tokens and keys written out for every head are faster
+SCRATCH: Final = 128 << 20  # bytes that a call's rows may take between products; more of them go in several calls
+LEAST_ROWS: Final = 64  # of a call, however much that is
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One pass that C++ can take."""
+    """One pass that C++ can take, `rows` tokens a call."""
 
     table: c.Table
+    rows: int
     indices: tuple[int, ...]  # of the layers in the cache
     width: int  # of a slot
     cache: Cache
@@ -49,12 +51,31 @@ class Plan:
     def run(self, x_BTD: Tensor) -> tuple[Tensor, tuple[Routing, ...]]:
         """The blocks and the norm after them: hidden states (B, T, D) and every router's decision, in layer order."""
         pages = [self.cache.pages(index, self.width, x_BTD) for index in self.indices]
-        rows = c.Rows(self.positions_BT.flatten(), self.cache.table_BM.contiguous(), self.cache.lengths_B)
-        y_TD, made = c.run(self.table, x_BTD.flatten(0, 1), rows, pages, self.muted)
-        parts = [made.ids_MTK, made.weights_MTK, made.scores_MTE, made.biased_MTE]
-        groups = made.groups_MTG.unbind() if made.groups_MTG.shape[2] > 1 else [None] * len(made.ids_MTK)
-        routing = tuple(map(Routing, *(part.unbind() for part in parts), groups))
+        x_TD, position_T = x_BTD.flatten(0, 1), self.positions_BT.flatten()
+        found = []
+        for start in range(0, len(x_TD), self.rows):  # later rows find the latents of earlier ones in the cache
+            part = slice(start, min(start + self.rows, len(x_TD)))
+            muted = [None if m is None else m[part] for m in self.muted]
+            found.append(c.run(self.table, x_TD[part], self._standing(position_T[part], part), pages, muted))
+        y_TD = torch.cat([y for y, _ in found]) if len(found) > 1 else found[0][0]
+        ids, weights, scores, biased, groups = (
+            torch.cat([getattr(made, name) for _, made in found], 1) if len(found) > 1 else getattr(found[0][1], name)
+            for name in ("ids_MTK", "weights_MTK", "scores_MTE", "biased_MTE", "groups_MTG")
+        )
+        grouped = groups.unbind() if groups.shape[2] > 1 else [None] * len(ids)
+        routing = tuple(map(Routing, *(part.unbind() for part in (ids, weights, scores, biased)), grouped))
         return y_TD.view_as(x_BTD), routing
+
+    def _standing(self, position_T: Tensor, part: slice) -> c.Rows:
+        """Where some of the rows stand; a chunk that is cut is two."""
+        singles, chunks = slice(part.start, max(part.start, min(part.stop, self.cache.singles))), []
+        for chunk in self.cache.chunks:
+            start, stop = max(chunk.start, part.start), min(chunk.stop, part.stop)
+            if start < stop:
+                first = chunk.first + start - chunk.start
+                chunks.append((start - part.start, stop - part.start, first, chunk.slots_S))
+        table_BM, lengths_B = self.cache.table_BM[singles].contiguous(), self.cache.lengths_B[singles]
+        return c.Rows(position_T, table_BM, lengths_B, chunks)
 
 
 def plan(
@@ -69,13 +90,13 @@ def plan(
     """How C++ would run `blocks` and `norm` on rows like `x_BTD`; None when it cannot. `muted`: for layers by number,
     bool (B*T, E), which experts must not play for which tokens."""
     T = x_BTD.shape[:-1].numel()
-    if cache is None or cache.chunks or not 0 < T <= MOST_TOKENS or not choice.takes(x_BTD):
+    if cache is None or T == 0 or not choice.takes(x_BTD):
         return None
     built = _table(blocks, norm, rope, x_BTD.dtype)
     if built is None:
         return None
     silent = tuple(muted[index].contiguous() if index in muted else None for index in built.indices) if muted else ()
-    return Plan(built.table, built.indices, built.width, cache, positions_BT, silent)
+    return Plan(built.table, built.rows, built.indices, built.width, cache, positions_BT, silent)
 
 
 class _Unfit(Exception):
@@ -94,6 +115,7 @@ class _Builder:
         self.scales = [(block.self_attn, block.self_attn.scale) for block in blocks]
         table = (c.Layer * len(blocks))(*(self._layer(block) for block in blocks))
         self.table = c.Table(table, self._norm(norm), rope.inv_P, rope.scale, tuple(self.alive))
+        self.rows = max(LEAST_ROWS, min(c.MOST_ROWS, SCRATCH // max(_row_bytes(layer) for layer in table)))
         self.width = blocks[0].self_attn.C + blocks[0].self_attn.R
         self.indices = tuple(block.self_attn.layer for block in blocks)
         self.addresses = [hung[name].data_ptr() for hung, name in self.places]
@@ -205,6 +227,15 @@ class _Builder:
     def _plain(module: nn.Module, kind: type[nn.Module]) -> None:
         if type(module) is not kind or "product" in vars(module):
             raise _Unfit
+
+
+def _row_bytes(layer: c.Layer) -> int:
+    """About what one row takes in a layer, as float32: its queries and heads, and of each expert it goes to the row and
+    twice the hidden row."""
+    a, f = layer.attention, layer.feed_forward
+    heads, D = a.H * (2 * (a.N + a.R) + a.V), a.o.layout.O
+    routed = f.router.K * (D + 2 * f.expert_in.O) if f.router.weight.layout.O else 0
+    return 4 * max(heads + a.o.layout.I + 4 * D, 2 * D + 2 * f.gate.layout.O + routed)
 
 
 _built: WeakKeyDictionary[nn.Module, _Builder] = WeakKeyDictionary()  # by the norm after the blocks

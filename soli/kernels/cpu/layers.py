@@ -1,11 +1,11 @@
-"""A pass of up to MOST_ROWS tokens, each of its own row, through whole layers in one C++ call (csrc/pass.h).
+"""A pass of up to MOST_ROWS tokens through whole layers in one C++ call (csrc/pass.h).
 
 `Layer` and what it is made of are tables of addresses with the same fields as the structs of csrc/pass.h; weights stay
 where they lie, in any of the five formats. Numerics: float32 between products; rows are rounded to bfloat16 only as
 tokens of a product, into the cache and on leaving. A row has the same bits in any company.
 
-Shapes: T rows, D hidden, M layers with a router (in a page table: pages of a row), E experts, K chosen, G groups,
-P pages of S slots of X values.
+Shapes: T rows, of which the first B are queries by themselves; D hidden, M layers with a router (in a page table: pages
+of a row), E experts, K chosen, G groups, P pages of S slots of X values.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from soli.kernels.cpu import ExpertTable, native
 from soli.kernels.packed import PackedWeight, plain
 
-MOST_ROWS: Final = 128  # as in csrc/pass.h
+MOST_ROWS: Final = 512  # as in csrc/pass.h
 MOST_GROUPS: Final = 64
 
 
@@ -78,12 +78,16 @@ class Layer(Structure):
     _fields_ = (("attention", Attention), ("feed_forward", FeedForward))
 
 
+class Chunk(Structure):
+    _fields_ = (*((name, c_int64) for name in ("start", "stop", "first")), ("slots", c_void_p))
+
+
 class Call(Structure):
     _fields_ = (
         *((name, c_int64) for name in ("isa", "dtype", "threads", "T", "D", "count")),
         *((name, c_void_p) for name in ("layers", "pages")),
-        *((name, c_int64) for name in ("P", "S", "M")),
-        *((name, c_void_p) for name in ("table", "lengths", "positions", "frequencies")),
+        *((name, c_int64) for name in ("P", "S", "M", "singles", "chunk_count")),
+        *((name, c_void_p) for name in ("table", "lengths", "chunks", "positions", "frequencies")),
         ("cos_sin_scale", c_double),
         ("x", c_void_p),
         ("norm", Norm),
@@ -147,12 +151,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Rows:
-    """Where T rows stand: row t attends to its first lengths_T[t] slots (int32), of which the last is its own and is
-    written; slot s is slot s % S of page table_TM[t, s // S] (int32). Positions (int64) turn queries and keys."""
+    """Where T rows stand. Of the first B, row b attends to its first lengths_B[b] slots (int32), of which the last is
+    its own and is written; slot s is slot s % S of page table_BM[b, s // S] (int32). The others come in chunks of
+    (start, stop, first, slots): rows start ... stop - 1 are one text's, from place `first` on, and `slots` (int64, of
+    the flattened pages) says where its places lie, up to its last row's. Positions (int64) turn queries and keys."""
 
     positions_T: Tensor
-    table_TM: Tensor
-    lengths_T: Tensor
+    table_BM: Tensor
+    lengths_B: Tensor
+    chunks: Sequence[tuple[int, int, int, Tensor]] = ()
 
 
 def run(
@@ -161,20 +168,22 @@ def run(
     """Rows (T, D) to their normed output in the same dtype, with every router's decision.
 
     `pages` (P, S, X) of each layer, in the dtype of x. Rows may share pages: all slots of a layer are written before
-    any is read. `muted` has for each layer bool (T, E), the experts that must not play, or None; empty, all may.
-    IndexError for a slot that lies in no page.
+    any is read. Chunks attend in the expanded way, the other rows in the absorbed one. `muted` has for each layer bool
+    (T, E), the experts that must not play, or None; empty, all may. IndexError for a slot that lies in no page.
     """
     (T, D), (P, S, _), kernels = x_TD.shape, pages[0].shape, native.library()
     assert kernels is not None
     _check(table, x_TD, rows, pages, muted)
     found, y_TD, x32_TD = _unmade(table.routers, T), torch.empty_like(x_TD), x_TD.float().contiguous()
     lying, silent = _addresses(pages), _addresses(muted)
+    chunks = (Chunk * len(rows.chunks))(*(Chunk(*part, slots.data_ptr()) for *part, slots in rows.chunks))
     call = Call(
         native.chosen_isa(kernels.best_isa), native.DTYPES[x_TD.dtype], torch.get_num_threads(), T, D,
-        len(table.layers), addressof(table.layers), addressof(lying), P, S, rows.table_TM.shape[1],
-        rows.table_TM.data_ptr(), rows.lengths_T.data_ptr(), rows.positions_T.data_ptr(),
-        table.frequencies_R.data_ptr(), table.cos_sin_scale, x32_TD.data_ptr(), table.norm, y_TD.data_ptr(),
-        addressof(silent) if muted else None, found.ids_MTK.data_ptr(), found.weights_MTK.data_ptr(),
+        len(table.layers), addressof(table.layers), addressof(lying), P, S, rows.table_BM.shape[1],
+        len(rows.lengths_B), len(chunks), rows.table_BM.data_ptr(), rows.lengths_B.data_ptr(), addressof(chunks),
+        rows.positions_T.data_ptr(), table.frequencies_R.data_ptr(), table.cos_sin_scale, x32_TD.data_ptr(),
+        table.norm, y_TD.data_ptr(), addressof(silent) if muted else None,
+        found.ids_MTK.data_ptr(), found.weights_MTK.data_ptr(),
         found.scores_MTE.data_ptr(), found.biased_MTE.data_ptr(), found.groups_MTG.data_ptr(),
     )  # fmt: skip
     native.check_code(kernels.run_pass(addressof(call)))
@@ -195,10 +204,12 @@ def _unmade(routers: Sequence[Router], T: int) -> Decisions:
 
 def _check(table: Table, x_TD: Tensor, rows: Rows, pages: Sequence[Tensor], muted: Sequence[Tensor | None]) -> None:
     """What C++ will believe; ValueError where it would be wrong."""
-    T, like = x_TD.shape[0], pages[0]
+    T, B, like = x_TD.shape[0], len(rows.lengths_B), pages[0]
     wanted: list[tuple[Tensor, torch.dtype, Sequence[int]]] = [(page, x_TD.dtype, like.shape) for page in pages]
-    wanted += [(rows.positions_T, torch.int64, (T,)), (rows.lengths_T, torch.int32, (T,))]
-    wanted += [(rows.table_TM, torch.int32, (T, rows.table_TM.shape[-1]))]
+    wanted += [(rows.positions_T, torch.int64, (T,)), (rows.lengths_B, torch.int32, (B,))]
+    wanted += [(rows.table_BM, torch.int32, (B, rows.table_BM.shape[-1]))]
+    for start, stop, first, slots in rows.chunks:
+        wanted.append((slots, torch.int64, (max(len(slots), first + stop - start),)))
     for layer, part in zip(table.layers, muted, strict=True) if muted else ():
         if part is not None:
             wanted.append((part, torch.bool, (T, layer.feed_forward.router.weight.layout.O)))

@@ -8,7 +8,7 @@ namespace soli {
 namespace {
 
 struct Vec {
-    static constexpr int WIDTH = 8, ROWS = 2, STRIP = 3;  // 3 rows x 4 tokens: sums and operands fit sixteen registers
+    static constexpr int WIDTH = 8, ROWS = 2, TOGETHER = 3;  // 4 rows x 3 tokens: sums and operands fit sixteen registers
     __m256 v;
 
     static Vec zero() { return {_mm256_setzero_ps()}; }
@@ -20,6 +20,14 @@ struct Vec {
         __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
         s = _mm_add_ps(s, _mm_movehl_ps(s, s));
         return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+    }
+    // The sums of four vectors, in the same order.
+    static void sum4(const Vec* a, float* to) {
+        __m128 s[4];
+        for (int i = 0; i < 4; i++) s[i] = _mm_add_ps(_mm256_castps256_ps128(a[i].v), _mm256_extractf128_ps(a[i].v, 1));
+        const __m128 ab = _mm_add_ps(_mm_movelh_ps(s[0], s[1]), _mm_movehl_ps(s[1], s[0]));
+        const __m128 cd = _mm_add_ps(_mm_movelh_ps(s[2], s[3]), _mm_movehl_ps(s[3], s[2]));
+        _mm_storeu_ps(to, _mm_add_ps(_mm_shuffle_ps(ab, cd, 0x88), _mm_shuffle_ps(ab, cd, 0xdd)));
     }
 };
 

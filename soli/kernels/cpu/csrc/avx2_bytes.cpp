@@ -20,6 +20,13 @@ SOLI_INLINE __m256i nibbles(__m256i v) { return _mm256_and_si256(v, _mm256_set1_
 
 SOLI_INLINE __m256i paired(__m256i sums16) { return _mm256_madd_epi16(sums16, _mm256_set1_epi16(1)); }
 
+// sum + product, now: left alone, GCC makes all products first, for a tree of sums, and runs out of registers.
+SOLI_INLINE __m256i add_now(__m256i sum, __m256i product) {
+    sum = _mm256_add_epi16(sum, product);
+    __asm__("" : "+x"(sum));
+    return sum;
+}
+
 // Eight rows of a matrix from `first` on, the last one again where there are fewer.
 struct Strip {
     const uint8_t* weight[EIGHT];
@@ -186,8 +193,8 @@ void some(const Turned& band, Turned::Ahead ahead, const uint8_t* x, __m256 (*su
                 int32_t unit;
                 __builtin_memcpy(&unit, codes + n * stride + 4 * u + (FORMAT == INT4 && u >= 4 ? 48 : 0), 4);
                 const __m256i four_codes = _mm256_set1_epi32(unit);
-                part[n][0] = _mm256_add_epi16(part[n][0], _mm256_maddubs_epi16(w0, four_codes));
-                part[n][1] = _mm256_add_epi16(part[n][1], _mm256_maddubs_epi16(w1, four_codes));
+                part[n][0] = add_now(part[n][0], _mm256_maddubs_epi16(w0, four_codes));
+                part[n][1] = add_now(part[n][1], _mm256_maddubs_epi16(w1, four_codes));
             }
         }
         for (int n = 0; n < N; n++)

@@ -7,7 +7,7 @@ namespace soli {
 namespace {
 
 struct Vec {
-    static constexpr int WIDTH = 16, ROWS = 4, STRIP = 4;  // 4 rows x 4 tokens
+    static constexpr int WIDTH = 16, ROWS = 4, TOGETHER = 4;  // 4 rows x 4 tokens
     __m512 v;
 
     static Vec zero() { return {_mm512_setzero_ps()}; }
@@ -16,6 +16,9 @@ struct Vec {
     void store(float* to) const { _mm512_storeu_ps(to, v); }
     static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
     static float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+    static void sum4(const Vec* a, float* to) {
+        for (int i = 0; i < 4; i++) to[i] = sum(a[i]);
+    }
 };
 
 #include "dots32.inc"

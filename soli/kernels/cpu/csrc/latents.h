@@ -18,6 +18,17 @@ namespace {
 
 constexpr int64_t BLOCK = 128, SPLITS = 8, HEADS = 16;  // slots of a block; parts of a row; heads whose scores are held
 
+// The running softmax takes a block in: what has the smaller maximum is scaled down. `sums` are C values mixed so far,
+// `shares` the block's.
+inline void join(Soft block, Soft& soft, float* shares, int64_t slots, float* sums, int64_t C) {
+    const float top = std::max(soft.most, block.most), old = std::exp(soft.most - top), now = std::exp(block.most - top);
+    if (old != 1.0f)
+        for (int64_t i = 0; i < C; i++) sums[i] *= old;
+    if (now != 1.0f)
+        for (int64_t i = 0; i < slots; i++) shares[i] *= now;
+    soft = {top, soft.sum * old + block.sum * now};
+}
+
 struct Latents {
     const Kernels& isa;
     Layout slot;          // of a page's rows: FP32 or BF16, S slots of X
@@ -64,25 +75,16 @@ struct Latents {
                     q.dots(rows.matrix, rows.first, rows.count, first + head, count, scores + place, BLOCK);
                 });
                 for (int64_t h = 0; h < count; h++) {
-                    const Soft soft = isa.soften(scores + h * BLOCK, slots, scale);
-                    if (at == begin) most[h] = soft.most, sum[h] = soft.sum;
-                    else join(soft, most[h], sum[h], scores + h * BLOCK, slots, sums + h * stride);
+                    Soft soft = isa.soften(scores + h * BLOCK, slots, scale), all = {most[h], sum[h]};
+                    if (at == begin) all = soft;
+                    else join(soft, all, scores + h * BLOCK, slots, sums + h * stride, C);
+                    most[h] = all.most, sum[h] = all.sum;
                 }
                 each_run(table, at, at + slots, [&](const Rows& rows, int64_t place) {
                     isa.mix[slot.format](rows, C, scores + place, BLOCK, count, sums, stride);
                 });
             }
         }
-    }
-
-    // The running softmax takes a block in: what has the smaller maximum is scaled down.
-    void join(Soft block, float& most, float& sum, float* shares, int64_t slots, float* sums) const {
-        const float top = std::max(most, block.most), old = std::exp(most - top), now = std::exp(block.most - top);
-        if (old != 1.0f)
-            for (int64_t i = 0; i < C; i++) sums[i] *= old;
-        if (now != 1.0f)
-            for (int64_t i = 0; i < slots; i++) shares[i] *= now;
-        sum = sum * old + block.sum * now, most = top;
     }
 
     // All parts of one row and head into the first, C floats.

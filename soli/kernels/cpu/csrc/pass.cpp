@@ -1,4 +1,4 @@
-// One call for one token of each of T requests: all layers and the norm after them, by one team of threads.
+// One call for the tokens of some requests, one of each or many: all layers and the norm after them, by one team of threads.
 #include "pass_attention.h"
 #include "pass_feed_forward.h"
 
@@ -27,6 +27,24 @@ Routings after(const Routings& now, const Router& router, int64_t T) {
     return {now.ids + K, now.weights + K, now.scores + E, now.biased + E, now.groups + G};
 }
 
+// Where each row's latent is kept; false when a slot lies in no page, or the chunks are not the rows after the singles.
+bool find_slots(const Call& call, int64_t* slots) {
+    if (!readable(call.table, call.M, call.lengths, call.singles, call.P, call.S)) return false;
+    for (int64_t t = 0; t < call.singles; t++) {
+        const int64_t place = call.lengths[t] - 1;
+        slots[t] = call.table[t * call.M + place / call.S] * call.S + place % call.S;
+    }
+    int64_t t = call.singles;
+    for (const Chunk* chunk = call.chunks; chunk < call.chunks + call.chunk_count; chunk++) {
+        if (chunk->start != t || chunk->stop <= t || chunk->stop > call.T || chunk->first < 0) return false;
+        const int64_t places = chunk->first + chunk->stop - t;
+        for (int64_t i = 0; i < places; i++)
+            if (chunk->slots[i] < 0 || chunk->slots[i] >= call.P * call.S) return false;
+        for (; t < chunk->stop; t++) slots[t] = chunk->slots[chunk->first + t - chunk->start];
+    }
+    return t == call.T;
+}
+
 size_t most_used(const Pass& pass) {
     size_t most = 0;
     for (const Layer* layer = pass.call.layers; layer < pass.call.layers + pass.call.count; layer++)
@@ -42,10 +60,11 @@ size_t most_used(const Pass& pass) {
 extern "C" int soli_pass(const Call* given) {
     static thread_local Scratch scratch;
     const Call& call = *given;
+    int64_t slots[MOST_ROWS];
     if (call.T > MOST_ROWS) return 4;
-    if (!readable(call.table, call.M, call.lengths, call.T, call.P, call.S)) return 3;
+    if (!find_slots(call, slots)) return 3;
     const int64_t pairs = call.count ? call.layers->attention.R / 2 : 0;
-    Pass pass = {call, kernels(call.isa), nullptr, nullptr, nullptr};
+    Pass pass = {call, kernels(call.isa), nullptr, nullptr, nullptr, slots};
     const size_t used = most_used(pass), rows = Scratch::bytes<float>(call.T * call.D), turns = Scratch::bytes<float>(call.T * pairs);
     if (!scratch.reserve(rows + 2 * turns + used)) return 2;
     pass.x = scratch.take<float>(call.T * call.D);

@@ -1,4 +1,4 @@
-// One pass of T rows, one token each, through a run of layers: what Python hands over, and what the steps share.
+// One pass of T rows, a token each, through a run of layers: what Python hands over, and what the steps share.
 //
 // Each struct from Vector to Call has the same fields in soli/kernels/cpu/layers.py. Weights stay where they are, in any
 // format; between products everything is float32: rows are rounded only into the tokens of a bfloat16 product, into the
@@ -18,7 +18,7 @@
 
 namespace soli {
 
-constexpr int64_t MOST_ROWS = TOKENS, MOST_GROUPS = 64;
+constexpr int64_t MOST_ROWS = 512, MOST_GROUPS = 64;
 
 // float32 or bfloat16 numbers as they lie; without data there is none.
 struct Vector {
@@ -84,13 +84,21 @@ struct Routings {
     uint8_t* groups;          // (T, G)
 };
 
+// Rows start ... stop - 1: one text's tokens, at places from `first` on. `slots`: where in the flattened pages its places lie,
+// from 0 to that of its last token.
+struct Chunk {
+    int64_t start, stop, first;
+    const int64_t* slots;
+};
+
 struct Call {
     int64_t isa, dtype, threads, T, D, count;
     const Layer* layers;          // `count` of them
     void* const* pages;         // of each layer: (P, S, X)
-    int64_t P, S, M;
-    const int32_t* table;        // (T, M) page numbers
-    const int32_t* lengths;      // (T) slots to attend to; the last is the row's own
+    int64_t P, S, M, singles, chunk_count;
+    const int32_t* table;        // (singles, M) page numbers: of rows that are queries by themselves
+    const int32_t* lengths;      // (singles) slots to attend to; the last is the row's own
+    const Chunk* chunks;          // the other rows, in order
     const int64_t* positions;   // (T) for the rotation
     const float* frequencies;   // (R / 2) radians per position
     double cos_sin_scale;
@@ -121,6 +129,7 @@ struct Pass {
     const Call& call;
     const Kernels& isa;
     float *x, *cos, *sin;  // (T, D) the rows between layers; (T, R / 2)
+    int64_t* slots;          // (T) of the flattened pages: where each row's latent is kept
 
     bool alone() const { return call.T < call.threads; }  // every thread does what is small for itself
 
@@ -185,12 +194,18 @@ inline void normed(const Norm& norm, const float* x, int64_t n, float* y) {
     }
 }
 
+// Calls run(first, count) for each portion of T rows that a product takes at once.
+template <class Run>
+void portions(int64_t T, Run run) {
+    for (int64_t t = 0; t < T; t += TOKENS) run(t, std::min(TOKENS, T - t));
+}
+
 inline int64_t blocks(int64_t rows) { return (rows + ROWS - 1) / ROWS; }
 
 // Rows of one block of a matrix for all T tokens: y (T, O).
 inline void product(const Weight& weight, const Tokens& tokens, int64_t T, int64_t block, const Vector& bias, float* y) {
     const int64_t O = weight.layout.O, row = block * ROWS, rows = std::min(ROWS, O - row);
-    tokens.dots(weight.matrix, row, rows, 0, T, y + row, O);
+    portions(T, [&](int64_t t, int64_t count) { tokens.dots(weight.matrix, row, rows, t, count, y + t * O + row, O); });
     for (int64_t t = 0; t < T && bias.data; t++)
         for (int64_t r = row; r < row + rows; r++) y[t * O + r] += bias[r];
 }

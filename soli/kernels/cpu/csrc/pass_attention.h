@@ -1,9 +1,10 @@
-// The attention of one layer for T rows: x += o(heads(norm x)), absorbed (paper section 2.1.1, and latents.h).
+// The attention of one layer for T rows: x += o(heads(norm x)), paper section 2.1.1. Rows that are queries by themselves go
+// the absorbed way (latents.h), chunks the expanded way (pass_prompt.h).
 //
-// W_UK is folded into each query as a weighted sum of kv_b's rows and W_UV is applied to what a head has mixed, both
-// straight from kv_b in its own format.
+// Absorbed, W_UK is folded into each query as a weighted sum of kv_b's rows and W_UV is applied to what a head has mixed,
+// both straight from kv_b in its own format.
 #pragma once
-#include "pass.h"
+#include "pass_prompt.h"
 
 namespace soli {
 namespace {
@@ -11,18 +12,19 @@ namespace {
 class AttentionStep {
 public:
     AttentionStep(const Pass& pass, const Attention& a, void* pages, Area area)
-        : pass(pass), call(pass.call), a(a), T(call.T), H(a.H), C(a.C()), X(a.X()), pages(pages),
+        : pass(pass), call(pass.call), a(a), T(call.T), B(call.singles), H(a.H), C(a.C()), X(a.X()), pages(pages),
           latents{pass.isa, {call.dtype == FLOAT ? FP32 : BF16, call.S, X, 0}, call.P, H, C, static_cast<float>(a.scale),
                   static_cast<const uint8_t*>(pages)},
-          batch(latents, T, call.M, call.table, call.lengths, call.threads), q_in(pass.tokens(a.low() ? a.q_a : a.q_b)),
+          batch(latents, B, call.M, call.table, call.lengths, call.threads), q_in(pass.tokens(a.low() ? a.q_a : a.q_b)),
           low_in(pass.tokens(a.q_b)), kv_in(pass.tokens(a.kv_a)), queries(pass.isa, latents.slot, call.dtype),
           mixed_in(pass.tokens(a.kv_b)), o_in(pass.tokens(a.o)) {
         take_made(pass, area, q_in, T), take_made(pass, area, low_in, a.low() ? T : 0), take_made(pass, area, kv_in, T);
-        take_made(pass, area, o_in, T), take(area, queries, T * H), take(area, mixed_in, T * H);
+        take_made(pass, area, o_in, T), take(area, queries, B * H), take(area, mixed_in, B * H);
         row = pass.own<float>(area, std::max(call.D, a.q_a.layout.O));
         low = area.take<float>(T * a.q_a.layout.O), kv = area.take<float>(T * X);
-        q = area.take<float>(T * H * (a.N + a.R)), absorbed = area.take<float>(T * H * padded(X));
+        q = area.take<float>(T * H * (a.N + a.R)), absorbed = area.take<float>(B * H * padded(X));
         heads = area.take<float>(T * H * a.V), batch.parts = area.take<float>(batch.part_floats());
+        prompt.emplace(pass, a, pages, heads, area);
         used = area.used;
     }
 
@@ -36,10 +38,27 @@ public:
             if (i < low_blocks) product(a.q_a, q_in, T, i, a.q_a_bias, low);
             else product(a.kv_a, kv_in, T, i - low_blocks, a.kv_a_bias, kv);
         if (a.low()) pass.each_row([&](int64_t t) { follow(t); });
+        if (T > B) {
+#pragma omp for schedule(static) nowait
+            for (int64_t t = 0; t < T; t++) keep(t);
+#pragma omp for schedule(dynamic)
+            for (int64_t h = 0; h < H; h++) query(h);
+#pragma omp for schedule(dynamic)
+            for (int64_t piece = 0; piece < prompt->pieces(); piece++) prompt->run(piece);
+        } else {
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < H + T; i++)
-            if (i < H) query(i);
-            else keep(i - H);
+            for (int64_t i = 0; i < H + T; i++)
+                if (i < H) query(i);
+                else keep(i - H);
+        }
+        if (B) absorb();
+        pass.each_row([&](int64_t t) { o_in.put(t, heads + t * H * a.V, FLOAT); });
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < blocks(call.D); i++) end(i);
+    }
+
+private:
+    void absorb() {
         const int64_t groups = batch.groups();
         if (groups > 1) {  // few pieces: whoever attends for some heads goes on with them
 #pragma omp for schedule(static)
@@ -53,12 +72,8 @@ public:
 #pragma omp for schedule(static)
             for (int64_t h = 0; h < H; h++) value(h);
         }
-        pass.each_row([&](int64_t t) { o_in.put(t, heads + t * H * a.V, FLOAT); });
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < blocks(call.D); i++) end(i);
     }
 
-private:
     // The row, normed, for the first products.
     void begin(int64_t t) {
         normed(a.norm, pass.x + t * call.D, call.D, row);
@@ -77,20 +92,23 @@ private:
         float* latent = kv + t * X;
         normed(a.kv_norm, latent, C, latent);
         rotate(t, latent + C);
-        const int64_t slot = call.lengths[t] - 1, page = call.table[t * call.M + slot / call.S];
-        write_out(latent, X, pages, (page * call.S + slot % call.S) * X, call.dtype);
+        write_out(latent, X, pages, pass.slots[t] * X, call.dtype);
     }
 
-    // The queries of one head: their own part folded with W_UK, beside the rotated one.
+    // The queries of one head; of those by themselves the own part folded with W_UK, beside the rotated one.
     void query(int64_t h) {
         const int64_t width = a.N + a.R, stride = padded(X);
-        float *own = q + h * T * width, *folded = absorbed + h * T * stride;
-        (a.low() ? low_in : q_in).dots(a.q_b.matrix, h * width, width, 0, T, own, width);
-        std::fill(folded, folded + T * stride, 0.0f);
+        float *own = q + h * T * width, *folded = absorbed + h * B * stride;
+        portions(T, [&](int64_t t, int64_t count) {
+            (a.low() ? low_in : q_in).dots(a.q_b.matrix, h * width, width, t, count, own + t * width, width);
+        });
+        for (int64_t t = 0; t < T; t++) rotate(t, own + t * width + a.N);
+        for (int64_t t = B; t < T; t++) prompt->put(t, h, own + t * width);
+        if (!B) return;
+        std::fill(folded, folded + B * stride, 0.0f);
         const Rows up_k = {a.kv_b.matrix, a.kv_b.layout, h * (a.N + a.V), a.N};
-        pass.isa.mix[a.kv_b.layout.format](up_k, C, own, width, T, folded, stride);
-        for (int64_t t = 0; t < T; t++) {
-            rotate(t, own + t * width + a.N);
+        pass.isa.mix[a.kv_b.layout.format](up_k, C, own, width, B, folded, stride);
+        for (int64_t t = 0; t < B; t++) {
             std::copy(own + t * width + a.N, own + (t + 1) * width, folded + t * stride + C);
             queries.put(t * H + h, folded + t * stride, FLOAT);
         }
@@ -98,18 +116,22 @@ private:
 
     // What one head has mixed, through W_UV.
     void value(int64_t h) {
-        for (int64_t t = 0; t < T; t++) mixed_in.put(h * T + t, batch.merged(t, h), FLOAT);
-        mixed_in.dots(a.kv_b.matrix, h * (a.N + a.V) + a.N, a.V, h * T, T, heads + h * a.V, H * a.V);
+        for (int64_t t = 0; t < B; t++) mixed_in.put(h * B + t, batch.merged(t, h), FLOAT);
+        portions(B, [&](int64_t t, int64_t count) {
+            mixed_in.dots(a.kv_b.matrix, h * (a.N + a.V) + a.N, a.V, h * B + t, count, heads + (t * H + h) * a.V, H * a.V);
+        });
     }
 
     // One block of the output, added to the rows.
     void end(int64_t block) {
-        alignas(64) float tile[MOST_ROWS * ROWS];
-        const int64_t row = block * ROWS, count = std::min(ROWS, call.D - row);
-        o_in.dots(a.o.matrix, row, count, 0, T, tile, ROWS);
-        for (int64_t t = 0; t < T; t++)
-            for (int64_t r = 0; r < count; r++)
-                pass.x[t * call.D + row + r] += tile[t * ROWS + r] + (a.o_bias.data ? a.o_bias[row + r] : 0.0f);
+        alignas(64) float tile[TOKENS * ROWS];
+        const int64_t row = block * ROWS, rows = std::min(ROWS, call.D - row);
+        portions(T, [&](int64_t first, int64_t count) {
+            o_in.dots(a.o.matrix, row, rows, first, count, tile, ROWS);
+            for (int64_t t = 0; t < count; t++)
+                for (int64_t r = 0; r < rows; r++)
+                    pass.x[(first + t) * call.D + row + r] += tile[t * ROWS + r] + (a.o_bias.data ? a.o_bias[row + r] : 0.0f);
+        });
     }
 
     // Turns each pair by its angle (equations 3 and 8): neighbours, or one of each half.
@@ -125,10 +147,11 @@ private:
     const Pass& pass;
     const Call& call;
     const Attention& a;
-    const int64_t T, H, C, X;
+    const int64_t T, B, H, C, X;  // B: rows that are queries by themselves, the first ones
     void* pages;
     const Latents latents;
     Batch batch;
+    std::optional<PromptStep> prompt;
     Tokens q_in, low_in, kv_in, queries, mixed_in, o_in;
     float *row, *low, *kv, *q, *absorbed, *heads;
 };

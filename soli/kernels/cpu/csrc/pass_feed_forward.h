@@ -6,6 +6,8 @@
 namespace soli {
 namespace {
 
+constexpr int64_t CROWD = 64;  // rows beyond which routing is worth sharing out
+
 class FeedForwardStep {
 public:
     FeedForwardStep(const Pass& pass, const FeedForward& f, const Routings& decisions, const uint8_t* muted, Area area)
@@ -31,8 +33,17 @@ public:
         for (int64_t i = 0; i < router_blocks + all_spans; i++)
             if (i < router_blocks) product(f.router.weight, router_in, T, i, {}, logits);
             else hidden(all, 0, all_in, 0, T, i - router_blocks, all_hidden, all_out);
+        if (T > CROWD) {
+#pragma omp for schedule(static)
+            for (int64_t t = 0; t < T; t++) if (E) decide(f.router, logits + t * E, muted, t, decisions);
 #pragma omp single
-        choose();
+            sort();
+#pragma omp for schedule(static)
+            for (int64_t p = 0; p < P; p++) seat(p);
+        } else {
+#pragma omp single
+            choose();
+        }
         everyone.experts = all.in.O > 0, pairs.experts = *experts;
 #pragma omp for schedule(dynamic)  // experts have different numbers of rows
         for (int64_t i = 0; i < pairs.experts * some_spans; i++) {
@@ -66,12 +77,19 @@ private:
 
     // The routers' decisions, and the rows in the order of their experts.
     void choose() {
-        everyone.everyone(T);
         for (int64_t t = 0; t < T && E; t++) decide(f.router, logits + t * E, muted, t, decisions);
-        pairs.sort(E, f.router.K, P, decisions.ids, decisions.weights);
-        const int64_t bytes = row_in.token_bytes();
-        for (int64_t p = 0; p < P; p++) std::memcpy(some_in.data + p * bytes, row_in.data + pairs.token[p] * bytes, bytes);
+        sort();
+        for (int64_t p = 0; p < P; p++) seat(p);
+    }
+
+    void sort() {
+        everyone.everyone(T), pairs.sort(E, f.router.K, P, decisions.ids, decisions.weights);
         *experts = pairs.experts;
+    }
+
+    void seat(int64_t p) {
+        const int64_t bytes = row_in.token_bytes();
+        std::memcpy(some_in.data + p * bytes, row_in.data + pairs.token[p] * bytes, bytes);
     }
 
     const Pass& pass;

@@ -6,7 +6,7 @@ namespace soli {
 namespace {
 
 struct Vec {
-    static constexpr int WIDTH = 8, ROWS = 2, STRIP = 2;
+    static constexpr int WIDTH = 8, ROWS = 2, TOGETHER = 2;
     float lane[WIDTH];
 
     static Vec zero() { return {}; }
@@ -27,6 +27,9 @@ struct Vec {
     }
     static float sum(const Vec& v) {
         return ((v.lane[0] + v.lane[4]) + (v.lane[2] + v.lane[6])) + ((v.lane[1] + v.lane[5]) + (v.lane[3] + v.lane[7]));
+    }
+    static void sum4(const Vec* v, float* to) {
+        for (int i = 0; i < 4; i++) to[i] = sum(v[i]);
     }
 };
 
