@@ -48,8 +48,11 @@ void store(__m256 sum, int64_t count, float* y) {
     __builtin_memcpy(y, each, 4 * count);
 }
 
-// The scales of eight rows, group after group: to[8 * g + r], up to a whole eight of groups.
+// The scales of eight rows, group after group: to[8 * g + r], up to a whole eight of groups. Those of eight rows further
+// than the next are asked for.
 void transpose_scales(const Strip& strip, int64_t groups, float* to) {
+    for (int64_t line = 0; line < 2 * groups * EIGHT; line += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(strip.scale[0] + 4 * groups * EIGHT + line), _MM_HINT_T1);
     for (int64_t g = 0; g < groups; g += 8) {
         __m128i a[8], b[8];
         for (int r = 0; r < 8; r++) {
@@ -108,7 +111,7 @@ SOLI_INLINE void few_step(const Strip& strip, const float* scales, int64_t k, in
         multiply<FORMAT, C, N, FULL>(strip.weight[r], k, x, stride, part, r);
         const int64_t bytes = FORMAT == INT4 ? C / 2 : C, at = FORMAT == INT4 ? k / 2 : k;
         for (int64_t line = 0; line < bytes; line += 64)
-            if ((at + line) % 64 < bytes) _mm_prefetch(reinterpret_cast<const char*>(strip.weight[r] + at + line + ahead), _MM_HINT_T0);
+            if ((at + line) % 64 < bytes) _mm_prefetch(reinterpret_cast<const char*>(strip.weight[r] + at + line + ahead), _MM_HINT_T1);
     }
     for (int n = 0; n < N; n++) {
         const Token token(x + n * stride, padded(strip.I));
@@ -128,7 +131,7 @@ SOLI_INLINE void few_step(const Strip& strip, const float* scales, int64_t k, in
 template <int64_t FORMAT, int G, int N>
 void few(const Strip& strip, const float* scales, const uint8_t* x, int64_t stride, int64_t row_bytes, __m256* sum) {
     constexpr int C = FORMAT == INT4 && G == 32 ? 64 : G;
-    const int64_t next = EIGHT * row_bytes, ahead = next < 4096 ? 4096 : next;  // less comes late, more is gone again
+    const int64_t next = EIGHT * row_bytes, ahead = next < 8192 ? 8192 : next;
     for (int n = 0; n < N; n++) sum[n] = _mm256_setzero_ps();
     int64_t k = 0;
     for (; k + C <= strip.I; k += C) few_step<FORMAT, G, C, N, true>(strip, scales, k, ahead, x, stride, sum);
