@@ -102,16 +102,15 @@ SOLI_INLINE void multiply(const uint8_t* row, int64_t k, const uint8_t* x, int64
     }
 }
 
-// Eight results of each of N tokens, along the inputs, for inputs k ... k + C.
-template <int64_t FORMAT, int G, int C, int N, bool FULL>
+// Eight results of each of N tokens, along the inputs, for inputs k ... k + C. LINES of each row are asked for.
+template <int64_t FORMAT, int G, int C, int N, int LINES, bool FULL = true>
 SOLI_INLINE void few_step(const Strip& strip, const float* scales, int64_t k, int64_t ahead, const uint8_t* x, int64_t stride, __m256* sum) {
     __m256i part[N][EIGHT];
 #pragma GCC unroll 8
     for (int r = 0; r < EIGHT; r++) {
         multiply<FORMAT, C, N, FULL>(strip.weight[r], k, x, stride, part, r);
-        const int64_t bytes = FORMAT == INT4 ? C / 2 : C, at = FORMAT == INT4 ? k / 2 : k;
-        for (int64_t line = 0; line < bytes; line += 64)
-            if ((at + line) % 64 < bytes) _mm_prefetch(reinterpret_cast<const char*>(strip.weight[r] + at + line + ahead), _MM_HINT_T1);
+        const uint8_t* line = strip.weight[r] + (FORMAT == INT4 ? k / 2 : k) + ahead;
+        for (int i = 0; i < LINES; i++) _mm_prefetch(reinterpret_cast<const char*>(line + 64 * i), _MM_HINT_T1);
     }
     for (int n = 0; n < N; n++) {
         const Token token(x + n * stride, padded(strip.I));
@@ -133,9 +132,15 @@ void few(const Strip& strip, const float* scales, const uint8_t* x, int64_t stri
     constexpr int C = FORMAT == INT4 && G == 32 ? 64 : G;
     const int64_t next = EIGHT * row_bytes, ahead = next < 8192 ? 8192 : next;
     for (int n = 0; n < N; n++) sum[n] = _mm256_setzero_ps();
+    constexpr int LINES = FORMAT == INT4 ? 1 : 2;  // of 128 inputs
     int64_t k = 0;
-    for (; k + C <= strip.I; k += C) few_step<FORMAT, G, C, N, true>(strip, scales, k, ahead, x, stride, sum);
-    if (C > G && k < strip.I) few_step<FORMAT, G, C, N, false>(strip, scales, k, ahead, x, stride, sum);
+    for (; k + 128 <= strip.I; k += 128) {
+        few_step<FORMAT, G, C, N, LINES>(strip, scales, k, ahead, x, stride, sum);
+#pragma GCC unroll 4
+        for (int64_t more = C; more < 128; more += C) few_step<FORMAT, G, C, N, 0>(strip, scales, k + more, 0, x, stride, sum);
+    }
+    for (; k + C <= strip.I; k += C) few_step<FORMAT, G, C, N, 0>(strip, scales, k, 0, x, stride, sum);
+    if (C > G && k < strip.I) few_step<FORMAT, G, C, N, 0, false>(strip, scales, k, 0, x, stride, sum);
 }
 
 // Eight rows of eight units of four bytes to columns, UNIT bytes apart.
