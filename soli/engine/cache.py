@@ -11,6 +11,7 @@ Shapes: B rows of a pass, T its tokens, P pages, M pages a row may have.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -50,31 +51,47 @@ class LatentCache:
     ) -> "CachePass":
         """The pass that reads `counts[b]` tokens of `rows[b]` from position `starts[b]`; give counts up to FEW first:
         their tokens are single queries, each with its own length."""
-        row_B, start_B, count_B = (np.asarray(numbers, dtype=np.int64) for numbers in (rows, starts, counts))
+        row_B, start_B = np.asarray(rows, dtype=np.int64), np.asarray(starts, dtype=np.int64)
+        count_B = np.asarray(counts, dtype=np.int64)
         end_B = start_B + count_B  # positions
-        if end_B.max() > self.positions:
+        last = int(end_B.max())
+        if last > self.positions:
             raise SoliError(
-                f"position {end_B.max() - 1} is past the {self.positions} positions of this cache: use a shorter text"
+                f"position {last - 1} is past the {self.positions} positions of this cache: use a shorter text"
             )
+        if max(counts) == 1:  # decoding: as below, for less
+            return self._pass(row_B, start_B, len(row_B), last, [], device)
         stop_B = np.cumsum(count_B)  # tokens of the pass
         position_T = np.arange(stop_B[-1]) - np.repeat(stop_B - end_B, count_B)
         row_T = np.repeat(row_B, count_B)
         many = np.flatnonzero(count_B > FEW)
         singles = int(stop_B[many[0]] - count_B[many[0]]) if len(many) else int(stop_B[-1])
-        lengths_B = position_T[:singles] + 1
-        most = pages_for(int(lengths_B.max(initial=1)), self.page_tokens)
         chunks = []
         for row, start, end, stop in zip(row_B, start_B, end_B, stop_B, strict=True):
             if stop > singles:
                 slots_S = torch.from_numpy(self._slots(row, np.arange(end))).to(device)
                 chunks.append(Chunk(int(stop - (end - start)), int(stop), int(start), slots_S))
+        longest = int(position_T[:singles].max(initial=0)) + 1
+        return self._pass(row_T, position_T, singles, longest, chunks, device)
+
+    def _pass(
+        self,
+        row_T: NDArray[np.int64],
+        position_T: NDArray[np.int64],
+        singles: int,
+        longest: int,
+        chunks: Sequence[Chunk],
+        device: str | torch.device,
+    ) -> "CachePass":
+        """Tokens by row and position, the first `singles` of them queries by themselves, over up to `longest` slots."""
+        most = pages_for(longest, self.page_tokens)
         return CachePass(
             cache=self,
             positions_T=torch.from_numpy(position_T).to(device),
-            slots_T=torch.from_numpy(self._slots(row_T, position_T)).to(device),
+            rows_T=row_T,
             singles=singles,
             table_BM=torch.from_numpy(self.tables_RM[row_T[:singles], :most]).to(device),
-            lengths_B=torch.from_numpy(lengths_B.astype(np.int32)).to(device),
+            lengths_B=torch.from_numpy((position_T[:singles] + 1).astype(np.int32)).to(device),
             chunks=chunks,
         )
 
@@ -83,6 +100,10 @@ class LatentCache:
         if layer not in self._layers:
             self._layers[layer] = like.new_empty(self.page_count, self.page_tokens, width)
         return self._layers[layer]
+
+    def slots(self, row_T: NDArray[np.int64], position_T: Tensor) -> Tensor:
+        """Where tokens lie in the flattened pages: (T,), on the device of their positions."""
+        return torch.from_numpy(self._slots(row_T, position_T.cpu().numpy())).to(position_T.device)
 
     def write(self, layer: int, slots_T: Tensor, entries_TX: Tensor) -> Tensor:
         """Stores one layer's entries in their slots; returns all its pages, (P, S, X)."""
@@ -105,11 +126,16 @@ class CachePass:
 
     cache: LatentCache
     positions_T: Tensor  # int64
-    slots_T: Tensor  # int64: where each token of the pass is written
+    rows_T: NDArray[np.int64]  # whose each token is
     singles: int
     table_BM: Tensor
     lengths_B: Tensor
     chunks: Sequence[Chunk]
+
+    @cached_property
+    def slots_T(self) -> Tensor:
+        """Where each token of the pass is written, int64."""
+        return self.cache.slots(self.rows_T, self.positions_T)
 
     def pages(self, layer: int, width: int, like: Tensor) -> Tensor:
         """A layer's pages, for whoever writes them himself."""

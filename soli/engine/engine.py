@@ -30,7 +30,7 @@ from soli.engine.speculate import Draft, Verified, verify
 from soli.engine.stream import TextStream, token_text
 from soli.engine.text_model import TextModel
 from soli.errors import SoliError
-from soli.model.router import Routing
+from soli.model.router import Routing, count_choices
 
 log = logging.getLogger(__name__)
 
@@ -275,8 +275,8 @@ class Engine:
     def _count(self, reads: Sequence[Read], layers: Sequence[Routing]) -> None:
         for read in reads:
             self._prompt_tokens += max(0, min(len(read.task.request.prompt_ids) - read.start, read.count))
-        for load_E, routing in zip(self._load_LE, layers, strict=True):
-            load_E += routing.counts_E().cpu()
+        if layers:
+            self._load_LE += count_choices(layers).cpu()
 
     def _new_routing(
         self, answer: _Answer, read: Read, stays: int, layers: Sequence[Routing], row: int

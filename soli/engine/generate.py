@@ -144,7 +144,9 @@ def _read(model: Transformer, running: list[_Request], cache: LatentCache | None
             start = end - len(request.ids) + request.read
             request.routing.append(tuple(slice_routing(layer, start, end) for layer in trunk.routing))
         request.read = len(request.ids)
-    last_BD = trunk.hidden_BTD.flatten(0, 1)[torch.tensor(ends, device=device) - 1]
+    last_BD = trunk.hidden_BTD.flatten(0, 1)
+    if len(last_BD) > len(ends):
+        last_BD = last_BD[torch.tensor(ends, device=device) - 1]
     return model.head(last_BD)
 
 

@@ -27,7 +27,7 @@ from soli.model.attention import Cache, LatentAttention
 from soli.model.layers import MLP, Linear, RMSNorm
 from soli.model.moe import MoE, RoutedExperts
 from soli.model.rope import Rope
-from soli.model.router import Router, Routing
+from soli.model.router import Router, Routings
 
 if TYPE_CHECKING:
     from soli.model.transformer import Block
@@ -48,7 +48,7 @@ class Plan:
     positions_BT: Tensor
     muted: tuple[Tensor | None, ...]
 
-    def run(self, x_BTD: Tensor) -> tuple[Tensor, tuple[Routing, ...]]:
+    def run(self, x_BTD: Tensor) -> tuple[Tensor, Routings]:
         """The blocks and the norm after them: hidden states (B, T, D) and every router's decision, in layer order."""
         pages = [self.cache.pages(index, self.width, x_BTD) for index in self.indices]
         x_TD, position_T = x_BTD.flatten(0, 1), self.positions_BT.flatten()
@@ -58,13 +58,9 @@ class Plan:
             muted = [None if m is None else m[part] for m in self.muted]
             found.append(c.run(self.table, x_TD[part], self._standing(position_T[part], part), pages, muted))
         y_TD = torch.cat([y for y, _ in found]) if len(found) > 1 else found[0][0]
-        ids, weights, scores, biased, groups = (
-            torch.cat([getattr(made, name) for _, made in found], 1) if len(found) > 1 else getattr(found[0][1], name)
-            for name in ("ids_MTK", "weights_MTK", "scores_MTE", "biased_MTE", "groups_MTG")
-        )
-        grouped = groups.unbind() if groups.shape[2] > 1 else [None] * len(ids)
-        routing = tuple(map(Routing, *(part.unbind() for part in (ids, weights, scores, biased)), grouped))
-        return y_TD.view_as(x_BTD), routing
+        made = [(m.ids_MTK, m.weights_MTK, m.scores_MTE, m.biased_MTE, m.groups_MTG) for _, m in found]
+        parts = [torch.cat(part, 1) for part in zip(*made, strict=True)] if len(made) > 1 else made[0]
+        return y_TD.view_as(x_BTD), Routings(*parts)
 
     def _standing(self, position_T: Tensor, part: slice) -> c.Rows:
         """Where some of the rows stand; a chunk that is cut is two."""

@@ -7,7 +7,9 @@ Everything is float32: with biases near 5, as released, bfloat16 could not tell 
 balance and losses read it, and nobody computes it twice.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +37,45 @@ class Routing:
     def counts_E(self) -> Tensor:
         """Tokens per expert, int64 (E,)."""
         return kernels.count_tokens(self.expert_ids_TK, self.num_experts)
+
+
+class Routings(Sequence[Routing]):
+    """The decisions of several layers, stacked; each is made when it is asked for.
+
+    Layers M: `ids_MTK`, `weights_MTK`, `scores_MTE`, `biased_MTE` and `groups_MTG` as in Routing; of one group there is
+    no choice of groups.
+    """
+
+    def __init__(
+        self, ids_MTK: Tensor, weights_MTK: Tensor, scores_MTE: Tensor, biased_MTE: Tensor, groups_MTG: Tensor
+    ) -> None:
+        self.ids_MTK, self.weights_MTK = ids_MTK, weights_MTK
+        self.scores_MTE, self.biased_MTE, self.groups_MTG = scores_MTE, biased_MTE, groups_MTG
+
+    def __len__(self) -> int:
+        return len(self.ids_MTK)
+
+    @overload
+    def __getitem__(self, layer: int) -> Routing: ...
+    @overload
+    def __getitem__(self, layer: slice) -> tuple[Routing, ...]: ...
+    def __getitem__(self, layer: int | slice) -> Routing | tuple[Routing, ...]:
+        if isinstance(layer, slice):
+            return tuple(self[i] for i in range(*layer.indices(len(self))))
+        if not -len(self) <= layer < len(self):
+            raise IndexError(f"layer {layer} of {len(self)}")
+        groups_TG = self.groups_MTG[layer] if self.groups_MTG.shape[2] > 1 else None
+        return Routing(
+            self.ids_MTK[layer], self.weights_MTK[layer], self.scores_MTE[layer], self.biased_MTE[layer], groups_TG
+        )
+
+
+def count_choices(layers: Sequence[Routing]) -> Tensor:
+    """Tokens per expert of each layer, int64 (layers, E)."""
+    ids_MTK = layers.ids_MTK if isinstance(layers, Routings) else torch.stack([r.expert_ids_TK for r in layers])
+    M, E = len(layers), layers[0].num_experts
+    places_MTK = ids_MTK + E * torch.arange(M, device=ids_MTK.device)[:, None, None]
+    return kernels.count_tokens(places_MTK.flatten(0, 1), M * E).view(M, E)
 
 
 class Router(nn.Module):

@@ -7,7 +7,7 @@ so that losses, traces and the engine all read the one pass that was made. MTP m
 main model and are numbered after its layers, as in the released files.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,7 @@ class Trunk:
     """One pass: what the head reads, and what each router decided, in layer order."""
 
     hidden_BTD: Tensor  # after the final norm
-    routing: tuple[Routing, ...]
+    routing: Sequence[Routing]
 
 
 class Block(nn.Module):

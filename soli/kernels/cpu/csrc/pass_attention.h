@@ -46,7 +46,7 @@ public:
 #pragma omp for schedule(dynamic)
             for (int64_t piece = 0; piece < prompt->pieces(); piece++) prompt->run(piece);
         } else {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static, 1)  // in turns: the two kinds take different times
             for (int64_t i = 0; i < H + T; i++)
                 if (i < H) query(i);
                 else keep(i - H);

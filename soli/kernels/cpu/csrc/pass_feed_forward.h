@@ -29,10 +29,10 @@ public:
     void run() {
         pass.each_row([&](int64_t t) { begin(t); });
         const int64_t router_blocks = blocks(E), all_spans = spans(all.in.O), some_spans = spans(some.in.O);
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < router_blocks + all_spans; i++)
-            if (i < router_blocks) product(f.router.weight, router_in, T, i, {}, logits);
-            else hidden(all, 0, all_in, 0, T, i - router_blocks, all_hidden, all_out);
+#pragma omp for schedule(static, 1)  // in turns: the two kinds take different times
+        for (int64_t i = 0; i < all_spans + router_blocks; i++)
+            if (i < all_spans) hidden(all, 0, all_in, 0, T, i, all_hidden, all_out);
+            else product(f.router.weight, router_in, T, i - all_spans, {}, logits);
         if (T > CROWD) {
 #pragma omp for schedule(static)
             for (int64_t t = 0; t < T; t++) if (E) decide(f.router, logits + t * E, muted, t, decisions);
