@@ -38,18 +38,13 @@ public:
             if (i < low_blocks) product(a.q_a, q_in, T, i, a.q_a_bias, low);
             else product(a.kv_a, kv_in, T, i - low_blocks, a.kv_a_bias, kv);
         if (a.low()) pass.each_row([&](int64_t t) { follow(t); });
-        if (T > B) {
 #pragma omp for schedule(static) nowait
-            for (int64_t t = 0; t < T; t++) keep(t);
-#pragma omp for schedule(dynamic)
-            for (int64_t h = 0; h < H; h++) query(h);
+        for (int64_t t = 0; t < T; t++) keep(t);
+#pragma omp for schedule(static)
+        for (int64_t h = 0; h < H; h++) query(h);
+        if (T > B) {
 #pragma omp for schedule(dynamic)
             for (int64_t piece = 0; piece < prompt->pieces(); piece++) prompt->run(piece);
-        } else {
-#pragma omp for schedule(static, 1)  // in turns: the two kinds take different times
-            for (int64_t i = 0; i < H + T; i++)
-                if (i < H) query(i);
-                else keep(i - H);
         }
         if (B) absorb();
         pass.each_row([&](int64_t t) { o_in.put(t, heads + t * H * a.V, FLOAT); });

@@ -28,11 +28,11 @@ public:
 
     void run() {
         pass.each_row([&](int64_t t) { begin(t); });
-        const int64_t router_blocks = blocks(E), all_spans = spans(all.in.O), some_spans = spans(some.in.O);
-#pragma omp for schedule(static, 1)  // in turns: the two kinds take different times
-        for (int64_t i = 0; i < all_spans + router_blocks; i++)
-            if (i < all_spans) hidden(all, 0, all_in, 0, T, i, all_hidden, all_out);
-            else product(f.router.weight, router_in, T, i - all_spans, {}, logits);
+        const int64_t some_spans = spans(some.in.O);
+#pragma omp for schedule(static) nowait
+        for (int64_t i = 0; i < spans(all.in.O); i++) hidden(all, 0, all_in, 0, T, i, all_hidden, all_out);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < blocks(E); i++) product(f.router.weight, router_in, T, i, {}, logits);
         if (T > CROWD) {
 #pragma omp for schedule(static)
             for (int64_t t = 0; t < T; t++) if (E) decide(f.router, logits + t * E, muted, t, decisions);
@@ -45,8 +45,11 @@ public:
             choose();
         }
         everyone.experts = all.in.O > 0, pairs.experts = *experts;
-#pragma omp for schedule(dynamic)  // experts have different numbers of rows
-        for (int64_t i = 0; i < pairs.experts * some_spans; i++) {
+        // Experts have different numbers of rows. Of few rows, pieces that follow each other stay with one thread: what it
+        // asked for ahead is then its own.
+        const int64_t pieces = pairs.experts * some_spans, portion = T < 8 ? std::max<int64_t>(1, pieces / (3 * call.threads)) : 1;
+#pragma omp for schedule(dynamic, portion)
+        for (int64_t i = 0; i < pieces; i++) {
             const int64_t e = pairs.chosen[i / some_spans];
             hidden(some, e, some_in, pairs.start[e], pairs.start[e + 1], i % some_spans, some_hidden, some_out);
         }
