@@ -19,7 +19,7 @@ help: ## show this list
 
 demo: $(VENV)/.soli ## install, then translate a sentence offline with the model in the box and show its experts
 	@echo 'soli: translating offline with the model in the box: soli translate "..." --experts'
-	@$(BIN)/soli translate "You can use this knife to cut wood." --experts
+	@$(BIN)/soli translate "He drank a cup of tea." --experts
 
 install: $(VENV)/.soli ## make .venv with soli in it
 	@echo 'soli: ready: $(BIN)/soli --help'

@@ -292,7 +292,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--record",
         default="cpu",
         metavar="NAME",
-        help="results/NAME.json and its picture (default cpu; cpu_amx: with AMX)",
+        help="results/NAME.json and its picture (default cpu; cpu_amx: with AMX; cpu_avx2: AVX2 alone)",
     )
     parser.add_argument("--note", default="", help="what else must be said of this machine or its peers")
     arguments = parser.parse_args(argv)

@@ -26,12 +26,14 @@ SCRIPTS = {
     "experts": "experts.py",
     "cpu": "cpu.py",
     "cpu_amx": "cpu.py",
+    "cpu_avx2": "cpu.py",
     "serve": "serve.py",
     "speculation": "speculation.py",
     "cpu_kernels": "cpu_kernels.py",
     "open_checkpoint": "open_checkpoint.py",
     **gpu_rows.SCRIPTS,
 }
+PROCESSORS = {"cpu_amx": "with AMX", "cpu_avx2": "with AVX2 alone"}  # the rows of cpu.json, elsewhere
 DIRECTIONS = {"en-zh": "English to Chinese", "zh-en": "Chinese to English"}
 HEAD = ["| what | Soli | peer | ratio | where measured |", "|---|--:|--:|--:|---|"]
 
@@ -48,8 +50,8 @@ def table(results: Path, every_row: bool) -> str:
         result = json.loads(file.read_text(encoding="utf-8"))
         if name in gpu_rows.SCRIPTS:
             result |= {"rows": gpu_rows.rows(name, result), "note": gpu_rows.NOTE}
-        if name == "cpu_amx":  # the same rows on another processor
-            result["rows"] = [row | {"what": f"with AMX: {row['what']}"} for row in result["rows"]]
+        if name in PROCESSORS:
+            result["rows"] = [row | {"what": f"{PROCESSORS[name]}: {row['what']}"} for row in result["rows"]]
         shown = quality(result["figures"]) if "figures" in result else speed(result["rows"], every_row)
         if not shown:
             continue

@@ -10,6 +10,7 @@ import logging
 import secrets
 import time
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 from starlette.exceptions import HTTPException
@@ -22,6 +23,9 @@ OPEN_FOLDER = "/static/"
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 
 log = logging.getLogger("soli.serve")
+
+#: When the HTTP request that is being answered came in, as time.monotonic() has it.
+ARRIVED: ContextVar[float] = ContextVar("arrived")
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Gate:
             await self._app(scope, receive, send)
             return
         seen, started, name = {"status": 0, "sent": 0}, time.monotonic(), f"req-{secrets.token_hex(8)}"
+
+        ARRIVED.set(started)
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":

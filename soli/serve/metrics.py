@@ -43,7 +43,7 @@ class Metrics:
         self._service = service
         self.first = Histogram(
             "soli_time_to_first_token_seconds",
-            "From the request to its first token",
+            "From the request's arrival to its first token",
             buckets=FIRST,
             registry=self._registry,
         )
@@ -59,11 +59,12 @@ class Metrics:
         return generate_latest(self._registry)
 
     async def timed(
-        self, events: AsyncGenerator[tuple[int, Event], None], requests: int
+        self, events: AsyncGenerator[tuple[int, Event], None], requests: int, arrived: float
     ) -> AsyncGenerator[tuple[int, Event], None]:
-        """The events of so many requests themselves, their times taken; who is left without an end was cancelled."""
+        """The events of so many requests themselves, their times taken, from `arrived` on (time.monotonic()); who is
+        left without an end was cancelled."""
         last: dict[int, float] = {}
-        started, left = time.monotonic(), requests
+        left = requests
         try:
             async with aclosing(events):
                 async for place, event in events:
@@ -72,7 +73,7 @@ class Metrics:
                         if place in last:
                             self.between.observe(now - last[place])
                         else:
-                            self.first.observe(now - started)
+                            self.first.observe(now - arrived)
                         last[place] = now
                     if event.finish_reason is not None:
                         left -= 1

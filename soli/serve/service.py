@@ -15,6 +15,7 @@ from soli.engine.text_model import TextModel
 from soli.errors import SoliError
 from soli.serve.errors import ApiError
 from soli.serve.expert_log import ExpertLog
+from soli.serve.gate import ARRIVED
 from soli.serve.merge import merged
 from soli.serve.metrics import Metrics
 from soli.serve.templates import ChatTemplate
@@ -127,6 +128,7 @@ class Service:
         request that is to blame; then none is run."""
         if self._draining:
             raise ApiError(503, "the server is shutting down: ask again when it is back", retry_after=RETRY_SECONDS)
+        arrived = ARRIVED.get(time.monotonic())
         streams: list[AsyncEvents] = []
         try:
             for request in requests:
@@ -146,7 +148,7 @@ class Service:
         except BaseException:
             _close(streams)
             raise
-        return self.metrics.timed(merged(streams, self.limits.seconds), len(requests))
+        return self.metrics.timed(merged(streams, self.limits.seconds), len(requests), arrived)
 
 
 def _close(streams: Sequence[AsyncEvents]) -> None:

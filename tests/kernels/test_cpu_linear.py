@@ -91,6 +91,23 @@ def test_any_number_of_tokens_has_the_bits_of_each_alone(isa, format, group) -> 
         assert torch.equal(into_poison(x_TI[:T].contiguous(), weight), alone[:T])
 
 
+@pytest.mark.parametrize("format", ("int8", "int4"))
+@pytest.mark.parametrize("group", (32, 64, 128))
+def test_bytes_have_the_same_bits_on_every_instruction_set_that_multiplies_them(monkeypatch, format, group) -> None:
+    sets = [isa for isa in weights.isas() if weights.rounds_tokens(isa, format, torch.bfloat16)]
+    if len(sets) < 2:
+        pytest.skip(f"this processor has {len(sets)} instruction set that multiplies bytes, not two")
+    generator = torch.Generator().manual_seed(11)
+    weight = random_weight(format, (37, 640), group, generator)
+    x_TI = torch.randn(41, 640, generator=generator).bfloat16()
+    found = []
+    for isa in sets:
+        monkeypatch.setenv("SOLI_CPU_ISA", isa)
+        found += [cpu.linear(x_TI, weight), cpu.linear(x_TI[:2].contiguous(), weight)]
+    for many, few in zip(found[2::2], found[3::2], strict=True):
+        assert torch.equal(many, found[0]) and torch.equal(few, found[1])
+
+
 def test_threads_do_not_change_a_bit(isa) -> None:
     generator = torch.Generator().manual_seed(4)
     weight, x = random_weight("int4", (200, 128), 64, generator), torch.randn(5, 128, generator=generator).bfloat16()

@@ -291,6 +291,21 @@ def test_a_muted_expert_does_not_play(isa) -> None:
     assert before[0][0] not in after[0] and after[1] == before[1] and len(set(after[0])) == 3
 
 
+def test_a_muted_expert_does_not_play_in_a_prompt(isa, monkeypatch) -> None:
+    model, ids_BT = tiny_model("v3"), texts(1)[:, :40]
+    muted_TE = torch.zeros(40, 16, dtype=torch.bool)
+    muted_TE[::2, :5] = True
+
+    def played() -> Trunk:
+        now = Paged(model, 1, 80, 16).begin([0], [0], [40])
+        return model.trunk(ids_BT, now.positions_T[None], now, {2: muted_TE})
+
+    found = played()
+    monkeypatch.setattr(one_call, "plan", lambda *_, **__: None)
+    assert_same([found], [played()], 2e-5)
+    assert (found.routing[1].expert_ids_TK[::2] >= 5).all() and torch.equal(found.routing[1].biased_TE.isinf(), muted_TE)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     model, ids_BT = tiny_model("v3"), torch.tensor([[3]])
     now = Paged(model, 1, 20, 4).tokens([0], 0, 1)

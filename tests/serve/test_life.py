@@ -21,8 +21,8 @@ import pytest
 
 from soli.cli import main
 from soli.engine.engine import Engine
-from soli.engine.request import EngineLimits, Event
-from soli.engine.service import AsyncEngine
+from soli.engine.request import EngineLimits, Event, Request
+from soli.engine.service import AsyncEngine, AsyncEvents
 from soli.errors import SoliError
 from soli.serve.app import create_app
 from soli.serve.run import listen, on_desktop
@@ -142,6 +142,21 @@ def test_metrics_count_what_happened():
     assert float(found["soli_pages_total"]) > 0 and "soli_prefix_hit_tokens_total" in found
     load = {name: float(value) for name, value in found.items() if name.startswith("soli_expert_load_total")}
     assert len(load) == 32 and sum(load.values()) > 0 and "soli_drafted_total" in found
+
+
+def test_time_to_first_token_counts_from_the_arrival():
+    class Late(AsyncEngine):
+        """Takes a request only after a while, as one does that is in the middle of a long step."""
+
+        async def submit(self, request: Request) -> AsyncEvents:
+            await asyncio.sleep(0.3)
+            return await super().submit(request)
+
+    with serving(Late(Engine(tiny(), EngineLimits(cache_bytes=2**22)))) as url:
+        httpx.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 2})
+        text = httpx.get(f"{url}/metrics").text
+    found = re.search(r"^soli_time_to_first_token_seconds_sum (\S+)$", text, re.MULTILINE)
+    assert found is not None and float(found[1]) > 0.3
 
 
 def test_draining_refuses_the_new_and_finishes_the_old():

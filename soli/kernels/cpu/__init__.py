@@ -3,7 +3,7 @@
 Numerics: activations are float32 or bfloat16 and results have their dtype; every dot product is summed in float32, in
 an order that depends on its length alone, so a token's result has the same bits alone and in any batch, with any number
 of threads. bfloat16 tokens meet bfloat16 products where the processor has them (AVX-512 BF16), and beside int8 and int4
-weights products of bytes, tokens rounded to 8 bits (AVX-512 VNNI); elsewhere float32 ones.
+weights products of bytes, tokens rounded to 8 bits (AVX2 and later); elsewhere float32 ones.
 No gradient is recorded: callers use torch's way when they want one.
 
 Shapes: T tokens, D hidden, E experts, F expert width, K chosen, O output and I input features; B rows, H heads, P pages

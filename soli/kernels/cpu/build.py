@@ -134,7 +134,7 @@ def _units(compiler: str) -> list[tuple[str, tuple[str, ...]]]:
     if platform.machine() != "x86_64":
         return [(name, ()) for name in COMMON]
     units: dict[str, tuple[str, ...]] = dict.fromkeys(COMMON, ())
-    units |= dict.fromkeys(("avx2", "avx2_bytes"), ISA_FLAGS["avx2"])
+    units |= dict.fromkeys(("avx2", "avx2_bytes", "avx2_tokens"), ISA_FLAGS["avx2"])
     units |= dict.fromkeys(("avx512", "avx512_bf16", "avx512_tokens", "avx512_vnni"), ISA_FLAGS["avx512"])
     if not _takes(compiler, ISA_FLAGS["amx"]):
         return list(units.items())

@@ -9,8 +9,8 @@ import { t } from './strings.js';
 const USUAL_TOKENS = { complete: 48, chat: 256 };
 const TEXT = { translate: 'textTranslate', complete: 'textComplete', chat: 'textChat' };
 const RUN = { translate: 'runTranslate', complete: 'runComplete', chat: 'runChat' };
-const EXAMPLE = { translate: 'You can use this knife to cut wood.', complete: 'The river', chat: '' };
-const EXAMPLE_B = { translate: '你可以用这把刀切木头。', complete: 'The city', chat: '' };
+const EXAMPLE = { translate: 'He drank a cup of tea.', complete: 'The river', chat: '' };
+const EXAMPLE_B = { translate: '他喝了一杯茶。', complete: 'The city', chat: '' };
 
 export class Desk {
   /**

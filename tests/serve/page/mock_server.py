@@ -18,6 +18,11 @@ from typing import Any
 from soli.serve.page_files import page_files
 
 RECORDINGS = Path(__file__).parent / "recordings"
+# The page begins with other sentences than those that were recorded, of an earlier model, for what their roads show.
+RECORDED = {
+    "He drank a cup of tea.": "You can use this knife to cut wood.",
+    "他喝了一杯茶。": "你可以用这把刀切木头。",
+}
 NANO = {
     "name": "nano",
     "layers": [f"layers.{n}" for n in range(1, 5)],
@@ -172,7 +177,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.mock.asked.append(("GET", self.path, None))
         file = page_files().get(path)
         if file is not None:
-            self._send(200, file.content, file.headers)
+            content = file.content
+            for text, recorded in RECORDED.items():
+                content = content.replace(text.encode(), recorded.encode())
+            self._send(200, content, file.headers)
         elif not self._allowed():
             self._json(401, {"error": {"message": "an API key is needed"}})
         elif self.mock.loading > 0:
