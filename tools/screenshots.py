@@ -22,7 +22,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
 LARGEST = 300_000  # bytes
-WOOD = 9  # the place of " wood" in the sentence about the knife
+TEA = 17  # the place of 茶 in its translation: what the bias changed is seen in three layers
 HEARD_BEFORE = (
     "The old man walked slowly to the river.", "Please close the window, it is cold.", "我们明天早上八点出发。",
     "The train leaves at 10:45.", "他把书放在桌子上。", "In 1998 the city had 200 schools.",
@@ -91,8 +91,8 @@ def save(page: Page, name: str, height: int | None = None) -> None:
 def road(browser: Browser, url: str) -> None:
     page = opened(browser, url, color_scheme="light")
     page.click("#run")
-    wait_for(page, 20)
-    page.locator(".token").nth(WOOD).click()
+    wait_for(page, 19)
+    page.locator(".token").nth(TEA).click()
     save(page, "page-road.png", 1290)
 
 
@@ -108,7 +108,7 @@ def compared(browser: Browser, url: str) -> None:
     page = opened(browser, url, color_scheme="light")
     page.check("#compare")
     page.click("#run")
-    wait_for(page, 21)
+    wait_for(page, 19)
     page.wait_for_timeout(1500)
     save(page, "page-compare.png", 940)
 
@@ -116,14 +116,14 @@ def compared(browser: Browser, url: str) -> None:
 def muted(browser: Browser, url: str) -> None:
     page = opened(browser, url, color_scheme="dark", locale="zh-CN")
     page.click("#run")
-    wait_for(page, 20)
+    wait_for(page, 19)
     page.focus("#grid-a")
     for key in ["ArrowDown"] * 3 + ["ArrowRight"] * 24 + ["Enter"]:
         page.keyboard.press(key)
     page.wait_for_selector(".repertoire li")
     page.click("#mute")
     page.click("#run-again")
-    wait_for(page, 20)
+    wait_for(page, 19)
     page.wait_for_timeout(1500)
     save(page, "page-expert-zh.png", 1130)
 
@@ -134,8 +134,8 @@ def phone(browser: Browser, url: str) -> None:
         browser, url, viewport=small, device_scale_factor=2, is_mobile=True, has_touch=True, color_scheme="dark"
     )
     page.tap("#run")
-    wait_for(page, 20)
-    page.locator(".token").nth(WOOD).tap()
+    wait_for(page, 19)
+    page.locator(".token").nth(TEA).tap()
     save(page, "page-phone.png", 1060)
 
 

@@ -121,7 +121,7 @@ def _takes(x: Tensor, weight: Tensor, way: str | None) -> bool:
 
 def _wins(x: Tensor) -> bool:
     """Whether C++ is the faster way for one plain matrix."""
-    return x.dtype != torch.bfloat16 or x.numel() < ONEDNN_FROM * x.shape[-1] or torch_linear.widens(x)
+    return x.dtype != torch.bfloat16 or x.numel() < ONEDNN_FROM * x.shape[-1] or not torch_linear.narrow_products()
 
 
 _tables: WeakKeyDictionary[PackedExperts, cpu.ExpertTable | None] = WeakKeyDictionary()

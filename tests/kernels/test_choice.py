@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from soli import kernels, load_model
 from soli.errors import SoliError
-from soli.kernels import choice, cpu
+from soli.kernels import choice, cpu, torch_linear
 from soli.kernels.packed import PackedWeight
+from soli.model.attention import attend
 from tests.kernels.weights import needs_kernels, random_weight
 
 
@@ -91,3 +93,20 @@ def test_without_cpp_everything_is_still_answered(monkeypatch) -> None:
     weight = PackedWeight("int8", torch.ones(3, 32, dtype=torch.int8), torch.ones(3, 1).half(), (3, 32), 32)
     assert torch.equal(kernels.packed_linear(torch.ones(1, 32), weight), torch.full((1, 3), 32.0))
     assert kernels.linear(torch.zeros(4, 2), torch.zeros(3, 2)).shape == (4, 3)
+
+
+def test_bfloat16_is_multiplied_as_float32_where_torch_has_no_products_of_it(monkeypatch, counted) -> None:
+    x_TI, weight = torch.randn(64, 96).bfloat16(), torch.randn(32, 96).bfloat16()
+    exact = F.linear(x_TI.float(), weight.float()).bfloat16()
+    monkeypatch.setattr(torch_linear, "narrow_products", lambda: False)
+    with torch.no_grad():
+        assert torch.equal(torch_linear.linear(x_TI, weight), exact)
+        torch.testing.assert_close(kernels.linear(x_TI, weight), exact)
+        assert counted == (["plain_linear"] if cpu.available() else [])  # however many tokens
+        q, k, v = (torch.randn(1, 2, 9, width).bfloat16() for width in (12, 12, 8))
+        wide = attend(q.float(), k.float(), v.float(), None, 0.3)
+        assert torch.equal(attend(q, k, v, None, 0.3), wide.bfloat16())
+    assert not torch_linear.widens(x_TI)  # a gradient would keep the copies
+    monkeypatch.setattr(torch_linear, "narrow_products", lambda: True)
+    with torch.no_grad():
+        assert not torch_linear.widens(x_TI)

@@ -303,7 +303,8 @@ def test_a_muted_expert_does_not_play_in_a_prompt(isa, monkeypatch) -> None:
     found = played()
     monkeypatch.setattr(one_call, "plan", lambda *_, **__: None)
     assert_same([found], [played()], 2e-5)
-    assert (found.routing[1].expert_ids_TK[::2] >= 5).all() and torch.equal(found.routing[1].biased_TE.isinf(), muted_TE)
+    assert (found.routing[1].expert_ids_TK[::2] >= 5).all()
+    assert torch.equal(found.routing[1].biased_TE.isinf(), muted_TE)
 
 
 def test_what_does_not_fit_is_refused() -> None:
