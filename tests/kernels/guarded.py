@@ -95,16 +95,18 @@ def check_latents(width: int, generator: torch.Generator) -> None:
 
 @torch.inference_mode()
 def check_layers(format: str, at_end: bool) -> None:
-    """Two passes through whole layers: every matrix, and the pages of the cache."""
+    """Passes of single tokens and of a prompt through whole layers: every matrix, and the pages of the cache."""
     ids_BT = torch.arange(3)[None]
     for dtype in DTYPES if format != "fp32" else DTYPES[:1]:
         model, found = packed_model(format, dtype), []
         for lying in (False, True):
-            cache = Paged(model, 1, 8, 4)
+            cache = Paged(model, 1, 16, 4)
             if lying:
                 hold(model, at_end)
                 cache._layers = {layer: guarded(pages, at_end) for layer, pages in cache._layers.items()}
             found.append([cache.read(model, ids_BT, [0], at)[-1].hidden_BTD for at in (0, 3)])
+            now = cache.begin([0], [6], [10])
+            found[-1].append(model.trunk(torch.arange(10)[None], now.positions_T[None], now).hidden_BTD)
         assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
