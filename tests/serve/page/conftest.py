@@ -43,7 +43,7 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
     ) -> Any:
         options = {"viewport": {"width": 1280, "height": 900}, "locale": "en-GB", "color_scheme": "light", **options}
         page = browser.new_context(**options).new_page()
-        page.set_default_timeout(8000)
+        page.set_default_timeout(30000)
         errors: list[str] = []
         requests: list[str] = []
         page.on(

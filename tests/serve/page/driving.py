@@ -18,8 +18,9 @@ LIT = """(id) => { // cells that differ from what a silent grid has at the same 
 }"""
 
 
-def until(page, condition, seconds=8.0):
-    """Waits for a JavaScript expression; the page's policy forbids the polling that Playwright would put into it."""
+def until(page, condition, seconds=30.0):
+    """Waits for a JavaScript expression, long where other tests take the cores; the page's policy forbids the polling
+    that Playwright would put into it."""
     end = time.monotonic() + seconds
     while not page.evaluate(condition):
         assert time.monotonic() < end, f"still not so: {condition}"
