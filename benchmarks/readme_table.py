@@ -28,12 +28,14 @@ SCRIPTS = {
     "cpu_amx": "cpu.py",
     "cpu_avx2": "cpu.py",
     "serve": "serve.py",
+    "serve_avx2": "serve.py",
     "speculation": "speculation.py",
     "cpu_kernels": "cpu_kernels.py",
     "open_checkpoint": "open_checkpoint.py",
     **gpu_rows.SCRIPTS,
 }
-PROCESSORS = {"cpu_amx": "with AMX", "cpu_avx2": "with AVX2 alone"}  # the rows of cpu.json, elsewhere
+# Rows of cpu.json and serve.json, elsewhere.
+PROCESSORS = {"cpu_amx": "with AMX", "cpu_avx2": "with AVX2 alone", "serve_avx2": "with AVX2 alone"}
 DIRECTIONS = {"en-zh": "English to Chinese", "zh-en": "Chinese to English"}
 HEAD = ["| what | Soli | peer | ratio | where measured |", "|---|--:|--:|--:|---|"]
 
