@@ -30,7 +30,9 @@ export class Player {
       this.owed = 1; // the next token sounds at once
       return 0;
     }
-    this.owed = Math.min(this.owed + seconds * this.speed, left);
+    // Two frames may have one time, and zero times Infinity is no number.
+    const earned = this.speed === Infinity ? left : Math.max(0, seconds) * this.speed;
+    this.owed = Math.min(this.owed + earned, left);
     const count = Math.floor(this.owed);
     this.owed -= count;
     this.position += count;

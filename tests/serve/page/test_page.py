@@ -289,3 +289,15 @@ def test_what_the_model_writes_is_never_html(mock, open_page):
     page.wait_for_timeout(200)
     assert page.locator("img, body script, b:has(b)").count() == 0 and page.title() == "Soli"
     assert token(page, 0).inner_text() == "⟨202e⟩evil⟨1b⟩[31m"
+
+
+@pytest.mark.parametrize("seconds", (0, -0.004, 0.016))
+def test_as_fast_as_they_come_needs_no_time_to_pass(mock, open_page, seconds):
+    page = open_page(mock)
+    script = """async (seconds) => {
+      const { Player } = await import('/static/player.js');
+      const player = new Player({ length: () => 5, more: () => false, changed: () => {} });
+      player.speed = Infinity;
+      return [player.advance(seconds), player.position];
+    }"""
+    assert page.evaluate(script, seconds) == [5, 5]
