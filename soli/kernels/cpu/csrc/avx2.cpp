@@ -8,7 +8,7 @@ namespace soli {
 namespace {
 
 struct Vec {
-    static constexpr int WIDTH = 8, ROWS = 2, TOGETHER = 3, AHEAD = 8192;  // 4 rows x 3 tokens: sums and operands fit sixteen registers
+    static constexpr int WIDTH = 8, ROWS = 2, TOGETHER = 3, AHEAD = LEAST_AHEAD;  // 4 rows x 3 tokens: sums and operands fit sixteen registers
     __m256 v;
 
     static Vec zero() { return {_mm256_setzero_ps()}; }

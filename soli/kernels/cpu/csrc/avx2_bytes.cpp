@@ -121,7 +121,7 @@ SOLI_INLINE void few_step(const Strip& strip, const float* scales, int64_t k, in
 template <int64_t FORMAT, int G, int N>
 void few(const Strip& strip, const float* scales, const uint8_t* x, int64_t stride, int64_t row_bytes, __m256* sum) {
     constexpr int C = FORMAT == INT4 && G == 32 ? 64 : G;
-    const int64_t next = EIGHT * row_bytes, ahead = next < 8192 ? 8192 : next;
+    const int64_t next = EIGHT * row_bytes, ahead = next < LEAST_AHEAD ? LEAST_AHEAD : next;
     for (int n = 0; n < N; n++) sum[n] = _mm256_setzero_ps();
     constexpr int LINES = FORMAT == INT4 ? 1 : 2;  // of 128 inputs
     int64_t k = 0;
@@ -227,12 +227,6 @@ constexpr Few FEW[] = {few<FORMAT, G, 1>, few<FORMAT, G, 2>, few<FORMAT, G, 3>};
 using Some = void (*)(const Turned&, Turned::Ahead, const uint8_t*, __m256 (*)[PLANES]);
 template <int64_t FORMAT, int G>
 constexpr Some SOME[] = {some<FORMAT, G, 1>, some<FORMAT, G, 2>, some<FORMAT, G, 3>, some<FORMAT, G, 4>};
-
-// Of `left` things the first portion, when as few portions as possible, of `most`, are to be of even size.
-int64_t portion(int64_t left, int64_t most) {
-    const int64_t pieces = (left + most - 1) / most;
-    return (left + pieces - 1) / pieces;
-}
 
 template <int64_t FORMAT, int G>
 void many_tokens(const Rows& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride, Scratch& scratch) {

@@ -173,7 +173,7 @@ void run(const Rows& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y
             continue;
         }
         for (int64_t t = 0; t < tokens;) {
-            const int64_t pieces = (tokens - t + MOST_FEW - 1) / MOST_FEW, count = (tokens - t + pieces - 1) / pieces;
+            const int64_t count = portion(tokens - t, MOST_FEW);
             __m512 sum[MOST_FEW];
             FEW<FORMAT, G>[count - 1](band, scales, x + t * stride, stride, layout.row_bytes(), reinterpret_cast<__m512i*>(turned), sum);
             for (int64_t n = 0; n < count; n++) _mm512_mask_storeu_ps(y + (t + n) * y_stride + r, band.there(), sum[n]);

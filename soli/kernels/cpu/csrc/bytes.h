@@ -38,6 +38,12 @@ struct Scale {
     }
 };
 
+// Of `left` tokens the first portion, when as few portions as possible, of `most`, are to be of even size.
+SOLI_INLINE int64_t portion(int64_t left, int64_t most) {
+    const int64_t pieces = (left + most - 1) / most;
+    return (left + pieces - 1) / pieces;
+}
+
 // A band of rows turned for many tokens, how far these are apart, and what comes after the band: `bytes` to ask for from
 // `next` on.
 struct Turned {

@@ -31,7 +31,7 @@ int run(const Experts& layer, int64_t dtype, int64_t threads, int64_t T, const v
 #pragma omp for
         for (int64_t p = 0; p < P; p++)
             in.put(p, static_cast<const uint8_t*>(x) + pairs.token[p] * D * size, dtype);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, at_once(pairs.experts * blocks, T, 3 * threads))
         for (int64_t piece = 0; piece < pairs.experts * blocks; piece++) {
             const int64_t e = pairs.chosen[piece / blocks];
             hidden_rows(layer, e, in, pairs.start[e], pairs.start[e + 1], piece % blocks * ROWS, hidden);

@@ -5,18 +5,6 @@
 
 namespace soli {
 
-namespace {
-
-// Rows of a piece of work. Few tokens read more of them in one go: what a thread asked for ahead of a piece's end is then
-// seldom another's.
-int64_t span_of(int64_t O, int64_t T, int64_t threads) {
-    constexpr int64_t FEW = 8, PIECES = 8;  // tokens; pieces for each thread
-    const int64_t each = O / (PIECES * threads) / ROWS * ROWS;
-    return T < FEW ? std::max(ROWS, each) : ROWS;
-}
-
-}  // namespace
-
 // x (T, I) and y (T, O) of `dtype`; 0, or 2 when there is no memory for the scratch.
 extern "C" int soli_linear(
     int64_t isa, int64_t format, int64_t O, int64_t I, int64_t group, const void* weight, const void* scale, int64_t T,
@@ -27,22 +15,21 @@ extern "C" int soli_linear(
     Tokens tokens(kernels(isa), layout, dtype);
     if (!scratch.reserve(tokens.bytes(T))) return 2;
     tokens.data = scratch.take<uint8_t>(tokens.bytes(T));
-    const int64_t size = dtype == FLOAT ? 4 : 2, span = span_of(O, T, threads);
+    const int64_t size = dtype == FLOAT ? 4 : 2;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for
         for (int64_t t = 0; t < T; t++) tokens.put(t, static_cast<const uint8_t*>(x) + t * I * size, dtype);
-#pragma omp for schedule(dynamic)
-        for (int64_t first = 0; first < O; first += span)
-            for (int64_t row = first; row < std::min(O, first + span); row += ROWS) {
-                alignas(64) float tile[TOKENS * ROWS];
-                const int64_t rows = std::min(ROWS, O - row);
-                for (int64_t t = 0; t < T; t += TOKENS) {
-                    const int64_t count = std::min(TOKENS, T - t);
-                    tokens.dots(matrix, row, rows, t, count, tile, ROWS);
-                    for (int64_t i = 0; i < count; i++) write_out(tile + i * ROWS, rows, y, (t + i) * O + row, dtype);
-                }
+#pragma omp for schedule(dynamic, at_once((O + ROWS - 1) / ROWS, T, 8 * threads))
+        for (int64_t row = 0; row < O; row += ROWS) {
+            alignas(64) float tile[TOKENS * ROWS];
+            const int64_t rows = std::min(ROWS, O - row);
+            for (int64_t t = 0; t < T; t += TOKENS) {
+                const int64_t count = std::min(TOKENS, T - t);
+                tokens.dots(matrix, row, rows, t, count, tile, ROWS);
+                for (int64_t i = 0; i < count; i++) write_out(tile + i * ROWS, rows, y, (t + i) * O + row, dtype);
             }
+        }
     }
     return 0;
 }

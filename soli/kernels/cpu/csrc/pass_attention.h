@@ -4,6 +4,8 @@
 // Absorbed, W_UK is folded into each query as a weighted sum of kv_b's rows and W_UV is applied to what a head has mixed,
 // both straight from kv_b in its own format.
 #pragma once
+#include <optional>
+
 #include "pass_prompt.h"
 
 namespace soli {

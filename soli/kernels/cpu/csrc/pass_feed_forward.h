@@ -45,10 +45,8 @@ public:
             choose();
         }
         everyone.experts = all.in.O > 0, pairs.experts = *experts;
-        // Experts have different numbers of rows. Of few rows, pieces that follow each other stay with one thread: what it
-        // asked for ahead is then its own.
-        const int64_t pieces = pairs.experts * some_spans, portion = T < 8 ? std::max<int64_t>(1, pieces / (3 * call.threads)) : 1;
-#pragma omp for schedule(dynamic, portion)
+        const int64_t pieces = pairs.experts * some_spans;
+#pragma omp for schedule(dynamic, at_once(pieces, T, 3 * call.threads))  // experts have different numbers of rows
         for (int64_t i = 0; i < pieces; i++) {
             const int64_t e = pairs.chosen[i / some_spans];
             hidden(some, e, some_in, pairs.start[e], pairs.start[e + 1], i % some_spans, some_hidden, some_out);

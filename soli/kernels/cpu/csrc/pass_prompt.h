@@ -4,8 +4,6 @@
 // A running softmax takes the blocks in order (Latents::join), so a query has the same bits whatever part of the text is
 // read with it. Where the processor has bfloat16 products, keys and queries of bfloat16 rows are rounded to that.
 #pragma once
-#include <optional>
-
 #include "pass.h"
 
 namespace soli {
