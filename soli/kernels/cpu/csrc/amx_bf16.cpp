@@ -142,7 +142,7 @@ void tile(const Band* band, const uint8_t* turned, const uint16_t* x, Part* sum,
     if (D::SCALED)
         for (int i = 0; i < 4; i++) for (auto& line : sum[i]) _mm512_store_ps(line, _mm512_setzero_ps());
     for (int64_t k = 0; k < I; k += D::CHUNK, next += step) {
-        for (int64_t line = 0; line < step; line += 64) _mm_prefetch(reinterpret_cast<const char*>(next + line), _MM_HINT_T1);
+        for (int64_t line = 0; line < step; line += 64) ask(next + line);
         for (int v = 0; v < D::VECS; v++)
             tiles_add<BLOCKS, BANDS>(reinterpret_cast<const uint8_t*>(x + k + 32 * v), x_bytes, turned + (k / 32 + v) * 1024, band_bytes);
         if (!D::SCALED) continue;

@@ -8,7 +8,7 @@ namespace soli {
 namespace {
 
 struct Vec {
-    static constexpr int WIDTH = 8, ROWS = 2, TOGETHER = 3, AHEAD = LEAST_AHEAD;  // 4 rows x 3 tokens: sums and operands fit sixteen registers
+    static constexpr int WIDTH = 8, ROWS = 2, TOGETHER = 3;  // 4 rows x 3 tokens: sums and operands fit sixteen registers
     __m256 v;
 
     static Vec zero() { return {_mm256_setzero_ps()}; }
@@ -42,11 +42,10 @@ __m256 half_at(const uint8_t* base, int64_t index) {
 
 __m256i eight_bytes(const uint8_t* from) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))); }
 
-// Ask for a line of the rows that come next, once per line: hardware follows a row but not the jump to another. Into the
-// second-level cache: Zen 4 then reads two to three times as fast as when it has to make room in the first.
+// Ask for a line of the rows that come next, once per line: hardware follows a row but not the jump to another.
 template <int BYTES>
 void prefetch_line(const uint8_t* weight, int64_t at, int64_t ahead) {
-    if (at % 64 < BYTES) _mm_prefetch(reinterpret_cast<const char*>(weight + at + ahead), _MM_HINT_T1);
+    if (at % 64 < BYTES) ask(weight + at + ahead);
 }
 
 struct Fp32 {

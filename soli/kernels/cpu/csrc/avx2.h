@@ -10,8 +10,6 @@ void dots16_int8_avx2(const Rows& rows, const uint8_t* x, int64_t tokens, float*
 void dots16_int4_avx2(const Rows& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride);
 void put16_bytes(const Layout& layout, const uint16_t* x, uint8_t* token, int64_t at);
 
-constexpr int64_t LEAST_AHEAD = 8192;  // bytes: what is asked for nearer than this comes late
-
 // Sums of neighbours of 16 bits, in 32.
 static SOLI_INLINE __m256i paired(__m256i sums16) { return _mm256_madd_epi16(sums16, _mm256_set1_epi16(1)); }
 

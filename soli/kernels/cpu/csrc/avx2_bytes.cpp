@@ -50,7 +50,7 @@ void store(__m256 sum, int64_t count, float* y) {
 // than the next are asked for.
 void transpose_scales(const Strip& strip, int64_t groups, float* to) {
     for (int64_t line = 0; line < 2 * groups * EIGHT; line += 64)
-        _mm_prefetch(reinterpret_cast<const char*>(strip.scale[0] + 4 * groups * EIGHT + line), _MM_HINT_T1);
+        ask(strip.scale[0] + 4 * groups * EIGHT + line);
     for (int64_t g = 0; g < groups; g += 8) {
         __m128i a[8], b[8];
         for (int r = 0; r < 8; r++) {
@@ -101,7 +101,7 @@ SOLI_INLINE void few_step(const Strip& strip, const float* scales, int64_t k, in
     for (int r = 0; r < EIGHT; r++) {
         multiply<FORMAT, C, N, FULL>(strip.weight[r], k, x, stride, part, r);
         const uint8_t* line = strip.weight[r] + (FORMAT == INT4 ? k / 2 : k) + ahead;
-        for (int i = 0; i < LINES; i++) _mm_prefetch(reinterpret_cast<const char*>(line + 64 * i), _MM_HINT_T1);
+        for (int i = 0; i < LINES; i++) ask(line + 64 * i);
     }
     for (int n = 0; n < N; n++) {
         const Token token(x + n * stride, padded(strip.I));

@@ -7,7 +7,7 @@ namespace soli {
 namespace {
 
 struct Vec {
-    static constexpr int WIDTH = 16, ROWS = 4, TOGETHER = 4, AHEAD = 0;  // 4 rows x 4 tokens
+    static constexpr int WIDTH = 16, ROWS = 4, TOGETHER = 4;  // 4 rows x 4 tokens
     __m512 v;
 
     static Vec zero() { return {_mm512_setzero_ps()}; }

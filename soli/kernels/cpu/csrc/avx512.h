@@ -19,7 +19,7 @@ void put16(const Layout& layout, const uint16_t* x, uint8_t* token, int64_t at);
 // Ask for a line of the rows that come next, once per line: hardware follows a row but not the jump to another.
 template <int BYTES>
 static inline void prefetch_line(const uint8_t* weight, int64_t at, int64_t ahead) {
-    if (at % 64 < BYTES) _mm_prefetch(reinterpret_cast<const char*>(weight + at + ahead), _MM_HINT_T0);
+    if (at % 64 < BYTES) ask(weight + at + ahead);
 }
 
 // `left` of 64 bytes; what is masked out is neither read nor a fault.

@@ -39,7 +39,7 @@ SOLI_INLINE void columns(__m512i* a) {
 // The scales of a band, group after group: to[16 * g + r], up to a whole eight of groups. The next band's are asked for.
 void transpose_scales(const Band& band, int64_t groups, float* to) {
     for (int64_t line = 0; line < 2 * groups * BAND; line += 64)
-        _mm_prefetch(reinterpret_cast<const char*>(band.scale[0] + 2 * groups * BAND + line), _MM_HINT_T0);
+        ask(band.scale[0] + 2 * groups * BAND + line);
     const __m512i pairs[2] = {_mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15)};
     for (int64_t g = 0; g < groups; g += 32, to += 32 * BAND) {
         const int64_t count = groups - g;
@@ -99,7 +99,7 @@ SOLI_INLINE void multiply(
             part[n][r] = _mm512_dpbusd_epi32(part[n][r], w[1], _mm512_load_si512(x + n * stride + k + 64));
         }
         const uint8_t* line = rows[r] + (FORMAT == INT4 ? k / 2 : k) + ahead;
-        for (int i = 0; i < LINES; i++) _mm_prefetch(reinterpret_cast<const char*>(line + 64 * i), _MM_HINT_T0);
+        for (int i = 0; i < LINES; i++) ask(line + 64 * i);
     }
     for (int n = 0; n < N; n++) {
         const __m512i* p = part[n];
@@ -111,8 +111,8 @@ SOLI_INLINE void multiply(
 template <int64_t FORMAT, int G, int N>
 void few(const Band& band, const float* scales, const uint8_t* x, int64_t stride, int64_t row_bytes, __m512i* quads, __m512* sum) {
     constexpr int GROUPS = 128 / G;
-    // What is asked for: the next eight rows, or what lies 4 KiB on; less comes late, more is gone from the cache again.
-    const int64_t P = padded(band.I), whole = band.I / 128 * 128, next = EIGHT * row_bytes, ahead = next < 4096 ? 4096 : next;
+    const int64_t P = padded(band.I), whole = band.I / 128 * 128, next = EIGHT * row_bytes;
+    const int64_t ahead = next < LEAST_AHEAD ? LEAST_AHEAD : next;
     for (int half = 0; half < BAND / EIGHT; half++) {
         const uint8_t* const* rows = band.weight + half * EIGHT;
         __m512i* to = quads + half * N * P / 64;

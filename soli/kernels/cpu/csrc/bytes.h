@@ -58,8 +58,7 @@ struct Turned {
         const uint8_t* next;
         int64_t step;
         SOLI_INLINE void ask() {
-            for (int64_t line = 0; line < step; line += 64)
-                _mm_prefetch(reinterpret_cast<const char*>(next + line), _MM_HINT_T1);
+            for (int64_t line = 0; line < step; line += 64) soli::ask(next + line);
             next += step;
         }
     };

@@ -63,6 +63,12 @@ struct Rows {
     }
 };
 
+// Ask for a line that will be read soon. Into the second-level cache: Zen 4 then reads up to three times as fast as when it
+// has to make room in the first.
+SOLI_INLINE void ask(const uint8_t* line) { __builtin_prefetch(line, 0, 2); }
+
+constexpr int64_t LEAST_AHEAD = 8192;  // bytes: what is asked for nearer than this comes late
+
 // y[t * y_stride + r] = rows[r] . x[t], for `tokens` tokens and all rows; tokens are padded(I) floats or token16_bytes().
 using Dots32 = void (*)(const Rows& rows, const float* x, int64_t tokens, float* y, int64_t y_stride);
 using Dots16 = void (*)(const Rows& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride);

@@ -6,7 +6,7 @@ namespace soli {
 namespace {
 
 struct Vec {
-    static constexpr int WIDTH = 8, ROWS = 2, TOGETHER = 2, AHEAD = 0;
+    static constexpr int WIDTH = 8, ROWS = 2, TOGETHER = 2;
     float lane[WIDTH];
 
     static Vec zero() { return {}; }
