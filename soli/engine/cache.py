@@ -12,6 +12,8 @@ Shapes: B rows of a pass, T its tokens, P pages, M pages a row may have.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import add
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from soli.config import ModelConfig
 from soli.errors import SoliError
 from soli.model.attention import Chunk
 
+CPU = torch.device("cpu")
 FEW = 4  # tokens of one text: up to here each is a query of its own, beyond they are read as a chunk
 
 
@@ -51,16 +54,16 @@ class LatentCache:
     ) -> "CachePass":
         """The pass that reads `counts[b]` tokens of `rows[b]` from position `starts[b]`; give counts up to FEW first:
         their tokens are single queries, each with its own length."""
-        row_B, start_B = np.asarray(rows, dtype=np.int64), np.asarray(starts, dtype=np.int64)
-        count_B = np.asarray(counts, dtype=np.int64)
-        end_B = start_B + count_B  # positions
-        last = int(end_B.max())
+        last = max(map(add, starts, counts))
         if last > self.positions:
             raise SoliError(
                 f"position {last - 1} is past the {self.positions} positions of this cache: use a shorter text"
             )
+        row_B, start_B = np.array(rows, dtype=np.int64), np.array(starts, dtype=np.int64)
         if max(counts) == 1:  # decoding: as below, for less
-            return self._pass(row_B, start_B, len(row_B), last, [], device)
+            return self._pass(row_B, start_B, len(row_B), last, [], device, min(starts) == 0)
+        count_B = np.array(counts, dtype=np.int64)
+        end_B = start_B + count_B  # positions
         stop_B = np.cumsum(count_B)  # tokens of the pass
         position_T = np.arange(stop_B[-1]) - np.repeat(stop_B - end_B, count_B)
         row_T = np.repeat(row_B, count_B)
@@ -69,10 +72,10 @@ class LatentCache:
         chunks = []
         for row, start, end, stop in zip(row_B, start_B, end_B, stop_B, strict=True):
             if stop > singles:
-                slots_S = torch.from_numpy(self._slots(row, np.arange(end))).to(device)
+                slots_S = _tensor(self._slots(row, np.arange(end)), device)
                 chunks.append(Chunk(int(stop - (end - start)), int(stop), int(start), slots_S))
         longest = int(position_T[:singles].max(initial=0)) + 1
-        return self._pass(row_T, position_T, singles, longest, chunks, device)
+        return self._pass(row_T, position_T, singles, longest, chunks, device, True)
 
     def _pass(
         self,
@@ -82,17 +85,19 @@ class LatentCache:
         longest: int,
         chunks: Sequence[Chunk],
         device: str | torch.device,
+        begins: bool,
     ) -> "CachePass":
         """Tokens by row and position, the first `singles` of them queries by themselves, over up to `longest` slots."""
         most = pages_for(longest, self.page_tokens)
         return CachePass(
             cache=self,
-            positions_T=torch.from_numpy(position_T).to(device),
+            positions_T=_tensor(position_T, device),
             rows_T=row_T,
             singles=singles,
-            table_BM=torch.from_numpy(self.tables_RM[row_T[:singles], :most]).to(device),
-            lengths_B=torch.from_numpy((position_T[:singles] + 1).astype(np.int32)).to(device),
+            table_BM=_tensor(self.tables_RM[row_T[:singles], :most], device),
+            lengths_B=_tensor((position_T[:singles] + 1).astype(np.int32), device),
             chunks=chunks,
+            begins=begins,
         )
 
     def pages(self, layer: int, width: int, like: Tensor) -> Tensor:
@@ -131,6 +136,7 @@ class CachePass:
     table_BM: Tensor
     lengths_B: Tensor
     chunks: Sequence[Chunk]
+    begins: bool
 
     @cached_property
     def slots_T(self) -> Tensor:
@@ -144,6 +150,11 @@ class CachePass:
     def write(self, layer: int, entries_TX: Tensor) -> Tensor:
         """Stores the pass's entries of one layer; returns its pages."""
         return self.cache.write(layer, self.slots_T, entries_TX)
+
+
+def _tensor(array: NDArray[Any], device: str | torch.device) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor if device == CPU else tensor.to(device)  # a step of a small model is mostly such calls
 
 
 def pages_for(tokens: int, page_tokens: int) -> int:

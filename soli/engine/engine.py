@@ -162,18 +162,18 @@ class Engine:
         """Runs the model over the reads, draws for those that are read to their end, drafts what may follow."""
         counts = [read.count for read in reads]
         now = self._cache.begin([read.task.row for read in reads], [read.start for read in reads], counts, self._device)
-        ids_1T = torch.tensor([[token for read in reads for token in read.tokens]], dtype=torch.int64).to(self._device)
-        trunk = self._model.trunk(ids_1T, now.positions_T[None], now, self._muted(reads))
-        self._count(reads, trunk.routing)
+        ids_T = torch.tensor([token for read in reads for token in read.tokens]).to(self._device)
         ends = list(accumulate(counts))
-        drawn = self._draw(reads, ends, trunk.hidden_BTD[0])
+        made = self._model.read(ids_T, now.positions_T, now, self._wanted(reads, ends), self._muted(reads))
+        self._count(reads, made.routing)
+        drawn = self._draw(reads, made.logits_NV)
         events: list[Event] = []
         followed: list[Followed] = []
         for read, end in zip(reads, ends, strict=True):
             answer = self._answers[read.task.number]
             found = drawn.get(answer.number)
             stays = read.count if found is None else read.count - len(answer.drafts) + found.kept
-            routing = self._new_routing(answer, read, stays, trunk.routing, end - read.count)
+            routing = self._new_routing(answer, read, stays, made.routing, end - read.count)
             self._scheduler.advance(answer, stays)
             if self._drafter is None:
                 self._scheduler.publish(answer)
@@ -182,26 +182,28 @@ class Engine:
                 wants = answer.state if found is not None and answer.room > 1 else None
                 followed.append(Followed(answer, read.start, stays, end - read.count, wants))
         if self._drafter is not None:
-            self._draft(self._drafter, followed, trunk.hidden_BTD[0])
+            self._draft(self._drafter, followed, made.hidden_TD)
         return events
 
-    def _draw(self, reads: Sequence[Read], ends: Sequence[int], hidden_TD: Tensor) -> dict[int, Verified]:
-        """The next tokens of everyone who is read to the end, by number; drafts are verified."""
+    def _wanted(self, reads: Sequence[Read], ends: Sequence[int]) -> list[int]:
+        """The rows whose logits are drawn from: the last of everyone who is read to the end, with its drafts."""
         last = [(self._answers[read.task.number], end) for read, end in zip(reads, ends, strict=True) if read.last]
-        if not last:
-            return {}
-        rows = [row for answer, end in last for row in range(end - 1 - len(answer.drafts), end)]
-        logits_RV = self._model.head(hidden_TD[torch.tensor(rows, device=self._device)])
-        stops = list(accumulate(1 + len(answer.drafts) for answer, _ in last))
-        plain = [(answer, stop - 1) for (answer, _), stop in zip(last, stops, strict=True) if not answer.drafts]
+        return [row for answer, end in last for row in range(end - 1 - len(answer.drafts), end)]
+
+    def _draw(self, reads: Sequence[Read], logits_NV: Tensor) -> dict[int, Verified]:
+        """The next tokens of everyone who is read to the end, by number; drafts are verified."""
+        last = [self._answers[read.task.number] for read in reads if read.last]
+        stops = list(accumulate(1 + len(answer.drafts) for answer in last))
+        plain = [(answer, stop - 1) for answer, stop in zip(last, stops, strict=True) if not answer.drafts]
         found: dict[int, Verified] = {}
         if plain:
             states, asked = [one.state for one, _ in plain], [one.request.logprobs for one, _ in plain]
-            tokens = sample(logits_RV[[row for _, row in plain]], states, asked)
+            own_NV = logits_NV if len(plain) == len(last) else logits_NV[[row for _, row in plain]]
+            tokens = sample(own_NV, states, asked)
             found = {one.number: Verified((token,), 0) for (one, _), token in zip(plain, tokens, strict=True)}
-        for (one, _), stop in zip(last, stops, strict=True):
+        for one, stop in zip(last, stops, strict=True):
             if one.drafts:
-                own_KV = logits_RV[stop - 1 - len(one.drafts) : stop]
+                own_KV = logits_NV[stop - 1 - len(one.drafts) : stop]
                 found[one.number] = verify(own_KV, one.guesses, one.state, one.request.stop_ids, one.request.logprobs)
         return found
 

@@ -87,7 +87,7 @@ def generate(
     cache = LatentCache.whole_rows([len(r.ids) + r.max_new_tokens for r in requests]) if use_cache else None
     running = [request for request in requests if request.max_new_tokens > 0]
     while running:
-        logits_BV = _read(model, running, cache, trace)
+        logits_BV = _reread(model, running, trace) if cache is None else _read(model, running, cache, trace)
         tokens = sample(logits_BV, [request.state for request in running], [logprobs] * len(running))
         for request, drawn in zip(running, tokens, strict=True):
             if isinstance(drawn, SoliError):
@@ -125,29 +125,35 @@ def _requests(
     return requests
 
 
-def _read(model: Transformer, running: list[_Request], cache: LatentCache | None, trace: bool) -> Tensor:
-    """Reads what each request has not read yet (without a cache: everything); logits (B,V) after its last token."""
+def _read(model: Transformer, running: list[_Request], cache: LatentCache, trace: bool) -> Tensor:
+    """Reads what each request has not read yet; logits (B,V) after its last token."""
     device = model.embed_tokens.weight.device
-    if cache is None:
-        ids_BT, lengths_B = right_padded([request.ids for request in running], device)
-        trunk = model.trunk(ids_BT)
-        ends = [row * ids_BT.shape[1] + length for row, length in enumerate(lengths_B.tolist())]
-    else:
-        new = [request.ids[request.read :] for request in running]
-        counts = [len(ids) for ids in new]
-        now = cache.begin([r.number for r in running], [r.read for r in running], counts, device)
-        ids_T = torch.tensor([token for ids in new for token in ids], dtype=torch.int64).to(device)
-        trunk = model.trunk(ids_T[None], now.positions_T[None], now)
-        ends = list(accumulate(counts))
+    new = [request.ids[request.read :] for request in running]
+    ends = list(accumulate(map(len, new)))
+    now = cache.begin([r.number for r in running], [r.read for r in running], [len(ids) for ids in new], device)
+    ids_T = torch.tensor([token for ids in new for token in ids]).to(device)
+    read = model.read(ids_T, now.positions_T, now, [end - 1 for end in ends])
+    _note(running, ends, read.routing if trace else ())
+    return read.logits_NV
+
+
+def _reread(model: Transformer, running: list[_Request], trace: bool) -> Tensor:
+    """The same without a cache: every request from its beginning."""
+    device = model.embed_tokens.weight.device
+    ids_BT, lengths_B = right_padded([request.ids for request in running], device)
+    trunk = model.trunk(ids_BT)
+    ends = [row * ids_BT.shape[1] + length for row, length in enumerate(lengths_B.tolist())]
+    _note(running, ends, trunk.routing if trace else ())
+    return model.head(trunk.hidden_BTD.flatten(0, 1)[torch.tensor(ends, device=device) - 1])
+
+
+def _note(running: list[_Request], ends: Sequence[int], layers: Sequence[Routing]) -> None:
+    """What the routers said of each request's new tokens, which end at `ends` of the pass; they are read now."""
     for request, end in zip(running, ends, strict=True):
-        if trace:
+        if layers:
             start = end - len(request.ids) + request.read
-            request.routing.append(tuple(slice_routing(layer, start, end) for layer in trunk.routing))
+            request.routing.append(tuple(slice_routing(layer, start, end) for layer in layers))
         request.read = len(request.ids)
-    last_BD = trunk.hidden_BTD.flatten(0, 1)
-    if len(last_BD) > len(ends):
-        last_BD = last_BD[torch.tensor(ends, device=device) - 1]
-    return model.head(last_BD)
 
 
 def _accept(request: _Request, drawn: Drawn, stop_ids: Collection[int], on_token: OnToken | None) -> None:

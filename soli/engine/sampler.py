@@ -170,13 +170,12 @@ def sample(
     other rows are not touched by it.
     """
     rows_BV = logits_BV.cpu().float().numpy()  # numpy's argmax and sums are many times as fast as torch's here
-    finite_B = np.isfinite(rows_BV).all(axis=-1)
-    likeliest_B = rows_BV.argmax(axis=-1)  # the lowest of equals
+    likeliest_B = rows_BV.argmax(axis=-1)  # the lowest of equals; a NaN before all
     drawn: list[Drawn | SoliError] = []
     for row, state in enumerate(states):
         token, count = int(likeliest_B[row]), logprobs[row] if logprobs is not None else None
         try:
-            if not finite_B[row]:
+            if not (math.isfinite(rows_BV[row, token]) and math.isfinite(rows_BV[row].min())):
                 raise not_finite()
             if not state.plain:
                 token = distribution(state.processed(rows_BV[row]), state.params).draw(state.uniform())

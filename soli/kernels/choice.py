@@ -35,7 +35,7 @@ ONEDNN_FROM = 48  # bfloat16 tokens
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in) times weight (out, in) transposed, in the dtype of x."""
     way = forced()
-    if _takes(x, weight, way) and (way == "cpu" or _wins(x)):
+    if _takes(x, weight, way) and wins(x.dtype, x.shape[:-1].numel()):
         return cpu.plain_linear(x, weight, bias)
     return (reference if way == "reference" else torch_linear).linear(x, weight, bias)
 
@@ -83,6 +83,12 @@ def takes(x: Tensor) -> bool:
     return _takes(x, x, forced())
 
 
+def wins(dtype: torch.dtype, rows: int, packed: bool = False) -> bool:
+    """Whether C++ is the faster way for one matrix and so many rows, or is the way that is asked for."""
+    fewer = rows < ONEDNN_FROM
+    return packed or fewer or dtype != torch.bfloat16 or not torch_linear.narrow_products() or forced() == "cpu"
+
+
 def table_of(packed: PackedExperts) -> cpu.ExpertTable | None:
     """Where a layer's packed experts lie, found once; None for experts of different formats, which torch computes."""
     if packed not in _tables:
@@ -117,11 +123,6 @@ def _takes(x: Tensor, weight: Tensor, way: str | None) -> bool:
         and not torch.compiler.is_compiling()
     )
     return fits and (cpu.available() or way == "cpu")
-
-
-def _wins(x: Tensor) -> bool:
-    """Whether C++ is the faster way for one plain matrix."""
-    return x.dtype != torch.bfloat16 or x.numel() < ONEDNN_FROM * x.shape[-1] or not torch_linear.narrow_products()
 
 
 _tables: WeakKeyDictionary[PackedExperts, cpu.ExpertTable | None] = WeakKeyDictionary()

@@ -50,6 +50,10 @@ class Cache(Protocol):
     def lengths_B(self) -> Tensor: ...
     @property
     def chunks(self) -> Sequence[Chunk]: ...
+    @property
+    def begins(self) -> bool:
+        """Whether a text begins in this pass, or has many tokens in it."""
+        ...
 
     def pages(self, layer: int, width: int, like: Tensor) -> Tensor:
         """The layer's pages (P, S, width), contiguous, in the dtype and on the device of `like`."""

@@ -4,11 +4,12 @@ This is the one place that decides it. `plan` answers None where blocks must run
 such a cache, for a gradient, on other devices, under SOLI_KERNELS=reference or torch, and for modules whose parts are
 not the plain ones (another `product`, a sharded or tracing tensor, experts of several formats).
 
-The tables of addresses are made once and checked before every pass: a parameter that has moved, been packed or been
-replaced makes a new table.
+The tables of addresses are made once and checked whenever a text begins or many of its tokens are read at once: a
+parameter that has moved, been packed or been replaced makes a new table. A cache belongs to the weights that filled it,
+so tokens that follow one by one look at nothing again.
 
-Shapes: B batch, T tokens (of the whole batch where B is missing), D hidden, P pages of S slots,
-X = C latent + R rotary.
+Shapes: B batch, T tokens (of the whole batch where B is missing), N of them with logits, D hidden, W words of the
+vocabulary, P pages of S slots, X = C latent + R rotary.
 """
 
 from __future__ import annotations
@@ -41,16 +42,18 @@ class Plan:
     """One pass that C++ can take, `rows` tokens a call."""
 
     table: c.Table
+    words: c.Words | None
     rows: int
     indices: tuple[int, ...]  # of the layers in the cache
     width: int  # of a slot
     cache: Cache
     positions_BT: Tensor
     muted: tuple[Tensor | None, ...]
+    like: Tensor  # of the rows' dtype
 
     def run(self, x_BTD: Tensor) -> tuple[Tensor, Routings]:
         """The blocks and the norm after them: hidden states (B, T, D) and every router's decision, in layer order."""
-        pages = [self.cache.pages(index, self.width, x_BTD) for index in self.indices]
+        pages = self._pages()
         x_TD, position_T = x_BTD.flatten(0, 1), self.positions_BT.flatten()
         found = []
         for start in range(0, len(x_TD), self.rows):  # later rows find the latents of earlier ones in the cache
@@ -58,9 +61,23 @@ class Plan:
             muted = [None if m is None else m[part] for m in self.muted]
             found.append(c.run(self.table, x_TD[part], self._standing(position_T[part], part), pages, muted))
         y_TD = torch.cat([y for y, _ in found]) if len(found) > 1 else found[0][0]
-        made = [(m.ids_MTK, m.weights_MTK, m.scores_MTE, m.biased_MTE, m.groups_MTG) for _, m in found]
+        made = [_fields(decisions) for _, decisions in found]
         parts = [torch.cat(part, 1) for part in zip(*made, strict=True)] if len(made) > 1 else made[0]
         return y_TD.view_as(x_BTD), Routings(*parts)
+
+    def read(self, ids_T: Tensor, ends: Sequence[int]) -> tuple[Tensor, Tensor, Routings] | None:
+        """From token ids to logits (N, W) of the rows `ends`, float32; hidden states (T, D), decisions. None where the
+        embedding or the head is not for C++, or there are more rows than one call takes."""
+        words, dtype = self.words, self.like.dtype
+        if words is None or len(ids_T) > self.rows or not choice.wins(dtype, len(ends), words.packed):
+            return None
+        chunks = [(chunk.start, chunk.stop, chunk.first, chunk.slots_S) for chunk in self.cache.chunks]
+        rows = c.Rows(self.positions_BT.flatten(), self.cache.table_BM, self.cache.lengths_B, chunks)
+        logits_NW, y_TD, decisions = c.read(self.table, words, ids_T, ends, rows, self._pages(), self.muted)
+        return logits_NW, y_TD, Routings(*_fields(decisions))
+
+    def _pages(self) -> list[Tensor]:
+        return [self.cache.pages(index, self.width, self.like) for index in self.indices]
 
     def _standing(self, position_T: Tensor, part: slice) -> c.Rows:
         """Where some of the rows stand; a chunk that is cut is two."""
@@ -78,21 +95,25 @@ def plan(
     blocks: Iterable[Any],
     norm: nn.Module,
     rope: Rope,
-    x_BTD: Tensor,
+    like: Tensor,
     positions_BT: Tensor,
     cache: Cache | None,
     muted: Mapping[int, Tensor] | None = None,
+    ends: tuple[nn.Module, nn.Module] | None = None,
 ) -> Plan | None:
-    """How C++ would run `blocks` and `norm` on rows like `x_BTD`; None when it cannot. `muted`: for layers by number,
-    bool (B*T, E), which experts must not play for which tokens."""
-    T = x_BTD.shape[:-1].numel()
-    if cache is None or T == 0 or not choice.takes(x_BTD):
+    """How C++ would run `blocks` and `norm` on a row for each position, in the dtype and on the device of `like`; None
+    when it cannot. `muted`: for layers by number, bool (B*T, E), which experts must not play for which tokens. `ends`:
+    the model's embedding and head, for `Plan.read`."""
+    if cache is None or positions_BT.numel() == 0 or not choice.takes(like):
         return None
-    built = _table(blocks, norm, rope, x_BTD.dtype)
-    if built is None:
-        return None
+    built = _built.get(norm)
+    if built is None or not built.fits(rope, like.dtype) or (cache.begins and not built.holds()):
+        try:
+            built = _built[norm] = _Builder(list(blocks), norm, rope, like.dtype, ends)
+        except _Unfit:
+            return None
     silent = tuple(muted[index].contiguous() if index in muted else None for index in built.indices) if muted else ()
-    return Plan(built.table, built.rows, built.indices, built.width, cache, positions_BT, silent)
+    return Plan(built.table, built.words, built.rows, built.indices, built.width, cache, positions_BT, silent, like)
 
 
 class _Unfit(Exception):
@@ -102,7 +123,14 @@ class _Unfit(Exception):
 class _Builder:
     """Makes the table of some blocks, and remembers where it looked."""
 
-    def __init__(self, blocks: Sequence[Block], norm: nn.Module, rope: Rope, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        norm: nn.Module,
+        rope: Rope,
+        dtype: torch.dtype,
+        ends: tuple[nn.Module, nn.Module] | None,
+    ) -> None:
         self.dtype, self.rope = dtype, rope
         self.narrow = (dtype, torch.bfloat16)  # a float32 master under bfloat16 is torch's: it rounds before a product
         self.places: list[tuple[dict[str, Any], str]] = []  # where tensors hang
@@ -110,13 +138,18 @@ class _Builder:
         self.alive: list[object] = []
         self.scales = [(block.self_attn, block.self_attn.scale) for block in blocks]
         table = (c.Layer * len(blocks))(*(self._layer(block) for block in blocks))
+        self.words = self._words(*ends) if ends else None
         self.table = c.Table(table, self._norm(norm), rope.inv_P, rope.scale, tuple(self.alive))
         self.rows = max(LEAST_ROWS, min(c.MOST_ROWS, SCRATCH // max(_row_bytes(layer) for layer in table)))
         self.width = blocks[0].self_attn.C + blocks[0].self_attn.R
         self.indices = tuple(block.self_attn.layer for block in blocks)
         self.addresses = [hung[name].data_ptr() for hung, name in self.places]
 
-    def holds(self, rope: Rope, dtype: torch.dtype) -> bool:
+    def fits(self, rope: Rope, dtype: torch.dtype) -> bool:
+        """Whether the table is of these positions and of rows of this dtype."""
+        return self.rope is rope and self.dtype == dtype
+
+    def holds(self) -> bool:
         """Whether everything is still where the table says."""
         try:
             addresses = [hung[name].data_ptr() for hung, name in self.places]
@@ -124,11 +157,22 @@ class _Builder:
             return False
         return (
             addresses == self.addresses
-            and self.rope is rope
-            and self.dtype == dtype
             and all(hung.get("packed") is packed and "product" not in hung for hung, packed in self.packs)
             and all(module.scale == scale for module, scale in self.scales)
         )
+
+    def _words(self, embedding: nn.Module, head: nn.Module) -> c.Words | None:
+        """The model's ends; None where they are not the plain ones."""
+        if type(embedding) is not nn.Embedding or type(head) is not Linear or head.bias is not None:
+            return None
+        shape = head.out_features, head.in_features
+        if embedding.weight.shape != shape:
+            return None
+        try:
+            rows = c.vector(self._tensor(embedding._parameters, "weight", self.dtype))
+            return c.Words(rows, self._weight(head), head.packed is not None, shape)
+        except _Unfit:
+            return None
 
     def _layer(self, block: Block) -> c.Layer:
         attention, norm = block.self_attn, self._norm(block.input_layernorm)
@@ -234,14 +278,8 @@ def _row_bytes(layer: c.Layer) -> int:
     return 4 * max(heads + a.o.layout.I + 4 * D, 2 * D + 2 * f.gate.layout.O + routed)
 
 
+def _fields(made: c.Decisions) -> tuple[Tensor, ...]:
+    return made.ids_MTK, made.weights_MTK, made.scores_MTE, made.biased_MTE, made.groups_MTG
+
+
 _built: WeakKeyDictionary[nn.Module, _Builder] = WeakKeyDictionary()  # by the norm after the blocks
-
-
-def _table(blocks: Iterable[Any], norm: nn.Module, rope: Rope, dtype: torch.dtype) -> _Builder | None:
-    found = _built.get(norm)
-    if found is None or not found.holds(rope, dtype):
-        try:
-            found = _built[norm] = _Builder(list(blocks), norm, rope, dtype)
-        except _Unfit:
-            return None
-    return found

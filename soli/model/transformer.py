@@ -24,6 +24,16 @@ from soli.model.router import Routing
 
 
 @dataclass(frozen=True)
+class Read:
+    """One pass over a cache: logits (N, V) of the tokens that were asked for, float32; T tokens' normed hidden states,
+    and what each router decided, in layer order."""
+
+    logits_NV: Tensor
+    hidden_TD: Tensor
+    routing: Sequence[Routing]
+
+
+@dataclass(frozen=True)
 class Trunk:
     """One pass: what the head reads, and what each router decided, in layer order."""
 
@@ -145,7 +155,7 @@ class Transformer(nn.Module):
         """Run the main layers. With a cache, positions say where in its text each token stands; without, they are
         0..T-1. `muted`: for layers by number, bool (B*T, E), which experts must not play for which tokens."""
         at_BT, x_BTD = _places(input_ids_BT, positions_BT), self._embed(input_ids_BT)
-        plan = one_call.plan(self.layers, self.norm, self.rope, x_BTD, at_BT, cache, muted)
+        plan = self._plan(x_BTD, at_BT, cache, muted)
         if plan is not None:
             return Trunk(*plan.run(x_BTD))
         cos_sin, routing = self.rope(at_BT), []
@@ -154,6 +164,27 @@ class Transformer(nn.Module):
             if decision is not None:
                 routing.append(decision)
         return Trunk(self.norm(x_BTD), tuple(routing))
+
+    def read(
+        self,
+        ids_T: Tensor,
+        positions_T: Tensor,
+        cache: Cache,
+        ends: Sequence[int],
+        muted: Mapping[int, Tensor] | None = None,
+    ) -> Read:
+        """``trunk`` over the new tokens of some texts, one text after the other, and the logits after the tokens
+        `ends`: rounded to the dtype of the hidden states, as ``head`` gives them."""
+        weight = self.embed_tokens.weight.detach()
+        if self.compute_dtype in (None, weight.dtype):
+            plan = self._plan(weight, positions_T, cache, muted)
+            found = plan.read(ids_T, ends) if plan is not None else None
+            if found is not None:
+                return Read(*found)
+        trunk = self.trunk(ids_T[None], positions_T[None], cache, muted)
+        hidden_TD = trunk.hidden_BTD[0]
+        logits_NV = self.head(hidden_TD[torch.tensor(ends, dtype=torch.int64, device=hidden_TD.device)])
+        return Read(logits_NV.float(), hidden_TD, trunk.routing)
 
     def mtp_step(
         self,
@@ -180,6 +211,12 @@ class Transformer(nn.Module):
         for name, block in blocks:
             if isinstance(block.mlp, MoE):
                 yield name, block.mlp
+
+    def _plan(
+        self, like: Tensor, positions: Tensor, cache: Cache | None, muted: Mapping[int, Tensor] | None
+    ) -> one_call.Plan | None:
+        ends = self.embed_tokens, self.lm_head
+        return one_call.plan(self.layers, self.norm, self.rope, like, positions, cache, muted, ends)
 
     def _embed(self, ids_BT: Tensor) -> Tensor:
         return F.embedding(ids_BT, self.embed_tokens.weight).to(self.compute_dtype or self.embed_tokens.weight.dtype)

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from soli.kernels import cpu
 from soli.kernels.packed import PackedWeight
 from soli.kernels.packed_torch import PackedExperts
+from soli.model import Transformer
 from soli.model.layers import Linear
 from soli.model.moe import RoutedExperts
 from tests.kernels.weights import DTYPES, FORMATS, inputs, random_weight
@@ -95,7 +96,7 @@ def check_latents(width: int, generator: torch.Generator) -> None:
 
 @torch.inference_mode()
 def check_layers(format: str, at_end: bool) -> None:
-    """Passes of single tokens and of a prompt through whole layers: every matrix, and the pages of the cache."""
+    """Passes of single tokens and of a prompt from ids to logits: every matrix, the embedding, the pages of the cache."""
     ids_BT = torch.arange(3)[None]
     for dtype in DTYPES if format != "fp32" else DTYPES[:1]:
         model, found = packed_model(format, dtype), []
@@ -106,11 +107,14 @@ def check_layers(format: str, at_end: bool) -> None:
                 cache._layers = {layer: guarded(pages, at_end) for layer, pages in cache._layers.items()}
             found.append([cache.read(model, ids_BT, [0], at)[-1].hidden_BTD for at in (0, 3)])
             now = cache.begin([0], [6], [10])
-            found[-1].append(model.trunk(torch.arange(10)[None], now.positions_T[None], now).hidden_BTD)
+            read = model.read(torch.arange(87, 97), now.positions_T, now, [0, 9])
+            found[-1] += [read.hidden_TD, read.logits_NV]
         assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
-def hold(model: torch.nn.Module, at_end: bool) -> None:
+def hold(model: Transformer, at_end: bool) -> None:
+    embedding = model.embed_tokens
+    embedding.weight = torch.nn.Parameter(guarded(embedding.weight, at_end), False)
     for module in model.modules():
         if isinstance(module, Linear) and module.packed is not None:
             module.pack(held(module.packed, at_end))

@@ -324,3 +324,74 @@ def test_what_does_not_fit_is_refused() -> None:
     now.cache._layers[1] = now.cache._layers[1].bfloat16()
     with pytest.raises(ValueError, match=r"torch.bfloat16 .* is no contiguous torch.float32"):
         run()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("format", weights.FORMATS)
+def test_reading_is_the_trunk_and_the_head_with_the_same_bits(isa, format, dtype) -> None:
+    model, ids_BT, found = packed_model(format, dtype), texts(3), []
+    for by_hand in (False, True):
+        cache = Paged(model, 3, 80, 16)
+        for starts, counts, ends in (((0, 0, 0), (2, 3, 30), (1, 4, 34)), ((2, 3, 30), (1, 1, 1), (0, 2))):
+            now = cache.begin(range(3), starts, counts)
+            ids_T = torch.cat([ids_BT[row, at : at + n] for row, (at, n) in enumerate(zip(starts, counts, strict=True))])
+            if by_hand:
+                trunk = model.trunk(ids_T[None], now.positions_T[None], now)
+                hidden_TD, routing = trunk.hidden_BTD[0], trunk.routing
+                logits_NV = model.head(hidden_TD[list(ends)]).float()
+            else:
+                read = model.read(ids_T, now.positions_T, now, ends)
+                logits_NV, hidden_TD, routing = read.logits_NV, read.hidden_TD, read.routing
+            found.append((logits_NV, hidden_TD, *(layer.weights_TK for layer in routing)))
+    for one, other in zip(found[:2], found[2:], strict=True):
+        assert all(map(torch.equal, one, other)) and one[0].dtype == torch.float32
+
+
+def test_reading_goes_to_torch_where_the_ends_are_not_for_the_call(monkeypatch) -> None:
+    model, ids_T = copy.deepcopy(tiny_model("v3")), texts(1)[0, :3]
+
+    def logits() -> tuple[Tensor, bool]:
+        called: list[object] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "trunk", lambda *given: called.append(given) or Transformer.trunk(model, *given))
+            now = Paged(model, 1, 20, 4).begin([0], [0], [3])
+            return model.read(ids_T, now.positions_T, now, [2]).logits_NV, bool(called)
+
+    whole, torchs = logits()
+    assert not torchs
+    model.lm_head.product = staticmethod(lambda x, weight, bias=None: x @ weight.T)
+    other, torchs = logits()
+    assert torchs
+    torch.testing.assert_close(whole, other, rtol=0, atol=1e-5)
+
+
+def test_words_and_ends_that_do_not_exist_are_refused() -> None:
+    model = tiny_model("v3")
+
+    def run(ids: list[int], ends: list[int]) -> None:
+        now = Paged(model, 1, 20, 4).begin([0], [0], [len(ids)])
+        model.read(torch.tensor(ids), now.positions_T, now, ends)
+
+    run([0, 96], [0, 1])
+    for wrong in (-1, 97):
+        with pytest.raises(IndexError, match="a token id is not in the vocabulary"):
+            run([3, wrong], [1])
+    for end in (-1, 2):
+        with pytest.raises(ValueError, match="do not fit"):
+            run([3, 4], [end])
+
+
+def test_weights_are_looked_for_again_when_a_text_begins() -> None:
+    model, ids_T = copy.deepcopy(tiny_model("v3")), texts(1)[0, :3]
+    cache = Paged(model, 2, 20, 4)
+
+    def logits(row: int, at: int) -> Tensor:
+        now = cache.begin([row], [at], [1])
+        return model.read(ids_T[at : at + 1], now.positions_T, now, [0]).logits_NV
+
+    assert [cache.begin([0], [at], [count]).begins for at, count in ((0, 1), (3, 1), (3, FEW), (3, FEW + 1))] == [
+        True, False, True, True,
+    ]  # fmt: skip
+    before, _ = logits(0, 0), logits(0, 1)
+    model.lm_head.weight = torch.nn.Parameter(2 * model.lm_head.weight, False)
+    assert torch.equal(logits(1, 0), 2 * before)

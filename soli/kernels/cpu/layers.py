@@ -4,8 +4,8 @@
 where they lie, in any of the five formats. Numerics: float32 between products; rows are rounded to bfloat16 only as
 tokens of a product, into the cache and on leaving. A row has the same bits in any company.
 
-Shapes: T rows, of which the first B are queries by themselves; D hidden, M layers with a router (in a page table: pages
-of a row), E experts, K chosen, G groups, P pages of S slots of X values.
+Shapes: T rows, of which the first B are queries by themselves and N get logits; D hidden, W words of the vocabulary, M
+layers with a router (in a page table: pages of a row), E experts, K chosen, G groups, P pages of S slots of X values.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from ctypes import Array, Structure, addressof, c_double, c_int64, c_void_p
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 import torch
@@ -89,10 +90,14 @@ class Call(Structure):
         *((name, c_int64) for name in ("P", "S", "M", "singles", "chunk_count")),
         *((name, c_void_p) for name in ("table", "lengths", "chunks", "positions", "frequencies")),
         ("cos_sin_scale", c_double),
-        ("x", c_void_p),
+        ("x", Vector),
+        ("words", c_void_p),
         ("norm", Norm),
         ("y", c_void_p),
-        ("muted", c_void_p),
+        ("head", Weight),
+        ("ends", c_void_p),
+        *((name, c_int64) for name in ("end_count", "W")),
+        *((name, c_void_p) for name in ("logits", "muted")),
         *((name, c_void_p) for name in ("ids", "weights", "scores", "biased", "groups")),
     )
 
@@ -143,10 +148,11 @@ class Table:
     cos_sin_scale: float
     alive: tuple[object, ...]
 
-    @property
-    def routers(self) -> list[Router]:
-        """Those of the layers that have one."""
-        return [layer.feed_forward.router for layer in self.layers if layer.feed_forward.router.weight.layout.O]
+    @cached_property
+    def routed(self) -> tuple[int, int, int, int]:
+        """Of the layers that have a router, M, and E, K, G of each."""
+        routers = [layer.feed_forward.router for layer in self.layers if layer.feed_forward.router.weight.layout.O]
+        return (len(routers), routers[0].weight.layout.O, routers[0].K, routers[0].G) if routers else (0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -162,6 +168,16 @@ class Rows:
     chunks: Sequence[tuple[int, int, int, Tensor]] = ()
 
 
+@dataclass(frozen=True)
+class Words:
+    """A model's two ends: the embedding (W, D) and the head (W, D), `packed` or plain; the caller keeps them."""
+
+    embedding: Vector
+    head: Weight
+    packed: bool
+    shape: tuple[int, int]
+
+
 def run(
     table: Table, x_TD: Tensor, rows: Rows, pages: Sequence[Tensor], muted: Sequence[Tensor | None] = ()
 ) -> tuple[Tensor, Decisions]:
@@ -171,41 +187,78 @@ def run(
     any is read. Chunks attend in the expanded way, the other rows in the absorbed one. `muted` has for each layer bool
     (T, E), the experts that must not play, or None; empty, all may. IndexError for a slot that lies in no page.
     """
-    (T, D), (P, S, _), kernels = x_TD.shape, pages[0].shape, native.library()
-    assert kernels is not None
-    _check(table, x_TD, rows, pages, muted)
-    found, y_TD, x32_TD = _unmade(table.routers, T), torch.empty_like(x_TD), x_TD.float().contiguous()
-    lying, silent = _addresses(pages), _addresses(muted)
-    chunks = (Chunk * len(rows.chunks))(*(Chunk(*part, slots.data_ptr()) for *part, slots in rows.chunks))
+    x_TD, y_TD = x_TD.contiguous(), torch.empty_like(x_TD)
+    call = Call(T=len(x_TD), D=x_TD.shape[1], dtype=native.DTYPES[x_TD.dtype], x=vector(x_TD), y=y_TD.data_ptr())
+    return y_TD, _pass(call, table, x_TD.dtype, rows, pages, muted)
+
+
+def read(
+    table: Table,
+    words: Words,
+    ids_T: Tensor,
+    ends: Sequence[int],
+    rows: Rows,
+    pages: Sequence[Tensor],
+    muted: Sequence[Tensor | None] = (),
+) -> tuple[Tensor, Tensor, Decisions]:
+    """The same from token ids (int64), with logits (N, W) of the rows `ends`: float32, rounded to the dtype of the rows
+    and pages. Logits, normed output, decisions; IndexError too for an id that the vocabulary does not have."""
+    T, N, (W, D), dtype = len(ids_T), len(ends), words.shape, pages[0].dtype
+    if ids_T.dtype != torch.int64 or not ids_T.is_contiguous() or not all(0 <= end < T for end in ends):
+        raise ValueError(f"ids {ids_T.dtype} {tuple(ids_T.shape)} and ends {tuple(ends)} do not fit")
+    y_TD, logits_NW, wanted = torch.empty(T, D, dtype=dtype), torch.empty(N, W), (c_int64 * N)(*ends)
     call = Call(
-        native.chosen_isa(kernels.best_isa), native.DTYPES[x_TD.dtype], torch.get_num_threads(), T, D,
-        len(table.layers), addressof(table.layers), addressof(lying), P, S, rows.table_BM.shape[1],
-        len(rows.lengths_B), len(chunks), rows.table_BM.data_ptr(), rows.lengths_B.data_ptr(), addressof(chunks),
-        rows.positions_T.data_ptr(), table.frequencies_R.data_ptr(), table.cos_sin_scale, x32_TD.data_ptr(),
-        table.norm, y_TD.data_ptr(), addressof(silent) if muted else None,
-        found.ids_MTK.data_ptr(), found.weights_MTK.data_ptr(),
-        found.scores_MTE.data_ptr(), found.biased_MTE.data_ptr(), found.groups_MTG.data_ptr(),
+        T=T, D=D, dtype=native.DTYPES[dtype], x=words.embedding, words=ids_T.data_ptr(), y=y_TD.data_ptr(),
+        head=words.head, ends=addressof(wanted), end_count=N, W=W, logits=logits_NW.data_ptr(),
     )  # fmt: skip
+    return logits_NW, y_TD, _pass(call, table, dtype, rows, pages, muted)
+
+
+def _pass(
+    call: Call,
+    table: Table,
+    dtype: torch.dtype,
+    rows: Rows,
+    pages: Sequence[Tensor],
+    muted: Sequence[Tensor | None],
+) -> Decisions:
+    """Complete a call, and make it."""
+    kernels = native.library()
+    assert kernels is not None
+    _check(table, call.T, dtype, rows, pages, muted)
+    found, lying, silent = _unmade(table.routed, call.T), _addresses(pages), _addresses(muted)
+    chunks = (Chunk * len(rows.chunks))(*(Chunk(*part, slots.data_ptr()) for *part, slots in rows.chunks))
+    call.isa, call.threads = native.chosen_isa(kernels.best_isa), torch.get_num_threads()
+    call.count, call.layers, call.norm = len(table.layers), addressof(table.layers), table.norm
+    call.frequencies, call.cos_sin_scale = table.frequencies_R.data_ptr(), table.cos_sin_scale
+    (call.P, call.S, _), call.pages = pages[0].shape, addressof(lying)
+    call.singles, call.M = rows.table_BM.shape
+    call.table, call.lengths, call.positions = (x.data_ptr() for x in (rows.table_BM, rows.lengths_B, rows.positions_T))
+    call.chunk_count, call.chunks = len(chunks), addressof(chunks)
+    call.muted = addressof(silent) if muted else None
+    call.ids, call.weights, call.groups = (x.data_ptr() for x in (found.ids_MTK, found.weights_MTK, found.groups_MTG))
+    call.scores, call.biased = found.scores_MTE.data_ptr(), found.biased_MTE.data_ptr()
     native.check_code(kernels.run_pass(addressof(call)))
-    return y_TD, found
+    return found
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> Array[c_void_p]:
     return (c_void_p * len(tensors))(*(None if tensor is None else tensor.data_ptr() for tensor in tensors))
 
 
-def _unmade(routers: Sequence[Router], T: int) -> Decisions:
+def _unmade(routed: tuple[int, int, int, int], T: int) -> Decisions:
     """Memory for T rows' decisions."""
-    M = len(routers)
-    E, K, G = (routers[0].weight.layout.O, routers[0].K, routers[0].G) if M else (0, 0, 0)
+    M, E, K, G = routed
     ids, weights = torch.empty(M, T, K, dtype=torch.int64), torch.empty(M, T, K)
     return Decisions(ids, weights, torch.empty(M, T, E), torch.empty(M, T, E), torch.empty(M, T, G, dtype=torch.bool))
 
 
-def _check(table: Table, x_TD: Tensor, rows: Rows, pages: Sequence[Tensor], muted: Sequence[Tensor | None]) -> None:
+def _check(
+    table: Table, T: int, dtype: torch.dtype, rows: Rows, pages: Sequence[Tensor], muted: Sequence[Tensor | None]
+) -> None:
     """What C++ will believe; ValueError where it would be wrong."""
-    T, B, like = x_TD.shape[0], len(rows.lengths_B), pages[0]
-    wanted: list[tuple[Tensor, torch.dtype, Sequence[int]]] = [(page, x_TD.dtype, like.shape) for page in pages]
+    B, like = len(rows.lengths_B), pages[0]
+    wanted: list[tuple[Tensor, torch.dtype, Sequence[int]]] = [(page, dtype, like.shape) for page in pages]
     wanted += [(rows.positions_T, torch.int64, (T,)), (rows.lengths_B, torch.int32, (B,))]
     wanted += [(rows.table_BM, torch.int32, (B, rows.table_BM.shape[-1]))]
     for start, stop, first, slots in rows.chunks:

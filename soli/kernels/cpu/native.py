@@ -98,5 +98,7 @@ def check_code(code: int, experts: int = 0) -> None:
         raise IndexError(f"an expert id is not in 0 ... {experts - 1}")
     if code == 3:
         raise IndexError("a row of the page table, or a chunk, does not lead to as many slots as its length says")
+    if code == 5:
+        raise IndexError("a token id is not in the vocabulary")
     if code:
         raise MemoryError("no memory for the scratch of a CPU kernel")

@@ -1,13 +1,14 @@
 // One call for the tokens of some requests, one of each or many: all layers and the norm after them, by one team of threads.
 #include "pass_attention.h"
 #include "pass_feed_forward.h"
+#include "pass_head.h"
 
 namespace soli {
 namespace {
 
 void start_row(const Pass& pass, int64_t pairs, int64_t t) {
     const Call& call = pass.call;
-    std::copy(call.x + t * call.D, call.x + (t + 1) * call.D, pass.x + t * call.D);
+    call.x.copy((call.words ? call.words[t] : t) * call.D, call.D, pass.x + t * call.D);
     for (int64_t i = 0; i < pairs; i++) {
         const float angle = static_cast<float>(call.positions[t]) * call.frequencies[i];
         pass.cos[t * pairs + i] = std::cos(angle) * static_cast<float>(call.cos_sin_scale);
@@ -46,7 +47,7 @@ bool find_slots(const Call& call, int64_t* slots) {
 }
 
 size_t most_used(const Pass& pass) {
-    size_t most = 0;
+    size_t most = HeadStep(pass, {nullptr}).used;
     for (const Layer* layer = pass.call.layers; layer < pass.call.layers + pass.call.count; layer++)
         most = std::max({most, AttentionStep(pass, layer->attention, nullptr, {nullptr}).used,
                          FeedForwardStep(pass, layer->feed_forward, {}, nullptr, {nullptr}).used});
@@ -56,13 +57,15 @@ size_t most_used(const Pass& pass) {
 }  // namespace
 
 // Writes the rows' latents into the pages, the routers' decisions, and y. Returns 0; 2 when there is no memory for the
-// scratch; 3 when a row has a slot that lies in no page; 4 for more rows than MOST_ROWS.
+// scratch; 3 when a row has a slot that lies in no page; 4 for more rows than MOST_ROWS; 5 for a word that does not exist.
 extern "C" int soli_pass(const Call* given) {
     static thread_local Scratch scratch;
     const Call& call = *given;
     int64_t slots[MOST_ROWS];
     if (call.T > MOST_ROWS) return 4;
     if (!find_slots(call, slots)) return 3;
+    for (int64_t t = 0; t < call.T && call.words; t++)
+        if (call.words[t] < 0 || call.words[t] >= call.W) return 5;
     const int64_t pairs = call.count ? call.layers->attention.R / 2 : 0;
     Pass pass = {call, kernels(call.isa), nullptr, nullptr, nullptr, slots};
     const size_t used = most_used(pass), rows = Scratch::bytes<float>(call.T * call.D), turns = Scratch::bytes<float>(call.T * pairs);
@@ -83,6 +86,7 @@ extern "C" int soli_pass(const Call* given) {
         }
 #pragma omp for
         for (int64_t t = 0; t < call.T; t++) finish_row(pass, t);
+        if (call.end_count) HeadStep(pass, area).run();
     }
     return 0;
 }

@@ -7,7 +7,7 @@
 // there are fewer rows than threads, and loops are shared out beforehand: both take less time than waiting for each other.
 //
 // Shapes: T rows, D hidden, H heads, N nope, R rotary and V value width, C latent, X = C + R, L query latent, E experts,
-// K chosen, G groups, F width of a feed-forward network.
+// K chosen, G groups, F width of a feed-forward network, W words of the vocabulary.
 #pragma once
 #ifdef _OPENMP
 #include <omp.h>
@@ -27,6 +27,11 @@ struct Vector {
 
     float operator[](int64_t i) const {
         return dtype == FLOAT ? static_cast<const float*>(data)[i] : widened(static_cast<const uint16_t*>(data)[i]);
+    }
+    // n numbers from `at` on.
+    void copy(int64_t at, int64_t n, float* to) const {
+        if (dtype == FLOAT) std::copy_n(static_cast<const float*>(data) + at, n, to);
+        else for (int64_t i = 0; i < n; i++) to[i] = widened(static_cast<const uint16_t*>(data)[at + i]);
     }
 };
 
@@ -102,9 +107,14 @@ struct Call {
     const int64_t* positions;   // (T) for the rotation
     const float* frequencies;   // (R / 2) radians per position
     double cos_sin_scale;
-    const float* x;               // (T, D) the rows
+    Vector x;                       // (T, D) the rows; or (W, D) the embedding, and
+    const int64_t* words;        // (T) which of it they are; or null
     Norm norm;                     // after the last layer
     void* y;                        // (T, D) of dtype
+    Weight head;                   // (W, D)
+    const int64_t* ends;          // rows whose logits are wanted
+    int64_t end_count, W;
+    float* logits;                  // (end_count, W), rounded to dtype
     const uint8_t* const* muted;  // of each layer null or (T, E): 1 for an expert that must not play; or null
     Routings routings;            // of the first layer that has a router; the others' follow
 };
