@@ -334,7 +334,9 @@ def test_reading_is_the_trunk_and_the_head_with_the_same_bits(isa, format, dtype
         cache = Paged(model, 3, 80, 16)
         for starts, counts, ends in (((0, 0, 0), (2, 3, 30), (1, 4, 34)), ((2, 3, 30), (1, 1, 1), (0, 2))):
             now = cache.begin(range(3), starts, counts)
-            ids_T = torch.cat([ids_BT[row, at : at + n] for row, (at, n) in enumerate(zip(starts, counts, strict=True))])
+            ids_T = torch.cat(
+                [ids_BT[row, at : at + n] for row, (at, n) in enumerate(zip(starts, counts, strict=True))]
+            )
             if by_hand:
                 trunk = model.trunk(ids_T[None], now.positions_T[None], now)
                 hidden_TD, routing = trunk.hidden_BTD[0], trunk.routing
