@@ -96,7 +96,7 @@ def check_latents(width: int, generator: torch.Generator) -> None:
 
 @torch.inference_mode()
 def check_layers(format: str, at_end: bool) -> None:
-    """Passes of single tokens and of a prompt from ids to logits: every matrix, the embedding, the pages of the cache."""
+    """Passes of single tokens and of a prompt, from ids to logits: all weights, and the pages of the cache."""
     ids_BT = torch.arange(3)[None]
     for dtype in DTYPES if format != "fp32" else DTYPES[:1]:
         model, found = packed_model(format, dtype), []

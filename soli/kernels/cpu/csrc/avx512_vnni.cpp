@@ -48,7 +48,7 @@ struct Many {
     static void multiply(const Turned& band, const uint8_t* x, int64_t tokens, __mmask16 there, float* y, int64_t y_stride) {
         const int64_t pieces = (tokens + MOST - 1) / MOST;
         for (int64_t piece = 0, t = 0; piece < pieces; piece++) {
-            const int64_t count = (tokens - t + pieces - piece - 1) / (pieces - piece);
+            const int64_t count = portion(tokens - t, MOST);
             __m512 sum[MOST];
             SOME<G>[count - 1](band, band.ahead(piece, pieces), x + t * band.stride, sum);
             for (int64_t n = 0; n < count; n++) _mm512_mask_storeu_ps(y + (t + n) * y_stride, there, sum[n]);

@@ -71,14 +71,19 @@ inline void write_out(const float* from, int64_t n, void* to, int64_t at, int64_
     else for (int64_t i = 0; i < n; i++) static_cast<uint16_t*>(to)[at + i] = narrowed(from[i]);
 }
 
+constexpr int64_t ROWS = 32;          // rows of a piece of work: small enough to share out evenly
+constexpr int64_t TOKENS = 128;       // tokens of a piece of work: their activations stay in the second-level cache
+constexpr int64_t FEW = 8;            // tokens, less than this: reading is what takes time, and long stretches are read faster
+
 // Pieces of work to hand out at once, in `shares` portions. Few tokens keep pieces that follow each other with one thread:
 // what it asked for ahead of a piece's end is then seldom another's.
 inline int64_t at_once(int64_t pieces, int64_t tokens, int64_t shares) {
-    constexpr int64_t FEW = 8;
     return tokens < FEW ? std::max<int64_t>(1, pieces / shares) : 1;
 }
 
-constexpr int64_t ROWS = 32;          // rows of a piece of work: small enough to share out evenly
-constexpr int64_t TOKENS = 128;       // tokens of a piece of work: their activations stay in the second-level cache
+// Rows of a matrix to multiply in one go, whose results take as much room as ROWS of TOKENS do.
+inline int64_t stretch(int64_t rows, int64_t tokens, int64_t shares) {
+    return tokens < FEW ? std::min((rows + ROWS * shares - 1) / (ROWS * shares), TOKENS / FEW) * ROWS : ROWS;
+}
 
 }  // namespace soli

@@ -25,7 +25,7 @@ int run(const Experts& layer, int64_t dtype, int64_t threads, int64_t T, const v
     pairs.sort(layer.E, layer.K, P, ids, weights);
     in.data = scratch.take<uint8_t>(in.bytes(P)), out.data = scratch.take<uint8_t>(out.bytes(P));
     float *hidden = scratch.take<float>(P * F), *sum = scratch.take<float>(T * D);
-    const int64_t blocks = (F + ROWS - 1) / ROWS;
+    const int64_t span = stretch(F, T, 4), blocks = (F + span - 1) / span, most = stretch(D, T, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for
@@ -34,15 +34,15 @@ int run(const Experts& layer, int64_t dtype, int64_t threads, int64_t T, const v
 #pragma omp for schedule(dynamic, at_once(pairs.experts * blocks, T, 3 * threads))
         for (int64_t piece = 0; piece < pairs.experts * blocks; piece++) {
             const int64_t e = pairs.chosen[piece / blocks];
-            hidden_rows(layer, e, in, pairs.start[e], pairs.start[e + 1], piece % blocks * ROWS, hidden);
+            hidden_rows(layer, e, in, pairs.start[e], pairs.start[e + 1], piece % blocks * span, span, hidden);
         }
 #pragma omp for
         for (int64_t p = 0; p < P; p++) out.put(p, hidden + p * F, FLOAT);
 #pragma omp for schedule(dynamic)
-        for (int64_t row = 0; row < D; row += ROWS) {
-            const int64_t rows = std::min(ROWS, D - row);
+        for (int64_t row = 0; row < D; row += most) {
+            const int64_t rows = std::min(most, D - row);
             for (int64_t t = 0; t < T; t++) std::fill(sum + t * D + row, sum + t * D + row + rows, 0.0f);
-            for (int64_t i = 0; i < pairs.experts; i++) add_rows(layer, pairs.chosen[i], out, pairs, row, sum);
+            for (int64_t i = 0; i < pairs.experts; i++) add_rows(layer, pairs.chosen[i], out, pairs, row, most, sum);
             for (int64_t t = 0; t < T; t++) write_out(sum + t * D + row, rows, y, t * D + row, dtype);
         }
     }

@@ -59,29 +59,30 @@ struct Pairs {
     }
 };
 
-// silu(gate) * up for rows row ... row + rows of one expert.
-void hidden_rows(const Experts& layer, int64_t e, const Tokens& x, int64_t begin, int64_t end, int64_t row, float* hidden) {
+// silu(gate) * up for rows row ... row + most of one expert, of those that exist.
+void hidden_rows(const Experts& layer, int64_t e, const Tokens& x, int64_t begin, int64_t end, int64_t row, int64_t most,
+                 float* hidden) {
     alignas(64) float gate[TOKENS * ROWS], up[TOKENS * ROWS];
-    const int64_t F = layer.in.O, rows = std::min(ROWS, F - row);
+    const int64_t F = layer.in.O, rows = std::min(most, F - row);
     for (int64_t p = begin; p < end; p += TOKENS) {
         const int64_t count = std::min(TOKENS, end - p);
-        x.dots(layer.gate[e], row, rows, p, count, gate, ROWS);
-        x.dots(layer.up[e], row, rows, p, count, up, ROWS);
+        x.dots(layer.gate[e], row, rows, p, count, gate, most);
+        x.dots(layer.up[e], row, rows, p, count, up, most);
         for (int64_t i = 0; i < count; i++)
-            layer.isa.silu_mul(gate + i * ROWS, up + i * ROWS, hidden + (p + i) * F + row, rows);
+            layer.isa.silu_mul(gate + i * most, up + i * most, hidden + (p + i) * F + row, rows);
     }
 }
 
-// Adds weight * down for rows row ... of y and one expert.
-void add_rows(const Experts& layer, int64_t e, const Tokens& h, const Pairs& pairs, int64_t row, float* y) {
+// Adds weight * down for rows row ... row + most of y, of those that exist, and one expert.
+void add_rows(const Experts& layer, int64_t e, const Tokens& h, const Pairs& pairs, int64_t row, int64_t most, float* y) {
     alignas(64) float tile[TOKENS * ROWS];
-    const int64_t D = layer.out.O, rows = std::min(ROWS, D - row), end = pairs.start[e + 1];
+    const int64_t D = layer.out.O, rows = std::min(most, D - row), end = pairs.start[e + 1];
     for (int64_t p = pairs.start[e]; p < end; p += TOKENS) {
         const int64_t count = std::min(TOKENS, end - p);
-        h.dots(layer.down[e], row, rows, p, count, tile, ROWS);
+        h.dots(layer.down[e], row, rows, p, count, tile, most);
         for (int64_t i = 0; i < count; i++) {
             float* to = y + pairs.token[p + i] * D + row;
-            for (int64_t r = 0; r < rows; r++) to[r] += pairs.weight[p + i] * tile[i * ROWS + r];
+            for (int64_t r = 0; r < rows; r++) to[r] += pairs.weight[p + i] * tile[i * most + r];
         }
     }
 }

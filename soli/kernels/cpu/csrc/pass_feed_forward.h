@@ -45,16 +45,16 @@ public:
             choose();
         }
         everyone.experts = all.in.O > 0, pairs.experts = *experts;
-        const int64_t pieces = pairs.experts * some_spans;
+        const int64_t pieces = pairs.experts * some_spans, down = stretch(call.D, T, call.threads);
 #pragma omp for schedule(dynamic, at_once(pieces, T, 3 * call.threads))  // experts have different numbers of rows
         for (int64_t i = 0; i < pieces; i++) {
             const int64_t e = pairs.chosen[i / some_spans];
             hidden(some, e, some_in, pairs.start[e], pairs.start[e + 1], i % some_spans, some_hidden, some_out);
         }
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < call.D; row += ROWS) {
-            for (int64_t i = 0; i < pairs.experts; i++) add_rows(some, pairs.chosen[i], some_out, pairs, row, pass.x);
-            if (everyone.experts) add_rows(all, 0, all_out, everyone, row, pass.x);
+        for (int64_t row = 0; row < call.D; row += down) {
+            for (int64_t i = 0; i < pairs.experts; i++) add_rows(some, pairs.chosen[i], some_out, pairs, row, down, pass.x);
+            if (everyone.experts) add_rows(all, 0, all_out, everyone, row, down, pass.x);
         }
     }
 
@@ -72,7 +72,8 @@ private:
     void hidden(const Experts& layer, int64_t e, const Tokens& in, int64_t begin, int64_t end, int64_t span, float* values,
                 Tokens& out) {
         const int64_t F = layer.in.O, first = span * STEP, last = std::min(F, first + STEP);
-        for (int64_t at = first; at < last; at += ROWS) hidden_rows(layer, e, in, begin, end, at, values);
+        const int64_t most = end - begin < FEW ? STEP : ROWS;
+        for (int64_t at = first; at < last; at += most) hidden_rows(layer, e, in, begin, end, at, most, values);
         for (int64_t p = begin; p < end; p++) out.put_part(p, first, values + p * F + first, last - first);
     }
 
