@@ -19,9 +19,10 @@ struct Unpacked : D {
     static void prefetch(const Row&, int64_t, int64_t) {}
 };
 
-// A single token and one row after another, so that nothing need be asked for: hardware follows a single stream from memory
-// faster (Zen 4: 30 GB/s a core) than it answers what is asked for (22). Smaller matrices are likely in a cache.
-constexpr int64_t STREAM = 1 << 18;  // bytes
+// One row after another, so that nothing need be asked for: hardware follows a single stream from memory faster (Zen 4: 30
+// GB/s a core) than it answers what is asked for (22). More tokens take longer over a row than reading it does, and smaller
+// matrices are likely in a cache.
+constexpr int64_t STREAM = 1 << 18, STREAM_TOKENS = 3;  // bytes; tokens
 
 template <class D>
 struct Streamed : D {
@@ -95,12 +96,12 @@ void dots16(const Rows& rows, const uint8_t* token, int64_t tokens, float* y, in
     uint16_t* codes = nullptr;
     if (D::SCALED && tokens >= UNPACK_FROM && scratch.reserve(BAND * padded(layout.I) * 2))
         codes = scratch.take<uint16_t>(BAND * padded(layout.I));
-    const bool streams = !D::SCALED && tokens == 1 && layout.O * layout.row_bytes() >= STREAM;
+    const bool streams = !D::SCALED && tokens <= STREAM_TOKENS && layout.O * layout.row_bytes() >= STREAM;
     for (int64_t r = 0; r < rows.count;) {
         const int64_t count = streams ? 1 : rows.count - r >= 8 && tokens == 1 ? 8 : rows.count - r >= BAND ? BAND : 1;
         Row row[8];
         for (int64_t i = 0; i < count; i++) row[i] = {rows.weight(r + i), rows.scale(r + i), nullptr};
-        if (streams) tile<Streamed<D>, 1, 1>(row, layout, x, 0, y + r, y_stride);
+        if (streams) band<Streamed<D>, 1>(row, layout, x, tokens, y + r, y_stride);
         else if (count == 8) tile<D, 8, 1>(row, layout, x, 0, y + r, y_stride);
         else if (codes) {
             unpack<D>(row, count, layout.I, codes);

@@ -81,7 +81,7 @@ inline int64_t at_once(int64_t pieces, int64_t tokens, int64_t shares) {
     return tokens < FEW ? std::max<int64_t>(1, pieces / shares) : 1;
 }
 
-// Rows of a matrix to multiply in one go, whose results take as much room as ROWS of TOKENS do.
+// Rows of a matrix to multiply in one go for so many tokens, when at least `shares` portions are wanted.
 inline int64_t stretch(int64_t rows, int64_t tokens, int64_t shares) {
     return tokens < FEW ? std::min((rows + ROWS * shares - 1) / (ROWS * shares), TOKENS / FEW) * ROWS : ROWS;
 }

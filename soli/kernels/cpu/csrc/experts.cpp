@@ -23,9 +23,10 @@ int run(const Experts& layer, int64_t dtype, int64_t threads, int64_t T, const v
     if (!scratch.reserve(wanted)) return 2;
     Pairs pairs(scratch, layer.E, P);
     pairs.sort(layer.E, layer.K, P, ids, weights);
+    const int64_t most = down_rows(D, T, P, pairs.experts, threads);
     in.data = scratch.take<uint8_t>(in.bytes(P)), out.data = scratch.take<uint8_t>(out.bytes(P));
     float *hidden = scratch.take<float>(P * F), *sum = scratch.take<float>(T * D);
-    const int64_t span = stretch(F, T, 4), blocks = (F + span - 1) / span, most = stretch(D, T, threads);
+    const int64_t span = stretch(F, T, 4), blocks = (F + span - 1) / span;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for

@@ -73,16 +73,24 @@ void hidden_rows(const Experts& layer, int64_t e, const Tokens& x, int64_t begin
     }
 }
 
+// Rows of y that a piece of work adds to, where P pairs are shared by so many experts: more where an expert has few tokens.
+int64_t down_rows(int64_t D, int64_t T, int64_t P, int64_t experts, int64_t threads) {
+    return stretch(D, experts ? P / experts : T, T < FEW ? threads : 4 * threads);
+}
+
 // Adds weight * down for rows row ... row + most of y, of those that exist, and one expert.
 void add_rows(const Experts& layer, int64_t e, const Tokens& h, const Pairs& pairs, int64_t row, int64_t most, float* y) {
     alignas(64) float tile[TOKENS * ROWS];
-    const int64_t D = layer.out.O, rows = std::min(most, D - row), end = pairs.start[e + 1];
+    const int64_t D = layer.out.O, last = std::min(D, row + most), end = pairs.start[e + 1];
     for (int64_t p = pairs.start[e]; p < end; p += TOKENS) {
-        const int64_t count = std::min(TOKENS, end - p);
-        h.dots(layer.down[e], row, rows, p, count, tile, most);
-        for (int64_t i = 0; i < count; i++) {
-            float* to = y + pairs.token[p + i] * D + row;
-            for (int64_t r = 0; r < rows; r++) to[r] += pairs.weight[p + i] * tile[i * most + r];
+        const int64_t count = std::min(TOKENS, end - p), span = std::min(last - row, TOKENS / count * ROWS);
+        for (int64_t at = row; at < last; at += span) {
+            const int64_t rows = std::min(span, last - at);
+            h.dots(layer.down[e], at, rows, p, count, tile, span);
+            for (int64_t i = 0; i < count; i++) {
+                float* to = y + pairs.token[p + i] * D + at;
+                for (int64_t r = 0; r < rows; r++) to[r] += pairs.weight[p + i] * tile[i * span + r];
+            }
         }
     }
 }

@@ -45,7 +45,7 @@ public:
             choose();
         }
         everyone.experts = all.in.O > 0, pairs.experts = *experts;
-        const int64_t pieces = pairs.experts * some_spans, down = stretch(call.D, T, call.threads);
+        const int64_t pieces = pairs.experts * some_spans, down = down_rows(call.D, T, P, pairs.experts, call.threads);
 #pragma omp for schedule(dynamic, at_once(pieces, T, 3 * call.threads))  // experts have different numbers of rows
         for (int64_t i = 0; i < pieces; i++) {
             const int64_t e = pairs.chosen[i / some_spans];
