@@ -55,6 +55,19 @@ def routed(T: int, E: int, K: int, how: str, generator: torch.Generator) -> tupl
     return torch.stack(each), torch.rand(T, K, generator=generator)
 
 
+def check(
+    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up: PackedWeight, down: PackedWeight, isa: str
+) -> None:
+    """An answer near enough, and of every token the same bits alone."""
+    table = ExpertTable.stacked(gate_up, down)
+    y_TD = cpu.experts(x_TD, ids_TK, weights_TK, table)
+    exact_TD, limit_TD = exact(x_TD, ids_TK, weights_TK, gate_up, down, isa)
+    assert y_TD.dtype == x_TD.dtype and ((y_TD.double() - exact_TD).abs() <= limit_TD).all()
+    for t in range(len(x_TD)):
+        rows = slice(t, t + 1)
+        assert torch.equal(cpu.experts(x_TD[rows], ids_TK[rows], weights_TK[rows], table)[0], y_TD[t])
+
+
 @pytest.mark.parametrize("format", weights.FORMATS)
 @settings(weights.SETTINGS, max_examples=8)
 @given(
@@ -69,13 +82,17 @@ def test_is_equation_12_and_no_token_depends_on_another(isa, format, T, E, K, D,
     down = random_weight(format, (E, D, F), group, generator)
     ids_TK, weights_TK = routed(T, E, min(K, E), how, generator)
     x_TD = torch.randn(T, D, generator=generator).to(torch.bfloat16 if half else torch.float32)
-    table = ExpertTable.stacked(gate_up, down)
-    y_TD = cpu.experts(x_TD, ids_TK, weights_TK, table)
-    exact_TD, limit_TD = exact(x_TD, ids_TK, weights_TK, gate_up, down, isa)
-    assert y_TD.dtype == x_TD.dtype and ((y_TD.double() - exact_TD).abs() <= limit_TD).all()
-    for t in range(T):
-        rows = slice(t, t + 1)
-        assert torch.equal(cpu.experts(x_TD[rows], ids_TK[rows], weights_TK[rows], table)[0], y_TD[t])
+    check(x_TD, ids_TK, weights_TK, gate_up, down, isa)
+
+
+@pytest.mark.parametrize("format", weights.FORMATS)
+def test_matrices_too_large_for_a_cache_are_read_in_long_stretches_to_the_same_bits(isa, format) -> None:
+    generator = torch.Generator().manual_seed(1)
+    gate_up = random_weight(format, (4, 2 * 640, 704), 32, generator)
+    down = random_weight(format, (4, 704, 640), 32, generator)
+    ids_TK, weights_TK = routed(17, 4, 2, "any", generator)
+    for dtype in weights.DTYPES:
+        check(torch.randn(17, 704, generator=generator).to(dtype), ids_TK, weights_TK, gate_up, down, isa)
 
 
 def layer(
