@@ -1,4 +1,5 @@
-"""All layers of a pass in one C++ call: for inference on a CPU with a cache that lies on pages.
+"""All layers of a pass in one C++ call, with embedding and head where logits are wanted: for inference on a CPU with a
+cache that lies on pages.
 
 This is the one place that decides it. `plan` answers None where blocks must run one after another in torch: without
 such a cache, for a gradient, on other devices, under SOLI_KERNELS=reference or torch, and for modules whose parts are

@@ -1,4 +1,4 @@
-"""A pass of up to MOST_ROWS tokens through whole layers in one C++ call (csrc/pass.h).
+"""A pass of up to MOST_ROWS tokens through whole layers, or from ids to logits, in one C++ call (csrc/pass.h).
 
 `Layer` and what it is made of are tables of addresses with the same fields as the structs of csrc/pass.h; weights stay
 where they lie, in any of the five formats. Numerics: float32 between products; rows are rounded to bfloat16 only as

@@ -1,4 +1,5 @@
-// One call for the tokens of some requests, one of each or many: all layers and the norm after them, by one team of threads.
+// One call for the tokens of some requests, one of each or many: from rows or token ids through all layers and the norm after
+// them, and to the logits of those that want them, by one team of threads.
 #include "pass_attention.h"
 #include "pass_feed_forward.h"
 #include "pass_head.h"
