@@ -133,7 +133,7 @@ def _read(model: Transformer, running: list[_Request], cache: LatentCache, trace
     now = cache.begin([r.number for r in running], [r.read for r in running], [len(ids) for ids in new], device)
     ids_T = torch.tensor([token for ids in new for token in ids]).to(device)
     read = model.read(ids_T, now.positions_T, now, [end - 1 for end in ends])
-    _note(running, ends, read.routing if trace else ())
+    _note(running, ends, read.routing if trace else None)
     return read.logits_NV
 
 
@@ -143,14 +143,14 @@ def _reread(model: Transformer, running: list[_Request], trace: bool) -> Tensor:
     ids_BT, lengths_B = right_padded([request.ids for request in running], device)
     trunk = model.trunk(ids_BT)
     ends = [row * ids_BT.shape[1] + length for row, length in enumerate(lengths_B.tolist())]
-    _note(running, ends, trunk.routing if trace else ())
+    _note(running, ends, trunk.routing if trace else None)
     return model.head(trunk.hidden_BTD.flatten(0, 1)[torch.tensor(ends, device=device) - 1])
 
 
-def _note(running: list[_Request], ends: Sequence[int], layers: Sequence[Routing]) -> None:
-    """What the routers said of each request's new tokens, which end at `ends` of the pass; they are read now."""
+def _note(running: list[_Request], ends: Sequence[int], layers: Sequence[Routing] | None) -> None:
+    """Each request's new tokens, which end at `ends` of the pass, are read; what the routers said of them is kept."""
     for request, end in zip(running, ends, strict=True):
-        if layers:
+        if layers is not None:
             start = end - len(request.ids) + request.read
             request.routing.append(tuple(slice_routing(layer, start, end) for layer in layers))
         request.read = len(request.ids)

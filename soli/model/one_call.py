@@ -40,13 +40,9 @@ LEAST_ROWS: Final = 64  # of a call, however much that is
 
 @dataclass(frozen=True)
 class Plan:
-    """One pass that C++ can take, `rows` tokens a call."""
+    """One pass that C++ can take."""
 
-    table: c.Table
-    words: c.Words | None
-    rows: int
-    indices: tuple[int, ...]  # of the layers in the cache
-    width: int  # of a slot
+    built: _Builder
     cache: Cache
     positions_BT: Tensor
     muted: tuple[Tensor | None, ...]
@@ -54,13 +50,13 @@ class Plan:
 
     def run(self, x_BTD: Tensor) -> tuple[Tensor, Routings]:
         """The blocks and the norm after them: hidden states (B, T, D) and every router's decision, in layer order."""
-        pages = self._pages()
+        pages, table, rows = self._pages(), self.built.table, self.built.rows
         x_TD, position_T = x_BTD.flatten(0, 1), self.positions_BT.flatten()
         found = []
-        for start in range(0, len(x_TD), self.rows):  # later rows find the latents of earlier ones in the cache
-            part = slice(start, min(start + self.rows, len(x_TD)))
+        for start in range(0, len(x_TD), rows):  # later rows find the latents of earlier ones in the cache
+            part = slice(start, min(start + rows, len(x_TD)))
             muted = [None if m is None else m[part] for m in self.muted]
-            found.append(c.run(self.table, x_TD[part], self._standing(position_T[part], part), pages, muted))
+            found.append(c.run(table, x_TD[part], self._standing(position_T[part], part), pages, muted))
         y_TD = torch.cat([y for y, _ in found]) if len(found) > 1 else found[0][0]
         made = [_fields(decisions) for _, decisions in found]
         parts = [torch.cat(part, 1) for part in zip(*made, strict=True)] if len(made) > 1 else made[0]
@@ -69,16 +65,16 @@ class Plan:
     def read(self, ids_T: Tensor, ends: Sequence[int]) -> tuple[Tensor, Tensor, Routings] | None:
         """From token ids to logits (N, W) of the rows `ends`, float32; hidden states (T, D), decisions. None where the
         embedding or the head is not for C++, or there are more rows than one call takes."""
-        words, dtype = self.words, self.like.dtype
-        if words is None or len(ids_T) > self.rows or not choice.wins(dtype, len(ends), words.packed):
+        built, words = self.built, self.built.words
+        if words is None or len(ids_T) > built.rows or not choice.wins(built.dtype, len(ends), words.packed):
             return None
         chunks = [(chunk.start, chunk.stop, chunk.first, chunk.slots_S) for chunk in self.cache.chunks]
         rows = c.Rows(self.positions_BT.flatten(), self.cache.table_BM, self.cache.lengths_B, chunks)
-        logits_NW, y_TD, decisions = c.read(self.table, words, ids_T, ends, rows, self._pages(), self.muted)
+        logits_NW, y_TD, decisions = c.read(built.table, words, ids_T, ends, rows, self._pages(), self.muted)
         return logits_NW, y_TD, Routings(*_fields(decisions))
 
     def _pages(self) -> list[Tensor]:
-        return [self.cache.pages(index, self.width, self.like) for index in self.indices]
+        return [self.cache.pages(index, self.built.width, self.like) for index in self.built.indices]
 
     def _standing(self, position_T: Tensor, part: slice) -> c.Rows:
         """Where some of the rows stand; a chunk that is cut is two."""
@@ -114,7 +110,7 @@ def plan(
         except _Unfit:
             return None
     silent = tuple(muted[index].contiguous() if index in muted else None for index in built.indices) if muted else ()
-    return Plan(built.table, built.words, built.rows, built.indices, built.width, cache, positions_BT, silent, like)
+    return Plan(built, cache, positions_BT, silent, like)
 
 
 class _Unfit(Exception):
@@ -141,6 +137,7 @@ class _Builder:
         table = (c.Layer * len(blocks))(*(self._layer(block) for block in blocks))
         self.words = self._words(*ends) if ends else None
         self.table = c.Table(table, self._norm(norm), rope.inv_P, rope.scale, tuple(self.alive))
+        # How many rows a call takes; the width of a slot; which layers of the cache these are.
         self.rows = max(LEAST_ROWS, min(c.MOST_ROWS, SCRATCH // max(_row_bytes(layer) for layer in table)))
         self.width = blocks[0].self_attn.C + blocks[0].self_attn.R
         self.indices = tuple(block.self_attn.layer for block in blocks)

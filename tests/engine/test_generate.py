@@ -102,6 +102,11 @@ def test_no_trace_unless_asked():
     assert generate(tiny_model(), [[5]], max_new_tokens=2)[0].routing is None
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_the_trace_of_a_dense_model_has_no_layers(use_cache):
+    assert generate(tiny_model("dense"), [[5]], max_new_tokens=2, trace=True, use_cache=use_cache)[0].routing == ()
+
+
 def test_a_text_may_fill_the_positions_to_the_last():
     model = tiny_model()
     prompt = list(range(3, 60))

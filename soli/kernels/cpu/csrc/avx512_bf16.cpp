@@ -9,16 +9,6 @@ namespace {
 
 __m512 dot(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 
-// Format D with its codes unpacked before: the same numbers in the same order, so the same bits.
-template <class D>
-struct Unpacked : D {
-    template <bool FULL>
-    static void codes(const Row& row, int64_t k, int64_t, __m512i* out) {
-        for (int v = 0; v < D::VECS; v++) out[v] = _mm512_loadu_si512(row.codes + k + 32 * v);
-    }
-    static void prefetch(const Row&, int64_t, int64_t) {}
-};
-
 // One row after another, so that nothing need be asked for: hardware follows a single stream from memory faster (Zen 4: 30
 // GB/s a core) than it answers what is asked for (22). More tokens take longer over a row than reading it does, and smaller
 // matrices are likely in a cache.
@@ -27,6 +17,15 @@ constexpr int64_t STREAM = 1 << 18, STREAM_TOKENS = 3;  // bytes; tokens
 template <class D>
 struct Streamed : D {
     static void prefetch(const Row&, int64_t, int64_t) {}
+};
+
+// Format D with its codes unpacked before: the same numbers in the same order, so the same bits.
+template <class D>
+struct Unpacked : Streamed<D> {
+    template <bool FULL>
+    static void codes(const Row& row, int64_t k, int64_t, __m512i* out) {
+        for (int v = 0; v < D::VECS; v++) out[v] = _mm512_loadu_si512(row.codes + k + 32 * v);
+    }
 };
 
 template <class D, int R, int N, bool FULL>
@@ -96,13 +95,18 @@ void dots16(const Rows& rows, const uint8_t* token, int64_t tokens, float* y, in
     uint16_t* codes = nullptr;
     if (D::SCALED && tokens >= UNPACK_FROM && scratch.reserve(BAND * padded(layout.I) * 2))
         codes = scratch.take<uint16_t>(BAND * padded(layout.I));
-    const bool streams = !D::SCALED && tokens <= STREAM_TOKENS && layout.O * layout.row_bytes() >= STREAM;
+    if (!D::SCALED && tokens <= STREAM_TOKENS && layout.O * layout.row_bytes() >= STREAM) {
+        for (int64_t r = 0; r < rows.count; r++) {
+            const Row row = {rows.weight(r), rows.scale(r), nullptr};
+            band<Streamed<D>, 1>(&row, layout, x, tokens, y + r, y_stride);
+        }
+        return;
+    }
     for (int64_t r = 0; r < rows.count;) {
-        const int64_t count = streams ? 1 : rows.count - r >= 8 && tokens == 1 ? 8 : rows.count - r >= BAND ? BAND : 1;
+        const int64_t count = rows.count - r >= 8 && tokens == 1 ? 8 : rows.count - r >= BAND ? BAND : 1;
         Row row[8];
         for (int64_t i = 0; i < count; i++) row[i] = {rows.weight(r + i), rows.scale(r + i), nullptr};
-        if (streams) band<Streamed<D>, 1>(row, layout, x, tokens, y + r, y_stride);
-        else if (count == 8) tile<D, 8, 1>(row, layout, x, 0, y + r, y_stride);
+        if (count == 8) tile<D, 8, 1>(row, layout, x, 0, y + r, y_stride);
         else if (codes) {
             unpack<D>(row, count, layout.I, codes);
             if (count == BAND) band<Unpacked<D>, BAND>(row, layout, x, tokens, y + r, y_stride);
