@@ -26,7 +26,7 @@ install: $(VENV)/.soli ## make .venv with soli in it
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .
-	$(BIN)/mypy soli
+	$(BIN)/mypy
 
 test: $(VENV)/.dev lint ## everything that needs neither a GPU nor patience
 	$(PYTEST) -m "not slow and not gpu" -n $(JOBS)
@@ -44,7 +44,7 @@ $(VENV)/.torch: tools/venv.sh
 	@sh tools/venv.sh $(VENV)
 	@touch $@
 
-$(VENV)/.soli: $(VENV)/.torch pyproject.toml setup.py
+$(VENV)/.soli: $(VENV)/.torch pyproject.toml
 	@echo 'soli: installing soli and the packages it needs'
 	@$(PIP_INSTALL) --editable .
 	@$(BIN)/python -m soli.kernels.cpu.build

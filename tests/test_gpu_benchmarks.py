@@ -30,7 +30,7 @@ def run(script: str, *arguments: object) -> str:
 def packed(tmp_path_factory) -> Path:  # type: ignore[no-untyped-def]
     """A folder as soli data build leaves it, of random tokens."""
     folder = tmp_path_factory.mktemp("data")
-    Tokenizer.from_folder(Path(__file__).resolve().parent.parent / "soli" / "models" / "nano").save(folder)
+    Tokenizer.from_folder(Path(__file__).resolve().parent.parent / "src" / "soli" / "models" / "nano").save(folder)
     draw = np.random.default_rng(0)
     for split, count in (("train", 20_000), ("valid", 2_000)):
         draw.integers(3, 6000, count).astype("<u2").tofile(folder / f"{split}.bin")

@@ -2,7 +2,7 @@
 
 Steps are forward, losses, backward, clip and fused AdamW over fp32 masters, on random tokens. MFU is three forward
 passes' FLOPs per token (`soli count`) over the chip's nominal 989 TFLOP/s in bf16, for FP8 too. Shapes: `1b`, that of
-recipes/one-gpu (1 B parameters, 0.2 B active), and `3b`, wider, to fill the chip. Beside them: transformers'
+src/soli/recipes/one-gpu (1 B parameters, 0.2 B active), and `3b`, wider, to fill the chip. Beside them: transformers'
 DeepseekV3ForCausalLM with each experts implementation (where the package is), no MTP on either side, and Soli with
 dense layers of equal activated width. Contenders run one after the other; what one held is freed for the next.
 

@@ -1,0 +1,116 @@
+"""Packed tokens on disk: documents end to end in flat files of little-endian integers, with a meta.json beside.
+
+Integers are 16 bits wide, or 32 where a vocabulary needs more. What training reads from them, and in which order, is in
+src/soli/train/batches.py. Refuses files unlike their meta.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from soli.errors import SoliError
+
+DTYPE = np.dtype("<u2")
+WIDE = np.dtype("<u4")
+
+Totals = dict[str, dict[str, int]]
+"""`tokens` and `documents` by source."""
+
+
+def dtype_for(vocab_size: int) -> np.dtype:
+    """The integers that hold ids below `vocab_size`."""
+    return DTYPE if vocab_size <= 1 << 16 else WIDE
+
+
+class TokenWriter:
+    """Documents appended to a file of tokens, which takes its name when the `with` block ends without an error."""
+
+    def __init__(self, path: Path, dtype: np.dtype = DTYPE) -> None:
+        self.totals: Totals = {}
+        self.tokens = 0
+        self._path, self._partial, self._dtype = path, path.with_suffix(".partial"), dtype
+
+    def __enter__(self) -> TokenWriter:
+        self._file = self._partial.open("wb")
+        return self
+
+    def write(self, source: str, ids: Sequence[int] | np.ndarray) -> None:
+        self._file.write(np.asarray(ids, dtype=self._dtype).tobytes())
+        row = self.totals.setdefault(source, {"tokens": 0, "documents": 0})
+        row["tokens"] += len(ids)
+        row["documents"] += 1
+        self.tokens += len(ids)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if error is None:
+            self._partial.replace(self._path)
+
+
+def write_tokens(
+    path: Path, documents: Iterable[tuple[str, Sequence[int] | np.ndarray]], dtype: np.dtype = DTYPE
+) -> Totals:
+    """Write (source, ids) documents end to end; tokens and documents by source. Renamed into place when whole."""
+    with TokenWriter(path, dtype) as writer:
+        for source, ids in documents:
+            writer.write(source, ids)
+    return writer.totals
+
+
+def write_meta(
+    folder: Path,
+    vocab_size: int,
+    seed: int,
+    train: Totals,
+    valid: Totals,
+    fim_rate: float,
+    dtype: np.dtype = DTYPE,
+) -> None:
+    """meta.json of a folder whose train.bin, valid.bin and tokenizer.json are in place."""
+    meta = {
+        "dtype": dtype.name,
+        "vocab_size": vocab_size,
+        "train_tokens": sum(row["tokens"] for row in train.values()),
+        "valid_tokens": sum(row["tokens"] for row in valid.values()),
+        "sources": train,
+        "valid_sources": valid,
+        "seed": seed,
+        "fim_rate": fim_rate,
+        "tokenizer_sha256": hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest(),
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+
+def read_meta(folder: str | Path) -> dict[str, Any]:
+    """meta.json of a folder of packed tokens, its files checked for presence and size."""
+    path = Path(folder) / "meta.json"
+    if not path.is_file():
+        raise SoliError(f"{folder} holds no packed tokens (no meta.json): run `soli data build` first")
+    try:
+        meta: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        width = stored_dtype(meta).itemsize
+        wanted = {"train.bin": int(meta["train_tokens"]), "valid.bin": int(meta["valid_tokens"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise SoliError(f"{path} is damaged ({error}): run `soli data build` again") from error
+    for name, tokens in wanted.items():
+        file = path.with_name(name)
+        size = file.stat().st_size if file.is_file() else -1
+        if size != tokens * width:
+            state = "is missing" if size < 0 else f"holds {size // width:,} tokens, not {tokens:,}"
+            raise SoliError(f"{file} {state}: run `soli data build` again")
+    return meta
+
+
+def stored_dtype(meta: dict[str, Any]) -> np.dtype:
+    """The integers of train.bin and valid.bin, as meta.json names them."""
+    known: dict[str, np.dtype] = {"uint16": DTYPE, "uint32": WIDE}
+    return known[meta["dtype"]]

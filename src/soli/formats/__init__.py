@@ -1,0 +1,17 @@
+"""Weight formats: how one matrix is written in a file and read back.
+
+`bf16` and `fp32` are plain casts. `fp8` (src/soli/formats/fp8.py) packs the linear weights into E4M3 with one scale for
+each 128x128 block and keeps embedding, head, router and norms in bf16, as the official files do. `int8` and `int4`
+(src/soli/formats/integer.py) pack the linear weights with one scale per group of neighbours, the head always in 8 bits.
+"""
+
+import torch
+
+#: What a format does with the tensors that it does not pack.
+HIGH_PRECISION: dict[str, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp8": torch.bfloat16,
+    "fp32": torch.float32,
+    "int8": torch.bfloat16,
+    "int4": torch.bfloat16,
+}

@@ -1,0 +1,165 @@
+"""A model as Python uses it: prompts in, whole answers or their pieces out, from any thread or event loop.
+
+    llm = soli.LLM("nano")
+    [answer] = llm.generate("Good morning", soli.SamplingParams(temperature=0.7, seed=1), max_new_tokens=40)
+
+All that is asked at the same time, in one call or in several, is computed together by one engine (src/soli/engine). Raises
+SoliError for what the engine refuses, before anything is computed for that request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypedDict, Unpack
+
+from soli.engine.constraint import ConstraintSpec
+from soli.engine.engine import Engine
+from soli.engine.generate import join_routing
+from soli.engine.logprobs import TokenLogprob
+from soli.engine.request import EngineLimits, EngineStats, Event, FinishReason, Request, Usage
+from soli.engine.sampler import GREEDY, SamplingParams
+from soli.engine.service import AsyncEngine, Events
+from soli.engine.text_model import open_text_model
+from soli.errors import SoliError
+from soli.model.router import Routing
+
+NEW_TOKENS = 256  # unless max_new_tokens says otherwise, within the model's positions
+
+Prompt = str | Sequence[int]
+
+
+class Options(TypedDict, total=False):
+    """What may be said about a request beside how it samples; soli.engine.request.Request tells what each means."""
+
+    max_new_tokens: int
+    stop: Sequence[str]
+    logprobs: int
+    trace: bool
+    muted: Collection[tuple[int, int]]
+    constraint: ConstraintSpec
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer. `ids`: the new tokens, without the one that ended the text. `logprobs`: one per new token, and
+    `routing`: one Routing per MoE layer over all tokens read, where asked for."""
+
+    prompt_ids: tuple[int, ...]
+    ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+    logprobs: tuple[TokenLogprob, ...] | None
+    routing: tuple[Routing, ...] | None
+
+
+class LLM:
+    """A loaded model with its engine.
+
+    `model`: a folder, or "nano"; `device`, `dtype`: as `open_text_model` says; `limits`: what the engine may take.
+    """
+
+    def __init__(
+        self, model: str, *, device: str = "cpu", dtype: str = "auto", limits: EngineLimits | None = None
+    ) -> None:
+        limits = limits or EngineLimits()
+        self.text_model = open_text_model(model, device, dtype, mtp=limits.speculate)
+        self.engine = AsyncEngine(Engine(self.text_model, limits))
+        self._at_once = max(1, limits.waiting)
+
+    def generate(
+        self, prompts: str | Sequence[Prompt], sampling: SamplingParams = GREEDY, **options: Unpack[Options]
+    ) -> list[Answer]:
+        """Answers to one text or many prompts, in their order. A text is begun as the model's documents begin; tokens
+        are taken as they are."""
+        answers: list[Answer] = []
+        underway: deque[tuple[Request, Events]] = deque()
+        for request in self._requests(prompts, sampling, options):
+            if len(underway) == self._at_once:
+                answers.append(_answer(*underway.popleft()))
+            underway.append((request, self.engine.open(request)))
+        return answers + [_answer(request, events) for request, events in underway]
+
+    async def generate_async(
+        self, prompts: str | Sequence[Prompt], sampling: SamplingParams = GREEDY, **options: Unpack[Options]
+    ) -> list[Answer]:
+        """`generate` for an event loop."""
+        places = asyncio.Semaphore(self._at_once)
+
+        async def one(request: Request) -> Answer:
+            async with places:
+                return _answer(request, [event async for event in await self.engine.submit(request)])
+
+        tasks = [asyncio.ensure_future(one(request)) for request in self._requests(prompts, sampling, options)]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    def stream(self, prompt: Prompt, sampling: SamplingParams = GREEDY, **options: Unpack[Options]) -> Iterator[Event]:
+        """One answer's events as they come, `event.text` a piece of text each. Left before its end, it is cancelled."""
+        yield from map(_checked, self.engine.open(self.request(prompt, sampling, **options)))
+
+    async def stream_async(
+        self, prompt: Prompt, sampling: SamplingParams = GREEDY, **options: Unpack[Options]
+    ) -> AsyncIterator[Event]:
+        """`stream` for an event loop."""
+        async for event in await self.engine.submit(self.request(prompt, sampling, **options)):
+            yield _checked(event)
+
+    def request(self, prompt: Prompt, sampling: SamplingParams = GREEDY, **options: Unpack[Options]) -> Request:
+        """The engine's request for a prompt; `max_new_tokens` is 256 by default, or what the model has room for."""
+        ids = tuple(self.text_model.text_prompt(prompt) if isinstance(prompt, str) else prompt)
+        limit = options.get("max_new_tokens")
+        return Request(
+            ids,
+            max_new_tokens=min(NEW_TOKENS, self.text_model.room(ids, "the prompt")) if limit is None else limit,
+            sampling=sampling,
+            stop_ids=self.text_model.stop_ids,
+            stop=tuple(options.get("stop", ())),
+            logprobs=options.get("logprobs"),
+            trace=options.get("trace", False),
+            muted=frozenset(options.get("muted", ())),
+            constraint=options.get("constraint"),
+        )
+
+    def stats(self) -> EngineStats:
+        """What the engine did so far."""
+        return self.engine.stats()
+
+    def close(self) -> None:
+        """Ends the engine's thread; the model goes when this object does. Nothing is answered any more."""
+        self.engine.close()
+
+    def _requests(
+        self, prompts: str | Sequence[Prompt], sampling: SamplingParams, options: Options
+    ) -> Iterator[Request]:
+        for prompt in [prompts] if isinstance(prompts, str) else prompts:
+            yield self.request(prompt, sampling, **options)
+
+
+def _checked(event: Event) -> Event:
+    """An event, or the SoliError that it tells of."""
+    if event.finish_reason == "error":
+        raise SoliError(event.error or "the request failed")
+    return event
+
+
+def _answer(request: Request, events: Iterable[Event]) -> Answer:
+    """All events of a request in one."""
+    told = [_checked(event) for event in events]
+    last, routing = told[-1], [event.routing for event in told if event.routing is not None]
+    assert last.finish_reason is not None and last.usage is not None
+    return Answer(
+        prompt_ids=request.prompt_ids,
+        ids=tuple(event.token for event in told if event.token is not None),
+        text="".join(event.text for event in told),
+        finish_reason=last.finish_reason,
+        usage=last.usage,
+        logprobs=None if request.logprobs is None else tuple(event.logprob for event in told if event.logprob),
+        routing=tuple(map(join_routing, zip(*routing, strict=True))) if routing else None,
+    )
