@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from soli.formats import fp8
+from soli.formats.quantized import PackedWeight, plain
 from soli.kernels import cpu
-from soli.kernels.packed import PackedWeight, plain
 
 E, D, WIDTH, K, LAYERS, GROUP = 64, 1024, 512, 6, 4, 32
 TOKENS = 12  # of one measurement

@@ -29,10 +29,10 @@ from torch.nn.functional import pad
 from soli.checkpoint import load_model
 from soli.checkpoint.convert import convert_checkpoint
 from soli.checkpoint.writer import Target
-from soli.cli.text_input import evenly, file_pairs, file_texts
+from soli.cli._shared.text_input import evenly, file_pairs, file_texts
 from soli.data.tokenizer import Tokenizer
-from soli.engine.evaluate import document_parts, evaluate_direction
 from soli.engine.text_model import TextModel, text_model
+from soli.eval.quality import document_parts, evaluate_direction
 
 PAGE = record.ROOT / "docs" / "formats.md"
 # Name in the tables, how it is written, whether it translates too (which takes most of the time).

@@ -21,9 +21,9 @@ import torch
 
 from soli.data.recipe import data_folder, find_recipe, load_recipe
 from soli.train.evaluate import evaluate
-from soli.train.loop import take_step
 from soli.train.settings import read_settings
 from soli.train.setup import prepare
+from soli.train.trainer import take_step
 
 PAPER_PERCENT = 0.25
 LAST = 20  # training losses that are averaged

@@ -3,8 +3,8 @@
     python benchmarks/nano_card.py --run runs/nano-gpu --data data/nano-zh-en [--before FOLDER --before-tokens N]
 
 Reads the run's metrics and resolved recipe, and what gpu/train_nano.py left where a GPU trained; runs `soli eval` and
-`soli routing` on the held-out files, and writes benchmarks/results/nano.json, src/soli/models/nano/README.md and
-src/soli/models/nano/curve.png. `--before` scores the model that was in the box until now on the same files. Of a run on a
+`soli routing` on the held-out files, and writes benchmarks/results/nano.json, soli/models/nano/README.md and
+its curve.png. `--before` scores the model that was in the box until now on the same files. Of a run on a
 CPU: with as many threads (OMP_NUM_THREADS) as the training had, for the utilisation is the run's FLOP/s over the rate
 of its matrix products, measured now; of one on a GPU it is their share of what the card's maker states.
 """
@@ -23,9 +23,9 @@ from typing import Any
 
 import record
 
-from soli.data.sources.catalogue import SOURCES
-from soli.train.device import find_device, stated_peak
-from soli.train.plan import training_flops
+from soli.plan.throughput import find_device, stated_peak
+from soli.plan.training import training_flops
+from soli.recipes.nano_corpus.sources.catalogue import SOURCES
 from soli.train.settings import SECTIONS, TrainSettings, read_settings
 
 BENCHMARKS = Path(__file__).resolve().parent

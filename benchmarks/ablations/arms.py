@@ -13,7 +13,7 @@ from typing import Any
 import record  # noqa: F401  puts this tree's soli first
 
 from soli.analysis.parameters import count
-from soli.train.plan import training_flops
+from soli.plan.training import training_flops
 from soli.train.settings import TrainSettings, read_settings
 
 BASELINE = "baseline"

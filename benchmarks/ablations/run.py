@@ -28,12 +28,12 @@ import torch
 from ablations.arms import ARMS, EXPERIMENTS, arm_settings, check_equal, flops_per_token
 
 from soli.analysis.parameters import count
-from soli.engine.observe import read_sequences
+from soli.eval.scoring import read_sequences
 from soli.train.balance import measure_load
 from soli.train.evaluate import evaluate
-from soli.train.loop import Step, take_step
 from soli.train.settings import TrainSettings
 from soli.train.setup import Run, prepare
+from soli.train.trainer import Step, take_step
 
 TOKENS = 409_600  # of the baseline: 200 steps
 LAST = 50  # steps that training's figures are means of

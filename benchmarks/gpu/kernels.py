@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from soli.kernels import fp8_cuda, fp8_operands
+from soli.kernels.fp8 import cuda, operands
 from soli.model.attention import attend
 
 GEMM = [(2112, 7168), (24576, 1536), (7168, 16384), (4096, 7168), (7168, 2048)]  # N, K of V3's layers
@@ -65,9 +65,9 @@ def mla_prefill(
 def fp8_gemm(m: int, n: int, k: int, repeats: int) -> dict[str, Any]:
     at = chip.device()
     x, w = torch.randn(m, k, device=at, dtype=BF16), torch.randn(n, k, device=at)
-    a, b = fp8_operands.tiles(x), fp8_operands.blocks(w)
-    took = chip.seconds(lambda: fp8_operands.product(a, b, BF16), repeats)
-    packing = chip.seconds(lambda: fp8_operands.tiles(x), repeats)
+    a, b = operands.tiles(x), operands.blocks(w)
+    took = chip.seconds(lambda: operands.product(a, b, BF16), repeats)
+    packing = chip.seconds(lambda: operands.tiles(x), repeats)
     wide = w.to(BF16)
     bf16 = chip.seconds(lambda: F.linear(x, wide), repeats)
     bytes_ = m * k + n * k + 2 * m * n
@@ -76,19 +76,19 @@ def fp8_gemm(m: int, n: int, k: int, repeats: int) -> dict[str, Any]:
 
 
 def fp8_experts(groups: int, m: int, n: int, k: int, repeats: int) -> dict[str, Any]:
-    from soli.kernels import fp8_triton
+    from soli.kernels.fp8 import triton_kernels
 
     at = chip.device()
     ids = torch.arange(groups, device=at).repeat_interleave(m)[:, None]
-    plan = fp8_cuda.plan_rows(ids, groups)
+    plan = cuda.plan_rows(ids, groups)
     x, w = torch.randn(plan.rows, k, device=at, dtype=BF16), torch.randn(groups, n, k, device=at)
-    a, b = fp8_operands.tiles(x), fp8_operands.blocks(w)
+    a, b = operands.tiles(x), operands.blocks(w)
     grouped = chip.seconds(
-        lambda: fp8_triton.grouped(a.codes_MK, a.scale, b.codes_MK, b.scale, plan.expert_tile, BF16), repeats
+        lambda: triton_kernels.grouped(a.codes_MK, a.scale, b.codes_MK, b.scale, plan.expert_tile, BF16), repeats
     )
-    g, xt = fp8_operands.tiles(torch.randn(plan.rows, n, device=at, dtype=BF16), turned=True), fp8_operands.retiled(a)
+    g, xt = operands.tiles(torch.randn(plan.rows, n, device=at, dtype=BF16), turned=True), operands.retiled(a)
     weights = chip.seconds(
-        lambda: fp8_triton.by_expert(g.codes_MK, g.scale, xt.codes_MK, xt.scale, plan.first_tile, torch.float32),
+        lambda: triton_kernels.by_expert(g.codes_MK, g.scale, xt.codes_MK, xt.scale, plan.first_tile, torch.float32),
         repeats,
     )
     flops, wide = 2 * groups * m * n * k, w.to(BF16)

@@ -1,6 +1,6 @@
 """Tokens per second of nano's training step, by batch, with and without a CUDA graph and compiled blocks.
 
-A step is soli.train.loop's own, optimizer, guard and bias step included. Nano's layers are so small that a GPU mostly
+A step is soli.train.trainer's own, with optimizer and bias step. Nano's layers are so small that a GPU mostly
 waits for launches: what a graph and a larger batch bring is what this measures. All rows begin with the same weights
 and read the same windows, so rows of one batch should end with nearly the same loss.
 
@@ -19,10 +19,10 @@ import torch
 import train_nano
 
 from soli.data.recipe import find_recipe, load_recipe
-from soli.train.loop import take_step
-from soli.train.plan import training_flops
+from soli.plan.training import training_flops
 from soli.train.settings import read_settings
 from soli.train.setup import prepare
+from soli.train.trainer import take_step
 
 RUN_IN, STEPS = 10, 30
 

@@ -34,12 +34,12 @@ from soli.checkpoint.writer import write_json
 from soli.config import load_config
 from soli.data.recipe import find_recipe, load_recipe
 from soli.model import Transformer
-from soli.train.device import find_device
-from soli.train.loop import take_step
-from soli.train.loop import train as run_training
+from soli.plan.throughput import find_device
+from soli.train.checkpoints import best_checkpoint, checkpoints, load_weights, read_progress
 from soli.train.settings import SECTIONS, TrainSettings, as_recipe, read_settings
 from soli.train.setup import Run, prepare
-from soli.train.state import best_checkpoint, checkpoints, load_weights, read_progress
+from soli.train.trainer import take_step
+from soli.train.trainer import train as run_training
 
 RECIPE = "nano-gpu"
 RUN_IN, TIMED = 20, 60  # steps of --fit

@@ -16,7 +16,7 @@ import torch
 
 from soli.analysis.parameters import flops
 from soli.config import ModelConfig, preset, replace
-from soli.engine.cache import LatentCache
+from soli.engine.latent_cache import LatentCache
 from soli.model import Transformer
 from soli.model.moe import MoE
 

@@ -3,7 +3,7 @@
     llm = soli.LLM("nano")
     [answer] = llm.generate("Good morning", soli.SamplingParams(temperature=0.7, seed=1), max_new_tokens=40)
 
-All that is asked at the same time, in one call or in several, is computed together by one engine (src/soli/engine). Raises
+All that is asked at the same time, in one call or in several, is computed together by one engine (soli/engine). Raises
 SoliError for what the engine refuses, before anything is computed for that request.
 """
 
@@ -15,13 +15,13 @@ from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Seque
 from dataclasses import dataclass
 from typing import TypedDict, Unpack
 
+from soli.engine.async_engine import AsyncEngine, Events
 from soli.engine.constraint import ConstraintSpec
 from soli.engine.engine import Engine
 from soli.engine.generate import join_routing
 from soli.engine.logprobs import TokenLogprob
 from soli.engine.request import EngineLimits, EngineStats, Event, FinishReason, Request, Usage
 from soli.engine.sampler import GREEDY, SamplingParams
-from soli.engine.service import AsyncEngine, Events
 from soli.engine.text_model import open_text_model
 from soli.errors import SoliError
 from soli.model.router import Routing

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from soli.cli import VERBS, main
-from soli.cli.assignments import parse_assignments
+from soli.cli._shared.assignments import parse_assignments
 from soli.cli.count import scaled
 from soli.config import PRESETS, preset
 from soli.errors import SoliError

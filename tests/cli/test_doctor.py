@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from soli.analysis import machine
+from soli import machine
 from soli.cli import main
 from soli.kernels.cpu import native
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from soli.cli import main
-from tests.analysis.test_runs import end, evaluation, step, write_run
+from tests.train.test_runs import end, evaluation, step, write_run
 
 
 @pytest.fixture

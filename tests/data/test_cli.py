@@ -8,9 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from soli.cli.data import app
-from soli.data import build, corpus
-from soli.data.sources import Row, Source
 from soli.errors import SoliError
+from soli.recipes.nano_corpus import build, corpus
+from soli.recipes.nano_corpus.sources import Row, Source
 
 RECIPE = "[data]\nvocab_size = 400\nheldout_every = 10\n[data.weights]\ngames = 2.0\n"
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from soli.cli import main
-from soli.data.build import pack
-from soli.data.corpus import Corpus, Line, Pair
 from soli.data.packing import read_meta, stored_dtype
 from soli.data.recipe import DataConfig, load_recipe
 from soli.data.tokenizer import Tokenizer
+from soli.recipes.nano_corpus.build import pack
+from soli.recipes.nano_corpus.corpus import Corpus, Line, Pair
 
 TEXTS = [f"Line {n} of the manual says {n * n}." for n in range(2000)]
 FRAME = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")

@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from soli.cli import main
-from soli.data.corpus import held_out_by_hash, read_lines
 from soli.data.inspection import inspect_folder
 from soli.data.pack import Input, PackConfig, pack_inputs, pieces
 from soli.data.packing import WIDE, TokenWriter, dtype_for, read_meta, stored_dtype
 from soli.data.readers import Layout
 from soli.data.tokenizer import Tokenizer
 from soli.errors import SoliError
+from soli.recipes.nano_corpus.corpus import held_out_by_hash, read_lines
 
 TEXTS = [f"Text {n} has a line.\n\nAnd {n * n} more." for n in range(400)]
 PAIRS = [(f"cat number {n}", f"第{n}只猫") for n in range(200)]

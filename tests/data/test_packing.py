@@ -8,8 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from soli.data.build import pack
-from soli.data.corpus import Corpus, Line, Pair, write_corpus
 from soli.data.fim import split_middle
 from soli.data.inspection import inspect_folder
 from soli.data.mixture import encode_documents, heldout_documents, mix
@@ -17,6 +15,8 @@ from soli.data.packing import DTYPE, read_meta
 from soli.data.recipe import DataConfig
 from soli.data.tokenizer import Tokenizer
 from soli.errors import SoliError
+from soli.recipes.nano_corpus.build import pack
+from soli.recipes.nano_corpus.corpus import Corpus, Line, Pair, write_corpus
 
 PAIRS = [Pair("games", f"第{i}只猫", f"cat number {i}") for i in range(300)]
 LINES = [Line("en", "manual", f"Line {i} of the manual.") for i in range(100)]

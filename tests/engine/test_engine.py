@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from soli.analysis.trace import trace_layer
-from soli.engine.cache import bytes_per_token
 from soli.engine.constraint import ConstraintSpec
 from soli.engine.engine import Engine
 from soli.engine.generate import generate, join_routing
+from soli.engine.latent_cache import bytes_per_token
 from soli.engine.request import EngineLimits, Event, QueueFull, Request
 from soli.engine.sampler import SamplingParams
 from soli.errors import SoliError

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from soli.engine.cache import LatentCache, pages_for
-from soli.engine.pages import PagePool
+from soli.engine.blocks import PagePool
+from soli.engine.latent_cache import LatentCache, pages_for
 from soli.engine.request import EngineLimits, Request
 from soli.engine.scheduler import Scheduler, Task
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from soli.formats.quantized import PackedWeight
 from soli.kernels import cpu
-from soli.kernels.packed import PackedWeight
 from soli.kernels.packed_torch import PackedExperts
 from soli.model import Transformer
 from soli.model.layers import Linear

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from soli.errors import SoliError
+from soli.formats.quantized import PackedWeight
 from soli.kernels import cpu, reference
 from soli.kernels.cpu import ExpertTable
-from soli.kernels.packed import PackedWeight
 from tests.kernels import weights
 from tests.kernels.weights import needs_kernels, random_weight
 

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from soli.errors import SoliError
+from soli.formats.quantized import PackedWeight
 from soli.kernels import cpu
 from soli.kernels.cpu.native import DTYPES, FORMATS, chosen_isa, library
-from soli.kernels.packed import PackedWeight
 from tests.kernels import weights
 from tests.kernels.weights import BOUND, needs_kernels, random_weight
 

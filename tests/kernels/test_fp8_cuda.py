@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from soli.kernels import fp8_cuda, fp8_operands, fp8_training
-from soli.kernels.fp8_operands import blocks, retiled, tiles
+from soli.kernels.fp8 import cuda, emulation, operands
+from soli.kernels.fp8.operands import blocks, retiled, tiles
 from tests.kernels import triton_stand_in
 
 E4M3 = torch.float8_e4m3fn
@@ -42,13 +42,13 @@ def gpu(request, monkeypatch):  # type: ignore[no-untyped-def]
     monkeypatch.setattr(F, "scaled_mm", scaled_mm, raising=False)
     if request.param == "triton":
         triton_stand_in.install(monkeypatch)
-        monkeypatch.setattr(fp8_operands, "_on_gpu", lambda x: True)
+        monkeypatch.setattr(operands, "_on_gpu", lambda x: True)
     else:
-        monkeypatch.setattr(fp8_cuda, "has_triton", lambda: False)
+        monkeypatch.setattr(cuda, "has_triton", lambda: False)
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     yield request.param
     torch.use_deterministic_algorithms(False)
-    sys.modules.pop("soli.kernels.fp8_triton", None)
+    sys.modules.pop("soli.kernels.fp8.triton_kernels", None)
 
 
 def draw(*shape: int, seed: int) -> Tensor:
@@ -64,7 +64,7 @@ def close(found: Tensor | None, expected: Tensor | None) -> None:
 @pytest.mark.parametrize(("T", "I", "O"), [(1, 128, 256), (130, 576, 200), (256, 40, 128)])
 def test_linear_is_the_emulation(gpu, T: int, I: int, O: int) -> None:  # noqa: E741
     found, expected = [], []
-    for linear, into in ((fp8_cuda.linear, found), (fp8_training.linear, expected)):
+    for linear, into in ((cuda.linear, found), (emulation.linear, expected)):
         x, w = draw(T, I, seed=0).requires_grad_(), draw(O, I, seed=1).requires_grad_()
         y = linear(x[None], w, torch.ones(O))
         y.backward(draw(1, T, O, seed=2))
@@ -80,7 +80,7 @@ def test_experts_are_the_emulation_with_empty_experts_and_odd_counts(gpu, D: int
     ids = torch.stack([torch.randperm(4, generator=generator)[:K] for _ in range(T)])
     ids[ids == 2] = 4  # nobody chooses expert 2
     found, expected = [], []
-    for experts, into in ((fp8_cuda.experts, found), (fp8_training.experts, expected)):
+    for experts, into in ((cuda.experts, found), (emulation.experts, expected)):
         x, weights = draw(T, D, seed=0).requires_grad_(), draw(T, K, seed=1).sigmoid().requires_grad_()
         gate_up, down = draw(E, 2 * width, D, seed=2).requires_grad_(), draw(E, D, width, seed=3).requires_grad_()
         y = experts(x, ids, weights, gate_up, down)
@@ -101,7 +101,7 @@ def test_operands_by_triton_are_those_by_torch_to_the_bit(monkeypatch) -> None: 
     ]  # fmt: skip
     plain = [way() for way in ways]
     triton_stand_in.install(monkeypatch)
-    monkeypatch.setattr(fp8_operands, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(operands, "_on_gpu", lambda x: True)
     for way, expected in zip(ways, plain, strict=True):
         found = way()
         assert torch.equal(found.codes_MK.float(), expected.codes_MK.float())
@@ -112,7 +112,7 @@ def test_operands_by_triton_are_those_by_torch_to_the_bit(monkeypatch) -> None: 
 def test_each_experts_rows_begin_on_a_tile_of_their_own(counts: list[int]) -> None:
     ids = torch.tensor([e for e, count in enumerate(counts) for _ in range(count)], dtype=torch.int64)
     ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
-    plan = fp8_cuda.plan_rows(ids[:, None], len(counts))
+    plan = cuda.plan_rows(ids[:, None], len(counts))
     owner = plan.expert_tile.repeat_interleave(128)
     assert owner.shape[0] == plan.rows and plan.row_P.unique().numel() == len(ids)
     assert torch.equal(owner[plan.row_P], ids[plan.order_P].to(torch.int32))
@@ -122,4 +122,4 @@ def test_each_experts_rows_begin_on_a_tile_of_their_own(counts: list[int]) -> No
 
 
 def test_a_cpu_is_told_apart() -> None:
-    assert fp8_cuda.missing(torch.device("cpu")) == "the device is cpu, not cuda"
+    assert cuda.missing(torch.device("cpu")) == "the device is cpu, not cuda"

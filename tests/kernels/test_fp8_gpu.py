@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from soli.kernels import experts as wide_experts
-from soli.kernels import fp8_cuda, fp8_training
-from soli.kernels.fp8_operands import blocks, has_triton, product, retiled, tiles
+from soli.kernels.fp8 import cuda, emulation
+from soli.kernels.fp8.operands import blocks, has_triton, product, retiled, tiles
 
 pytestmark = pytest.mark.gpu
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture(autouse=True)
 def poisoned():
     """New memory is filled with NaN; a GPU without FP8 block products skips."""
-    lacking = fp8_cuda.missing(torch.device("cuda"))
+    lacking = cuda.missing(torch.device("cuda"))
     if lacking:
         pytest.skip(lacking)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -64,8 +64,8 @@ def test_product_is_that_of_the_dequantised_operands(M: int, N: int, K: int, sec
 def test_linear_is_near_the_emulation_and_near_float64(T: int, I: int, O: int) -> None:  # noqa: E741
     found, expected, exact = [], [], []
     for linear, dtype, into in (
-        (fp8_cuda.linear, torch.float32, found),
-        (fp8_training.linear, torch.float32, expected),
+        (cuda.linear, torch.float32, found),
+        (emulation.linear, torch.float32, expected),
         (lambda x, w: x @ w.t(), torch.float64, exact),
     ):
         x, w = (t.to(dtype).requires_grad_() for t in (draw(T, I, seed=0), draw(O, I, seed=1)))
@@ -81,7 +81,7 @@ def test_linear_is_near_the_emulation_and_near_float64(T: int, I: int, O: int) -
 def test_experts_are_near_the_emulation_and_near_wide_ones(T: int, E: int, D: int, width: int, seed: int) -> None:
     generator, found, expected, wide = torch.Generator("cuda").manual_seed(seed), [], [], []
     ids = torch.rand(T, E - 1, generator=generator, device="cuda").topk(3).indices  # nobody chooses the last expert
-    for experts, into in ((fp8_cuda.experts, found), (fp8_training.experts, expected), (wide_experts, wide)):
+    for experts, into in ((cuda.experts, found), (emulation.experts, expected), (wide_experts, wide)):
         x, weights = draw(T, D, seed=seed).requires_grad_(), draw(T, 3, seed=1).sigmoid().requires_grad_()
         gate_up, down = draw(E, 2 * width, D, seed=2).requires_grad_(), draw(E, D, width, seed=3).requires_grad_()
         y = experts(x, ids, weights, gate_up, down)
@@ -96,9 +96,9 @@ def test_experts_are_near_the_emulation_and_near_wide_ones(T: int, E: int, D: in
 def test_nothing_is_read_back_in_a_step() -> None:
     x, ids = draw(256, 128, seed=0).requires_grad_(), torch.randint(0, 5, (256, 3), device="cuda")
     weights, gate_up, down = draw(256, 3, seed=1), draw(5, 512, 128, seed=2), draw(5, 128, 256, seed=3)
-    fp8_cuda.experts(x, ids, weights, gate_up, down).sum().backward()  # compiles
+    cuda.experts(x, ids, weights, gate_up, down).sum().backward()  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        fp8_cuda.experts(x, ids, weights, gate_up, down).sum().backward()
+        cuda.experts(x, ids, weights, gate_up, down).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")

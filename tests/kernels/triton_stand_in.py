@@ -80,4 +80,4 @@ def install(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     language.dot = lambda a, b: a.float() @ b.float()
     monkeypatch.setitem(sys.modules, "triton", triton)
     monkeypatch.setitem(sys.modules, "triton.language", language)
-    monkeypatch.delitem(sys.modules, "soli.kernels.fp8_triton", raising=False)
+    monkeypatch.delitem(sys.modules, "soli.kernels.fp8.triton_kernels", raising=False)

@@ -7,9 +7,9 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 
+from soli.formats.quantized import PackedWeight, plain
 from soli.kernels import cpu
 from soli.kernels.cpu.native import available_isas, library
-from soli.kernels.packed import PackedWeight, plain
 
 needs_kernels = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
 

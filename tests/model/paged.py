@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from soli.engine.cache import CachePass, LatentCache, pages_for
+from soli.engine.latent_cache import CachePass, LatentCache, pages_for
 from soli.model import Transformer, Trunk
 
 

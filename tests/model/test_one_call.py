@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from soli.engine.cache import FEW, LatentCache
+from soli.engine.latent_cache import FEW, LatentCache
 from soli.kernels import PackedExperts
 from soli.model import Transformer, Trunk, one_call
 from tests.engine.tiny import KINDS, tiny_model

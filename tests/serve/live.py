@@ -8,7 +8,7 @@ from typing import Any
 
 import uvicorn
 
-from soli.serve.run import listen
+from soli.serve.server import listen
 
 
 @contextmanager

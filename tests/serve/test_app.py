@@ -5,11 +5,11 @@ import json
 import httpx
 import pytest
 
+from soli.engine.async_engine import AsyncEngine
 from soli.engine.engine import Engine
 from soli.engine.request import EngineLimits
-from soli.engine.service import AsyncEngine
 from soli.serve.app import AppRules, create_app
-from soli.serve.gate import GateRules
+from soli.serve.middleware import GateRules
 from soli.serve.service import Loaded, Service
 from tests.engine.tiny import tiny_text_model
 

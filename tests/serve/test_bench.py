@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from soli.cli import main
-from soli.serve.load import Load, Server, Timing, arrivals, figures, measure
+from soli.serve.load_generator import Load, Server, Timing, arrivals, figures, measure
 from tests.serve.live import live
 from tests.serve.tiny_server import tiny_server
 

@@ -20,12 +20,12 @@ import httpx
 import pytest
 
 from soli.cli import main
+from soli.engine.async_engine import AsyncEngine, AsyncEvents
 from soli.engine.engine import Engine
 from soli.engine.request import EngineLimits, Event, Request
-from soli.engine.service import AsyncEngine, AsyncEvents
 from soli.errors import SoliError
 from soli.serve.app import create_app
-from soli.serve.run import listen, on_desktop
+from soli.serve.server import listen, on_desktop
 from soli.serve.service import Loaded, Service, ServiceLimits
 from tests.serve.live import live
 from tests.serve.tiny_server import scripted_server, serving, tiny, tiny_server

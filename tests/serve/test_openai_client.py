@@ -9,10 +9,10 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
 
+from soli.chat.tool_calls import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR
 from soli.engine.sampler import SamplingParams
 from soli.serve.choices import token_name
-from soli.serve.schema import CompletionBody
-from soli.serve.tools import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR
+from soli.serve.protocol import CompletionBody
 from tests.serve.tiny_server import scripted_server, tiny, tiny_server
 
 HELLO = [{"role": "user", "content": "hello world"}]

@@ -7,9 +7,9 @@ import random
 import httpx
 import pytest
 
+from soli.engine.async_engine import AsyncEngine
 from soli.engine.engine import Engine
 from soli.engine.request import EngineLimits
-from soli.engine.service import AsyncEngine
 from tests.serve.tiny_server import serving, tiny
 
 PROMPTS = ["the cat sat on the mat", "hello world", "你好世界", "今天天气很好", "the cat sat on the", "mat"]

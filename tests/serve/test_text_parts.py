@@ -7,10 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from soli.engine.constraint import ConstraintSpec
-from soli.serve.marks import settled
-from soli.serve.reasoning import ThinkSplit, ends_thinking
-from soli.serve.tools import (
+from soli.chat.delimiters import settled
+from soli.chat.reasoning import ThinkSplit, ends_thinking
+from soli.chat.tool_calls import (
     CALL_BEGIN,
     CALL_END,
     CALLS_BEGIN,
@@ -21,6 +20,7 @@ from soli.serve.tools import (
     forced_call,
     schema_of_any,
 )
+from soli.engine.constraint import ConstraintSpec
 
 V3 = f'{CALL_BEGIN}function{SEPARATOR}get_weather\n```json\n{{"city": "北京"}}\n```{CALL_END}'
 V31 = f'{CALL_BEGIN}get_time{SEPARATOR}{{"zone": "CET"}}{CALL_END}'

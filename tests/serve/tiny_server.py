@@ -5,13 +5,13 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+from soli.chat.templates import ChatTemplate
+from soli.engine.async_engine import AsyncEngine
 from soli.engine.engine import Engine
 from soli.engine.request import EngineLimits
-from soli.engine.service import AsyncEngine
 from soli.engine.text_model import TextModel, text_model
 from soli.serve.app import AppRules, create_app
 from soli.serve.service import Loaded, Service, ServiceLimits
-from soli.serve.templates import ChatTemplate
 from tests.engine.tiny import tiny_model, tiny_tokenizer
 from tests.serve.live import live
 from tests.serve.scripted import Script, ScriptedEngine

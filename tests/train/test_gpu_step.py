@@ -7,7 +7,7 @@ import torch
 
 from soli.config import preset
 from soli.model import Transformer
-from soli.train.graph import GraphedStep
+from soli.train.cuda_graph import GraphedStep
 from soli.train.losses import Losses, Totals, compute_losses, count_targets
 from soli.train.precision import use_fp8
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from soli.train.loop import train
+from soli.train.checkpoints import checkpoints
 from soli.train.settings import as_recipe, read_settings
 from soli.train.setup import prepare
-from soli.train.state import checkpoints
+from soli.train.trainer import train
 from tests.train.toy import settings, write_data
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -80,7 +80,7 @@ def state(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_moments_ends_as_one_never_stopped(tmp_path, kills):
-    SERVER.set_forkserver_preload(["soli.train.loop", "tests.train.toy"])
+    SERVER.set_forkserver_preload(["soli.train.trainer", "tests.train.toy"])
     data, cut, whole = write_data(tmp_path / "data"), tmp_path / "cut", tmp_path / "whole"
     server_is_up = SERVER.Process()
     server_is_up.start()

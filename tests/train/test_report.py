@@ -8,16 +8,16 @@ import sys
 import pytest
 from rich.console import Console
 
-from soli.analysis.runs import read_metrics, summarize
 from soli.errors import SoliError
 from soli.train.balance import Load
+from soli.train.checkpoints import Progress, checkpoints
 from soli.train.evaluate import Evaluation
 from soli.train.live import MOST_LAYERS, WIDTH, View, bar
-from soli.train.loop import train
 from soli.train.metrics import MetricsFile, scalars
 from soli.train.report import Report
+from soli.train.runs import read_metrics, summarize
 from soli.train.setup import prepare
-from soli.train.state import Progress, checkpoints
+from soli.train.trainer import train
 from tests.train.toy import settings, write_data
 
 FIGURES = {"loss": 3.25, "mtp": 4.5, "balance": 2.0, "lr": 1e-3, "norm": 0.5, "tokens_per_second": 1234.0}

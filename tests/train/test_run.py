@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 import soli
 from soli.cli import main
 from soli.errors import SoliError
-from soli.train import loop
-from soli.train.loop import take_step, train
+from soli.train import trainer
+from soli.train.checkpoints import best_checkpoint, checkpoints, load_run, load_weights, read_progress
 from soli.train.setup import prepare
-from soli.train.state import best_checkpoint, checkpoints, load_run, load_weights, read_progress
+from soli.train.trainer import take_step, train
 from tests.train.toy import RECIPE, settings, tiny_model, write_data
 
 
@@ -78,7 +78,7 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path, data, optimizer, schedule, 
             os.kill(os.getpid(), signal.SIGTERM)
         return taken[-1]
 
-    monkeypatch.setattr(loop, "take_step", step_then_term)
+    monkeypatch.setattr(trainer, "take_step", step_then_term)
     assert train(interrupted) == "signal"
     monkeypatch.undo()
     resumed = prepare(wanted, {}, data, tmp_path / "cut")
@@ -98,7 +98,7 @@ def test_a_save_that_fails_ends_the_run_and_older_checkpoints_stay(tmp_path, dat
             resource.setrlimit(RLIMIT_FSIZE, (50_000, limits[1]))
         return taken[-1]
 
-    monkeypatch.setattr(loop, "take_step", step_on_a_full_disk)
+    monkeypatch.setattr(trainer, "take_step", step_on_a_full_disk)
     try:
         with pytest.raises(SoliError, match=r"step-00000008 could not be written \(File too large\)"):
             train(run)
@@ -138,12 +138,12 @@ def test_a_time_limit_saves_and_stops(tmp_path, data):
 
 
 def test_the_best_checkpoint_outlives_the_latest(tmp_path, data, monkeypatch):
-    real, losses = loop.evaluate, iter([3.0, 1.0, 2.0, 2.5])
+    real, losses = trainer.evaluate, iter([3.0, 1.0, 2.0, 2.5])
 
     def graded(*args):
         return type(real(*args))(next(losses), 1.0, 0.5)
 
-    monkeypatch.setattr(loop, "evaluate", graded)
+    monkeypatch.setattr(trainer, "evaluate", graded)
     train(prepare(settings(run={"keep": 1}, schedule={"constant_tokens": 128 * 16}), {}, data, tmp_path))
     assert [path.name for path in checkpoints(tmp_path)] == ["step-00000008", "step-00000016"]
     assert best_checkpoint(tmp_path).name == "step-00000008"

@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from soli.train.checkpoint_saver import Saver
+from soli.train.checkpoints import Progress, checkpoints, load_checkpoint, run_state
 from soli.train.optimizer import Optimizer
-from soli.train.saver import Saver
 from soli.train.settings import OptimizerSettings
-from soli.train.state import Progress, checkpoints, load_checkpoint, run_state
 from tests.train.toy import tiny_model
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -58,7 +58,7 @@ def save_and_load(rank: int, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_write_what_one_reads_and_the_reverse(tmp_path):
-    SERVER.set_forkserver_preload(["soli.train.loop", "tests.train.toy"])
+    SERVER.set_forkserver_preload(["soli.train.trainer", "tests.train.toy"])
     model, optimizer = stepped(0)
     with Saver(tmp_path / "one", keep=1) as saver:
         saver.save(model, optimizer, Progress(step=7))

@@ -8,17 +8,17 @@ import pytest
 import torch
 
 import soli
-from soli.analysis.runs import read_metrics, summarize
 from soli.cli import main
 from soli.config import load_config
 from soli.errors import SoliError
 from soli.model.transformer import Transformer
-from soli.train import loop
-from soli.train.loop import take_step, train
+from soli.train import trainer
+from soli.train.checkpoints import Progress, best_checkpoint, checkpoints, load_run, read_progress
+from soli.train.runs import read_metrics, summarize
 from soli.train.settings import as_recipe, read_settings
 from soli.train.setup import prepare
 from soli.train.stages import flops_left, next_step
-from soli.train.state import Progress, best_checkpoint, checkpoints, load_run, read_progress
+from soli.train.trainer import take_step, train
 from tests.train.test_run import assert_equal_state
 from tests.train.toy import settings, write_data
 
@@ -81,7 +81,7 @@ def test_resuming_is_bit_for_bit_in_every_stage_and_between_them(tmp_path, data,
             os.kill(os.getpid(), signal.SIGTERM)
         return taken
 
-    monkeypatch.setattr(loop, "take_step", step_then_term)
+    monkeypatch.setattr(trainer, "take_step", step_then_term)
     assert train(prepare(extended(), {}, data, tmp_path)) == "signal"
     monkeypatch.undo()
     resumed = prepare(extended(), {}, data, tmp_path)
@@ -134,12 +134,12 @@ def test_export_carries_the_last_phases_yarn(tmp_path, whole):
 
 
 def test_the_best_is_sought_in_the_last_stage_and_every_stages_end_is_kept(tmp_path, data, monkeypatch):
-    real, losses = loop.evaluate, iter([1.0, 3.0, 2.5, 2.6])
+    real, losses = trainer.evaluate, iter([1.0, 3.0, 2.5, 2.6])
 
     def graded(*args):
         return type(real(*args))(next(losses), 1.0, 0.5)
 
-    monkeypatch.setattr(loop, "evaluate", graded)
+    monkeypatch.setattr(trainer, "evaluate", graded)
     train(prepare(extended(run={"keep": 1, "save_every": 4}), {}, data, tmp_path))
     assert best_checkpoint(tmp_path).name == "step-00000008"
     assert [path.name[-1] for path in checkpoints(tmp_path)] == ["4", "7", "8", "9"]

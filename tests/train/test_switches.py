@@ -5,13 +5,13 @@ import torch
 
 from soli.errors import SoliError
 from soli.train import switches as switching
-from soli.train.loop import accumulate, take_step, train
+from soli.train.checkpoints import checkpoints
 from soli.train.losses import compute_losses, count_targets
 from soli.train.precision import use_fp8
 from soli.train.settings import RunSettings
 from soli.train.setup import prepare
-from soli.train.state import checkpoints
 from soli.train.switches import apply_switches, blocks
+from soli.train.trainer import accumulate, take_step, train
 from tests.train.toy import EOS, settings, tiny_model, windows, write_data
 
 PRECISIONS = ("fp32", "bf16", "fp8")

@@ -3,10 +3,10 @@
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from soli.train.loop import measure, take_step
 from soli.train.losses import compute_losses, count_targets
 from soli.train.report import Report
 from soli.train.setup import prepare
+from soli.train.trainer import measure, take_step
 from tests.train.toy import EOS, settings, tiny_model, windows, write_data
 
 

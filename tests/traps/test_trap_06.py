@@ -5,10 +5,10 @@ import torch
 
 import soli
 from soli.train.balance import step_bias
-from soli.train.loop import take_step
-from soli.train.saver import Saver
+from soli.train.checkpoint_saver import Saver
+from soli.train.checkpoints import load_run
 from soli.train.setup import prepare
-from soli.train.state import load_run
+from soli.train.trainer import take_step
 from tests.train.toy import settings, tiny_model, write_data
 
 

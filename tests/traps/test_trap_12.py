@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from soli.engine.cache import LatentCache
+from soli.engine.latent_cache import LatentCache
 from soli.model import attention
 from tests.model.oracle import draw_config, draw_v2_config, make_model
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from soli.errors import SoliError
-from soli.train.loop import take_step, train
 from soli.train.setup import prepare
+from soli.train.trainer import take_step, train
 from tests.train.test_stages import extended
 from tests.train.toy import write_data
 

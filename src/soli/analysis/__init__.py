@@ -1,1 +1,1 @@
-"""Reading configurations and traces: parameters and costs, routers' decisions, reports."""
+"""Reading configurations and traces: parameters and costs, routers' decisions."""

@@ -14,8 +14,8 @@ from soli.checkpoint.reader import Checkpoint
 from soli.checkpoint.save import part
 from soli.config import PRESETS, resolve
 from soli.errors import SoliError
+from soli.formats.quantized import plain
 from soli.kernels import PackedExperts, PackedWeight
-from soli.kernels.packed import plain
 from soli.model import Transformer
 from soli.model.layers import Linear
 from soli.model.moe import RoutedExperts

@@ -21,7 +21,7 @@ import typer
 from soli.errors import SoliError
 
 if TYPE_CHECKING:
-    from soli.serve.load import Load, Server
+    from soli.serve.load_generator import Load, Server
 
 app = typer.Typer(help="Measure a server under load.", no_args_is_help=True, rich_markup_mode=None)
 LOADING = 600.0  # seconds that a model may take to load
@@ -53,7 +53,7 @@ def serve(
     at = _numbers(rates, "rates", float)
     if any(not rate > 0 for rate in at):
         raise SoliError(f"--rates has {rates!r}: give numbers above 0, or inf")
-    from soli.serve.load import Load
+    from soli.serve.load_generator import Load
 
     load = Load(requests, _numbers(seeds, "seeds", int), prompt_words, new_tokens)
     if target.startswith(("http://", "https://")):
@@ -86,8 +86,8 @@ def _numbers(text: str, name: str, kind: type) -> list[Any]:
 def _measured(url: str, key: str | None, rates: list[float], load: Load) -> tuple[list[dict[str, Any]], str]:
     import asyncio
 
-    from soli.cli.progress import progress
-    from soli.serve.load import find_server
+    from soli.cli._shared.progress import progress
+    from soli.serve.load_generator import find_server
 
     server = asyncio.run(find_server(url, key))
     with progress("requests", len(rates) * len(load.seeds) * load.requests) as advance:
@@ -95,7 +95,7 @@ def _measured(url: str, key: str | None, rates: list[float], load: Load) -> tupl
 
 
 async def _row(server: Server, rate: float, load: Load, advance: Any) -> dict[str, Any]:
-    from soli.serve.load import measure
+    from soli.serve.load_generator import measure
 
     return await measure(server, rate, load, advance)
 
@@ -138,7 +138,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: IO[bytes]
 def _print(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
-    from soli.cli.console import stdout_console
+    from soli.cli._shared.console import stdout_console
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     times = ["first ms p50", "p95", "p99", "between ms p50", "p95", "p99"]

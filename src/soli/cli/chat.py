@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from soli.cli import options
+from soli.cli._shared import options
 from soli.errors import SoliError
 
 if TYPE_CHECKING:
+    from soli.chat.templates import ChatTemplate
     from soli.engine.sampler import SamplingParams
     from soli.llm import LLM
-    from soli.serve.templates import ChatTemplate
 
 HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves; Ctrl-C stops an answer"
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
@@ -53,10 +53,10 @@ def chat(
 
 def opened(model: str, device: str, dtype: str) -> tuple[LLM, ChatTemplate]:
     """The model and its chat template; SoliError, before any weight is read, where there is none."""
+    from soli.chat.templates import ChatTemplate
     from soli.checkpoint import open_checkpoint
     from soli.data.tokenizer import Tokenizer
     from soli.llm import LLM
-    from soli.serve.templates import ChatTemplate
 
     folder = open_checkpoint(model).folder
     template = ChatTemplate.from_folder(folder, Tokenizer.from_folder(folder))
@@ -85,7 +85,7 @@ class Conversation:
 
     def say(self, text: str) -> Iterator[tuple[str, str]]:
         """Pieces of (reasoning, answer) to the next thing a person says. SoliError when the model has no room left."""
-        from soli.serve.reasoning import ThinkSplit
+        from soli.chat.reasoning import ThinkSplit
 
         asked = [*self.messages, {"role": "user", "content": text}]
         ids, thinking = self._template.render(asked)
@@ -104,7 +104,7 @@ class Conversation:
 
 def _lines() -> Iterator[str]:
     """What a person types, a line each, until the end of input."""
-    from soli.cli.text_input import stdin_lines
+    from soli.cli._shared.text_input import stdin_lines
 
     if not sys.stdin.isatty():
         yield from (line.strip() for line in stdin_lines())

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from soli.analysis import parameters
-from soli.cli.assignments import parse_assignments
+from soli.cli._shared.assignments import parse_assignments
 from soli.config import ModelConfig, replace, resolve
 from soli.errors import SoliError
 
@@ -85,7 +85,7 @@ def _print_table(
     from rich import box
     from rich.table import Table
 
-    from soli.cli.console import stdout_console
+    from soli.cli._shared.console import stdout_console
 
     console = stdout_console()
     total, activated, share = counted.total, counted.activated, 100 * counted.activated / counted.total

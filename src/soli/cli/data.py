@@ -34,9 +34,9 @@ def build(
 
     Stopped, it goes on where it was when run again.
     """
-    from soli.cli.data_output import Progress, print_counts
-    from soli.data.build import build_data
+    from soli.cli._shared.data_tables import Progress, print_counts
     from soli.data.recipe import DataConfig, load_recipe
+    from soli.recipes.nano_corpus.build import build_data
 
     config = DataConfig.from_recipe(load_recipe(recipe, assignments or []))
     folder = out or Path(config.folder)
@@ -53,7 +53,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
 ) -> None:
     """Tokens by source, characters per token, lengths of documents, and a few documents as they are trained on."""
-    from soli.cli.data_output import print_inspection
+    from soli.cli._shared.data_tables import print_inspection
     from soli.data.inspection import inspect_folder
 
     found = inspect_folder(folder, samples, seed)

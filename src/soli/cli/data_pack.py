@@ -55,7 +55,7 @@ def pack(
     A weight is how many copies of each document an epoch holds on average: `notes.jsonl=2.5`. Lines that cannot be used
     are counted, told with file and number, and listed in OUT/bad_lines.jsonl. Options given here win over the recipe.
     """
-    from soli.cli.data_output import Progress, print_packed
+    from soli.cli._shared.data_tables import Progress, print_packed
     from soli.data.pack import PackConfig, pack_inputs
     from soli.data.readers import Layout
 

@@ -12,7 +12,7 @@ import typer
 from soli.errors import SoliError
 
 if TYPE_CHECKING:
-    from soli.analysis.machine import Machine
+    from soli.machine import Machine
 
 
 def doctor(
@@ -22,13 +22,13 @@ def doctor(
     """Show processor, kernels, threads, memory and disk bandwidth, GPUs and versions; takes a few seconds."""
     if disk is not None and not disk.is_dir():
         raise SoliError(f"{disk}: there is no such folder to measure a disk in")
-    from soli.analysis.machine import inspect
+    from soli.machine import inspect
 
     found = inspect(disk)
     if as_json:
         print(json.dumps(dataclasses.asdict(found), indent=2))
         return
-    from soli.cli.console import stdout_console
+    from soli.cli._shared.console import stdout_console
 
     console = stdout_console()
     for label, text in _lines(found):

@@ -10,15 +10,15 @@ import typer
 from rich import box
 from rich.table import Table
 
-from soli.cli import options
-from soli.cli.console import stdout_console
-from soli.cli.progress import progress
-from soli.cli.text_input import evenly, file_pairs, file_texts
+from soli.cli._shared import options
+from soli.cli._shared.console import stdout_console
+from soli.cli._shared.progress import progress
+from soli.cli._shared.text_input import evenly, file_pairs, file_texts
 from soli.errors import SoliError
 
 if TYPE_CHECKING:
-    from soli.engine.evaluate import Direction, Forced, Pair, Quality
     from soli.engine.text_model import TextModel
+    from soli.eval.quality import Direction, Forced, Pair, Quality
 
 
 def eval(
@@ -40,8 +40,8 @@ def eval(
     texts = evenly(file_texts(text), limit) if text is not None else []
     if rows:
         import sacrebleu  # noqa: F401  (found missing now, not after the translating)
-    from soli.engine.evaluate import read_texts
     from soli.engine.text_model import open_text_model
+    from soli.eval.quality import read_texts
 
     text_model = open_text_model(model, device, dtype, mtp=True)
     report = Report(model)
@@ -51,7 +51,7 @@ def eval(
         with progress("reading texts", len(texts)) as on_text:
             report.on_text = read_texts(text_model, texts, on_text)
     if json:
-        from soli.cli.experts_output import print_json
+        from soli.cli._shared.expert_tables import print_json
 
         print_json(dataclasses.asdict(report))
     else:
@@ -69,7 +69,7 @@ class Report:
 
 
 def _on_pairs(report: Report, text_model: TextModel, pairs: list[Pair], batch_size: int) -> None:
-    from soli.engine.evaluate import evaluate_direction, read_pairs
+    from soli.eval.quality import evaluate_direction, read_pairs
 
     with progress("translating pairs", 2 * len(pairs)) as on_batch:
         report.directions["en-zh"] = evaluate_direction(text_model, pairs, "zh", batch_size, on_batch)

@@ -15,6 +15,6 @@ def export(
 ) -> None:
     """Make a model folder out of a training run."""
     import soli
-    from soli.train.state import load_run
+    from soli.train.checkpoints import load_run
 
     soli.save_model(load_run(run), dst, format=format, tokenizer_from=run)

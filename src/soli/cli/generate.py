@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from soli.cli import options, sampling_input
-from soli.cli.text_input import argument_lines, stdin_lines
+from soli.cli._shared import options, sampling_options
+from soli.cli._shared.text_input import argument_lines, stdin_lines
 from soli.errors import SoliError
 
 if TYPE_CHECKING:
@@ -47,11 +47,11 @@ def generate(
     text = "\n".join(stdin_lines() if prompt == "-" else argument_lines(prompt, "the prompt"))
     if not text.strip():
         raise SoliError("the prompt is empty: give some text to continue")
-    from soli.cli import experts_output, logprobs_output
+    from soli.cli._shared import expert_tables, logprob_tables
     from soli.engine.constraint import Constraints
+    from soli.engine.detokenizer import TextStream, token_text
     from soli.engine.generate import generate as run
     from soli.engine.sampler import SamplingParams
-    from soli.engine.stream import TextStream, token_text
     from soli.engine.text_model import open_text_model
 
     sampling = SamplingParams(
@@ -62,10 +62,10 @@ def generate(
         repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
-        logit_bias=sampling_input.logit_bias(logit_bias or ()),
+        logit_bias=sampling_options.logit_bias(logit_bias or ()),
         seed=seed,
     )
-    spec = sampling_input.constraint_spec(json_schema, regex)
+    spec = sampling_options.constraint_spec(json_schema, regex)
     text_model = open_text_model(model, device, dtype)
     prompt_ids = text_model.text_prompt(text)
     stream = TextStream(token_text(text_model.tokenizer), stop or ())
@@ -89,17 +89,17 @@ def generate(
         constraints=[Constraints.of(text_model).open(spec)] if spec else None,
     )
     rest = stream.finish()
-    trace = experts_output.traced(text_model, prompt_ids, generation) if generation.routing is not None else None
-    listed = logprobs_output.as_json(text_model, generation.logprobs) if logprobs is not None else None
+    trace = expert_tables.traced(text_model, prompt_ids, generation) if generation.routing is not None else None
+    listed = logprob_tables.as_json(text_model, generation.logprobs) if logprobs is not None else None
     if json:
         _print_json(text, stream.text, prompt_ids, generation, trace, listed)
         return
     print(harmless(rest), flush=True)
     if listed is not None:
-        print("", *logprobs_output.lines(listed), sep="\n")
+        print("", *logprob_tables.lines(listed), sep="\n")
     if trace is not None:
         print()
-        experts_output.show(trace, experts_detail)
+        expert_tables.show(trace, experts_detail)
 
 
 def harmless(text: str) -> str:
@@ -117,12 +117,12 @@ def _print_json(
     trace: list[TokenTrace] | None,
     logprobs: list[dict[str, Any]] | None,
 ) -> None:
-    from soli.cli import experts_output
+    from soli.cli._shared import expert_tables
 
     found: dict[str, Any] = {"prompt": prompt, "text": text, "finish_reason": generation.finish_reason}
     found["prompt_tokens"], found["new_tokens"] = len(prompt_ids), len(generation.ids)
     if logprobs is not None:
         found["logprobs"] = logprobs
     if trace is not None:
-        found["experts"] = experts_output.as_json(trace)
-    experts_output.print_json(found)
+        found["experts"] = expert_tables.as_json(trace)
+    expert_tables.print_json(found)

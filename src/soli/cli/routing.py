@@ -10,14 +10,14 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from soli.cli import options
-from soli.cli.console import stdout_console
-from soli.cli.progress import progress
-from soli.cli.text_input import evenly, file_texts
+from soli.cli._shared import options
+from soli.cli._shared.console import stdout_console
+from soli.cli._shared.progress import progress
+from soli.cli._shared.text_input import evenly, file_texts
 
 if TYPE_CHECKING:
-    from soli.analysis.routing import ExpertPreference, LayerLoad
-    from soli.engine.routing_report import RoutingReport
+    from soli.eval.routing_report import RoutingReport
+    from soli.eval.routing_statistics import ExpertPreference, LayerLoad
 
 BARS = "▁▂▃▄▅▆▇█"
 STRIP = 32  # experts per line of the load strip
@@ -40,18 +40,18 @@ def routing(
     texts = evenly(file_texts(file), limit)
     if png is not None:
         import matplotlib  # noqa: F401  (found missing now, not after the reading)
-    from soli.engine.routing_report import report_routing
     from soli.engine.text_model import open_text_model
+    from soli.eval.routing_report import report_routing
 
     text_model = open_text_model(model, device, dtype)
     with progress("reading texts", len(texts)) as on_part:
         report = report_routing(text_model, texts, permutations=permutations, seed=seed, on_part=on_part)
     if png is not None:
-        from soli.analysis.routing_plot import save_heat_map
+        from soli.eval.routing_plot import save_heat_map
 
         save_heat_map(png, report.loads, report.preferences)
     if json:
-        from soli.cli.experts_output import print_json
+        from soli.cli._shared.expert_tables import print_json
 
         print_json({"file": file, "model": model, **dataclasses.asdict(report)})
     else:

@@ -14,7 +14,7 @@ import typer
 from soli.errors import SoliError
 
 if TYPE_CHECKING:
-    from soli.analysis.runs import Point, Summary
+    from soli.train.runs import Point, Summary
 
 app = typer.Typer(help="List training runs and compare them.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -28,7 +28,7 @@ def list_runs(
 
     Running: its metrics changed within the last minute, or within twice the time it takes between two reports.
     """
-    from soli.analysis.runs import find_runs, read_metrics, summarize
+    from soli.train.runs import find_runs, read_metrics, summarize
 
     found = find_runs(folder)
     summaries = [summarize(read_metrics(run)) for run in found]
@@ -47,7 +47,7 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print the points as JSON.")] = False,
 ) -> None:
     """Compare runs at the last tokens that all have reached; each difference is from the first run."""
-    from soli.analysis.runs import compare_runs, locate_run, read_metrics
+    from soli.train.runs import compare_runs, locate_run, read_metrics
 
     folders = [locate_run(name) for name in runs]
     if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
@@ -55,7 +55,7 @@ def compare(
     metrics = [read_metrics(folder) for folder in folders]
     points, names = compare_runs(metrics), _names(folders)
     if png is not None:
-        from soli.analysis.runs_plot import save_curves
+        from soli.train.runs_plot import save_curves
 
         save_curves(png, metrics, names)
     if as_json:
@@ -76,7 +76,7 @@ def _print_runs(summaries: Sequence[Summary]) -> None:
     from rich import box
     from rich.table import Table
 
-    from soli.cli.console import stdout_console
+    from soli.cli._shared.console import stdout_console
     from soli.train.schedule import stage_name
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -96,7 +96,7 @@ def _print_points(points: Sequence[Point], names: Sequence[str]) -> None:
     from rich import box
     from rich.table import Table
 
-    from soli.cli.console import stdout_console
+    from soli.cli._shared.console import stdout_console
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from soli.cli import options
+from soli.cli._shared import options
 from soli.errors import SoliError
 
 MIB = 2**20
@@ -55,8 +55,8 @@ def serve(
     from soli.checkpoint import open_checkpoint
     from soli.engine.request import EngineLimits
     from soli.serve.app import AppRules
-    from soli.serve.gate import LOOPBACK, GateRules
-    from soli.serve.run import on_desktop, run_server
+    from soli.serve.middleware import LOOPBACK, GateRules
+    from soli.serve.server import on_desktop, run_server
     from soli.serve.service import ServiceLimits
 
     key = api_key or os.environ.get("SOLI_API_KEY") or None

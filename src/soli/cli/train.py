@@ -46,8 +46,8 @@ def train(
     if dry_run:
         _plan(settings, data, devices, mfu, device_tflops, measure, as_json, plot)
         return
-    from soli.train.loop import train as run_training
     from soli.train.setup import prepare
+    from soli.train.trainer import train as run_training
 
     run_training(prepare(settings, data, data_folder(table), out or Path("runs") / path.parent.name))
 
@@ -67,19 +67,19 @@ def _plan(
     import json
     from importlib.util import find_spec
 
-    from soli.cli.train_plan import print_plan
-    from soli.train.plan import hours_here, plan_run
+    from soli.cli._shared.plan_tables import print_plan
+    from soli.plan.training import hours_here, plan_run
     from soli.train.settings import as_recipe
 
     here = None
     if measure and find_spec("torch") is not None:
-        from soli.train.device import find_device
+        from soli.plan.throughput import find_device
 
         here = find_device(settings)
     found = (here.computes, here.kind) if here else (None, "cpu" if settings.run.device == "cpu" else "cuda")
     plan = plan_run(settings, devices, mfu, device_tflops, *found)
     if plot is not None:
-        from soli.train.schedule_plot import save_schedule_plot
+        from soli.plan.schedule_plot import save_schedule_plot
 
         save_schedule_plot(plot, settings)
     if as_json:

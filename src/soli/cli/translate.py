@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from soli.cli import options
-from soli.cli.text_input import argument_lines, stdin_lines
+from soli.cli._shared import options
+from soli.cli._shared.text_input import argument_lines, stdin_lines
 from soli.errors import SoliError
 
 if TYPE_CHECKING:
-    from soli.engine.translate import Translation, Translator
+    from soli.eval.translation import Translation, Translator
 
 
 def translate(
@@ -37,7 +37,7 @@ def translate(
     lines = stdin_lines() if text == "-" else argument_lines(text, "the text")
     from soli.engine.sampler import SamplingParams
     from soli.engine.text_model import open_text_model
-    from soli.engine.translate import Translator
+    from soli.eval.translation import Translator
 
     sampling = SamplingParams(temperature, top_k, top_p, seed)
     translator = Translator(
@@ -55,21 +55,21 @@ def translate(
 
 
 def _print(translator: Translator, translation: Translation, as_json: bool, detail: bool) -> None:
-    from soli.cli import experts_output
+    from soli.cli._shared import expert_tables
 
     generation = translation.generation
     trace = None
     if translator.trace and generation is not None:
-        trace = experts_output.traced(translator.text_model, translation.prompt, generation)
+        trace = expert_tables.traced(translator.text_model, translation.prompt, generation)
     if not as_json:
         print(translation.text, flush=True)
         if trace is not None:
             print()
-            experts_output.show(trace, detail)
+            expert_tables.show(trace, detail)
         return
     found: dict[str, Any] = {"source": translation.source, "translation": translation.text, "to": translation.to}
     found["finish_reason"] = generation.finish_reason if generation else None
     found["prompt_tokens"], found["new_tokens"] = len(translation.prompt), len(generation.ids) if generation else 0
     if trace is not None:
-        found["experts"] = experts_output.as_json(trace)
-    experts_output.print_json(found)
+        found["experts"] = expert_tables.as_json(trace)
+    expert_tables.print_json(found)

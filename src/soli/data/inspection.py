@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from soli.data.corpus import read_lines
 from soli.data.packing import read_meta, stored_dtype
 from soli.data.tokenizer import Tokenizer
 from soli.errors import SoliError
+from soli.recipes.nano_corpus.corpus import read_lines
 
 _FRAME = ("<|en|>", "<|zh|>", "<|text|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 _MEASURED_PAIRS = 2000

@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from soli.data.corpus import Line, Pair
 from soli.data.fim import split_middle
 from soli.data.recipe import DataConfig
-from soli.data.text import is_one_word
 from soli.data.tokenizer import Tokenizer
+from soli.recipes.nano_corpus.cleaning import is_one_word
+from soli.recipes.nano_corpus.corpus import Line, Pair
 
 _BATCH = 20_000
 _BATCH_CHARACTERS = 4_000_000  # what is encoded at once stays bounded, however long documents are

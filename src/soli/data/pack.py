@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 
 from soli.data.bad_lines import BadLines, good_entries
-from soli.data.corpus import Pair, Report, held_out_by_hash
 from soli.data.mixture import Document, copies, encoded, pair_documents, text_document
 from soli.data.packing import TokenWriter, Totals, dtype_for, read_meta, write_meta, write_tokens
 from soli.data.readers import Layout
 from soli.data.tokenizer import Tokenizer
 from soli.errors import SoliError
+from soli.recipes.nano_corpus.corpus import Pair, Report, held_out_by_hash
 
 _REPORT_EVERY = 2000  # documents
 _BREAKS = ("\n\n", "\n", "。", ". ", " ")

@@ -1,1 +1,1 @@
-"""Generation: the latent cache, sampling, batched decoding, and forced reading of texts for measurement."""
+"""Generation: requests, continuous batching over a paged latent cache, sampling, speculation."""

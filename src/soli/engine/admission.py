@@ -3,7 +3,7 @@ that leave a router too few experts."""
 
 from collections.abc import Mapping
 
-from soli.engine.cache import pages_for
+from soli.engine.latent_cache import pages_for
 from soli.engine.request import EngineLimits, Refused, Request
 from soli.engine.text_model import TextModel
 from soli.model.moe import MoE

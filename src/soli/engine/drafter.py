@@ -14,7 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from soli.engine.cache import FEW, LatentCache
+from soli.engine.latent_cache import FEW, LatentCache
 from soli.engine.sampler import SamplerState
 from soli.engine.scheduler import Task
 from soli.engine.speculate import Draft, propose

@@ -16,8 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from soli.engine.cache import LatentCache
 from soli.engine.constraint import Constraint
+from soli.engine.latent_cache import LatentCache
 from soli.engine.logprobs import TokenLogprob
 from soli.engine.sampler import GREEDY, Drawn, SamplerState, SamplingParams, sample
 from soli.errors import SoliError

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from soli.engine.cache import FEW, LatentCache, pages_for
-from soli.engine.pages import PagePool, page_key
+from soli.engine.blocks import PagePool, page_key
+from soli.engine.latent_cache import FEW, LatentCache, pages_for
 from soli.engine.request import EngineLimits, Request
 
 

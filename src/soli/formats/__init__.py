@@ -1,8 +1,8 @@
 """Weight formats: how one matrix is written in a file and read back.
 
-`bf16` and `fp32` are plain casts. `fp8` (src/soli/formats/fp8.py) packs the linear weights into E4M3 with one scale for
+`bf16` and `fp32` are plain casts. `fp8` (soli/formats/fp8.py) packs the linear weights into E4M3 with one scale for
 each 128x128 block and keeps embedding, head, router and norms in bf16, as the official files do. `int8` and `int4`
-(src/soli/formats/integer.py) pack the linear weights with one scale per group of neighbours, the head always in 8 bits.
+(soli/formats/integer.py) pack the linear weights with one scale per group of neighbours, the head always in 8 bits.
 """
 
 import torch

@@ -4,7 +4,7 @@
     int4   weight = code * scale, code -8..7           scale of either sign, searched for
 
 What is stored for int4 is code + 8, two to a byte: of 32 neighbours, byte j of 16 holds number j in its low half and
-number j + 16 in its high half. src/soli/kernels/packed.py reads both formats back.
+number j + 16 in its high half. soli/formats/quantized.py reads both formats back.
 
 The int4 search tries scales that put the group's largest number m, with its sign, at -7, -7.5, -8, -8.5 and -9, then
 the least-squares scale of the codes that won, and keeps what has the smallest squared error: rms 8.1 % of a normally

@@ -2,8 +2,8 @@
 checked against ``kernels.reference``. Callers give plain tensors and never learn which one ran; weights that stay
 packed go to ``packed_linear`` and ``packed_experts``."""
 
-from soli.kernels.choice import experts, latent_decode, linear, packed_experts, packed_linear
-from soli.kernels.packed import PackedWeight
+from soli.formats.quantized import PackedWeight
+from soli.kernels.dispatch import experts, latent_decode, linear, packed_experts, packed_linear
 from soli.kernels.packed_torch import PackedExperts
 from soli.kernels.sorted_experts import count_tokens
 

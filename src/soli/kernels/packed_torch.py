@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from soli.errors import SoliError
+from soli.formats.quantized import PackedWeight
 from soli.kernels import torch_linear
-from soli.kernels.packed import PackedWeight
 from soli.kernels.sorted_experts import dispatch
 
 

@@ -23,8 +23,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from soli.kernels import choice, cpu
-from soli.kernels.cpu import layers as c
+from soli.kernels import cpu, dispatch
+from soli.kernels.cpu import fused as c
 from soli.model.attention import Cache, LatentAttention
 from soli.model.layers import MLP, Linear, RMSNorm
 from soli.model.moe import MoE, RoutedExperts
@@ -66,7 +66,7 @@ class Plan:
         """From token ids to logits (N, W) of the rows `ends`, float32; hidden states (T, D), decisions. None where the
         embedding or the head is not for C++, or there are more rows than one call takes."""
         built, words = self.built, self.built.words
-        if words is None or len(ids_T) > built.rows or not choice.wins(built.dtype, len(ends), words.packed):
+        if words is None or len(ids_T) > built.rows or not dispatch.wins(built.dtype, len(ends), words.packed):
             return None
         chunks = [(chunk.start, chunk.stop, chunk.first, chunk.slots_S) for chunk in self.cache.chunks]
         rows = c.Rows(self.positions_BT.flatten(), self.cache.table_BM, self.cache.lengths_B, chunks)
@@ -101,7 +101,7 @@ def plan(
     """How C++ would run `blocks` and `norm` on a row for each position, in the dtype and on the device of `like`; None
     when it cannot. `muted`: for layers by number, bool (B*T, E), which experts must not play for which tokens. `ends`:
     the model's embedding and head, for `Plan.read`."""
-    if cache is None or positions_BT.numel() == 0 or not choice.takes(like):
+    if cache is None or positions_BT.numel() == 0 or not dispatch.takes(like):
         return None
     built = _built.get(norm)
     if built is None or not built.fits(rope, like.dtype) or (cache.begins and not built.holds()):
@@ -224,7 +224,7 @@ class _Builder:
             stacks = (self._tensor(hung, name, *self.narrow) for name in ("gate_up_proj", "down_proj"))
             table: cpu.ExpertTable | None = cpu.ExpertTable.plain(*stacks)
         else:
-            table = choice.table_of(experts.packed)
+            table = dispatch.table_of(experts.packed)
         if table is None:
             raise _Unfit
         self.alive.append(table)
@@ -235,7 +235,7 @@ class _Builder:
         self.packs.append((vars(linear), linear.packed))
         if linear.packed is None:
             return c.weight(self._tensor(linear._parameters, "weight", *self.narrow))
-        self._check(linear.packed.weight, self.dtype, *choice.NARROW)
+        self._check(linear.packed.weight, self.dtype, *dispatch.NARROW)
         self.alive.append(linear.packed)
         return c.weight(linear.packed)
 

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from soli.serve.schema import ToolCall
+from soli.serve.protocol import ToolCall
 
 
 class ErrorDetail(BaseModel):

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp
 from soli import __version__
 from soli.errors import SoliError
 from soli.serve import errors, openai_routes, page_routes, soli_routes
-from soli.serve.gate import Gate, GateRules
+from soli.serve.middleware import Gate, GateRules
 from soli.serve.service import Service
 
 UNREADY: dict[int | str, dict[str, Any]] = {503: {"description": "Not ready; `status` says why"}}

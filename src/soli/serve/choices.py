@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from soli.chat.reasoning import ThinkSplit
+from soli.chat.tool_calls import ToolCall, ToolText, forced_call
 from soli.engine.logprobs import TokenLogprob
 from soli.engine.request import Event
 from soli.engine.text_model import TextModel
 from soli.serve.prompts import Asked
-from soli.serve.reasoning import ThinkSplit
-from soli.serve.tools import ToolCall, ToolText, forced_call
 
 
 class Choice(Protocol):

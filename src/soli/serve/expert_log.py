@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from soli.analysis.trace import TokenTrace
-from soli.data.text import han
+from soli.recipes.nano_corpus.cleaning import han
 
 TOP = 32
 KINDS = ("chinese", "english", "digits", "punctuation", "other")

@@ -10,7 +10,7 @@ PANELS = {"first": "to the first piece of text", "between": "between pieces", "w
 
 
 def save_load(path: str | Path, rows: Sequence[dict[str, Any]], title: str) -> None:
-    """Writes a PNG. Rows are those of `soli.serve.load.measure`; the one without a rate, all at once, stands last."""
+    """Writes a PNG. Rows are `load_generator.measure`'s; the one without a rate, all at once, stands last."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

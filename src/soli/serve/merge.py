@@ -3,8 +3,8 @@
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 
+from soli.engine.async_engine import AsyncEvents
 from soli.engine.request import Event
-from soli.engine.service import AsyncEvents
 from soli.serve.errors import ApiError
 
 

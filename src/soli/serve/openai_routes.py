@@ -12,7 +12,7 @@ from soli.serve.answer_schema import ChatAnswer, CompletionAnswer, ErrorAnswer, 
 from soli.serve.answers import Answer
 from soli.serve.choices import ChatChoice, Choice, CompletionChoice
 from soli.serve.prompts import Asked
-from soli.serve.schema import ChatBody, CompletionBody
+from soli.serve.protocol import ChatBody, CompletionBody
 from soli.serve.service import Service
 from soli.serve.streaming import EventStream, while_connected
 from soli.serve.strict import StrictRoute

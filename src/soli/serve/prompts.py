@@ -5,15 +5,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from soli.chat.templates import JsonText
+from soli.chat.tool_calls import schema_of_any
 from soli.engine.constraint import ConstraintSpec
 from soli.engine.request import Request
 from soli.engine.sampler import SamplingParams
 from soli.errors import SoliError
 from soli.serve.errors import ApiError
-from soli.serve.schema import ChatBody, CompletionBody, Message, Sampling, SoliOptions, Tool, ToolCall, ToolChoice
+from soli.serve.protocol import ChatBody, CompletionBody, Message, Sampling, SoliOptions, Tool, ToolCall, ToolChoice
 from soli.serve.service import Loaded, ServiceLimits
-from soli.serve.templates import JsonText
-from soli.serve.tools import schema_of_any
 
 COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat may use the room there is
 PARAMS = {"max_new_tokens": "max_tokens", "muted": "soli.mute"}  # fields of a Request as bodies call them

@@ -9,16 +9,16 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from soli.chat.templates import ChatTemplate
+from soli.engine.async_engine import AsyncEngine, AsyncEvents
 from soli.engine.request import Event, QueueFull, Refused, Request
-from soli.engine.service import AsyncEngine, AsyncEvents
 from soli.engine.text_model import TextModel
 from soli.errors import SoliError
 from soli.serve.errors import ApiError
 from soli.serve.expert_log import ExpertLog
-from soli.serve.gate import ARRIVED
 from soli.serve.merge import merged
 from soli.serve.metrics import Metrics
-from soli.serve.templates import ChatTemplate
+from soli.serve.middleware import ARRIVED
 
 log = logging.getLogger("soli.serve")
 

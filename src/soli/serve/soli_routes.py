@@ -9,14 +9,14 @@ from starlette.responses import Response
 from soli.analysis.parameters import count
 from soli.engine.request import Request as EngineRequest
 from soli.engine.sampler import SamplingParams
-from soli.engine.translate import translation_request
 from soli.errors import SoliError
+from soli.eval.translation import translation_request
 from soli.serve.answer_schema import TranslationAnswer, answers
 from soli.serve.choices import CompletionChoice
 from soli.serve.errors import ApiError
 from soli.serve.openai_routes import ERRORS, respond
 from soli.serve.prompts import PARAMS, Asked
-from soli.serve.schema import TranslateBody
+from soli.serve.protocol import TranslateBody
 from soli.serve.service import Loaded, Service
 from soli.serve.strict import StrictRoute
 

@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from soli.train.balance import Load
+from soli.train.checkpoints import Progress
 from soli.train.schedule import stage_name
-from soli.train.state import Progress
 
 EIGHTHS = " ▏▎▍▌▋▊▉"
 WIDTH = 10  # cells of a bar

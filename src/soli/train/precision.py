@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from soli.kernels import fp8_cuda, fp8_training
+from soli.kernels.fp8 import cuda, emulation
 from soli.model.layers import Linear
 from soli.model.moe import RoutedExperts
 from soli.model.transformer import Transformer
@@ -19,7 +19,7 @@ def use_fp8(model: Transformer) -> list[str]:
     Parameters, names and files are untouched: masters and gradients stay as wide as they are. A Hopper GPU multiplies
     in FP8; every other device emulates it.
     """
-    kernels = fp8_training if fp8_cuda.missing(model.embed_tokens.weight.device) else fp8_cuda
+    kernels = emulation if cuda.missing(model.embed_tokens.weight.device) else cuda
     chosen = []
     for name, module in model.named_modules():
         if isinstance(module, Linear) and not name.endswith(HIGH):
@@ -34,5 +34,5 @@ def use_fp8(model: Transformer) -> list[str]:
 
 def fp8_note(device: torch.device) -> str:
     """One line on how this device multiplies in FP8, for whoever starts a run."""
-    lacking = fp8_cuda.missing(device)
+    lacking = cuda.missing(device)
     return f"FP8 is emulated, exactly and slowly: {lacking}" if lacking else "FP8 products run on the GPU"

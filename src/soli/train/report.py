@@ -13,13 +13,13 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 
+from soli.train.anomalies import Trouble
 from soli.train.balance import Load
+from soli.train.checkpoints import Progress
 from soli.train.evaluate import Evaluation
-from soli.train.guard import Trouble
 from soli.train.live import View
 from soli.train.metrics import MetricsFile
 from soli.train.schedule import stage_name
-from soli.train.state import Progress
 
 
 class Report:

@@ -75,7 +75,7 @@ class LossSettings:
 @dataclass(frozen=True)
 class RunSettings:
     """What does not change the recipe's mathematics: device, precision, how often to report and save, what to do when
-    a step goes wrong (src/soli/train/guard.py)."""
+    a step goes wrong (soli/train/anomalies.py)."""
 
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda, cuda:1 ...

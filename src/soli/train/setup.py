@@ -21,13 +21,13 @@ from soli.data.tokenizer import Tokenizer
 from soli.errors import SoliError
 from soli.model.transformer import Transformer
 from soli.train.batches import PackedTokens
+from soli.train.checkpoints import Progress, checkpoints, load_checkpoint
+from soli.train.cuda_graph import GraphedStep
 from soli.train.evaluate import bytes_per_token
-from soli.train.graph import GraphedStep
 from soli.train.optimizer import Optimizer
 from soli.train.precision import use_fp8
 from soli.train.settings import TrainSettings, as_recipe
 from soli.train.stages import Stage, build_stages, check_stage
-from soli.train.state import Progress, checkpoints, load_checkpoint
 from soli.train.switches import apply_switches
 
 # What a resumed run may not change: the model's shape, and what the order of the data hangs on.

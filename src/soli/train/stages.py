@@ -15,11 +15,11 @@ from torch import Tensor
 
 from soli.config import ModelConfig
 from soli.errors import SoliError
+from soli.plan.training import training_flops
 from soli.train.batches import Batches, PackedTokens, heldout_windows
-from soli.train.plan import training_flops
+from soli.train.checkpoints import Progress
 from soli.train.schedule import batch_sequences, learning_rate, stage_name
 from soli.train.settings import TrainSettings
-from soli.train.state import Progress
 
 
 @dataclass(frozen=True)

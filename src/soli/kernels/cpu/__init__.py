@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from soli.errors import SoliError
+from soli.formats.quantized import PackedWeight
 from soli.kernels.cpu.native import DTYPES, FORMATS, Library, check_code, chosen_isa, library
-from soli.kernels.packed import PackedWeight
 
 FORMAT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # of plain tensors
 PLAIN = {dtype: FORMATS[name] for dtype, name in FORMAT_NAMES.items()}

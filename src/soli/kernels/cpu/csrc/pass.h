@@ -1,6 +1,6 @@
 // One pass of T rows, a token each, through a run of layers: what Python hands over, and what the steps share.
 //
-// Each struct from Vector to Call has the same fields in src/soli/kernels/cpu/layers.py. Weights stay where they are, in any
+// Each struct from Vector to Call has the same fields in src/soli/kernels/cpu/fused.py. Weights stay where they are, in any
 // format; between products everything is float32: rows are rounded only into the tokens of a bfloat16 product, into the
 // cache, and on leaving. Every thread of the team runs every step and shares its loops; a step's buffers lie in one area
 // that each thread lays out for itself, at the same addresses. What is small is done by every thread for itself where

@@ -1,0 +1,1 @@
+"""Messages to prompts and answers to messages: chat templates, reasoning, tool calls."""

@@ -1,0 +1,34 @@
+"""How the command line shows the experts: as a score on the terminal, or as JSON."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from soli.analysis.trace import TokenTrace, trace_tokens
+from soli.analysis.trace_view import print_detail, print_score
+from soli.cli._shared.console import stdout_console
+from soli.engine.generate import Generation
+from soli.engine.text_model import TextModel
+
+
+def traced(text_model: TextModel, prompt: Sequence[int], generation: Generation) -> list[TokenTrace]:
+    """The trace of one prompt and its answer; empty for a model without routed experts."""
+    tokens = [*prompt, *generation.ids]
+    labels = [text_model.label(token) for token in tokens]
+    return trace_tokens(text_model.model, generation.routing or (), tokens, labels, len(prompt))
+
+
+def show(trace: Sequence[TokenTrace], detail: bool) -> None:
+    """Prints a trace to standard output: coloured when that is a terminal, plain when it is not."""
+    (print_detail if detail else print_score)(stdout_console(), trace)
+
+
+def as_json(trace: Sequence[TokenTrace]) -> list[dict[str, Any]]:
+    """The trace as plain lists and dicts, field for field as in soli/analysis/trace.py."""
+    return [dataclasses.asdict(token) for token in trace]
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON object on one line, Chinese left readable, handed to the reader at once."""
+    print(json.dumps(value, ensure_ascii=False), flush=True)

@@ -1,0 +1,146 @@
+"""What `soli train --dry-run` prints: the plan of a run as tables and lines."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from soli.config import RopeScaling
+from soli.plan.memory import Memory, fitting
+from soli.plan.training import STEP_SHARE, Plan, hours_here
+from soli.train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from soli.plan.throughput import FoundDevice
+
+Lines = list[tuple[str, str]]
+
+
+def print_plan(
+    plan: Plan,
+    settings: TrainSettings,
+    fim_rate: float,
+    devices: int,
+    mfu: float,
+    device_tflops: float,
+    here: FoundDevice | None,
+) -> None:
+    """Phases, the recipe's constants, parameters, FLOPs, memory and time, on standard output."""
+    from soli.cli._shared.console import stdout_console
+
+    console = stdout_console()
+    console.print(_phases(plan))
+    for label, text in (*_constants(settings, fim_rate), *_memory(plan, settings, devices, here)):
+        console.print(f"[bold]{label:<12}[/bold]{text}", soft_wrap=True)
+    for label, text in _time(plan, settings, devices, mfu, device_tflops, here):
+        console.print(f"[bold]{label:<12}[/bold]{text}", soft_wrap=True)
+
+
+def _phases(plan: Plan) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False)
+    tokens, steps = sum(phase.tokens for phase in plan.phases), sum(phase.steps for phase in plan.phases)
+    table.add_column("phase", "total", no_wrap=True, min_width=len("extension 2"))
+    for title, footer in (("tokens", f"{tokens:,}"), ("steps", f"{steps:,}"), ("length", ""), ("batch", "")):
+        table.add_column(title, footer, justify="right", no_wrap=True)
+    table.add_column("rate", justify="right", no_wrap=True)
+    for phase in plan.phases:
+        batch, rate = _span(phase.batch_sequences, ","), _span(phase.learning_rate, ".2e")
+        table.add_row(phase.name, f"{phase.tokens:,}", f"{phase.steps:,}", f"{phase.sequence_length:,}", batch, rate)
+    return table
+
+
+def _constants(settings: TrainSettings, fim_rate: float) -> Lines:
+    """What the schedule says beside its phases: optimizer, ramp, balance, MTP, data, YaRN."""
+    optimizer, schedule, balance, losses = settings.optimizer, settings.schedule, settings.balance, settings.losses
+    adamw = f"betas {optimizer.beta1:g} / {optimizer.beta2:g}, eps {optimizer.eps:g}"
+    name = f"Muon for matrices, momentum {optimizer.momentum:g}; AdamW for the rest" if optimizer.name == "muon" else ""
+    decay = f"decay {optimizer.weight_decay:g} but for norms and biases, clip {optimizer.clip:g}"
+    lines = [("optimizer", f"{name or 'AdamW'}, {adamw}, {decay}, moments {optimizer.moments}")]
+    if optimizer.router_rate != 1:
+        lines.append(("routers", f"at {optimizer.router_rate:g} of the learning rate"))
+    lines.append(("start", f"normal, deviation {settings.model.initializer_range:g}"))
+    if schedule.batch_sequences_start is not None:
+        ramp = f"{schedule.batch_sequences_start:,} -> {schedule.batch_sequences:,} sequences"
+        lines.append(("batch ramp", f"{ramp} over {schedule.batch_ramp_tokens:,} tokens"))
+    end = "" if balance.gamma_tokens is None else f" until {balance.gamma_tokens:,} tokens, then 0"
+    lines.append(("balance", f"gamma {balance.gamma:g}{end}; alpha {balance.alpha:g}"))
+    late = losses.mtp_late_after_tokens
+    then = "" if late is None else f" until {late:,} tokens, then {losses.mtp_weight_late:g}"
+    depth = settings.model.num_nextn_predict_layers
+    lines.append(("MTP", f"depth {depth}, lambda {losses.mtp_weight:g}{then}" if depth else "none"))
+    lines.append(("data", f"fill-in-the-middle rate {fim_rate:g}"))
+    for number, phase in enumerate(settings.extension, 1):
+        if phase.rope_scaling is not None:
+            lines.append((f"YaRN {number}", _yarn(phase.rope_scaling)))
+    return lines
+
+
+def _yarn(yarn: RopeScaling) -> str:
+    return (
+        f"factor {yarn.factor:g} of {yarn.original_max_position_embeddings:,}, beta {yarn.beta_fast:g} / "
+        f"{yarn.beta_slow:g}, mscale {yarn.mscale:g} / {yarn.mscale_all_dim:g}"
+    )
+
+
+def _memory(plan: Plan, settings: TrainSettings, devices: int, here: FoundDevice | None) -> Lines:
+    from soli.cli.count import scaled
+
+    run = settings.run
+    parts = f"{scaled(plan.parameters)} with MTP modules, {scaled(plan.activated)} activated per token"
+    share = "on one device" if devices == 1 else f"on each of {devices:,} devices"
+    held = {
+        "weights": plan.memory.weights,
+        "gradients": plan.memory.gradients,
+        "moments": plan.memory.moments,
+        f"{plan.precision} copies": plan.memory.copies,
+        "activations": plan.memory.activations,
+        "largest operation": plan.memory.passing,
+    }
+    listed = ", ".join(f"{name} {scaled(size, 'B')}" for name, size in held.items() if size)
+    micro = f"micro-batch of {run.micro_sequences} x {settings.schedule.sequence_length:,} tokens in {plan.precision}"
+    recomputed = ", activations computed again" if run.activation_checkpointing else ""
+    lines = [
+        ("parameters", parts),
+        ("FLOPs", f"{plan.flops:.3g} in all: three forward passes per token"),
+        ("memory", f"{scaled(plan.memory.total, 'B')} {share}, {micro}{recomputed}"),
+        ("", listed),
+    ]
+    lines += [(f"extension {n}", _extension_memory(memory)) for n, memory in enumerate(plan.extension_memory, 1)]
+    if here is not None:
+        verdict = fitting(settings, plan.precision, here.kind, devices, here.memory)
+        lines.append(("room here", f"{scaled(here.memory, 'B')}: {verdict}"))
+    return lines
+
+
+def _extension_memory(memory: Memory) -> str:
+    from soli.cli.count import scaled
+
+    return f"{scaled(memory.total, 'B')} on each, activations {scaled(memory.activations, 'B')}"
+
+
+def _time(
+    plan: Plan, settings: TrainSettings, devices: int, mfu: float, device_tflops: float, here: FoundDevice | None
+) -> Lines:
+    lines = []
+    if here is not None:
+        hours = hours_here(settings, plan.flops, here.tflops, here.precision)
+        peak = f" of {here.peak_tflops:g} stated" if here.peak_tflops else ""
+        measured = f"{here.title}: {here.tflops:.3g} TFLOP/s{peak} measured on products in {here.precision}"
+        lines.append(("this device", f"{measured}, about {hours:,.1f} hours at {100 * STEP_SHARE[here.precision]:g} %"))
+        lines.append(("", "of that rate, the share that a step of nano-zh-en reaches on one CPU core"))
+    lines.append(("GPU-hours", f"{plan.gpu_hours:,.1f} at {100 * mfu:g} % of {device_tflops:g} TFLOP/s"))
+    if devices > 1:
+        lines.append(("days", f"{plan.gpu_hours / devices / 24:,.1f} on {devices:,} devices"))
+    if plan.paper_gpu_hours:
+        papers = f"{plan.paper_gpu_hours:,} H800-hours without extension (arXiv 2412.19437, table 1)"
+        lines.append(("the paper's", papers))
+    return lines
+
+
+def _span(ends: tuple[Any, Any], form: str) -> str:
+    first, last = (format(end, form) for end in ends)
+    return first if first == last else f"{first} -> {last}"

@@ -1,5 +1,0 @@
-"""The packages a Chinese-English corpus is made of: each source names its packages and a small function reads them."""
-
-from soli.data.sources.catalogue import SOURCES, Row, Source
-
-__all__ = ["SOURCES", "Row", "Source"]

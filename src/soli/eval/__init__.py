@@ -1,0 +1,1 @@
+"""Measuring a model: teacher-forced scoring, translation quality, and how its experts are used."""

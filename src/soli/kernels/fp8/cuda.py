@@ -1,0 +1,139 @@
+"""FP8 training through a GPU's own FP8 products: what `fp8_training` emulates, on Hopper with CUDA 12.9 or newer.
+
+The three products of a linear layer (paper, section 3.3) are one `scaled_mm` each:
+
+    y      = x w^T       x in 1x128 tiles along I,  w in 128x128 blocks
+    grad_x = grad_y w    grad_y in 1x128 tiles along O, the same blocks, turned
+    grad_w = grad_y^T x  both in 1x128 tiles along tokens, x anew from the FP8 form that was kept
+
+The experts of a layer are one Triton launch per product where all sides are multiples of 128, tokens sorted by expert
+and each expert's rows filled up to 128, so that no tile spans two; nothing is read back to the host. Else they are one
+`scaled_mm` per expert that was chosen. Tensor cores add up to 128 products in less than fp32; sums of those are fp32.
+
+Shapes: T rows (tokens), I input and O output features, K chosen, P = T*K pairs, U rows of all experts' tiles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from soli.formats.fp8 import BLOCK
+from soli.kernels.fp8 import emulation
+from soli.kernels.fp8.operands import Operand, blocks, has_triton, product, retiled, tiles
+from soli.kernels.sorted_experts import count_tokens
+
+
+def missing(device: torch.device) -> str | None:
+    """What keeps this device from multiplying in FP8, in words; None when nothing does."""
+    if device.type != "cuda":
+        return f"the device is {device.type}, not cuda"
+    if not hasattr(F, "scaled_mm"):
+        return "PyTorch is older than 2.10"
+    if torch.version.cuda is None or tuple(int(n) for n in torch.version.cuda.split(".")[:2]) < (12, 9):
+        return f"PyTorch is built for CUDA {torch.version.cuda}, not 12.9 or newer"
+    if torch.cuda.get_device_capability(device)[0] != 9:  # torch offers these block scales on Hopper alone
+        return f"{torch.cuda.get_device_name(device)} is no Hopper GPU"
+    return None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., I) times weight (O, I) transposed, in FP8, in the dtype of x; the bias is added after."""
+    y = _Product.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+    return y if bias is None else y + bias.to(x.dtype)
+
+
+def experts(x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
+    """The experts seam in FP8: (T, D), (T, K), (T, K) to (T, D). Tiles along tokens stay within one expert's rows."""
+    E, D, width = down_EDF.shape
+    if D % BLOCK or width % BLOCK or not has_triton():
+        return emulation.experts(x_TD, expert_ids_TK, weights_TK, gate_up_E2FD, down_EDF, linear)
+    T, K = expert_ids_TK.shape
+    plan = plan_rows(expert_ids_TK, E)
+    x_UD = x_TD.new_zeros(plan.rows, D).index_copy(0, plan.row_P, x_TD.index_select(0, plan.order_P // K))
+    weights_P = weights_TK.flatten().index_select(0, plan.order_P).to(x_TD.dtype)
+    weights_U = x_TD.new_zeros(plan.rows).index_copy(0, plan.row_P, weights_P)
+    gate_UF, up_UF = _ExpertProduct.apply(x_UD, gate_up_E2FD, plan).chunk(2, dim=-1)
+    y_UD = _ExpertProduct.apply(F.silu(gate_UF) * up_UF * weights_U[:, None], down_EDF, plan)
+    place_P = torch.empty_like(plan.order_P).scatter_(0, plan.order_P, plan.row_P)
+    return y_UD.index_select(0, place_P).unflatten(0, (T, K)).sum(dim=1)
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """Which row each pair of token and expert takes, when each expert's rows begin on a tile of their own."""
+
+    rows: int  # U, enough for any routing of so many pairs
+    order_P: Tensor  # pairs sorted by expert
+    row_P: Tensor  # the row of each, in that order
+    expert_tile: Tensor  # int32 (U / 128): whose rows these are, -1: nobody's
+    first_tile: Tensor  # int32 (E + 1)
+
+
+def plan_rows(expert_ids_TK: Tensor, num_experts: int) -> RowPlan:
+    """Lay out the pairs of (T, K) expert ids; every number stays on the device."""
+    ids_P = expert_ids_TK.flatten()
+    rows = (ids_P.shape[0] + num_experts * (BLOCK - 1)) // BLOCK * BLOCK
+    order_P = ids_P.argsort(stable=True)
+    counts_E = count_tokens(expert_ids_TK, num_experts)
+    first_tile = F.pad(((counts_E + BLOCK - 1) // BLOCK).cumsum(0), (1, 0))
+    shift_E = first_tile[:-1] * BLOCK - (counts_E.cumsum(0) - counts_E)
+    row_P = torch.arange(ids_P.shape[0], device=ids_P.device) + shift_E[ids_P[order_P]]
+    tile = torch.arange(rows // BLOCK, device=ids_P.device)
+    owner = torch.searchsorted(first_tile[1:], tile, right=True)
+    owner = torch.where(tile < first_tile[-1], owner, -1)
+    return RowPlan(rows, order_P, row_P, owner.to(torch.int32), first_tile.to(torch.int32))
+
+
+class _Product(torch.autograd.Function):
+    """The three products of one linear layer."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+        x = tiles(x_TI)
+        ctx.save_for_backward(x.codes_MK, x.scale, weight_OI)
+        ctx.x_shape, ctx.dtype = x_TI.shape, x_TI.dtype
+        return _cut(product(x, blocks(weight_OI), x_TI.dtype), x_TI.shape[0], weight_OI.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor, Tensor]:
+        x_codes, x_scale, weight_OI = ctx.saved_tensors
+        grad_x = product(tiles(grad_TO), blocks(weight_OI, turned=True), ctx.dtype)
+        grad_weight = product(tiles(grad_TO, turned=True), retiled(Operand(x_codes, x_scale)), torch.float32)
+        return _cut(grad_x, *ctx.x_shape), _cut(grad_weight, *weight_OI.shape).to(weight_OI.dtype)
+
+
+class _ExpertProduct(torch.autograd.Function):
+    """The three products of one stack of expert weights (E, O, I), all experts at once: rows (U, I) to (U, O)."""
+
+    @staticmethod
+    def forward(ctx: Any, x_UI: Tensor, weight_EOI: Tensor, plan: RowPlan) -> Tensor:
+        from soli.kernels.fp8 import triton_kernels
+
+        x, weight = tiles(x_UI), blocks(weight_EOI)
+        ctx.save_for_backward(x.codes_MK, x.scale, weight_EOI)
+        ctx.plan, ctx.dtype = plan, x_UI.dtype
+        return triton_kernels.grouped(x.codes_MK, x.scale, weight.codes_MK, weight.scale, plan.expert_tile, x_UI.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_UO: Tensor) -> tuple[Tensor, Tensor, None]:
+        from soli.kernels.fp8 import triton_kernels
+
+        x_codes, x_scale, weight_EOI = ctx.saved_tensors
+        grad, weight = tiles(grad_UO), blocks(weight_EOI, turned=True)
+        grad_x = triton_kernels.grouped(
+            grad.codes_MK, grad.scale, weight.codes_MK, weight.scale, ctx.plan.expert_tile, ctx.dtype
+        )
+        across, x = tiles(grad_UO, turned=True), retiled(Operand(x_codes, x_scale))
+        grad_weight = triton_kernels.by_expert(
+            across.codes_MK, across.scale, x.codes_MK, x.scale, ctx.plan.first_tile, weight_EOI.dtype
+        )
+        return grad_x, grad_weight, None
+
+
+def _cut(filled: Tensor, rows: int, columns: int) -> Tensor:
+    return filled[:rows, :columns]

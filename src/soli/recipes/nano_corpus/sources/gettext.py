@@ -1,0 +1,76 @@
+"""Translations compiled by gettext (.mo): the game Cataclysm, LibreOffice's interface, Django.
+
+Format: GNU gettext manual, "The Format of GNU MO Files". A message's context ends at \\x04, its plural follows \\0; the
+Chinese side has one form for both numbers.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+from soli.errors import SoliError
+from soli.recipes.nano_corpus.cleaning import Simplifier, align, without_accelerators
+from soli.recipes.nano_corpus.fetch import read_members
+from soli.recipes.nano_corpus.sources.row import Row
+
+_COLOUR = re.compile(r"</?color[^<>]*>")
+
+
+def read_mo(content: bytes, name: str) -> Iterator[tuple[str, str]]:
+    """(English, translation) of every message of a .mo file; a plural is a message of its own."""
+    if len(content) < 20 or content[:4] not in (b"\xde\x12\x04\x95", b"\x95\x04\x12\xde"):
+        raise SoliError(f"{name} is not a compiled gettext file: delete the package from the cache and build again")
+    order = "<" if content[0] == 0xDE else ">"
+    count, originals, translations = struct.unpack(order + "8xIII", content[:20])
+    for i in range(count):
+        english, chinese = (_string(content, order, table + 8 * i) for table in (originals, translations))
+        forms = english.rpartition("\x04")[2].split("\0")
+        for form in forms if forms != [""] else []:
+            yield form, chinese.split("\0")[-1]
+
+
+def _string(content: bytes, order: str, at: int) -> str:
+    length, start = struct.unpack_from(order + "II", content, at)
+    return content[start : start + length].decode("utf-8", errors="replace")
+
+
+def read_cataclysm(archives: list[Path]) -> Iterator[Row]:
+    """The game's sentences in both translations, the mainland's first, Taiwan's turned into the mainland's words.
+
+    Colour tags are taken out and paragraphs parted where both sides have as many sentences.
+    """
+    simplify = Simplifier("tw2sp")
+    for name, content in sorted(read_members(archives[0], "*/zh_*/LC_MESSAGES/*.mo")):
+        for english, chinese in read_mo(content, name):
+            text = simplify(chinese) if "/zh_TW/" in name else chinese
+            for zh, en in align(_one_line(_COLOUR.sub("", text)), _one_line(_COLOUR.sub("", english))):
+                yield Row(zh, en)
+
+
+def read_libreoffice(archives: list[Path]) -> Iterator[Row]:
+    """Interface strings of LibreOffice in simplified Chinese, without accelerators."""
+    for name, content in read_members(archives[0], "*/LC_MESSAGES/*.mo"):
+        for english, chinese in read_mo(content, name):
+            yield Row(without_accelerators(chinese), without_accelerators(english))
+
+
+def read_libreoffice_taiwan(archives: list[Path]) -> Iterator[Row]:
+    """The same in Taiwan's words and characters, turned into the mainland's."""
+    simplify = Simplifier("tw2sp")
+    for zh, en, tag in read_libreoffice(archives):
+        yield Row(simplify(zh), en, tag)
+
+
+def read_django(archives: list[Path]) -> Iterator[Row]:
+    """Django's own messages, Taiwan's turned into the mainland's words and characters."""
+    simplify = Simplifier("tw2sp")
+    for name, content in read_members(archives[0], "*/locale/zh_Han?/LC_MESSAGES/*.mo"):
+        for english, chinese in read_mo(content, name):
+            yield Row(simplify(chinese) if "/zh_Hant/" in name else chinese, english)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

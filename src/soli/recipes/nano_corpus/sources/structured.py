@@ -1,0 +1,84 @@
+"""Pairs from files with a structure of their own: Home Assistant's JSON, GNOME's Mallard pages, CC-CEDICT's entries."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from soli.recipes.nano_corpus.cleaning import Simplifier, align, han
+from soli.recipes.nano_corpus.fetch import read_members
+from soli.recipes.nano_corpus.sources.row import Row
+
+_MALLARD = "{http://projectmallard.org/1.0/}"
+_ENTRY = re.compile(r"^\S+ (\S+) \[[^\]]*\] /(.+)/$")
+_SENSES = 3
+_CROSS_REFERENCE = re.compile(r"\[|\||^CL:|^(?:see|see also|also written|also pr\.|Taiwan pr\.|pr\.) |variant of")
+_LABEL = re.compile(r"^\((?:Tw|coll\.|lit\.|fig\.)\) ")
+
+
+def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    if isinstance(tree, dict):
+        for name, branch in tree.items():
+            yield from _leaves(branch, (*path, name))
+    elif isinstance(tree, str):
+        yield path, tree
+
+
+def read_homeassistant(archives: list[Path]) -> Iterator[Row]:
+    """Strings that stand at the same place of a component's English and Chinese file; Taiwan's are simplified."""
+    simplify = Simplifier("tw2sp")
+    pages: dict[tuple[str, str], dict[tuple[str, ...], str]] = {}
+    for name, content in read_members(archives[0], "homeassistant/components/*/translations/*.json"):
+        folder, _, file = name.rpartition("/")
+        prefix, _, language = file.removesuffix(".json").rpartition(".")
+        if language in ("en", "zh-Hans", "zh-Hant"):
+            pages[f"{folder}/{prefix}", language] = dict(_leaves(json.loads(content)))
+    for (page, language), leaves in pages.items():
+        if language == "en":
+            continue
+        for path, text in leaves.items():
+            english = pages.get((page, "en"), {}).get(path, "")
+            for zh, en in align(text, english) if english else ():
+                yield Row(simplify(zh) if language == "zh-Hant" else zh, en)
+
+
+def _blocks(page: bytes) -> list[tuple[str, str]]:
+    """(tag, text) of each title and paragraph of a Mallard page, without the credits."""
+    root = ElementTree.fromstring(page)
+    for info in root.iter(f"{_MALLARD}info"):
+        for child in [child for child in info if child.tag != f"{_MALLARD}desc"]:
+            info.remove(child)
+    wanted = {f"{_MALLARD}{tag}" for tag in ("title", "p", "desc")}
+    return [(e.tag, " ".join("".join(e.itertext()).split())) for e in root.iter() if e.tag in wanted]
+
+
+def read_gnome(archives: list[Path]) -> Iterator[Row]:
+    """Paragraphs in the same order of pages that have the same sequence of tags in both languages."""
+    pages: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for name, content in read_members(archives[0], "usr/share/help/*/*.page"):
+        language, _, rest = name.removeprefix("usr/share/help/").partition("/")
+        if language in ("C", "zh_CN"):
+            pages[rest, language] = _blocks(content)
+    for (rest, language), chinese in pages.items():
+        english = pages.get((rest, "C"), [])
+        if language == "zh_CN" and [tag for tag, _ in chinese] == [tag for tag, _ in english]:
+            for (_, zh), (_, en) in zip(chinese, english, strict=True):
+                yield from (Row(*pair) for pair in align(zh, en) if zh != en)
+
+
+def read_cedict(archives: list[Path]) -> Iterator[Row]:
+    """Simplified headword and its first senses, without cross references, classifiers and labels of usage."""
+    for _, content in read_members(archives[0], "*/cedict*.txt.gz"):
+        for line in gzip.decompress(content).decode("utf-8").splitlines():
+            entry = _ENTRY.match(line)
+            if entry is None:
+                continue
+            senses = [_LABEL.sub("", sense) for sense in entry[2].split("/")]
+            senses = [sense for sense in senses if not _CROSS_REFERENCE.search(sense) and not han(sense)]
+            if senses:
+                yield Row(entry[1], "; ".join(senses[:_SENSES]))

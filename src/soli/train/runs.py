@@ -1,0 +1,208 @@
+"""Training runs read back from their folders: what each has reached, and how several differ at equal tokens.
+
+A run is a folder with the `metrics.jsonl` that soli/train/report.py writes. A line that goes back to an earlier step
+(Soli 0.1 left such lines when it resumed) replaces what stood there; a last line without its end is still being written
+and is left out. Any other line that cannot be read is refused by number. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from soli.errors import SoliError
+
+METRICS = "metrics.jsonl"
+RUNNING_SECONDS = 60.0  # a run whose metrics changed since then is running
+RECENT = 10  # steps behind the tokens per second
+
+Curve = list[tuple[int, float]]  # (tokens, value), tokens rising
+
+# What is compared; losses are in nats per token.
+MEASURES = ("loss", "MTP loss", "held-out loss", "bits per byte", "max violation")
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """One run's lines, in the order of their steps."""
+
+    folder: Path
+    steps: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    ended: str | None  # "finished", "signal" or "time" when the last line says so; None: running, killed, or old
+
+    def curve(self, measure: str) -> Curve:
+        """One of MEASURES over tokens; empty where the run has none. "max violation" is that of the worst layer."""
+        if measure == "held-out loss":
+            return [(line["tokens"], line["loss"]) for line in self.evaluations]
+        if measure == "bits per byte":
+            return [(line["tokens"], line["bits_per_byte"]) for line in self.evaluations]
+        if measure == "max violation":
+            loads = [(line["tokens"], [load["max_violation"] for load in line["load"].values()]) for line in self.steps]
+            return [(tokens, max(violations)) for tokens, violations in loads if violations]
+        if measure == "MTP loss":
+            curve = [(line["tokens"], line["mtp"]) for line in self.steps]
+            return curve if any(value for _, value in curve) else []  # 0 throughout: no MTP module
+        return [(line["tokens"], line["loss"]) for line in self.steps]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Where a run stands. None: not reached or not measured."""
+
+    folder: str
+    state: str  # finished, running or stopped
+    step: int
+    tokens: int
+    seconds: float  # spent training
+    loss: float | None  # nats per token, of the last step reported
+    heldout_loss: float | None  # nats per token
+    bits_per_byte: float | None
+    tokens_per_second: float | None  # mean over the last steps reported
+    stage: int = 0  # 0 pretraining, n the n-th extension phase
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measure of several runs at the last tokens that all of them have reached."""
+
+    measure: str
+    tokens: int | None  # None when no point is common
+    values: list[float | None]  # per run, in order; between two reports, the straight line
+    differences: list[float | None]  # from the first run
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The runs in a folder by name, or the folder itself when it is a run."""
+    if not folder.is_dir():
+        raise SoliError(f"there is no folder {folder}; give one that holds runs of soli train")
+    if (folder / METRICS).is_file():
+        return [folder]
+    return sorted(file.parent for file in folder.glob(f"*/{METRICS}"))
+
+
+def locate_run(name: str) -> Path:
+    """The folder of a run, given as such or by its name in runs/."""
+    for folder in (Path(name), Path("runs") / name):
+        if (folder / METRICS).is_file():
+            return folder
+    raise SoliError(f"{name} is no run: neither it nor {Path('runs') / name} holds a {METRICS}; see soli runs list")
+
+
+def read_metrics(folder: Path) -> Metrics:
+    """A run's `metrics.jsonl`, checked line by line."""
+    file = folder / METRICS
+    text = file.read_bytes().decode("utf-8", errors="replace")
+    steps: list[dict[str, Any]] = []
+    evaluations: list[dict[str, Any]] = []
+    ended = None
+    for number, line in enumerate(text.split("\n")[:-1], 1):
+        entry = _read_line(line, f"{file}, line {number}")
+        lines = {"step": steps, "evaluation": evaluations}.get(entry["kind"])
+        ended = str(entry["why"]) if entry["kind"] == "end" else None
+        if lines is None:
+            continue
+        if steps and entry["step"] < steps[-1]["step"]:
+            steps[:] = [one for one in steps if one["step"] < entry["step"]]
+            evaluations[:] = [one for one in evaluations if one["step"] < entry["step"]]
+        if lines and lines[-1]["step"] == entry["step"]:
+            lines.pop()
+        lines.append(entry)
+    return Metrics(folder, steps, evaluations, ended)
+
+
+def summarize(metrics: Metrics, now: float | None = None) -> Summary:
+    """Where a run stands at `now` (seconds of the epoch; default the clock)."""
+    steps, evaluations = metrics.steps, metrics.evaluations
+    last = max([*steps[-1:], *evaluations[-1:]], key=lambda line: line["step"], default=None)
+    return Summary(
+        folder=str(metrics.folder),
+        state=_state(metrics, time.time() if now is None else now),
+        step=last["step"] if last else 0,
+        tokens=last["tokens"] if last else 0,
+        seconds=last["seconds"] if last else 0.0,
+        loss=steps[-1]["loss"] if steps else None,
+        heldout_loss=evaluations[-1]["loss"] if evaluations else None,
+        bits_per_byte=evaluations[-1]["bits_per_byte"] if evaluations else None,
+        tokens_per_second=_speed(steps),
+        stage=last.get("stage", 0) if last else 0,
+    )
+
+
+def compare_runs(runs: Sequence[Metrics]) -> list[Point]:
+    """Each of MEASURES at the last tokens that all runs have reached, beside the first run's."""
+    return [_common_point(measure, [run.curve(measure) for run in runs]) for measure in MEASURES]
+
+
+def _common_point(measure: str, curves: Sequence[Curve]) -> Point:
+    nothing: list[float | None] = [None] * len(curves)
+    if not all(curves):
+        return Point(measure, None, nothing, nothing)
+    tokens = min(curve[-1][0] for curve in curves)
+    if any(curve[0][0] > tokens for curve in curves):
+        return Point(measure, None, nothing, nothing)
+    values = [_interpolate(curve, tokens) for curve in curves]
+    return Point(measure, tokens, list(values), [value - values[0] for value in values])
+
+
+def _interpolate(curve: Curve, tokens: int) -> float:
+    return float(np.interp(tokens, [point[0] for point in curve], [point[1] for point in curve]))
+
+
+def _read_line(line: str, where: str) -> dict[str, Any]:
+    """One line as a dict that has what its kind must have."""
+    try:
+        entry = json.loads(line)
+        wanted = {"step": ("loss", "mtp", "tokens_per_second"), "evaluation": ("loss", "bits_per_byte")}
+        numbers = ("step", "tokens", "seconds", *wanted.get(entry["kind"], ()))
+        wrong = [key for key in numbers if not isinstance(entry[key], int | float)]
+        if entry["kind"] == "step":
+            wrong += [
+                name for name, load in entry["load"].items() if not isinstance(load["max_violation"], int | float)
+            ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SoliError(f"{where} is not what soli train writes ({type(error).__name__}: {error})") from None
+    if wrong:
+        raise SoliError(f"{where} is not what soli train writes: {wrong[0]} is not a number")
+    return entry
+
+
+def _state(metrics: Metrics, now: float) -> str:
+    """An end that was written down counts; then fresh metrics; then, for runs of an older Soli, the schedule's end."""
+    if metrics.ended is not None:
+        return "finished" if metrics.ended == "finished" else "stopped"
+    if now - (metrics.folder / METRICS).stat().st_mtime < max(RUNNING_SECONDS, 2 * _longest_pause(metrics.steps)):
+        return "running"
+    total = _total_tokens(metrics.folder)
+    return "finished" if total and metrics.steps and metrics.steps[-1]["tokens"] >= total else "stopped"
+
+
+def _longest_pause(steps: Sequence[dict[str, Any]]) -> float:
+    """Training seconds between two reports, the longest of the recent ones: a slow run is not a stopped one."""
+    seconds = [line["seconds"] for line in steps[-RECENT:]]
+    return max((later - earlier for earlier, later in itertools.pairwise(seconds)), default=0.0)
+
+
+def _total_tokens(folder: Path) -> int | None:
+    """Length of the schedule that the run began with; None when its recipe cannot be read."""
+    from soli.train.settings import SECTIONS, read_settings
+
+    try:
+        recipe = json.loads((folder / "recipe.resolved.json").read_text(encoding="utf-8"))
+        extension = {"extension": recipe.get("extension", ())}
+        return read_settings({name: recipe[name] for name in ("model", *SECTIONS)} | extension).total_tokens
+    except (OSError, ValueError, KeyError, TypeError, SoliError):
+        return None
+
+
+def _speed(steps: Sequence[dict[str, Any]]) -> float | None:
+    rates: Iterable[float] = [line["tokens_per_second"] for line in steps[-RECENT:]]
+    return statistics.harmonic_mean(rates) if rates else None

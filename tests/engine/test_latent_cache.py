@@ -1,0 +1,50 @@
+"""The latent cache: a pass finds the slots of its tokens, writes them, and reads its rows whole."""
+
+import pytest
+import torch
+
+from soli.config import preset
+from soli.engine.latent_cache import LatentCache, bytes_per_token, pages_for
+from soli.errors import SoliError
+
+
+def test_slots_follow_the_page_tables():
+    cache = LatentCache(pages=8, page_tokens=4, rows=2, positions=12)
+    cache.tables_RM[0], cache.tables_RM[1] = [5, 0, 7], [2, 6, 1]
+    now = cache.begin(rows=[1, 0], starts=[6, 2], counts=[1, 7])
+    assert now.positions_T.tolist() == [6, 2, 3, 4, 5, 6, 7, 8]
+    assert now.slots_T.tolist() == [26, 22, 23, 0, 1, 2, 3, 28]
+    assert now.singles == 1 and now.table_BM.tolist() == [[2, 6]] and now.lengths_B.tolist() == [7]
+    [chunk] = now.chunks
+    assert (chunk.start, chunk.stop, chunk.first) == (1, 8, 2)
+    assert chunk.slots_S.tolist() == [20, 21, 22, 23, 0, 1, 2, 3, 28]
+
+
+def test_what_is_written_lies_in_its_slots_and_layers_are_apart():
+    cache = LatentCache(pages=4, page_tokens=2, rows=1, positions=8)
+    cache.tables_RM[0] = [3, 1, 0, 2]
+    entries_TX = torch.arange(15.0).view(5, 3)
+    pages_PSX = cache.begin([0], [0], [5]).write(0, entries_TX)
+    other_PSX = cache.begin([0], [0], [5]).write(1, -entries_TX)
+    assert torch.equal(pages_PSX[3], entries_TX[:2]) and torch.equal(pages_PSX[0, 0], entries_TX[4])
+    cache.begin([0], [5], [1]).write(0, torch.full((1, 3), 9.0))
+    assert pages_PSX[0, 1].tolist() == [9.0] * 3 and torch.equal(pages_PSX[1], entries_TX[2:4])
+    assert torch.equal(other_PSX[3], -entries_TX[:2])
+    assert cache.nbytes() == 2 * 4 * 2 * 3 * 4
+
+
+def test_whole_rows_own_pages_apart():
+    cache = LatentCache.whole_rows([5, 1, 8], page_tokens=4)
+    assert cache.page_count == 5 and cache.tables_RM.tolist() == [[0, 1], [2, 0], [3, 4]]
+
+
+def test_a_position_past_the_end_is_refused():
+    cache = LatentCache.whole_rows([8])
+    cache.begin([0], [7], [1])
+    with pytest.raises(SoliError, match="position 8 is past the 8 positions"):
+        cache.begin([0], [8], [1])
+
+
+def test_sizes():
+    assert [pages_for(tokens, 4) for tokens in (0, 1, 4, 5)] == [0, 1, 1, 2]
+    assert bytes_per_token(preset("deepseek-v3"), 61, torch.bfloat16) == 61 * 576 * 2

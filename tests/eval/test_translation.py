@@ -1,0 +1,69 @@
+"""Lines in, lines out: order, empty lines, directions, windows, and what is said about a line that will not do."""
+
+import pytest
+
+from soli.data.language import language_of
+from soli.engine.generate import generate
+from soli.errors import SoliError
+from soli.eval.translation import Translator, one_line
+from tests.engine.tiny import tiny_text_model
+
+LINES = ["the cat", "", "猫坐在垫子上", "  ", "hello world the mat", "123"]
+
+
+def test_lines_come_back_in_order_in_any_window_and_batch():
+    ours = tiny_text_model()
+    whole = [one.text for one in Translator(ours, max_new_tokens=8).translate(LINES)]
+    assert [bool(text) for text in whole] == [True, False, True, False, True, True]
+    for window, batch_size in ((1, 1), (2, 4), (5, 2)):
+        parts = Translator(ours, max_new_tokens=8, batch_size=batch_size).translate(LINES, window)
+        assert [one.text for one in parts] == whole
+    assert [one.to for one in Translator(ours, max_new_tokens=1).translate(LINES)] == [
+        "zh",
+        None,
+        "en",
+        None,
+        "zh",
+        "zh",
+    ]
+
+
+def test_a_translation_is_the_greedy_continuation_of_its_prompt():
+    ours = tiny_text_model()
+    [found] = Translator(ours, to="en").translate(["猫 坐\t在"])
+    prompt = ours.tokenizer.translation_prompt("猫 坐 在", "en")
+    expected = generate(ours.model, [prompt], max_new_tokens=32 + 3 * len(prompt), stop_ids={1})[0]
+    assert found.prompt == tuple(prompt) and found.generation.ids == expected.ids
+    assert found.text == one_line(ours.tokenizer.decode(expected.ids))
+
+
+def test_what_stands_before_a_bad_line_is_translated():
+    done = []
+    with pytest.raises(SoliError, match=r"line 3 has .* tokens, but the model has 96 positions"):
+        for one in Translator(tiny_text_model(), max_new_tokens=2).translate(["the", "cat", "mat " * 100, "sat"]):
+            done.append(one)
+    assert [one.source for one in done] == ["the", "cat"]
+
+
+def test_more_new_tokens_than_fit_are_refused():
+    with pytest.raises(SoliError, match="lower max_new_tokens to 9"):
+        list(Translator(tiny_text_model(), max_new_tokens=96).translate(["the"]))
+
+
+def test_a_model_cannot_steer_the_terminal():
+    assert one_line(" a\x1b[31m\n b\x07\u202e猫 ") == "a[31m b猫"
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("打开 Settings 页面", "zh"),
+        ("the word 猫 means cat", "en"),
+        ("42 %", None),
+        ("鼠", "zh"),
+        ("Ça va", "en"),
+        ("", None),
+    ],
+)
+def test_language_by_script(text, language):
+    assert language_of(text) == language
