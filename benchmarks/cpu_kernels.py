@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from soli.formats import fp8
-from soli.formats.quantized import PackedWeight, plain
+from soli.formats.quantized import QuantizedWeight, plain
 from soli.kernels import cpu
 
 E, D, WIDTH, K, LAYERS, GROUP = 64, 1024, 512, 6, 4, 32
@@ -35,19 +35,19 @@ MEMORY = "memory"
 def soli_layer(format: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """A layer of random codes; scales make hidden values of ordinary size."""
 
-    def stack(rows: int, columns: int) -> PackedWeight:
+    def stack(rows: int, columns: int) -> QuantizedWeight:
         if format == "bf16":
             return plain((torch.randn(E, rows, columns) * columns**-0.5).bfloat16())
         if format == "fp8":
             codes = torch.randn(E, rows, columns).to(fp8.CODE_DTYPE)
             scale = torch.full((E, *fp8.scale_shape(rows, columns)), columns**-0.5)
-            return PackedWeight(format, codes, scale, (E, rows, columns), fp8.BLOCK)
+            return QuantizedWeight(format, codes, scale, (E, rows, columns), fp8.BLOCK)
         scale = torch.full((E, rows, columns // GROUP), columns**-0.5 / (73 if format == "int8" else 4.6)).half()
         if format == "int8":
             codes = torch.randint(-127, 128, (E, rows, columns), dtype=torch.int8)
         else:
             codes = torch.randint(0, 256, (E, rows, columns // 2), dtype=torch.uint8)
-        return PackedWeight(format, codes, scale, (E, rows, columns), GROUP)
+        return QuantizedWeight(format, codes, scale, (E, rows, columns), GROUP)
 
     table = cpu.ExpertTable.stacked(stack(2 * WIDTH, D), stack(D, WIDTH))
     return lambda x_TD, ids_TK, weights_TK: cpu.experts(x_TD, ids_TK, weights_TK, table)

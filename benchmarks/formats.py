@@ -8,7 +8,8 @@ translates pairs of its heldout.tsv, and writes benchmarks/results/formats.json 
 Every format is measured with its weights written out, in float32 arithmetic, on the same tokens: what differs is the
 weights alone. Rows "in bf16" are measured as the model runs: weights as they lie, bfloat16 tokens, this machine's
 kernels. KL is the mean over tokens of KL(bf16 || format) in nats; "same choice" is the share of tokens where the
-format's likeliest next token is that of bf16. The weights' error is root mean square, relative, over all packed ones.
+format's likeliest next token is that of bf16. The weights' error is root mean square, relative, over all quantized
+ones.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def build(model: str, folder: Path, formats: Sequence[tuple[str, Target, bool]] 
         convert_checkpoint(model, at, target)
         as_it_runs = name.endswith(IN_BF16)
         dtype = torch.bfloat16 if as_it_runs else torch.float32
-        loaded = load_model(at, dtype=dtype, mtp=False, packed=as_it_runs)
+        loaded = load_model(at, dtype=dtype, mtp=False, quantized=as_it_runs)
         size = sum(file.stat().st_size for file in at.glob("*.safetensors"))
         found.append(Contender(name, size, translates, text_model(loaded, Tokenizer.from_folder(at), at)))
         record.progress(f"written as {name}")

@@ -8,9 +8,9 @@
     large   16 B, 3 B activated (the shape of Moonlight-16B-A3B, a smaller vocabulary): int4 and gguf-q4_0 alone
     nano    the model in the box
 
-LAB/models/SHAPE is the bf16 folder that Soli, transformers and vLLM open, SHAPE-int8 and so on are Soli's packed ones,
-SHAPE-q8_0.gguf what llama.cpp opens (needs `pip install gguf`). tiny, small and nano hold the same weights in every
-format. large is random codes, streamed tensor by tensor, so memory need not hold it. `all` takes 30 GB of disk.
+LAB/models/SHAPE is the bf16 folder that Soli, transformers and vLLM open, SHAPE-int8 and so on are Soli's quantized
+ones, SHAPE-q8_0.gguf what llama.cpp opens (needs `pip install gguf`). tiny, small and nano hold the same weights in
+every format. large is random codes, streamed tensor by tensor, so memory need not hold it. `all` takes 30 GB of disk.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def draw(slot: Slot, target: Target, generator: torch.Generator) -> Encoded:
     found = target.integer(slot)
     if found is None:
         values = torch.empty(slot.shape).normal_(0.0, STD, generator=generator)
-        return fp8.pack(values) if target.packs(slot) else values.to(target.dtype(slot))
+        return fp8.pack(values) if target.quantizes(slot) else values.to(target.dtype(slot))
     bits, group = found
     rows, columns = slot.shape
     scale_OG = torch.full((rows, columns // group), STD / CODE_STD[bits], dtype=torch.float16)

@@ -58,7 +58,7 @@ def test_streamed_random_models_are_whole(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(models.SHAPES, "tiny", models.SHAPES["tiny"] | SMALLER)
     models.write_random(tmp_path / "m", models.config("tiny"), Target("int4"))
     model = soli.load_model(tmp_path / "m")
-    codes = model.layers[1].mlp.experts.packed.downs[0]
+    codes = model.layers[1].mlp.experts.quantized.downs[0]
     assert codes.format == "int4" and codes.dequantize(torch.float32).std().item() == pytest.approx(0.02, rel=0.05)
     assert len(generate(model, [[5, 6, 7]], max_new_tokens=3)[0].ids) == 3
     tokenizer = Tokenizer.from_folder(tmp_path / "m")

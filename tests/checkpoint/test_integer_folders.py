@@ -13,7 +13,7 @@ from soli.checkpoint import load_model, open_checkpoint, save_model
 from soli.cli import main
 from soli.errors import SoliError
 from soli.formats import integer
-from soli.kernels import PackedExperts, PackedWeight
+from soli.kernels import QuantizedExperts, QuantizedWeight
 from soli.model import Transformer
 from tests.checkpoint.folders import all_tensors, edit_json, edit_tensors, full_model, saved
 
@@ -98,18 +98,18 @@ def test_weights_that_no_group_divides_are_listed_to_the_person(folders: Path, t
 
 
 @pytest.mark.parametrize("to", ["int8", "int4"])
-def test_packed_weights_compute_what_they_are_written_out(to: str, folders: Path) -> None:
-    packed, dense = (load_model(folders / to, dtype=torch.float32, packed=keep) for keep in (None, False))
-    for ours, theirs in zip(outputs(packed), outputs(dense), strict=True):
+def test_quantized_weights_compute_what_they_are_written_out(to: str, folders: Path) -> None:
+    quantized, dense = (load_model(folders / to, dtype=torch.float32, quantized=keep) for keep in (None, False))
+    for ours, theirs in zip(outputs(quantized), outputs(dense), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("to", ["int8", "int4"])
-def test_in_bf16_packed_weights_are_as_near_the_truth_as_written_out(to: str, folders: Path) -> None:
+def test_in_bf16_quantized_weights_are_as_near_the_truth_as_written_out(to: str, folders: Path) -> None:
     """Not equal: written out, a weight is rounded to bf16 first; as it lies, tokens may be rounded to 8 bits (AVX-512);
     and either way may tip a token to another expert."""
     exact = outputs(load_model(folders / to, dtype=torch.float32))[0]
-    models = (load_model(folders / to, dtype=torch.bfloat16, packed=keep) for keep in (None, False))
+    models = (load_model(folders / to, dtype=torch.bfloat16, quantized=keep) for keep in (None, False))
     ours, theirs = (float((outputs(model)[0].float() - exact).square().mean(-1).median().sqrt()) for model in models)
     assert 0 < ours < 3 * theirs and theirs < 0.1 * float(exact.square().mean().sqrt())
 
@@ -121,44 +121,45 @@ def test_less_is_lost_with_more_bits(folders: Path) -> None:
     assert 0 < lost["int8"] < 0.03 and lost["int8"] * 4 < lost["int4"] < 0.5
 
 
-def test_packed_weights_stay_in_the_mapped_file(folders: Path) -> None:
+def test_quantized_weights_stay_in_the_mapped_file(folders: Path) -> None:
     model = load_model(folders / "int4")
-    experts, attention = model.layers[1].mlp.experts, model.layers[1].self_attn
-    assert experts.packed is not None and attention.kv_b_proj.packed is not None
-    weights = [*experts.packed.gates, *experts.packed.ups, *experts.packed.downs, attention.kv_b_proj.packed]
+    experts, kv_b = model.layers[1].mlp.experts.quantized, model.layers[1].self_attn.kv_b_proj.quantized
+    assert experts is not None and kv_b is not None
+    weights = [*experts.gates, *experts.ups, *experts.downs, kv_b]
     assert len({weight.weight.untyped_storage().data_ptr() for weight in weights}) == 1
     assert {weight.format for weight in weights} == {"int4", "bf16"}
     names = set(model.state_dict())
     assert "layers.1.mlp.experts.gate_up_proj" not in names and "embed_tokens.weight" in names
-    assert model.lm_head.packed is not None and model.lm_head.packed.format == "int8"
+    assert model.lm_head.quantized is not None and model.lm_head.quantized.format == "int8"
 
 
 @pytest.mark.parametrize("sizes", [{}, SIZES | {"hidden_size": 264}])
 def test_fp8_files_compute_as_they_lie(sizes: dict[str, int], tmp_path: Path) -> None:
     """Also where an expert's width is no multiple of a block's side, so that gate and up share no row of blocks."""
     save_model(full_model(**sizes), tmp_path / "m", "fp8", shard_bytes=60_000)
-    packed, dense = (load_model(tmp_path / "m", dtype=torch.float32, packed=keep) for keep in (True, None))
-    assert dense.layers[1].mlp.experts.packed is None
-    experts = packed.layers[1].mlp.experts.packed
-    assert isinstance(experts, PackedExperts) and experts.ups[0].format == "fp8" and packed.lm_head.packed is None
-    for ours, theirs in zip(outputs(packed), outputs(dense), strict=True):
+    quantized, dense = (load_model(tmp_path / "m", dtype=torch.float32, quantized=keep) for keep in (True, None))
+    assert dense.layers[1].mlp.experts.quantized is None
+    experts = quantized.layers[1].mlp.experts.quantized
+    assert isinstance(experts, QuantizedExperts) and experts.ups[0].format == "fp8"
+    assert quantized.lm_head.quantized is None
+    for ours, theirs in zip(outputs(quantized), outputs(dense), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
-def test_packed_false_and_true_change_nothing_where_nothing_is_packed(tmp_path: Path) -> None:
+def test_quantized_false_and_true_change_nothing_where_nothing_is_quantized(tmp_path: Path) -> None:
     folder = saved(tmp_path / "m")
-    states = [load_model(folder, packed=packed).state_dict() for packed in (None, True, False)]
+    states = [load_model(folder, quantized=quantized).state_dict() for quantized in (None, True, False)]
     assert all(torch.equal(states[0][name], state[name]) for state in states for name in states[0])
 
 
 def test_integers_turn_back_into_floats_and_into_nothing_else(folders: Path, tmp_path: Path, capsys) -> None:
     assert main(["convert", str(folders / "int4"), str(tmp_path / "m"), "--to", "fp32"]) == 0
     assert "quantization_config" not in json.loads((tmp_path / "m" / "config.json").read_text())
-    ours, theirs = all_tensors(tmp_path / "m"), load_model(folders / "int4", dtype=torch.float32, packed=False)
+    ours, theirs = all_tensors(tmp_path / "m"), load_model(folders / "int4", dtype=torch.float32, quantized=False)
     assert torch.equal(ours["model.layers.0.mlp.up_proj.weight"], theirs.layers[0].mlp.up_proj.weight)
     for to in ("fp8", "int8", "int4"):
         assert main(["convert", str(folders / "int8"), str(tmp_path / to), "--to", to]) == 1
-        assert "packed as integers already" in capsys.readouterr().err and not (tmp_path / to).exists()
+        assert "quantized as integers already" in capsys.readouterr().err and not (tmp_path / to).exists()
 
 
 def test_fp8_files_become_integers(tmp_path: Path) -> None:
@@ -166,16 +167,16 @@ def test_fp8_files_become_integers(tmp_path: Path) -> None:
     assert main(["convert", str(folder), str(tmp_path / "b"), "--to", "int4", "--shard-gb", "0.00006"]) == 0
     assert len(list((tmp_path / "b").glob("*.safetensors"))) > 3
     values = load_model(folder, dtype=torch.float32).layers[0].mlp.down_proj.weight
-    packed = load_model(tmp_path / "b").layers[0].mlp.down_proj.packed
-    assert packed is not None and torch.equal(packed.weight, integer.pack(values, 4, 32).codes)
+    quantized = load_model(tmp_path / "b").layers[0].mlp.down_proj.quantized
+    assert quantized is not None and torch.equal(quantized.weight, integer.pack(values, 4, 32).codes)
 
 
-def test_a_model_saves_itself_as_int4_but_not_when_packed(folders: Path, tmp_path: Path) -> None:
+def test_a_model_saves_itself_as_int4_but_not_when_quantized(folders: Path, tmp_path: Path) -> None:
     save_model(full_model(**SIZES), tmp_path / "m", "int4")
     assert torch.equal(all_tensors(tmp_path / "m")[EXPERT], all_tensors(folders / "int4")[EXPERT])
-    with pytest.raises(SoliError, match=r"packed=False"):
+    with pytest.raises(SoliError, match=r"quantized=False"):
         save_model(load_model(tmp_path / "m"), tmp_path / "n")
-    save_model(load_model(tmp_path / "m", packed=False), tmp_path / "n")
+    save_model(load_model(tmp_path / "m", quantized=False), tmp_path / "n")
 
 
 @pytest.mark.parametrize("options", [["--to", "bf16", "--group", "32"], ["--to", "int4", "--group", "48"],
@@ -212,8 +213,8 @@ DAMAGES = {
     "scale of a wrong shape": (edited(EXPERT + "_scale", lambda t: t[:, :3].clone()), (EXPERT, "(48, 3)", "(48, 4)")),
     "scale of a wrong dtype": (edited(EXPERT + "_scale", Tensor.float), (EXPERT, "F32", "F16")),
     "codes of a wrong shape": (edited(EXPERT, lambda t: t[:, :50].clone()), (EXPERT, "(48, 50)", "(48, 64)")),
-    "a packed norm": (edited("model.norm.weight", Tensor.char), ("model.norm.weight", "I8")),
-    "a packed router": (edited("model.layers.1.mlp.gate.weight", Tensor.char), ("mlp.gate.weight", "I8")),
+    "a quantized norm": (edited("model.norm.weight", Tensor.char), ("model.norm.weight", "I8")),
+    "a quantized router": (edited("model.layers.1.mlp.gate.weight", Tensor.char), ("mlp.gate.weight", "I8")),
     "4 bits in an 8-bit folder": (quantization(bits=8), ("int4", "quantization_config")),
     "3 bits": (quantization(bits=3), ("config.json", "bits is 3", "8 or 4")),
     "another method": (quantization(quant_method="gptq"), ("config.json", "gptq")),
@@ -233,8 +234,8 @@ def test_damage_is_an_error_that_names_file_and_tensor(name: str, folders: Path,
     assert all(part in str(raised.value) for part in says), str(raised.value)
 
 
-def test_what_is_packed_can_be_asked_for(folders: Path) -> None:
+def test_what_is_quantized_can_be_asked_for(folders: Path) -> None:
     checkpoint = open_checkpoint(folders / "int8")
     slot = next(slot for slot in checkpoint.slots if slot.name == EXPERT)
-    packed = checkpoint.packed(slot)
-    assert isinstance(packed, PackedWeight) and (packed.format, packed.group) == ("int8", 128)
+    quantized = checkpoint.quantized(slot)
+    assert isinstance(quantized, QuantizedWeight) and (quantized.format, quantized.group) == ("int8", 128)

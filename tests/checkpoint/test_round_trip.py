@@ -23,12 +23,12 @@ DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
 
 def expected(model: Transformer, format: str, ue8m0: bool = False) -> dict[str, torch.Tensor]:
     """The state that comes back: rounded to the format, matrix by matrix, expert by expert; router biases untouched."""
-    packed = {slot.soli for slot in slots(model.config) if slot.kind is Kind.LINEAR}
+    quantized = {slot.soli for slot in slots(model.config) if slot.kind is Kind.LINEAR}
 
     def rounded(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name.endswith("e_score_correction_bias"):
             return tensor
-        if format != "fp8" or name not in packed:
+        if format != "fp8" or name not in quantized:
             return tensor.to(DTYPE[format])
         if tensor.dim() == 2:
             return fp8.unpack(fp8.pack(tensor, ue8m0))

@@ -34,12 +34,13 @@ def test_a_folder_says_how_texts_begin_and_end(tmp_path):
 
 
 def test_as_is_leaves_fp8_in_its_file_and_computes_the_same():
-    packed, written_out = (open_text_model("nano", dtype=dtype).model for dtype in ("as-is", "bfloat16"))
-    assert packed.layers[0].mlp.up_proj.packed.format == "fp8" and packed.embed_tokens.weight.dtype == torch.bfloat16
-    assert written_out.layers[0].mlp.up_proj.packed is None
+    quantized, written_out = (open_text_model("nano", dtype=dtype).model for dtype in ("as-is", "bfloat16"))
+    assert quantized.layers[0].mlp.up_proj.quantized.format == "fp8"
+    assert quantized.embed_tokens.weight.dtype == torch.bfloat16
+    assert written_out.layers[0].mlp.up_proj.quantized is None
     ids = torch.arange(40, 72)[None]
     with torch.no_grad():
-        ours, theirs = packed(ids).float(), written_out(ids).float()
+        ours, theirs = quantized(ids).float(), written_out(ids).float()
     assert float((ours - theirs).norm() / theirs.norm()) < 0.03
 
 

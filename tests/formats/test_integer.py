@@ -8,7 +8,7 @@ from torch import Tensor
 
 from soli.errors import SoliError
 from soli.formats import integer
-from soli.kernels import PackedWeight
+from soli.kernels import QuantizedWeight
 
 SEEDS = st.integers(0, 2**32 - 1)
 GROUPS = st.sampled_from(integer.GROUPS)
@@ -24,7 +24,7 @@ def weight(rows: int, columns: int, seed: int, exponent: int = 0) -> Tensor:
 
 def unpacked(packed: integer.Packed, bits: int, shape: torch.Size) -> Tensor:
     group = shape[1] // packed.scale_OG.shape[1]
-    return PackedWeight(f"int{bits}", packed.codes, packed.scale_OG, tuple(shape), group).dequantize(torch.float32)
+    return QuantizedWeight(f"int{bits}", packed.codes, packed.scale_OG, tuple(shape), group).dequantize(torch.float32)
 
 
 def in_groups(matrix: Tensor, group: int) -> Tensor:

@@ -11,15 +11,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from soli.formats.quantized import PackedWeight
+from soli.formats.quantized import QuantizedWeight
 from soli.kernels import cpu
-from soli.kernels.packed_torch import PackedExperts
+from soli.kernels.packed_torch import QuantizedExperts
 from soli.model import Transformer
 from soli.model.layers import Linear
 from soli.model.moe import RoutedExperts
 from tests.kernels.weights import DTYPES, FORMATS, inputs, random_weight
-from tests.model.packed import packed_model
 from tests.model.paged import Paged
+from tests.model.quantized import quantized_model
 
 PAGE = mmap.PAGESIZE
 libc = ctypes.CDLL(None, use_errno=True)
@@ -55,12 +55,12 @@ def main() -> None:
     print("read nothing that it should not")
 
 
-def held(weight: PackedWeight, at_end: bool) -> PackedWeight:
+def held(weight: QuantizedWeight, at_end: bool) -> QuantizedWeight:
     scale = None if weight.scale is None else guarded(weight.scale, at_end)
-    return PackedWeight(weight.format, guarded(weight.weight, at_end), scale, weight.shape, weight.group)
+    return QuantizedWeight(weight.format, guarded(weight.weight, at_end), scale, weight.shape, weight.group)
 
 
-def check(weight: PackedWeight, generator: torch.Generator) -> None:
+def check(weight: QuantizedWeight, generator: torch.Generator) -> None:
     for lying in (held(weight, True), held(weight, False)):
         for dtype in DTYPES:
             for tokens in (1, 2, 9):
@@ -99,7 +99,7 @@ def check_layers(format: str, at_end: bool) -> None:
     """Passes of single tokens and of a prompt, from ids to logits: all weights, and the pages of the cache."""
     ids_BT = torch.arange(3)[None]
     for dtype in DTYPES if format != "fp32" else DTYPES[:1]:
-        model, found = packed_model(format, dtype), []
+        model, found = quantized_model(format, dtype), []
         for lying in (False, True):
             cache = Paged(model, 1, 16, 4)
             if lying:
@@ -116,11 +116,11 @@ def hold(model: Transformer, at_end: bool) -> None:
     embedding = model.embed_tokens
     embedding.weight = torch.nn.Parameter(guarded(embedding.weight, at_end), False)
     for module in model.modules():
-        if isinstance(module, Linear) and module.packed is not None:
-            module.pack(held(module.packed, at_end))
-        elif isinstance(module, RoutedExperts) and module.packed is not None:
-            parts = (module.packed.gates, module.packed.ups, module.packed.downs)
-            module.pack(PackedExperts(*(tuple(held(weight, at_end) for weight in part) for part in parts)))
+        if isinstance(module, Linear) and module.quantized is not None:
+            module.set_quantized(held(module.quantized, at_end))
+        elif isinstance(module, RoutedExperts) and module.quantized is not None:
+            parts = (module.quantized.gates, module.quantized.ups, module.quantized.downs)
+            module.set_quantized(QuantizedExperts(*(tuple(held(weight, at_end) for weight in part) for part in parts)))
 
 
 if __name__ == "__main__":

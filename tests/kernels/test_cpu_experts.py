@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from soli.errors import SoliError
-from soli.formats.quantized import PackedWeight
+from soli.formats.quantized import QuantizedWeight
 from soli.kernels import cpu, reference
 from soli.kernels.cpu import ExpertTable
 from tests.kernels import weights
@@ -27,7 +27,7 @@ def isa(request, monkeypatch):
 
 
 def exact(
-    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up: PackedWeight, down: PackedWeight, isa: str
+    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up: QuantizedWeight, down: QuantizedWeight, isa: str
 ) -> tuple[Tensor, Tensor]:
     """The layer in float64 and how far an answer may be from it."""
     x, w = weights.as_multiplied(x_TD, isa, gate_up.format).double(), weights_TK.double()
@@ -56,7 +56,7 @@ def routed(T: int, E: int, K: int, how: str, generator: torch.Generator) -> tupl
 
 
 def check(
-    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up: PackedWeight, down: PackedWeight, isa: str
+    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up: QuantizedWeight, down: QuantizedWeight, isa: str
 ) -> None:
     """An answer near enough, and of every token the same bits alone."""
     table = ExpertTable.stacked(gate_up, down)
@@ -97,7 +97,7 @@ def test_matrices_too_large_for_a_cache_are_read_in_long_stretches_to_the_same_b
 
 def layer(
     format: str = "bf16", E: int = 6, D: int = 128, F: int = 96, seed: int = 0
-) -> tuple[PackedWeight, PackedWeight]:
+) -> tuple[QuantizedWeight, QuantizedWeight]:
     generator = torch.Generator().manual_seed(seed)
     return random_weight(format, (E, 2 * F, D), 32, generator), random_weight(format, (E, D, F), 32, generator)
 
@@ -107,7 +107,8 @@ def test_experts_may_lie_anywhere(isa) -> None:
     matrices = [(half[:96].clone(), half[96:].clone()) for half in gate_up.weight]
     scales = [(half[:96].clone(), half[96:].clone()) for half in gate_up.scale]
     gates, ups = (
-        [PackedWeight("int8", m[i], s[i], (96, 128), 32) for m, s in zip(matrices, scales, strict=True)] for i in (0, 1)
+        [QuantizedWeight("int8", m[i], s[i], (96, 128), 32) for m, s in zip(matrices, scales, strict=True)]
+        for i in (0, 1)
     )
     apart = ExpertTable.listed(gates, ups, [down[e] for e in range(6)])
     ids_TK, weights_TK = routed(5, 6, 2, "any", torch.Generator().manual_seed(1))
@@ -153,7 +154,7 @@ def test_silu_is_exact_far_out(isa) -> None:
     """One weight of 1 everywhere: y = silu(x) * x, from where silu is 0 to where it is x."""
     one = random_weight("fp32", (1, 2, 1), 0, torch.Generator())
     one.weight.fill_(1.0)
-    down = PackedWeight("fp32", torch.ones(1, 1, 1), None, (1, 1, 1), 0)
+    down = QuantizedWeight("fp32", torch.ones(1, 1, 1), None, (1, 1, 1), 0)
     x_T1 = torch.tensor([-1e30, -100.0, -88.0, -20.0, -1.0, -1e-6, 0.0, 1e-6, 0.5, 3.0, 88.0, 100.0, 1e15])[:, None]
     ids_TK = torch.zeros(len(x_T1), 1, dtype=torch.int64)
     y_T1 = cpu.experts(x_T1, ids_TK, torch.ones(len(x_T1), 1), ExpertTable.stacked(one, down))

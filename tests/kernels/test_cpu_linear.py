@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from soli.errors import SoliError
-from soli.formats.quantized import PackedWeight
+from soli.formats.quantized import QuantizedWeight
 from soli.kernels import cpu
 from soli.kernels.cpu.native import DTYPES, FORMATS, chosen_isa, library
 from tests.kernels import weights
@@ -22,7 +22,7 @@ def isa(request, monkeypatch):
     return request.param
 
 
-def into_poison(x_TI: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+def into_poison(x_TI: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
     """cpu.linear into memory full of NaN; what lies around the result must stay as it was."""
     (T, I), O = x_TI.shape, weight.shape[0]  # noqa: E741
     kernels, margin = library(), 64
@@ -123,7 +123,7 @@ def test_threads_do_not_change_a_bit(isa) -> None:
 
 def test_every_fp8_code_is_read_as_torch_reads_it(isa) -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)[:, None].contiguous()
-    weight = PackedWeight("fp8", codes, torch.ones(2, 1), (256, 1), 128)
+    weight = QuantizedWeight("fp8", codes, torch.ones(2, 1), (256, 1), 128)
     for dtype in weights.DTYPES:
         np.testing.assert_array_equal(cpu.linear(torch.ones(1, dtype=dtype), weight).float(), codes.float()[:, 0])
 

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from soli import kernels, load_model
 from soli.errors import SoliError
-from soli.formats.quantized import PackedWeight
+from soli.formats.quantized import QuantizedWeight
 from soli.kernels import cpu, dispatch, torch_linear
 from soli.model.attention import attend
 from tests.kernels.weights import needs_kernels, random_weight
@@ -51,20 +51,20 @@ def test_one_layer_of_experts_is_one_call_and_a_gradient_is_torchs(counted) -> N
 
 
 @needs_kernels
-def test_packed_weights_go_to_cpp_unless_experts_differ_in_format(counted) -> None:
+def test_quantized_weights_go_to_cpp_unless_experts_differ_in_format(counted) -> None:
     generator = torch.Generator().manual_seed(0)
 
-    def experts(last: str) -> kernels.PackedExperts:
+    def experts(last: str) -> kernels.QuantizedExperts:
         formats = ("int4", last)
         parts = [[random_weight(f, (32, 32), 32, generator) for f in formats] for _ in range(3)]
-        return kernels.PackedExperts(*(tuple(part) for part in parts))
+        return kernels.QuantizedExperts(*(tuple(part) for part in parts))
 
     inputs = torch.randn(3, 32), torch.randint(0, 2, (3, 1)), torch.rand(3, 1)
-    kernels.packed_linear(inputs[0], random_weight("int8", (5, 32), 32, generator))
+    kernels.quantized_linear(inputs[0], random_weight("int8", (5, 32), 32, generator))
     same, mixed = experts("int4"), experts("int8")
-    kernels.packed_experts(*inputs, same), kernels.packed_experts(*inputs, same)
+    kernels.quantized_experts(*inputs, same), kernels.quantized_experts(*inputs, same)
     assert counted == ["linear", "experts", "experts"]
-    assert kernels.packed_experts(*inputs, mixed).shape == (3, 32) and len(counted) == 3
+    assert kernels.quantized_experts(*inputs, mixed).shape == (3, 32) and len(counted) == 3
 
 
 @needs_kernels
@@ -90,8 +90,8 @@ def test_an_unknown_way_is_refused(monkeypatch) -> None:
 def test_without_cpp_everything_is_still_answered(monkeypatch) -> None:
     monkeypatch.delenv("SOLI_KERNELS", raising=False)
     monkeypatch.setattr(cpu, "available", lambda: False)
-    weight = PackedWeight("int8", torch.ones(3, 32, dtype=torch.int8), torch.ones(3, 1).half(), (3, 32), 32)
-    assert torch.equal(kernels.packed_linear(torch.ones(1, 32), weight), torch.full((1, 3), 32.0))
+    weight = QuantizedWeight("int8", torch.ones(3, 32, dtype=torch.int8), torch.ones(3, 1).half(), (3, 32), 32)
+    assert torch.equal(kernels.quantized_linear(torch.ones(1, 32), weight), torch.full((1, 3), 32.0))
     assert kernels.linear(torch.zeros(4, 2), torch.zeros(3, 2)).shape == (4, 3)
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 
-from soli.formats.quantized import PackedWeight, plain
+from soli.formats.quantized import QuantizedWeight, plain
 from soli.kernels import cpu
 from soli.kernels.cpu.native import available_isas, library
 
@@ -50,7 +50,7 @@ def inputs(format: str, wanted: int, group: int) -> int:
     return -(-wanted // group) * group if format in ("int8", "int4") else wanted
 
 
-def random_weight(format: str, shape: tuple[int, ...], group: int, generator: torch.Generator) -> PackedWeight:
+def random_weight(format: str, shape: tuple[int, ...], group: int, generator: torch.Generator) -> QuantizedWeight:
     """Any codes that the format has, with scales between 0.5 and 1.5 of the size that makes the weight's variance 1."""
     if format in ("fp32", "bf16"):
         return plain(torch.randn(shape, generator=generator).to(torch.float32 if format == "fp32" else torch.bfloat16))
@@ -59,13 +59,13 @@ def random_weight(format: str, shape: tuple[int, ...], group: int, generator: to
         codes = torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
         codes[codes & 127 == 127] = 0  # the two NaN
         scale = _scales((*leading, -(-O // 128), -(-I // 128)), 1 / 64, generator)
-        return PackedWeight(format, codes.view(torch.float8_e4m3fn), scale, shape, 128)
+        return QuantizedWeight(format, codes.view(torch.float8_e4m3fn), scale, shape, 128)
     scale = _scales((*leading, O, I // group), 1 / (73 if format == "int8" else 4.6), generator).half()
     if format == "int8":
         codes = torch.randint(-127, 128, shape, generator=generator).to(torch.int8)
     else:
         codes = torch.randint(0, 256, (*leading, O, I // 2), generator=generator).to(torch.uint8)
-    return PackedWeight(format, codes, scale, shape, group)
+    return QuantizedWeight(format, codes, scale, shape, group)
 
 
 def _scales(shape: tuple[int, ...], size: float, generator: torch.Generator) -> Tensor:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from soli.engine.latent_cache import FEW, LatentCache
-from soli.kernels import PackedExperts
+from soli.kernels import QuantizedExperts
 from soli.model import Transformer, Trunk, one_call
 from tests.engine.tiny import KINDS, tiny_model
 from tests.kernels import weights
 from tests.kernels.weights import needs_kernels
-from tests.model.packed import packed_model, scaled
 from tests.model.paged import Paged
+from tests.model.quantized import quantized_model, scaled
 
 pytestmark = needs_kernels
 STEPS = (4, 1, 1, 3, 1)  # tokens read in each pass
@@ -78,7 +78,7 @@ def test_is_what_torch_computes_and_leaves_the_same_latents(isa, kind, changes) 
 
 @pytest.mark.parametrize("format", weights.FORMATS)
 def test_every_format_with_float32_rows(isa, format) -> None:
-    model, ids_BT = packed_model(format, torch.float32), drawn_ids(2)
+    model, ids_BT = quantized_model(format, torch.float32), drawn_ids(2)
     assert_same(
         read(model, Paged(model, 2, 20, 4), ids_BT), read(model, Paged(model, 2, 20, 4), ids_BT, torchs=True), 1e-4
     )
@@ -88,7 +88,7 @@ def test_every_format_with_float32_rows(isa, format) -> None:
 def test_bfloat16_rows_are_nearer_to_float32_than_torchs(isa, format) -> None:
     """Torch rounds after every product and sum, the call only before products. Of one layer, before choices differ."""
     error, ids_BT = {}, drawn_ids(3)
-    wide, narrow = packed_model(format, torch.float32), packed_model(format, torch.bfloat16)
+    wide, narrow = quantized_model(format, torch.float32), quantized_model(format, torch.bfloat16)
     wide.load_state_dict({name: value.float() for name, value in narrow.state_dict().items()})
     for model in (wide, narrow):
         model.layers = model.layers[1:2]
@@ -106,7 +106,7 @@ def test_bfloat16_rows_are_nearer_to_float32_than_torchs(isa, format) -> None:
 
 @pytest.mark.parametrize("dtype", weights.DTYPES)
 def test_a_row_has_the_same_bits_in_any_company_and_with_any_threads(isa, dtype) -> None:
-    model, ids_BT, threads = packed_model("int8", dtype), drawn_ids(9), torch.get_num_threads()
+    model, ids_BT, threads = quantized_model("int8", dtype), drawn_ids(9), torch.get_num_threads()
     together: list[list[Trunk]] = []
     try:
         for number in (1, 2, 3):
@@ -150,7 +150,7 @@ def texts(B: int, T: int = 70) -> Tensor:
 @pytest.mark.parametrize("format", weights.FORMATS)
 @pytest.mark.parametrize("cut", [(70,), (7, 1, 62)])
 def test_prompts_are_what_torch_computes(isa, format, cut) -> None:
-    model, ids_BT = packed_model(format, torch.float32), texts(2)
+    model, ids_BT = quantized_model(format, torch.float32), texts(2)
     found, plain = (read_texts(model, cut, ids_BT, (0, 1), torchs) for torchs in (False, True))
     torch.testing.assert_close(found, plain, rtol=0, atol=1e-4)
 
@@ -164,7 +164,7 @@ def test_prompts_of_every_kind_of_model(isa, kind) -> None:
 
 def test_bfloat16_prompts_are_nearer_to_float32_than_torchs(isa) -> None:
     error, ids_BT = {}, texts(2)
-    wide, narrow = packed_model("bf16", torch.float32), packed_model("bf16", torch.bfloat16)
+    wide, narrow = quantized_model("bf16", torch.float32), quantized_model("bf16", torch.bfloat16)
     wide.load_state_dict({name: value.float() for name, value in narrow.state_dict().items()})
     for model in (wide, narrow):
         model.layers = model.layers[:1]  # before a router may choose otherwise
@@ -176,7 +176,7 @@ def test_bfloat16_prompts_are_nearer_to_float32_than_torchs(isa) -> None:
 
 @pytest.mark.parametrize("dtype", weights.DTYPES)
 def test_a_prompt_has_the_same_bits_however_it_is_cut_and_in_any_company(isa, dtype, monkeypatch) -> None:
-    model, ids_BT, threads = packed_model("int8", dtype), texts(4), torch.get_num_threads()
+    model, ids_BT, threads = quantized_model("int8", dtype), texts(4), torch.get_num_threads()
     whole = read_texts(model, (70,), ids_BT, (0, 1, 2, 3))
     try:
         for number in (1, 3):
@@ -238,10 +238,11 @@ def test_torch_answers_where_the_call_may_not(monkeypatch) -> None:
     monkeypatch.delenv("SOLI_KERNELS")
     model.layers[1].mlp.experts.product = lambda *_: None
     assert not planned(model)
-    mixed = packed_model("int8", torch.float32)
+    mixed = quantized_model("int8", torch.float32)
     experts = mixed.layers[2].mlp.experts
-    last = scaled("bf16", experts.packed.downs[0].shape, torch.Generator())
-    experts.pack(PackedExperts(experts.packed.gates, experts.packed.ups, (*experts.packed.downs[:-1], last)))
+    last = scaled("bf16", experts.quantized.downs[0].shape, torch.Generator())
+    gates, ups, downs = experts.quantized.gates, experts.quantized.ups, experts.quantized.downs
+    experts.set_quantized(QuantizedExperts(gates, ups, (*downs[:-1], last)))
     assert not planned(mixed)
     masters = copy.deepcopy(tiny_model("v3"))
     masters.compute_dtype = torch.bfloat16
@@ -269,7 +270,7 @@ def test_weights_that_were_changed_replaced_or_moved_are_seen() -> None:
     moe.gate.e_score_correction_bias = moe.gate.e_score_correction_bias.flip(0).contiguous()
     attention.scale *= 2
     agree()
-    attention.kv_b_proj.pack(scaled("fp8", attention.kv_b_proj.weight.shape, torch.Generator().manual_seed(1)))
+    attention.kv_b_proj.set_quantized(scaled("fp8", attention.kv_b_proj.weight.shape, torch.Generator().manual_seed(1)))
     agree()
 
 
@@ -329,7 +330,7 @@ def test_what_does_not_fit_is_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("format", weights.FORMATS)
 def test_reading_is_the_trunk_and_the_head_with_the_same_bits(isa, format, dtype) -> None:
-    model, ids_BT, found = packed_model(format, dtype), texts(3), []
+    model, ids_BT, found = quantized_model(format, dtype), texts(3), []
     for by_hand in (False, True):
         cache = Paged(model, 3, 80, 16)
         for starts, counts, ends in (((0, 0, 0), (2, 3, 30), (1, 4, 34)), ((2, 3, 30), (1, 1, 1), (0, 2))):

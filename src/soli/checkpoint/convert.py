@@ -31,14 +31,14 @@ def convert_checkpoint(
     included.
 
     FP8 to FP8 keeps codes and scales bit for bit, unless `ue8m0` asks for powers of two that the scales are not.
-    int8 and int4 are made from high precision or FP8, and turn into bf16 or fp32 alone: packed twice they would lose
+    int8 and int4 are made from high precision or FP8, and turn into bf16 or fp32 alone: quantized twice they would lose
     twice. Memory: one tensor. Raises SoliError naming file and tensor; nothing is left at `folder` then.
     """
     checkpoint = open_checkpoint(source)
-    if checkpoint.packed_dtypes & {"I8", "U8"} and target.format not in ("bf16", "fp32"):
+    if checkpoint.quantized_dtypes & {"I8", "U8"} and target.format not in ("bf16", "fp32"):
         raise SoliError(
-            f"{source}: its weights are packed as integers already and would lose precision again as {target.format}; "
-            "convert the folder that it was made from"
+            f"{source}: its weights are quantized as integers already and would lose precision again as "
+            f"{target.format}; convert the folder that it was made from"
         )
     wanted = [slot for slot in checkpoint.slots if checkpoint.holds(slot)]
 
@@ -53,13 +53,13 @@ def convert_checkpoint(
 
 
 def _fetch(checkpoint: Checkpoint, slot: Slot, target: Target) -> Encoded:
-    packed = checkpoint.packed(slot)
-    if packed is None:
+    weight = checkpoint.quantized(slot)
+    if weight is None:
         values = checkpoint.stored(slot.name)
-    elif not target.packs(slot):
+    elif not target.quantizes(slot):
         return checkpoint.values(slot, target.dtype(slot))
-    elif target.format == "fp8" and packed.scale is not None and not (target.ue8m0 and not fp8.is_ue8m0(packed.scale)):
-        return fp8.Packed(packed.weight, packed.scale)
+    elif target.format == "fp8" and weight.scale is not None and not (target.ue8m0 and not fp8.is_ue8m0(weight.scale)):
+        return fp8.Packed(weight.weight, weight.scale)
     else:
         values = checkpoint.values(slot, torch.float32)
     try:

@@ -15,7 +15,7 @@ from soli.checkpoint.save import part
 from soli.config import PRESETS, resolve
 from soli.errors import SoliError
 from soli.formats.quantized import plain
-from soli.kernels import PackedExperts, PackedWeight
+from soli.kernels import QuantizedExperts, QuantizedWeight
 from soli.model import Transformer
 from soli.model.layers import Linear
 from soli.model.moe import RoutedExperts
@@ -29,20 +29,20 @@ def load_model(
     dtype: torch.dtype | None = None,
     *,
     mtp: bool = True,
-    packed: bool | None = None,
+    quantized: bool | None = None,
 ) -> Transformer:
     """A model in evaluation mode, its parameters trainable, every tensor checked before the first is used.
 
     `name_or_folder` is a Hugging Face folder or "nano", the model in the box; with `device="meta"` also any preset,
-    which gives the shapes without weights or files. `dtype` None keeps the files' own, bf16 where weights are packed;
-    router biases are fp32 always. `mtp=False` leaves the MTP modules out. Nothing is downloaded.
+    which gives the shapes without weights or files. `dtype` None keeps the files' own, bf16 where weights are
+    quantized; router biases are fp32 always. `mtp=False` leaves the MTP modules out. Nothing is downloaded.
 
-    `packed` True leaves FP8, int8 and int4 weights as they lie in the files, mapped from disk and read when a product
-    needs them: loading takes neither time nor memory for them, and they are no parameters. False writes them out in
-    `dtype`. None packs int8 and int4 and writes FP8 out.
+    `quantized` True leaves FP8, int8 and int4 weights as they lie in the files, mapped from disk and read when a
+    product needs them: loading takes neither time nor memory for them, and they are no parameters. False writes them
+    out in `dtype`. None leaves int8 and int4 as they lie and writes FP8 out.
 
-    Memory: the model once, save for what is packed, and one tensor. Raises SoliError naming file and tensor; warns when
-    the files lack the MTP modules that their config.json announces.
+    Memory: the model once, save for what is quantized, and one tensor. Raises SoliError naming file and tensor; warns
+    when the files lack the MTP modules that their config.json announces.
     """
     if torch.device(device).type == "meta":
         config = resolve(name_or_folder)
@@ -53,8 +53,8 @@ def load_model(
         warnings.warn(note, stacklevel=2)
     checkpoint.check_copies()
     model = Transformer(checkpoint.config, device="meta", dtype=dtype or checkpoint.natural_dtype)
-    if packed if packed is not None else "F8_E4M3" not in checkpoint.packed_dtypes:
-        _pack(model, checkpoint, device)
+    if quantized if quantized is not None else "F8_E4M3" not in checkpoint.quantized_dtypes:
+        _set_quantized(model, checkpoint, device)
     _fill(model, checkpoint, device)
     return model.eval()
 
@@ -78,29 +78,28 @@ def _how_to_fetch(name: str) -> str:
     return f"; for the model of that name run `hf download {name} --local-dir {short}` and give the folder {short}"
 
 
-def _pack(model: Transformer, checkpoint: Checkpoint, device: torch.device | str) -> None:
-    """Give every layer whose weights are packed in the files these weights as they lie."""
+def _set_quantized(model: Transformer, checkpoint: Checkpoint, device: torch.device | str) -> None:
+    """Give every layer whose weights are quantized in the files these weights as they lie."""
     sources = _sources(checkpoint)
     for name, module in model.named_modules():
         if isinstance(module, Linear):
-            weight = checkpoint.packed(sources[f"{name}.weight"][0]) if f"{name}.weight" in sources else None
+            weight = checkpoint.quantized(sources[f"{name}.weight"][0]) if f"{name}.weight" in sources else None
             if weight is not None:
-                module.pack(weight.to(device))
+                module.set_quantized(weight.to(device))
         elif isinstance(module, RoutedExperts):
             gates_ups, downs = sources[f"{name}.gate_up_proj"], sources[f"{name}.down_proj"]
-            if any(checkpoint.packed(slot) for slot in (*gates_ups[:1], *downs[:1])):
+            if any(checkpoint.quantized(slot) for slot in (*gates_ups[:1], *downs[:1])):
                 weights = [_as_it_lies(checkpoint, slot).to(device) for slot in (*gates_ups, *downs)]
                 E = len(downs)
-                module.pack(
-                    PackedExperts(tuple(weights[: 2 * E : 2]), tuple(weights[1 : 2 * E : 2]), tuple(weights[2 * E :]))
-                )
+                parts = weights[: 2 * E : 2], weights[1 : 2 * E : 2], weights[2 * E :]
+                module.set_quantized(QuantizedExperts(*(tuple(part) for part in parts)))
 
 
-def _as_it_lies(checkpoint: Checkpoint, slot: Slot) -> PackedWeight:
-    """A slot as a packed weight, plain where its file has floats."""
-    packed = checkpoint.packed(slot)
-    if packed is not None:
-        return packed
+def _as_it_lies(checkpoint: Checkpoint, slot: Slot) -> QuantizedWeight:
+    """A slot as a quantized weight, plain where its file has floats."""
+    quantized = checkpoint.quantized(slot)
+    if quantized is not None:
+        return quantized
     is_bf16 = checkpoint.entries[slot.name].dtype == "BF16"
     return plain(checkpoint.values(slot, torch.bfloat16 if is_bf16 else torch.float32))
 

@@ -1,7 +1,7 @@
 """Open a Hugging Face folder: find its shards, check every tensor against the configuration, then read what is touched.
 
 Only `config.json`, the index and the headers are read to open, so 100 GB open as fast as 100 MB. Before the first
-value is used every tensor has the presence, shape and dtype that the configuration asks for, every packed weight its
+value is used every tensor has the presence, shape and dtype that the configuration asks for, every quantized weight its
 scales, and the index agrees with the shards; the first thing that is wrong is an error naming file and tensor.
 Pickled files are never opened.
 
@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from soli.checkpoint.name_map import GROUP_SCALE_SUFFIX, IGNORED, Slot, slots
-from soli.checkpoint.packing import FORMAT, packed_dtypes, slot_problems
+from soli.checkpoint.quantization import FORMAT, quantized_dtypes, slot_problems
 from soli.checkpoint.shard import TORCH_DTYPE, Entry, Shard
 from soli.config import load_config
 from soli.errors import SoliError
 from soli.formats import fp8
-from soli.kernels import PackedWeight
+from soli.kernels import QuantizedWeight
 
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
@@ -42,7 +42,7 @@ class Checkpoint:
         """
         self.folder = folder
         self.config = load_config(folder)
-        self.packed_dtypes = packed_dtypes(folder, self.config)
+        self.quantized_dtypes = quantized_dtypes(folder, self.config)
         self._shards = _open_shards(folder)
         self.entries = {name: entry for shard in self._shards.values() for name, entry in shard.entries.items()}
         self.notes: tuple[str, ...] = ()
@@ -57,7 +57,7 @@ class Checkpoint:
 
     @property
     def natural_dtype(self) -> torch.dtype:
-        """The dtype of the tensors that are not packed, told by the embedding: bf16 for FP8 files."""
+        """The dtype of the tensors that are not quantized, told by the embedding: bf16 for FP8 files."""
         return TORCH_DTYPE[self.entries["model.embed_tokens.weight"].dtype]
 
     def holds(self, slot: Slot) -> bool:
@@ -68,32 +68,32 @@ class Checkpoint:
         """A tensor as it is in its file, mapped from disk and read-only."""
         return self._shards[self.entries[name].file].tensor(name)
 
-    def packed(self, slot: Slot) -> PackedWeight | None:
-        """A slot's codes and scales, mapped from disk; None when it is not packed. FP8 scales are read and checked."""
+    def quantized(self, slot: Slot) -> QuantizedWeight | None:
+        """A slot's codes and scales, mapped from disk; None where it is not quantized. FP8 scales are checked."""
         entry = self.entries[slot.name]
         if entry.dtype not in FORMAT:
             return None
         codes = self.stored(slot.name)
         if entry.dtype != "F8_E4M3":
             scale = self.stored(slot.group_scale_name)
-            return PackedWeight(FORMAT[entry.dtype], codes, scale, slot.shape, slot.shape[1] // scale.shape[1])
+            return QuantizedWeight(FORMAT[entry.dtype], codes, scale, slot.shape, slot.shape[1] // scale.shape[1])
         scale = self.stored(slot.scale_name).float()
         try:
             fp8.check(fp8.Packed(codes, scale))
         except SoliError as error:
             raise SoliError(f"{self.entries[slot.scale_name]}: {error}") from None
-        return PackedWeight("fp8", codes, scale, slot.shape, fp8.BLOCK)
+        return QuantizedWeight("fp8", codes, scale, slot.shape, fp8.BLOCK)
 
     def values(self, slot: Slot, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-        """The values of a slot in `dtype` on `device`, dequantised if packed. May be the read-only map itself."""
-        packed = self.packed(slot)
-        if packed is None:
+        """The values of a slot in `dtype` on `device`, dequantised if quantized. May be the read-only map itself."""
+        quantized = self.quantized(slot)
+        if quantized is None:
             return self.stored(slot.name).to(device, dtype)
-        packed = packed.to(device)
-        if packed.format == "fp8":
-            assert packed.scale is not None
-            return fp8.unpack(fp8.Packed(packed.weight, packed.scale), dtype)
-        return packed.dequantize(dtype)
+        quantized = quantized.to(device)
+        if quantized.format == "fp8":
+            assert quantized.scale is not None
+            return fp8.unpack(fp8.Packed(quantized.weight, quantized.scale), dtype)
+        return quantized.dequantize(dtype)
 
     def check_copies(self) -> None:
         """Read the MTP modules' copies of embedding and head and compare them with what they copy.
@@ -128,7 +128,7 @@ class Checkpoint:
         for slot in expected:
             known |= {slot.name, slot.scale_name, slot.group_scale_name}
             if self.holds(slot):
-                yield from slot_problems(slot, self.entries, self.packed_dtypes)
+                yield from slot_problems(slot, self.entries, self.quantized_dtypes)
             elif not slot.copy:
                 where = f"{_listing(self.folder)}: tensor {slot.name}"
                 yield f"{where} of shape {slot.shape} is missing, though config.json asks for it"

@@ -27,7 +27,7 @@ def save_model(
     `tokenizer_from` is a folder whose tokenizer files are copied. MTP modules carry copies of embedding and head, as
     the official files do, unless `mtp_copies` is false; other programs may need them, Soli does not. Router biases
     are fp32 in every format. Memory beyond the model: one tensor. Raises SoliError for a folder that holds something,
-    a model without weights or with packed ones, and values that the format cannot hold; nothing is left on the disk
+    a model without weights or with quantized ones, and values that the format cannot hold; nothing is left on the disk
     then.
     """
     target = Target(format, ue8m0, shard_bytes)
@@ -35,10 +35,10 @@ def save_model(
     empty = next((name for name, tensor in state.items() if tensor.is_meta), None)
     if empty is not None:
         raise SoliError(f"this model has shapes but no weights ({empty} is on the meta device); load it from a folder")
-    if is_packed(model):
+    if is_quantized(model):
         raise SoliError(
-            "this model computes with packed weights, which are not written again; copy its folder, rewrite it with "
-            "soli convert, or load it with packed=False"
+            "this model computes with quantized weights, which are not written again; copy its folder, rewrite it with "
+            "soli convert, or load it with quantized=False"
         )
     wanted = [slot for slot in slots(model.config) if not slot.copy or (mtp_copies and slot.layer is not None)]
 
@@ -57,9 +57,9 @@ def part(state: Mapping[str, Tensor], slot: Slot) -> Tensor:
     return tensor[slot.expert, slot.first_row : slot.first_row + slot.shape[0]]
 
 
-def is_packed(model: Transformer) -> bool:
-    """Whether some weights of a model are packed instead of parameters."""
-    return any(getattr(module, "packed", None) is not None for module in model.modules())
+def is_quantized(model: Transformer) -> bool:
+    """Whether some weights of a model are quantized instead of parameters."""
+    return any(getattr(module, "quantized", None) is not None for module in model.modules())
 
 
 def _existing(folder: str | Path) -> Path:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from soli.checkpoint.name_map import HEAD, Kind, Slot, slots
-from soli.checkpoint.packing import FP8, describe_integers, module_patterns
+from soli.checkpoint.quantization import FP8, describe_integers, module_patterns
 from soli.checkpoint.reader import INDEX, SINGLE
 from soli.checkpoint.shard import FILE_DTYPE, ITEM_BYTES, encode_header
 from soli.config import ModelConfig
@@ -72,7 +72,7 @@ class Target:
 
     @property
     def bits(self) -> int | None:
-        """Bits of a packed integer; None for the other formats."""
+        """Bits of a quantized integer; None for the other formats."""
         return {"int8": 8, "int4": 4}.get(self.format)
 
     def integer(self, slot: Slot) -> tuple[int, int] | None:
@@ -84,23 +84,23 @@ class Target:
         group = integer.fitting_group(slot.shape[1], wanted)
         return None if group is None else (bits, group)
 
-    def packs(self, slot: Slot) -> bool:
+    def quantizes(self, slot: Slot) -> bool:
         """Whether this slot becomes codes and scales."""
         return (self.format == "fp8" and slot.kind is Kind.LINEAR) or self.integer(slot) is not None
 
     def left(self, slots: Sequence[Slot]) -> list[str]:
-        """Modules whose weights should be packed but stay high, because no group divides their inputs."""
+        """Modules whose weights should be quantized but stay high, because no group divides their inputs."""
         return module_patterns(
-            slot.name for slot in slots if self.bits is not None and slot.integer and not self.packs(slot)
+            slot.name for slot in slots if self.bits is not None and slot.integer and not self.quantizes(slot)
         )
 
     def dtype(self, slot: Slot) -> torch.dtype:
-        """The dtype of a slot that is not packed; a router's bias is fp32 in every format."""
+        """The dtype of a slot that is not quantized; a router's bias is fp32 in every format."""
         return torch.float32 if slot.kind is Kind.ROUTER_BIAS else HIGH_PRECISION[self.format]
 
     def encode(self, slot: Slot, values: Tensor) -> Encoded:
         """Values of any floating dtype as this target stores them."""
-        if not self.packs(slot):
+        if not self.quantizes(slot):
             return values.to(self.dtype(slot))
         found = self.integer(slot)
         try:
@@ -110,7 +110,7 @@ class Target:
 
     def specs(self, slot: Slot) -> list[Spec]:
         """What a slot becomes in the files: one tensor, or codes and scales."""
-        if not self.packs(slot):
+        if not self.quantizes(slot):
             return [(slot.name, FILE_DTYPE[self.dtype(slot)], slot.shape)]
         rows, columns = slot.shape
         found = self.integer(slot)
@@ -121,7 +121,7 @@ class Target:
         return [codes, (slot.group_scale_name, "F16", (rows, columns // group))]
 
     def config(self, config: ModelConfig) -> dict[str, Any]:
-        """`config.json` of what is written: the dtype, and how weights are packed if they are."""
+        """`config.json` of what is written: the dtype, and how weights are quantized if they are."""
         d = replace(config, quantization_config=self._quantization(config)).to_dict()
         d.pop("dtype", None)
         return {**d, "torch_dtype": str(HIGH_PRECISION[self.format]).removeprefix("torch.")}
@@ -131,7 +131,7 @@ class Target:
             return FP8_CONFIG | ({"scale_fmt": "ue8m0"} if self.ue8m0 else {})
         if self.bits is None:
             return None
-        high = [slot.name for slot in slots(config) if len(slot.shape) == 2 and not self.packs(slot)]
+        high = [slot.name for slot in slots(config) if len(slot.shape) == 2 and not self.quantizes(slot)]
         return describe_integers(self.bits, self.group or GROUP[self.bits], ["lm_head", *self.wide], high)
 
 

@@ -74,8 +74,8 @@ def open_text_model(name_or_folder: str, device: str = "cpu", dtype: str = "auto
     if dtype == "auto":
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         dtype = "float32" if size <= SMALL_ENOUGH_FOR_FLOAT32 else dtype
-    packed = True if dtype == "as-is" else None
-    model = load_model(name_or_folder, device=device, dtype=DTYPES.get(dtype), mtp=mtp, packed=packed)
+    quantized = True if dtype == "as-is" else None
+    model = load_model(name_or_folder, device=device, dtype=DTYPES.get(dtype), mtp=mtp, quantized=quantized)
     return text_model(model, Tokenizer.from_folder(folder), folder)
 
 

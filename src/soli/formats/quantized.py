@@ -35,7 +35,7 @@ SCALE_DTYPE = {"fp8": torch.float32, "int8": torch.float16, "int4": torch.float1
 
 
 @dataclass(frozen=True, eq=False)
-class PackedWeight:
+class QuantizedWeight:
     """One matrix or a stack of them: `format` is a key of WEIGHT_DTYPE, `shape` that of the weight written out,
     `group` the inputs that share a scale (128 for fp8, 0 for fp32 and bf16). SoliError when the tensors do not fit."""
 
@@ -80,17 +80,17 @@ class PackedWeight:
                 f"but it is {tensor.dtype} {tuple(tensor.shape)}{layout}"
             )
 
-    def __getitem__(self, index: int) -> PackedWeight:
+    def __getitem__(self, index: int) -> QuantizedWeight:
         """One of a stack, without a copy."""
         scale = None if self.scale is None else self.scale[index]
-        return PackedWeight(self.format, self.weight[index], scale, tuple(self.shape[1:]), self.group)
+        return QuantizedWeight(self.format, self.weight[index], scale, tuple(self.shape[1:]), self.group)
 
-    def to(self, device: torch.device | str) -> PackedWeight:
+    def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same on `device`; itself where it is there already."""
         if self.weight.device == torch.device(device):
             return self
         scale = None if self.scale is None else self.scale.to(device)
-        return PackedWeight(self.format, self.weight.to(device), scale, self.shape, self.group)
+        return QuantizedWeight(self.format, self.weight.to(device), scale, self.shape, self.group)
 
     @property
     def nbytes(self) -> int:
@@ -110,12 +110,12 @@ class PackedWeight:
         return values.flatten(-2).to(dtype)
 
 
-def plain(weight: Tensor) -> PackedWeight:
-    """A contiguous float32 or bfloat16 tensor (..., O, I) as a PackedWeight, without a copy."""
+def plain(weight: Tensor) -> QuantizedWeight:
+    """A contiguous float32 or bfloat16 tensor (..., O, I) as a QuantizedWeight, without a copy."""
     names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
     if weight.dtype not in names:
         raise SoliError(f"a plain weight is float32 or bfloat16, not {weight.dtype}")
-    return PackedWeight(names[weight.dtype], weight, None, tuple(weight.shape), 0)
+    return QuantizedWeight(names[weight.dtype], weight, None, tuple(weight.shape), 0)
 
 
 def _nibbles(weight: Tensor) -> Tensor:

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from soli.errors import SoliError
-from soli.formats.quantized import PackedWeight
+from soli.formats.quantized import QuantizedWeight
 from soli.kernels import cpu, latent_torch, packed_torch, reference, sorted_experts, torch_linear
-from soli.kernels.packed_torch import PackedExperts
+from soli.kernels.packed_torch import QuantizedExperts
 
 WAYS = ("reference", "torch", "cpu")
 NARROW = (torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.uint8)  # weights that any token may meet
@@ -50,20 +50,20 @@ def experts(x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, gate_up_E2F
     return answer(x_TD, expert_ids_TK, weights_TK, gate_up_E2FD, down_EDF)
 
 
-def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """x (..., in) times the packed weight (out, in) transposed, in the dtype of x."""
+def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """x (..., in) times the quantized weight (out, in) transposed, in the dtype of x."""
     if _takes(x, weight.weight, forced()):
         return cpu.linear(x, weight, bias)
     return packed_torch.linear(x, weight, bias)
 
 
-def packed_experts(x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, packed: PackedExperts) -> Tensor:
-    """Equation 12's routed part from packed experts, wherever they lie; only those that were chosen are read."""
-    if _takes(x_TD, packed.downs[0].weight, forced()):
-        table = table_of(packed)
+def quantized_experts(x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, quantized: QuantizedExperts) -> Tensor:
+    """Equation 12's routed part from quantized experts, wherever they lie; only those that were chosen are read."""
+    if _takes(x_TD, quantized.downs[0].weight, forced()):
+        table = table_of(quantized)
         if table is not None:
             return cpu.experts(x_TD, expert_ids_TK, weights_TK, table)
-    return packed_torch.experts(x_TD, expert_ids_TK, weights_TK, packed)
+    return packed_torch.experts(x_TD, expert_ids_TK, weights_TK, quantized)
 
 
 def latent_decode(
@@ -83,19 +83,21 @@ def takes(x: Tensor) -> bool:
     return _takes(x, x, forced())
 
 
-def wins(dtype: torch.dtype, rows: int, packed: bool = False) -> bool:
+def wins(dtype: torch.dtype, rows: int, quantized: bool = False) -> bool:
     """Whether C++ is the faster way for one matrix and so many rows, or is the way that is asked for."""
     fewer = rows < ONEDNN_FROM
-    return packed or fewer or dtype != torch.bfloat16 or not torch_linear.narrow_products() or forced() == "cpu"
+    return quantized or fewer or dtype != torch.bfloat16 or not torch_linear.narrow_products() or forced() == "cpu"
 
 
-def table_of(packed: PackedExperts) -> cpu.ExpertTable | None:
-    """Where a layer's packed experts lie, found once; None for experts of different formats, which torch computes."""
-    if packed not in _tables:
-        kinds = [{(w.format, w.group, w.shape) for w in part} for part in (packed.gates + packed.ups, packed.downs)]
+def table_of(quantized: QuantizedExperts) -> cpu.ExpertTable | None:
+    """Where a layer's quantized experts lie, found once; None for experts of different formats, which are torch's."""
+    if quantized not in _tables:
+        parts = quantized.gates + quantized.ups, quantized.downs
+        kinds = [{(w.format, w.group, w.shape) for w in part} for part in parts]
         uniform = all(len(kind) == 1 for kind in kinds)
-        _tables[packed] = cpu.ExpertTable.listed(packed.gates, packed.ups, packed.downs) if uniform else None
-    return _tables[packed]
+        stacks = quantized.gates, quantized.ups, quantized.downs
+        _tables[quantized] = cpu.ExpertTable.listed(*stacks) if uniform else None
+    return _tables[quantized]
 
 
 def forced() -> str | None:
@@ -125,4 +127,4 @@ def _takes(x: Tensor, weight: Tensor, way: str | None) -> bool:
     return fits and (cpu.available() or way == "cpu")
 
 
-_tables: WeakKeyDictionary[PackedExperts, cpu.ExpertTable | None] = WeakKeyDictionary()
+_tables: WeakKeyDictionary[QuantizedExperts, cpu.ExpertTable | None] = WeakKeyDictionary()

@@ -2,7 +2,7 @@
 
 Weights may be kept wider than activations (float32 masters under bfloat16 compute): a product runs in the dtype of its
 input, so the dtype of the embedding's output decides for the whole network. No autocast. A layer that was given a
-packed weight has no parameter: it computes from the bytes of the file and is not trained.
+quantized weight has no parameter: it computes from the bytes of the file and is not trained.
 """
 
 import torch
@@ -18,7 +18,7 @@ class Linear(nn.Linear):
     """``x @ weight.T`` through the linear seam, in the dtype of ``x``; ``product`` may be set on one layer alone."""
 
     product = staticmethod(kernels.linear)
-    packed: kernels.PackedWeight | None = None
+    quantized: kernels.QuantizedWeight | None = None
 
     def __init__(
         self, in_features: int, out_features: int, device: Device, dtype: torch.dtype | None, bias: bool = False
@@ -28,18 +28,18 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """Left to Transformer.init_weights: drawing 671 billion numbers twice would be a waste."""
 
-    def pack(self, weight: kernels.PackedWeight) -> None:
-        """Compute with a packed weight from now on; the parameter is let go."""
+    def set_quantized(self, weight: kernels.QuantizedWeight) -> None:
+        """Compute with a quantized weight from now on; the parameter is let go."""
         self.register_parameter("weight", None)
-        self.packed = weight
+        self.quantized = weight
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weight (out, in) in `dtype`, written out if it is packed."""
-        return self.weight.to(dtype) if self.packed is None else self.packed.dequantize(dtype)
+        """The weight (out, in) in `dtype`, written out if it is quantized."""
+        return self.weight.to(dtype) if self.quantized is None else self.quantized.dequantize(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed is not None:
-            return kernels.packed_linear(x, self.packed, self.bias)
+        if self.quantized is not None:
+            return kernels.quantized_linear(x, self.quantized, self.bias)
         return self.product(x, self.weight, self.bias)
 
 

@@ -14,10 +14,10 @@ from soli.model.router import Router, Routing
 
 class RoutedExperts(nn.Module):
     """All routed experts of a layer as two stacked parameters, behind the experts seam; ``product`` answers it and may
-    be set on one layer alone. Or packed, each where its file has it; then there are no parameters."""
+    be set on one layer alone. Or quantized, each where its file has it; then there are no parameters."""
 
     product = staticmethod(kernels.experts)
-    packed: kernels.PackedExperts | None = None
+    quantized: kernels.QuantizedExperts | None = None
 
     def __init__(self, config: ModelConfig, device: Device, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -25,16 +25,16 @@ class RoutedExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F, D, device=device, dtype=dtype))  # gate rows, then up
         self.down_proj = nn.Parameter(torch.empty(E, D, F, device=device, dtype=dtype))
 
-    def pack(self, experts: kernels.PackedExperts) -> None:
-        """Compute with packed weights from now on; the parameters are let go."""
+    def set_quantized(self, experts: kernels.QuantizedExperts) -> None:
+        """Compute with quantized weights from now on; the parameters are let go."""
         self.register_parameter("gate_up_proj", None)
         self.register_parameter("down_proj", None)
-        self.packed = experts
+        self.quantized = experts
 
     def forward(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The seam's signature: the router and the block never know which implementation answers."""
-        if self.packed is not None:
-            return kernels.packed_experts(x_TD, expert_ids_TK, weights_TK, self.packed)
+        if self.quantized is not None:
+            return kernels.quantized_experts(x_TD, expert_ids_TK, weights_TK, self.quantized)
         return self.product(x_TD, expert_ids_TK, weights_TK, self.gate_up_proj, self.down_proj)
 
 

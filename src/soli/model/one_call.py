@@ -6,8 +6,8 @@ such a cache, for a gradient, on other devices, under SOLI_KERNELS=reference or 
 not the plain ones (another `product`, a sharded or tracing tensor, experts of several formats).
 
 The tables of addresses are made once and checked whenever a text begins or many of its tokens are read at once: a
-parameter that has moved, been packed or been replaced makes a new table. A cache belongs to the weights that filled it,
-so tokens that follow one by one look at nothing again.
+parameter that has moved, been quantized or been replaced makes a new table. A cache belongs to the weights that filled
+it, so tokens that follow one by one look at nothing again.
 
 Shapes: B batch, T tokens (of the whole batch where B is missing), N of them with logits, D hidden, W words of the
 vocabulary, P pages of S slots, X = C latent + R rotary.
@@ -66,7 +66,7 @@ class Plan:
         """From token ids to logits (N, W) of the rows `ends`, float32; hidden states (T, D), decisions. None where the
         embedding or the head is not for C++, or there are more rows than one call takes."""
         built, words = self.built, self.built.words
-        if words is None or len(ids_T) > built.rows or not dispatch.wins(built.dtype, len(ends), words.packed):
+        if words is None or len(ids_T) > built.rows or not dispatch.wins(built.dtype, len(ends), words.quantized):
             return None
         chunks = [(chunk.start, chunk.stop, chunk.first, chunk.slots_S) for chunk in self.cache.chunks]
         rows = c.Rows(self.positions_BT.flatten(), self.cache.table_BM, self.cache.lengths_B, chunks)
@@ -131,7 +131,7 @@ class _Builder:
         self.dtype, self.rope = dtype, rope
         self.narrow = (dtype, torch.bfloat16)  # a float32 master under bfloat16 is torch's: it rounds before a product
         self.places: list[tuple[dict[str, Any], str]] = []  # where tensors hang
-        self.packs: list[tuple[dict[str, Any], object]] = []  # attributes of modules, and what was packed
+        self.packs: list[tuple[dict[str, Any], object]] = []  # attributes of modules, and what was quantized
         self.alive: list[object] = []
         self.scales = [(block.self_attn, block.self_attn.scale) for block in blocks]
         table = (c.Layer * len(blocks))(*(self._layer(block) for block in blocks))
@@ -155,7 +155,7 @@ class _Builder:
             return False
         return (
             addresses == self.addresses
-            and all(hung.get("packed") is packed and "product" not in hung for hung, packed in self.packs)
+            and all(hung.get("quantized") is quantized and "product" not in hung for hung, quantized in self.packs)
             and all(module.scale == scale for module, scale in self.scales)
         )
 
@@ -168,7 +168,7 @@ class _Builder:
             return None
         try:
             rows = c.vector(self._tensor(embedding._parameters, "weight", self.dtype))
-            return c.Words(rows, self._weight(head), head.packed is not None, shape)
+            return c.Words(rows, self._weight(head), head.quantized is not None, shape)
         except _Unfit:
             return None
 
@@ -218,13 +218,13 @@ class _Builder:
 
     def _experts(self, experts: RoutedExperts) -> cpu.ExpertTable:
         self._plain(experts, RoutedExperts)
-        self.packs.append((vars(experts), experts.packed))
-        if experts.packed is None:
+        self.packs.append((vars(experts), experts.quantized))
+        if experts.quantized is None:
             hung = experts._parameters
             stacks = (self._tensor(hung, name, *self.narrow) for name in ("gate_up_proj", "down_proj"))
             table: cpu.ExpertTable | None = cpu.ExpertTable.plain(*stacks)
         else:
-            table = dispatch.table_of(experts.packed)
+            table = dispatch.table_of(experts.quantized)
         if table is None:
             raise _Unfit
         self.alive.append(table)
@@ -232,12 +232,12 @@ class _Builder:
 
     def _weight(self, linear: Linear) -> c.Weight:
         self._plain(linear, Linear)
-        self.packs.append((vars(linear), linear.packed))
-        if linear.packed is None:
+        self.packs.append((vars(linear), linear.quantized))
+        if linear.quantized is None:
             return c.weight(self._tensor(linear._parameters, "weight", *self.narrow))
-        self._check(linear.packed.weight, self.dtype, *dispatch.NARROW)
-        self.alive.append(linear.packed)
-        return c.weight(linear.packed)
+        self._check(linear.quantized.weight, self.dtype, *dispatch.NARROW)
+        self.alive.append(linear.quantized)
+        return c.weight(linear.quantized)
 
     def _bias(self, linear: Linear) -> c.Vector:
         return c.Vector() if linear.bias is None else c.vector(self._tensor(linear._parameters, "bias"))

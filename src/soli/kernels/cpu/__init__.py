@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from soli.errors import SoliError
-from soli.formats.quantized import PackedWeight
+from soli.formats.quantized import QuantizedWeight
 from soli.kernels.cpu.native import DTYPES, FORMATS, Library, check_code, chosen_isa, library
 
 FORMAT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # of plain tensors
 PLAIN = {dtype: FORMATS[name] for dtype, name in FORMAT_NAMES.items()}
 
 
-def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
     """x (..., I), float32 or bfloat16, times weight (O, I) transposed: (..., O) in the dtype of x."""
     scale = None if weight.scale is None else weight.scale.data_ptr()
     return _linear(x, FORMATS[weight.format], weight.shape, weight.group, weight.weight.data_ptr(), scale, bias)
@@ -70,7 +70,7 @@ class ExpertTable:
     alive: tuple[object, ...]
 
     @classmethod
-    def stacked(cls, gate_up: PackedWeight, down: PackedWeight) -> ExpertTable:
+    def stacked(cls, gate_up: QuantizedWeight, down: QuantizedWeight) -> ExpertTable:
         """Of stacked weights: gate_up (E, 2F, D), gate rows first, and down (E, D, F)."""
         E, D, F = down.shape
         if gate_up.shape != (E, 2 * F, D):
@@ -92,7 +92,7 @@ class ExpertTable:
 
     @classmethod
     def listed(
-        cls, gates: Sequence[PackedWeight], ups: Sequence[PackedWeight], downs: Sequence[PackedWeight]
+        cls, gates: Sequence[QuantizedWeight], ups: Sequence[QuantizedWeight], downs: Sequence[QuantizedWeight]
     ) -> ExpertTable:
         """Of matrices that lie apart, as in a file's pages: one gate, up and down for each expert."""
         D, F = downs[0].shape
@@ -179,7 +179,7 @@ def _check_tokens(x: Tensor, width: int) -> None:
         raise ValueError(f"tokens of width {x.shape[-1]} do not fit a weight of {width} input features")
 
 
-def _spans(stack: PackedWeight) -> tuple[int, int]:
+def _spans(stack: QuantizedWeight) -> tuple[int, int]:
     """Bytes of one matrix's weight and of its scale in a stack."""
     count = max(1, stack.shape[0])
     return stack.weight.nbytes // count, 0 if stack.scale is None else stack.scale.nbytes // count

@@ -19,7 +19,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from soli.formats.quantized import PackedWeight, plain
+from soli.formats.quantized import QuantizedWeight, plain
 from soli.kernels.cpu import ExpertTable, native
 
 MOST_ROWS: Final = 512  # as in csrc/pass.h
@@ -107,15 +107,15 @@ def vector(tensor: Tensor | None) -> Vector:
     return Vector() if tensor is None else Vector(tensor.data_ptr(), native.DTYPES[tensor.dtype])
 
 
-def weight(matrix: PackedWeight | Tensor | None) -> Weight:
+def weight(matrix: QuantizedWeight | Tensor | None) -> Weight:
     """A matrix (O, I) where it lies; without one there is none."""
     if matrix is None:
         return Weight()
-    packed = plain(matrix) if isinstance(matrix, Tensor) else matrix
-    O, I = packed.shape  # noqa: E741
-    scale = 0 if packed.scale is None else packed.scale.data_ptr()
-    layout = Layout(native.FORMATS[packed.format], O, I, packed.group)
-    return Weight(Matrix(packed.weight.data_ptr(), scale), layout)
+    quantized = plain(matrix) if isinstance(matrix, Tensor) else matrix
+    O, I = quantized.shape  # noqa: E741
+    scale = 0 if quantized.scale is None else quantized.scale.data_ptr()
+    layout = Layout(native.FORMATS[quantized.format], O, I, quantized.group)
+    return Weight(Matrix(quantized.weight.data_ptr(), scale), layout)
 
 
 def set_experts(part: FeedForward, table: ExpertTable) -> None:
@@ -170,11 +170,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class Words:
-    """A model's two ends: the embedding (W, D) and the head (W, D), `packed` or plain; the caller keeps them."""
+    """A model's two ends: the embedding (W, D) and the head (W, D), `quantized` or plain; the caller keeps them."""
 
     embedding: Vector
     head: Weight
-    packed: bool
+    quantized: bool
     shape: tuple[int, int]
 
 

@@ -66,7 +66,7 @@ def library() -> Library | None:
     if isinstance(found, Library):
         return found
     print(
-        "soli: computing with torch's own products, slower in decoding and slowest with packed weights, because the "
+        "soli: computing with torch's own products, slower in decoding and slowest with quantized weights, because the "
         f"C++ kernels are missing: {found}",
         file=sys.stderr,
     )

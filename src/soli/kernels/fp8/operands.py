@@ -42,8 +42,8 @@ def tiles(x_TI: Tensor, turned: bool = False) -> Operand:
         from soli.kernels.fp8.triton_kernels import quantise
 
         return Operand(*quantise(x_TI.contiguous(), "columns" if turned else "rows", turned))
-    packed = pack_tiles(filled(x_TI.t() if turned else x_TI))
-    return Operand(packed.codes_TI, packed.scale_TQ.t().contiguous())
+    quantized = pack_tiles(filled(x_TI.t() if turned else x_TI))
+    return Operand(quantized.codes_TI, quantized.scale_TQ.t().contiguous())
 
 
 def retiled(operand: Operand) -> Operand:
@@ -62,9 +62,9 @@ def blocks(weight: Tensor, turned: bool = False) -> Operand:
 
         return Operand(*quantise(weight.contiguous(), "blocks", turned), blocks=True)
     stack = weight if weight.dim() == 3 else weight[None]
-    packed = [pack(filled(matrix.t() if turned else matrix)) for matrix in stack]
-    codes = torch.stack([one.codes_OI for one in packed])
-    scale = torch.stack([F.pad(one.scale_PQ, (0, -one.scale_PQ.shape[1] % L_MULTIPLE)) for one in packed])
+    quantized = [pack(filled(matrix.t() if turned else matrix)) for matrix in stack]
+    codes = torch.stack([one.codes_OI for one in quantized])
+    scale = torch.stack([F.pad(one.scale_PQ, (0, -one.scale_PQ.shape[1] % L_MULTIPLE)) for one in quantized])
     return Operand(codes, scale, blocks=True) if weight.dim() == 3 else Operand(codes[0], scale[0], blocks=True)
 
 

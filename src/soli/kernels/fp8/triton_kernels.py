@@ -101,12 +101,12 @@ def _quantise(  # type: ignore[no-untyped-def]
         per_matrix = tl.cdiv(T, 128) * step_p if not TURNED else tl.cdiv(I, 128) * step_q
         tl.store(scale + s * per_matrix + p * step_p + q * step_q, step)
         values = tl.div_rn(values, step)
-    packed = values.to(codes.dtype.element_ty)
+    quantized = values.to(codes.dtype.element_ty)
     at = codes + s * whole_T * whole_I
     if TURNED:
-        tl.store(at + i[:, None].to(tl.int64) * whole_T + t[None, :], tl.trans(packed))
+        tl.store(at + i[:, None].to(tl.int64) * whole_T + t[None, :], tl.trans(quantized))
     else:
-        tl.store(at + t[:, None].to(tl.int64) * whole_I + i[None, :], packed)
+        tl.store(at + t[:, None].to(tl.int64) * whole_I + i[None, :], quantized)
 
 
 @triton.jit

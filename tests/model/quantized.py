@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from soli.config import ModelConfig
-from soli.kernels import PackedExperts, PackedWeight
+from soli.kernels import QuantizedExperts, QuantizedWeight
 from soli.model import Transformer
 from soli.model.layers import Linear
 from soli.model.moe import RoutedExperts
@@ -23,8 +23,8 @@ WIDTHS = {
 }
 
 
-def packed_model(format: str, dtype: torch.dtype, seed: int = 0) -> Transformer:
-    """Every matrix but the router and the embedding packed, with random codes."""
+def quantized_model(format: str, dtype: torch.dtype, seed: int = 0) -> Transformer:
+    """Every matrix but the router and the embedding quantized, with random codes."""
     generator = torch.Generator().manual_seed(seed)
     model = Transformer(ModelConfig.from_dict(BASE | WIDTHS)).eval()
     model.init_weights(generator)
@@ -33,23 +33,23 @@ def packed_model(format: str, dtype: torch.dtype, seed: int = 0) -> Transformer:
             moe.gate.weight.mul_(8.0)
     for module in model.to(dtype).modules():
         if isinstance(module, Linear):
-            module.pack(drawn(format, module, generator))
+            module.set_quantized(drawn(format, module, generator))
         elif isinstance(module, RoutedExperts):
             (E, F2, D), F = module.gate_up_proj.shape, module.down_proj.shape[2]
             shapes = ((F2 // 2, D), (F2 // 2, D), (D, F))
             parts = (tuple(scaled(format, shape, generator) for _ in range(E)) for shape in shapes)
-            module.pack(PackedExperts(*parts))
+            module.set_quantized(QuantizedExperts(*parts))
     return model
 
 
-def drawn(format: str, module: nn.Linear, generator: torch.Generator) -> PackedWeight:
+def drawn(format: str, module: nn.Linear, generator: torch.Generator) -> QuantizedWeight:
     return scaled(format, (module.out_features, module.in_features), generator)
 
 
-def scaled(format: str, shape: tuple[int, int], generator: torch.Generator) -> PackedWeight:
+def scaled(format: str, shape: tuple[int, int], generator: torch.Generator) -> QuantizedWeight:
     """Random codes with a variance of one over the inputs, so that rows keep their size."""
     weight, factor = random_weight(format, shape, 32, generator), shape[1] ** -0.5
     if weight.scale is None:
-        return PackedWeight(format, (weight.weight.float() * factor).to(weight.weight.dtype), None, shape, 0)
+        return QuantizedWeight(format, (weight.weight.float() * factor).to(weight.weight.dtype), None, shape, 0)
     scale = (weight.scale.float() * factor).to(weight.scale.dtype)
-    return PackedWeight(format, weight.weight, scale, shape, weight.group)
+    return QuantizedWeight(format, weight.weight, scale, shape, weight.group)

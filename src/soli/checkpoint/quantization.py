@@ -1,10 +1,10 @@
-"""How config.json says that a folder's weights are packed, and whether each tensor is packed as it says.
+"""How config.json says that a folder's weights are quantized, and whether each tensor is quantized as it says.
 
     fp8          the official files' quantization_config; E4M3 codes and `NAME_scale_inv`, one fp32 per 128x128 block
     int8, int4   {"quant_method": "soli", "bits": 8 or 4, ...}; I8 codes or U8 bytes and `NAME_scale`, one float16 per
                  group of 32, 64 or 128 inputs; a 4-bit folder may hold 8-bit tensors
 
-A tensor's own dtype and scales say how it is packed; the configuration says what may be there at all. Problems are
+A tensor's own dtype and scales say how it is quantized; the configuration says what may be there at all. Problems are
 found from headers alone, each a sentence that names file and tensor.
 """
 
@@ -27,8 +27,8 @@ SOLI: Final = "soli"
 BITS: Final = {8: frozenset({"I8"}), 4: frozenset({"I8", "U8"})}  # dtypes that a folder of so many bits may hold
 
 
-def packed_dtypes(folder: Path, config: ModelConfig) -> frozenset[str]:
-    """The dtypes of packed tensors that config.json announces; any other quantisation is refused by name."""
+def quantized_dtypes(folder: Path, config: ModelConfig) -> frozenset[str]:
+    """The dtypes of quantized tensors that config.json announces; any other quantisation is refused by name."""
     said = config.quantization_config
     if said is None:
         return frozenset()
@@ -44,7 +44,7 @@ def packed_dtypes(folder: Path, config: ModelConfig) -> frozenset[str]:
 
 def describe_integers(bits: int, group: int, wide: Sequence[str], high: Iterable[str]) -> dict[str, Any]:
     """`quantization_config` of an int8 or int4 folder: `wide` names what has 8 bits among 4, `high` tensors that are
-    not packed."""
+    not quantized."""
     return {
         "quant_method": SOLI,
         "bits": bits,
