@@ -1,77 +1,129 @@
-"""The trace against a plain-Python reading of the router's rules, one token at a time."""
+"""The trace against the router's rules in plain Python, one token at a time; traces read back, old ones included."""
 
+import dataclasses
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from soli.analysis.trace import trace_layer, trace_tokens
+from soli.analysis.trace import read_trace, trace_layer, trace_tokens
+from soli.cli import app
 from soli.engine.generate import generate
+from soli.errors import SoliError
 from soli.model.router import Router
 from tests.engine.tiny import tiny_model
 
 
-def chosen(ranks: list[float], groups: int, kept: int, experts: int, best: int) -> tuple[list[int], set[int]]:
+def select(ranks: list[float], groups: int, kept_groups: int, experts: int, best: int) -> tuple[list[int], set[int]]:
     """The router's rule on one token: the best groups by their `best` best experts, then the best experts within."""
     size = len(ranks) // groups
     members = {g: range(g * size, (g + 1) * size) for g in range(groups)}
     value = {g: sum(sorted((ranks[e] for e in members[g]), reverse=True)[:best]) for g in members}
-    alive = set(sorted(members, key=lambda g: -value[g])[:kept])
-    inside = [e for g in alive for e in members[g]]
-    return sorted(inside, key=lambda e: -ranks[e])[:experts], alive
+    surviving = set(sorted(members, key=lambda g: -value[g])[:kept_groups])
+    candidates = [e for g in surviving for e in members[g]]
+    return sorted(candidates, key=lambda e: -ranks[e])[:experts], surviving
+
+
+def routers(model) -> list[tuple[str, Router]]:
+    return [(name, moe.gate) for name, moe in model.moe_layers()]
 
 
 @pytest.mark.parametrize("kind", ["v3", "v3 without q_lora or groups", "v2 by groups", "v2 greedy"])
-def test_who_plays_who_was_let_in_who_was_kept_out_and_who_nearly_played(kind):
+def test_selected_promoted_and_demoted_experts_and_runners_up(kind):
     model = tiny_model(kind)
     router: Router = next(moe for _, moe in model.moe_layers()).gate
     x_TD = torch.randn(40, 32, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         routing = router(x_TD)
-    swayed = 0
-    for token, found in enumerate(trace_layer("layers.1", router, routing)):
+    changed = 0
+    for token, layer in enumerate(trace_layer("layers.1", router, routing)):
         scores, biased = routing.scores_TE[token].tolist(), routing.biased_TE[token].tolist()
         best = 2 if kind.startswith("v3") else 1
-        groups = (router.G, router.kept_groups, router.K, best)
-        played, alive = chosen(biased, *groups)
-        unbiased, _ = chosen(scores, *groups)
-        assert [player.expert for player in found.players] == played
-        assert {player.expert for player in found.players if player.let_in} == set(played) - set(unbiased)
-        assert {out.expert for out in found.kept_out} == set(unbiased) - set(played)
-        assert found.groups == (tuple(sorted(alive)) if router.G > 1 else None)
+        rule = (router.G, router.kept_groups, router.K, best)
+        selected, groups = select(biased, *rule)
+        unbiased, _ = select(scores, *rule)
+        assert [expert.expert for expert in layer.selected] == selected
+        promoted = {expert.expert for expert in layer.selected if expert.promoted_by_bias}
+        assert promoted == set(selected) - set(unbiased)
+        assert {expert.expert for expert in layer.demoted_by_bias} == set(unbiased) - set(selected)
+        assert layer.groups == (tuple(sorted(groups)) if router.G > 1 else None)
         size = len(scores) // router.G
-        left = sorted(
-            (e for g in alive for e in range(g * size, (g + 1) * size) if e not in played), key=lambda e: -biased[e]
-        )
-        assert [near.expert for near in found.near_misses] == left[:2]
-        for near in found.near_misses:
-            assert near.margin == pytest.approx(biased[played[-1]] - biased[near.expert]) and near.margin >= 0
-        for player in found.players:
-            assert (player.affinity, player.biased) == (scores[player.expert], biased[player.expert])
-        total = sum(scores[expert] for expert in played) if router.normalise else 1.0
-        assert math.isclose(found.players[0].weight, scores[played[0]] / total * router.scaling, rel_tol=1e-5)
-        assert sum(share for _, share in found.by_weight()) == pytest.approx(1)
-        swayed += bool(found.kept_out)
-    assert (swayed > 5) == kind.startswith("v3"), "only a bias can let anyone in"
+        others = [e for g in groups for e in range(g * size, (g + 1) * size) if e not in selected]
+        others.sort(key=lambda e: -biased[e])
+        assert [expert.expert for expert in layer.runner_ups] == others[:2]
+        for expert in layer.runner_ups:
+            assert expert.margin == pytest.approx(biased[selected[-1]] - biased[expert.expert]) and expert.margin >= 0
+        for expert in layer.selected:
+            assert (expert.affinity, expert.biased) == (scores[expert.expert], biased[expert.expert])
+        total = sum(scores[expert] for expert in selected) if router.normalise else 1.0
+        assert math.isclose(layer.selected[0].weight, scores[selected[0]] / total * router.scaling, rel_tol=1e-5)
+        assert sum(share for _, share in layer.by_weight()) == pytest.approx(1)
+        changed += bool(layer.demoted_by_bias)
+    assert (changed > 5) == kind.startswith("v3"), "only a bias can promote an expert"
 
 
-def test_without_anyone_left_there_is_no_near_miss():
+def test_where_every_expert_is_selected_there_is_no_runner_up():
     model = tiny_model(n_routed_experts=4, num_experts_per_tok=4, n_group=1, topk_group=1)
     router = next(moe for _, moe in model.moe_layers()).gate
     with torch.no_grad():
-        found = trace_layer("layers.1", router, router(torch.randn(2, 32)))
-    assert all(layer.near_misses == () and layer.kept_out == () for layer in found)
+        layers = trace_layer("layers.1", router, router(torch.randn(2, 32)))
+    assert all(layer.runner_ups == () and layer.demoted_by_bias == () for layer in layers)
 
 
-def test_tokens_carry_their_part_and_the_unread_one_is_left_out():
+def test_tokens_carry_their_part_and_the_last_sampled_one_has_no_trace():
     model = tiny_model()
     [generation] = generate(model, [[5, 6, 7]], max_new_tokens=4, trace=True)
     tokens = [5, 6, 7, *generation.ids]
-    found = trace_tokens(model, generation.routing, tokens, [f"t{token}" for token in tokens], 3)
-    assert [token.part for token in found] == ["prompt"] * 3 + ["answer"] * 3
-    assert [token.token for token in found] == tokens[:-1]
-    assert [layer.layer for layer in found[0].layers] == ["layers.1", "layers.2"]
+    trace = trace_tokens(routers(model), generation.routing, tokens, [f"t{token}" for token in tokens], 3)
+    assert [token.part for token in trace] == ["prompt"] * 3 + ["answer"] * 3
+    assert [token.token for token in trace] == tokens[:-1]
+    assert [layer.layer for layer in trace[0].layers] == ["layers.1", "layers.2"]
+    assert read_trace(json.loads(json.dumps([dataclasses.asdict(token) for token in trace]))) == trace
 
 
 def test_a_model_without_experts_has_an_empty_trace():
-    assert trace_tokens(tiny_model("dense"), (), [5], ["a"], 1) == []
+    assert trace_tokens(routers(tiny_model("dense")), (), [5], ["a"], 1) == []
+
+
+def test_a_trace_of_version_0_1_reads_as_the_trace_of_the_same_text_today():
+    file = Path(__file__).parent.parent / "fixtures/v0_1/trace.json"
+    text = json.loads(file.read_text(encoding="utf-8"))["source"]
+    output = CliRunner().invoke(app, ["translate", text, "--experts", "--json"]).stdout
+    today = read_trace(json.loads(output)["experts"])
+    before = read_trace(file)
+    assert [_exact(token) for token in before] == [_exact(token) for token in today]
+    for old, new in zip(before, today, strict=True):
+        assert _numbers(old) == pytest.approx(_numbers(new), abs=1e-5)
+
+
+def test_what_is_no_trace_is_rejected_with_the_file_or_the_field(tmp_path):
+    with pytest.raises(SoliError, match=r"missing\.json cannot be read as JSON"):
+        read_trace(tmp_path / "missing.json")
+    with pytest.raises(SoliError, match=r"no trace .*layers"):
+        read_trace([{"position": 0}])
+    (tmp_path / "other.json").write_text('{"text": "no experts"}', encoding="utf-8")
+    with pytest.raises(SoliError, match="no trace"):
+        read_trace(tmp_path / "other.json")
+
+
+def _exact(token) -> dict:
+    """What does not depend on rounding."""
+    layers = [
+        (
+            layer.layer,
+            [(e.expert, e.promoted_by_bias) for e in layer.selected],
+            [e.expert for e in layer.demoted_by_bias],
+            [e.expert for e in layer.runner_ups],
+            layer.groups,
+        )
+        for layer in token.layers
+    ]
+    return {**vars(token), "layers": layers}
+
+
+def _numbers(token) -> list[float]:
+    experts = [e for layer in token.layers for e in (*layer.selected, *layer.demoted_by_bias, *layer.runner_ups)]
+    return [value for expert in experts for value in vars(expert).values() if isinstance(value, float)]

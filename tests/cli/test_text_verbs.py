@@ -67,9 +67,9 @@ def test_translate_json_with_experts(run, folder):
     assert [token["part"] for token in tokens].count("answer") == 5, "the last token was drawn and never read"
     assert len(tokens) == found["prompt_tokens"] + 5
     layer = tokens[3]["layers"][0]
-    assert len(layer["players"]) == 3 and len(layer["groups"]) == 2
-    assert set(layer["players"][0]) == {"expert", "weight", "affinity", "biased", "let_in"}
-    assert sum(player["let_in"] for player in layer["players"]) == len(layer["kept_out"])
+    assert len(layer["selected"]) == 3 and len(layer["groups"]) == 2
+    assert set(layer["selected"][0]) == {"expert", "weight", "affinity", "biased", "promoted_by_bias"}
+    assert sum(expert["promoted_by_bias"] for expert in layer["selected"]) == len(layer["demoted_by_bias"])
 
 
 def test_experts_come_after_the_translation_and_plain(run, folder):

@@ -197,7 +197,7 @@ def test_a_muted_expert_does_not_play_and_others_are_not_muted():
     routing = join_routing([event.routing[0] for event in both[1] if event.routing])
     assert not (routing.expert_ids_TK == busiest).any() and load[busiest] > 0
     traced = trace_layer("layers.1", dict(TEXT_MODEL.model.moe_layers())["layers.1"].gate, routing)
-    shown = [player.expert for token in traced for player in (*token.kept_out, *token.near_misses, *token.players)]
+    shown = [one.expert for token in traced for one in (*token.demoted_by_bias, *token.runner_ups, *token.selected)]
     assert busiest not in shown
 
 

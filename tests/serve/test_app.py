@@ -60,9 +60,9 @@ def test_routing_comes_with_every_token_read_and_the_log_knows_it(service):
     tokens = answer["choices"][0]["soli"]["tokens"]
     assert len(tokens) == answer["usage"]["total_tokens"] - 1
     assert [token["position"] for token in tokens] == list(range(len(tokens)))
-    players = [p["expert"] for token in tokens for p in token["layers"][0]["players"]]
-    assert len(players) == 3 * len(tokens) and 2 not in players
-    about = call(service, "GET", f"/soli/experts/1/{players[0]}").json()
+    selected = [e["expert"] for token in tokens for e in token["layers"][0]["selected"]]
+    assert len(selected) == 3 * len(tokens) and 2 not in selected
+    about = call(service, "GET", f"/soli/experts/1/{selected[0]}").json()
     assert about["plays"] >= 1 and about["tokens"][0]["text"]
 
 

@@ -371,8 +371,8 @@ def test_routing_comes_with_the_tokens(client):
     tokens = full.choices[0].soli["tokens"]
     assert [one["position"] for one in tokens] == list(range(len(tokens)))
     assert {one["part"] for one in tokens} == {"prompt", "answer"}
-    players = [layer["players"] for one in tokens for layer in one["layers"]]
-    assert all(len(three) == 3 and all(math.isfinite(one["weight"]) for one in three) for three in players)
+    selected = [layer["selected"] for one in tokens for layer in one["layers"]]
+    assert all(len(three) == 3 and all(math.isfinite(one["weight"]) for one in three) for three in selected)
     streamed = [
         token
         for chunk in complete(client, extra_body={"soli": {"routing": "full"}}, stream=True)
@@ -384,15 +384,15 @@ def test_routing_comes_with_the_tokens(client):
     for layer in summary:
         played = [0] * 16
         for one in tokens:
-            for player in next(row for row in one["layers"] if row["layer"] == layer["layer"])["players"]:
-                played[player["expert"]] += 1
+            for expert in next(row for row in one["layers"] if row["layer"] == layer["layer"])["selected"]:
+                played[expert["expert"]] += 1
         assert layer["counts"] == played
 
 
 def test_a_muted_expert_does_not_play(client):
-    def players(mute):
+    def selected(mute):
         answer = complete(client, extra_body={"soli": {"routing": "full", "mute": mute}})
-        return {p["expert"] for t in answer.choices[0].soli["tokens"] for p in t["layers"][0]["players"]}
+        return {p["expert"] for t in answer.choices[0].soli["tokens"] for p in t["layers"][0]["selected"]}
 
-    muted = min(players([]))
-    assert muted not in players([[1, muted]])
+    muted = min(selected([]))
+    assert muted not in selected([[1, muted]])

@@ -1,40 +1,67 @@
-"""What the routers decided, as plain values: who played for a token, who was let in or kept out by the bias, who
-nearly played.
+"""What the routers decided, as plain values: for each token the experts selected, those that the bias promoted or
+demoted, and the runners-up.
 
-"Let in" and "kept out" compare the real choice (by biased affinity) with the one the same router would have made had
-its bias been zero, groups included. A near miss is the best expert left over *within the surviving groups*; its
-margin is how far its biased affinity fell short of the last expert chosen. Pure reading: nothing here changes or
+"Promoted" and "demoted" compare the real selection (by biased affinity) with the one that the same router would have
+made had its bias been zero, groups included. A runner-up is the best expert not selected *within the surviving
+groups*; its margin is how far its biased affinity fell short of the last expert selected. Nothing here changes or
 reruns the model.
 
-Shapes: T tokens, E experts, K chosen, M near misses kept, G groups.
+Shapes: T tokens, E experts, K selected, M runners-up, G groups.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from soli.model.router import Router, Routing
-from soli.model.transformer import Transformer
+from soli.errors import SoliError
 
-NEAR_MISSES = 2
+RUNNER_UPS = 2  # per token and layer
+
+
+class RoutingDecision(Protocol):
+    """One layer's decision for T tokens: soli.model.router.Routing."""
+
+    @property
+    def expert_ids_TK(self) -> Tensor: ...
+    @property
+    def weights_TK(self) -> Tensor: ...
+    @property
+    def scores_TE(self) -> Tensor: ...
+    @property
+    def biased_TE(self) -> Tensor: ...
+    @property
+    def groups_TG(self) -> Tensor | None: ...
+    @property
+    def num_experts(self) -> int: ...
+
+
+class ExpertSelector(Protocol):
+    """The selection rule of one layer: soli.model.router.Router."""
+
+    def select(self, biased_TE: Tensor) -> tuple[Tensor, Tensor | None]: ...
 
 
 @dataclass(frozen=True)
-class Player:
-    """An expert that played. `weight` multiplies its output; `affinity` is unbiased; selection ranked `biased`."""
+class SelectedExpert:
+    """An expert that computed. `weight` multiplies its output; `affinity` is unbiased; selection ranked `biased`."""
 
     expert: int
     weight: float
     affinity: float
     biased: float
-    let_in: bool
+    promoted_by_bias: bool  # would not have been selected with a bias of zero
 
 
 @dataclass(frozen=True)
-class KeptOut:
-    """An expert that would have played had the router's bias been zero."""
+class DemotedExpert:
+    """An expert that would have been selected had the router's bias been zero."""
 
     expert: int
     affinity: float
@@ -42,8 +69,8 @@ class KeptOut:
 
 
 @dataclass(frozen=True)
-class NearMiss:
-    """An expert next in line; it missed by `margin` in biased affinity."""
+class RunnerUp:
+    """An expert next in rank; it missed selection by `margin` in biased affinity."""
 
     expert: int
     affinity: float
@@ -56,16 +83,16 @@ class LayerTrace:
     """One router's decision for one token. `groups`: the surviving groups, None where selection has no groups."""
 
     layer: str
-    players: tuple[Player, ...]
-    kept_out: tuple[KeptOut, ...]
-    near_misses: tuple[NearMiss, ...]
+    selected: tuple[SelectedExpert, ...]
+    demoted_by_bias: tuple[DemotedExpert, ...]
+    runner_ups: tuple[RunnerUp, ...]
     groups: tuple[int, ...] | None
 
-    def by_weight(self) -> list[tuple[Player, float]]:
-        """The players, heaviest first, each with its share of the routed weight (1 in all)."""
-        total = sum(player.weight for player in self.players) or 1.0
-        heaviest_first = sorted(self.players, key=lambda player: -player.weight)
-        return [(player, player.weight / total) for player in heaviest_first]
+    def by_weight(self) -> list[tuple[SelectedExpert, float]]:
+        """The selected experts, heaviest first, each with its share of the routed weight (1 in all)."""
+        total = sum(expert.weight for expert in self.selected) or 1.0
+        heaviest_first = sorted(self.selected, key=lambda expert: -expert.weight)
+        return [(expert, expert.weight / total) for expert in heaviest_first]
 
 
 @dataclass(frozen=True)
@@ -80,46 +107,90 @@ class TokenTrace:
 
 
 def trace_tokens(
-    model: Transformer, routing: Sequence[Routing], tokens: Sequence[int], texts: Sequence[str], prompt_length: int
+    routers: Sequence[tuple[str, ExpertSelector]],
+    routing: Sequence[RoutingDecision],
+    tokens: Sequence[int],
+    texts: Sequence[str],
+    prompt_length: int,
+    start: int = 0,
 ) -> list[TokenTrace]:
-    """The decisions about `tokens`, the first of all that a model read; `routing` holds one Routing per main MoE layer.
+    """The decisions about `tokens[start:]`; `routing` holds one decision per main MoE layer for the tokens read.
 
-    `texts` are the tokens as a person should see them. Tokens beyond the routing (drawn, but never read) are left out.
+    `routers` are the layers' names and routers in the order of `routing`; those of MTP modules may follow and are not
+    used. `texts` are the tokens as a person should see them. Tokens beyond the routing (sampled, but never read) are
+    left out.
     """
-    named = list(model.moe_layers())[: len(routing)]  # the routers of the MTP modules come after and did not play
-    layers = [trace_layer(name, moe.gate, part) for (name, moe), part in zip(named, routing, strict=True)]
+    used = routers[: len(routing)]
+    layers = [trace_layer(name, router, part) for (name, router), part in zip(used, routing, strict=True)]
     return [
         TokenTrace(at, tokens[at], texts[at], "prompt" if at < prompt_length else "answer", decisions)
-        for at, decisions in enumerate(zip(*layers, strict=True))
+        for at, decisions in enumerate(zip(*layers, strict=True), start)
     ]
 
 
-def trace_layer(name: str, router: Router, routing: Routing) -> list[LayerTrace]:
+def trace_layer(name: str, router: ExpertSelector, routing: RoutingDecision) -> list[LayerTrace]:
     """One LayerTrace per token of `routing`, which must be a decision of `router`."""
-    chosen_TE = _mask(routing.expert_ids_TK, routing.num_experts)
-    # A muted expert (biased affinity -inf) would not have played without the bias either.
+    selected_TE = _mask(routing.expert_ids_TK, routing.num_experts)
+    # A masked expert (biased affinity -inf) would not have been selected without the bias either.
     unbiased_TK, _ = router.select(routing.scores_TE.masked_fill(routing.biased_TE == -torch.inf, -torch.inf))
-    wanted_TE = _mask(unbiased_TK, routing.num_experts)
-    near_TM, margins_TM = near_misses(routing, chosen_TE)
+    unbiased_TE = _mask(unbiased_TK, routing.num_experts)
+    promoted_TK = (selected_TE & ~unbiased_TE).gather(1, routing.expert_ids_TK)
     columns = zip(
-        _players(routing, (chosen_TE & ~wanted_TE).gather(1, routing.expert_ids_TK)),
-        _kept_out(routing, wanted_TE & ~chosen_TE),
-        _near(routing, near_TM, margins_TM),
+        _selected(routing, promoted_TK),
+        _demoted(routing, unbiased_TE & ~selected_TE),
+        _runner_ups(routing, selected_TE),
         _groups(routing),
         strict=True,
     )
     return [LayerTrace(name, *column) for column in columns]
 
 
-def near_misses(routing: Routing, chosen_TE: Tensor) -> tuple[Tensor, Tensor]:
+def rank_runner_ups(routing: RoutingDecision, selected_TE: Tensor) -> tuple[Tensor, Tensor]:
     """The next best experts (T,M) in the surviving groups and by how much each missed (T,M); +inf: there is none."""
-    left_TE = routing.biased_TE.masked_fill(chosen_TE, -torch.inf)
+    others_TE = routing.biased_TE.masked_fill(selected_TE, -torch.inf)
     if routing.groups_TG is not None:
         per_group = routing.num_experts // routing.groups_TG.shape[1]
-        left_TE = left_TE.masked_fill(~routing.groups_TG.repeat_interleave(per_group, dim=1), -torch.inf)
-    best = left_TE.topk(min(NEAR_MISSES, routing.num_experts), dim=-1)
-    last_T1 = routing.biased_TE.masked_fill(~chosen_TE, torch.inf).amin(dim=-1, keepdim=True)
+        others_TE = others_TE.masked_fill(~routing.groups_TG.repeat_interleave(per_group, dim=1), -torch.inf)
+    best = others_TE.topk(min(RUNNER_UPS, routing.num_experts), dim=-1)
+    last_T1 = routing.biased_TE.masked_fill(~selected_TE, torch.inf).amin(dim=-1, keepdim=True)
     return best.indices, last_T1 - best.values
+
+
+def read_trace(source: str | Path | Sequence[dict[str, Any]]) -> list[TokenTrace]:
+    """A trace read back from JSON: a file of `soli translate --experts --json` or `soli generate --experts --json`, or
+    its list of tokens. SoliError when it is none.
+
+    Soli 0.1 named the same fields differently: `players`, `let_in`, `kept_out`, `near_misses`. Both are read.
+    """
+    tokens: Any = source
+    if isinstance(source, str | Path):
+        try:
+            tokens = json.loads(Path(source).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise SoliError(f"{source} cannot be read as JSON ({error})") from None
+        if isinstance(tokens, dict):
+            tokens = tokens.get("experts")
+    try:
+        return [TokenTrace(**{**token, "layers": tuple(map(_read_layer, token["layers"]))}) for token in tokens]
+    except (TypeError, KeyError, AttributeError) as error:
+        raise SoliError(f"this is no trace of soli --experts --json ({type(error).__name__}: {error})") from None
+
+
+def _read_layer(layer: dict[str, Any]) -> LayerTrace:
+    is_old = "players" in layer
+    selected, demoted, runner_ups = (
+        ("players", "kept_out", "near_misses") if is_old else ("selected", "demoted_by_bias", "runner_ups")
+    )
+    promoted = "let_in" if is_old else "promoted_by_bias"
+    return LayerTrace(
+        layer["layer"],
+        tuple(
+            SelectedExpert(e["expert"], e["weight"], e["affinity"], e["biased"], e[promoted]) for e in layer[selected]
+        ),
+        tuple(DemotedExpert(**expert) for expert in layer[demoted]),
+        tuple(RunnerUp(**expert) for expert in layer[runner_ups]),
+        None if layer["groups"] is None else tuple(layer["groups"]),
+    )
 
 
 def _mask(experts_TK: Tensor, num_experts: int) -> Tensor:
@@ -127,34 +198,34 @@ def _mask(experts_TK: Tensor, num_experts: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.bool, device=experts_TK.device).scatter_(1, experts_TK, True)
 
 
-def _players(routing: Routing, let_in_TK: Tensor) -> list[tuple[Player, ...]]:
+def _rows(*columns: Tensor) -> Iterable[tuple[Any, ...]]:
+    """Per token, the values that each of the columns (T,N) has for it."""
+    return zip(*(column.tolist() for column in columns), strict=True)
+
+
+def _selected(routing: RoutingDecision, promoted_TK: Tensor) -> list[tuple[SelectedExpert, ...]]:
     ids_TK = routing.expert_ids_TK
-    columns = (
-        ids_TK,
-        routing.weights_TK,
-        routing.scores_TE.gather(1, ids_TK),
-        routing.biased_TE.gather(1, ids_TK),
-        let_in_TK,
-    )
-    rows = zip(*(column.tolist() for column in columns), strict=True)
-    return [tuple(Player(*player) for player in zip(*row, strict=True)) for row in rows]
+    affinity_TK = routing.scores_TE.gather(1, ids_TK)
+    biased_TK = routing.biased_TE.gather(1, ids_TK)
+    rows = _rows(ids_TK, routing.weights_TK, affinity_TK, biased_TK, promoted_TK)
+    return [tuple(SelectedExpert(*expert) for expert in zip(*row, strict=True)) for row in rows]
 
 
-def _kept_out(routing: Routing, kept_out_TE: Tensor) -> list[tuple[KeptOut, ...]]:
-    found: list[list[KeptOut]] = [[] for _ in range(kept_out_TE.shape[0])]
-    scores_TE, biased_TE = routing.scores_TE, routing.biased_TE
-    for token, expert in kept_out_TE.nonzero().tolist():
-        found[token].append(KeptOut(expert, float(scores_TE[token, expert]), float(biased_TE[token, expert])))
-    return [tuple(sorted(row, key=lambda out: -out.affinity)) for row in found]
+def _demoted(routing: RoutingDecision, demoted_TE: Tensor) -> list[tuple[DemotedExpert, ...]]:
+    experts: list[list[DemotedExpert]] = [[] for _ in range(demoted_TE.shape[0])]
+    for token, expert in demoted_TE.nonzero().tolist():
+        affinity = float(routing.scores_TE[token, expert])
+        experts[token].append(DemotedExpert(expert, affinity, float(routing.biased_TE[token, expert])))
+    return [tuple(sorted(row, key=lambda expert: -expert.affinity)) for row in experts]
 
 
-def _near(routing: Routing, near_TM: Tensor, margins_TM: Tensor) -> list[tuple[NearMiss, ...]]:
-    columns = (near_TM, routing.scores_TE.gather(1, near_TM), routing.biased_TE.gather(1, near_TM), margins_TM)
-    rows = zip(*(column.tolist() for column in columns), strict=True)
-    return [tuple(NearMiss(*near) for near in zip(*row, strict=True) if near[-1] != float("inf")) for row in rows]
+def _runner_ups(routing: RoutingDecision, selected_TE: Tensor) -> list[tuple[RunnerUp, ...]]:
+    ids_TM, margins_TM = rank_runner_ups(routing, selected_TE)
+    rows = _rows(ids_TM, routing.scores_TE.gather(1, ids_TM), routing.biased_TE.gather(1, ids_TM), margins_TM)
+    return [tuple(RunnerUp(*expert) for expert in zip(*row, strict=True) if expert[-1] != torch.inf) for row in rows]
 
 
-def _groups(routing: Routing) -> list[tuple[int, ...] | None]:
+def _groups(routing: RoutingDecision) -> list[tuple[int, ...] | None]:
     if routing.groups_TG is None:
         return [None] * routing.expert_ids_TK.shape[0]
-    return [tuple(group for group, alive in enumerate(row) if alive) for row in routing.groups_TG.tolist()]
+    return [tuple(group for group, survives in enumerate(row) if survives) for row in routing.groups_TG.tolist()]

@@ -1,8 +1,8 @@
-"""The score of a passage, for a terminal: tokens downward, layers across, and in each cell the experts that play.
+"""A trace as a table for a terminal: tokens downward, layers across, and in each cell the selected experts.
 
-A cell reads ` 15▆41 +19▂12 -7 ~22`: expert 15 carries 41 % of the routed weight; 19 plays because the router's bias
-let it in; 7 does not because the bias kept it out; 22 was next in line. Layers that do not fit the width go into a
-further system below, as in printed music. Colour comes from the console and says nothing that the signs do not say.
+A cell reads ` 15▆41 +19▂12 -7 ~22`: expert 15 carries 41 % of the routed weight; 19 was promoted by the router's bias;
+7 was demoted by it; 22 was the first runner-up. Layers that do not fit the width go into a further table below. Colour
+comes from the console and says nothing that the signs do not say.
 """
 
 import re
@@ -12,33 +12,38 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from soli.analysis.trace import LayerTrace, Player, TokenTrace
+from soli.analysis.trace import LayerTrace, SelectedExpert, TokenTrace
 
 BARS = "▁▂▃▄▅▆▇█"
 SPACES = {" ": "·", "\n": "↵", "\t": "⇥"}
 TOKEN_WIDTH = 14
 GAP = "  "
 
-LET_IN, KEPT_OUT, NEAR, QUIET, TOKEN, SPECIAL = "bold green", "red", "yellow", "dim", "bold", "magenta"
+PROMOTED = "bold green"
+DEMOTED = "red"
+RUNNER_UP = "yellow"
+QUIET = "dim"
+TOKEN = "bold"
+SPECIAL = "magenta"
 
 
-def print_score(console: Console, tokens: Sequence[TokenTrace]) -> None:
+def print_table(console: Console, tokens: Sequence[TokenTrace]) -> None:
     """The compact view: one line per token, a column per MoE layer, then a legend and a summary."""
     if not tokens or not tokens[0].layers:
-        console.print(Text("This model has no routed experts: every parameter plays for every token."))
+        console.print(Text("This model has no routed experts: every parameter is used for every token."))
         return
     labels = [_label(token) for token in tokens]
     label_width = max(cell_len(label.plain) for label in labels)
     columns = [_column([token.layers[i] for token in tokens]) for i in range(len(tokens[0].layers))]
-    for system in _systems(columns, console.width - label_width):
+    for table in _tables(columns, console.width - label_width):
         for row, label in enumerate([Text(), *labels]):
             line = _padded(label, label_width)
-            for column in system:
+            for column in table:
                 line.append(GAP).append_text(column[row])
             line.rstrip()
             console.print(line, soft_wrap=True)
         console.print()
-    console.print(_legend(), soft_wrap=True)
+    console.print(_legend(tokens), soft_wrap=True)
     console.print(Text(summary(tokens)), soft_wrap=True)
 
 
@@ -55,23 +60,21 @@ def print_detail(console: Console, tokens: Sequence[TokenTrace]) -> None:
 
 
 def summary(tokens: Sequence[TokenTrace]) -> str:
-    """How many played, how often the bias decided, and the closest miss, in a sentence."""
+    """How many experts were selected, how often the bias decided, and the closest runner-up, in a sentence."""
     decisions = [(token, layer) for token in tokens for layer in token.layers]
     if not decisions:
-        return "no expert was asked to play"
-    swayed = sum(bool(layer.kept_out) for _, layer in decisions)
-    misses = [
-        (near.margin, near.expert, layer.layer, token) for token, layer in decisions for near in layer.near_misses
-    ]
-    said = (
-        f"{len(tokens)} tokens x {len(tokens[0].layers)} layers, {len(decisions[0][1].players)} experts each; "
-        f"the bias changed {swayed} of {len(decisions)} choices"
+        return "no layer routes to experts"
+    changed = sum(bool(layer.demoted_by_bias) for _, layer in decisions)
+    sentence = (
+        f"{len(tokens)} tokens x {len(tokens[0].layers)} layers, {len(decisions[0][1].selected)} experts each; "
+        f"the bias changed {changed} of {len(decisions)} choices"
     )
-    if misses:
-        margin, expert, layer, token = min(misses, key=lambda miss: miss[0])
-        by = f"{margin:.4f}" if margin >= 1e-4 else "less than 0.0001"
-        said += f"; closest miss: expert {expert} in {layer} at {visible(token.text)}, by {by}"
-    return said
+    runner_ups = [(runner_up, layer.layer, token) for token, layer in decisions for runner_up in layer.runner_ups]
+    if runner_ups:
+        closest, layer, token = min(runner_ups, key=lambda entry: entry[0].margin)
+        by = f"{closest.margin:.4f}" if closest.margin >= 1e-4 else "less than 0.0001"
+        sentence += f"; closest runner-up: expert {closest.expert} in {layer} at {visible(token.text)}, by {by}"
+    return sentence
 
 
 def visible(text: str) -> str:
@@ -96,69 +99,80 @@ def _shortened(text: str) -> str:
 
 def _column(layers: Sequence[LayerTrace]) -> list[Text]:
     """A layer's header and cells, all padded to one width."""
-    width = max(len(_signed(player)) for layer in layers for player in layer.players)
-    players = [_join(_player(player, share, width) for player, share in layer.by_weight()) for layer in layers]
-    kept_out = [_join(Text(f"-{out.expert}", KEPT_OUT) for out in layer.kept_out) for layer in layers]
-    near = [_join(Text(f"~{near.expert}", NEAR) for near in layer.near_misses[:1]) for layer in layers]
-    cells = [Text(" ").join(parts) for parts in zip(*map(_aligned, (players, kept_out, near)), strict=True)]
+    width = max(len(_signed(expert)) for layer in layers for expert in layer.selected)
+    selected = [_join(_selected(expert, share, width) for expert, share in layer.by_weight()) for layer in layers]
+    demoted = [_join(Text(f"-{one.expert}", DEMOTED) for one in layer.demoted_by_bias) for layer in layers]
+    runner_up = [_join(Text(f"~{one.expert}", RUNNER_UP) for one in layer.runner_ups[:1]) for layer in layers]
+    cells = [Text(" ").join(parts) for parts in zip(*map(_aligned, (selected, demoted, runner_up)), strict=True)]
     return _aligned([Text(layers[0].layer, QUIET), *cells])
 
 
-def _signed(player: Player) -> str:
-    return f"{'+' if player.let_in else ''}{player.expert}"
+def _signed(expert: SelectedExpert) -> str:
+    return f"{'+' if expert.promoted_by_bias else ''}{expert.expert}"
 
 
-def _player(player: Player, share: float, width: int) -> Text:
+def _selected(expert: SelectedExpert, share: float, width: int) -> Text:
     bar = BARS[min(len(BARS) - 1, int(share * 2 * len(BARS)))]  # half of the weight fills the bar
-    entry = Text(_signed(player).rjust(width), LET_IN if player.let_in else "bold")
+    entry = Text(_signed(expert).rjust(width), PROMOTED if expert.promoted_by_bias else "bold")
     return entry.append(bar, "cyan").append(f"{100 * share:<2.0f}", QUIET)
 
 
-def _systems(columns: list[list[Text]], width: int) -> list[list[list[Text]]]:
-    """Columns in as few systems as fit the width, and evenly where that takes no more of them."""
-    fewest = _packed(columns, width, len(columns))
-    even = _packed(columns, width, -(-len(columns) // len(fewest)))
+def _tables(columns: list[list[Text]], width: int) -> list[list[list[Text]]]:
+    """Columns in as few tables as fit the width, of equal numbers where that takes no more tables."""
+    fewest = _split(columns, width, len(columns))
+    even = _split(columns, width, -(-len(columns) // len(fewest)))
     return even if len(even) == len(fewest) else fewest
 
 
-def _packed(columns: list[list[Text]], width: int, most: int) -> list[list[list[Text]]]:
-    """Columns from left to right, at most `most` to a system; one wider than the width stands alone."""
-    systems: list[list[list[Text]]] = []
-    room = 0
+def _split(columns: list[list[Text]], width: int, max_columns: int) -> list[list[list[Text]]]:
+    """Columns from left to right, at most `max_columns` to a table; one wider than the width is a table alone."""
+    tables: list[list[list[Text]]] = []
+    remaining = 0
     for column in columns:
-        needed = cell_len(column[0].plain) + len(GAP)
-        if not systems or needed > room or len(systems[-1]) == most:
-            systems.append([])
-            room = width
-        systems[-1].append(column)
-        room -= needed
-    return systems
+        column_width = cell_len(column[0].plain) + len(GAP)
+        if not tables or column_width > remaining or len(tables[-1]) == max_columns:
+            tables.append([])
+            remaining = width
+        tables[-1].append(column)
+        remaining -= column_width
+    return tables
 
 
 def _detail_lines(layer: LayerTrace) -> list[Text]:
     lines = []
-    for player, share in layer.by_weight():
-        line = (
-            Text("    plays")
-            .append(f"{player.expert:5} ", "bold")
-            .append(f"{BARS[-1] * round(20 * share):<20}", "cyan")
-        )
-        line.append(f" weight {player.weight:.3f}  affinity {player.affinity:.3f}  ranked {player.biased:.3f}")
-        lines.append(line.append("  let in by the bias" if player.let_in else "", LET_IN))
-    for out in layer.kept_out:
-        line = Text("    out  ").append(f"{out.expert:5} {'':20}", KEPT_OUT)
-        line.append(f"{'':13} affinity {out.affinity:.3f}  ranked {out.biased:.3f}")
-        lines.append(line.append("  kept out by the bias", KEPT_OUT))
-    for near in layer.near_misses:
-        line = Text("    next ").append(f"{near.expert:5} {'':20}", NEAR)
-        lines.append(line.append(f"{'':29} ranked {near.biased:.3f}  missed by {near.margin:.4f}"))
+    for expert, share in layer.by_weight():
+        line = Text("    selected ").append(f"{expert.expert:5} ", "bold")
+        line.append(f"{BARS[-1] * round(20 * share):<20}", "cyan")
+        line.append(f" weight {expert.weight:.3f}  affinity {expert.affinity:.3f}  ranked {expert.biased:.3f}")
+        lines.append(line.append("  promoted by the bias" if expert.promoted_by_bias else "", PROMOTED))
+    for demoted in layer.demoted_by_bias:
+        line = Text("    demoted  ").append(f"{demoted.expert:5} {'':20}", DEMOTED)
+        line.append(f"{'':13} affinity {demoted.affinity:.3f}  ranked {demoted.biased:.3f}")
+        lines.append(line.append("  demoted by the bias", DEMOTED))
+    for runner_up in layer.runner_ups:
+        line = Text("    next     ").append(f"{runner_up.expert:5} {'':20}", RUNNER_UP)
+        lines.append(line.append(f"{'':29} ranked {runner_up.biased:.3f}  missed by {runner_up.margin:.4f}"))
     return lines
 
 
-def _legend() -> Text:
-    legend = Text("7").append("▆", "cyan").append("41", QUIET).append(" expert 7 plays with 41 % of the routed weight")
-    legend.append(" · ").append("+7", LET_IN).append(" let in by the bias · ").append("-7", KEPT_OUT)
-    return legend.append(" kept out by it · ").append("~7", NEAR).append(" next in line")
+def _legend(tokens: Sequence[TokenTrace]) -> Text:
+    """What each sign means, with the first example of it in this trace."""
+    layers = [layer for token in tokens for layer in token.layers]
+    heaviest, share = layers[0].by_weight()[0]
+    meaning = f" expert {heaviest.expert} carries {100 * share:.0f} % of the routed weight"
+    entries = [_selected(heaviest, share, 0).append(meaning)]
+    promoted = [expert.expert for layer in layers for expert in layer.selected if expert.promoted_by_bias]
+    demoted = [expert.expert for layer in layers for expert in layer.demoted_by_bias]
+    runner_ups = [expert.expert for layer in layers for expert in layer.runner_ups]
+    signs = (
+        ("+", PROMOTED, " promoted by the bias", promoted),
+        ("-", DEMOTED, " demoted by the bias", demoted),
+        ("~", RUNNER_UP, " runner-up", runner_ups),
+    )
+    for sign, style, meaning, experts in signs:
+        if experts:
+            entries.append(Text().append(f"{sign}{experts[0]}", style).append(meaning))
+    return Text(" · ").join(entries)
 
 
 def _join(parts: Iterable[Text]) -> Text:

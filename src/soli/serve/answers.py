@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
 
-from soli.analysis.trace import TokenTrace, trace_layer
+from soli.analysis.trace import TokenTrace, trace_tokens
 from soli.engine.request import Event, Request, Usage
 from soli.serve.choices import Choice
 from soli.serve.errors import ApiError
@@ -21,7 +21,7 @@ class Played:
 
     def __init__(self, service: Service, loaded: Loaded, request: Request) -> None:
         self._log, self._text_model = service.experts, loaded.text_model
-        self._moes = list(loaded.text_model.model.moe_layers())
+        self._routers = [(name, moe.gate) for name, moe in loaded.text_model.model.moe_layers()]
         self._prompt = len(request.prompt_ids)
         self._ids = list(request.prompt_ids)
         self._labels = [self._text_model.label(token) for token in self._ids]
@@ -38,23 +38,18 @@ class Played:
 
     def summary(self) -> list[dict[str, Any]]:
         """How often each expert played, layer by layer."""
-        named = zip(self._moes, self._counts, strict=False)
+        named = zip(self._routers, self._counts, strict=False)
         return [{"layer": name, "counts": counts} for (name, _), counts in named]
 
     def _traces(self, event: Event) -> list[TokenTrace]:
         routing = event.routing or ()
-        named = self._moes[: len(routing)]
-        layers = [trace_layer(name, moe.gate, part) for (name, moe), part in zip(named, routing, strict=True)]
-        found = [
-            TokenTrace(at, self._ids[at], self._labels[at], "prompt" if at < self._prompt else "answer", decisions)
-            for at, decisions in enumerate(zip(*layers, strict=True), start=self._told)
-        ]
-        self._told += len(found)
+        traces = trace_tokens(self._routers, routing, self._ids, self._labels, self._prompt, start=self._told)
+        self._told += len(traces)
         new = [part.counts_E().tolist() for part in routing]
         old = self._counts or [[0] * len(counts) for counts in new]
         self._counts = [[a + b for a, b in zip(one, two, strict=True)] for one, two in zip(old, new, strict=True)]
-        self._log.add(found, self._labels)
-        return found
+        self._log.add(traces, self._labels)
+        return traces
 
 
 class Answer:

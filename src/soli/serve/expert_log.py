@@ -43,11 +43,11 @@ class ExpertLog:
                 shown = ("".join(texts[max(0, at - AROUND) : at]), token.text, "".join(texts[at + 1 : at + 1 + AROUND]))
                 kind = kind_of(token.text)
                 for layer in token.layers:
-                    for player in layer.players:
-                        played = self._played.setdefault((layer.layer, player.expert), _Played())
+                    for selected in layer.selected:
+                        played = self._played.setdefault((layer.layer, selected.expert), _Played())
                         played.plays += 1
                         played.kinds[kind] += 1
-                        entry = (player.weight, self._read, shown)
+                        entry = (selected.weight, self._read, shown)
                         if len(played.top) < TOP:
                             heapq.heappush(played.top, entry)
                         elif entry > played.top[0]:

@@ -71,5 +71,6 @@ def _plain(layer: Any) -> dict[str, Any]:
     def rounded(thing: Any) -> dict[str, Any]:
         return {name: round(value, 5) if isinstance(value, float) else value for name, value in vars(thing).items()}
 
-    lists = {name: [rounded(one) for one in getattr(layer, name)] for name in ("players", "kept_out", "near_misses")}
+    fields = ("selected", "demoted_by_bias", "runner_ups")
+    lists = {name: [rounded(expert) for expert in getattr(layer, name)] for name in fields}
     return {"layer": layer.layer, **lists, "groups": layer.groups}

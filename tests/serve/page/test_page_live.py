@@ -80,7 +80,7 @@ def test_translating_on_the_real_server(page, answer):
     assert page.locator("#strip-a .token").count() == len(answer["experts"])
     assert page.inner_text("#activated") == "6.37M"
     token(page, WOOD).click()
-    heaviest = max(answer["experts"][WOOD]["layers"][3]["players"], key=lambda player: player["weight"])["expert"]
+    heaviest = max(answer["experts"][WOOD]["layers"][3]["selected"], key=lambda player: player["weight"])["expert"]
     layer = page.locator("#panel-token .layer").nth(3)
     assert int(layer.locator("tr.plays .expert").first.inner_text()) == heaviest
     choose_cell(page, 3, heaviest)

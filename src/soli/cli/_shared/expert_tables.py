@@ -1,4 +1,4 @@
-"""How the command line shows the experts: as a score on the terminal, or as JSON."""
+"""How the command line shows the experts: as a table on the terminal, or as JSON."""
 
 import dataclasses
 import json
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from soli.analysis.trace import TokenTrace, trace_tokens
-from soli.analysis.trace_view import print_detail, print_score
+from soli.analysis.trace_view import print_detail, print_table
 from soli.cli._shared.console import stdout_console
 from soli.engine.generate import Generation
 from soli.engine.text_model import TextModel
@@ -16,12 +16,13 @@ def traced(text_model: TextModel, prompt: Sequence[int], generation: Generation)
     """The trace of one prompt and its answer; empty for a model without routed experts."""
     tokens = [*prompt, *generation.ids]
     labels = [text_model.label(token) for token in tokens]
-    return trace_tokens(text_model.model, generation.routing or (), tokens, labels, len(prompt))
+    routers = [(name, moe.gate) for name, moe in text_model.model.moe_layers()]
+    return trace_tokens(routers, generation.routing or (), tokens, labels, len(prompt))
 
 
 def show(trace: Sequence[TokenTrace], detail: bool) -> None:
     """Prints a trace to standard output: coloured when that is a terminal, plain when it is not."""
-    (print_detail if detail else print_score)(stdout_console(), trace)
+    (print_detail if detail else print_table)(stdout_console(), trace)
 
 
 def as_json(trace: Sequence[TokenTrace]) -> list[dict[str, Any]]:

@@ -36,10 +36,15 @@ export class Score {
       if (row === undefined) throw new Error(`unknown layer ${layer.layer}`);
       groups[row] = layer.groups ?? null;
       let total = 0;
-      for (const player of layer.players) total += player.weight;
-      for (const player of layer.players) at = this.put(at, row, player.let_in ? LET_IN : PLAYS, player, player.weight / (total || 1));
-      for (const out of layer.kept_out ?? []) at = this.put(at, row, KEPT_OUT, out, 0);
-      for (const near of layer.near_misses ?? []) at = this.put(at, row, NEAR, near, 0);
+      // Servers and recordings of Soli 0.1 named them players, let_in, kept_out and near_misses.
+      const players = layer.selected ?? layer.players;
+      for (const player of players) total += player.weight;
+      for (const player of players) {
+        const kind = player.promoted_by_bias ?? player.let_in ? LET_IN : PLAYS;
+        at = this.put(at, row, kind, player, player.weight / (total || 1));
+      }
+      for (const out of layer.demoted_by_bias ?? layer.kept_out ?? []) at = this.put(at, row, KEPT_OUT, out, 0);
+      for (const near of layer.runner_ups ?? layer.near_misses ?? []) at = this.put(at, row, NEAR, near, 0);
     }
     this.tokens.push({ text: token.text, part: token.part, position: token.position });
     this.groups.push(groups);
