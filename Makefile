@@ -24,9 +24,11 @@ demo: $(VENV)/.soli ## install, then translate a sentence offline with the model
 install: $(VENV)/.soli ## make .venv with soli in it
 	@echo 'soli: ready: $(BIN)/soli --help'
 
-lint: $(VENV)/.dev ## ruff and mypy
+lint: $(VENV)/.dev ## ruff, mypy, the words that we do not use, links and line lengths of the documents
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python tools/lint_words.py --at-most 1205
+	$(BIN)/python tools/check_links.py --links-only
 
 test: $(VENV)/.dev lint ## everything that needs neither a GPU nor patience
 	$(PYTEST) -m "not slow and not gpu" -n $(JOBS)

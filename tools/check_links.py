@@ -1,0 +1,81 @@
+"""Check the documents: every relative link, image and #anchor resolves, and no line is longer than 120 characters.
+
+    python tools/check_links.py
+
+Tables, code blocks and lines with a link may be longer.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+WIDTH = 120
+PAGES = (
+    "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md", "benchmarks/**/README.md",
+    "src/soli/recipes/README.md",
+)  # fmt: skip
+LINK = re.compile(r"!?\[(?:[^\]\[]|\[[^\]]*\])*\]\(([^)\s]+)(?:\s+\"[^\"]*\")?\)")
+IMAGE = re.compile(r"<img[^>]+src=\"([^\"]+)\"")
+FENCE = re.compile(r"^(```|~~~)")
+
+
+def prose(text: str) -> Iterator[tuple[int, str]]:
+    """Numbered lines outside fenced code."""
+    fenced = False
+    for number, line in enumerate(text.splitlines(), 1):
+        if FENCE.match(line.strip()):
+            fenced = not fenced
+        elif not fenced:
+            yield number, line
+
+
+def anchor(heading: str) -> str:
+    """A heading's anchor as GitHub makes it: lower case, punctuation left out, spaces to hyphens."""
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+    return re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+
+
+def anchors(text: str) -> set[str]:
+    """All anchors of a page; a repeated heading gets -1, -2, ..."""
+    counts: dict[str, int] = {}
+    names = set(re.findall(r"<a (?:id|name)=\"([^\"]+)\"", text))
+    for _, line in prose(text):
+        if match := re.match(r"#{1,6} +(.+?) *#*$", line):
+            name = anchor(match[1])
+            number = counts.get(name, 0)
+            counts[name] = number + 1
+            names.add(f"{name}-{number}" if number else name)
+    return names
+
+
+def problems(page: Path) -> Iterator[str]:
+    text = page.read_text(encoding="utf-8")
+    for number, line in prose(text):
+        for target in LINK.findall(line) + IMAGE.findall(line):
+            if re.match(r"[a-z]+:", target):
+                continue
+            path, _, fragment = target.partition("#")
+            file = (page.parent / path).resolve() if path else page
+            if not file.exists():
+                yield f"{page.relative_to(ROOT)}:{number}: {target}: no such file"
+            elif fragment and file.suffix == ".md" and fragment not in anchors(file.read_text(encoding="utf-8")):
+                yield f"{page.relative_to(ROOT)}:{number}: {target}: no such heading"
+        if len(line) > WIDTH and not line.lstrip().startswith("|") and not LINK.search(line):
+            yield f"{page.relative_to(ROOT)}:{number}: {len(line)} characters, {WIDTH} are allowed"
+
+
+def main() -> int:
+    pages = sorted({page for pattern in PAGES for page in ROOT.glob(pattern)})
+    complaints = [problem for page in pages for problem in problems(page)]
+    if "--links-only" in sys.argv:
+        complaints = [complaint for complaint in complaints if not complaint.endswith("are allowed")]
+    print(*complaints, sep="\n", end="\n" if complaints else "", file=sys.stderr)
+    return int(bool(complaints))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
