@@ -22,7 +22,7 @@ def test_biases_are_not_centred():
     torch.testing.assert_close(layer.gate.e_score_correction_bias.mean(), torch.tensor(0.3 * 6 / 8))
 
 
-def test_gamma_zero_leaves_everything():
+def test_gamma_zero_changes_nothing():
     model = tiny_model()
     step_bias(model, torch.randint(1, 9, (2, 8)), gamma=0.0)
     assert all(not layer.gate.e_score_correction_bias.any() for _, layer in model.moe_layers())

@@ -1,4 +1,6 @@
-"""Trap 5: one bias step per optimizer step, from all micro-batches, in training alone, MTP too, recomputation not."""
+"""Trap 5: the bias moves once per optimizer step, from the counts of all micro-batches, only in training, in MTP layers
+too; recomputed activations are not counted again.
+"""
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -27,7 +29,7 @@ def test_one_step_moves_every_layer_by_gamma_whatever_the_micro_batch(tmp_path):
     assert all(bias.any() for bias in seen[0])
 
 
-def test_counts_start_anew_each_step(tmp_path):
+def test_counters_are_zeroed_each_step(tmp_path):
     run = prepare(settings(), {}, write_data(tmp_path / "data"), tmp_path / "run")
     assert take_step(run).counts_LE.sum() == take_step(run).counts_LE.sum()
 
@@ -46,7 +48,7 @@ def test_recomputed_activations_count_once():
     totals = count_targets(window, 1, EOS)
     plain = compute_losses(model, window, totals, EOS)
     plain.total(0.3, 1e-4).backward()
-    wanted = {name: p.grad.clone() for name, p in model.named_parameters()}
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     for block in (*model.layers, *(module.block for module in model.mtp)):
         forward = block.forward
@@ -55,4 +57,4 @@ def test_recomputed_activations_count_once():
     recomputed.total(0.3, 1e-4).backward()
     assert torch.equal(recomputed.counts_LE, plain.counts_LE)
     for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, wanted[name])
+        torch.testing.assert_close(p.grad, expected[name])

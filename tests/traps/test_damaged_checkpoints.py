@@ -1,4 +1,4 @@
-"""Trap 16: FP8 weights without their scale, a short shard, an unknown or a missing tensor, and their kin.
+"""Trap 16: FP8 weights without their scale, a short shard, an unknown or a missing tensor, and similar damage.
 
 Each damage must be an error that names file and tensor, before any weight is used, and a failing exit of the command.
 """
@@ -167,8 +167,8 @@ DAMAGES = {
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory) -> dict[tuple[str, bool], Path]:
-    root = tmp_path_factory.mktemp("sound")
+def intact(tmp_path_factory) -> dict[tuple[str, bool], Path]:
+    root = tmp_path_factory.mktemp("intact")
     return {
         (format, sharded): saved(root / f"{format}-{sharded}", format=format, shard_bytes=60_000 if sharded else 10**9)
         for format in ("fp8", "fp32")
@@ -177,9 +177,9 @@ def sound(tmp_path_factory) -> dict[tuple[str, bool], Path]:
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_damage_is_an_error_that_names_file_and_tensor(name: str, sound, tmp_path: Path, capsys) -> None:
+def test_damage_is_an_error_that_names_file_and_tensor(name: str, intact, tmp_path: Path, capsys) -> None:
     damage, folder = DAMAGES[name], tmp_path / "m"
-    shutil.copytree(sound[damage.format, damage.sharded], folder)
+    shutil.copytree(intact[damage.format, damage.sharded], folder)
     open_checkpoint(folder)
     damage.do(folder)
     with pytest.raises(SoliError) as raised:
@@ -187,15 +187,15 @@ def test_damage_is_an_error_that_names_file_and_tensor(name: str, sound, tmp_pat
     assert all(part in str(raised.value) for part in damage.says), str(raised.value)
     assert "\n" not in str(raised.value)
     assert main(["convert", str(folder), str(tmp_path / "out"), "--to", "bf16"]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("soli: ") and all(part in said.replace("\n", "") for part in damage.says)
+    message = capsys.readouterr().err
+    assert message.startswith("soli: ") and all(part in message.replace("\n", "") for part in damage.says)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 @pytest.mark.parametrize("name", sorted(set(DAMAGES) - {"scale not a number", "scale of zero"}))
-def test_damage_is_found_from_headers_alone(name: str, sound, tmp_path: Path, monkeypatch) -> None:
+def test_damage_is_found_from_headers_alone(name: str, intact, tmp_path: Path, monkeypatch) -> None:
     damage, folder = DAMAGES[name], tmp_path / "m"
-    shutil.copytree(sound[damage.format, damage.sharded], folder)
+    shutil.copytree(intact[damage.format, damage.sharded], folder)
     damage.do(folder)
     monkeypatch.setattr(Shard, "tensor", lambda *_: pytest.fail("a weight was read"))
     with pytest.raises(SoliError):

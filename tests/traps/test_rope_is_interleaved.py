@@ -1,4 +1,4 @@
-"""Trap 10: RoPE is interleaved in released weights: pairs are (x0, x1), (x2, x3), ...: turned once, in place."""
+"""Trap 10: RoPE is interleaved in released weights: pairs are (x0, x1), (x2, x3), ...: rotated once, in place."""
 
 import torch
 
@@ -7,14 +7,14 @@ from soli.model.rope import Rope, rotate
 from tests.model.oracle import draw_config, make_model
 
 
-def test_each_adjacent_pair_turns_by_its_angle_as_a_complex_number() -> None:
+def test_each_adjacent_pair_is_rotated_by_its_angle_as_a_complex_number() -> None:
     config = draw_config(0, rope_scaling=None, rope_interleave=True)
     x_BTHR = torch.randn(1, 7, 2, 8, generator=torch.Generator().manual_seed(0))
-    turned = rotate(x_BTHR, Rope(config)(torch.arange(7)[None]), interleaved=True)
+    rotated = rotate(x_BTHR, Rope(config)(torch.arange(7)[None]), interleaved=True)
     angles = torch.arange(7)[:, None] * config.rope_theta ** (-torch.arange(0, 8, 2) / 8)
-    whirl = torch.polar(torch.ones_like(angles), angles)[None, :, None]
-    expected = torch.view_as_real(torch.view_as_complex(x_BTHR.unflatten(-1, (-1, 2))) * whirl).flatten(-2)
-    torch.testing.assert_close(turned, expected, rtol=1e-5, atol=1e-6)
+    rotation = torch.polar(torch.ones_like(angles), angles)[None, :, None]
+    expected = torch.view_as_real(torch.view_as_complex(x_BTHR.unflatten(-1, (-1, 2))) * rotation).flatten(-2)
+    torch.testing.assert_close(rotated, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_two_layouts_agree_when_rows_are_permuted_once_and_not_otherwise() -> None:

@@ -1,4 +1,4 @@
-"""Trap 12: keys are wider than values; every attention path must take it, and expanded must equal absorbed."""
+"""Trap 12: keys are wider than values; every attention path must support it, and expanded must equal absorbed."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def literal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> 
     return scores.masked_fill(future, float("-inf")).softmax(-1) @ v.double()
 
 
-@pytest.mark.parametrize("short", [0, 512], ids=["fused", "written out"])
+@pytest.mark.parametrize("short", [0, 512], ids=["fused", "materialised scores"])
 def test_keys_of_192_and_values_of_128(short: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "SHORT", short)
     generator = torch.Generator().manual_seed(0)
@@ -25,18 +25,18 @@ def test_keys_of_192_and_values_of_128(short: int, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("config", [draw_config(s) for s in range(8)] + [draw_v2_config(s) for s in range(2)])
-def test_absorbed_decoding_equals_one_expanded_pass(config) -> None:  # type: ignore[no-untyped-def]
+def test_absorbed_decoding_equals_one_expanded_forward(config) -> None:  # type: ignore[no-untyped-def]
     model = make_model(config)
     ids = torch.randint(0, 97, (2, 12), generator=torch.Generator().manual_seed(0))
     cache = LatentCache.whole_rows([12, 12], page_tokens=4)
 
-    def read(start: int, stop: int) -> torch.Tensor:
+    def forward(start: int, stop: int) -> torch.Tensor:
         now = cache.begin([0, 1], [start, start], [stop - start] * 2)
         hidden_1TD = model.trunk(ids[:, start:stop].reshape(1, -1), now.positions_T[None], now).hidden_BTD
         return hidden_1TD.unflatten(1, (2, -1))[0]
 
     with torch.no_grad():
         whole = model(ids)
-        parts = [read(0, 5), read(5, 8), *(read(t, t + 1) for t in range(8, 12))]
-        pieces = model.head(torch.cat(parts, dim=1))
-    torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-4 * float(whole.abs().max()))
+        parts = [forward(0, 5), forward(5, 8), *(forward(t, t + 1) for t in range(8, 12))]
+        chunks = model.head(torch.cat(parts, dim=1))
+    torch.testing.assert_close(chunks, whole, rtol=1e-4, atol=1e-4 * float(whole.abs().max()))

@@ -29,7 +29,7 @@ def test_unequal_mscales_scale_cos_and_sin_by_their_ratio() -> None:
     assert softmax_scale(config) == pytest.approx(config.qk_head_dim**-0.5 * (0.05 * log + 1) ** 2, rel=1e-12)
 
 
-def test_yarn_keeps_fast_pairs_and_slows_slow_ones_by_the_factor() -> None:
+def test_yarn_leaves_high_frequencies_and_divides_low_ones_by_the_factor() -> None:
     config = preset("deepseek-v3")
     plain = 1.0 / config.rope_theta ** (torch.arange(0, 64, 2) / 64)
     ratio = plain / inverse_frequencies(config)

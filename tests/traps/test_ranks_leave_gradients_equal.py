@@ -1,7 +1,7 @@
 """Trap 13: gradients, their norm and the counts for the bias do not depend on how many ranks share a step.
 
-Training on several devices is not built; what it will stand on is: shares cut by `rank_slice`, losses divided by counts
-of the whole step, counts summed by `reduce_counts`.
+Training on several devices is not built; its parts are: shares cut by `rank_slice`, losses divided by the whole
+step's counts, counts summed by `reduce_counts`.
 """
 
 from pathlib import Path
@@ -29,27 +29,27 @@ def share_of_step(data: Path, rank: int, world: int):
 
 
 def work(rank: int, world: int, folder: Path) -> None:
-    """One process of `world`: its share, summed with the others'; the first writes what came out."""
+    """One process of `world`: its share, summed over all ranks; every rank saves its results."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=world)
     model, counts_LE = share_of_step(folder / "data", rank, world)
     for p in model.parameters():
         dist.all_reduce(p.grad)
     counts_LE = reduce_counts(counts_LE)
     step_bias(model, counts_LE, 0.01)
-    found = {name: p.grad for name, p in model.named_parameters()} | {"counts": counts_LE}
-    found |= {name: layer.gate.e_score_correction_bias for name, layer in model.moe_layers()}
-    torch.save(found, folder / f"rank{rank}.pt")
+    results = {name: p.grad for name, p in model.named_parameters()} | {"counts": counts_LE}
+    results |= {name: layer.gate.e_score_correction_bias for name, layer in model.moe_layers()}
+    torch.save(results, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
 
-def assert_same(model, counts_LE, found: dict[str, torch.Tensor]) -> None:
-    assert torch.equal(counts_LE, found["counts"])
-    wanted = {name: p.grad for name, p in model.named_parameters()}
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
-    norm = torch.nn.utils.get_total_norm([found[name] for name in wanted])
-    torch.testing.assert_close(norm, torch.nn.utils.get_total_norm(wanted.values()), rtol=1e-5, atol=0)
+def assert_same(model, counts_LE, results: dict[str, torch.Tensor]) -> None:
+    assert torch.equal(counts_LE, results["counts"])
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    for name, gradient in expected.items():
+        torch.testing.assert_close(results[name], gradient, rtol=1e-4, atol=1e-6)
+    norm = torch.nn.utils.get_total_norm([results[name] for name in expected])
+    torch.testing.assert_close(norm, torch.nn.utils.get_total_norm(expected.values()), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -57,8 +57,8 @@ def test_shares_of_any_number_of_ranks_add_up_to_the_step(tmp_path, world):
     data = write_data(tmp_path / "data")
     whole, counts_LE = share_of_step(data, 0, 1)
     shares = [share_of_step(data, rank, world) for rank in range(world)]
-    found = {name: sum(m.get_parameter(name).grad for m, _ in shares) for name, _ in whole.named_parameters()}
-    assert_same(whole, counts_LE, found | {"counts": sum(counts for _, counts in shares)})
+    gradients = {name: sum(m.get_parameter(name).grad for m, _ in shares) for name, _ in whole.named_parameters()}
+    assert_same(whole, counts_LE, gradients | {"counts": sum(counts for _, counts in shares)})
 
 
 @pytest.mark.slow
@@ -68,7 +68,7 @@ def test_two_processes_agree_with_one(tmp_path):
     whole, counts_LE = share_of_step(data, 0, 1)
     step_bias(whole, counts_LE, 0.01)
     for rank in range(2):
-        found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
-        assert_same(whole, counts_LE, found)
+        results = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        assert_same(whole, counts_LE, results)
         for name, layer in whole.moe_layers():
-            assert torch.equal(layer.gate.e_score_correction_bias, found[name]) and found[name].any()
+            assert torch.equal(layer.gate.e_score_correction_bias, results[name]) and results[name].any()

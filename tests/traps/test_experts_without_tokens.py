@@ -11,18 +11,18 @@ def parts(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     x_TD = torch.randn(6, 16, generator=generator).to(dtype)
     gate_up = torch.randn(5, 16, 16, generator=generator).to(dtype).requires_grad_()
     down = torch.randn(5, 16, 8, generator=generator).to(dtype).requires_grad_()
-    ids_TK = torch.tensor([[1, 3], [3, 1], [1, 3], [1, 3], [3, 1], [1, 3]])  # 0, 2 and 4 get nothing
+    ids_TK = torch.tensor([[1, 3], [3, 1], [1, 3], [1, 3], [3, 1], [1, 3]])  # 0, 2 and 4 get no token
     weights_TK = torch.rand(6, 2, generator=generator)
     return x_TD, ids_TK, weights_TK, gate_up, down
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_idle_experts_get_zero_gradients_and_change_nothing(dtype: torch.dtype) -> None:
+def test_experts_without_tokens_get_zero_gradients_and_change_nothing(dtype: torch.dtype) -> None:
     x_TD, ids_TK, weights_TK, gate_up, down = parts(dtype)
     with torch.no_grad():
-        for idle in (0, 2, 4):  # whoever touches them would be caught
-            gate_up[idle] = float("nan")
-            down[idle] = float("nan")
+        for expert in (0, 2, 4):  # reading them would show in the output
+            gate_up[expert] = float("nan")
+            down[expert] = float("nan")
     y_TD = experts(x_TD, ids_TK, weights_TK, gate_up, down)
     expected = reference.experts(x_TD, ids_TK, weights_TK, gate_up, down)
     torch.testing.assert_close(y_TD, expected, rtol=1e-4 if dtype == torch.float32 else 0.05, atol=0.05)

@@ -7,7 +7,7 @@ from tests.traps.routers import make_router
 
 
 def test_everything_is_float32_under_bfloat16_activations() -> None:
-    router = make_router(experts=8, groups=1, kept=1, chosen=2).to(torch.bfloat16)
+    router = make_router(experts=8, groups=1, selected_groups=1, experts_per_token=2).to(torch.bfloat16)
     routing = router(torch.randn(4, 8, dtype=torch.bfloat16))
     assert router.weight.dtype == torch.bfloat16
     assert router.e_score_correction_bias.dtype == torch.float32
@@ -15,7 +15,7 @@ def test_everything_is_float32_under_bfloat16_activations() -> None:
 
 
 def test_logits_are_not_rounded_to_bfloat16() -> None:
-    router = make_router(experts=8, groups=1, kept=1, chosen=2).to(torch.bfloat16)
+    router = make_router(experts=8, groups=1, selected_groups=1, experts_per_token=2).to(torch.bfloat16)
     x_TD = torch.randn(32, 8, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(4))
     exact = (x_TD.double() @ router.weight.double().T).sigmoid()
     assert (router(x_TD).scores_TE.double() - exact).abs().max() < 1e-6
@@ -28,4 +28,4 @@ def test_a_bias_near_five_moves_by_a_thousandth_after_a_cast_of_the_model() -> N
     model.to(torch.bfloat16)
     moe.gate.e_score_correction_bias += 0.001
     assert float(moe.gate.e_score_correction_bias[0]) > 5.0009
-    assert torch.tensor(5.0, dtype=torch.bfloat16) + 0.001 == 5.0  # what would happen otherwise
+    assert torch.tensor(5.0, dtype=torch.bfloat16) + 0.001 == 5.0  # in bfloat16 it does not move
