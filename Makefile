@@ -49,7 +49,7 @@ $(VENV)/.torch: tools/venv.sh
 $(VENV)/.soli: $(VENV)/.torch pyproject.toml
 	@echo 'soli: installing soli and the packages it needs'
 	@$(PIP_INSTALL) --editable .
-	@$(BIN)/python -m soli.kernels.cpu.build
+	@$(BIN)/python -m soli.kernels.cpu
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.soli

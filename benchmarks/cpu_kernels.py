@@ -49,7 +49,7 @@ def soli_layer(format: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
             codes = torch.randint(0, 256, (E, rows, columns // 2), dtype=torch.uint8)
         return QuantizedWeight(format, codes, scale, (E, rows, columns), GROUP)
 
-    table = cpu.ExpertTable.stacked(stack(2 * WIDTH, D), stack(D, WIDTH))
+    table = cpu.ExpertTable.from_stacked(stack(2 * WIDTH, D), stack(D, WIDTH))
     return lambda x_TD, ids_TK, weights_TK: cpu.experts(x_TD, ids_TK, weights_TK, table)
 
 

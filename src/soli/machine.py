@@ -116,7 +116,7 @@ def _processor() -> tuple[str, tuple[str, ...]]:
 
 
 def _kernels() -> tuple[str, str]:
-    found = native.opened()
+    found = native.library_or_reason()
     if isinstance(found, str):
         return "torch", found
     way = dispatch.forced()

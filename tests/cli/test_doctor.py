@@ -27,7 +27,7 @@ def test_json_has_every_figure(capsys, tmp_path):
 
 def test_the_table_says_which_kernels_run(capsys, monkeypatch):
     monkeypatch.setattr(machine, "disk_bandwidth", lambda folder: None)
-    monkeypatch.setattr(native, "opened", lambda: "there is no C++ compiler")
+    monkeypatch.setattr(native, "library_or_reason", lambda: "there is no C++ compiler")
     assert main(["doctor"]) == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert list(lines) == ["processor", "features", "kernels", "threads", "memory", "disk", "GPU", "versions"]
@@ -35,7 +35,7 @@ def test_the_table_says_which_kernels_run(capsys, monkeypatch):
 
 
 def test_a_forced_path_is_shown(capsys, monkeypatch):
-    if isinstance(native.opened(), str):
+    if isinstance(native.library_or_reason(), str):
         pytest.skip("no C++ kernels here")
     for name, value, said in (
         ("SOLI_KERNELS", "torch", "torch: SOLI"),

@@ -71,13 +71,13 @@ def check(weight: QuantizedWeight, generator: torch.Generator) -> None:
 def check_experts(format: str, at_end: bool, generator: torch.Generator) -> None:
     """Three experts of width 128 over tokens of width 96, of which the last is nobody's choice."""
     gate_up, down = (random_weight(format, shape, 32, generator) for shape in ((3, 256, 96), (3, 96, 128)))
-    lying = cpu.ExpertTable.stacked(held(gate_up, at_end), held(down, at_end))
+    lying = cpu.ExpertTable.from_stacked(held(gate_up, at_end), held(down, at_end))
     for dtype in DTYPES:
         for tokens in (1, 40):
             x_TD = torch.randn(tokens, 96, generator=generator).to(dtype)
             ids_TK = torch.arange(2 * tokens).view(tokens, 2) % 2
             inputs = x_TD, ids_TK, torch.rand(tokens, 2, generator=generator)
-            expected = cpu.experts(*inputs, cpu.ExpertTable.stacked(gate_up, down))
+            expected = cpu.experts(*inputs, cpu.ExpertTable.from_stacked(gate_up, down))
             assert torch.equal(cpu.experts(*inputs, lying), expected)
 
 

@@ -61,11 +61,11 @@ def test_a_compiler_that_knows_no_tiles_builds_the_rest(tmp_path, monkeypatch) -
 
 def test_without_a_compiler_there_is_one_line_and_torch(monkeypatch, capsys) -> None:
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
-    native.opened.cache_clear(), native.library.cache_clear()
+    native.library_or_reason.cache_clear(), native.library.cache_clear()
     try:
         assert native.library() is None and native.library() is None
     finally:
-        native.opened.cache_clear(), native.library.cache_clear()
+        native.library_or_reason.cache_clear(), native.library.cache_clear()
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "no C++ compiler" in said
 

@@ -59,7 +59,7 @@ def check(
     x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up: QuantizedWeight, down: QuantizedWeight, isa: str
 ) -> None:
     """An answer near enough, and of every token the same bits alone."""
-    table = ExpertTable.stacked(gate_up, down)
+    table = ExpertTable.from_stacked(gate_up, down)
     y_TD = cpu.experts(x_TD, ids_TK, weights_TK, table)
     exact_TD, limit_TD = exact(x_TD, ids_TK, weights_TK, gate_up, down, isa)
     assert y_TD.dtype == x_TD.dtype and ((y_TD.double() - exact_TD).abs() <= limit_TD).all()
@@ -110,10 +110,10 @@ def test_experts_may_lie_anywhere(isa) -> None:
         [QuantizedWeight("int8", m[i], s[i], (96, 128), 32) for m, s in zip(matrices, scales, strict=True)]
         for i in (0, 1)
     )
-    apart = ExpertTable.listed(gates, ups, [down[e] for e in range(6)])
+    apart = ExpertTable.from_matrices(gates, ups, [down[e] for e in range(6)])
     ids_TK, weights_TK = routed(5, 6, 2, "any", torch.Generator().manual_seed(1))
     x_TD = torch.randn(5, 128)
-    together = cpu.experts(x_TD, ids_TK, weights_TK, ExpertTable.stacked(gate_up, down))
+    together = cpu.experts(x_TD, ids_TK, weights_TK, ExpertTable.from_stacked(gate_up, down))
     assert torch.equal(cpu.experts(x_TD, ids_TK, weights_TK, apart), together)
 
 
@@ -124,12 +124,12 @@ def test_formats_may_differ_between_up_and_down(isa) -> None:
     ids_TK, weights_TK = routed(3, 4, 2, "any", generator)
     x_TD = torch.randn(3, 64, generator=generator)
     exact_TD, limit_TD = exact(x_TD, ids_TK, weights_TK, gate_up, down, isa)
-    y_TD = cpu.experts(x_TD, ids_TK, weights_TK, ExpertTable.stacked(gate_up, down))
+    y_TD = cpu.experts(x_TD, ids_TK, weights_TK, ExpertTable.from_stacked(gate_up, down))
     assert ((y_TD.double() - exact_TD).abs() <= limit_TD).all()
 
 
 def test_threads_batches_and_the_order_of_choices_do_not_change_a_bit(isa) -> None:
-    table = ExpertTable.stacked(*layer(E=40, D=64, F=32))
+    table = ExpertTable.from_stacked(*layer(E=40, D=64, F=32))
     ids_TK, weights_TK = routed(200, 40, 3, "any", torch.Generator().manual_seed(1))
     x_TD, threads = torch.randn(200, 64, generator=torch.Generator().manual_seed(7)).bfloat16(), torch.get_num_threads()
     y_TD = cpu.experts(x_TD, ids_TK, weights_TK, table)
@@ -143,7 +143,7 @@ def test_threads_batches_and_the_order_of_choices_do_not_change_a_bit(isa) -> No
 
 
 def test_the_result_is_written_whole_over_anything(isa, monkeypatch) -> None:
-    table, empty_like = ExpertTable.stacked(*layer()), torch.empty_like
+    table, empty_like = ExpertTable.from_stacked(*layer()), torch.empty_like
     ids_TK, weights_TK = routed(9, 6, 2, "one", torch.Generator().manual_seed(1))
     monkeypatch.setattr(torch, "empty_like", lambda x: empty_like(x).fill_(float("nan")))
     assert not cpu.experts(torch.randn(9, 128), ids_TK, weights_TK, table).isnan().any()
@@ -157,26 +157,26 @@ def test_silu_is_exact_far_out(isa) -> None:
     down = QuantizedWeight("fp32", torch.ones(1, 1, 1), None, (1, 1, 1), 0)
     x_T1 = torch.tensor([-1e30, -100.0, -88.0, -20.0, -1.0, -1e-6, 0.0, 1e-6, 0.5, 3.0, 88.0, 100.0, 1e15])[:, None]
     ids_TK = torch.zeros(len(x_T1), 1, dtype=torch.int64)
-    y_T1 = cpu.experts(x_T1, ids_TK, torch.ones(len(x_T1), 1), ExpertTable.stacked(one, down))
+    y_T1 = cpu.experts(x_T1, ids_TK, torch.ones(len(x_T1), 1), ExpertTable.from_stacked(one, down))
     exact_T1 = torch.nn.functional.silu(x_T1.double()) * x_T1.double()
     torch.testing.assert_close(y_T1.double(), exact_T1, rtol=1e-6, atol=1e-30)
 
 
 def test_what_does_not_fit_is_refused() -> None:
     gate_up, down = layer()
-    table, x_TD = ExpertTable.stacked(gate_up, down), torch.zeros(2, 128)
+    table, x_TD = ExpertTable.from_stacked(gate_up, down), torch.zeros(2, 128)
     for wrong in (-1, 6):
         with pytest.raises(IndexError, match="expert id"):
             cpu.experts(x_TD, torch.full((2, 1), wrong), torch.ones(2, 1), table)
     with pytest.raises(ValueError, match="do not fit"):
         cpu.experts(x_TD, torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1), table)
     with pytest.raises(SoliError, match="do not fit"):
-        ExpertTable.stacked(down, gate_up)
+        ExpertTable.from_stacked(down, gate_up)
     fp8 = (
         random_weight("fp8", (2, 192, 64), 128, torch.Generator()),
         random_weight("fp8", (2, 64, 96), 128, torch.Generator()),
     )
     with pytest.raises(SoliError, match="multiple of 128"):
-        ExpertTable.stacked(*fp8)
+        ExpertTable.from_stacked(*fp8)
     with pytest.raises(SoliError, match="same number"):
-        ExpertTable.listed([gate_up[0]], [gate_up[0]], [down[0], down[1]])
+        ExpertTable.from_matrices([gate_up[0]], [gate_up[0]], [down[0], down[1]])

@@ -44,7 +44,7 @@ def experts(x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, gate_up_E2F
     """Equation 12's routed part for T tokens: (T, D), (T, K), (T, K) to (T, D) in the dtype of x."""
     way = forced()
     if _takes(x_TD, gate_up_E2FD, way) and _takes(weights_TK, down_EDF, way):
-        table = cpu.ExpertTable.plain(gate_up_E2FD, down_EDF)
+        table = cpu.ExpertTable.from_plain(gate_up_E2FD, down_EDF)
         return cpu.experts(x_TD, expert_ids_TK, weights_TK, table)
     answer = reference.experts if way == "reference" else sorted_experts.experts
     return answer(x_TD, expert_ids_TK, weights_TK, gate_up_E2FD, down_EDF)
@@ -96,7 +96,7 @@ def table_of(quantized: QuantizedExperts) -> cpu.ExpertTable | None:
         kinds = [{(w.format, w.group, w.shape) for w in part} for part in parts]
         uniform = all(len(kind) == 1 for kind in kinds)
         stacks = quantized.gates, quantized.ups, quantized.downs
-        _tables[quantized] = cpu.ExpertTable.listed(*stacks) if uniform else None
+        _tables[quantized] = cpu.ExpertTable.from_matrices(*stacks) if uniform else None
     return _tables[quantized]
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from soli.kernels import cpu, dispatch
 from soli.kernels.cpu import fused as c
+from soli.kernels.cpu import structs
 from soli.model.attention import Cache, LatentAttention
 from soli.model.layers import MLP, Linear, RMSNorm
 from soli.model.moe import MoE, RoutedExperts
@@ -56,7 +57,7 @@ class Plan:
         for start in range(0, len(x_TD), rows):  # later rows find the latents of earlier ones in the cache
             part = slice(start, min(start + rows, len(x_TD)))
             muted = [None if m is None else m[part] for m in self.muted]
-            found.append(c.run(table, x_TD[part], self._standing(position_T[part], part), pages, muted))
+            found.append(c.forward_hidden(table, x_TD[part], self._standing(position_T[part], part), pages, muted))
         y_TD = torch.cat([y for y, _ in found]) if len(found) > 1 else found[0][0]
         made = [_fields(decisions) for _, decisions in found]
         parts = [torch.cat(part, 1) for part in zip(*made, strict=True)] if len(made) > 1 else made[0]
@@ -69,14 +70,14 @@ class Plan:
         if words is None or len(ids_T) > built.rows or not dispatch.wins(built.dtype, len(ends), words.quantized):
             return None
         chunks = [(chunk.start, chunk.stop, chunk.first, chunk.slots_S) for chunk in self.cache.chunks]
-        rows = c.Rows(self.positions_BT.flatten(), self.cache.table_BM, self.cache.lengths_B, chunks)
-        logits_NW, y_TD, decisions = c.read(built.table, words, ids_T, ends, rows, self._pages(), self.muted)
+        rows = c.AttentionMetadata(self.positions_BT.flatten(), self.cache.table_BM, self.cache.lengths_B, chunks)
+        logits_NW, y_TD, decisions = c.forward_ids(built.table, words, ids_T, ends, rows, self._pages(), self.muted)
         return logits_NW, y_TD, Routings(*_fields(decisions))
 
     def _pages(self) -> list[Tensor]:
         return [self.cache.pages(index, self.built.width, self.like) for index in self.built.indices]
 
-    def _standing(self, position_T: Tensor, part: slice) -> c.Rows:
+    def _standing(self, position_T: Tensor, part: slice) -> c.AttentionMetadata:
         """Where some of the rows stand; a chunk that is cut is two."""
         singles, chunks = slice(part.start, max(part.start, min(part.stop, self.cache.singles))), []
         for chunk in self.cache.chunks:
@@ -85,7 +86,7 @@ class Plan:
                 first = chunk.first + start - chunk.start
                 chunks.append((start - part.start, stop - part.start, first, chunk.slots_S))
         table_BM, lengths_B = self.cache.table_BM[singles].contiguous(), self.cache.lengths_B[singles]
-        return c.Rows(position_T, table_BM, lengths_B, chunks)
+        return c.AttentionMetadata(position_T, table_BM, lengths_B, chunks)
 
 
 def plan(
@@ -134,11 +135,11 @@ class _Builder:
         self.packs: list[tuple[dict[str, Any], object]] = []  # attributes of modules, and what was quantized
         self.alive: list[object] = []
         self.scales = [(block.self_attn, block.self_attn.scale) for block in blocks]
-        table = (c.Layer * len(blocks))(*(self._layer(block) for block in blocks))
+        table = (structs.CLayer * len(blocks))(*(self._layer(block) for block in blocks))
         self.words = self._words(*ends) if ends else None
-        self.table = c.Table(table, self._norm(norm), rope.inv_P, rope.scale, tuple(self.alive))
+        self.table = c.LayerTable(table, self._norm(norm), rope.inv_P, rope.scale, tuple(self.alive))
         # How many rows a call takes; the width of a slot; which layers of the cache these are.
-        self.rows = max(LEAST_ROWS, min(c.MOST_ROWS, SCRATCH // max(_row_bytes(layer) for layer in table)))
+        self.rows = max(LEAST_ROWS, min(c.MAX_TOKENS, SCRATCH // max(_row_bytes(layer) for layer in table)))
         self.width = blocks[0].self_attn.C + blocks[0].self_attn.R
         self.indices = tuple(block.self_attn.layer for block in blocks)
         self.addresses = [hung[name].data_ptr() for hung, name in self.places]
@@ -159,7 +160,7 @@ class _Builder:
             and all(module.scale == scale for module, scale in self.scales)
         )
 
-    def _words(self, embedding: nn.Module, head: nn.Module) -> c.Words | None:
+    def _words(self, embedding: nn.Module, head: nn.Module) -> c.EmbeddingAndHead | None:
         """The model's ends; None where they are not the plain ones."""
         if type(embedding) is not nn.Embedding or type(head) is not Linear or head.bias is not None:
             return None
@@ -168,21 +169,21 @@ class _Builder:
             return None
         try:
             rows = c.vector(self._tensor(embedding._parameters, "weight", self.dtype))
-            return c.Words(rows, self._weight(head), head.quantized is not None, shape)
+            return c.EmbeddingAndHead(rows, self._weight(head), head.quantized is not None, shape)
         except _Unfit:
             return None
 
-    def _layer(self, block: Block) -> c.Layer:
+    def _layer(self, block: Block) -> structs.CLayer:
         attention, norm = block.self_attn, self._norm(block.input_layernorm)
         after = self._norm(block.post_attention_layernorm)
-        return c.Layer(self._attention(attention, norm), self._feed_forward(block.mlp, after))
+        return structs.CLayer(self._attention(attention, norm), self._feed_forward(block.mlp, after))
 
-    def _attention(self, a: LatentAttention, norm: c.Norm) -> c.Attention:
+    def _attention(self, a: LatentAttention, norm: structs.CNorm) -> structs.CAttention:
         self._plain(a, LatentAttention)
-        q_norm, q_a, q_a_bias = c.Norm(), c.Weight(), c.Vector()
+        q_norm, q_a, q_a_bias = structs.CNorm(), structs.CWeight(), structs.CVector()
         if a.q_lora:
             q_norm, q_a, q_a_bias = self._norm(a.q_a_layernorm), self._weight(a.q_a_proj), self._bias(a.q_a_proj)
-        return c.Attention(
+        return structs.CAttention(
             norm, q_norm, self._norm(a.kv_a_layernorm),
             q_a, self._weight(a.q_b_proj if a.q_lora else a.q_proj), self._weight(a.kv_a_proj_with_mqa),
             self._weight(a.kv_b_proj), self._weight(a.o_proj),
@@ -190,9 +191,9 @@ class _Builder:
             a.H, a.N, a.R, a.V, a.interleaved, a.scale,
         )  # fmt: skip
 
-    def _feed_forward(self, mlp: MoE | MLP, norm: c.Norm) -> c.FeedForward:
+    def _feed_forward(self, mlp: MoE | MLP, norm: structs.CNorm) -> structs.CFeedForward:
         everyone = mlp.shared_experts if isinstance(mlp, MoE) else mlp
-        part = c.FeedForward(norm)
+        part = structs.CFeedForward(norm)
         if everyone is not None:
             self._plain(everyone, MLP)
             part.gate, part.up = self._weight(everyone.gate_proj), self._weight(everyone.up_proj)
@@ -204,14 +205,14 @@ class _Builder:
             c.set_experts(part, self._experts(mlp.experts))
         return part
 
-    def _router(self, router: Router) -> c.Router:
+    def _router(self, router: Router) -> structs.CRouter:
         self._plain(router, Router)
         bias = router.e_score_correction_bias
-        if router.G > c.MOST_GROUPS or (bias is not None and bias.dtype != torch.float32):
+        if router.G > c.MAX_GROUPS or (bias is not None and bias.dtype != torch.float32):
             raise _Unfit
-        return c.Router(
+        return structs.CRouter(
             c.weight(self._tensor(router._parameters, "weight")),
-            c.Vector() if bias is None else c.vector(self._tensor(router._buffers, "e_score_correction_bias")),
+            structs.CVector() if bias is None else c.vector(self._tensor(router._buffers, "e_score_correction_bias")),
             router.K, router.G, router.kept_groups, 1 if bias is None else 2,
             router.scoring_func != "sigmoid", router.normalise, router.scaling,
         )  # fmt: skip
@@ -222,7 +223,7 @@ class _Builder:
         if experts.quantized is None:
             hung = experts._parameters
             stacks = (self._tensor(hung, name, *self.narrow) for name in ("gate_up_proj", "down_proj"))
-            table: cpu.ExpertTable | None = cpu.ExpertTable.plain(*stacks)
+            table: cpu.ExpertTable | None = cpu.ExpertTable.from_plain(*stacks)
         else:
             table = dispatch.table_of(experts.quantized)
         if table is None:
@@ -230,7 +231,7 @@ class _Builder:
         self.alive.append(table)
         return table
 
-    def _weight(self, linear: Linear) -> c.Weight:
+    def _weight(self, linear: Linear) -> structs.CWeight:
         self._plain(linear, Linear)
         self.packs.append((vars(linear), linear.quantized))
         if linear.quantized is None:
@@ -239,13 +240,13 @@ class _Builder:
         self.alive.append(linear.quantized)
         return c.weight(linear.quantized)
 
-    def _bias(self, linear: Linear) -> c.Vector:
-        return c.Vector() if linear.bias is None else c.vector(self._tensor(linear._parameters, "bias"))
+    def _bias(self, linear: Linear) -> structs.CVector:
+        return structs.CVector() if linear.bias is None else c.vector(self._tensor(linear._parameters, "bias"))
 
-    def _norm(self, norm: nn.Module) -> c.Norm:
+    def _norm(self, norm: nn.Module) -> structs.CNorm:
         if type(norm) is not RMSNorm:
             raise _Unfit
-        return c.Norm(c.vector(self._tensor(norm._parameters, "weight")), norm.eps)
+        return structs.CNorm(c.vector(self._tensor(norm._parameters, "weight")), norm.eps)
 
     def _tensor(self, hung: dict[str, Any], name: str, *dtypes: torch.dtype) -> Tensor:
         """A tensor that the table points to; an alias keeps its memory, so that no other can come to lie there."""
@@ -267,7 +268,7 @@ class _Builder:
             raise _Unfit
 
 
-def _row_bytes(layer: c.Layer) -> int:
+def _row_bytes(layer: structs.CLayer) -> int:
     """About what one row takes in a layer, as float32: its queries and heads, and of each expert it goes to the row and
     twice the hidden row."""
     a, f = layer.attention, layer.feed_forward
@@ -276,7 +277,7 @@ def _row_bytes(layer: c.Layer) -> int:
     return 4 * max(heads + a.o.layout.I + 4 * D, 2 * D + 2 * f.gate.layout.O + routed)
 
 
-def _fields(made: c.Decisions) -> tuple[Tensor, ...]:
+def _fields(made: c.RoutingTensors) -> tuple[Tensor, ...]:
     return made.ids_MTK, made.weights_MTK, made.scores_MTE, made.biased_MTE, made.groups_MTG
 
 

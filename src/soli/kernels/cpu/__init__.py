@@ -21,7 +21,7 @@ from torch import Tensor
 
 from soli.errors import SoliError
 from soli.formats.quantized import QuantizedWeight
-from soli.kernels.cpu.native import DTYPES, FORMATS, Library, check_code, chosen_isa, library
+from soli.kernels.cpu.native import DTYPES, FORMATS, Library, check_error, chosen_isa, library
 
 FORMAT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # of plain tensors
 PLAIN = {dtype: FORMATS[name] for dtype, name in FORMAT_NAMES.items()}
@@ -51,26 +51,26 @@ def _linear(
         chosen_isa(kernels.best_isa), format, O, I, group, weight, scale,
         y.numel() // max(O, 1), DTYPES[x.dtype], x.data_ptr(), y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    check_code(code)
+    check_error(code)
     return y if bias is None else y + bias.to(x.dtype)
 
 
 @dataclass(frozen=True, eq=False)
 class ExpertTable:
-    """Where the experts of one layer lie: for each its gate (F, D), up (F, D) and down (D, F), anywhere in memory.
+    """The addresses of one layer's experts: for each its gate (F, D), up (F, D) and down (D, F), anywhere in memory.
 
-    `addresses_3E2` int64 holds weight and scale of every gate, then every up, then every down; `alive` keeps their
-    memory. Gate and up share format and group; down may have its own.
+    `addresses_3E2` int64 holds weight and scale of every gate, then every up, then every down; `keep_alive` holds
+    references to their memory. Gate and up share format and group; down may have its own.
     """
 
     gate_up: tuple[str, int]  # format, group
     down: tuple[str, int]
     shape: tuple[int, int, int]  # E, D, F
     addresses_3E2: Tensor
-    alive: tuple[object, ...]
+    keep_alive: tuple[object, ...]
 
     @classmethod
-    def stacked(cls, gate_up: QuantizedWeight, down: QuantizedWeight) -> ExpertTable:
+    def from_stacked(cls, gate_up: QuantizedWeight, down: QuantizedWeight) -> ExpertTable:
         """Of stacked weights: gate_up (E, 2F, D), gate rows first, and down (E, D, F)."""
         E, D, F = down.shape
         if gate_up.shape != (E, 2 * F, D):
@@ -83,7 +83,7 @@ class ExpertTable:
         return cls((gate_up.format, gate_up.group), (down.format, down.group), (E, D, F), addresses, (gate_up, down))
 
     @classmethod
-    def plain(cls, gate_up_E2FD: Tensor, down_EDF: Tensor) -> ExpertTable:
+    def from_plain(cls, gate_up_E2FD: Tensor, down_EDF: Tensor) -> ExpertTable:
         """Of stacked float32 or bfloat16 tensors, which the caller keeps alive."""
         if gate_up_E2FD.is_contiguous() and down_EDF.is_contiguous():
             dtypes, shapes = (gate_up_E2FD.dtype, down_EDF.dtype), (gate_up_E2FD.shape, down_EDF.shape)
@@ -91,7 +91,7 @@ class ExpertTable:
         raise SoliError("stacked experts must be contiguous")
 
     @classmethod
-    def listed(
+    def from_matrices(
         cls, gates: Sequence[QuantizedWeight], ups: Sequence[QuantizedWeight], downs: Sequence[QuantizedWeight]
     ) -> ExpertTable:
         """Of matrices that lie apart, as in a file's pages: one gate, up and down for each expert."""
@@ -128,7 +128,7 @@ def experts(x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, table: Expe
         E, D, F, table.addresses_3E2.data_ptr(), T, K, DTYPES[x_TD.dtype], x_TD.data_ptr(), ids_TK.data_ptr(),
         weights_TK.data_ptr(), y_TD.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    check_code(code, E)
+    check_error(code, E)
     return y_TD
 
 
@@ -156,7 +156,7 @@ def latent_decode(
         P, S, table_BM.data_ptr(), table_BM.shape[1], lengths_B.data_ptr(), scale, y_BHC.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
-    check_code(code)
+    check_error(code)
     return y_BHC
 
 

@@ -2,7 +2,7 @@
 
 The cache (SOLI_CACHE, else XDG_CACHE_HOME/soli, else ~/.cache/soli) holds one library per sources, flags, compiler and
 OpenMP library. A lock keeps processes from compiling twice, a rename makes the library appear whole. `make install`
-runs this file; without that the first use does.
+runs `python -m soli.kernels.cpu`; without that the first use compiles.
 
 Threads are torch's: the library links the OpenMP runtime that torch has loaded and no other.
 
@@ -37,7 +37,7 @@ ISA_FLAGS: Final = {
     ),
     "amx": ("-mamx-tile", "-mamx-bf16", "-mamx-int8"),  # beside avx512's; compilers before 2021 do without
 }
-COMMON: Final = ("dispatch", "experts", "latents", "linear", "pass", "portable")
+COMMON: Final = ("dispatch", "experts", "forward", "latents", "linear", "portable", "struct_layouts")
 
 
 class BuildError(Exception):
@@ -153,12 +153,3 @@ def _run(command: list[str]) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise BuildError(f"{command[0]} does not run: {error}") from None
-
-
-if __name__ == "__main__":
-    import torch  # noqa: F401  (loads its OpenMP runtime)
-
-    try:
-        print(f"soli: CPU kernels in {build()}")
-    except BuildError as error:
-        print(f"soli: no CPU kernels, torch's own products will be used, because {error}")

@@ -20,7 +20,7 @@ int run(const Experts& layer, int64_t dtype, int64_t threads, int64_t T, const v
     Tokens in(layer.isa, layer.in, dtype), out(layer.isa, layer.out, dtype);
     const size_t wanted = Pairs::bytes(layer.E, P) + in.bytes(P) + out.bytes(P) +
                           Scratch::bytes<float>(P * F) + Scratch::bytes<float>(T * D);
-    if (!scratch.reserve(wanted)) return 2;
+    if (!scratch.reserve(wanted)) return NO_MEMORY;
     Pairs pairs(scratch, layer.E, P);
     pairs.sort(layer.E, layer.K, P, ids, weights);
     const int64_t most = down_rows(D, T, P, pairs.experts, threads);
@@ -47,19 +47,19 @@ int run(const Experts& layer, int64_t dtype, int64_t threads, int64_t T, const v
             for (int64_t t = 0; t < T; t++) write_out(sum + t * D + row, rows, y, t * D + row, dtype);
         }
     }
-    return 0;
+    return NO_ERROR;
 }
 
 }  // namespace
 
 // x, y (T, D) of `dtype`, ids (T, K), weights (T, K). `table` holds E matrices of gate, then E of up, then E of down.
-// Returns 0; 1 when an id is not in 0 ... E - 1; 2 when there is no memory for the scratch.
+// Returns NO_ERROR, BAD_EXPERT_ID or NO_MEMORY.
 extern "C" int soli_experts(
     int64_t isa, int64_t in_format, int64_t in_group, int64_t out_format, int64_t out_group, int64_t E, int64_t D,
     int64_t F, const Matrix* table, int64_t T, int64_t K, int64_t dtype, const void* x, const int64_t* ids,
     const float* weights, void* y, int64_t threads) {
     for (int64_t p = 0; p < T * K; p++)
-        if (ids[p] < 0 || ids[p] >= E) return 1;
+        if (ids[p] < 0 || ids[p] >= E) return BAD_EXPERT_ID;
     const Experts layer = {kernels(isa), E, K, {in_format, F, D, in_group}, {out_format, D, F, out_group},
                          table, table + E, table + 2 * E};
     // Scratch stays below 128 MiB; parts of a batch do not change a token's bits.
@@ -70,7 +70,7 @@ extern "C" int soli_experts(
                                ids + t * K, weights + t * K, static_cast<uint8_t*>(y) + t * bytes);
         if (failed) return failed;
     }
-    return 0;
+    return NO_ERROR;
 }
 
 }  // namespace soli

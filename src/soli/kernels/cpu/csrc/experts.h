@@ -1,5 +1,5 @@
 // The experts of a layer, their tokens, and the two steps of their work: shared by experts.cpp and the pass through whole
-// layers (pass.h). A network that every token goes through is one expert with all tokens.
+// layers (forward.h). A network that every token goes through is one expert with all tokens.
 //
 // Shapes: T tokens, D hidden, E experts, F expert width, K chosen, P = T * K pairs of token and expert.
 #pragma once

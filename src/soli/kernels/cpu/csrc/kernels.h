@@ -18,6 +18,16 @@ namespace soli {
 enum Format { FP32, BF16, FP8, INT8, INT4, FORMATS };  // the order of FORMATS in native.py
 enum Dtype { FLOAT, HALF };                            // activations: float32, bfloat16
 
+// What a function of the library returns.
+enum ErrorCode {
+    NO_ERROR,
+    BAD_EXPERT_ID,    // an expert id is not in 0 ... E - 1
+    NO_MEMORY,        // for the scratch
+    BAD_SLOT,         // a sequence has no slot, or one outside the KV blocks
+    TOO_MANY_TOKENS,  // more than MAX_TOKENS in one forward
+    BAD_TOKEN_ID,     // a token id is not in the vocabulary
+};
+
 // One matrix as it lies in memory; `scale` is null for FP32 and BF16.
 struct Matrix {
     const void* weight;

@@ -5,7 +5,7 @@
 
 namespace soli {
 
-// x (T, I) and y (T, O) of `dtype`; 0, or 2 when there is no memory for the scratch.
+// x (T, I) and y (T, O) of `dtype`. Returns NO_ERROR or NO_MEMORY.
 extern "C" int soli_linear(
     int64_t isa, int64_t format, int64_t O, int64_t I, int64_t group, const void* weight, const void* scale, int64_t T,
     int64_t dtype, const void* x, void* y, int64_t threads) {
@@ -13,7 +13,7 @@ extern "C" int soli_linear(
     const Layout layout = {format, O, I, group};
     const Matrix matrix = {weight, scale};
     Tokens tokens(kernels(isa), layout, dtype);
-    if (!scratch.reserve(tokens.bytes(T))) return 2;
+    if (!scratch.reserve(tokens.bytes(T))) return NO_MEMORY;
     tokens.data = scratch.take<uint8_t>(tokens.bytes(T));
     const int64_t size = dtype == FLOAT ? 4 : 2;
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -31,7 +31,7 @@ extern "C" int soli_linear(
             }
         }
     }
-    return 0;
+    return NO_ERROR;
 }
 
 }  // namespace soli

@@ -4,7 +4,7 @@
 // A running softmax takes the blocks in order (Latents::join), so a query has the same bits whatever part of the text is
 // read with it. Where the processor has bfloat16 products, keys and queries of bfloat16 rows are rounded to that.
 #pragma once
-#include "pass.h"
+#include "forward.h"
 
 namespace soli {
 namespace {
@@ -13,9 +13,9 @@ constexpr int64_t QUERIES = 64;  // that meet a block together
 
 class PromptStep {
 public:
-    // Queries of the rows from call.singles on, head by head: put() them, then run() the pieces in any order.
-    PromptStep(const Pass& pass, const Attention& a, const void* pages, float* heads, Area& area)
-        : pass(pass), call(pass.call), a(a), R(call.T - call.singles), W(a.N + a.R), C(a.C()), X(a.X()), pages(pages),
+    // Queries of the rows from call.num_decode_tokens on, head by head: put() them, then run() the pieces in any order.
+    PromptStep(const ForwardPass& pass, const Attention& a, const void* pages, float* heads, Area& area)
+        : pass(pass), call(pass.call), a(a), R(call.T - call.num_decode_tokens), W(a.N + a.R), C(a.C()), X(a.X()), pages(pages),
           heads(heads), key{call.dtype == HALF && pass.isa.dots16[BF16] ? BF16 : FP32, BLOCK, W, 0},
           queries(pass.isa, key, call.dtype), latents(pass.tokens(a.kv_b)) {
         if (!R) return;
@@ -30,17 +30,17 @@ public:
         scores = pass.own<float>(area, QUERIES * BLOCK);
     }
 
-    void put(int64_t t, int64_t head, const float* query) { queries.put(head * R + t - call.singles, query, FLOAT); }
+    void put(int64_t t, int64_t head, const float* query) { queries.put(head * R + t - call.num_decode_tokens, query, FLOAT); }
 
     int64_t pieces() const { return R ? call.chunk_count * parts * a.H : 0; }
 
     void run(int64_t piece) const {
-        const Chunk& chunk = call.chunks[piece / a.H / parts];
+        const PrefillChunk& chunk = call.chunks[piece / a.H / parts];
         const int64_t count = chunk.stop - chunk.start, span = (count + parts - 1) / parts, head = piece % a.H;
         const int64_t begin = piece / a.H % parts * span, end = std::min(count, begin + span);
         std::fill(sums, sums + std::max<int64_t>(0, end - begin) * padded(a.V), 0.0f);
-        for (int64_t at = 0; at < chunk.first + end && begin < end; at += BLOCK) {
-            const int64_t slots = std::min(BLOCK, chunk.first + end - at);
+        for (int64_t at = 0; at < chunk.first_position + end && begin < end; at += BLOCK) {
+            const int64_t slots = std::min(BLOCK, chunk.first_position + end - at);
             write_out_block(chunk.slots + at, slots, head);
             for (int64_t i = begin; i < end; i += QUERIES) meet(chunk, head, begin, i, std::min(QUERIES, end - i), at);
         }
@@ -67,12 +67,12 @@ private:
     }
 
     // Queries i ... i + count of the chunk, of which `begin` is the piece's first, and the slots from `at` on.
-    void meet(const Chunk& chunk, int64_t head, int64_t begin, int64_t i, int64_t count, int64_t at) const {
-        const auto seen = [&](int64_t query) { return std::min(BLOCK, chunk.first + query + 1 - at); };
+    void meet(const PrefillChunk& chunk, int64_t head, int64_t begin, int64_t i, int64_t count, int64_t at) const {
+        const auto seen = [&](int64_t query) { return std::min(BLOCK, chunk.first_position + query + 1 - at); };
         const int64_t most = seen(i + count - 1), stride = padded(a.V);
         if (most <= 0) return;
         const Matrix matrix = {key.format == BF16 ? static_cast<const void*>(narrow) : keys, nullptr};
-        queries.dots(matrix, 0, most, head * R + chunk.start - call.singles + i, count, scores, BLOCK);
+        queries.dots(matrix, 0, most, head * R + chunk.start - call.num_decode_tokens + i, count, scores, BLOCK);
         for (int64_t n = 0; n < count; n++) {
             const int64_t slots = std::max<int64_t>(0, seen(i + n)), place = i + n - begin;
             float* share = scores + n * BLOCK;
@@ -86,8 +86,8 @@ private:
         pass.isa.mix[FP32](rows, a.V, scores, BLOCK, count, sums + (i - begin) * stride, stride);
     }
 
-    const Pass& pass;
-    const Call& call;
+    const ForwardPass& pass;
+    const ForwardArgs& call;
     const Attention& a;
     const int64_t R, W, C, X;
     const void* pages;

@@ -1,26 +1,26 @@
 // The attention of one layer for T rows: x += o(heads(norm x)), paper section 2.1.1. Rows that are queries by themselves go
-// the absorbed way (latents.h), chunks the expanded way (pass_prompt.h).
+// the absorbed way (latents.h), chunks the expanded way (forward_prefill.h).
 //
 // Absorbed, W_UK is folded into each query as a weighted sum of kv_b's rows and W_UV is applied to what a head has mixed,
 // both straight from kv_b in its own format.
 #pragma once
 #include <optional>
 
-#include "pass_prompt.h"
+#include "forward_prefill.h"
 
 namespace soli {
 namespace {
 
 class AttentionStep {
 public:
-    AttentionStep(const Pass& pass, const Attention& a, void* pages, Area area)
-        : pass(pass), call(pass.call), a(a), T(call.T), B(call.singles), H(a.H), C(a.C()), X(a.X()), pages(pages),
-          latents{pass.isa, {call.dtype == FLOAT ? FP32 : BF16, call.S, X, 0}, call.P, H, C, static_cast<float>(a.scale),
+    AttentionStep(const ForwardPass& pass, const Attention& a, void* pages, Area area)
+        : pass(pass), call(pass.call), a(a), T(call.T), B(call.num_decode_tokens), H(a.H), C(a.C()), X(a.X()), pages(pages),
+          latents{pass.isa, {call.dtype == FLOAT ? FP32 : BF16, call.block_size, X, 0}, call.block_count, H, C, static_cast<float>(a.scale),
                   static_cast<const uint8_t*>(pages)},
-          batch(latents, B, call.M, call.table, call.lengths, call.threads), q_in(pass.tokens(a.low() ? a.q_a : a.q_b)),
+          batch(latents, B, call.blocks_per_sequence, call.block_table, call.lengths, call.threads), q_in(pass.tokens(a.has_query_latent() ? a.q_a : a.q_b)),
           low_in(pass.tokens(a.q_b)), kv_in(pass.tokens(a.kv_a)), queries(pass.isa, latents.slot, call.dtype),
           mixed_in(pass.tokens(a.kv_b)), o_in(pass.tokens(a.o)) {
-        take_made(pass, area, q_in, T), take_made(pass, area, low_in, a.low() ? T : 0), take_made(pass, area, kv_in, T);
+        take_made(pass, area, q_in, T), take_made(pass, area, low_in, a.has_query_latent() ? T : 0), take_made(pass, area, kv_in, T);
         take_made(pass, area, o_in, T), take(area, queries, B * H), take(area, mixed_in, B * H);
         row = pass.own<float>(area, std::max(call.D, a.q_a.layout.O));
         low = area.take<float>(T * a.q_a.layout.O), kv = area.take<float>(T * X);
@@ -39,7 +39,7 @@ public:
         for (int64_t i = 0; i < low_blocks + kv_blocks; i++)
             if (i < low_blocks) product(a.q_a, q_in, T, i, a.q_a_bias, low);
             else product(a.kv_a, kv_in, T, i - low_blocks, a.kv_a_bias, kv);
-        if (a.low()) pass.each_row([&](int64_t t) { follow(t); });
+        if (a.has_query_latent()) pass.each_row([&](int64_t t) { follow(t); });
 #pragma omp for schedule(static) nowait
         for (int64_t t = 0; t < T; t++) keep(t);
 #pragma omp for schedule(static)
@@ -97,7 +97,7 @@ private:
         const int64_t width = a.N + a.R, stride = padded(X);
         float *own = q + h * T * width, *folded = absorbed + h * B * stride;
         portions(T, [&](int64_t t, int64_t count) {
-            (a.low() ? low_in : q_in).dots(a.q_b.matrix, h * width, width, t, count, own + t * width, width);
+            (a.has_query_latent() ? low_in : q_in).dots(a.q_b.matrix, h * width, width, t, count, own + t * width, width);
         });
         for (int64_t t = 0; t < T; t++) rotate(t, own + t * width + a.N);
         for (int64_t t = B; t < T; t++) prompt->put(t, h, own + t * width);
@@ -141,8 +141,8 @@ private:
         }
     }
 
-    const Pass& pass;
-    const Call& call;
+    const ForwardPass& pass;
+    const ForwardArgs& call;
     const Attention& a;
     const int64_t T, B, H, C, X;  // B: rows that are queries by themselves, the first ones
     void* pages;

@@ -1,7 +1,7 @@
 // The feed-forward part of one layer for T rows: x += network(norm x), a dense network or routed and shared experts
 // (equation 12). What every row goes through is one expert that all rows chose with weight one.
 #pragma once
-#include "pass_router.h"
+#include "forward_router.h"
 
 namespace soli {
 namespace {
@@ -10,10 +10,10 @@ constexpr int64_t CROWD = 64;  // rows beyond which routing is worth sharing out
 
 class FeedForwardStep {
 public:
-    FeedForwardStep(const Pass& pass, const FeedForward& f, const Routings& decisions, const uint8_t* muted, Area area)
+    FeedForwardStep(const ForwardPass& pass, const FeedForward& f, const Routings& decisions, const uint8_t* muted, Area area)
         : pass(pass), call(pass.call), f(f), decisions(decisions), muted(muted), T(call.T), E(f.router.E()), P(E ? T * f.router.K : 0),
           all{pass.isa, 1, 1, f.gate.layout, f.down.layout, &f.gate.matrix, &f.up.matrix, &f.down.matrix},
-          some{pass.isa, E, f.router.K, f.in, f.out, f.experts, f.experts + E, f.experts + 2 * E},
+          some{pass.isa, E, f.router.K, f.expert_in, f.expert_out, f.experts, f.experts + E, f.experts + 2 * E},
           router_in(pass.isa, f.router.weight.layout, FLOAT), all_in(pass.isa, all.in, call.dtype),
           all_out(pass.isa, all.out, call.dtype), row_in(pass.isa, some.in, call.dtype), some_in(row_in),
           some_out(pass.isa, some.out, call.dtype), everyone(area, 1, T), pairs(area, E, P) {
@@ -94,8 +94,8 @@ private:
         std::memcpy(some_in.data + p * bytes, row_in.data + pairs.token[p] * bytes, bytes);
     }
 
-    const Pass& pass;
-    const Call& call;
+    const ForwardPass& pass;
+    const ForwardArgs& call;
     const FeedForward& f;
     const Routings& decisions;
     const uint8_t* muted;

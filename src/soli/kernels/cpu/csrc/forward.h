@@ -14,110 +14,10 @@
 #endif
 
 #include "experts.h"
+#include "forward_args.h"
 #include "latents.h"
 
 namespace soli {
-
-constexpr int64_t MOST_ROWS = 512, MOST_GROUPS = 64;
-
-// float32 or bfloat16 numbers as they lie; without data there is none.
-struct Vector {
-    const void* data;
-    int64_t dtype;
-
-    float operator[](int64_t i) const {
-        return dtype == FLOAT ? static_cast<const float*>(data)[i] : widened(static_cast<const uint16_t*>(data)[i]);
-    }
-    // n numbers from `at` on.
-    void copy(int64_t at, int64_t n, float* to) const {
-        if (dtype == FLOAT) std::copy_n(static_cast<const float*>(data) + at, n, to);
-        else for (int64_t i = 0; i < n; i++) to[i] = widened(static_cast<const uint16_t*>(data)[at + i]);
-    }
-};
-
-struct Norm {
-    Vector weight;
-    double eps;
-};
-
-// A matrix in any format; with no rows there is none.
-struct Weight {
-    Matrix matrix;
-    Layout layout;
-};
-
-struct Attention {
-    Norm norm, q_norm, kv_norm;    // before everything; of the query's and of the keys' latent
-    Weight q_a, q_b, kv_a, kv_b, o;  // without a latent for queries q_a is none and q_b reads the row itself
-    Vector q_a_bias, kv_a_bias, o_bias;
-    int64_t H, N, R, V, interleaved;
-    double scale;  // of the scores
-
-    int64_t C() const { return kv_b.layout.I; }
-    int64_t X() const { return C() + R; }
-    bool low() const { return q_a.layout.O > 0; }
-};
-
-struct Router {
-    Weight weight;  // (E, D); none in a dense layer
-    Vector bias;    // (E), for selection alone
-    int64_t K, G, kept, best;      // chosen; groups, surviving ones, and how many of its best experts rank a group
-    int64_t softmax, normalise;  // else sigmoid; else gates as they are
-    double scaling;
-
-    int64_t E() const { return weight.layout.O; }
-};
-
-struct FeedForward {
-    Norm norm;
-    Weight gate, up, down;  // for every row: the dense network or the shared experts
-    Router router;
-    Layout in, out;          // of routed experts
-    const Matrix* experts;  // gates, then ups, then downs
-};
-
-struct Layer {
-    Attention attention;
-    FeedForward feed_forward;
-};
-
-// The routers' decisions, a layer with a router after another: see soli.model.router.Routing.
-struct Routings {
-    int64_t* ids;             // (T, K)
-    float* weights;           // (T, K)
-    float *scores, *biased;  // (T, E)
-    uint8_t* groups;          // (T, G)
-};
-
-// Rows start ... stop - 1: one text's tokens, at places from `first` on. `slots`: where in the flattened pages its places lie,
-// from 0 to that of its last token.
-struct Chunk {
-    int64_t start, stop, first;
-    const int64_t* slots;
-};
-
-struct Call {
-    int64_t isa, dtype, threads, T, D, count;
-    const Layer* layers;          // `count` of them
-    void* const* pages;         // of each layer: (P, S, X)
-    int64_t P, S, M, singles, chunk_count;
-    const int32_t* table;        // (singles, M) page numbers: of rows that are queries by themselves
-    const int32_t* lengths;      // (singles) slots to attend to; the last is the row's own
-    const Chunk* chunks;          // the other rows, in order
-    const int64_t* positions;   // (T) for the rotation
-    const float* frequencies;   // (R / 2) radians per position
-    double cos_sin_scale;
-    Vector x;                       // (T, D) the rows; or (W, D) the embedding, and
-    const int64_t* words;        // (T) which of it they are; or null
-    Norm norm;                     // after the last layer
-    void* y;                        // (T, D) of dtype
-    Weight head;                   // (W, D)
-    const int64_t* ends;          // rows whose logits are wanted
-    int64_t end_count, W;
-    float* logits;                  // (end_count, W), rounded to dtype
-    const uint8_t* const* muted;  // of each layer null or (T, E): 1 for an expert that must not play; or null
-    Routings routings;            // of the first layer that has a router; the others' follow
-};
 
 namespace {
 
@@ -135,8 +35,8 @@ struct Area {
 };
 
 // What all layers share.
-struct Pass {
-    const Call& call;
+struct ForwardPass {
+    const ForwardArgs& call;
     const Kernels& isa;
     float *x, *cos, *sin;  // (T, D) the rows between layers; (T, R / 2)
     int64_t* slots;          // (T) of the flattened pages: where each row's latent is kept
@@ -182,7 +82,7 @@ inline void take(Area& area, Tokens& tokens, int64_t count) {
     tokens.data = area.take<uint8_t>(tokens.bytes(count));
 }
 
-inline void take_made(const Pass& pass, Area& area, Tokens& tokens, int64_t count) {
+inline void take_made(const ForwardPass& pass, Area& area, Tokens& tokens, int64_t count) {
     tokens.data = pass.made<uint8_t>(area, tokens.bytes(count));
 }
 

@@ -1,6 +1,6 @@
 // The router's decision for one row: soli.model.router in C++, float32 throughout (equations 12-16).
 #pragma once
-#include "pass.h"
+#include "forward.h"
 
 namespace soli {
 namespace {
@@ -35,16 +35,16 @@ inline void affinities(const Router& router, const float* logits, float* scores)
 // Groups by the sum of their best experts; `kept` of them survive.
 inline void survive(const Router& router, const float* biased, uint8_t* groups) {
     const int64_t size = router.E() / router.G;
-    float rank[MOST_GROUPS];
-    int64_t best[MOST_GROUPS];
+    float rank[MAX_GROUPS];
+    int64_t best[MAX_GROUPS];
     for (int64_t g = 0; g < router.G; g++) {
         int64_t first[2] = {};
-        top(biased + g * size, size, std::min(router.best, size), first, [](int64_t) { return false; });
-        rank[g] = biased[g * size + first[0]] + (router.best > 1 && size > 1 ? biased[g * size + first[1]] : 0.0f);
+        top(biased + g * size, size, std::min(router.experts_per_group_score, size), first, [](int64_t) { return false; });
+        rank[g] = biased[g * size + first[0]] + (router.experts_per_group_score > 1 && size > 1 ? biased[g * size + first[1]] : 0.0f);
         groups[g] = 0;
     }
-    top(rank, router.G, router.kept, best, [](int64_t) { return false; });
-    for (int64_t i = 0; i < router.kept; i++) groups[best[i]] = 1;
+    top(rank, router.G, router.topk_group, best, [](int64_t) { return false; });
+    for (int64_t i = 0; i < router.topk_group; i++) groups[best[i]] = 1;
 }
 
 // Row t's part of `out` from its logits.
