@@ -24,9 +24,10 @@ demo: $(VENV)/.soli ## install, then translate a sentence offline with the model
 install: $(VENV)/.soli ## make .venv with soli in it
 	@echo 'soli: ready: $(BIN)/soli --help'
 
-lint: $(VENV)/.dev ## ruff, mypy, the words that we do not use, links and line lengths of the documents
+lint: $(VENV)/.dev ## ruff, mypy, clang-format, the words that we do not use, links and line lengths of the documents
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror src/soli/kernels/cpu/csrc/*
 	$(BIN)/python tools/lint_words.py --at-most 1040
 	$(BIN)/python tools/check_links.py --links-only
 

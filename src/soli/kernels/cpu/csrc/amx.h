@@ -16,7 +16,8 @@ public:
 
     // Tile `first` and `count - 1` after it.
     void shape(int first, int count, int rows, int bytes) {
-        for (int t = first; t < first + count; t++) config_.rows[t] = static_cast<uint8_t>(rows), config_.bytes[t] = static_cast<uint16_t>(bytes);
+        for (int t = first; t < first + count; t++)
+            config_.rows[t] = static_cast<uint8_t>(rows), config_.bytes[t] = static_cast<uint16_t>(bytes);
     }
     void set() const { __asm__ volatile("ldtilecfg %0" ::"m"(config_) : "memory"); }
 
@@ -30,7 +31,9 @@ private:
 };
 
 template <int TILE>
-SOLI_INLINE void tile_zero() { __asm__ volatile("tilezero %%tmm%c0" ::"i"(TILE) : "memory"); }
+SOLI_INLINE void tile_zero() {
+    __asm__ volatile("tilezero %%tmm%c0" ::"i"(TILE) : "memory");
+}
 
 template <int TILE>
 SOLI_INLINE void tile_load(const void* from, int64_t stride) {
@@ -44,10 +47,14 @@ SOLI_INLINE void tile_store(void* to, int64_t stride) {
 
 // Tile SUM += tile A times tile B: of bfloat16 in float32, or of signed bytes in whole numbers.
 template <int SUM, int A, int B>
-SOLI_INLINE void tile_dot_bf16() { __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(A), "i"(B) : "memory"); }
+SOLI_INLINE void tile_dot_bf16() {
+    __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(A), "i"(B) : "memory");
+}
 
 template <int SUM, int A, int B>
-SOLI_INLINE void tile_dot_int8() { __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(A), "i"(B) : "memory"); }
+SOLI_INLINE void tile_dot_int8() {
+    __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(A), "i"(B) : "memory");
+}
 
 }  // namespace
 }  // namespace soli

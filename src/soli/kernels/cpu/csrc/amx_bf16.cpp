@@ -9,7 +9,7 @@
 namespace soli {
 namespace {
 
-constexpr int64_t BLOCK = 16;  // tokens of a tile
+constexpr int64_t BLOCK = 16;              // tokens of a tile
 constexpr int64_t MOST_FEW = 2, MANY = 7;  // tokens beside one tile of weights; from which weights are turned
 constexpr int64_t AHEAD = 256;  // bytes that FP8 asks for ahead; beside bfloat16 asking takes more time than it saves
 
@@ -20,7 +20,8 @@ template <class D>
 __m512 scale_of(const Band& band, int64_t k) {
     if (band.scale[0] == band.scale[BAND - 1]) return D::template scale<true>(row_of(band, 0), k, 0);
     alignas(64) float all[BAND];
-    for (int64_t r = 0; r < BAND; r++) _mm_store_ss(all + r, _mm512_castps512_ps128(D::template scale<true>(row_of(band, r), k, 0)));
+    for (int64_t r = 0; r < BAND; r++)
+        _mm_store_ss(all + r, _mm512_castps512_ps128(D::template scale<true>(row_of(band, r), k, 0)));
     return _mm512_load_ps(all);
 }
 
@@ -48,7 +49,8 @@ SOLI_INLINE void columns_take(float (*to)[BAND]) {
 
 // Where a band's codes from k on lie, `stride` bytes from row to row: in the file, or put on `stage`.
 template <class D>
-SOLI_INLINE const uint8_t* placed(const Band& band, int64_t row_bytes, int64_t k, uint16_t (*stage)[D::CHUNK], int64_t& stride) {
+SOLI_INLINE const uint8_t* placed(const Band& band, int64_t row_bytes, int64_t k, uint16_t (*stage)[D::CHUNK],
+                                  int64_t& stride) {
     if (!D::SCALED && band.count == BAND && band.I - k >= D::CHUNK) {
         stride = row_bytes;
         return band.weight[0] + 2 * k;
@@ -83,7 +85,8 @@ void few(const Band* band, int64_t row_bytes, const uint16_t* x, int64_t x_strid
             columns_take<0, N>(part), columns_zero<0, N>();
             for (int j = 0; j < BANDS; j++) {
                 const __m512 scale = scale_of<D>(band[j], k);
-                for (int n = 0; n < N; n++) sum[2 * n + j] = _mm512_fmadd_ps(_mm512_load_ps(part[2 * n + j]), scale, sum[2 * n + j]);
+                for (int n = 0; n < N; n++)
+                    sum[2 * n + j] = _mm512_fmadd_ps(_mm512_load_ps(part[2 * n + j]), scale, sum[2 * n + j]);
             }
         }
     }
@@ -140,11 +143,13 @@ void tile(const Band* band, const uint8_t* turned, const uint16_t* x, Part* sum,
     tiles_zero<BLOCKS, BANDS>();
     alignas(64) Part part[4];
     if (D::SCALED)
-        for (int i = 0; i < 4; i++) for (auto& line : sum[i]) _mm512_store_ps(line, _mm512_setzero_ps());
+        for (int i = 0; i < 4; i++)
+            for (auto& line : sum[i]) _mm512_store_ps(line, _mm512_setzero_ps());
     for (int64_t k = 0; k < I; k += D::CHUNK, next += step) {
         for (int64_t line = 0; line < step; line += 64) ask(next + line);
         for (int v = 0; v < D::VECS; v++)
-            tiles_add<BLOCKS, BANDS>(reinterpret_cast<const uint8_t*>(x + k + 32 * v), x_bytes, turned + (k / 32 + v) * 1024, band_bytes);
+            tiles_add<BLOCKS, BANDS>(reinterpret_cast<const uint8_t*>(x + k + 32 * v), x_bytes,
+                                     turned + (k / 32 + v) * 1024, band_bytes);
         if (!D::SCALED) continue;
         tiles_take<BLOCKS, BANDS>(part), tiles_zero<BLOCKS, BANDS>();
         for (int j = 0; j < BANDS; j++) {
@@ -175,10 +180,13 @@ void many(const Rows& rows, const uint16_t* x, int64_t tokens, float* y, int64_t
         for (int64_t t = 0; t < tokens; t += 2 * BLOCK, next += step * steps) {
             const int64_t count = tokens - t < 2 * BLOCK ? tokens - t : 2 * BLOCK;
             alignas(64) Part sum[4];
-            (count > BLOCK ? two ? tile<D, 2, 2> : tile<D, 2, 1> : two ? tile<D, 1, 2> : tile<D, 1, 1>)(band, turned, x + t * P, sum, next, step);
+            (count > BLOCK ? two ? tile<D, 2, 2> : tile<D, 2, 1>
+             : two ? tile<D, 1, 2>
+                           : tile<D, 1, 1>)(band, turned, x + t * P, sum, next, step);
             for (int j = 0; j <= two; j++)
                 for (int64_t n = 0; n < count; n++)
-                    _mm512_mask_storeu_ps(y + (t + n) * y_stride + r + j * BAND, band[j].there(), _mm512_load_ps(sum[n / BLOCK * 2 + j][n % BLOCK]));
+                    _mm512_mask_storeu_ps(y + (t + n) * y_stride + r + j * BAND, band[j].there(),
+                                          _mm512_load_ps(sum[n / BLOCK * 2 + j][n % BLOCK]));
         }
     }
 }
@@ -189,18 +197,22 @@ void dots16(const Rows& rows, const uint8_t* token, int64_t tokens, float* y, in
     const int64_t stride = padded(rows.layout.I);
     Tiles tiles;
     if (tokens >= MANY) {
-        tiles.shape(SUMS, 4, BLOCK, 4 * BAND), tiles.shape(LEFT, 2, BLOCK, 64), tiles.shape(RIGHT, 2, 16, 4 * BAND), tiles.set();
+        tiles.shape(SUMS, 4, BLOCK, 4 * BAND), tiles.shape(LEFT, 2, BLOCK, 64), tiles.shape(RIGHT, 2, 16, 4 * BAND),
+            tiles.set();
         many<D>(rows, x, tokens, y, y_stride);
         return;
     }
-    tiles.shape(COLUMNS, 4, BAND, 4), tiles.shape(WEIGHTS, 2, BAND, 64), tiles.shape(TOKEN, MOST_FEW, 16, 4), tiles.set();
+    tiles.shape(COLUMNS, 4, BAND, 4), tiles.shape(WEIGHTS, 2, BAND, 64), tiles.shape(TOKEN, MOST_FEW, 16, 4),
+        tiles.set();
     for (int64_t r = 0; r < rows.count; r += 2 * BAND) {
         const bool two = rows.count - r > BAND;
         const Band band[2] = {Band(rows, r), Band(rows, two ? r + BAND : r)};
         for (int64_t t = 0; t < tokens; t += MOST_FEW) {
             const int64_t count = tokens - t < MOST_FEW ? tokens - t : MOST_FEW;
             __m512 sum[2 * MOST_FEW];
-            (count == 1 ? two ? few<D, 1, 2> : few<D, 1, 1> : two ? few<D, 2, 2> : few<D, 2, 1>)(band, rows.layout.row_bytes(), x + t * stride, stride, sum);
+            (count == 1 ? two ? few<D, 1, 2> : few<D, 1, 1>
+             : two ? few<D, 2, 2>
+                        : few<D, 2, 1>)(band, rows.layout.row_bytes(), x + t * stride, stride, sum);
             for (int j = 0; j <= two; j++)
                 for (int64_t n = 0; n < count; n++)
                     _mm512_mask_storeu_ps(y + (t + n) * y_stride + r + j * BAND, band[j].there(), sum[2 * n + j]);

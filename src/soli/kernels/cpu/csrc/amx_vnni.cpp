@@ -24,7 +24,8 @@ void block(const Turned& band, Turned::Ahead ahead, const uint8_t* x, __m512* su
             const uint8_t *token = x + k + g * (G / 2), *unit = weights + 64 * g * (G / 8);
             tile_zero<SUM>();
             tile_load<TOKENS0>(token, stride), tile_load<BAND0>(unit, 64), tile_dot_int8<SUM, TOKENS0, BAND0>();
-            tile_load<TOKENS1>(token + 64, stride), tile_load<BAND1>(unit + 1024, 64), tile_dot_int8<SUM, TOKENS1, BAND1>();
+            tile_load<TOKENS1>(token + 64, stride), tile_load<BAND1>(unit + 1024, 64),
+                tile_dot_int8<SUM, TOKENS1, BAND1>();
             tile_store<SUM>(exact[turn], 64);
             const __m512 scale = _mm512_load_ps(scales + 16 * g);
 #pragma GCC unroll 16
@@ -41,15 +42,19 @@ struct Many {
     static constexpr bool SIGNED = true;
 
     template <int G>
-    static void multiply(const Turned& band, const uint8_t* x, int64_t tokens, __mmask16 there, float* y, int64_t y_stride) {
+    static void multiply(const Turned& band, const uint8_t* x, int64_t tokens, __mmask16 there, float* y,
+                         int64_t y_stride) {
         Tiles tiles;
-        tiles.shape(SUM, 1, BLOCK, 4 * BAND), tiles.shape(TOKENS0, 2, BLOCK, G / 2), tiles.shape(BAND0, 2, G / 8, 4 * BAND);
+        tiles.shape(SUM, 1, BLOCK, 4 * BAND), tiles.shape(TOKENS0, 2, BLOCK, G / 2),
+            tiles.shape(BAND0, 2, G / 8, 4 * BAND);
         tiles.set();
         const int64_t pieces = (tokens + BLOCK - 1) / BLOCK;
         for (int64_t piece = 0, t = 0; t < tokens; piece++, t += BLOCK) {
             const int64_t count = tokens - t < BLOCK ? tokens - t : BLOCK;
             __m512 sum[BLOCK];
-            (count > 8 ? block<G, 16> : count > 4 ? block<G, 8> : block<G, 4>)(band, band.ahead(piece, pieces), x + t * band.stride, sum);
+            (count > 8   ? block<G, 16>
+             : count > 4 ? block<G, 8>
+                         : block<G, 4>)(band, band.ahead(piece, pieces), x + t * band.stride, sum);
             for (int64_t n = 0; n < count; n++) _mm512_mask_storeu_ps(y + (t + n) * y_stride, there, sum[n]);
         }
     }

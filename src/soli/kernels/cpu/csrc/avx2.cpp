@@ -8,7 +8,8 @@ namespace soli {
 namespace {
 
 struct Vec {
-    static constexpr int WIDTH = 8, ROWS = 2, TOGETHER = 3;  // 4 rows x 3 tokens: sums and operands fit sixteen registers
+    static constexpr int WIDTH = 8, ROWS = 2,
+                         TOGETHER = 3;  // 4 rows x 3 tokens: sums and operands fit sixteen registers
     __m256 v;
 
     static Vec zero() { return {_mm256_setzero_ps()}; }
@@ -40,7 +41,9 @@ __m256 half_at(const uint8_t* base, int64_t index) {
     return _mm256_set1_ps(_cvtsh_ss(half));
 }
 
-__m256i eight_bytes(const uint8_t* from) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))); }
+__m256i eight_bytes(const uint8_t* from) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+}
 
 // Ask for a line of the rows that come next, once per line: hardware follows a row but not the jump to another.
 template <int BYTES>
@@ -71,7 +74,8 @@ struct Fp8 {
         const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row.weight + k));
         const __m256i code = _mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 8), all = _mm256_set1_epi16(0x7f00);
         // A place further right the seven bits are float16's, with a bias that makes them 2^-8 of the number, small ones too.
-        const __m256i half = _mm256_and_si256(_mm256_srai_epi16(code, 1), _mm256_set1_epi16(static_cast<short>(0xbf80)));
+        const __m256i half =
+            _mm256_and_si256(_mm256_srai_epi16(code, 1), _mm256_set1_epi16(static_cast<short>(0xbf80)));
         const __m256i nan = _mm256_cmpeq_epi16(_mm256_and_si256(code, all), all), found = _mm256_or_si256(half, nan);
         float scale;
         __builtin_memcpy(&scale, row.scale + k / 128 * 4, 4);
@@ -111,9 +115,13 @@ struct Int4 {
 }  // namespace
 
 const Kernels AVX2 = {
-    "avx2", {dots32<Fp32>, dots32<Bf16>, dots32<Fp8>, dots32<Int8>, dots32<Int4>}, {nullptr, nullptr, nullptr, dots16_int8_avx2, dots16_int4_avx2},
-    put16_bytes, silu_mul,
-    {mix32<Fp32>, mix32<Bf16>, mix32<Fp8>, mix32<Int8>, mix32<Int4>}, soften,
+    "avx2",
+    {dots32<Fp32>, dots32<Bf16>, dots32<Fp8>, dots32<Int8>, dots32<Int4>},
+    {nullptr, nullptr, nullptr, dots16_int8_avx2, dots16_int4_avx2},
+    put16_bytes,
+    silu_mul,
+    {mix32<Fp32>, mix32<Bf16>, mix32<Fp8>, mix32<Int8>, mix32<Int4>},
+    soften,
 };
 
 }  // namespace soli

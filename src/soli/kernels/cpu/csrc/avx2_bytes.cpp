@@ -49,8 +49,7 @@ void store(__m256 sum, int64_t count, float* y) {
 // The scales of eight rows, group after group: to[8 * g + r], up to a whole eight of groups. Those of eight rows further
 // than the next are asked for.
 void transpose_scales(const Strip& strip, int64_t groups, float* to) {
-    for (int64_t line = 0; line < 2 * groups * EIGHT; line += 64)
-        ask(strip.scale[0] + 4 * groups * EIGHT + line);
+    for (int64_t line = 0; line < 2 * groups * EIGHT; line += 64) ask(strip.scale[0] + 4 * groups * EIGHT + line);
     for (int64_t g = 0; g < groups; g += 8) {
         __m128i a[8], b[8];
         for (int r = 0; r < 8; r++) {
@@ -71,7 +70,8 @@ void transpose_scales(const Strip& strip, int64_t groups, float* to) {
 // The products of one row with N tokens, `C` inputs from k on; of int4 the first 128 bits belong to another run of 32 than
 // the last.
 template <int64_t FORMAT, int C, int N, bool FULL>
-SOLI_INLINE void multiply(const uint8_t* row, int64_t k, const uint8_t* x, int64_t stride, __m256i (*part)[EIGHT], int r) {
+SOLI_INLINE void multiply(const uint8_t* row, int64_t k, const uint8_t* x, int64_t stride, __m256i (*part)[EIGHT],
+                          int r) {
     for (int n = 0; n < N; n++) part[n][r] = _mm256_setzero_si256();
     for (int64_t at = k; at < k + C; at += FORMAT == INT4 ? 64 : 32) {
         if (FORMAT == INT4) {
@@ -81,7 +81,9 @@ SOLI_INLINE void multiply(const uint8_t* row, int64_t k, const uint8_t* x, int64
             const uint8_t* codes = x + at / 128 * 128 + at % 128 / 2;
             for (int n = 0; n < N; n++, codes += stride) {
                 const __m256i sums = _mm256_maddubs_epi16(first, load(codes));
-                part[n][r] = _mm256_add_epi32(part[n][r], paired(_mm256_add_epi16(sums, _mm256_maddubs_epi16(second, load(codes + 64)))));
+                part[n][r] =
+                    _mm256_add_epi32(part[n][r],
+                                     paired(_mm256_add_epi16(sums, _mm256_maddubs_epi16(second, load(codes + 64)))));
             }
         } else {
             const __m256i w = load(row + at), size = _mm256_abs_epi8(w);
@@ -95,7 +97,8 @@ SOLI_INLINE void multiply(const uint8_t* row, int64_t k, const uint8_t* x, int64
 
 // Eight results of each of N tokens, along the inputs, for inputs k ... k + C. LINES of each row are asked for.
 template <int64_t FORMAT, int G, int C, int N, int LINES, bool FULL = true>
-SOLI_INLINE void few_step(const Strip& strip, const float* scales, int64_t k, int64_t ahead, const uint8_t* x, int64_t stride, __m256* sum) {
+SOLI_INLINE void few_step(const Strip& strip, const float* scales, int64_t k, int64_t ahead, const uint8_t* x,
+                          int64_t stride, __m256* sum) {
     __m256i part[N][EIGHT];
 #pragma GCC unroll 8
     for (int r = 0; r < EIGHT; r++) {
@@ -106,7 +109,8 @@ SOLI_INLINE void few_step(const Strip& strip, const float* scales, int64_t k, in
     for (int n = 0; n < N; n++) {
         const Token token(x + n * stride, padded(strip.I));
         const __m256i upper = four(part[n]), lower = four(part[n] + 4);
-        __m256i total[2] = {_mm256_permute2x128_si256(upper, lower, 0x20), _mm256_permute2x128_si256(upper, lower, 0x31)};
+        __m256i total[2] = {_mm256_permute2x128_si256(upper, lower, 0x20),
+                            _mm256_permute2x128_si256(upper, lower, 0x31)};
         if (C == G) total[0] = _mm256_add_epi32(total[0], total[1]);
         const __m256 of_token = _mm256_set1_ps(token.scales[k / 128]);
         for (int g = 0; g < (FULL ? C / G : 1); g++) {
@@ -128,7 +132,8 @@ void few(const Strip& strip, const float* scales, const uint8_t* x, int64_t stri
     for (; k + 128 <= strip.I; k += 128) {
         few_step<FORMAT, G, C, N, LINES>(strip, scales, k, ahead, x, stride, sum);
 #pragma GCC unroll 4
-        for (int64_t more = C; more < 128; more += C) few_step<FORMAT, G, C, N, 0>(strip, scales, k + more, 0, x, stride, sum);
+        for (int64_t more = C; more < 128; more += C)
+            few_step<FORMAT, G, C, N, 0>(strip, scales, k + more, 0, x, stride, sum);
     }
     for (; k + C <= strip.I; k += C) few_step<FORMAT, G, C, N, 0>(strip, scales, k, 0, x, stride, sum);
     if (C > G && k < strip.I) few_step<FORMAT, G, C, N, 0, false>(strip, scales, k, 0, x, stride, sum);
@@ -138,14 +143,16 @@ void few(const Strip& strip, const float* scales, const uint8_t* x, int64_t stri
 SOLI_INLINE void turn(const __m256i* a, uint8_t* const* to) {
     __m256i b[8];
     for (int q = 0; q < 2; q++) {
-        const __m256i *in = a + 4 * q, low = _mm256_unpacklo_epi32(in[0], in[1]), high = _mm256_unpackhi_epi32(in[0], in[1]);
+        const __m256i *in = a + 4 * q, low = _mm256_unpacklo_epi32(in[0], in[1]),
+                      high = _mm256_unpackhi_epi32(in[0], in[1]);
         const __m256i low2 = _mm256_unpacklo_epi32(in[2], in[3]), high2 = _mm256_unpackhi_epi32(in[2], in[3]);
         b[4 * q] = _mm256_unpacklo_epi64(low, low2), b[4 * q + 1] = _mm256_unpackhi_epi64(low, low2);
         b[4 * q + 2] = _mm256_unpacklo_epi64(high, high2), b[4 * q + 3] = _mm256_unpackhi_epi64(high, high2);
     }  // b[4 q + u]: in 128 bits i unit 4 i + u of rows 4 q ... 4 q + 3
     for (int i = 0; i < 2; i++)
         for (int u = 0; u < 4; u++) {
-            const __m256i unit = i ? _mm256_permute2x128_si256(b[u], b[4 + u], 0x31) : _mm256_permute2x128_si256(b[u], b[4 + u], 0x20);
+            const __m256i unit =
+                i ? _mm256_permute2x128_si256(b[u], b[4 + u], 0x31) : _mm256_permute2x128_si256(b[u], b[4 + u], 0x20);
             _mm256_store_si256(reinterpret_cast<__m256i*>(to[i] + UNIT * u), unit);
         }
 }
@@ -160,14 +167,15 @@ void turn_strip(const Strip& strip, uint8_t* to) {
         for (int64_t r = 0; r < EIGHT; r++) {
             const uint8_t* from = strip.weight[r] + (FORMAT == INT4 ? k / 2 : k);
             const bool half = FORMAT == INT4 && k + 32 == strip.I;
-            __m256i w = half ? _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))) : load(from);
+            __m256i w =
+                half ? _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))) : load(from);
             if (FORMAT == INT8) w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
             first[r] = nibbles(w), second[r] = nibbles(_mm256_srli_epi16(w, 4));
         }
         uint8_t* run = to + k / 32 * RUN;
-        uint8_t* const halves[2] = {run, run + RUN};                  // of two runs the first half
+        uint8_t* const halves[2] = {run, run + RUN};                    // of two runs the first half
         uint8_t* const others[2] = {run + RUN / 2, run + RUN * 3 / 2};  // and the second
-        uint8_t* const low[2] = {run, run + RUN / 2};  // of one run the low nibbles
+        uint8_t* const low[2] = {run, run + RUN / 2};                   // of one run the low nibbles
         uint8_t* const high[2] = {low[0] + 32, low[1] + 32};
         turn(first, FORMAT == INT4 ? halves : low), turn(second, FORMAT == INT4 ? others : high);
     }
@@ -210,7 +218,8 @@ void some(const Turned& band, Turned::Ahead ahead, const uint8_t* x, __m256 (*su
             const __m256i start = _mm256_set1_epi32(token.starts[g * (G / 32)]);
             const __m256 of_token = _mm256_set1_ps(token.scales[k / 128]);
             const __m256i second = FORMAT == INT4 ? total[n][1] : _mm256_slli_epi32(total[n][1], 4);
-            const __m256i exact = _mm256_add_epi32(start, FORMAT == INT4 ? total[n][0] : _mm256_add_epi32(total[n][0], second));
+            const __m256i exact =
+                _mm256_add_epi32(start, FORMAT == INT4 ? total[n][0] : _mm256_add_epi32(total[n][0], second));
             sum[n][0] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(exact), _mm256_mul_ps(scale0, of_token), sum[n][0]);
             if (FORMAT != INT4) continue;
             const __m256i exact1 = _mm256_add_epi32(start, second);
@@ -219,7 +228,8 @@ void some(const Turned& band, Turned::Ahead ahead, const uint8_t* x, __m256 (*su
     }
 }
 
-constexpr int64_t MOST_FEW = 3, FROM = 8, MOST = 4;  // tokens: along the inputs at once; from which rows are turned; then at once
+constexpr int64_t MOST_FEW = 3, FROM = 8,
+                  MOST = 4;  // tokens: along the inputs at once; from which rows are turned; then at once
 
 using Few = void (*)(const Strip&, const float*, const uint8_t*, int64_t, int64_t, __m256*);
 template <int64_t FORMAT, int G>

@@ -61,7 +61,8 @@ struct Fp8 {
         const __m512 small = _mm512_mul_ps(_mm512_cvtepi32_ps(magnitude), _mm512_set1_ps(0x1p-9f));
         const __mmask16 is_small = _mm512_cmplt_epi32_mask(magnitude, _mm512_set1_epi32(8));
         __m512 value = _mm512_mask_mov_ps(_mm512_castsi512_ps(normal), is_small, small);
-        value = _mm512_mask_mov_ps(_mm512_or_ps(value, _mm512_castsi512_ps(sign)), nan, _mm512_set1_ps(__builtin_nanf("")));
+        value =
+            _mm512_mask_mov_ps(_mm512_or_ps(value, _mm512_castsi512_ps(sign)), nan, _mm512_set1_ps(__builtin_nanf("")));
         float scale;
         __builtin_memcpy(&scale, row.scale + k / 128 * 4, 4);
         out->v = _mm512_mul_ps(value, _mm512_set1_ps(scale));

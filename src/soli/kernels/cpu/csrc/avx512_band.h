@@ -13,7 +13,9 @@ struct Band {
     const uint8_t* scale[BAND];
     int64_t I, count;
 
-    Band(const Rows& rows, int64_t first) : I(rows.layout.I), count(rows.count - first < BAND ? rows.count - first : BAND) {
+    Band(const Rows& rows, int64_t first)
+        : I(rows.layout.I),
+          count(rows.count - first < BAND ? rows.count - first : BAND) {
         for (int64_t r = 0; r < BAND; r++) {
             const int64_t row = first + (r < count ? r : count - 1);
             weight[r] = rows.weight(row), scale[r] = rows.scale(row);
@@ -27,14 +29,17 @@ struct Band {
 SOLI_INLINE void turn(const __m512i* a, uint8_t* to) {
     __m512i b[16];
     for (int q = 0; q < 4; q++) {
-        const __m512i *in = a + 4 * q, low = _mm512_unpacklo_epi32(in[0], in[1]), high = _mm512_unpackhi_epi32(in[0], in[1]);
+        const __m512i *in = a + 4 * q, low = _mm512_unpacklo_epi32(in[0], in[1]),
+                      high = _mm512_unpackhi_epi32(in[0], in[1]);
         const __m512i low2 = _mm512_unpacklo_epi32(in[2], in[3]), high2 = _mm512_unpackhi_epi32(in[2], in[3]);
         b[4 * q] = _mm512_unpacklo_epi64(low, low2), b[4 * q + 1] = _mm512_unpackhi_epi64(low, low2);
         b[4 * q + 2] = _mm512_unpacklo_epi64(high, high2), b[4 * q + 3] = _mm512_unpackhi_epi64(high, high2);
     }  // b[4 q + u]: in 128 bits i unit 4 i + u of rows 4 q ... 4 q + 3
     for (int u = 0; u < 4; u++) {
-        const __m512i low = _mm512_shuffle_i32x4(b[u], b[4 + u], 0x44), high = _mm512_shuffle_i32x4(b[u], b[4 + u], 0xee);
-        const __m512i low2 = _mm512_shuffle_i32x4(b[8 + u], b[12 + u], 0x44), high2 = _mm512_shuffle_i32x4(b[8 + u], b[12 + u], 0xee);
+        const __m512i low = _mm512_shuffle_i32x4(b[u], b[4 + u], 0x44),
+                      high = _mm512_shuffle_i32x4(b[u], b[4 + u], 0xee);
+        const __m512i low2 = _mm512_shuffle_i32x4(b[8 + u], b[12 + u], 0x44),
+                      high2 = _mm512_shuffle_i32x4(b[8 + u], b[12 + u], 0xee);
         _mm512_store_si512(to + 64 * u, _mm512_shuffle_i32x4(low, low2, 0x88));
         _mm512_store_si512(to + 64 * (4 + u), _mm512_shuffle_i32x4(low, low2, 0xdd));
         _mm512_store_si512(to + 64 * (8 + u), _mm512_shuffle_i32x4(high, high2, 0x88));

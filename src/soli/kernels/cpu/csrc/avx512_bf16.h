@@ -23,7 +23,9 @@ struct Bf16 {
         out[0] = bytes<FULL>(row.weight + 2 * k, 2 * left);
     }
     template <bool FULL>
-    static __m512 scale(const Row&, int64_t, int64_t) { return _mm512_setzero_ps(); }
+    static __m512 scale(const Row&, int64_t, int64_t) {
+        return _mm512_setzero_ps();
+    }
     static void prefetch(const Row& row, int64_t k, int64_t ahead) { prefetch_line<64>(row.weight, 2 * k, ahead); }
 };
 
@@ -51,7 +53,8 @@ struct Table {
     // 64 magnitudes with their signs (bit 7 of `sign`) to two vectors of bfloat16.
     void look_up(__m512i magnitude, __m512i sign, __m512i* out) const {
         __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(upper), magnitude, _mm512_load_si512(upper + 64));
-        const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(lower), magnitude, _mm512_load_si512(lower + 64));
+        const __m512i low =
+            _mm512_permutex2var_epi8(_mm512_load_si512(lower), magnitude, _mm512_load_si512(lower + 64));
         high = _mm512_ternarylogic_epi64(high, sign, _mm512_set1_epi8(-128), 0xf8);  // high | (sign & 0x80)
         out[0] = _mm512_unpacklo_epi8(low, high), out[1] = _mm512_unpackhi_epi8(low, high);
     }

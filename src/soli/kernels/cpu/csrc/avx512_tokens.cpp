@@ -35,7 +35,7 @@ void put16_whole(const Layout& layout, const uint16_t* x, uint8_t* token, int64_
     start = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_dpbusd_epi32(start, offset, code[1]));
     start = _mm512_add_epi32(start, _mm512_shuffle_epi32(start, _MM_PERM_BADC));
     start = _mm512_add_epi32(start, _mm512_shuffle_epi32(start, _MM_PERM_CDAB));  // each lane the sum of its four
-    start = _mm512_maskz_compress_epi32(0x1111, start);  // of 32 codes each
+    start = _mm512_maskz_compress_epi32(0x1111, start);                           // of 32 codes each
     if (layout.group > 32) start = _mm512_add_epi32(start, _mm512_shuffle_epi32(start, _MM_PERM_CDAB));
     if (layout.group > 64) start = _mm512_add_epi32(start, _mm512_shuffle_epi32(start, _MM_PERM_BADC));
     const Token to(token, padded(layout.I));

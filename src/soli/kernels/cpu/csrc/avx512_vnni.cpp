@@ -16,7 +16,8 @@ void some(const Turned& band, Turned::Ahead ahead, const uint8_t* x, __m512* sum
         ahead.ask();
         for (int g = 0; g < GROUPS && k + g * G < band.I; g++) {
             __m512i exact[N];
-            for (int n = 0; n < N; n++) exact[n] = _mm512_set1_epi32(Token(x + n * stride, P).starts[k / 32 + g * (G / 32)]);
+            for (int n = 0; n < N; n++)
+                exact[n] = _mm512_set1_epi32(Token(x + n * stride, P).starts[k / 32 + g * (G / 32)]);
 #pragma GCC unroll 8
             for (int u = 0; u < G / 4; u++) {
                 const int unit = G == 128 ? u : (u < G / 8 ? 0 : 16 - G / 8) + g * (G / 8) + u;
@@ -38,14 +39,16 @@ void some(const Turned& band, Turned::Ahead ahead, const uint8_t* x, __m512* sum
 
 using Some = void (*)(const Turned&, Turned::Ahead, const uint8_t*, __m512*);
 template <int G>
-constexpr Some SOME[] = {some<G, 1>, some<G, 2>, some<G, 3>, some<G, 4>, some<G, 5>, some<G, 6>, some<G, 7>, some<G, 8>};
+constexpr Some SOME[] = {some<G, 1>, some<G, 2>, some<G, 3>, some<G, 4>,
+                         some<G, 5>, some<G, 6>, some<G, 7>, some<G, 8>};
 
 struct Many {
     static constexpr int64_t FROM = 12, MOST = 8;  // tokens from which a band is turned; tokens at a time
     static constexpr bool SIGNED = false;
 
     template <int G>
-    static void multiply(const Turned& band, const uint8_t* x, int64_t tokens, __mmask16 there, float* y, int64_t y_stride) {
+    static void multiply(const Turned& band, const uint8_t* x, int64_t tokens, __mmask16 there, float* y,
+                         int64_t y_stride) {
         const int64_t pieces = (tokens + MOST - 1) / MOST;
         for (int64_t piece = 0, t = 0; piece < pieces; piece++) {
             const int64_t count = portion(tokens - t, MOST);

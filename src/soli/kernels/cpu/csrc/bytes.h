@@ -22,7 +22,8 @@ struct Token {
     float* scales;
 
     SOLI_INLINE Token(const uint8_t* token, int64_t padded)
-        : codes(const_cast<uint8_t*>(token)), starts(reinterpret_cast<int32_t*>(codes + padded)),
+        : codes(const_cast<uint8_t*>(token)),
+          starts(reinterpret_cast<int32_t*>(codes + padded)),
           scales(reinterpret_cast<float*>(codes + padded + padded / 8)) {}
 };
 

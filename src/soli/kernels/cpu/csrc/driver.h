@@ -18,7 +18,10 @@ struct Tokens {
     uint8_t* data;
 
     Tokens(const Kernels& isa, const Layout& layout, int64_t dtype)
-        : isa(isa), layout(layout), narrow(dtype == HALF && isa.dots16[layout.format]), data(nullptr) {}
+        : isa(isa),
+          layout(layout),
+          narrow(dtype == HALF && isa.dots16[layout.format]),
+          data(nullptr) {}
 
     int64_t token_bytes() const { return narrow ? layout.token16_bytes() : 4 * padded(layout.I); }
     // Of `count` tokens. What a kernel makes of the spare ones nobody sees.
@@ -48,7 +51,8 @@ struct Tokens {
     }
 
     // y[t * y_stride + r] for `count` tokens from `first` on and all rows.
-    void dots(const Matrix& matrix, int64_t row, int64_t rows, int64_t first, int64_t count, float* y, int64_t y_stride) const {
+    void dots(const Matrix& matrix, int64_t row, int64_t rows, int64_t first, int64_t count, float* y,
+              int64_t y_stride) const {
         const Rows block = {matrix, layout, row, rows};
         const uint8_t* x = data + first * token_bytes();
         if (narrow) isa.dots16[layout.format](block, x, count, y, y_stride);
@@ -68,12 +72,13 @@ private:
 
 inline void write_out(const float* from, int64_t n, void* to, int64_t at, int64_t dtype) {
     if (dtype == FLOAT) std::memcpy(static_cast<float*>(to) + at, from, 4 * n);
-    else for (int64_t i = 0; i < n; i++) static_cast<uint16_t*>(to)[at + i] = narrowed(from[i]);
+    else
+        for (int64_t i = 0; i < n; i++) static_cast<uint16_t*>(to)[at + i] = narrowed(from[i]);
 }
 
-constexpr int64_t ROWS = 32;          // rows of a piece of work: small enough to share out evenly
-constexpr int64_t TOKENS = 128;       // tokens of a piece of work: their activations stay in the second-level cache
-constexpr int64_t FEW = 8;            // tokens, less than this: reading is what takes time, and long stretches are read faster
+constexpr int64_t ROWS = 32;     // rows of a piece of work: small enough to share out evenly
+constexpr int64_t TOKENS = 128;  // tokens of a piece of work: their activations stay in the second-level cache
+constexpr int64_t FEW = 8;  // tokens, less than this: reading is what takes time, and long stretches are read faster
 
 // Pieces of work to hand out at once, in `shares` portions. Few tokens keep pieces that follow each other with one thread:
 // what it asked for ahead of a piece's end is then seldom another's.

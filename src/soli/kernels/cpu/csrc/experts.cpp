@@ -18,8 +18,8 @@ int run(const Experts& layer, int64_t dtype, int64_t threads, int64_t T, const v
     static thread_local Scratch scratch;
     const int64_t D = layer.in.I, F = layer.in.O, P = T * layer.K, size = dtype == FLOAT ? 4 : 2;
     Tokens in(layer.isa, layer.in, dtype), out(layer.isa, layer.out, dtype);
-    const size_t wanted = Pairs::bytes(layer.E, P) + in.bytes(P) + out.bytes(P) +
-                          Scratch::bytes<float>(P * F) + Scratch::bytes<float>(T * D);
+    const size_t wanted = Pairs::bytes(layer.E, P) + in.bytes(P) + out.bytes(P) + Scratch::bytes<float>(P * F) +
+                          Scratch::bytes<float>(T * D);
     if (!scratch.reserve(wanted)) return NO_MEMORY;
     Pairs pairs(scratch, layer.E, P);
     pairs.sort(layer.E, layer.K, P, ids, weights);
@@ -30,9 +30,8 @@ int run(const Experts& layer, int64_t dtype, int64_t threads, int64_t T, const v
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for
-        for (int64_t p = 0; p < P; p++)
-            in.put(p, static_cast<const uint8_t*>(x) + pairs.token[p] * D * size, dtype);
-#pragma omp for schedule(dynamic, at_once(pairs.experts * blocks, T, 3 * threads))
+        for (int64_t p = 0; p < P; p++) in.put(p, static_cast<const uint8_t*>(x) + pairs.token[p] * D * size, dtype);
+#pragma omp for schedule(dynamic, at_once(pairs.experts* blocks, T, 3 * threads))
         for (int64_t piece = 0; piece < pairs.experts * blocks; piece++) {
             const int64_t e = pairs.chosen[piece / blocks];
             hidden_rows(layer, e, in, pairs.start[e], pairs.start[e + 1], piece % blocks * span, span, hidden);
@@ -54,16 +53,17 @@ int run(const Experts& layer, int64_t dtype, int64_t threads, int64_t T, const v
 
 // x, y (T, D) of `dtype`, ids (T, K), weights (T, K). `table` holds E matrices of gate, then E of up, then E of down.
 // Returns NO_ERROR, BAD_EXPERT_ID or NO_MEMORY.
-extern "C" int soli_experts(
-    int64_t isa, int64_t in_format, int64_t in_group, int64_t out_format, int64_t out_group, int64_t E, int64_t D,
-    int64_t F, const Matrix* table, int64_t T, int64_t K, int64_t dtype, const void* x, const int64_t* ids,
-    const float* weights, void* y, int64_t threads) {
+extern "C" int soli_experts(int64_t isa, int64_t in_format, int64_t in_group, int64_t out_format, int64_t out_group,
+                            int64_t E, int64_t D, int64_t F, const Matrix* table, int64_t T, int64_t K, int64_t dtype,
+                            const void* x, const int64_t* ids, const float* weights, void* y, int64_t threads) {
     for (int64_t p = 0; p < T * K; p++)
         if (ids[p] < 0 || ids[p] >= E) return BAD_EXPERT_ID;
-    const Experts layer = {kernels(isa), E, K, {in_format, F, D, in_group}, {out_format, D, F, out_group},
-                         table, table + E, table + 2 * E};
+    const Experts layer = {
+        kernels(isa), E, K, {in_format, F, D, in_group}, {out_format, D, F, out_group}, table, table + E,
+        table + 2 * E};
     // Scratch stays below 128 MiB; parts of a batch do not change a token's bits.
-    const int64_t per_token = K * (8 * padded(F) + 4 * padded(D)) + 4 * D, most = std::max<int64_t>(64, (128 << 20) / per_token);
+    const int64_t per_token = K * (8 * padded(F) + 4 * padded(D)) + 4 * D,
+                  most = std::max<int64_t>(64, (128 << 20) / per_token);
     const int64_t bytes = D * (dtype == FLOAT ? 4 : 2);
     for (int64_t t = 0; t < T; t += most) {
         const int failed = run(layer, dtype, threads, std::min(most, T - t), static_cast<const uint8_t*>(x) + t * bytes,

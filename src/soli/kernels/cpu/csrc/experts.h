@@ -13,7 +13,7 @@ namespace {
 struct Experts {
     const Kernels& isa;
     int64_t E, K;
-    Layout in, out;  // gate and up (F, D); down (D, F)
+    Layout in, out;                  // gate and up (F, D); down (D, F)
     const Matrix *gate, *up, *down;  // tables of E matrices
 };
 
@@ -60,8 +60,8 @@ struct Pairs {
 };
 
 // silu(gate) * up for rows row ... row + most of one expert, of those that exist.
-void hidden_rows(const Experts& layer, int64_t e, const Tokens& x, int64_t begin, int64_t end, int64_t row, int64_t most,
-                 float* hidden) {
+void hidden_rows(const Experts& layer, int64_t e, const Tokens& x, int64_t begin, int64_t end, int64_t row,
+                 int64_t most, float* hidden) {
     alignas(64) float gate[TOKENS * ROWS], up[TOKENS * ROWS];
     const int64_t F = layer.in.O, rows = std::min(most, F - row);
     for (int64_t p = begin; p < end; p += TOKENS) {
@@ -79,7 +79,8 @@ int64_t down_rows(int64_t D, int64_t T, int64_t P, int64_t experts, int64_t thre
 }
 
 // Adds weight * down for rows row ... row + most of y, of those that exist, and one expert.
-void add_rows(const Experts& layer, int64_t e, const Tokens& h, const Pairs& pairs, int64_t row, int64_t most, float* y) {
+void add_rows(const Experts& layer, int64_t e, const Tokens& h, const Pairs& pairs, int64_t row, int64_t most,
+              float* y) {
     alignas(64) float tile[TOKENS * ROWS];
     const int64_t D = layer.out.O, last = std::min(D, row + most), end = pairs.start[e + 1];
     for (int64_t p = pairs.start[e]; p < end; p += TOKENS) {

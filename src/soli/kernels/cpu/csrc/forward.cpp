@@ -31,10 +31,13 @@ Routings after(const Routings& now, const Router& router, int64_t T) {
 
 // Where each row's latent is kept; false when a slot lies in no page, or the chunks are not the rows after the singles.
 bool find_slots(const ForwardArgs& call, int64_t* slots) {
-    if (!readable(call.block_table, call.blocks_per_sequence, call.lengths, call.num_decode_tokens, call.block_count, call.block_size)) return false;
+    if (!readable(call.block_table, call.blocks_per_sequence, call.lengths, call.num_decode_tokens, call.block_count,
+                  call.block_size))
+        return false;
     for (int64_t t = 0; t < call.num_decode_tokens; t++) {
         const int64_t place = call.lengths[t] - 1;
-        slots[t] = call.block_table[t * call.blocks_per_sequence + place / call.block_size] * call.block_size + place % call.block_size;
+        slots[t] = call.block_table[t * call.blocks_per_sequence + place / call.block_size] * call.block_size +
+                   place % call.block_size;
     }
     int64_t t = call.num_decode_tokens;
     for (const PrefillChunk* chunk = call.chunks; chunk < call.chunks + call.chunk_count; chunk++) {
@@ -69,7 +72,8 @@ extern "C" int soli_forward(const ForwardArgs* given) {
         if (call.token_ids[t] < 0 || call.token_ids[t] >= call.vocab_size) return BAD_TOKEN_ID;
     const int64_t pairs = call.layer_count ? call.layers->attention.R / 2 : 0;
     ForwardPass pass = {call, kernels(call.isa), nullptr, nullptr, nullptr, slots};
-    const size_t used = most_used(pass), rows = Scratch::bytes<float>(call.T * call.D), turns = Scratch::bytes<float>(call.T * pairs);
+    const size_t used = most_used(pass), rows = Scratch::bytes<float>(call.T * call.D),
+                 turns = Scratch::bytes<float>(call.T * pairs);
     if (!scratch.reserve(rows + 2 * turns + used)) return NO_MEMORY;
     pass.x = scratch.take<float>(call.T * call.D);
     pass.cos = scratch.take<float>(call.T * pairs), pass.sin = scratch.take<float>(call.T * pairs);
@@ -82,7 +86,9 @@ extern "C" int soli_forward(const ForwardArgs* given) {
         for (int64_t i = 0; i < call.layer_count; i++) {
             const Layer& layer = call.layers[i];
             AttentionStep(pass, layer.attention, call.kv_blocks[i], area).run();
-            FeedForwardStep(pass, layer.feed_forward, decisions, call.masked_experts ? call.masked_experts[i] : nullptr, area).run();
+            FeedForwardStep(pass, layer.feed_forward, decisions, call.masked_experts ? call.masked_experts[i] : nullptr,
+                            area)
+                .run();
             decisions = after(decisions, layer.feed_forward.router, call.T);
         }
 #pragma omp for

@@ -39,7 +39,7 @@ struct ForwardPass {
     const ForwardArgs& call;
     const Kernels& isa;
     float *x, *cos, *sin;  // (T, D) the rows between layers; (T, R / 2)
-    int64_t* slots;          // (T) of the flattened pages: where each row's latent is kept
+    int64_t* slots;        // (T) of the flattened pages: where each row's latent is kept
 
     bool alone() const { return call.T < call.threads; }  // every thread does what is small for itself
 
@@ -78,9 +78,7 @@ struct ForwardPass {
     Tokens tokens(const Weight& weight) const { return Tokens(isa, weight.layout, call.dtype); }
 };
 
-inline void take(Area& area, Tokens& tokens, int64_t count) {
-    tokens.data = area.take<uint8_t>(tokens.bytes(count));
-}
+inline void take(Area& area, Tokens& tokens, int64_t count) { tokens.data = area.take<uint8_t>(tokens.bytes(count)); }
 
 inline void take_made(const ForwardPass& pass, Area& area, Tokens& tokens, int64_t count) {
     tokens.data = pass.made<uint8_t>(area, tokens.bytes(count));
@@ -113,7 +111,8 @@ void portions(int64_t T, Run run) {
 inline int64_t blocks(int64_t rows) { return (rows + ROWS - 1) / ROWS; }
 
 // Rows of one block of a matrix for all T tokens: y (T, O).
-inline void product(const Weight& weight, const Tokens& tokens, int64_t T, int64_t block, const Vector& bias, float* y) {
+inline void product(const Weight& weight, const Tokens& tokens, int64_t T, int64_t block, const Vector& bias,
+                    float* y) {
     const int64_t O = weight.layout.O, row = block * ROWS, rows = std::min(ROWS, O - row);
     portions(T, [&](int64_t t, int64_t count) { tokens.dots(weight.matrix, row, rows, t, count, y + t * O + row, O); });
     for (int64_t t = 0; t < T && bias.data; t++)

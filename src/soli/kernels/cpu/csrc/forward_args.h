@@ -24,7 +24,8 @@ struct Vector {
     // n numbers from `at` on.
     void copy(int64_t at, int64_t n, float* to) const {
         if (dtype == FLOAT) std::copy_n(static_cast<const float*>(data) + at, n, to);
-        else for (int64_t i = 0; i < n; i++) to[i] = widened(static_cast<const uint16_t*>(data)[at + i]);
+        else
+            for (int64_t i = 0; i < n; i++) to[i] = widened(static_cast<const uint16_t*>(data)[at + i]);
     }
 };
 
@@ -117,11 +118,11 @@ struct ForwardArgs {
     const int64_t* positions;    // (T) of the rotary embedding
     const float* frequencies;    // (R / 2) radians per position
     double cos_sin_scale;
-    Vector x;                   // (T, D) hidden states; or the embedding (vocab_size, D), and
-    const int64_t* token_ids;   // (T) rows of the embedding; else null
-    Norm norm;                  // after the last layer
-    void* y;                    // (T, D) of dtype
-    Weight head;                // (vocab_size, D)
+    Vector x;                      // (T, D) hidden states; or the embedding (vocab_size, D), and
+    const int64_t* token_ids;      // (T) rows of the embedding; else null
+    Norm norm;                     // after the last layer
+    void* y;                       // (T, D) of dtype
+    Weight head;                   // (vocab_size, D)
     const int64_t* logit_indices;  // tokens that get logits
     int64_t logit_count, vocab_size;
     float* logits;                         // (logit_count, vocab_size), rounded to dtype

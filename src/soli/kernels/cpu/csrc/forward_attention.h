@@ -14,13 +14,31 @@ namespace {
 class AttentionStep {
 public:
     AttentionStep(const ForwardPass& pass, const Attention& a, void* pages, Area area)
-        : pass(pass), call(pass.call), a(a), T(call.T), B(call.num_decode_tokens), H(a.H), C(a.C()), X(a.X()), pages(pages),
-          latents{pass.isa, {call.dtype == FLOAT ? FP32 : BF16, call.block_size, X, 0}, call.block_count, H, C, static_cast<float>(a.scale),
+        : pass(pass),
+          call(pass.call),
+          a(a),
+          T(call.T),
+          B(call.num_decode_tokens),
+          H(a.H),
+          C(a.C()),
+          X(a.X()),
+          pages(pages),
+          latents{pass.isa,
+                  {call.dtype == FLOAT ? FP32 : BF16, call.block_size, X, 0},
+                  call.block_count,
+                  H,
+                  C,
+                  static_cast<float>(a.scale),
                   static_cast<const uint8_t*>(pages)},
-          batch(latents, B, call.blocks_per_sequence, call.block_table, call.lengths, call.threads), q_in(pass.tokens(a.has_query_latent() ? a.q_a : a.q_b)),
-          low_in(pass.tokens(a.q_b)), kv_in(pass.tokens(a.kv_a)), queries(pass.isa, latents.slot, call.dtype),
-          mixed_in(pass.tokens(a.kv_b)), o_in(pass.tokens(a.o)) {
-        take_made(pass, area, q_in, T), take_made(pass, area, low_in, a.has_query_latent() ? T : 0), take_made(pass, area, kv_in, T);
+          batch(latents, B, call.blocks_per_sequence, call.block_table, call.lengths, call.threads),
+          q_in(pass.tokens(a.has_query_latent() ? a.q_a : a.q_b)),
+          low_in(pass.tokens(a.q_b)),
+          kv_in(pass.tokens(a.kv_a)),
+          queries(pass.isa, latents.slot, call.dtype),
+          mixed_in(pass.tokens(a.kv_b)),
+          o_in(pass.tokens(a.o)) {
+        take_made(pass, area, q_in, T), take_made(pass, area, low_in, a.has_query_latent() ? T : 0),
+            take_made(pass, area, kv_in, T);
         take_made(pass, area, o_in, T), take(area, queries, B * H), take(area, mixed_in, B * H);
         row = pass.own<float>(area, std::max(call.D, a.q_a.layout.O));
         low = area.take<float>(T * a.q_a.layout.O), kv = area.take<float>(T * X);
@@ -97,7 +115,8 @@ private:
         const int64_t width = a.N + a.R, stride = padded(X);
         float *own = q + h * T * width, *folded = absorbed + h * B * stride;
         portions(T, [&](int64_t t, int64_t count) {
-            (a.has_query_latent() ? low_in : q_in).dots(a.q_b.matrix, h * width, width, t, count, own + t * width, width);
+            (a.has_query_latent() ? low_in : q_in)
+                .dots(a.q_b.matrix, h * width, width, t, count, own + t * width, width);
         });
         for (int64_t t = 0; t < T; t++) rotate(t, own + t * width + a.N);
         for (int64_t t = B; t < T; t++) prompt->put(t, h, own + t * width);
@@ -115,7 +134,8 @@ private:
     void value(int64_t h) {
         for (int64_t t = 0; t < B; t++) mixed_in.put(h * B + t, batch.merged(t, h), FLOAT);
         portions(B, [&](int64_t t, int64_t count) {
-            mixed_in.dots(a.kv_b.matrix, h * (a.N + a.V) + a.N, a.V, h * B + t, count, heads + (t * H + h) * a.V, H * a.V);
+            mixed_in.dots(a.kv_b.matrix, h * (a.N + a.V) + a.N, a.V, h * B + t, count, heads + (t * H + h) * a.V,
+                          H * a.V);
         });
     }
 
@@ -127,7 +147,8 @@ private:
             o_in.dots(a.o.matrix, row, rows, first, count, tile, ROWS);
             for (int64_t t = 0; t < count; t++)
                 for (int64_t r = 0; r < rows; r++)
-                    pass.x[(first + t) * call.D + row + r] += tile[t * ROWS + r] + (a.o_bias.data ? a.o_bias[row + r] : 0.0f);
+                    pass.x[(first + t) * call.D + row + r] +=
+                        tile[t * ROWS + r] + (a.o_bias.data ? a.o_bias[row + r] : 0.0f);
         });
     }
 

@@ -10,13 +10,26 @@ constexpr int64_t CROWD = 64;  // rows beyond which routing is worth sharing out
 
 class FeedForwardStep {
 public:
-    FeedForwardStep(const ForwardPass& pass, const FeedForward& f, const Routings& decisions, const uint8_t* muted, Area area)
-        : pass(pass), call(pass.call), f(f), decisions(decisions), muted(muted), T(call.T), E(f.router.E()), P(E ? T * f.router.K : 0),
+    FeedForwardStep(const ForwardPass& pass, const FeedForward& f, const Routings& decisions, const uint8_t* muted,
+                    Area area)
+        : pass(pass),
+          call(pass.call),
+          f(f),
+          decisions(decisions),
+          muted(muted),
+          T(call.T),
+          E(f.router.E()),
+          P(E ? T * f.router.K : 0),
           all{pass.isa, 1, 1, f.gate.layout, f.down.layout, &f.gate.matrix, &f.up.matrix, &f.down.matrix},
           some{pass.isa, E, f.router.K, f.expert_in, f.expert_out, f.experts, f.experts + E, f.experts + 2 * E},
-          router_in(pass.isa, f.router.weight.layout, FLOAT), all_in(pass.isa, all.in, call.dtype),
-          all_out(pass.isa, all.out, call.dtype), row_in(pass.isa, some.in, call.dtype), some_in(row_in),
-          some_out(pass.isa, some.out, call.dtype), everyone(area, 1, T), pairs(area, E, P) {
+          router_in(pass.isa, f.router.weight.layout, FLOAT),
+          all_in(pass.isa, all.in, call.dtype),
+          all_out(pass.isa, all.out, call.dtype),
+          row_in(pass.isa, some.in, call.dtype),
+          some_in(row_in),
+          some_out(pass.isa, some.out, call.dtype),
+          everyone(area, 1, T),
+          pairs(area, E, P) {
         take_made(pass, area, router_in, T), take_made(pass, area, all_in, T), take_made(pass, area, row_in, T);
         take(area, all_out, T), take(area, some_in, P), take(area, some_out, P);
         row = pass.own<float>(area, call.D), logits = area.take<float>(T * E), experts = area.take<int64_t>(1);
@@ -35,7 +48,8 @@ public:
         for (int64_t i = 0; i < blocks(E); i++) product(f.router.weight, router_in, T, i, {}, logits);
         if (T > CROWD) {
 #pragma omp for schedule(static)
-            for (int64_t t = 0; t < T; t++) if (E) decide(f.router, logits + t * E, muted, t, decisions);
+            for (int64_t t = 0; t < T; t++)
+                if (E) decide(f.router, logits + t * E, muted, t, decisions);
 #pragma omp single
             sort();
 #pragma omp for schedule(static)
@@ -53,7 +67,8 @@ public:
         }
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < call.D; row += down) {
-            for (int64_t i = 0; i < pairs.experts; i++) add_rows(some, pairs.chosen[i], some_out, pairs, row, down, pass.x);
+            for (int64_t i = 0; i < pairs.experts; i++)
+                add_rows(some, pairs.chosen[i], some_out, pairs, row, down, pass.x);
             if (everyone.experts) add_rows(all, 0, all_out, everyone, row, down, pass.x);
         }
     }
@@ -69,8 +84,8 @@ private:
     static int64_t spans(int64_t F) { return (F + STEP - 1) / STEP; }
 
     // STEP hidden values of each pair of one expert, made and put ready for the down product.
-    void hidden(const Experts& layer, int64_t e, const Tokens& in, int64_t begin, int64_t end, int64_t span, float* values,
-                Tokens& out) {
+    void hidden(const Experts& layer, int64_t e, const Tokens& in, int64_t begin, int64_t end, int64_t span,
+                float* values, Tokens& out) {
         const int64_t F = layer.in.O, first = span * STEP, last = std::min(F, first + STEP);
         const int64_t most = end - begin < FEW ? STEP : ROWS;
         for (int64_t at = first; at < last; at += most) hidden_rows(layer, e, in, begin, end, at, most, values);

@@ -17,7 +17,8 @@ public:
     void run() {
         const int64_t size = call.dtype == FLOAT ? 4 : 2, pieces = blocks(call.vocab_size);
 #pragma omp for schedule(static)
-        for (int64_t n = 0; n < N; n++) in.put(n, static_cast<const uint8_t*>(call.y) + call.logit_indices[n] * call.D * size, call.dtype);
+        for (int64_t n = 0; n < N; n++)
+            in.put(n, static_cast<const uint8_t*>(call.y) + call.logit_indices[n] * call.D * size, call.dtype);
 #pragma omp for schedule(dynamic, at_once(pieces, N, 8 * call.threads))
         for (int64_t i = 0; i < pieces; i++) {
             product(call.head, in, N, i, {}, call.logits);
@@ -29,7 +30,9 @@ private:
     // The logits of some words, as a result of bfloat16 has them.
     void round(int64_t first, int64_t last) {
         for (int64_t n = 0; n < N; n++)
-            for (float* at = call.logits + n * call.vocab_size + first; at < call.logits + n * call.vocab_size + last; at++) *at = widened(narrowed(*at));
+            for (float* at = call.logits + n * call.vocab_size + first; at < call.logits + n * call.vocab_size + last;
+                 at++)
+                *at = widened(narrowed(*at));
     }
 
     const ForwardArgs& call;

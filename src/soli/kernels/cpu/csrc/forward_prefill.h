@@ -15,9 +15,18 @@ class PromptStep {
 public:
     // Queries of the rows from call.num_decode_tokens on, head by head: put() them, then run() the pieces in any order.
     PromptStep(const ForwardPass& pass, const Attention& a, const void* pages, float* heads, Area& area)
-        : pass(pass), call(pass.call), a(a), R(call.T - call.num_decode_tokens), W(a.N + a.R), C(a.C()), X(a.X()), pages(pages),
-          heads(heads), key{call.dtype == HALF && pass.isa.dots16[BF16] ? BF16 : FP32, BLOCK, W, 0},
-          queries(pass.isa, key, call.dtype), latents(pass.tokens(a.kv_b)) {
+        : pass(pass),
+          call(pass.call),
+          a(a),
+          R(call.T - call.num_decode_tokens),
+          W(a.N + a.R),
+          C(a.C()),
+          X(a.X()),
+          pages(pages),
+          heads(heads),
+          key{call.dtype == HALF && pass.isa.dots16[BF16] ? BF16 : FP32, BLOCK, W, 0},
+          queries(pass.isa, key, call.dtype),
+          latents(pass.tokens(a.kv_b)) {
         if (!R) return;
         // Few pieces are cut by queries too; each then writes out the keys for itself.
         const int64_t pieces = a.H * call.chunk_count, wanted = 2 * call.threads;
@@ -30,7 +39,9 @@ public:
         scores = pass.own<float>(area, QUERIES * BLOCK);
     }
 
-    void put(int64_t t, int64_t head, const float* query) { queries.put(head * R + t - call.num_decode_tokens, query, FLOAT); }
+    void put(int64_t t, int64_t head, const float* query) {
+        queries.put(head * R + t - call.num_decode_tokens, query, FLOAT);
+    }
 
     int64_t pieces() const { return R ? call.chunk_count * parts * a.H : 0; }
 

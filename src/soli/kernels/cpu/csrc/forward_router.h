@@ -39,8 +39,10 @@ inline void survive(const Router& router, const float* biased, uint8_t* groups) 
     int64_t best[MAX_GROUPS];
     for (int64_t g = 0; g < router.G; g++) {
         int64_t first[2] = {};
-        top(biased + g * size, size, std::min(router.experts_per_group_score, size), first, [](int64_t) { return false; });
-        rank[g] = biased[g * size + first[0]] + (router.experts_per_group_score > 1 && size > 1 ? biased[g * size + first[1]] : 0.0f);
+        top(biased + g * size, size, std::min(router.experts_per_group_score, size), first,
+            [](int64_t) { return false; });
+        rank[g] = biased[g * size + first[0]] +
+                  (router.experts_per_group_score > 1 && size > 1 ? biased[g * size + first[1]] : 0.0f);
         groups[g] = 0;
     }
     top(rank, router.G, router.topk_group, best, [](int64_t) { return false; });

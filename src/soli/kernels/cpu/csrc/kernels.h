@@ -85,7 +85,8 @@ using Dots16 = void (*)(const Rows& rows, const uint8_t* x, int64_t tokens, floa
 
 // y[t * y_stride + i] += sum over r of p[t * p_stride + r] * rows[r][i], for the first `columns` numbers of each row, row
 // after row; y has padded(columns) numbers per token.
-using Mix = void (*)(const Rows& rows, int64_t columns, const float* p, int64_t p_stride, int64_t tokens, float* y, int64_t y_stride);
+using Mix = void (*)(const Rows& rows, int64_t columns, const float* p, int64_t p_stride, int64_t tokens, float* y,
+                     int64_t y_stride);
 
 // What a softmax over several parts must know of one part: its largest value, and the sum of the exponentials above it.
 struct Soft {

@@ -21,7 +21,8 @@ constexpr int64_t BLOCK = 128, SPLITS = 8, HEADS = 16;  // slots of a block; par
 // The running softmax takes a block in: what has the smaller maximum is scaled down. `sums` are C values mixed so far,
 // `shares` the block's.
 inline void join(Soft block, Soft& soft, float* shares, int64_t slots, float* sums, int64_t C) {
-    const float top = std::max(soft.most, block.most), old = std::exp(soft.most - top), now = std::exp(block.most - top);
+    const float top = std::max(soft.most, block.most), old = std::exp(soft.most - top),
+                now = std::exp(block.most - top);
     if (old != 1.0f)
         for (int64_t i = 0; i < C; i++) sums[i] *= old;
     if (now != 1.0f)
@@ -31,9 +32,9 @@ inline void join(Soft block, Soft& soft, float* shares, int64_t slots, float* su
 
 struct Latents {
     const Kernels& isa;
-    Layout slot;          // of a page's rows: FP32 or BF16, S slots of X
+    Layout slot;  // of a page's rows: FP32 or BF16, S slots of X
     int64_t P, H, C;
-    float scale;          // of the scores
+    float scale;  // of the scores
     const uint8_t* pages;
 
     int64_t part_floats() const { return H * (padded(C) + 2); }
@@ -122,7 +123,12 @@ struct Batch {
     float* parts = nullptr;
 
     Batch(const Latents& latents, int64_t B, int64_t M, const int32_t* table, const int32_t* lengths, int64_t threads)
-        : latents(latents), B(B), M(M), table(table), lengths(lengths), most(0) {
+        : latents(latents),
+          B(B),
+          M(M),
+          table(table),
+          lengths(lengths),
+          most(0) {
         for (int64_t b = 0; b < B; b++) most = std::max(most, Latents::Cut(lengths[b]).parts);
         // Few pieces are cut by heads too; each then reads the latents for itself.
         heads = B * most >= 2 * threads ? latents.H : std::max<int64_t>(1, std::min(HEADS, latents.H / threads));

@@ -6,9 +6,8 @@
 namespace soli {
 
 // x (T, I) and y (T, O) of `dtype`. Returns NO_ERROR or NO_MEMORY.
-extern "C" int soli_linear(
-    int64_t isa, int64_t format, int64_t O, int64_t I, int64_t group, const void* weight, const void* scale, int64_t T,
-    int64_t dtype, const void* x, void* y, int64_t threads) {
+extern "C" int soli_linear(int64_t isa, int64_t format, int64_t O, int64_t I, int64_t group, const void* weight,
+                           const void* scale, int64_t T, int64_t dtype, const void* x, void* y, int64_t threads) {
     static thread_local Scratch scratch;
     const Layout layout = {format, O, I, group};
     const Matrix matrix = {weight, scale};

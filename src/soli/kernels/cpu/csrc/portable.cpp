@@ -26,7 +26,8 @@ struct Vec {
         return c;
     }
     static float sum(const Vec& v) {
-        return ((v.lane[0] + v.lane[4]) + (v.lane[2] + v.lane[6])) + ((v.lane[1] + v.lane[5]) + (v.lane[3] + v.lane[7]));
+        return ((v.lane[0] + v.lane[4]) + (v.lane[2] + v.lane[6])) +
+               ((v.lane[1] + v.lane[5]) + (v.lane[3] + v.lane[7]));
     }
     static void sum4(const Vec* v, float* to) {
         for (int i = 0; i < 4; i++) to[i] = sum(v[i]);
@@ -47,7 +48,8 @@ float half_at(const uint8_t* base, int64_t index) {
     __builtin_memcpy(&half, base + 2 * index, 2);
     const uint32_t sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu;
     // The same trick as for E4M3: exponent and mantissa moved into place are 2^112 too small.
-    const float value = magnitude >= 0x7c00 ? as_float(0x7f800000u | magnitude << 13) : as_float(magnitude << 13) * 0x1p112f;
+    const float value =
+        magnitude >= 0x7c00 ? as_float(0x7f800000u | magnitude << 13) : as_float(magnitude << 13) * 0x1p112f;
     return as_float(as_bits(value) | sign);
 }
 
@@ -109,8 +111,8 @@ struct Int4 {  // rows are whole runs of 32: nothing is ragged, and BYTES is nev
 }  // namespace
 
 const Kernels PORTABLE = {
-    "portable", {dots32<Fp32>, dots32<Bf16>, dots32<Fp8>, dots32<Int8>, dots32<Int4>}, {}, nullptr, silu_mul,
-    {mix32<Fp32>, mix32<Bf16>, mix32<Fp8>, mix32<Int8>, mix32<Int4>}, soften,
+    "portable", {dots32<Fp32>, dots32<Bf16>, dots32<Fp8>, dots32<Int8>, dots32<Int4>}, {},     nullptr,
+    silu_mul,   {mix32<Fp32>, mix32<Bf16>, mix32<Fp8>, mix32<Int8>, mix32<Int4>},      soften,
 };
 
 }  // namespace soli

@@ -65,13 +65,13 @@ STRUCT(Layout, FIELD(format), FIELD(O), FIELD(I), FIELD(group))
 STRUCT(Vector, FIELD(data), FIELD(dtype))
 STRUCT(Norm, FIELD(weight), FIELD(eps))
 STRUCT(Weight, FIELD(matrix), FIELD(layout))
-STRUCT(Attention, FIELD(norm), FIELD(q_norm), FIELD(kv_norm), FIELD(q_a), FIELD(q_b), FIELD(kv_a), FIELD(kv_b), FIELD(o),
-       FIELD(q_a_bias), FIELD(kv_a_bias), FIELD(o_bias), FIELD(H), FIELD(N), FIELD(R), FIELD(V), FIELD(interleaved),
-       FIELD(scale))
+STRUCT(Attention, FIELD(norm), FIELD(q_norm), FIELD(kv_norm), FIELD(q_a), FIELD(q_b), FIELD(kv_a), FIELD(kv_b),
+       FIELD(o), FIELD(q_a_bias), FIELD(kv_a_bias), FIELD(o_bias), FIELD(H), FIELD(N), FIELD(R), FIELD(V),
+       FIELD(interleaved), FIELD(scale))
 STRUCT(Router, FIELD(weight), FIELD(bias), FIELD(K), FIELD(G), FIELD(topk_group), FIELD(experts_per_group_score),
        FIELD(softmax), FIELD(normalise), FIELD(scaling))
-STRUCT(FeedForward, FIELD(norm), FIELD(gate), FIELD(up), FIELD(down), FIELD(router), FIELD(expert_in), FIELD(expert_out),
-       FIELD(experts))
+STRUCT(FeedForward, FIELD(norm), FIELD(gate), FIELD(up), FIELD(down), FIELD(router), FIELD(expert_in),
+       FIELD(expert_out), FIELD(experts))
 STRUCT(Layer, FIELD(attention), FIELD(feed_forward))
 STRUCT(PrefillChunk, FIELD(start), FIELD(stop), FIELD(first_position), FIELD(slots))
 STRUCT(Routings, FIELD(ids), FIELD(weights), FIELD(scores), FIELD(biased), FIELD(groups))
@@ -82,9 +82,9 @@ STRUCT(ForwardArgs, FIELD(isa), FIELD(dtype), FIELD(threads), FIELD(T), FIELD(D)
        FIELD(logit_count), FIELD(vocab_size), FIELD(logits), FIELD(masked_experts), FIELD(routings))
 
 constexpr StructLayout STRUCT_LAYOUTS[] = {
-    layout_of<Matrix>(),    layout_of<Layout>(), layout_of<Vector>(),      layout_of<Norm>(),
-    layout_of<Weight>(),    layout_of<Attention>(), layout_of<Router>(),   layout_of<FeedForward>(),
-    layout_of<Layer>(),     layout_of<PrefillChunk>(), layout_of<Routings>(), layout_of<ForwardArgs>(),
+    layout_of<Matrix>(), layout_of<Layout>(),       layout_of<Vector>(),   layout_of<Norm>(),
+    layout_of<Weight>(), layout_of<Attention>(),    layout_of<Router>(),   layout_of<FeedForward>(),
+    layout_of<Layer>(),  layout_of<PrefillChunk>(), layout_of<Routings>(), layout_of<ForwardArgs>(),
 };
 
 }  // namespace
