@@ -40,7 +40,7 @@ def build(dtype: str, speculate: bool) -> Callable[[int], Any]:
     prompts = [tuple(model.tokenizer.translation_prompt(text, "zh")) for text in SENTENCES]
 
     def answer(at_once: int) -> Any:
-        limits = EngineLimits(cache_bytes=2**26, running=at_once, prefix_sharing=False, speculate=speculate)
+        limits = EngineLimits(cache_bytes=2**26, max_running=at_once, prefix_sharing=False, speculate=speculate)
         engine = Engine(model, limits)
         requests = [
             Request(prompt, 64, stop_ids=model.stop_ids) for prompt in prompts * max(1, at_once // len(prompts))

@@ -44,8 +44,8 @@ def decode(model: Transformer, batch: int, context: int, ceiling: dict[str, Any]
     ids = torch.randint(0, config.vocab_size, (1, batch), device=at)
     now = cache.begin(range(batch), [context] * batch, [1] * batch, at)
     place = now.positions_T[None]
-    chosen = sum(int((layer.counts_E() > 0).sum()) for layer in model.trunk(ids, place, now).routing)
-    took = chip.seconds(lambda: model.head(model.trunk(ids, place, now).hidden_BTD), repeats)
+    chosen = sum(int((layer.counts_E() > 0).sum()) for layer in model.backbone(ids, place, now).routing)
+    took = chip.seconds(lambda: model.head(model.backbone(ids, place, now).hidden_BTD), repeats)
     apart = ("mlp.experts.", "embed_tokens")  # counted by what is chosen; one row a token
     weights = sum(p.nbytes for name, p in model.named_parameters() if not any(part in name for part in apart))
     moe = next(layer.mlp for layer in model.layers if isinstance(layer.mlp, MoE))
@@ -60,7 +60,7 @@ def prefill(model: Transformer, batch: int, length: int, ceiling: dict[str, Any]
     """Read `batch` prompts of `length` tokens from nothing."""
     config, at = model.config, model.embed_tokens.weight.device
     ids = torch.randint(0, config.vocab_size, (batch, length), device=at)
-    took = chip.seconds(lambda: model.head(model.trunk(ids).hidden_BTD[:, -1]), repeats)
+    took = chip.seconds(lambda: model.head(model.backbone(ids).hidden_BTD[:, -1]), repeats)
     done = batch * length * flops(config, length).prefill - 2 * batch * (length - 1) * model.lm_head.weight.numel()
     return {"ms": took * 1e3, "tokens_s": batch * length / took, "tflops": done / took / 1e12,
             "share_of_bf16_ceiling": done / took / (ceiling["bf16_tflops"] * 1e12)}  # fmt: skip

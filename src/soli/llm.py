@@ -38,7 +38,7 @@ class Options(TypedDict, total=False):
     stop: Sequence[str]
     logprobs: int
     trace: bool
-    muted: Collection[tuple[int, int]]
+    masked_experts: Collection[tuple[int, int]]
     constraint: ConstraintSpec
 
 
@@ -68,7 +68,7 @@ class LLM:
         limits = limits or EngineLimits()
         self.text_model = open_text_model(model, device, dtype, mtp=limits.speculate)
         self.engine = AsyncEngine(Engine(self.text_model, limits))
-        self._at_once = max(1, limits.waiting)
+        self._at_once = max(1, limits.max_waiting)
 
     def generate(
         self, prompts: str | Sequence[Prompt], sampling: SamplingParams = GREEDY, **options: Unpack[Options]
@@ -123,7 +123,7 @@ class LLM:
             stop=tuple(options.get("stop", ())),
             logprobs=options.get("logprobs"),
             trace=options.get("trace", False),
-            muted=frozenset(options.get("muted", ())),
+            masked_experts=frozenset(options.get("masked_experts", ())),
             constraint=options.get("constraint"),
         )
 

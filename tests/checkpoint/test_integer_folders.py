@@ -44,7 +44,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @torch.no_grad()
 def outputs(model: Transformer) -> tuple[Tensor, Tensor]:
     """Logits of the main model and of its MTP module."""
-    hidden = model.trunk(IDS).hidden_BTD
+    hidden = model.backbone(IDS).hidden_BTD
     return model.head(hidden), model.head(model.mtp_step(0, hidden, IDS).hidden_BTD)
 
 

@@ -4,7 +4,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from soli.engine.blocks import PagePool, page_key
+from soli.engine.blocks import BlockManager, block_key
 
 PAGES = 5
 
@@ -14,7 +14,7 @@ class Pool(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = PagePool(PAGES)
+        self.pool = BlockManager(PAGES)
         self.owned: list[int] = []  # a page once per owner
         self.holds: dict[int, bytes] = {}
 
@@ -34,14 +34,14 @@ class Pool(RuleBasedStateMachine):
         page = data.draw(st.sampled_from(self.owned))
         if page in self.holds:
             return
-        key = page_key(b"", [content])
+        key = block_key(b"", [content])
         self.pool.publish(page, key)
         if key not in self.holds.values():
             self.holds[page] = key
 
     @rule(content=st.integers(0, 3))
     def find(self, content: int) -> None:
-        key = page_key(b"", [content])
+        key = block_key(b"", [content])
         page = self.pool.find(key)
         if page is None:
             assert key not in self.holds.values()
@@ -66,7 +66,7 @@ class Pool(RuleBasedStateMachine):
         assert self.pool.used == len(set(self.owned))
         assert self.pool.available == PAGES - len(set(self.owned))
         unowned = [key for page, key in self.holds.items() if page not in self.owned]
-        assert self.pool.kept([page_key(b"", [content]) for content in range(4)]) == len(unowned)
+        assert self.pool.kept([block_key(b"", [content]) for content in range(4)]) == len(unowned)
 
 
 TestPool = Pool.TestCase
@@ -74,7 +74,7 @@ TestPool.settings = settings(max_examples=60, stateful_step_count=40, deadline=N
 
 
 def test_the_longest_unused_page_goes_first() -> None:
-    pool, keys = PagePool(3), [page_key(b"", [n]) for n in range(3)]
+    pool, keys = BlockManager(3), [block_key(b"", [n]) for n in range(3)]
     pages = [pool.take() for _ in range(3)]
     for page, key in zip(pages, keys, strict=True):
         pool.publish(page, key)
@@ -86,6 +86,6 @@ def test_the_longest_unused_page_goes_first() -> None:
 
 
 def test_a_key_stands_for_everything_before_it() -> None:
-    first, other = page_key(b"", [1, 2]), page_key(b"", [2, 1])
-    assert page_key(first, [3, 4]) != page_key(other, [3, 4]) != page_key(b"", [1, 2, 3, 4])
-    assert page_key(b"mute", [1, 2]) != first == page_key(b"", (1, 2))
+    first, other = block_key(b"", [1, 2]), block_key(b"", [2, 1])
+    assert block_key(first, [3, 4]) != block_key(other, [3, 4]) != block_key(b"", [1, 2, 3, 4])
+    assert block_key(b"mute", [1, 2]) != first == block_key(b"", (1, 2))

@@ -20,9 +20,9 @@ VOCAB, POSITIONS = 330, 96
 A_TOKEN = bytes_per_token(TEXT_MODEL.model.config, 3, torch.float32)
 
 
-def engine(pages: int = 200, page_tokens: int = 4, **limits: object) -> Engine:
-    given = {"running": 16, "tokens_per_step": 32, **limits}
-    return Engine(TEXT_MODEL, EngineLimits(cache_bytes=pages * page_tokens * A_TOKEN, page_tokens=page_tokens, **given))
+def engine(pages: int = 200, block_size: int = 4, **limits: object) -> Engine:
+    given = {"max_running": 16, "tokens_per_step": 32, **limits}
+    return Engine(TEXT_MODEL, EngineLimits(cache_bytes=pages * block_size * A_TOKEN, block_size=block_size, **given))
 
 
 def requests(count: int, seed: int = 0, **given: object) -> list[Request]:
@@ -43,10 +43,10 @@ def run(engine: Engine, arrivals: dict[int, list[Request]] | list[Request]) -> d
             events[engine.add(request)] = []
         for event in engine.step():
             events[event.request].append(event)
-        assert engine.stats().pages_used <= engine.stats().pages_total
+        assert engine.stats().blocks_used <= engine.stats().blocks_total
         step += 1
         assert step < 5000, "the engine does not come to an end"
-    assert engine.stats().pages_used == engine.stats().running == engine.stats().waiting == 0
+    assert engine.stats().blocks_used == engine.stats().running == engine.stats().waiting == 0
     return events
 
 
@@ -66,7 +66,7 @@ def lone(request: Request) -> tuple[int, ...]:
     return one.ids
 
 
-@pytest.mark.parametrize("limits", [{}, {"pages": 60}, {"pages": 26, "tokens_per_step": 16}, {"running": 3}])
+@pytest.mark.parametrize("limits", [{}, {"pages": 60}, {"pages": 26, "tokens_per_step": 16}, {"max_running": 3}])
 def test_answers_are_those_of_a_request_alone(limits):
     wanted = requests(24)
     arrivals: dict[int, list[Request]] = {}
@@ -87,7 +87,7 @@ def test_every_kind_of_model(kind):
 
     model = text_model(tiny_model(kind, vocab_size=330, max_position_embeddings=96), tiny_tokenizer())
     wanted = requests(6, seed=1)
-    found = run(Engine(model, EngineLimits(cache_bytes=2**20, page_tokens=4, tokens_per_step=24)), wanted)
+    found = run(Engine(model, EngineLimits(cache_bytes=2**20, block_size=4, tokens_per_step=24)), wanted)
     whole = [generate(model.model, [one.prompt_ids], max_new_tokens=one.max_new_tokens)[0].ids for one in wanted]
     assert [ids(found[number]) for number in range(6)] == whole
 
@@ -115,12 +115,12 @@ def test_a_prefix_that_is_known_is_not_read_again():
     assert [found[number][-1].usage.cached for number in range(3)] == [0, 40, 40]
     assert tested.stats().prefix_hit_tokens == 80
     assert (read, tested.stats().prompt_tokens) == (42, 42 + 2 + 2)
-    muted = Request(wanted[0].prompt_ids, 4, muted=frozenset({(1, 3)}))
-    assert run(tested, [muted])[3][-1].usage.cached == 0, "other experts played for these latents"
+    masked_experts = Request(wanted[0].prompt_ids, 4, masked_experts=frozenset({(1, 3)}))
+    assert run(tested, [masked_experts])[3][-1].usage.cached == 0, "other experts played for these latents"
 
 
 def test_a_long_prompt_never_stalls_the_others():
-    tested = engine(tokens_per_step=16, running=4)
+    tested = engine(tokens_per_step=16, max_running=4)
     tested.add(Request((5, 6), 60))
     tested.step()
     tested.add(Request(tuple(range(3, 73)), 2))
@@ -134,9 +134,9 @@ def test_cancelling_frees_pages_before_the_next_step():
     tested = engine(pages=12, prefix_sharing=False)
     numbers = [tested.add(Request(tuple(range(3, 23)), 10)) for _ in range(4)]
     tested.step()
-    used = tested.stats().pages_used
+    used = tested.stats().blocks_used
     tested.cancel(numbers[0]), tested.cancel(numbers[3])  # one that runs, one that waits
-    assert tested.stats().pages_used < used
+    assert tested.stats().blocks_used < used
     events = tested.step()
     assert {event.request for event in events if event.finish_reason == "cancelled"} == {numbers[0], numbers[3]}
     tested.cancel(numbers[0])
@@ -145,7 +145,7 @@ def test_cancelling_frees_pages_before_the_next_step():
 
 
 def test_an_error_ends_the_requests_of_its_step_alone(monkeypatch):
-    tested = engine(running=1)
+    tested = engine(max_running=1)
     bad, good = requests(2, seed=3)
     tested.add(bad), tested.add(good)
     with monkeypatch.context() as patched:
@@ -179,20 +179,20 @@ def test_a_trace_is_that_of_one_forward_even_over_preemptions():
     for number, request in enumerate(wanted):
         read = [*request.prompt_ids, *ids(found[number])][:-1]
         with torch.no_grad():
-            whole = TEXT_MODEL.model.trunk(torch.tensor([read])).routing
+            whole = TEXT_MODEL.model.backbone(torch.tensor([read])).routing
         parts = zip(*(event.routing for event in found[number] if event.routing), strict=True)
         for mine, layer in zip(map(join_routing, parts), whole, strict=True):
             assert torch.equal(mine.expert_ids_TK, layer.expert_ids_TK)
             torch.testing.assert_close(mine.weights_TK, layer.weights_TK)
 
 
-def test_a_muted_expert_does_not_play_and_others_are_not_muted():
+def test_a_masked_expert_is_not_selected_and_other_requests_are_not_masked():
     plain = Request(tuple(range(20, 50)), 12, trace=True)
     [events] = run(engine(), [plain]).values()
     load = join_routing([event.routing[0] for event in events if event.routing]).counts_E()
     busiest = int(load.argmax())
-    muted = Request(plain.prompt_ids, 12, trace=True, muted=frozenset({(1, busiest), (2, 0)}))
-    both = run(engine(), [plain, muted])
+    masked_experts = Request(plain.prompt_ids, 12, trace=True, masked_experts=frozenset({(1, busiest), (2, 0)}))
+    both = run(engine(), [plain, masked_experts])
     assert ids(both[0]) == ids(events)
     routing = join_routing([event.routing[0] for event in both[1] if event.routing])
     assert not (routing.expert_ids_TK == busiest).any() and load[busiest] > 0
@@ -208,10 +208,10 @@ def test_a_muted_expert_does_not_play_and_others_are_not_muted():
         (Request((5, 330), 3), "vocabulary ends at 329"),
         (Request((5,), 0), "ask for at least 1"),
         (Request((5,) * 90, 7), "only 96 positions"),
-        (Request((5,) * 40, 10), "holds 10 pages of 4"),
-        (Request((5,), 1, muted=frozenset({(0, 1)})), "layer 0 has no routed experts"),
-        (Request((5,), 1, muted=frozenset({(1, 16)})), "expert 16 of layer 1"),
-        (Request((5,), 1, muted=frozenset((1, e) for e in range(6))), "fewer than the 3 that play"),
+        (Request((5,) * 40, 10), "holds 10 blocks of 4"),
+        (Request((5,), 1, masked_experts=frozenset({(0, 1)})), "layer 0 has no routed experts"),
+        (Request((5,), 1, masked_experts=frozenset({(1, 16)})), "expert 16 of layer 1"),
+        (Request((5,), 1, masked_experts=frozenset((1, e) for e in range(6))), "fewer than the 3 that are selected"),
         (Request((5,), 1, SamplingParams(logit_bias={330: 1.0})), "logit_bias names token 330"),
     ],
 )
@@ -223,7 +223,7 @@ def test_what_could_never_run_is_refused_at_once(request_, said):
 
 
 def test_a_full_queue_says_so():
-    tested = engine(running=1, waiting=2)
+    tested = engine(max_running=1, max_waiting=2)
     tested.add(Request((5,), 3)), tested.step()
     tested.add(Request((5,), 3)), tested.add(Request((5,), 3))
     with pytest.raises(QueueFull, match="2 requests wait"):
@@ -231,7 +231,7 @@ def test_a_full_queue_says_so():
 
 
 def test_who_comes_while_there_are_places_does_not_count_as_waiting():
-    tested = engine(running=2, waiting=0)
+    tested = engine(max_running=2, max_waiting=0)
     tested.add(Request((5,), 3)), tested.add(Request((6,), 3))  # no step between them
     with pytest.raises(QueueFull, match="0 requests wait"):
         tested.add(Request((7,), 3))

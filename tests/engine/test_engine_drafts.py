@@ -15,7 +15,7 @@ A_TOKEN = 4 * 24 * 4  # three layers and the MTP module's, 16 + 8 values, float3
 
 
 def engine(pages: int = 200, **limits: object) -> Engine:
-    given = {"running": 16, "tokens_per_step": 40, "page_tokens": 4, "speculate": True, **limits}
+    given = {"max_running": 16, "tokens_per_step": 40, "block_size": 4, "speculate": True, **limits}
     return Engine(TEXT_MODEL, EngineLimits(cache_bytes=pages * 4 * A_TOKEN, **given))
 
 
@@ -63,7 +63,7 @@ def test_a_trace_holds_no_draft_that_was_refused():
     [events] = run(tested, [request]).values()
     read = [*request.prompt_ids, *ids(events)]
     with torch.no_grad():
-        whole = TEXT_MODEL.model.trunk(torch.tensor([read])).routing[0]
+        whole = TEXT_MODEL.model.backbone(torch.tensor([read])).routing[0]
     told = torch.cat([event.routing[0].expert_ids_TK for event in events if event.routing])
     assert len(told) in (len(read) - 1, len(read)) and torch.equal(told, whole.expert_ids_TK[: len(told)])
 

@@ -88,7 +88,7 @@ def test_the_trace_is_that_of_one_forward_over_the_tokens_read(kind, use_cache):
     for prompt, one in zip(PROMPTS, found, strict=True):
         read = [*prompt, *one.ids] if one.finish_reason == "stop" else [*prompt, *one.ids[:-1]]
         with torch.no_grad():
-            forward = model.trunk(torch.tensor([read])).routing
+            forward = model.backbone(torch.tensor([read])).routing
         assert one.routing is not None and len(one.routing) == len(forward) == 2
         for mine, whole in zip(one.routing, forward, strict=True):
             assert torch.equal(mine.expert_ids_TK, whole.expert_ids_TK)

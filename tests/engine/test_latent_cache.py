@@ -4,24 +4,24 @@ import pytest
 import torch
 
 from soli.config import preset
-from soli.engine.latent_cache import LatentCache, bytes_per_token, pages_for
+from soli.engine.latent_cache import LatentCache, blocks_for, bytes_per_token
 from soli.errors import SoliError
 
 
 def test_slots_follow_the_page_tables():
-    cache = LatentCache(pages=8, page_tokens=4, rows=2, positions=12)
+    cache = LatentCache(block_count=8, block_size=4, rows=2, positions=12)
     cache.tables_RM[0], cache.tables_RM[1] = [5, 0, 7], [2, 6, 1]
     now = cache.begin(rows=[1, 0], starts=[6, 2], counts=[1, 7])
     assert now.positions_T.tolist() == [6, 2, 3, 4, 5, 6, 7, 8]
     assert now.slots_T.tolist() == [26, 22, 23, 0, 1, 2, 3, 28]
-    assert now.singles == 1 and now.table_BM.tolist() == [[2, 6]] and now.lengths_B.tolist() == [7]
+    assert now.num_decode_tokens == 1 and now.table_BM.tolist() == [[2, 6]] and now.lengths_B.tolist() == [7]
     [chunk] = now.chunks
     assert (chunk.start, chunk.stop, chunk.first) == (1, 8, 2)
     assert chunk.slots_S.tolist() == [20, 21, 22, 23, 0, 1, 2, 3, 28]
 
 
 def test_what_is_written_lies_in_its_slots_and_layers_are_apart():
-    cache = LatentCache(pages=4, page_tokens=2, rows=1, positions=8)
+    cache = LatentCache(block_count=4, block_size=2, rows=1, positions=8)
     cache.tables_RM[0] = [3, 1, 0, 2]
     entries_TX = torch.arange(15.0).view(5, 3)
     pages_PSX = cache.begin([0], [0], [5]).write(0, entries_TX)
@@ -34,8 +34,8 @@ def test_what_is_written_lies_in_its_slots_and_layers_are_apart():
 
 
 def test_whole_rows_own_pages_apart():
-    cache = LatentCache.whole_rows([5, 1, 8], page_tokens=4)
-    assert cache.page_count == 5 and cache.tables_RM.tolist() == [[0, 1], [2, 0], [3, 4]]
+    cache = LatentCache.whole_rows([5, 1, 8], block_size=4)
+    assert cache.block_count == 5 and cache.tables_RM.tolist() == [[0, 1], [2, 0], [3, 4]]
 
 
 def test_a_position_past_the_end_is_refused():
@@ -46,5 +46,5 @@ def test_a_position_past_the_end_is_refused():
 
 
 def test_sizes():
-    assert [pages_for(tokens, 4) for tokens in (0, 1, 4, 5)] == [0, 1, 1, 2]
+    assert [blocks_for(tokens, 4) for tokens in (0, 1, 4, 5)] == [0, 1, 1, 2]
     assert bytes_per_token(preset("deepseek-v3"), 61, torch.bfloat16) == 61 * 576 * 2

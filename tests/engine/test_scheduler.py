@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from soli.engine.blocks import PagePool
-from soli.engine.latent_cache import LatentCache, pages_for
+from soli.engine.blocks import BlockManager
+from soli.engine.latent_cache import LatentCache, blocks_for
 from soli.engine.request import EngineLimits, Request
 from soli.engine.scheduler import Scheduler, Task
 
@@ -24,7 +24,7 @@ class Serving(RuleBasedStateMachine):
     """Requests come, are read, answered and cancelled, as the engine would do it."""
 
     @initialize(
-        pages=st.integers(pages_for(POSITIONS, SIZE), 30),
+        pages=st.integers(blocks_for(POSITIONS, SIZE), 30),
         running=st.integers(1, 5),
         step=st.integers(5, 14),
         sharing=st.booleans(),
@@ -32,9 +32,9 @@ class Serving(RuleBasedStateMachine):
     )
     def begin(self, pages: int, running: int, step: int, sharing: bool, drafting: bool) -> None:
         self.limits = EngineLimits(
-            cache_bytes=1, running=running, tokens_per_step=step, page_tokens=SIZE, prefix_sharing=sharing
+            cache_bytes=1, max_running=running, tokens_per_step=step, block_size=SIZE, prefix_sharing=sharing
         )
-        self.pool, self.drafting = PagePool(pages), drafting
+        self.pool, self.drafting = BlockManager(pages), drafting
         self.cache = LatentCache(pages, SIZE, running, POSITIONS)
         self.scheduler = Scheduler(self.cache, self.pool, self.limits, drafting)
         self.alive: list[Task] = []
@@ -112,10 +112,10 @@ class Serving(RuleBasedStateMachine):
         owned = {page for task in running for page in task.pages}
         assert self.pool.used == len(owned) and self.pool.available == self.pool.pages - len(owned)
         assert sorted(running, key=lambda task: task.number) == running
-        assert len({task.row for task in running}) == len(running) <= self.limits.running
+        assert len({task.row for task in running}) == len(running) <= self.limits.max_running
         for task in running:
             assert self.cache.tables_RM[task.row, : len(task.pages)].tolist() == task.pages
-            assert len(task.pages) >= pages_for(task.read, SIZE)
+            assert len(task.pages) >= blocks_for(task.read, SIZE)
         assert set(self.alive) == {*running, *self.scheduler.waiting}
         assert all(task.row == -1 and not task.pages for task in self.scheduler.waiting)
 

@@ -210,7 +210,7 @@ PROMPT = tuple(NANO.tokenizer.translation_prompt("The weather is fine today.", "
 def read(text: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """The last two rows of nano's logits after a text, and its MTP module's logits for the token after the next."""
     with torch.inference_mode():
-        hidden_BTD = NANO.model.trunk(torch.tensor([text])).hidden_BTD
+        hidden_BTD = NANO.model.backbone(torch.tensor([text])).hidden_BTD
         guess_BTD = NANO.model.mtp_step(0, hidden_BTD[:, :-1], torch.tensor([text[1:]])).hidden_BTD
         return NANO.model.head(hidden_BTD)[0, -2:].clone(), NANO.model.head(guess_BTD)[0, -1:].clone()
 

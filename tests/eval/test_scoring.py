@@ -18,16 +18,16 @@ SEQUENCES = [[0, 5, 9, 30, 31, 7], [0, 5, 8], [0, 5, 40, 41, 42, 43, 44, 45, 46,
 
 def by_hand(model, ids: list[int], skip: int) -> tuple[np.ndarray, float, int, int]:
     with torch.no_grad():
-        trunk = model.trunk(torch.tensor([ids]))
-        logits_TV = model.head(trunk.hidden_BTD)[0]
+        backbone = model.backbone(torch.tensor([ids]))
+        logits_TV = model.head(backbone.hidden_BTD)[0]
         counts = np.zeros((2, 16), dtype=np.int64)
-        for layer, routing in enumerate(trunk.routing):
+        for layer, routing in enumerate(backbone.routing):
             for token in range(skip, len(ids)):
                 counts[layer, routing.expert_ids_TK[token].numpy()] += 1
         bits = -sum(float(logits_TV[t - 1].log_softmax(-1)[ids[t]]) for t in range(skip, len(ids))) / math.log(2)
         tried = agreed = 0
         for t in range(skip - 1, len(ids) - 2):  # MTP sees the hidden state at t and token t+1; guesses token t+2
-            step = model.mtp_step(0, trunk.hidden_BTD[:, : t + 1], torch.tensor([ids[1 : t + 2]]))
+            step = model.mtp_step(0, backbone.hidden_BTD[:, : t + 1], torch.tensor([ids[1 : t + 2]]))
             guess = int(model.head(step.hidden_BTD)[0, -1].argmax())
             tried, agreed = tried + 1, agreed + (guess == int(logits_TV[t + 1].argmax()))
     return counts, bits, tried, agreed

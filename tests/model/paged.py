@@ -4,15 +4,15 @@ from collections.abc import Sequence
 
 import torch
 
-from soli.engine.latent_cache import CachePass, LatentCache, pages_for
-from soli.model import Transformer, Trunk
+from soli.engine.latent_cache import CachePass, LatentCache, blocks_for
+from soli.model import BackboneOutput, Transformer
 
 
 class Paged(LatentCache):
     """`rows` texts of up to `slots` slots on pages of S. What was never written is NaN."""
 
     def __init__(self, model: Transformer, rows: int, slots: int, S: int, seed: int = 0) -> None:
-        each = pages_for(slots, S)
+        each = blocks_for(slots, S)
         super().__init__(rows * each + 1, S, rows, slots)
         order = torch.randperm(rows * each + 1, generator=torch.Generator().manual_seed(seed))
         self.tables_RM[:] = order[1:].view(rows, each).numpy()
@@ -25,12 +25,12 @@ class Paged(LatentCache):
         places = [at + t for _ in rows for t in range(count)]
         return self.begin([row for row in rows for _ in range(count)], places, [1] * len(places))
 
-    def read(self, model: Transformer, ids_BT: torch.Tensor, rows: Sequence[int], at: int) -> list[Trunk]:
-        """Tokens (B, T) of these rows from position `at`: the trunk, and the MTP module if there is one."""
+    def read(self, model: Transformer, ids_BT: torch.Tensor, rows: Sequence[int], at: int) -> list[BackboneOutput]:
+        """Tokens (B, T) of these rows from position `at`: the backbone, and the MTP module if there is one."""
         B, T = ids_BT.shape
         now = self.tokens(rows, at, T)
-        trunks = [model.trunk(ids_BT, now.positions_T.view(B, T), now)]
+        outputs = [model.backbone(ids_BT, now.positions_T.view(B, T), now)]
         if len(model.mtp):
-            after = model.mtp_step(0, trunks[0].hidden_BTD, (ids_BT + 1) % 97, now.positions_T.view(B, T), now)
-            trunks.append(after)
-        return trunks
+            after = model.mtp_step(0, outputs[0].hidden_BTD, (ids_BT + 1) % 97, now.positions_T.view(B, T), now)
+            outputs.append(after)
+        return outputs

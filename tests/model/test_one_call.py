@@ -11,7 +11,7 @@ from torch import Tensor
 
 from soli.engine.latent_cache import FEW, LatentCache
 from soli.kernels import QuantizedExperts
-from soli.model import Transformer, Trunk, one_call
+from soli.model import BackboneOutput, Transformer, one_call
 from tests.engine.tiny import KINDS, tiny_model
 from tests.kernels import weights
 from tests.kernels.weights import needs_kernels
@@ -38,19 +38,19 @@ def drawn_ids(B: int, seed: int = 1) -> Tensor:
     return torch.randint(0, 97, (B, sum(STEPS)), generator=torch.Generator().manual_seed(seed))
 
 
-def read(model: Transformer, cache: Paged, ids_BT: Tensor, torchs: bool = False) -> list[Trunk]:
+def read(model: Transformer, cache: Paged, ids_BT: Tensor, torchs: bool = False) -> list[BackboneOutput]:
     """Some tokens at a time, in the one call or as torch computes them."""
-    at, trunks = 0, []
+    at, outputs = 0, []
     with pytest.MonkeyPatch.context() as patch:
         if torchs:
             patch.setattr(one_call, "plan", lambda *_, **__: None)
         for count in STEPS:
-            trunks += cache.read(model, ids_BT[:, at : at + count], range(len(ids_BT)), at)
+            outputs += cache.read(model, ids_BT[:, at : at + count], range(len(ids_BT)), at)
             at += count
-    return trunks
+    return outputs
 
 
-def assert_same(found: list[Trunk], expected: list[Trunk], bound: float) -> None:
+def assert_same(found: list[BackboneOutput], expected: list[BackboneOutput], bound: float) -> None:
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.hidden_BTD.float(), other.hidden_BTD.float(), rtol=0, atol=bound)
         for decision, plain in zip(one.routing, other.routing, strict=True):
@@ -107,7 +107,7 @@ def test_bfloat16_rows_are_nearer_to_float32_than_torchs(isa, format) -> None:
 @pytest.mark.parametrize("dtype", weights.DTYPES)
 def test_a_row_has_the_same_bits_in_any_company_and_with_any_threads(isa, dtype) -> None:
     model, ids_BT, threads = quantized_model("int8", dtype), drawn_ids(9), torch.get_num_threads()
-    together: list[list[Trunk]] = []
+    together: list[list[BackboneOutput]] = []
     try:
         for number in (1, 2, 3):
             torch.set_num_threads(number)
@@ -138,7 +138,7 @@ def read_texts(
         for count in cut:
             now = cache.begin(rows, [at] * len(rows), [count] * len(rows))
             ids_1T = ids_BT[:, at : at + count].reshape(1, -1)
-            found.append(model.trunk(ids_1T, now.positions_T[None], now).hidden_BTD.view(len(rows), count, -1))
+            found.append(model.backbone(ids_1T, now.positions_T[None], now).hidden_BTD.view(len(rows), count, -1))
             at += count
     return torch.cat(found, dim=1)
 
@@ -206,7 +206,7 @@ def test_a_chunk_that_leads_past_the_pages_is_refused() -> None:
 
     def run(**changes: object) -> None:
         chunk = dataclasses.replace(now.chunks[0], **changes)
-        model.trunk(ids_BT, now.positions_T[None], dataclasses.replace(now, chunks=[chunk]))
+        model.backbone(ids_BT, now.positions_T[None], dataclasses.replace(now, chunks=[chunk]))
 
     run()
     slots_S = now.chunks[0].slots_S
@@ -277,35 +277,35 @@ def test_weights_that_were_changed_replaced_or_moved_are_seen() -> None:
 def test_a_muted_expert_does_not_play(isa) -> None:
     model, ids_BT = tiny_model("v3"), drawn_ids(2)[:, :1]
     now, x_BTD = Paged(model, 2, 20, 4).tokens([0, 1], 0, 1), model.embed_tokens(ids_BT)
-    muted_TE = torch.zeros(2, 16, dtype=torch.bool)
+    masked_TE = torch.zeros(2, 16, dtype=torch.bool)
 
     def chosen() -> list[list[int]]:
-        plan = one_call.plan(model.layers, model.norm, model.rope, x_BTD, now.positions_T[:, None], now, {2: muted_TE})
+        plan = one_call.plan(model.layers, model.norm, model.rope, x_BTD, now.positions_T[:, None], now, {2: masked_TE})
         assert plan is not None
         _, (first, second) = plan.run(x_BTD)
-        assert first.biased_TE.isfinite().all() and torch.equal(second.biased_TE.isinf(), muted_TE)
+        assert first.biased_TE.isfinite().all() and torch.equal(second.biased_TE.isinf(), masked_TE)
         return second.expert_ids_TK.tolist()
 
     before = chosen()
-    muted_TE[0, before[0][0]] = True
+    masked_TE[0, before[0][0]] = True
     after = chosen()
     assert before[0][0] not in after[0] and after[1] == before[1] and len(set(after[0])) == 3
 
 
 def test_a_muted_expert_does_not_play_in_a_prompt(isa, monkeypatch) -> None:
     model, ids_BT = tiny_model("v3"), texts(1)[:, :40]
-    muted_TE = torch.zeros(40, 16, dtype=torch.bool)
-    muted_TE[::2, :5] = True
+    masked_TE = torch.zeros(40, 16, dtype=torch.bool)
+    masked_TE[::2, :5] = True
 
-    def played() -> Trunk:
+    def played() -> BackboneOutput:
         now = Paged(model, 1, 80, 16).begin([0], [0], [40])
-        return model.trunk(ids_BT, now.positions_T[None], now, {2: muted_TE})
+        return model.backbone(ids_BT, now.positions_T[None], now, {2: masked_TE})
 
     found = played()
     monkeypatch.setattr(one_call, "plan", lambda *_, **__: None)
     assert_same([found], [played()], 2e-5)
     assert (found.routing[1].expert_ids_TK[::2] >= 5).all()
-    assert torch.equal(found.routing[1].biased_TE.isinf(), muted_TE)
+    assert torch.equal(found.routing[1].biased_TE.isinf(), masked_TE)
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -313,7 +313,7 @@ def test_what_does_not_fit_is_refused() -> None:
     now = Paged(model, 1, 20, 4).tokens([0], 0, 1)
 
     def run(**changes: Tensor) -> None:
-        model.trunk(ids_BT, now.positions_T[None], dataclasses.replace(now, **changes))
+        model.backbone(ids_BT, now.positions_T[None], dataclasses.replace(now, **changes))
 
     for table, length in (([[-1]], 1), ([[99]], 1), ([[0]], 5), ([[0]], 0)):
         with pytest.raises(IndexError, match="does not lead to as many slots"):
@@ -339,8 +339,8 @@ def test_reading_is_the_trunk_and_the_head_with_the_same_bits(isa, format, dtype
                 [ids_BT[row, at : at + n] for row, (at, n) in enumerate(zip(starts, counts, strict=True))]
             )
             if by_hand:
-                trunk = model.trunk(ids_T[None], now.positions_T[None], now)
-                hidden_TD, routing = trunk.hidden_BTD[0], trunk.routing
+                backbone = model.backbone(ids_T[None], now.positions_T[None], now)
+                hidden_TD, routing = backbone.hidden_BTD[0], backbone.routing
                 logits_NV = model.head(hidden_TD[list(ends)]).float()
             else:
                 read = model.read(ids_T, now.positions_T, now, ends)
@@ -356,7 +356,7 @@ def test_reading_goes_to_torch_where_the_ends_are_not_for_the_call(monkeypatch) 
     def logits() -> tuple[Tensor, bool]:
         called: list[object] = []
         with monkeypatch.context() as patch:
-            patch.setattr(model, "trunk", lambda *given: called.append(given) or Transformer.trunk(model, *given))
+            patch.setattr(model, "backbone", lambda *given: called.append(given) or Transformer.backbone(model, *given))
             now = Paged(model, 1, 20, 4).begin([0], [0], [3])
             return model.read(ids_T, now.positions_T, now, [2]).logits_NV, bool(called)
 

@@ -49,7 +49,7 @@ def test_expert_choices(config: ModelConfig) -> None:
         if name.endswith("mlp.gate"):
             module.register_forward_hook(lambda _module, _args, out: theirs.append(out[1:]))
     with torch.no_grad():
-        routing = model.trunk(tokens()).routing
+        routing = model.backbone(tokens()).routing
         oracle(tokens())
     assert len(routing) == len(theirs) == config.num_moe_layers
     for ours, (weights, ids) in zip(routing, theirs, strict=True):

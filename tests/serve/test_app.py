@@ -18,7 +18,7 @@ TEXT_MODEL = tiny_text_model()
 
 @pytest.fixture(scope="module")
 def service():
-    engine = AsyncEngine(Engine(TEXT_MODEL, EngineLimits(cache_bytes=2**20, page_tokens=4)))
+    engine = AsyncEngine(Engine(TEXT_MODEL, EngineLimits(cache_bytes=2**20, block_size=4)))
     made = Service("tiny", lambda: Loaded(TEXT_MODEL, engine, None))
     made._loaded = made._load()
     yield made

@@ -48,7 +48,7 @@ class SlowEngine(Engine):
 
 @contextmanager
 def slow_server(running: int = 2) -> Iterator[tuple[str, AsyncEngine]]:
-    engine = AsyncEngine(SlowEngine(tiny(), EngineLimits(cache_bytes=2**22, running=running)))
+    engine = AsyncEngine(SlowEngine(tiny(), EngineLimits(cache_bytes=2**22, max_running=running)))
     try:
         with serving(engine) as url:
             yield url, engine
@@ -71,14 +71,14 @@ def test_a_client_that_leaves_a_stream_frees_its_place_within_a_step():
             next(answer.iter_lines())
             assert engine.stats().running == 1
         assert steps_until_free(engine) <= 2  # the one under way, and that which tells
-        assert engine.stats().pages_used == 0
+        assert engine.stats().blocks_used == 0
 
 
 def test_clients_that_give_up_on_whole_answers_free_all_their_places():
     with slow_server() as (url, engine):
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{url}/v1/completions", json=LONG | {"n": 5}, timeout=0.3)
-        assert steps_until_free(engine) <= 2 and engine.stats().pages_used == 0
+        assert steps_until_free(engine) <= 2 and engine.stats().blocks_used == 0
         assert 'soli_requests_total{reason="cancelled"} 5.0' in httpx.get(f"{url}/metrics").text
 
 

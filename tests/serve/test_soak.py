@@ -13,7 +13,7 @@ from soli.engine.request import EngineLimits
 from tests.serve.tiny_server import serving, tiny
 
 PROMPTS = ["the cat sat on the mat", "hello world", "你好世界", "今天天气很好", "the cat sat on the", "mat"]
-LIMITS = EngineLimits(cache_bytes=18 * 2**10, page_tokens=4, running=8, waiting=64, tokens_per_step=32)
+LIMITS = EngineLimits(cache_bytes=18 * 2**10, block_size=4, max_running=8, max_waiting=64, tokens_per_step=32)
 
 
 def bodies(count: int) -> list[dict]:
@@ -96,7 +96,7 @@ def run(count: int) -> None:
     given = [(answer, alone[str(body)]) for answer, body in zip(answers, wanted, strict=True) if answer is not None]
     assert count / 2 < len(given) < count
     assert [answer for answer, _ in given] == [lone for _, lone in given]
-    assert stats.pages_used == 0 and stats.preemptions > 0 and stats.prefix_hit_tokens > 0
+    assert stats.blocks_used == 0 and stats.preemptions > 0 and stats.prefix_hit_tokens > 0
     assert grown < 24 * 2**20, f"{grown / 2**20:.1f} MiB more than before"
 
 

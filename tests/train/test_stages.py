@@ -105,8 +105,8 @@ def test_positions_are_those_of_a_model_built_with_the_phases_yarn(tmp_path, dat
         at = torch.arange(run.stage.length)[None]
         assert all(torch.equal(a, b) for a, b in zip(run.model.rope(at), fresh.rope(at), strict=True))
         ids = run.stage.heldout_BW[:1, : run.stage.length]
-        hidden = run.model.trunk(ids).hidden_BTD
-        assert torch.equal(hidden, fresh.trunk(ids).hidden_BTD)
+        hidden = run.model.backbone(ids).hidden_BTD
+        assert torch.equal(hidden, fresh.backbone(ids).hidden_BTD)
         assert torch.equal(run.model.mtp_step(0, hidden, ids).hidden_BTD, fresh.mtp_step(0, hidden, ids).hidden_BTD)
 
 

@@ -28,11 +28,11 @@ def test_keys_of_192_and_values_of_128(short: int, monkeypatch: pytest.MonkeyPat
 def test_absorbed_decoding_equals_one_expanded_forward(config) -> None:  # type: ignore[no-untyped-def]
     model = make_model(config)
     ids = torch.randint(0, 97, (2, 12), generator=torch.Generator().manual_seed(0))
-    cache = LatentCache.whole_rows([12, 12], page_tokens=4)
+    cache = LatentCache.whole_rows([12, 12], block_size=4)
 
     def forward(start: int, stop: int) -> torch.Tensor:
         now = cache.begin([0, 1], [start, start], [stop - start] * 2)
-        hidden_1TD = model.trunk(ids[:, start:stop].reshape(1, -1), now.positions_T[None], now).hidden_BTD
+        hidden_1TD = model.backbone(ids[:, start:stop].reshape(1, -1), now.positions_T[None], now).hidden_BTD
         return hidden_1TD.unflatten(1, (2, -1))[0]
 
     with torch.no_grad():

@@ -32,7 +32,7 @@ def test_loss_is_the_mean_over_unmasked_positions_of_the_shifted_target(depth):
     depths = 2
     model, window = tiny_model(num_nextn_predict_layers=depths), windows(3, 16 + 1 + depths)
     losses = compute_losses(model, window, count_targets(window, depths, EOS), EOS)
-    hidden = model.trunk(window[:, :16]).hidden_BTD
+    hidden = model.backbone(window[:, :16]).hidden_BTD
     for k in range(depth + 1):
         hidden = model.mtp_step(k, hidden, window[:, 1 + k : 17 + k]).hidden_BTD
     logits, total, count = model.head(hidden), 0.0, 0

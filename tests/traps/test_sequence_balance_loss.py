@@ -55,10 +55,9 @@ def test_the_gradient_pushes_down_the_crowded_expert():
 def test_every_moe_layer_counts_mtp_too():
     model, window = tiny_model(), windows(2, 18)
     totals = count_targets(window, 1, EOS)
-    trunk = model.trunk(window[:, :16])
-    step = model.mtp_step(0, trunk.hidden_BTD, window[:, 1:17])
-    expected = sum(
-        literal(rows, 2) for layer in (*trunk.routing, *step.routing) for rows in layer.scores_TE.unflatten(0, (2, 16))
-    )
+    backbone = model.backbone(window[:, :16])
+    step = model.mtp_step(0, backbone.hidden_BTD, window[:, 1:17])
+    layers = (*backbone.routing, *step.routing)
+    expected = sum(literal(rows, 2) for layer in layers for rows in layer.scores_TE.unflatten(0, (2, 16)))
     losses = compute_losses(model, window, totals, EOS)
     torch.testing.assert_close(losses.balance, torch.tensor(expected / 2), rtol=1e-5, atol=1e-5)

@@ -73,8 +73,8 @@ def serve(
         port,
         engine=EngineLimits(
             cache_bytes=cache_mib * MIB,
-            running=running,
-            waiting=waiting,
+            max_running=running,
+            max_waiting=waiting,
             tokens_per_step=tokens_per_step,
             speculate=speculate,
         ),

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-class PagePool:
+class BlockManager:
     """`pages` pages. A page may be owned several times, and each owner releases it once."""
 
     def __init__(self, pages: int) -> None:
@@ -95,7 +95,7 @@ class PagePool:
             self._keys[page] = None
 
 
-def page_key(parent: bytes, tokens: Sequence[int]) -> bytes:
+def block_key(parent: bytes, tokens: Sequence[int]) -> bytes:
     """The key of a page that follows `parent` (the key of the page before it; b"" and whatever else the content depends
     on for the first) and holds these tokens. 256 bits of BLAKE2: two contents never meet by accident."""
     return hashlib.blake2b(parent + np.asarray(tokens, dtype=np.int64).tobytes(), digest_size=32).digest()

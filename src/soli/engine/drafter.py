@@ -49,7 +49,7 @@ class Drafter:
         now = self._cache.begin([part.task.row for part in parts], starts, counts, device)
         following = [token for part in parts for token in part.task.ids[part.start + 1 :][: part.count]]
         rows = [row for part in parts for row in range(part.row, part.row + part.count)]
-        trunk = self._model.mtp_step(
+        backbone = self._model.mtp_step(
             0,
             hidden_TD[torch.tensor(rows, device=device)][None],
             torch.tensor([following], dtype=torch.int64).to(device),
@@ -60,7 +60,7 @@ class Drafter:
         wanting = [(part.task.number, part.state) for part in parts if part.state is not None]
         if not wanting:
             return {}
-        logits_BV = self._model.head(trunk.hidden_BTD[0, torch.tensor(ends, device=device)])
+        logits_BV = self._model.head(backbone.hidden_BTD[0, torch.tensor(ends, device=device)])
         drafts = propose(logits_BV, [state for _, state in wanting])
         # Where no draft can be made, decoding goes on without one and meets what is wrong itself.
         return {number: draft for (number, _), draft in zip(wanting, drafts, strict=True) if isinstance(draft, Draft)}

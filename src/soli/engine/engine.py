@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from soli.engine.admission import check, mixture_layers
-from soli.engine.blocks import PagePool
+from soli.engine.blocks import BlockManager
 from soli.engine.constraint import Constraints
 from soli.engine.detokenizer import TextStream, token_text
 from soli.engine.drafter import Drafter, Followed
@@ -66,15 +66,15 @@ class Engine:
         self._device = model.embed_tokens.weight.device
         dtype = model.compute_dtype or model.embed_tokens.weight.dtype
         layers = model.config.num_hidden_layers + self.limits.speculate
-        page = self.limits.page_tokens * bytes_per_token(model.config, layers, dtype)
+        page = self.limits.block_size * bytes_per_token(model.config, layers, dtype)
         pages = self.limits.cache_bytes // page
         if pages < 1:
             raise SoliError(
-                f"a cache of {self.limits.cache_bytes} bytes holds no page of {self.limits.page_tokens} tokens, which "
+                f"a cache of {self.limits.cache_bytes} bytes holds no page of {self.limits.block_size} tokens, which "
                 f"takes {page}: give cache_bytes of {page} or more"
             )
-        self._pages = PagePool(pages)
-        self._cache = LatentCache(pages, self.limits.page_tokens, self.limits.running, text_model.positions)
+        self._pages = BlockManager(pages)
+        self._cache = LatentCache(pages, self.limits.block_size, self.limits.max_running, text_model.positions)
         self._scheduler = Scheduler(self._cache, self._pages, self.limits, self.limits.speculate)
         self._drafter = self._make_drafter() if self.limits.speculate else None
         self._answers: dict[int, _Answer] = {}
@@ -88,8 +88,8 @@ class Engine:
     def add(self, request: Request) -> int:
         """Takes a request; its number. QueueFull when too many wait; Refused or SoliError for what could never run."""
         check(request, self.text_model, self.limits, self._pages.pages)
-        if len(self._scheduler.waiting) - self._scheduler.places >= self.limits.waiting:
-            raise QueueFull(f"{self.limits.waiting} requests wait already: try again later")
+        if len(self._scheduler.waiting) - self._scheduler.places >= self.limits.max_waiting:
+            raise QueueFull(f"{self.limits.max_waiting} requests wait already: try again later")
         state = self._state(request)
         stream = TextStream(token_text(self.text_model.tokenizer), request.stop)
         answer = _Answer(self._next, request, list(request.prompt_ids), state=state, stream=stream)
@@ -132,8 +132,8 @@ class Engine:
         return EngineStats(
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
-            pages_used=self._pages.used,
-            pages_total=self._pages.pages,
+            blocks_used=self._pages.used,
+            blocks_total=self._pages.pages,
             cache_bytes=self._cache.nbytes(),
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
@@ -294,14 +294,14 @@ class Engine:
 
     def _muted(self, reads: Sequence[Read]) -> dict[int, Tensor] | None:
         """For each layer with mutes, which experts must not play for which tokens."""
-        if not any(read.task.request.muted for read in reads):
+        if not any(read.task.request.masked_experts for read in reads):
             return None
         tokens, start = sum(read.count for read in reads), 0
-        muted: dict[int, Tensor] = {}
+        masked_experts: dict[int, Tensor] = {}
         for read in reads:
-            for layer, expert in read.task.request.muted:
-                if layer not in muted:
-                    muted[layer] = torch.zeros(tokens, self._load_LE.shape[1], dtype=torch.bool)
-                muted[layer][start : start + read.count, expert] = True
+            for layer, expert in read.task.request.masked_experts:
+                if layer not in masked_experts:
+                    masked_experts[layer] = torch.zeros(tokens, self._load_LE.shape[1], dtype=torch.bool)
+                masked_experts[layer][start : start + read.count, expert] = True
             start += read.count
-        return {layer: mask_TE.to(self._device) for layer, mask_TE in muted.items()}
+        return {layer: mask_TE.to(self._device) for layer, mask_TE in masked_experts.items()}

@@ -141,10 +141,10 @@ def _reread(model: Transformer, running: list[_Request], trace: bool) -> Tensor:
     """The same without a cache: every request from its beginning."""
     device = model.embed_tokens.weight.device
     ids_BT, lengths_B = right_padded([request.ids for request in running], device)
-    trunk = model.trunk(ids_BT)
+    backbone = model.backbone(ids_BT)
     ends = [row * ids_BT.shape[1] + length for row, length in enumerate(lengths_B.tolist())]
-    _note(running, ends, trunk.routing if trace else None)
-    return model.head(trunk.hidden_BTD.flatten(0, 1)[torch.tensor(ends, device=device) - 1])
+    _note(running, ends, backbone.routing if trace else None)
+    return model.head(backbone.hidden_BTD.flatten(0, 1)[torch.tensor(ends, device=device) - 1])
 
 
 def _note(running: list[_Request], ends: Sequence[int], layers: Sequence[Routing] | None) -> None:

@@ -22,29 +22,29 @@ from torch import Tensor
 
 from soli.config import ModelConfig
 from soli.errors import SoliError
-from soli.model.attention import Chunk
+from soli.model.attention import PrefillChunk
 
 CPU = torch.device("cpu")
 FEW = 4  # tokens of one text: up to here each is a query of its own, beyond they are read as a chunk
 
 
 class LatentCache:
-    """`pages` pages of `page_tokens` tokens a layer, and page tables for `rows` rows of up to `positions` tokens.
+    """`block_count` blocks of `block_size` tokens a layer, and page tables for `rows` rows of up to `positions` tokens.
 
     A layer's pages are allocated when it first writes, in the dtype and on the device of what it writes; on a CPU they
     take memory as they fill. Refuses positions past the end of a table.
     """
 
-    def __init__(self, pages: int, page_tokens: int, rows: int, positions: int) -> None:
-        self.page_count, self.page_tokens, self.positions = pages, page_tokens, positions
-        self.tables_RM = np.zeros((rows, pages_for(positions, page_tokens)), dtype=np.int32)
+    def __init__(self, block_count: int, block_size: int, rows: int, positions: int) -> None:
+        self.block_count, self.block_size, self.positions = block_count, block_size, positions
+        self.tables_RM = np.zeros((rows, blocks_for(positions, block_size)), dtype=np.int32)
         self._layers: dict[int, Tensor] = {}
 
     @classmethod
-    def whole_rows(cls, lengths: Sequence[int], page_tokens: int = 64) -> "LatentCache":
+    def whole_rows(cls, lengths: Sequence[int], block_size: int = 64) -> "LatentCache":
         """A cache in which row r owns pages for `lengths[r]` positions from the start."""
-        needed = [pages_for(length, page_tokens) for length in lengths]
-        cache = cls(sum(needed), page_tokens, len(lengths), max(lengths, default=0))
+        needed = [blocks_for(length, block_size) for length in lengths]
+        cache = cls(sum(needed), block_size, len(lengths), max(lengths, default=0))
         for row, (end, count) in enumerate(zip(np.cumsum(needed), needed, strict=True)):
             cache.tables_RM[row, :count] = np.arange(end - count, end)
         return cache
@@ -68,34 +68,35 @@ class LatentCache:
         position_T = np.arange(stop_B[-1]) - np.repeat(stop_B - end_B, count_B)
         row_T = np.repeat(row_B, count_B)
         many = np.flatnonzero(count_B > FEW)
-        singles = int(stop_B[many[0]] - count_B[many[0]]) if len(many) else int(stop_B[-1])
+        num_decode_tokens = int(stop_B[many[0]] - count_B[many[0]]) if len(many) else int(stop_B[-1])
         chunks = []
         for row, start, end, stop in zip(row_B, start_B, end_B, stop_B, strict=True):
-            if stop > singles:
+            if stop > num_decode_tokens:
                 slots_S = _tensor(self._slots(row, np.arange(end)), device)
-                chunks.append(Chunk(int(stop - (end - start)), int(stop), int(start), slots_S))
-        longest = int(position_T[:singles].max(initial=0)) + 1
-        return self._pass(row_T, position_T, singles, longest, chunks, device, True)
+                chunks.append(PrefillChunk(int(stop - (end - start)), int(stop), int(start), slots_S))
+        longest = int(position_T[:num_decode_tokens].max(initial=0)) + 1
+        return self._pass(row_T, position_T, num_decode_tokens, longest, chunks, device, True)
 
     def _pass(
         self,
         row_T: NDArray[np.int64],
         position_T: NDArray[np.int64],
-        singles: int,
+        num_decode_tokens: int,
         longest: int,
-        chunks: Sequence[Chunk],
+        chunks: Sequence[PrefillChunk],
         device: str | torch.device,
         begins: bool,
     ) -> "CachePass":
-        """Tokens by row and position, the first `singles` of them queries by themselves, over up to `longest` slots."""
-        most = pages_for(longest, self.page_tokens)
+        """Tokens by row and position, the first `num_decode_tokens` of them queries by
+        themselves, over up to `longest` slots."""
+        most = blocks_for(longest, self.block_size)
         return CachePass(
             cache=self,
             positions_T=_tensor(position_T, device),
             rows_T=row_T,
-            singles=singles,
-            table_BM=_tensor(self.tables_RM[row_T[:singles], :most], device),
-            lengths_B=_tensor((position_T[:singles] + 1).astype(np.int32), device),
+            num_decode_tokens=num_decode_tokens,
+            table_BM=_tensor(self.tables_RM[row_T[:num_decode_tokens], :most], device),
+            lengths_B=_tensor((position_T[:num_decode_tokens] + 1).astype(np.int32), device),
             chunks=chunks,
             begins=begins,
         )
@@ -103,7 +104,7 @@ class LatentCache:
     def pages(self, layer: int, width: int, like: Tensor) -> Tensor:
         """A layer's pages (P, S, width), made when first asked for, in the dtype and on the device of `like`."""
         if layer not in self._layers:
-            self._layers[layer] = like.new_empty(self.page_count, self.page_tokens, width)
+            self._layers[layer] = like.new_empty(self.block_count, self.block_size, width)
         return self._layers[layer]
 
     def slots(self, row_T: NDArray[np.int64], position_T: Tensor) -> Tensor:
@@ -121,8 +122,8 @@ class LatentCache:
         return sum(pages.numel() * pages.element_size() for pages in self._layers.values())
 
     def _slots(self, row_T: NDArray[np.int64], position_T: NDArray[np.int64]) -> NDArray[np.int64]:
-        page_T, inside_T = np.divmod(position_T, self.page_tokens)
-        return self.tables_RM[row_T, page_T].astype(np.int64) * self.page_tokens + inside_T
+        page_T, inside_T = np.divmod(position_T, self.block_size)
+        return self.tables_RM[row_T, page_T].astype(np.int64) * self.block_size + inside_T
 
 
 @dataclass(frozen=True)
@@ -132,10 +133,10 @@ class CachePass:
     cache: LatentCache
     positions_T: Tensor  # int64
     rows_T: NDArray[np.int64]  # whose each token is
-    singles: int
+    num_decode_tokens: int
     table_BM: Tensor
     lengths_B: Tensor
-    chunks: Sequence[Chunk]
+    chunks: Sequence[PrefillChunk]
     begins: bool
 
     @cached_property
@@ -157,9 +158,9 @@ def _tensor(array: NDArray[Any], device: str | torch.device) -> Tensor:
     return tensor if device == CPU else tensor.to(device)  # a step of a small model is mostly such calls
 
 
-def pages_for(tokens: int, page_tokens: int) -> int:
+def blocks_for(tokens: int, block_size: int) -> int:
     """How many pages hold so many tokens."""
-    return -(-tokens // page_tokens)
+    return -(-tokens // block_size)
 
 
 def bytes_per_token(config: ModelConfig, layers: int, dtype: torch.dtype) -> int:

@@ -21,8 +21,8 @@ class Request:
 
     `stop`: strings, found across token borders, that end the text and are no part of it. `logprobs`: None for none, k
     for the drawn token's and the k likeliest. `trace`: the routing of every token that is read, the prompt's included.
-    `muted`: (layer, expert) pairs that must not play; layers are numbered as in the files. `constraint`: what the whole
-    text must be; it ends where nothing else can follow.
+    `masked_experts`: (layer, expert) pairs that must not be selected; layers are numbered as in the files.
+    `constraint`: what the whole text must be; it ends where nothing else can follow.
     """
 
     prompt_ids: tuple[int, ...]
@@ -32,7 +32,7 @@ class Request:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     trace: bool = False
-    muted: frozenset[tuple[int, int]] = frozenset()
+    masked_experts: frozenset[tuple[int, int]] = frozenset()
     constraint: ConstraintSpec | None = None
 
 
@@ -74,21 +74,21 @@ class EngineLimits:
     CPUs (benchmarks/speculation.py)."""
 
     cache_bytes: int = 2**30
-    running: int = 16
-    waiting: int = 256
+    max_running: int = 16
+    max_waiting: int = 256
     tokens_per_step: int = 512
-    page_tokens: int = 16
+    block_size: int = 16
     prefix_sharing: bool = True
     speculate: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("cache_bytes", 1), ("running", 1), ("waiting", 0), ("page_tokens", 1)):
+        for name, least in (("cache_bytes", 1), ("max_running", 1), ("max_waiting", 0), ("block_size", 1)):
             if getattr(self, name) < least:
                 raise SoliError(f"the engine's {name} is {getattr(self, name)}: give {least} or more")
-        if self.tokens_per_step < self.running:
+        if self.tokens_per_step < self.max_running:
             raise SoliError(
-                f"the engine's tokens_per_step is {self.tokens_per_step}, but each of {self.running} running requests "
-                f"reads a token in a step: give {self.running} or more"
+                f"the engine's tokens_per_step is {self.tokens_per_step}, but each of {self.max_running} running "
+                f"requests reads a token in a step: give {self.max_running} or more"
             )
 
 
@@ -98,8 +98,8 @@ class EngineStats:
 
     running: int
     waiting: int
-    pages_used: int
-    pages_total: int
+    blocks_used: int
+    blocks_total: int
     cache_bytes: int
     steps: int
     prompt_tokens: int

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from soli.engine.blocks import PagePool, page_key
-from soli.engine.latent_cache import FEW, LatentCache, pages_for
+from soli.engine.blocks import BlockManager, block_key
+from soli.engine.latent_cache import FEW, LatentCache, blocks_for
 from soli.engine.request import EngineLimits, Request
 
 
@@ -61,7 +61,7 @@ class Read:
 class Scheduler:
     """Decides over `cache` and `pool`, which no one else may touch."""
 
-    def __init__(self, cache: LatentCache, pool: PagePool, limits: EngineLimits, drafting: bool = False) -> None:
+    def __init__(self, cache: LatentCache, pool: BlockManager, limits: EngineLimits, drafting: bool = False) -> None:
         # What the MTP module keeps of a token depends on the token after it as well.
         self._beyond = int(drafting)
         self.waiting: deque[Task] = deque()
@@ -69,7 +69,7 @@ class Scheduler:
         self.preemptions = 0
         self.prefix_hit_tokens = 0
         self._cache, self._pool, self._limits = cache, pool, limits
-        self._rows = list(range(limits.running - 1, -1, -1))
+        self._rows = list(range(limits.max_running - 1, -1, -1))
 
     @property
     def places(self) -> int:
@@ -104,7 +104,7 @@ class Scheduler:
     def publish(self, task: Task) -> None:
         """Pages of the task that are full now can be found by later requests."""
         if self._limits.prefix_sharing:
-            whole = min(task.read, len(task.ids) - self._beyond) // self._limits.page_tokens
+            whole = min(task.read, len(task.ids) - self._beyond) // self._limits.block_size
             self._extend_keys(task, whole)
             for index in range(task.published, whole):
                 self._pool.publish(task.pages[index], task.keys[index])
@@ -123,7 +123,7 @@ class Scheduler:
             return False
         task = self.waiting[0]
         found = self._known_prefix(task)
-        needed = pages_for(len(task.ids) + len(task.drafts) + 1, self._limits.page_tokens) - len(found)
+        needed = blocks_for(len(task.ids) + len(task.drafts) + 1, self._limits.block_size) - len(found)
         if needed > self._pool.available - self._pool.kept(found):
             return False
         self.running.append(self.waiting.popleft())
@@ -132,7 +132,7 @@ class Scheduler:
             page = self._pool.find(key)
             assert page is not None
             self._own(task, page)
-        task.read = len(found) * self._limits.page_tokens
+        task.read = len(found) * self._limits.block_size
         task.published = len(found)
         if not task.ran:
             task.cached = task.read
@@ -142,7 +142,7 @@ class Scheduler:
 
     def _make_room(self, task: Task, count: int, counts: dict[Task, int]) -> bool:
         """Pages for the next `count` tokens; younger requests make room for them. False when the task itself had to."""
-        for _ in range(pages_for(task.read + count, self._limits.page_tokens) - len(task.pages)):
+        for _ in range(blocks_for(task.read + count, self._limits.block_size) - len(task.pages)):
             page = self._pool.take()
             while page is None:
                 youngest = self.running[-1]
@@ -172,15 +172,15 @@ class Scheduler:
         for its logits; of a request that wants a trace everything is."""
         if task.request.trace or not self._limits.prefix_sharing:
             return []
-        whole = (len(task.ids) - 1) // self._limits.page_tokens
+        whole = (len(task.ids) - 1) // self._limits.block_size
         self._extend_keys(task, whole)
         return task.keys[: self._pool.known(task.keys[:whole])]
 
     def _extend_keys(self, task: Task, pages: int) -> None:
-        size = self._limits.page_tokens
+        size = self._limits.block_size
         for index in range(len(task.keys), pages):
             parent = task.keys[index - 1] if index else _root(task.request)
-            task.keys.append(page_key(parent, task.ids[index * size : (index + 1) * size + self._beyond]))
+            task.keys.append(block_key(parent, task.ids[index * size : (index + 1) * size + self._beyond]))
 
 
 def _portion(task: Task, budget: int) -> int:
@@ -191,5 +191,5 @@ def _portion(task: Task, budget: int) -> int:
 
 
 def _root(request: Request) -> bytes:
-    """What the latents of a text depend on besides its tokens: who may not play."""
-    return np.asarray(sorted(request.muted), dtype=np.int64).tobytes()
+    """What the latents of a text depend on besides its tokens: the masked experts."""
+    return np.asarray(sorted(request.masked_experts), dtype=np.int64).tobytes()

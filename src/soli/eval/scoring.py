@@ -18,7 +18,7 @@ from torch import Tensor
 from soli.engine.generate import right_padded
 from soli.errors import SoliError
 from soli.model.router import Routing
-from soli.model.transformer import Transformer, Trunk
+from soli.model.transformer import BackboneOutput, Transformer
 
 TOKENS_AT_ONCE = 2048
 
@@ -52,9 +52,9 @@ def read_sequences(
         ids_BT, lengths_B = right_padded([sequences[number] for number in batch], device)
         at_T = torch.arange(ids_BT.shape[1], device=device)
         counted_BT = (at_T >= skip) & (at_T < lengths_B[:, None])
-        trunk = model.trunk(ids_BT)
-        counts_BLE = choices(trunk.routing, counted_BT).cpu().numpy()
-        bits_B, tried_B, agreed_B = _scores(model, trunk, ids_BT, counted_BT) if score else ([0] * len(batch),) * 3
+        backbone = model.backbone(ids_BT)
+        counts_BLE = choices(backbone.routing, counted_BT).cpu().numpy()
+        bits_B, tried_B, agreed_B = _scores(model, backbone, ids_BT, counted_BT) if score else ([0] * len(batch),) * 3
         rows = zip(batch, counted_BT.sum(dim=1).tolist(), counts_BLE, bits_B, tried_B, agreed_B, strict=True)
         yield from (Reading(*row) for row in rows)
 
@@ -84,10 +84,10 @@ def _batches(sequences: Sequence[Sequence[int]]) -> Iterator[list[int]]:
 
 
 def _scores(
-    model: Transformer, trunk: Trunk, ids_BT: Tensor, counted_BT: Tensor
+    model: Transformer, backbone: BackboneOutput, ids_BT: Tensor, counted_BT: Tensor
 ) -> tuple[list[float], list[int], list[int]]:
     """Bits, MTP guesses made, and guesses that agree with the main model, per text."""
-    logits_BTV = model.head(trunk.hidden_BTD).float()
+    logits_BTV = model.head(backbone.hidden_BTD).float()
     nats_BT = torch.nn.functional.cross_entropy(
         logits_BTV[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="none"
     ).view(ids_BT.shape[0], -1)
@@ -95,7 +95,7 @@ def _scores(
     tried_BT = torch.zeros_like(counted_BT[:, 1:])
     agreed_BT = tried_BT
     if len(model.mtp):
-        guess_BT = model.head(model.mtp_step(0, trunk.hidden_BTD[:, :-1], ids_BT[:, 1:]).hidden_BTD).argmax(dim=-1)
+        guess_BT = model.head(model.mtp_step(0, backbone.hidden_BTD[:, :-1], ids_BT[:, 1:]).hidden_BTD).argmax(dim=-1)
         # At the last token there is no guess worth having: nothing follows it.
         tried_BT = counted_BT[:, 1:] & torch.nn.functional.pad(counted_BT[:, 2:], (0, 1))
         agreed_BT = tried_BT & (guess_BT == logits_BTV[:, 1:].argmax(dim=-1))

@@ -1,6 +1,6 @@
 """The network in plain torch, rope to transformer, with MTP. It knows no files and no training."""
 
 from soli.model.router import Router, Routing
-from soli.model.transformer import Cache, Transformer, Trunk
+from soli.model.transformer import BackboneOutput, Cache, Transformer
 
-__all__ = ["Cache", "Router", "Routing", "Transformer", "Trunk"]
+__all__ = ["BackboneOutput", "Cache", "Router", "Routing", "Transformer"]

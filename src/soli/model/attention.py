@@ -24,7 +24,7 @@ from soli.model.rope import rotate, softmax_scale
 
 
 @dataclass(frozen=True)
-class Chunk:
+class PrefillChunk:
     """Tokens start..stop-1 of a flat pass: one text's, at positions from `first` on. `slots_S`: where in the flattened
     pages its positions lie, from 0 to that of its last token."""
 
@@ -37,19 +37,19 @@ class Chunk:
 class Cache(Protocol):
     """Where latents live between calls, for one pass over new tokens of several texts. The engine owns it.
 
-    The first `singles` tokens of the pass are queries by themselves: token b attends to the first `lengths_B[b]`
-    (int32) slots of the pages in `table_BM[b]` (int32); its own is the last of them. Several may be of one text. The
-    rest are `chunks`, in order. Batch and time of the pass are flattened to T tokens.
+    The first `num_decode_tokens` tokens of the pass are queries by themselves: token b attends to the first
+    `lengths_B[b]` (int32) slots of the pages in `table_BM[b]` (int32); its own is the last of them. Several may be of
+    one text. The rest are `chunks`, in order. Batch and time of the pass are flattened to T tokens.
     """
 
     @property
-    def singles(self) -> int: ...
+    def num_decode_tokens(self) -> int: ...
     @property
     def table_BM(self) -> Tensor: ...
     @property
     def lengths_B(self) -> Tensor: ...
     @property
-    def chunks(self) -> Sequence[Chunk]: ...
+    def chunks(self) -> Sequence[PrefillChunk]: ...
     @property
     def begins(self) -> bool:
         """Whether a text begins in this pass, or has many tokens in it."""
@@ -133,7 +133,7 @@ class LatentAttention(nn.Module):
 
     def _cached(self, q_nope_THN: Tensor, q_rope_THR: Tensor, pages_PSX: Tensor, cache: Cache) -> Tensor:
         """Single queries the absorbed way, chunks the expanded way: (T, H, V)."""
-        parts, n = [], cache.singles
+        parts, n = [], cache.num_decode_tokens
         if n:
             parts.append(self._absorbed(q_nope_THN[:n], q_rope_THR[:n], pages_PSX, cache))
         for chunk in cache.chunks:
@@ -176,7 +176,7 @@ class LatentAttention(nn.Module):
         return torch.einsum("thc,hvc->thv", mixed_THC, up_v_HVC)
 
 
-def _seen(chunk: Chunk) -> Tensor:
+def _seen(chunk: PrefillChunk) -> Tensor:
     """Which slots each of the chunk's queries may attend to: (1, T, S)."""
     slots_S = torch.arange(len(chunk.slots_S), device=chunk.slots_S.device)
     return (slots_S <= slots_S[chunk.first :, None])[None]

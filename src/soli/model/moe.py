@@ -46,10 +46,10 @@ class MoE(nn.Module):
         shared_width = config.moe_intermediate_size * config.n_shared_experts
         self.shared_experts = MLP(config.hidden_size, shared_width, device, dtype) if shared_width else None
 
-    def forward(self, x_BTD: Tensor, muted_TE: Tensor | None = None) -> tuple[Tensor, Routing]:
+    def forward(self, x_BTD: Tensor, masked_TE: Tensor | None = None) -> tuple[Tensor, Routing]:
         """The layer's output (B, T, D) and the router's whole decision for its B*T tokens."""
         x_TD = x_BTD.flatten(0, 1)
-        routing = self.gate(x_TD, muted_TE)
+        routing = self.gate(x_TD, masked_TE)
         y_TD = self.experts(x_TD, routing.expert_ids_TK, routing.weights_TK)
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts(x_TD)

@@ -46,7 +46,7 @@ class Plan:
     built: _Builder
     cache: Cache
     positions_BT: Tensor
-    muted: tuple[Tensor | None, ...]
+    masked_experts: tuple[Tensor | None, ...]
     like: Tensor  # of the rows' dtype
 
     def run(self, x_BTD: Tensor) -> tuple[Tensor, Routings]:
@@ -56,8 +56,8 @@ class Plan:
         found = []
         for start in range(0, len(x_TD), rows):  # later rows find the latents of earlier ones in the cache
             part = slice(start, min(start + rows, len(x_TD)))
-            muted = [None if m is None else m[part] for m in self.muted]
-            found.append(c.forward_hidden(table, x_TD[part], self._standing(position_T[part], part), pages, muted))
+            masks = [None if m is None else m[part] for m in self.masked_experts]
+            found.append(c.forward_hidden(table, x_TD[part], self._standing(position_T[part], part), pages, masks))
         y_TD = torch.cat([y for y, _ in found]) if len(found) > 1 else found[0][0]
         made = [_fields(decisions) for _, decisions in found]
         parts = [torch.cat(part, 1) for part in zip(*made, strict=True)] if len(made) > 1 else made[0]
@@ -71,7 +71,8 @@ class Plan:
             return None
         chunks = [(chunk.start, chunk.stop, chunk.first, chunk.slots_S) for chunk in self.cache.chunks]
         rows = c.AttentionMetadata(self.positions_BT.flatten(), self.cache.table_BM, self.cache.lengths_B, chunks)
-        logits_NW, y_TD, decisions = c.forward_ids(built.table, words, ids_T, ends, rows, self._pages(), self.muted)
+        masks = self.masked_experts
+        logits_NW, y_TD, decisions = c.forward_ids(built.table, words, ids_T, ends, rows, self._pages(), masks)
         return logits_NW, y_TD, Routings(*_fields(decisions))
 
     def _pages(self) -> list[Tensor]:
@@ -79,13 +80,14 @@ class Plan:
 
     def _standing(self, position_T: Tensor, part: slice) -> c.AttentionMetadata:
         """Where some of the rows stand; a chunk that is cut is two."""
-        singles, chunks = slice(part.start, max(part.start, min(part.stop, self.cache.singles))), []
+        decoding = slice(part.start, max(part.start, min(part.stop, self.cache.num_decode_tokens)))
+        chunks = []
         for chunk in self.cache.chunks:
             start, stop = max(chunk.start, part.start), min(chunk.stop, part.stop)
             if start < stop:
                 first = chunk.first + start - chunk.start
                 chunks.append((start - part.start, stop - part.start, first, chunk.slots_S))
-        table_BM, lengths_B = self.cache.table_BM[singles].contiguous(), self.cache.lengths_B[singles]
+        table_BM, lengths_B = self.cache.table_BM[decoding].contiguous(), self.cache.lengths_B[decoding]
         return c.AttentionMetadata(position_T, table_BM, lengths_B, chunks)
 
 
@@ -96,12 +98,12 @@ def plan(
     like: Tensor,
     positions_BT: Tensor,
     cache: Cache | None,
-    muted: Mapping[int, Tensor] | None = None,
+    masked_experts: Mapping[int, Tensor] | None = None,
     ends: tuple[nn.Module, nn.Module] | None = None,
 ) -> Plan | None:
     """How C++ would run `blocks` and `norm` on a row for each position, in the dtype and on the device of `like`; None
-    when it cannot. `muted`: for layers by number, bool (B*T, E), which experts must not play for which tokens. `ends`:
-    the model's embedding and head, for `Plan.read`."""
+    when it cannot. `masked_experts`: for layers by number, bool (B*T, E), which experts must not be selected for which
+    tokens. `ends`: the model's embedding and head, for `Plan.read`."""
     if cache is None or positions_BT.numel() == 0 or not dispatch.takes(like):
         return None
     built = _built.get(norm)
@@ -110,8 +112,9 @@ def plan(
             built = _built[norm] = _Builder(list(blocks), norm, rope, like.dtype, ends)
         except _Unfit:
             return None
-    silent = tuple(muted[index].contiguous() if index in muted else None for index in built.indices) if muted else ()
-    return Plan(built, cache, positions_BT, silent, like)
+    masks = masked_experts or {}
+    by_layer = tuple(masks[index].contiguous() if index in masks else None for index in built.indices) if masks else ()
+    return Plan(built, cache, positions_BT, by_layer, like)
 
 
 class _Unfit(Exception):

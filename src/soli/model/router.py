@@ -106,15 +106,15 @@ class Router(nn.Module):
                 self.e_score_correction_bias = bias.to(moved.device)
         return self
 
-    def forward(self, x_TD: Tensor, muted_TE: Tensor | None = None) -> Routing:
-        """Decide for T tokens of width D. Where `muted_TE` (bool) is true the biased affinity is -inf: at least K
+    def forward(self, x_TD: Tensor, masked_TE: Tensor | None = None) -> Routing:
+        """Decide for T tokens of width D. Where `masked_TE` (bool) is true the biased affinity is -inf: at least K
         experts of the groups that survive must be left."""
         logits_TE = F.linear(x_TD.to(torch.float32), self.weight.to(torch.float32))
         scores_TE = logits_TE.sigmoid() if self.scoring_func == "sigmoid" else logits_TE.softmax(dim=-1)
         bias_E = self.e_score_correction_bias
         biased_TE = scores_TE if bias_E is None else scores_TE + bias_E
-        if muted_TE is not None:
-            biased_TE = biased_TE.masked_fill(muted_TE, float("-inf"))
+        if masked_TE is not None:
+            biased_TE = biased_TE.masked_fill(masked_TE, float("-inf"))
         with torch.no_grad():
             ids_TK, groups_TG = self.select(biased_TE)
         weights_TK = scores_TE.gather(1, ids_TK)

@@ -2,8 +2,8 @@
 
 Shapes: B batch, T tokens, D hidden, V vocabulary.
 
-``forward`` gives logits. ``trunk`` gives the hidden state after the final norm together with every router's decision,
-so that losses, traces and the engine all read the one pass that was made. MTP modules share embedding and head with the
+``forward`` gives logits. ``backbone`` gives the hidden state after the final norm together with every router's
+decision, so that losses, traces and the engine all read one forward pass. MTP modules share embedding and head with the
 main model and are numbered after its layers, as in the released files.
 """
 
@@ -34,7 +34,7 @@ class Read:
 
 
 @dataclass(frozen=True)
-class Trunk:
+class BackboneOutput:
     """One pass: what the head reads, and what each router decided, in layer order."""
 
     hidden_BTD: Tensor  # after the final norm
@@ -61,12 +61,12 @@ class Block(nn.Module):
         cos_sin: tuple[Tensor, Tensor],
         positions_BT: Tensor,
         cache: Cache | None,
-        muted_TE: Tensor | None = None,
+        masked_TE: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_sin, positions_BT, cache)
         normed_BTD = self.post_attention_layernorm(x_BTD)
         if isinstance(self.mlp, MoE):
-            y_BTD, routing = self.mlp(normed_BTD, muted_TE)
+            y_BTD, routing = self.mlp(normed_BTD, masked_TE)
             return x_BTD + y_BTD, routing
         return x_BTD + self.mlp(normed_BTD), None
 
@@ -139,31 +139,31 @@ class Transformer(nn.Module):
 
     def forward(self, input_ids_BT: Tensor) -> Tensor:
         """Token ids (B, T) to next-token logits (B, T, V)."""
-        return self.head(self.trunk(input_ids_BT).hidden_BTD)
+        return self.head(self.backbone(input_ids_BT).hidden_BTD)
 
     def head(self, hidden_BTD: Tensor) -> Tensor:
         """Normed hidden states (..., D) to logits (..., V), in the dtype of the hidden state."""
         return self.lm_head(hidden_BTD)
 
-    def trunk(
+    def backbone(
         self,
         input_ids_BT: Tensor,
         positions_BT: Tensor | None = None,
         cache: Cache | None = None,
-        muted: Mapping[int, Tensor] | None = None,
-    ) -> Trunk:
+        masked_experts: Mapping[int, Tensor] | None = None,
+    ) -> BackboneOutput:
         """Run the main layers. With a cache, positions say where in its text each token stands; without, they are
-        0..T-1. `muted`: for layers by number, bool (B*T, E), which experts must not play for which tokens."""
+        0..T-1. `masked_experts`: for layers by number, bool (B*T, E), which experts must not play for which tokens."""
         at_BT, x_BTD = _places(input_ids_BT, positions_BT), self._embed(input_ids_BT)
-        plan = self._plan(x_BTD, at_BT, cache, muted)
+        plan = self._plan(x_BTD, at_BT, cache, masked_experts)
         if plan is not None:
-            return Trunk(*plan.run(x_BTD))
+            return BackboneOutput(*plan.run(x_BTD))
         cos_sin, routing = self.rope(at_BT), []
         for layer, block in enumerate(self.layers):
-            x_BTD, decision = block(x_BTD, cos_sin, at_BT, cache, muted.get(layer) if muted else None)
+            x_BTD, decision = block(x_BTD, cos_sin, at_BT, cache, masked_experts.get(layer) if masked_experts else None)
             if decision is not None:
                 routing.append(decision)
-        return Trunk(self.norm(x_BTD), tuple(routing))
+        return BackboneOutput(self.norm(x_BTD), tuple(routing))
 
     def read(
         self,
@@ -171,20 +171,20 @@ class Transformer(nn.Module):
         positions_T: Tensor,
         cache: Cache,
         ends: Sequence[int],
-        muted: Mapping[int, Tensor] | None = None,
+        masked_experts: Mapping[int, Tensor] | None = None,
     ) -> Read:
-        """``trunk`` over the new tokens of some texts, one text after the other, and the logits after the tokens
+        """``backbone`` over the new tokens of some texts, one text after the other, and the logits after the tokens
         `ends`: rounded to the dtype of the hidden states, as ``head`` gives them."""
         weight = self.embed_tokens.weight.detach()
         if self.compute_dtype in (None, weight.dtype):
-            plan = self._plan(weight, positions_T, cache, muted)
+            plan = self._plan(weight, positions_T, cache, masked_experts)
             found = plan.read(ids_T, ends) if plan is not None else None
             if found is not None:
                 return Read(*found)
-        trunk = self.trunk(ids_T[None], positions_T[None], cache, muted)
-        hidden_TD = trunk.hidden_BTD[0]
+        backbone = self.backbone(ids_T[None], positions_T[None], cache, masked_experts)
+        hidden_TD = backbone.hidden_BTD[0]
         logits_NV = self.head(hidden_TD[torch.tensor(ends, dtype=torch.int64, device=hidden_TD.device)])
-        return Read(logits_NV.float(), hidden_TD, trunk.routing)
+        return Read(logits_NV.float(), hidden_TD, backbone.routing)
 
     def mtp_step(
         self,
@@ -193,16 +193,16 @@ class Transformer(nn.Module):
         next_ids_BT: Tensor,
         positions_BT: Tensor | None = None,
         cache: Cache | None = None,
-    ) -> Trunk:
+    ) -> BackboneOutput:
         """Run MTP module ``depth`` (0 first): from the normed hidden state at i and token i+1+depth to a hidden state
         whose head predicts token i+2+depth. Deeper modules take the normed output of the one before."""
         at_BT, x_BTD, module = _places(next_ids_BT, positions_BT), self._embed(next_ids_BT), self.mtp[depth]
         assert isinstance(module, MTPModule)
         plan = one_call.plan((module.block,), module.norm, self.rope, x_BTD, at_BT, cache)
         if plan is not None:
-            return Trunk(*plan.run(module.join(x_BTD, hidden_BTD)))
+            return BackboneOutput(*plan.run(module.join(x_BTD, hidden_BTD)))
         hidden, decision = module(x_BTD, hidden_BTD, self.rope(at_BT), at_BT, cache)
-        return Trunk(hidden, () if decision is None else (decision,))
+        return BackboneOutput(hidden, () if decision is None else (decision,))
 
     def moe_layers(self) -> Iterator[tuple[str, MoE]]:
         """Every mixture layer with its name, ``layers.3`` or ``mtp.0``, in the order of their routings."""
@@ -213,10 +213,10 @@ class Transformer(nn.Module):
                 yield name, block.mlp
 
     def _plan(
-        self, like: Tensor, positions: Tensor, cache: Cache | None, muted: Mapping[int, Tensor] | None
+        self, like: Tensor, positions: Tensor, cache: Cache | None, masked_experts: Mapping[int, Tensor] | None
     ) -> one_call.Plan | None:
         ends = self.embed_tokens, self.lm_head
-        return one_call.plan(self.layers, self.norm, self.rope, like, positions, cache, muted, ends)
+        return one_call.plan(self.layers, self.norm, self.rope, like, positions, cache, masked_experts, ends)
 
     def _embed(self, ids_BT: Tensor) -> Tensor:
         return F.embedding(ids_BT, self.embed_tokens.weight).to(self.compute_dtype or self.embed_tokens.weight.dtype)

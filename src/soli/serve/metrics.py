@@ -20,10 +20,11 @@ BETWEEN = (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3)
 GAUGES = {
     "running": "Requests that are being answered",
     "waiting": "Requests that wait for a place",
-    "pages_used": "Pages of the latent cache that belong to a request",
-    "pages_total": "Pages of the latent cache",
+    "pages_used": "Blocks of the latent cache that belong to a request",
+    "pages_total": "Blocks of the latent cache",
     "cache_bytes": "Bytes of the latent cache that are allocated",
 }
+FIELDS = {"pages_used": "blocks_used", "pages_total": "blocks_total"}  # of EngineStats, where named otherwise
 COUNTERS = {
     "steps": "Passes of the model",
     "prompt_tokens": "Prompt tokens read",
@@ -96,7 +97,7 @@ class _EngineFigures:
             return
         stats = loaded.engine.stats()
         for name, said in GAUGES.items():
-            yield GaugeMetricFamily(f"soli_{name}", said, value=getattr(stats, name))
+            yield GaugeMetricFamily(f"soli_{name}", said, value=getattr(stats, FIELDS.get(name, name)))
         for name, said in COUNTERS.items():
             yield CounterMetricFamily(f"soli_{name}", said, value=getattr(stats, name))
         load = CounterMetricFamily("soli_expert_load", "How often an expert was chosen", labels=["layer", "expert"])

@@ -16,7 +16,7 @@ from soli.serve.protocol import ChatBody, CompletionBody, Message, Sampling, Sol
 from soli.serve.service import Loaded, ServiceLimits
 
 COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat may use the room there is
-PARAMS = {"max_new_tokens": "max_tokens", "muted": "soli.mute"}  # fields of a Request as bodies call them
+PARAMS = {"max_new_tokens": "max_tokens", "masked_experts": "soli.mute"}  # fields of a Request as bodies call them
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _base(body: Sampling, max_new_tokens: int, constraint: ConstraintSpec | None
         stop_ids=frozenset() if body.ignore_eos else loaded.text_model.stop_ids,
         stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
         trace=body.soli.routing != "none",
-        muted=frozenset((layer, expert) for layer, expert in body.soli.mute),
+        masked_experts=frozenset((layer, expert) for layer, expert in body.soli.mute),
         constraint=constraint,
     )
 

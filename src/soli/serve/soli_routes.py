@@ -93,5 +93,5 @@ def _translation(body: TranslateBody, loaded: Loaded) -> EngineRequest:
         sampling=SamplingParams(body.temperature, seed=body.seed),
         stop_ids=loaded.text_model.stop_ids,
         trace=body.soli.routing != "none",
-        muted=frozenset((layer, expert) for layer, expert in body.soli.mute),
+        masked_experts=frozenset((layer, expert) for layer, expert in body.soli.mute),
     )

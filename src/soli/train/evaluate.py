@@ -42,11 +42,11 @@ def evaluate(model: Transformer, window_BW: Tensor, bytes_V: Tensor, micro: int,
     nats, bytes_read, right, judged = 0.0, 0.0, 0, 0
     for part_BW in window_BW.split(micro):
         ids_BW = part_BW.to(device)
-        trunk = model.trunk(ids_BW[:, :length])
-        nats += float(token_nll(trunk.hidden_BTD, model.lm_head.weight, ids_BW[:, 1 : 1 + length]).double().sum())
+        backbone = model.backbone(ids_BW[:, :length])
+        nats += float(token_nll(backbone.hidden_BTD, model.lm_head.weight, ids_BW[:, 1 : 1 + length]).double().sum())
         bytes_read += float(bytes_V[part_BW[:, 1 : 1 + length]].sum())
         if depths:
-            step = model.mtp_step(0, trunk.hidden_BTD, ids_BW[:, 1 : 1 + length])
+            step = model.mtp_step(0, backbone.hidden_BTD, ids_BW[:, 1 : 1 + length])
             mask_BT = mtp_mask(ids_BW, 0, length, eos_id)
             hit_BT = model.head(step.hidden_BTD).argmax(-1) == ids_BW[:, 2 : 2 + length]
             right, judged = right + int((hit_BT & mask_BT).sum()), judged + int(mask_BT.sum())

@@ -141,15 +141,15 @@ def sequence_balance(routing: Routing, sequences: int) -> Tensor:
 
 
 def compute_losses(model: Transformer, window_BW: Tensor, totals: Totals, eos_id: int) -> Losses:
-    """Forward of one micro-batch: trunk once, MTP modules in sequence, every loss divided by the step's `totals`."""
+    """Forward of one micro-batch: backbone once, MTP modules in sequence, every loss divided by the step's `totals`."""
     depths = len(totals.mtp_tokens)
     length = window_BW.shape[1] - 1 - depths
     head_VD = model.lm_head.weight
-    trunk = model.trunk(window_BW[:, :length])
+    backbone = model.backbone(window_BW[:, :length])
     target_BT = window_BW[:, 1 : 1 + length]
     even_BT = torch.full(target_BT.shape, 1 / totals.tokens, device=window_BW.device)
-    next_token = cross_entropy(trunk.hidden_BTD, head_VD, target_BT, even_BT)
-    routing, mtp, hidden_BTD = list(trunk.routing), [], trunk.hidden_BTD
+    next_token = cross_entropy(backbone.hidden_BTD, head_VD, target_BT, even_BT)
+    routing, mtp, hidden_BTD = list(backbone.routing), [], backbone.hidden_BTD
     for depth in range(depths):
         step = model.mtp_step(depth, hidden_BTD, window_BW[:, 1 + depth : 1 + depth + length])
         target_BT = window_BW[:, 2 + depth : 2 + depth + length]
