@@ -1,14 +1,15 @@
-"""Who takes part in the speed tables of cpu.py and serve.py: Soli, llama.cpp, transformers, vLLM, the memory.
+"""The contenders in the speed tables of cpu.py and serve.py: Soli, llama.cpp, transformers, vLLM, memory bandwidth.
 
-Each is opened on one model and asked the same questions, in tokens per second of the time that passes:
+Each is opened on one model and measured on the same questions, in tokens per second of wall time:
 
     decode    one request: the tokens after the first, behind a prompt of `work.prompt` tokens
     prefill   one prompt of `work.prefill` tokens
-    batch     `work.batch` requests at once, prompt and answer: generated tokens over the time for all of it
+    batch     `work.batch` requests together, prompt and answer: generated tokens over the time for all of it
 
-Prompts are random tokens, drawn anew each time. A peer that is not on this machine raises Absent with the reason.
+Prompts are random tokens, drawn anew each time. A peer that this machine lacks raises Absent with the reason.
 llama.cpp answers through its own llama-bench and llama-batched-bench, vLLM through peer_vllm.py in its own Python;
-Soli, transformers and the memory have a process of their own here, with as many threads. transformers answers with the
+Soli, transformers and the
+memory bandwidth run in processes of their own here, with the same number of threads. transformers answers with the
 faster of its experts implementations, found in the warm-up round.
 """
 
@@ -43,7 +44,7 @@ class Absent(Exception):
 
 @dataclass(frozen=True)
 class Work:
-    """How many tokens the questions are about."""
+    """Token counts of the questions."""
 
     prompt: int = 128
     new: int = 128
@@ -56,7 +57,7 @@ QUICK = Work(prompt=16, new=8, prefill=32, batch=2)
 
 @dataclass(frozen=True)
 class Lab:
-    """Where models and peers are; None for peers that shall not take part."""
+    """Where models and peers are; None for peers that take no part."""
 
     folder: Path
     llama: Path | None  # the folder with llama-bench and llama-batched-bench
@@ -84,30 +85,30 @@ def random_ids(count: int, length: int, vocab: int) -> Ids:
 
 @contextmanager
 def soli(lab: Lab, folder: Path, work: Work) -> Iterator[Ask]:
-    """Soli on a folder in any format, its weights as they lie."""
+    """Soli on a folder in any format, its weights as stored."""
     with record.alone(build_soli, lab.needs("soli", folder), asdict(work), threads=lab.threads) as ask:
         yield ask
 
 
 def build_soli(folder: Path, work: dict[str, int]) -> Callable[..., Any]:
-    """For `record.alone`. Besides the questions: "resident", the most that was resident, in MiB, and "load", when the
-    tokens of requests came that arrive at random. Many requests go to the engine, one alone to generate()."""
+    """For `record.alone`. Besides the questions: "resident", peak resident memory in MiB, and "load", the arrival times
+    of tokens of requests that arrive at random. Many requests go to the engine, a single one to generate()."""
     from functools import cache
 
     from soli.engine.text_model import open_text_model
 
     text_model = open_text_model(str(folder), dtype="as-is")
-    alone = asked(text_model.model, work)
-    together = cache(lambda: served(text_model, work))
+    single = single_request(text_model.model, work)
+    many = cache(lambda: engine_requests(text_model, work))
 
     def run(question: str, warm: bool, **more: float) -> Any:
-        return together()(question, warm, **more) if question in ("batch", "load") else alone(question, warm)
+        return many()(question, warm, **more) if question in ("batch", "load") else single(question, warm)
 
     return run
 
 
-def served(text_model: TextModel, work: dict[str, int]) -> Callable[..., Any]:
-    """The answers of an Engine."""
+def engine_requests(text_model: TextModel, work: dict[str, int]) -> Callable[..., Any]:
+    """Answers "batch" and "load" with an Engine."""
     import load
 
     from soli.engine.engine import Engine
@@ -137,8 +138,8 @@ def served(text_model: TextModel, work: dict[str, int]) -> Callable[..., Any]:
     return run
 
 
-def asked(model: Transformer, work: dict[str, int]) -> Callable[[str, bool], float]:
-    """The answers of a Transformer about one request."""
+def single_request(model: Transformer, work: dict[str, int]) -> Callable[[str, bool], float]:
+    """Answers the questions about one request with generate()."""
     from soli.engine.generate import generate
 
     vocab = model.config.vocab_size
@@ -203,11 +204,11 @@ def build_transformers(folder: Path, work: dict[str, int]) -> Callable[[str, boo
     @torch.inference_mode()
     def run(question: str, warm: bool) -> float:
         if warm or question not in fastest:
-            found = {}
+            speeds = {}
             for name in IMPLEMENTATIONS:
                 model.set_experts_implementation(name)
-                found[name] = max(once(question, warmed(Work(**work), True)) for _ in range(2))
-            fastest[question] = max(found, key=lambda name: found[name])
+                speeds[name] = max(once(question, warmed(Work(**work), True)) for _ in range(2))
+            fastest[question] = max(speeds, key=lambda name: speeds[name])
         model.set_experts_implementation(fastest[question])
         return once(question, warmed(Work(**work), warm))
 
@@ -215,7 +216,7 @@ def build_transformers(folder: Path, work: dict[str, int]) -> Callable[[str, boo
 
 
 class Clock:
-    """A streamer that notes when tokens come."""
+    """A streamer that records when tokens arrive."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -229,7 +230,7 @@ class Clock:
 
 @contextmanager
 def llama_cpp(lab: Lab, file: Path, work: Work) -> Iterator[Ask]:
-    """llama.cpp's own benchmarks on a GGUF file, a process per measurement. "resident": the most of it, in MiB."""
+    """llama.cpp's own benchmarks on a GGUF file, a process per measurement. "resident": its peak memory, in MiB."""
     tools = lab.needs("llama.cpp", lab.llama)
     lab.needs("llama.cpp", file)
     resident = 0.0
@@ -249,16 +250,16 @@ def llama_cpp(lab: Lab, file: Path, work: Work) -> Iterator[Ask]:
         else:
             size = ["-p", "0", "-n", str(now.new), "-d", str(now.prompt)]
             command = ["llama-bench", *threads, "-r", "1", "-o", "jsonl", *size]
-        output, mib = finished([str(tools / command[0]), "-m", str(file), *command[1:]])
+        output, mib = run_tool([str(tools / command[0]), "-m", str(file), *command[1:]])
         resident = max(resident, mib)
-        found = json.loads([line for line in output.splitlines() if line.startswith("{")][-1])
-        return now.batch * now.new / found["t"] if question == "batch" else found["avg_ts"]
+        result = json.loads([line for line in output.splitlines() if line.startswith("{")][-1])
+        return now.batch * now.new / result["t"] if question == "batch" else result["avg_ts"]
 
     yield run
 
 
-def finished(command: list[str]) -> tuple[str, float]:
-    """Output of a command, and the most that it had resident in MiB. Absent when it fails."""
+def run_tool(command: list[str]) -> tuple[str, float]:
+    """Output of a command and its peak resident memory in MiB. Absent when it fails."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
         output = process.stdout.read()
@@ -271,7 +272,7 @@ def finished(command: list[str]) -> tuple[str, float]:
 
 @contextmanager
 def vllm(lab: Lab, folder: Path, work: Work) -> Iterator[Ask]:
-    """vLLM's CPU build on a bf16 folder, through peer_vllm.py in its own Python; "load" as in `engine`."""
+    """vLLM's CPU build on a bf16 folder, through peer_vllm.py in its own Python; "load" as in `engine_requests`."""
     python = lab.needs("vLLM", lab.vllm)
     lab.needs("vLLM", folder)
     own = {
@@ -308,7 +309,7 @@ def answer(process: subprocess.Popen[str]) -> Any:
 
 @contextmanager
 def memory(lab: Lab) -> Iterator[Ask]:
-    """GB per second that as many threads read, by summing a block larger than any cache."""
+    """GB per second that the threads read, by summing a block larger than any cache."""
     with record.alone(build_memory, threads=lab.threads) as ask:
         yield ask
 
@@ -326,14 +327,14 @@ def warmed(work: Work, warm: bool) -> Work:
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Seconds that pass while `run` runs."""
+    """Wall time of `run`."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
 def peak_mib() -> float:
-    """The most that this process had resident, in MiB."""
+    """Peak resident memory of this process, in MiB."""
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

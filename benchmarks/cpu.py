@@ -1,17 +1,17 @@
-"""The speed table of a CPU, in one run: Soli beside the memory's own speed, llama.cpp, transformers and vLLM.
+"""The speed table of a CPU, in one run: Soli beside memory bandwidth, llama.cpp, transformers and vLLM.
 
     python benchmarks/cpu.py --lab LAB --llama DIR --vllm PYTHON
     python benchmarks/cpu.py --lab LAB --rows small-decode,small-prefill --rounds 7
 
-LAB holds what models.py makes; DIR has llama-bench and llama-batched-bench; PYTHON is one that has vllm. What is not
-there is left out and said. Rows: SHAPE-decode, -prefill (512 tokens, of nano 496), -batch (16 requests of 128 in and
-128 out, Soli's through its engine) and, of large, -resident; `sparse`, decoding as experts grow from 16 to 256 while
-six play, and a mixture beside a dense model of equal activated parameters; `training`, tiny's whole steps.
+LAB holds what models.py makes; DIR has llama-bench and llama-batched-bench; PYTHON is one that has vllm. Whatever is
+missing is left out with a message. Rows: SHAPE-decode, -prefill (512 tokens, of nano 496), -batch (16 requests of 128
+in and 128 out, Soli's through its engine) and, of large, -resident; `sparse`, decoding as experts grow from 16 to 256
+while six are activated, and a mixture beside a dense model of equal activated parameters; `training`, tiny's steps.
 
-Contenders take turns in every round. A measurement in which others took more than 5 % of the machine is made again
-(quiet.py). The memory's line is what would come of reading each weight that plays once at the measured speed, and
-nothing else. Every line says what it must reach, and whether it does. Rows that an earlier run of the same commit
-measured stay in results/cpu.json; the picture is docs/images/cpu.png.
+Contenders take turns in every round. A measurement in which other processes took more than 5 % of the machine is
+repeated (quiet.py). The peer "memory" is the speed at which each activated weight is read once at the measured memory
+bandwidth, and nothing else is done. Every line states what it must reach, and whether it does. Rows that an earlier run
+of the same commit measured stay in results/cpu.json; the picture is docs/images/cpu.png.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ ALIKE = 1 / 1.1  # within a tenth, as a ratio of speeds
 EXPERTS = (16, 64, 256)
 SAID = {
     "tiny": "tiny (12 M)", "small": "small (1.2 B)", "large": "large (16 B)", "nano": "nano",
-    "decode": "decode", "prefill": "prefill", "batch": "16 at once", RESIDENT: "resident memory",
+    "decode": "decode", "prefill": "prefill", "batch": "batch 16", RESIDENT: "resident memory",
 }  # fmt: skip
 NOTE = (
-    "Time that passes, two threads. Contenders take turns; a measurement in which others took more than 5 % of the "
-    "machine is made again. The memory's line is reading each weight that plays once, at the speed measured beside it."
+    "Wall time, two threads. Contenders take turns; a measurement in which other processes took more than 5 % of the "
+    "machine is repeated. Memory bandwidth: reading each activated weight once, at the bandwidth of the same rounds."
 )
 
 
@@ -101,18 +101,18 @@ def open_contender(lab: Lab, shape: str, name: str, work: Work) -> AbstractConte
         return contenders.memory(lab)
     who, kind = name.rsplit(" ", 1)
     kind = f"gguf-{kind}" if who == "llama.cpp" else kind
-    made = models.place(lab.folder, shape, kind)
+    path = models.place(lab.folder, shape, kind)
     opens = {
         "soli": contenders.soli,
         "llama.cpp": contenders.llama_cpp,
         "transformers": contenders.transformers,
         "vLLM": contenders.vllm,
     }
-    return opens[who](lab, made, work)
+    return opens[who](lab, path, work)
 
 
 def measure_shape(lab: Lab, shape: str, rows: Sequence[str], work: Work, rounds: int, limit: float) -> Iterator[Rows]:
-    """The wanted rows of one shape, as each is done; all its contenders stay open meanwhile."""
+    """The requested rows of one shape, each as it is measured; all its contenders stay open meanwhile."""
     lines = [line for line in LINES if line.shape == shape and line.row in rows]
     if shape == "nano":  # it has 512 positions
         work = replace(work, prefill=min(work.prefill, 496))
@@ -131,7 +131,7 @@ def measure_shape(lab: Lab, shape: str, rows: Sequence[str], work: Work, rounds:
 
 
 def measure_row(lab: Lab, lines: Sequence[Line], asks: Mapping[str, Ask], rounds: int, limit: float) -> Rows:
-    """The lines of one row, all measured together; of 16 requests, which take long, half as many rounds."""
+    """The lines of one row, measured together; batch 16, which takes long, gets half as many rounds."""
     question, first = lines[0].question, lines[0].shape
     names = dict.fromkeys(name for line in lines for name in (line.soli, *line.peers, *line.against))
     sides: dict[str, Callable[[], float]] = {}
@@ -146,7 +146,7 @@ def measure_row(lab: Lab, lines: Sequence[Line], asks: Mapping[str, Ask], rounds
         sides[name] = partial(_turn, asks[name], question, first == "large")
     fewer = {RESIDENT: 1, "batch": max(1, rounds // 2)}
     taken = quiet.interleaved(sides, fewer.get(question, rounds), limit)
-    return [made for line in lines if line.soli in taken for made in written(lab, line, taken)]
+    return [row for line in lines if line.soli in taken for row in line_rows(lab, line, taken)]
 
 
 def _turn(ask: Ask, question: str, again: bool) -> float:
@@ -156,7 +156,7 @@ def _turn(ask: Ask, question: str, again: bool) -> float:
     return ask(question, False)
 
 
-def written(lab: Lab, line: Line, taken: Mapping[str, Sequence[quiet.Taken]]) -> Iterator[dict[str, Any]]:
+def line_rows(lab: Lab, line: Line, taken: Mapping[str, Sequence[quiet.Taken]]) -> Iterator[dict[str, Any]]:
     """A line beside its peers, and where it is compared with the memory or a file, another for that."""
     what, soli = f"{SAID[line.question]}, {SAID[line.shape]}, {line.kind}", quiet.values(taken[line.soli])
     unit = "MiB" if line.question == RESIDENT else "tokens/s"
@@ -171,7 +171,7 @@ def written(lab: Lab, line: Line, taken: Mapping[str, Sequence[quiet.Taken]]) ->
     if MEMORY in line.against and MEMORY in taken:
         size = bytes_per_token(folder)
         allowed = {MEMORY: [1e9 * speed / size for speed in quiet.values(taken[MEMORY])]}
-        yield judged(f"{what}, beside the memory's speed", unit, soli, allowed, line, taken)
+        yield judged(f"{what}, beside memory bandwidth", unit, soli, allowed, line, taken)
 
 
 def judged(
@@ -183,7 +183,7 @@ def judged(
     taken: Mapping[str, Sequence[quiet.Taken]],
 ) -> dict[str, Any]:
     """A row of results, with its aims that concern these peers and whether each is reached."""
-    row = record.row(what, unit, soli, peers, headline=line.shape == "small" and MEMORY not in peers)
+    row = record.row(what, unit, soli, peers)
     aims = []
     for name, least in line.against.items():
         if name == BEST and row["peer"]:
@@ -200,8 +200,8 @@ def judged(
 
 
 def bytes_per_token(folder: Path) -> float:
-    """Bytes of the weights that one token plays, as a folder holds them: of routed experts those chosen, the embedding
-    not at all."""
+    """Bytes of the weights that one token activates, as stored in the folder: of routed experts the selected ones, the
+    embedding not at all."""
     from soli.checkpoint.load import open_checkpoint
 
     checkpoint = open_checkpoint(folder, mtp=False)
@@ -217,7 +217,7 @@ def bytes_per_token(folder: Path) -> float:
 
 
 def measure_sparse(lab: Lab, work: Work, rounds: int, limit: float) -> Rows:
-    """Decoding with ever more experts of which as many play, and a mixture beside a dense model of what plays."""
+    """Decoding with more and more experts of which equally many are activated, and a mixture beside a dense model."""
     experts, shape = (EXPERTS, models.SHAPES["small"]) if work != QUICK else ((8, 16), models.SHAPES["tiny"])
     with ExitStack() as stack:
         asks = {
@@ -237,14 +237,14 @@ def measure_sparse(lab: Lab, work: Work, rounds: int, limit: float) -> Rows:
         (middle, "dense", f"decode, mixture of {middle} experts beside a dense model of as many activated parameters"),
     ):
         line = Line("sparse", "decode", soli, (peer,), {peer: ALIKE})
-        values = {name: quiet.values(found) for name, found in taken.items()}
-        made = judged(what, "tokens/s", values[soli], {peer: values[peer]}, line, taken)
-        rows.append(made | {"row": "sparse"})
+        values = {name: quiet.values(measurements) for name, measurements in taken.items()}
+        row = judged(what, "tokens/s", values[soli], {peer: values[peer]}, line, taken)
+        rows.append(row | {"row": "sparse"})
     return rows
 
 
 def measure_training(lab: Lab, rounds: int, limit: float) -> Rows:
-    """Whole training steps of tiny, as train_step.py takes them, by the time that passes."""
+    """Whole training steps of tiny, as train_step.py takes them, by wall time."""
     import train_step
 
     folder = models.place(lab.folder, "tiny", "bf16")
@@ -274,7 +274,7 @@ def measure_training(lab: Lab, rounds: int, limit: float) -> Rows:
 
 
 def measure(lab: Lab, rows: Sequence[str], work: Work, rounds: int, limit: float) -> Iterator[Rows]:
-    """Every wanted row, as it is done."""
+    """Every requested row, as it is measured."""
     for shape in models.ALL:
         if any(line.shape == shape and line.row in rows for line in LINES):
             yield from measure_shape(lab, shape, rows, work, rounds, limit)
@@ -329,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = {"rounds": arguments.rounds, "others_at_most": arguments.others, **asdict(work)}
     for rows in measure(lab, arguments.rows.split(","), work, arguments.rounds, arguments.others):
         for row in rows:
-            print(told(row), flush=True)
+            print(describe(row), flush=True)
         if not arguments.quick:
             result = record.merge(
                 arguments.record, f"{NOTE} {arguments.note}".strip(), size, rows, threads=arguments.threads
@@ -337,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             cpu_plot.draw(result["rows"], record.ROOT / "docs" / "images" / f"{arguments.record}.png")
 
 
-def told(row: Mapping[str, Any]) -> str:
+def describe(row: Mapping[str, Any]) -> str:
     """A row with its aims as lines of text."""
     lines = [record.summary(row)]
     for aim in row["aims"]:

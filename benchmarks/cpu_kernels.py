@@ -93,10 +93,10 @@ def memory_layer(format: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return run
 
 
-def build(way: str, format: str) -> Callable[[], float]:
+def build(contender: str, format: str) -> Callable[[], float]:
     """A contender, for `record.alone`: milliseconds of processor time per token and layer."""
     torch.manual_seed(0)
-    make = {"soli": soli_layer, MEMORY: memory_layer}.get(way, torch_layer)
+    make = {"soli": soli_layer, MEMORY: memory_layer}.get(contender, torch_layer)
     layers = [make(format) for _ in range(LAYERS)]
     x_TD, weights_TK = torch.randn(1, D).bfloat16(), torch.full((1, K), 1 / K)
 
@@ -113,12 +113,12 @@ def build(way: str, format: str) -> Callable[[], float]:
 
 def compare(format: str, rounds: int) -> dict[str, Any]:
     """The row of one format: Soli, torch's product where there is one, and the memory."""
-    ways = ["soli", *([TORCH[format]] if format in TORCH else []), MEMORY]
+    contenders = ["soli", *([TORCH[format]] if format in TORCH else []), MEMORY]
     with ExitStack() as stack:
-        sides = {way: stack.enter_context(record.alone(build, way, format)) for way in ways}
+        sides = {contender: stack.enter_context(record.alone(build, contender, format)) for contender in contenders}
         millis = record.interleaved(sides, rounds)
     what = f"experts of one layer, one token, {format} (D {D}, F {WIDTH}, E {E}, K {K})"
-    return record.row(what, "ms", millis["soli"], {way: millis[way] for way in ways[1:]})
+    return record.row(what, "ms", millis["soli"], {contender: millis[contender] for contender in contenders[1:]})
 
 
 def main() -> None:

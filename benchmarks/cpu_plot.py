@@ -10,7 +10,7 @@ from typing import Any
 PANELS = {
     "small-decode": "one request, decoding",
     "small-prefill": "one prompt of 512 tokens",
-    "small-batch": "16 requests at once, 128 in, 128 out",
+    "small-batch": "batch 16, 128 in, 128 out",
 }
 FIGURES = {"first, median": "to the first token, median", "between, 95 of 100": "between tokens, 95 of 100"}
 COLOURS = {"Soli": "#c8452e", "llama.cpp": "#4c72b0", "transformers": "#8c8c8c", "vLLM": "#55a868", "memory": "#d9d2c5"}
@@ -19,11 +19,12 @@ Rows = Sequence[Mapping[str, Any]]
 
 def draw(rows: Rows, file: Path) -> None:
     """Bars for each of PANELS for which there are rows; no picture where there are none."""
-    panels = {title: found for key, title in PANELS.items() if (found := [row for row in rows if row["row"] == key])}
+    panels = {title: [row for row in rows if row["row"] == key] for key, title in PANELS.items()}
+    panels = {title: panel_rows for title, panel_rows in panels.items() if panel_rows}
     if panels:
         figure, axes = _panels(len(panels))
-        for axis, (title, found) in zip(axes, panels.items(), strict=True):
-            _draw_bars(axis, title, found)
+        for axis, (title, panel_rows) in zip(axes, panels.items(), strict=True):
+            _draw_bars(axis, title, panel_rows)
         _save(figure, file)
 
 
@@ -31,14 +32,14 @@ def draw_serving(rows: Rows, file: Path) -> None:
     """Bars of the throughput, and a line for each contender over the rates of arrival; no picture without rows."""
     together = [row for row in rows if row["row"] == "throughput"]
     loaded = {title: [row for row in rows if row.get("figure") == key] for key, title in FIGURES.items()}
-    loaded = {title: found for title, found in loaded.items() if found}
+    loaded = {title: panel_rows for title, panel_rows in loaded.items() if panel_rows}
     if not together and not loaded:
         return
     figure, axes = _panels(len(loaded) + bool(together))
     if together:
         _draw_bars(axes[0], PANELS["small-batch"], together)
-    for axis, (title, found) in zip(axes[-len(loaded) :] if loaded else (), loaded.items(), strict=True):
-        for label, who, rates, times in _curves(found):
+    for axis, (title, panel_rows) in zip(axes[-len(loaded) :] if loaded else (), loaded.items(), strict=True):
+        for label, who, rates, times in _curves(panel_rows):
             axis.plot(rates, times, marker="o", color=COLOURS[who], linestyle=_style(label), label=label)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("requests per second")
@@ -96,8 +97,8 @@ def _curves(rows: Rows) -> list[tuple[str, str, list[float], list[float]]]:
     for row in rows:
         for name, spread in {f"Soli {_kind(row)}": row["soli"], **row["peers"]}.items():
             curves.setdefault(name, {})[row["rate"]] = spread["median"]
-    return [(name, name.split()[0], sorted(found), [found[rate] for rate in sorted(found)])
-            for name, found in curves.items()]  # fmt: skip
+    return [(name, name.split()[0], sorted(medians), [medians[rate] for rate in sorted(medians)])
+            for name, medians in curves.items()]  # fmt: skip
 
 
 def _kind(row: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Time of one layer's routed experts, forward and backward: Soli's sorted dispatch beside three other ways.
+"""Time of one layer's routed experts, forward and backward: Soli's sorted dispatch beside three other contenders.
 
 Dense computes every expert for every token and weighs the results (einsum); transformers loops over experts (eager) or
 sorts and calls the grouped product (grouped_mm). All get the same weights, tokens and uniformly random choices, must
@@ -31,7 +31,7 @@ SHAPES = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # of the largest output
 DENSE = "every expert, einsum"
-WAYS = ("soli", DENSE, "transformers eager", "transformers grouped_mm")
+CONTENDERS = ("soli", DENSE, "transformers eager", "transformers grouped_mm")
 Experts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -75,11 +75,11 @@ def draw(shape: dict[str, int], dtype: torch.dtype) -> list[Tensor]:
     return [x_TD, ids_TK, weights_TK.requires_grad_(), gate_up_E2FD, down_EDF]
 
 
-def build(way: str, name: str, dtype: str) -> Callable[[bool], Any]:
+def build(contender: str, name: str, dtype: str) -> Callable[[bool], Any]:
     """A contender, for `record.alone`: asked, it gives its output, or the seconds of a forward and backward."""
     shape = SHAPES[name]
     inputs = draw(shape, DTYPES[dtype])
-    run = {"soli": kernels.experts, DENSE: dense}.get(way) or transformers_experts(way.split()[-1], shape)
+    run = {"soli": kernels.experts, DENSE: dense}.get(contender) or transformers_experts(contender.split()[-1], shape)
     leaves = [tensor for tensor in inputs if tensor.requires_grad]
 
     def training_pass() -> None:
@@ -101,14 +101,14 @@ def check_same(sides: Mapping[str, Callable[[bool], Any]], tolerance: float) -> 
 def compare(name: str, dtype: str, rounds: int) -> dict[str, Any]:
     """The row of one shape and dtype, in milliseconds."""
     with ExitStack() as stack:
-        sides = {way: stack.enter_context(record.alone(build, way, name, dtype)) for way in WAYS}
+        sides = {who: stack.enter_context(record.alone(build, who, name, dtype)) for who in CONTENDERS}
         check_same(sides, TOLERANCE[dtype])
-        seconds = record.interleaved({way: partial(side, False) for way, side in sides.items()}, rounds)
-    millis = {way: [1000 * value for value in values] for way, values in seconds.items()}
+        seconds = record.interleaved({contender: partial(side, False) for contender, side in sides.items()}, rounds)
+    millis = {contender: [1000 * value for value in values] for contender, values in seconds.items()}
     sizes = ", ".join(f"{key} {value}" for key, value in SHAPES[name].items())
     what = f"experts forward and backward, {name} ({sizes}), {dtype}"
-    peers = {way: millis[way] for way in WAYS[1:]}
-    return record.row(what, "ms", millis["soli"], peers, headline=dtype == "bfloat16")
+    peers = {contender: millis[contender] for contender in CONTENDERS[1:]}
+    return record.row(what, "ms", millis["soli"], peers)
 
 
 def main() -> None:

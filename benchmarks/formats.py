@@ -5,8 +5,8 @@
 Converts the model (nano, or --model FOLDER) with `soli convert`'s own code, reads the folder's heldout_mono.tsv and
 translates pairs of its heldout.tsv, and writes benchmarks/results/formats.json and the tables of docs/formats.md.
 
-Every format is measured with its weights written out, in float32 arithmetic, on the same tokens: what differs is the
-weights alone. Rows "in bf16" are measured as the model runs: weights as they lie, bfloat16 tokens, this machine's
+Every format is measured with its weights dequantized, in float32 arithmetic, on the same tokens: what differs is the
+weights alone. Rows "in bf16" are measured as the model runs: weights as stored, bfloat16 tokens, this machine's
 kernels. KL is the mean over tokens of KL(bf16 || format) in nats; "same choice" is the share of tokens where the
 format's likeliest next token is that of bf16. The weights' error is root mean square, relative, over all quantized
 ones.
@@ -69,7 +69,7 @@ class Contender:
 
 def build(model: str, folder: Path, formats: Sequence[tuple[str, Target, bool]] = FORMATS) -> list[Contender]:
     """The model in every format, the one that the others are compared with first."""
-    found = []
+    contenders = []
     for number, (name, target, translates) in enumerate(formats):
         at = folder / str(number)
         convert_checkpoint(model, at, target)
@@ -77,9 +77,9 @@ def build(model: str, folder: Path, formats: Sequence[tuple[str, Target, bool]] 
         dtype = torch.bfloat16 if as_it_runs else torch.float32
         loaded = load_model(at, dtype=dtype, mtp=False, quantized=as_it_runs)
         size = sum(file.stat().st_size for file in at.glob("*.safetensors"))
-        found.append(Contender(name, size, translates, text_model(loaded, Tokenizer.from_folder(at), at)))
+        contenders.append(Contender(name, size, translates, text_model(loaded, Tokenizer.from_folder(at), at)))
         record.progress(f"written as {name}")
-    return found
+    return contenders
 
 
 def weight_error(exact: Contender, other: Contender) -> float:
@@ -154,19 +154,19 @@ def tables(result: Mapping[str, Any]) -> str:
             f"{of['bits_per_byte_change']:+.2%}", f"{of['kl']:.5f}", f"{of['same_choice']:.1%}", *chrf,
         )  # fmt: skip
         lines.append(f"| `{of['format']}` | {' | '.join(measures)} |")
-    said = (
+    conditions = (
         f"{result['model']}: {size['tokens']:,} tokens of {size['texts']:,} held-out texts; {size['pairs']:,} held-out "
-        "pairs each way, where a point of chrF is chance. Weights written out, float32 arithmetic, save in the last "
+        "pairs each way, where a point of chrF is chance. Weights dequantized, float32 arithmetic, except in the last "
         "rows; "
         f"torch {result['hardware']['torch']}; {result['hardware']['date']}, "
         f"commit {result['hardware']['commit'][:7]}."
     )
-    return "\n".join([*lines, "", said])
+    return "\n".join([*lines, "", conditions])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="nano", help="folder in bf16, fp32 or FP8 (default the model in the box)")
+    parser.add_argument("--model", default="nano", help="folder in bf16, fp32 or FP8 (default the bundled model)")
     parser.add_argument("--data", type=Path, default=record.ROOT / "data" / "nano-zh-en", help="holds heldout*.tsv")
     parser.add_argument("--texts", type=int, default=300, help="held-out texts to read (default 300)")
     parser.add_argument("--pairs", type=int, default=150, help="pairs to translate each way (default 150)")
@@ -188,9 +188,9 @@ def main() -> None:
     name = Path(arguments.model).name
     result = {"hardware": record.hardware(), "model": name, "size": counts, "rows": rows}
     record.write("formats", result)
-    made = tables(result)
-    PAGE.write_text(readme_table.with_table(PAGE.read_text(encoding="utf-8"), made, PAGE), encoding="utf-8")
-    print(made)
+    text = tables(result)
+    PAGE.write_text(readme_table.with_table(PAGE.read_text(encoding="utf-8"), text, PAGE), encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def soli_side(folder: Path, dtype: str) -> Continue:
     from soli.engine.generate import generate
 
     model = soli.load_model(folder, dtype=getattr(torch, dtype))
-    return lambda prompts, new: [list(done.ids) for done in generate(model, prompts, max_new_tokens=new)]
+    return lambda prompts, new: [list(completion.ids) for completion in generate(model, prompts, max_new_tokens=new)]
 
 
 def peer_side(folder: Path, dtype: str, implementation: str) -> Continue:
@@ -67,8 +67,8 @@ def peer_side(folder: Path, dtype: str, implementation: str) -> Continue:
     def run(prompts: Ids, new: int) -> Ids:
         ids_BT = torch.tensor(prompts)
         mask_BT = torch.ones_like(ids_BT)
-        given = model.generate(ids_BT, attention_mask=mask_BT, max_new_tokens=new, do_sample=False, pad_token_id=0)
-        return given[:, PROMPT:].tolist()
+        ids_BS = model.generate(ids_BT, attention_mask=mask_BT, max_new_tokens=new, do_sample=False, pad_token_id=0)
+        return ids_BS[:, PROMPT:].tolist()
 
     return run
 
@@ -98,9 +98,9 @@ def draw_prompts(batch: int, vocab: int) -> Ids:
 
 def check_same(sides: Mapping[str, Side], prompts: Ids) -> None:
     """In float32 every contender must give Soli's tokens, or the comparison is of different work."""
-    wanted = sides["soli"](prompts, False)
+    expected = sides["soli"](prompts, False)
     for name, side in sides.items():
-        if side(prompts, False) != wanted:
+        if side(prompts, False) != expected:
             sys.exit(f"{name} and soli give different float32 tokens at batch {len(prompts)}: nothing was recorded")
 
 
@@ -111,20 +111,20 @@ def compare(sides: Mapping[str, Side], prompts: Ids, dtype: str, rounds: int) ->
     prefill: dict[str, list[float]] = {name: [] for name in sides}
 
     def contender(name: str) -> Callable[[], float]:
-        def speeds() -> float:
+        def measure() -> float:
             first, rest = sides[name](prompts, True)
             prefill[name].append(first)
             return rest
 
-        return speeds
+        return measure
 
     decode = record.interleaved({name: contender(name) for name in sides}, rounds)
     prefill = {name: values[1:] for name, values in prefill.items()}  # without the warm-up round
     rows = []
-    for what, found in (("prefill", prefill), ("decode", decode)):
-        peers = {name: values for name, values in found.items() if name != "soli"}
+    for what, speeds in (("prefill", prefill), ("decode", decode)):
+        peers = {name: values for name, values in speeds.items() if name != "soli"}
         label = f"{what}, nano, {dtype}, batch {len(prompts)}"
-        rows.append(record.row(label, "tokens/s", found["soli"], peers, headline=what == "decode"))
+        rows.append(record.row(label, "tokens/s", speeds["soli"], peers))
     return rows
 
 

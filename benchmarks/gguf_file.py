@@ -126,11 +126,11 @@ def _stacked(stack: Sequence[Slot], values: Callable[[Slot], np.ndarray]) -> Cal
 
 def _name(name: str) -> str:
     """A Hugging Face name as llama.cpp has it."""
-    found = re.fullmatch(r"model\.layers\.(\d+)\.(.+?)(\.weight)?", name)
-    if found is None:
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+?)(\.weight)?", name)
+    if match is None:
         return TOP[name.removesuffix(".weight")] + ".weight"
-    part = PARTS[found[2]]
-    return f"blk.{found[1]}.{part}" + (found[3] or "")
+    part = PARTS[match[2]]
+    return f"blk.{match[1]}.{part}" + (match[3] or "")
 
 
 def _encoded(entry: Entry) -> np.ndarray:
@@ -187,12 +187,12 @@ def _write_tokens(writer: Any, folder: Path | None, config: ModelConfig) -> None
     import models
 
     if folder is None:
-        told = models.tokenizer(config.vocab_size)
+        tokenizer = models.tokenizer(config.vocab_size)
     else:
-        told = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    words = sorted(told["model"]["vocab"], key=told["model"]["vocab"].get)
-    special = {token["content"] for token in told["added_tokens"]}
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in told["model"]["merges"]]
+        tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    words = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
+    special = {token["content"] for token in tokenizer["added_tokens"]}
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(words)

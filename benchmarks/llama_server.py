@@ -47,9 +47,9 @@ def llama_server(lab: Lab, file: Path, work: Work, vocab: int) -> Iterator[Any]:
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind((HOST, 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind((HOST, 0))
+        return int(listener.getsockname()[1])
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], port: int) -> None:

@@ -1,4 +1,4 @@
-"""Requests that arrive at random times, and when each of their tokens came.
+"""Requests that arrive at random times, and when each of their tokens arrives.
 
 Arrivals are Poisson: the gaps between them are exponential, drawn from a seed, so that every contender gets the same
 ones. Times count from the moment a request was due, so waiting in a queue is part of its first token's time. Plain
@@ -16,17 +16,17 @@ Times = list[list[float]]  # per request, seconds from its arrival to each of it
 def arrivals(rate: float, count: int, seed: int) -> list[float]:
     """Seconds from the start at which `count` requests arrive, `rate` a second on average; the first at once."""
     draw = random.Random(seed)
-    at, found = 0.0, []
+    at, times = 0.0, []
     for _ in range(count):
-        found.append(at)
+        times.append(at)
         at += draw.expovariate(rate)
-    return found
+    return times
 
 
 def drive(at: Sequence[float], new: int, add: Callable[[int], None], step: Callable[[], list[int]]) -> Times:
     """Run an engine step by step until every request has `new` tokens.
 
-    `add(number)` hands it a request; `step()` makes one pass and names, for each token that came, its request.
+    `add(number)` hands it a request; `step()` makes one step and names, for each new token, its request.
     """
     times: Times = [[] for _ in at]
     start, added = time.perf_counter(), 0

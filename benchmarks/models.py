@@ -3,14 +3,15 @@
     python benchmarks/models.py LAB tiny bf16 int8 int4 gguf-bf16 gguf-q8_0 gguf-q4_0
     python benchmarks/models.py LAB all
 
-    tiny    12 M parameters, 6 layers, 16 experts of which 4 play
-    small   1.19 B, 172 M of them activated: 12 layers, 64 experts, 6 play
+    tiny    12 M parameters, 6 layers, 16 experts of which 4 are activated
+    small   1.19 B, 172 M of them activated: 12 layers, 64 experts, 6 activated
     large   16 B, 3 B activated (the shape of Moonlight-16B-A3B, a smaller vocabulary): int4 and gguf-q4_0 alone
-    nano    the model in the box
+    nano    the bundled model
 
 LAB/models/SHAPE is the bf16 folder that Soli, transformers and vLLM open, SHAPE-int8 and so on are Soli's quantized
 ones, SHAPE-q8_0.gguf what llama.cpp opens (needs `pip install gguf`). tiny, small and nano hold the same weights in
-every format. large is random codes, streamed tensor by tensor, so memory need not hold it. `all` takes 30 GB of disk.
+every format. large is random quantized values, streamed tensor by tensor, so memory need not hold it. `all` takes
+30 GB of disk.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ FOLDERS = ("bf16", "fp8", "int8", "int4")
 GGUFS = ("gguf-bf16", "gguf-q8_0", "gguf-q4_0")
 ALL = {"tiny": FOLDERS + GGUFS, "small": FOLDERS + GGUFS, "nano": FOLDERS + GGUFS, "large": ("int4", "gguf-q4_0")}
 STD = 0.02
-CODE_STD = {4: 4.61, 8: 73.3}  # of uniform codes, so that random codes make weights of STD
+CODE_STD = {4: 4.61, 8: 73.3}  # of uniform codes, so that random quantized values make weights of STD
 
 
 def config(shape: str) -> ModelConfig:
@@ -72,22 +73,22 @@ def place(lab: Path, shape: str, kind: str) -> Path:
 
 def make(lab: Path, shape: str, kind: str) -> Path:
     """Make one model unless it is there, and before it the bf16 folder that it is made from."""
-    made = place(lab, shape, kind)
-    if made.exists():
-        return made
-    record.progress(f"making {made}")
-    made.parent.mkdir(parents=True, exist_ok=True)
+    path = place(lab, shape, kind)
+    if path.exists():
+        return path
+    record.progress(f"writing {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     streamed = shape == "large"
     source = None if streamed else "nano" if kind == "bf16" else make(lab, shape, "bf16")
     if kind in GGUFS:
         import gguf_file
 
-        gguf_file.write_gguf(made, config(shape) if streamed else None, source, kind.removeprefix("gguf-"))
+        gguf_file.write_gguf(path, config(shape) if streamed else None, source, kind.removeprefix("gguf-"))
     elif streamed or (kind == "bf16" and shape != "nano"):
-        write_random(made, config(shape), Target(kind))
+        write_random(path, config(shape), Target(kind))
     else:
-        convert_checkpoint(source or "nano", made, Target(kind))
-    return made
+        convert_checkpoint(source or "nano", path, Target(kind))
+    return path
 
 
 def write_random(folder: Path, config: ModelConfig, target: Target) -> None:
@@ -97,8 +98,8 @@ def write_random(folder: Path, config: ModelConfig, target: Target) -> None:
         beside = Path(holder) / "tokenizer.json"
         beside.write_text(json.dumps(tokenizer(config.vocab_size)), encoding="utf-8")
         names = Path(holder) / "tokenizer_config.json"
-        told = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<eos>"}
-        names.write_text(json.dumps(told), encoding="utf-8")
+        tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<eos>"}
+        names.write_text(json.dumps(tokenizer_config), encoding="utf-8")
         write(folder, config, slots(config), target, lambda slot: draw(slot, target, generator), [beside, names])
 
 
@@ -106,11 +107,11 @@ def draw(slot: Slot, target: Target, generator: torch.Generator) -> Encoded:
     """A tensor's random values as `target` stores them: norms one, codes uniform, all else normal."""
     if len(slot.shape) == 1 and slot.kind is not Kind.ROUTER_BIAS:
         return torch.ones(slot.shape, dtype=target.dtype(slot))
-    found = target.integer(slot)
-    if found is None:
+    quantization = target.integer(slot)
+    if quantization is None:
         values = torch.empty(slot.shape).normal_(0.0, STD, generator=generator)
         return fp8.pack(values) if target.quantizes(slot) else values.to(target.dtype(slot))
-    bits, group = found
+    bits, group = quantization
     rows, columns = slot.shape
     scale_OG = torch.full((rows, columns // group), STD / CODE_STD[bits], dtype=torch.float16)
     return integer.Packed(_codes(integer.code_shape(rows, columns, bits), bits, generator), scale_OG)
@@ -134,11 +135,11 @@ def tokenizer(vocab_size: int) -> Mapping[str, Any]:
     merges = [(first, second) for first in letters for second in letters][: vocab_size - len(words)]
     words += [first + second for first, second in merges]
     assert len(words) == vocab_size, vocab_size
-    made = Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, merges))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(word, special=True) for word in words[:2]])
-    return json.loads(made.to_str())
+    bpe = Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, merges))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens([AddedToken(word, special=True) for word in words[:2]])
+    return json.loads(bpe.to_str())
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
-"""Score the model in the box and write its card: figures, curve, load, examples: nothing in the card is typed by hand.
+"""Score the bundled model and write its card: figures, curve, load, examples; nothing in it is typed by hand.
 
     python benchmarks/nano_card.py --run runs/nano-gpu --data data/nano-zh-en [--before FOLDER --before-tokens N]
 
 Reads the run's metrics and resolved recipe, and what gpu/train_nano.py left where a GPU trained; runs `soli eval` and
 `soli routing` on the held-out files, and writes benchmarks/results/nano.json, soli/models/nano/README.md and
-its curve.png. `--before` scores the model that was in the box until now on the same files. Of a run on a
+its curve.png. `--before` scores the bundled model until now on the same files. Of a run on a
 CPU: with as many threads (OMP_NUM_THREADS) as the training had, for the utilisation is the run's FLOP/s over the rate
 of its matrix products, measured now; of one on a GPU it is their share of what the card's maker states.
 """
@@ -36,10 +36,10 @@ LICENCES = {source.label: source.licence for source in SOURCES}
 
 def soli_json(*arguments: str) -> Any:
     """What `soli ... --json` printed."""
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "soli", *arguments, "--json"], cwd=ROOT, stdout=subprocess.PIPE, check=True, text=True
     )
-    return json.loads(done.stdout)
+    return json.loads(process.stdout)
 
 
 def read_metrics(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -79,8 +79,8 @@ def read_recipe(run: Path) -> TrainSettings:
 def score(model: str, data: Path) -> dict[str, Any]:
     """What `soli eval` says of a model on the held-out pairs and texts."""
     files = ["--pairs", str(data / "heldout.tsv"), "--text", str(data / "heldout_mono.tsv")]
-    found: dict[str, Any] = soli_json("eval", model, *files)
-    return found
+    scores: dict[str, Any] = soli_json("eval", model, *files)
+    return scores
 
 
 def measure(data: Path) -> dict[str, Any]:
@@ -119,18 +119,18 @@ def utilisation(run: Path, settings: TrainSettings, steps: list[dict[str, Any]])
     alone, of a GPU over the bf16 peak that its maker states."""
     speed = statistics.median(step["tokens_per_second"] for step in steps)
     flops = training_flops(settings, settings.schedule.sequence_length)
-    found = {"tokens_per_second": speed, "flops_per_token": flops}
-    left = run / "gpu_train_nano.json"
-    if left.is_file():
-        machine = json.loads(left.read_text(encoding="utf-8"))["hardware"]
+    speed_and_flops = {"tokens_per_second": speed, "flops_per_token": flops}
+    gpu_result = run / "gpu_train_nano.json"
+    if gpu_result.is_file():
+        machine = json.loads(gpu_result.read_text(encoding="utf-8"))["hardware"]
         peak = stated_peak(machine["gpu"])
         assert peak is not None
-        return {**found, "machine": f"one {machine['gpu']}", "date": machine["date"], "commit": machine["commit"],
-                "peak_tflops": peak, "mfu": speed * flops / 1e12 / peak}  # fmt: skip
-    device = max((find_device(settings) for _ in range(5)), key=lambda found: found.tflops)  # others may be at work
+        where = {"machine": f"one {machine['gpu']}", "date": machine["date"], "commit": machine["commit"]}
+        return {**speed_and_flops, **where, "peak_tflops": peak, "mfu": speed * flops / 1e12 / peak}
+    device = max((find_device(settings) for _ in range(5)), key=lambda device: device.tflops)  # others may be at work
     here = record.hardware()
     return {
-        **found,
+        **speed_and_flops,
         "machine": f"{device.threads} of {here['cores']} cores of {here['cpu']}",
         "date": here["date"],
         "commit": here["commit"],
@@ -207,7 +207,7 @@ def utilised(training: dict[str, Any]) -> str:
 
 
 def version_rows(result: dict[str, Any]) -> list[str]:
-    """The model that was in the box before, where it was scored, and this one."""
+    """The earlier bundled model, where it was scored, and this one."""
     models = {"before": result.get("before"), "this model": result["figures"]}
     rows = []
     for name, figures in models.items():
@@ -255,7 +255,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=ROOT / "runs" / "nano-gpu")
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "nano-zh-en")
-    parser.add_argument("--before", type=Path, help="the model that was in the box until now, scored beside it")
+    parser.add_argument("--before", type=Path, help="the bundled model until now, scored beside it")
     parser.add_argument("--before-tokens", type=int, default=0, help="tokens which that model had seen")
     arguments = parser.parse_args()
     steps, evaluations = read_metrics(arguments.run)

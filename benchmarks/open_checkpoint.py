@@ -108,9 +108,9 @@ def resident_mib() -> float:
 
 def child(*arguments: str) -> str:
     """What a new Python of this tree printed."""
-    environment = os.environ | {"PYTHONPATH": str(record.ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=True)
-    return done.stdout
+    environment = os.environ | {"PYTHONPATH": str(record.ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    process = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=True)
+    return process.stdout
 
 
 def child_seconds(*arguments: str) -> Callable[[], float]:
@@ -134,10 +134,10 @@ def measure_opening(folder: Path, total: int, rounds: int) -> list[dict[str, Any
 
     def contender(reader: str) -> Callable[[], float]:
         def run() -> float:
-            found = json.loads(child(__file__, "--open", reader, str(folder)))
-            memory[reader].append(found["mib"])
-            tensors[reader] = found["tensors"]
-            return found["seconds"]
+            opening = json.loads(child(__file__, "--open", reader, str(folder)))
+            memory[reader].append(opening["mib"])
+            tensors[reader] = opening["tensors"]
+            return opening["seconds"]
 
         return run
 
@@ -147,24 +147,24 @@ def measure_opening(folder: Path, total: int, rounds: int) -> list[dict[str, Any
     what = f"DeepSeek-V3 in FP8, {total / 1e9:.0f} GB, {tensors['soli']:,} tensors"
     checked, theirs = "opened and checked", "safetensors, unchecked"
     return [
-        record.row(f"{what}: {checked}", "s", seconds["soli"], {theirs: seconds["safetensors"]}, headline=True),
+        record.row(f"{what}: {checked}", "s", seconds["soli"], {theirs: seconds["safetensors"]}),
         record.row(f"{what}: resident memory", "MiB", memory["soli"], {theirs: memory["safetensors"]}),
     ]
 
 
 def measure_start_up(folder: Path, rounds: int) -> list[dict[str, Any]]:
-    ways = {
+    starts = {
         "count": child_seconds("-m", "soli", "count", "deepseek-v3"),
         "count by transformers": child_seconds("-c", COUNT_BY_TRANSFORMERS.format(folder=str(folder))),
         "help": child_seconds("-m", "soli", "--help"),
         "help of transformers": child_seconds("-c", HELP_OF_TRANSFORMERS),
         "import torch": child_seconds("-c", "import torch"),
     }
-    seconds = record.interleaved(ways, rounds)
+    seconds = record.interleaved(starts, rounds)
     counted = {"transformers on the meta device": seconds["count by transformers"]}
     helped = {"transformers --help": seconds["help of transformers"], "import torch": seconds["import torch"]}
     return [
-        record.row("soli count deepseek-v3, from start to end", "s", seconds["count"], counted, headline=True),
+        record.row("soli count deepseek-v3, from start to end", "s", seconds["count"], counted),
         record.row("soli --help, from start to end", "s", seconds["help"], helped),
     ]
 

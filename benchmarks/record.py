@@ -1,15 +1,16 @@
 """What the benchmarks share: interleaved rounds, medians, the machine, and one JSON per script in results/.
 
-Time is processor time of one thread, which on a quiet machine is the time that passes and on a busy one leaves out the
-neighbours. Every contender lives in a process of its own (`alone`): oneDNN compiles bfloat16 products by shape and
-keeps the latest thousand, so contenders in one process throw out each other's and measure mostly that.
+Time is processor time of one thread, which on an idle machine is wall time and on a busy one leaves out other
+processes. Every contender runs in a process of its own (`alone`): oneDNN compiles bfloat16 products by shape and
+caches the latest thousand, so contenders in one process evict each other's and measure mostly that.
 
 A result is {"hardware", "note", "size", "rows"}, and most rows set Soli beside its peers, measured in the same rounds:
 
-    {"what", "unit", "headline", "soli": spread, "peers": {name: spread and "ratio"}, "peer": name, "ratio"}
+    {"what", "unit", "soli": spread, "peers": {name: spread and "ratio"}, "peer": name, "ratio"}
 
-A ratio says how many times faster than the peer Soli is, as the median over rounds of the ratio within a round: below 1
-Soli is slower (of memory: takes more). `peer` names the peer that does best against Soli, and `ratio` is its ratio.
+A ratio says how many times faster than the peer Soli is: Soli's median over the peer's, of the same interleaved rounds;
+below 1 Soli is slower (of memory: takes more). `ratio` below is its only definition; older results, which recorded the
+median of the rounds' ratios, are read with it too. `peer` names the peer that does best against Soli.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import multiprocessing
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -37,20 +39,36 @@ ROOT = HERE.parent
 RESULTS = HERE / "results"
 MORE_IS_BETTER = ("tokens/s", "TFLOP/s")
 EVEN = (0.95, 1.05)  # ratios that nobody should read anything into
-BUSY = (
-    "Processor time of one thread, on a machine that other work shared: caches and memory were not ours alone, so "
-    "absolute figures wander; the ratios, taken in turns, are what counts."
+NOTE = (
+    "Processor time of one thread on a shared machine: other processes used its caches and memory too, so absolute "
+    "figures vary from run to run; the ratios, measured in interleaved rounds, are what counts."
 )
+# Labels in results recorded before 0.2, and what they are called since.
+OLD_LABELS = [
+    (r"\b(\d+) at once", r"batch \1"),  # old name
+    (r"beside the memory's speed", "beside memory bandwidth"),  # old name
+    (r"\bas written\b", "eager"),
+    (r"beside as many of", "beside 6 of"),
+    (r"Time that passes", "Wall time"),  # old name
+    (r"in which others took", "in which other processes took"),
+    (r"is made again", "is repeated"),
+    (
+        r"The memory's line is reading each weight that plays once, at the speed measured beside it\.",
+        "Memory bandwidth: reading each activated weight once, at the bandwidth of the same rounds.",
+    ),
+    (r"as released it ends with an error", "its release fails"),
+    (r"Processor time of one thread, on a machine that other work shared.*counts\.", NOTE),
+]
 
 # The recorded commit is that of the tree around this file, so its soli must run, whatever else is installed.
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "src"))
 
 
 def parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
     """A parser whose help is the script's docstring, with the option that every script has."""
-    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--rounds", type=int, default=rounds, help=f"rounds to take the median of (default {rounds})")
-    return made
+    options = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--rounds", type=int, default=rounds, help=f"rounds to take the median of (default {rounds})")
+    return options
 
 
 def timed(run: Callable[[], object]) -> Callable[[], float]:
@@ -119,9 +137,9 @@ def interleaved(contenders: Mapping[str, Callable[[], float]], rounds: int) -> d
     return measured
 
 
-def progress(said: str) -> None:
-    """A note to whoever waits, on stderr."""
-    print(f"  {said}", file=sys.stderr, flush=True)
+def progress(message: str) -> None:
+    """A progress line on stderr."""
+    print(f"  {message}", file=sys.stderr, flush=True)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -142,25 +160,26 @@ def row(
     unit: str,
     soli: Sequence[float],
     peers: Mapping[str, Sequence[float]] | None = None,
-    headline: bool = False,
 ) -> dict[str, Any]:
-    """One line of a result: Soli's values and each peer's, one per round, in `unit`. A headline goes into README.md."""
-    better = 1 if unit in MORE_IS_BETTER else -1
-    found = {name: spread(values) | {"ratio": _ratio(soli, values, better)} for name, values in (peers or {}).items()}
-    best = min(found, key=lambda name: found[name]["ratio"], default=None)
+    """One line of a result: Soli's values and each peer's, one per round, in `unit`."""
+    measured = spread(soli)
+    spreads = {name: spread(values) for name, values in (peers or {}).items()}
+    compared = {name: peer | {"ratio": ratio(measured, peer, unit)} for name, peer in spreads.items()}
+    best = min(compared, key=lambda name: compared[name]["ratio"], default=None)
     return {
         "what": what,
         "unit": unit,
-        "headline": headline,
-        "soli": spread(soli),
-        "peers": found,
+        "soli": measured,
+        "peers": compared,
         "peer": best,
-        "ratio": found[best]["ratio"] if best else None,
+        "ratio": compared[best]["ratio"] if best else None,
     }
 
 
-def _ratio(soli: Sequence[float], peer: Sequence[float], better: int) -> float:
-    return rounded(statistics.median((s / p) ** better for s, p in zip(soli, peer, strict=True)))
+def ratio(soli: Mapping[str, float], peer: Mapping[str, float], unit: str) -> float:
+    """How many times faster (of memory: how many times smaller) Soli's median is than the peer's."""
+    quotient = soli["median"] / peer["median"]
+    return rounded(quotient if unit in MORE_IS_BETTER else 1 / quotient)
 
 
 def duration(hours: float) -> str:
@@ -169,12 +188,15 @@ def duration(hours: float) -> str:
 
 
 def hardware(threads: int = 1) -> dict[str, Any]:
-    """The machine, the versions, the commit and the day, as every result begins. Where the tree travels without its
-    history, or with another, the commit is what SOLI_COMMIT says; it is said of a tree without changes."""
+    """The machine, the versions, the commit and the date: the head of every result.
+
+    Where the tree is copied without its history, or with another, SOLI_COMMIT names the commit of a tree without
+    changes.
+    """
     file = Path("/proc/cpuinfo")
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     names = [line.split(":")[1] for line in lines if "model name" in line]
-    said = os.environ.get("SOLI_COMMIT", "")
+    commit = os.environ.get("SOLI_COMMIT", "")
     return {
         "cpu": names[0].strip() if names else platform.processor(),
         "cores": os.cpu_count(),
@@ -183,8 +205,8 @@ def hardware(threads: int = 1) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": version("torch"),
         "transformers": version("transformers"),
-        "commit": said or _git("rev-parse", "HEAD"),
-        "dirty": not said and bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs/images")),
+        "commit": commit or _git("rev-parse", "HEAD"),
+        "dirty": not commit and bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs/images")),
         "date": datetime.date.today().isoformat(),
     }
 
@@ -200,10 +222,10 @@ def version(package: str) -> str | None:
 def _git(*arguments: str) -> str:
     """What git says about this tree; empty outside a checkout."""
     try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        process = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return done.stdout.strip()
+    return process.stdout.strip()
 
 
 def write(name: str, result: Mapping[str, Any]) -> Path:
@@ -216,7 +238,7 @@ def write(name: str, result: Mapping[str, Any]) -> Path:
 
 def finish(name: str, size: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
     """Save a benchmark's rows with all that belongs to them, and print them."""
-    file = write(name, {"hardware": hardware(), "note": BUSY, "size": size, "rows": rows})
+    file = write(name, {"hardware": hardware(), "note": NOTE, "size": size, "rows": rows})
     for line in rows:
         print(summary(line))
     print(f"written to {file.relative_to(ROOT)}", file=sys.stderr)
@@ -226,8 +248,8 @@ def merge(name: str, note: str, size: Mapping[str, Any], rows: Sequence[Mapping[
     """Put rows into results/NAME.json in place of those of the same name, and return all of it. Rows of another commit,
     or of a tree with other changes, are dropped."""
     new = {row["what"] for row in rows}
-    kept = [row for row in earlier(name, threads) if row["what"] not in new]
-    result = {"hardware": hardware(threads), "note": note, "size": size, "rows": [*kept, *rows]}
+    others = [row for row in earlier(name, threads) if row["what"] not in new]
+    result = {"hardware": hardware(threads), "note": note, "size": size, "rows": [*others, *rows]}
     write(name, result)
     return result
 
@@ -237,9 +259,33 @@ def earlier(name: str, threads: int) -> list[dict[str, Any]]:
     file = RESULTS / f"{name}.json"
     if not file.exists():
         return []
-    found, machine = json.loads(file.read_text(encoding="utf-8")), hardware(threads)
-    same = all(found["hardware"][key] == machine[key] for key in ("commit", "dirty", "cpu", "threads"))
-    return found["rows"] if same else []
+    result, machine = load(file), hardware(threads)
+    same = all(result["hardware"][key] == machine[key] for key in ("commit", "dirty", "cpu", "threads"))
+    return result["rows"] if same else []
+
+
+def load(file: Path) -> dict[str, Any]:
+    """A recorded result with the labels and the ratio of today."""
+    result = json.loads(file.read_text(encoding="utf-8"))
+    if "note" in result:
+        result["note"] = relabelled(result["note"])
+    for line in result.get("rows", []):
+        if "what" in line:
+            line["what"] = relabelled(line["what"])
+        if line.get("peers"):
+            line["peers"] = {
+                relabelled(name): peer | {"ratio": ratio(line["soli"], peer, line["unit"])}
+                for name, peer in line["peers"].items()
+            }
+            line["peer"] = min(line["peers"], key=lambda name, peers=line["peers"]: peers[name]["ratio"])
+            line["ratio"] = line["peers"][line["peer"]]["ratio"]
+    return result
+
+
+def relabelled(label: str) -> str:
+    for old, new in OLD_LABELS:
+        label = re.sub(old, new, label)
+    return label
 
 
 def summary(line: Mapping[str, Any]) -> str:

@@ -1,11 +1,11 @@
-"""Soli's engine under many requests at once, beside llama.cpp, transformers and vLLM, on the small model.
+"""Soli's engine under many concurrent requests, beside llama.cpp, transformers and vLLM, on the small model.
 
     python benchmarks/serve.py --lab LAB --llama DIR --vllm PYTHON
     python benchmarks/serve.py --lab LAB --rows load --rates 0.5 --rounds 1
 
-Rows: `throughput`, 16 requests of 128 tokens in and 128 out that come together, generated tokens over the time for all
-of it (llama.cpp by llama-batched-bench, transformers as one batch); `load`, as many requests that arrive at random at
-each of the rates: milliseconds to the first token, waiting included, and between tokens (llama.cpp by llama-server,
+Rows: `throughput`, 16 requests of 128 tokens in and 128 out that arrive together, generated tokens over the time for
+all of it (llama.cpp by llama-batched-bench, transformers as one batch); `load`, as many requests that arrive at random
+at each of the rates: milliseconds to the first token, waiting included, and between tokens (llama.cpp by llama-server,
 which needs building too; transformers has no part in it). Soli's engine and vLLM's are stepped in their processes, all
 see the same arrivals, and no prefix is shared. LAB and the paths are those of cpu.py, and so is what a quiet
 measurement is. The picture is docs/images/serve.png.
@@ -32,8 +32,8 @@ ROWS = ("throughput", "load")
 KINDS = ("bf16", "int8", "int4")
 PEERS = {kind: (cpu.GGUF[kind], *(("vLLM bf16",) if kind == "bf16" else ())) for kind in KINDS}
 NOTE = (
-    "Time that passes, two threads. Contenders take turns; a measurement in which others took more than 5 % of the "
-    "machine is made again. Arrivals are Poisson and the same for all; times begin when a request is due."
+    "Wall time, two threads. Contenders take turns; a measurement in which other processes took more than 5 % of the "
+    "machine is repeated. Arrivals are Poisson and the same for all; times begin when a request is due."
 )
 
 
@@ -51,8 +51,8 @@ def open_loaded(lab: Lab, name: str, work: Work) -> AbstractContextManager[Any]:
     """A contender that answers "load"."""
     if not name.startswith("llama.cpp"):
         return cpu.open_contender(lab, "small", name, work)
-    made = models.place(lab.folder, "small", f"gguf-{name.split()[1]}")
-    return llama_server(lab, made, work, models.SHAPES["small"]["vocab_size"])
+    path = models.place(lab.folder, "small", f"gguf-{name.split()[1]}")
+    return llama_server(lab, path, work, models.SHAPES["small"]["vocab_size"])
 
 
 def under_load(
@@ -87,10 +87,10 @@ def load_rows(kind: str, rate: float, taken: Mapping[str, Sequence[quiet.Taken]]
     line = cpu.Line("small", "load", kind, PEERS[kind])
     peers = [name for name in PEERS[kind] if name in taken]
     for figure in quiet.values(taken[line.soli])[0]:
-        found = {name: [one[figure] for one in quiet.values(taken[name])] for name in (line.soli, *peers)}
+        values = {name: [one[figure] for one in quiet.values(taken[name])] for name in (line.soli, *peers)}
         what = f"{rate:g} requests a second, {cpu.SAID['small']}, {kind}: {figure.replace('first', 'first token')}"
-        row = cpu.judged(what, "ms", found[line.soli], {name: found[name] for name in peers}, line, taken)
-        yield row | {"row": "load", "rate": rate, "figure": figure, "headline": False}
+        row = cpu.judged(what, "ms", values[line.soli], {name: values[name] for name in peers}, line, taken)
+        yield row | {"row": "load", "rate": rate, "figure": figure}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -101,8 +101,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=16, help="requests that arrive at each rate (default 16)")
     cpu.add_lab_options(parser)
     arguments = parser.parse_args(argv)
-    for given, known in ((arguments.rows, ROWS), (arguments.kinds, KINDS)):
-        if unknown := set(given.split(",")) - set(known):
+    for selected, known in ((arguments.rows, ROWS), (arguments.kinds, KINDS)):
+        if unknown := set(selected.split(",")) - set(known):
             parser.error(f"there is no {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
     return arguments
 
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = {"rounds": arguments.rounds, "others_at_most": arguments.others, **asdict(work)}
     for rows in measure(arguments, work):
         for row in rows:
-            print(cpu.told(row), flush=True)
+            print(cpu.describe(row), flush=True)
         if not arguments.quick:
             size["requests"] = arguments.requests
             result = record.merge("serve", NOTE, size, rows, threads=arguments.threads)

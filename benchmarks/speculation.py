@@ -1,8 +1,8 @@
-"""Tokens per second of the engine with and without drafts by the model's own MTP module, on the model in the box.
+"""Tokens per second of the engine with and without drafts by the model's own MTP module, on the bundled model.
 
-The same English sentences are translated greedily by both, 1, 4 and 16 at once; both must give the same tokens. A step
-with drafts reads two tokens for each request, and the module reads one more, so it pays where reading a second token
-costs little: where weights are read from memory once for both.
+The same English sentences are translated greedily by both, in batches of 1, 4 and 16; both must give the same tokens. A
+step with drafts reads two tokens for each request, and the module reads one more, so it pays where reading a second
+token costs little: where weights are read from memory once for both.
 
     python benchmarks/speculation.py
 """
@@ -26,12 +26,12 @@ SENTENCES = (
     "In the beginning there was light.",
     "What do you want to eat tonight?",
 )
-AT_ONCE = (1, 4, 16)
+BATCHES = (1, 4, 16)
 DTYPES = ("float32", "bfloat16")
 
 
 def build(dtype: str, speculate: bool) -> Callable[[int], Any]:
-    """A contender, for `record.alone`: asked with how many run at once, it gives (tokens, tokens/s, acceptance)."""
+    """A contender, for `record.alone`: given a batch size, it returns (tokens, tokens/s, acceptance)."""
     from soli.engine.engine import Engine
     from soli.engine.request import EngineLimits, Request
     from soli.engine.text_model import open_text_model
@@ -39,11 +39,11 @@ def build(dtype: str, speculate: bool) -> Callable[[int], Any]:
     model = open_text_model("nano", dtype=dtype, mtp=True)
     prompts = [tuple(model.tokenizer.translation_prompt(text, "zh")) for text in SENTENCES]
 
-    def answer(at_once: int) -> Any:
-        limits = EngineLimits(cache_bytes=2**26, max_running=at_once, prefix_sharing=False, speculate=speculate)
+    def answer(batch: int) -> Any:
+        limits = EngineLimits(cache_bytes=2**26, max_running=batch, prefix_sharing=False, speculate=speculate)
         engine = Engine(model, limits)
         requests = [
-            Request(prompt, 64, stop_ids=model.stop_ids) for prompt in prompts * max(1, at_once // len(prompts))
+            Request(prompt, 64, stop_ids=model.stop_ids) for prompt in prompts * max(1, batch // len(prompts))
         ]
         tokens: dict[int, list[int]] = {engine.add(request): [] for request in requests}
         start = time.process_time()
@@ -65,16 +65,17 @@ def main() -> None:
     acceptance: dict[str, float] = {}
     for dtype in DTYPES:
         with record.alone(build, dtype, False) as plain, record.alone(build, dtype, True) as drafting:
-            for at_once in AT_ONCE:
-                wanted, found = plain(at_once), drafting(at_once)
-                if dtype == "float32" and wanted[0] != found[0]:
-                    sys.exit(f"drafts changed the tokens of {at_once} at once: nothing was recorded")
-                acceptance[f"{dtype}, {at_once} at once"] = record.rounded(found[2])
-                sides = {"soli": lambda n=at_once: drafting(n)[1], "without": lambda n=at_once: plain(n)[1]}
+            for batch in BATCHES:
+                without_drafts = plain(batch)
+                with_drafts = drafting(batch)
+                if dtype == "float32" and without_drafts[0] != with_drafts[0]:
+                    sys.exit(f"drafts changed the tokens of batch {batch}: nothing was recorded")
+                acceptance[f"{dtype}, batch {batch}"] = record.rounded(with_drafts[2])
+                sides = {"soli": lambda n=batch: drafting(n)[1], "without": lambda n=batch: plain(n)[1]}
                 measured = record.interleaved(sides, arguments.rounds)
-                what = f"translating with drafts, nano, {dtype}, {at_once} at once"
+                what = f"translating with drafts, nano, {dtype}, batch {batch}"
                 row = record.row(what, "tokens/s", measured["soli"], {"without drafts": measured["without"]})
-                rows.append(row | {"aside": True})  # what is off by default is no claim of README.md's
+                rows.append(row)
     size = {"sentences": len(SENTENCES), "acceptance": acceptance, "rounds": arguments.rounds}
     record.finish("speculation", size, rows)
 

@@ -74,20 +74,20 @@ def peer_step(folder: Path, implementation: str) -> Step:
     def step(window_BW: torch.Tensor) -> float:
         target_BT = window_BW[:, 1 : LENGTH + 1].contiguous()
         with torch.autocast("cpu", torch.bfloat16):
-            given = model(window_BW[:, :LENGTH], labels=target_BT, shift_labels=target_BT, use_cache=False)
-        given.loss.backward()
+            output = model(window_BW[:, :LENGTH], labels=target_BT, shift_labels=target_BT, use_cache=False)
+        output.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return given.loss.item()
+        return output.loss.item()
 
     return step
 
 
-def build(folder: Path, way: str, clock: Callable[[], float] = time.process_time) -> Callable[[], tuple[float, float]]:
+def build(folder: Path, name: str, clock: Callable[[], float] = time.process_time) -> Callable[[], tuple[float, float]]:
     """A contender, for `record.alone`: STEPS steps, as tokens per second and the first step's loss."""
     vocab = load_config(folder).vocab_size
-    step = soli_step(folder, int("MTP" in way)) if way.startswith("soli") else peer_step(folder, way.split()[-1])
+    step = soli_step(folder, int("MTP" in name)) if name.startswith("soli") else peer_step(folder, name.split()[-1])
     generator = torch.Generator().manual_seed(0)
 
     def run() -> tuple[float, float]:
@@ -113,24 +113,24 @@ def main() -> None:
         folder = Path(holder) / "model"
         save_folder(folder)
 
-        def contender(way: str) -> Callable[[], float]:
-            ask = stack.enter_context(record.alone(build, folder, way))
+        def contender(name: str) -> Callable[[], float]:
+            ask = stack.enter_context(record.alone(build, folder, name))
 
             def speed() -> float:
                 tokens_per_second, first = ask()
-                losses.setdefault(way, first)
+                losses.setdefault(name, first)
                 return tokens_per_second
 
             return speed
 
         speeds = record.interleaved(
-            {way: contender(way) for way in ("soli", "soli with MTP", *peers)}, arguments.rounds
+            {name: contender(name) for name in ("soli", "soli with MTP", *peers)}, arguments.rounds
         )
     if max(losses.values()) - min(losses.values()) > 0.02:
         sys.exit(f"the first losses differ, {losses}: nothing was recorded")
     what = f"training step, nano, bf16 over fp32 masters, {SEQUENCES} x {LENGTH} tokens"
     rows: list[dict[str, Any]] = [
-        record.row(what, "tokens/s", speeds["soli"], {peer: speeds[peer] for peer in peers}, headline=True),
+        record.row(what, "tokens/s", speeds["soli"], {peer: speeds[peer] for peer in peers}),
         record.row(f"{what}, with MTP", "tokens/s", speeds["soli with MTP"]),
     ]
     size = {"sequences": SEQUENCES, "length": LENGTH, "steps_per_round": STEPS, "rounds": arguments.rounds}

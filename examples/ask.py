@@ -1,4 +1,4 @@
-"""Asks a server as any OpenAI client does, and shows which experts played. Needs `pip install openai`.
+"""Asks a server as any OpenAI client does, and shows which experts were activated. Needs `pip install openai`.
 
 soli serve &
 python examples/ask.py "The river"
@@ -32,7 +32,7 @@ def main(prompt: str, address: str = "http://127.0.0.1:8000/v1") -> None:
         counts = layer["counts"]
         busiest = sorted(range(len(counts)), key=lambda expert: -counts[expert])[:4]
         often = ", ".join(f"{expert} ({counts[expert]} times)" for expert in busiest)
-        print(f"{layer['layer']}: {sum(map(bool, counts))} of {len(counts)} experts played, most often {often}")
+        print(f"{layer['layer']}: {sum(map(bool, counts))} of {len(counts)} experts activated, most often {often}")
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ def test_an_arm_that_activates_more_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_every_arm_belongs_to_an_experiment_and_none_is_trained_twice() -> None:
-    assert run.chosen_arms(sorted(arms.EXPERIMENTS)) == list(arms.ARMS)
-    assert run.chosen_arms(["a", "b"]) == ["baseline", "dense", "auxiliary", "neither"]
+    assert run.selected_arms(sorted(arms.EXPERIMENTS)) == list(arms.ARMS)
+    assert run.selected_arms(["a", "b"]) == ["baseline", "dense", "auxiliary", "neither"]
 
 
 def test_finished_runs_are_left_out_and_those_of_another_length_are_not(tmp_path: Path) -> None:
@@ -47,10 +47,10 @@ def test_finished_runs_are_left_out_and_those_of_another_length_are_not(tmp_path
 
 def test_two_steps_of_an_arm(tmp_path: Path) -> None:
     settings = arms.arm_settings(arms.BASELINE, 2 * 16 * 128, seed=1)
-    found = run.train_arm(settings, write_data(tmp_path / "data"))
-    assert found["steps"] == 2 and found["tokens"] == 4096
-    assert 0 < found["loss"] < 9 and 0 <= found["mtp_acceptance"] <= 1
-    assert found["train_violation"] > 0 and found["heldout_violation"] > 0 and found["heldout_idle"] <= 3 * 32
+    metrics = run.train_arm(settings, write_data(tmp_path / "data"))
+    assert metrics["steps"] == 2 and metrics["tokens"] == 4096
+    assert 0 < metrics["loss"] < 9 and 0 <= metrics["mtp_acceptance"] <= 1
+    assert metrics["train_violation"] > 0 and metrics["heldout_violation"] > 0 and metrics["heldout_idle"] <= 3 * 32
 
 
 def test_the_dry_run_lists_the_arms(capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,18 +75,19 @@ def test_arms_are_compared_seed_by_seed() -> None:
     lines += [finished("baseline", 0, 99.0) | {"budget": 1}]
     experiment = summary.summarise(summary.by_arm(lines, TOKENS))["a"]
     assert list(experiment["arms"]) == ["dense", "baseline"] and "loss_less_first" not in experiment["arms"]["dense"]
-    found = experiment["arms"]["baseline"]
-    assert found["loss"]["mean"] == pytest.approx(4.8) and found["loss"]["deviation"] == pytest.approx(1.0536, abs=1e-4)
-    pairs = found["loss_less_first"]
+    baseline = experiment["arms"]["baseline"]
+    assert baseline["loss"]["mean"] == pytest.approx(4.8)
+    assert baseline["loss"]["deviation"] == pytest.approx(1.0536, abs=1e-4)
+    pairs = baseline["loss_less_first"]
     assert pairs["mean"] == pytest.approx(-0.2) and pairs["interval"] == pytest.approx(4.303 * 0.1 / 3**0.5)
-    assert "train_violation" not in found
+    assert "train_violation" not in baseline
 
 
 def test_one_seed_has_no_interval_and_unpaired_seeds_no_difference() -> None:
     lines = [finished("dense", 0, 4.0), finished("baseline", 1, 3.0)]
-    found = summary.summarise(summary.by_arm(lines, TOKENS))["a"]["arms"]["baseline"]
-    assert found["loss"] == {"mean": 3.0, "deviation": None, "interval": None, "seeds": 1}
-    assert "loss_less_first" not in found
+    baseline = summary.summarise(summary.by_arm(lines, TOKENS))["a"]["arms"]["baseline"]
+    assert baseline["loss"] == {"mean": 3.0, "deviation": None, "interval": None, "seeds": 1}
+    assert "loss_less_first" not in baseline
 
 
 def test_the_summary_writes_tables_json_and_picture(

@@ -41,11 +41,11 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_measures_what_is_there_and_says_what_is_not(lab: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cpu.main(["--lab", str(lab), "--rows", "tiny-decode,tiny-prefill", "--quick", "--rounds", "2", "--others", "1"])
-    told = capsys.readouterr()
-    assert "decode, tiny (12 M), bf16: Soli " in told.out and "prefill, tiny (12 M), bf16: Soli " in told.out
-    assert "int8" not in told.out
-    assert "tiny: without llama.cpp bf16: no path was given" in told.err
-    assert f"tiny: without soli int8: {lab / 'models' / 'tiny-int8'} is not there" in told.err
+    output = capsys.readouterr()
+    assert "decode, tiny (12 M), bf16: Soli " in output.out and "prefill, tiny (12 M), bf16: Soli " in output.out
+    assert "int8" not in output.out
+    assert "tiny: without llama.cpp bf16: no path was given" in output.err
+    assert f"tiny: without soli int8: {lab / 'models' / 'tiny-int8'} is not there" in output.err
 
 
 def test_a_row_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,7 +65,7 @@ def test_streamed_random_models_are_whole(tmp_path: Path, monkeypatch: pytest.Mo
     assert tokenizer.vocab_size == 512 and tokenizer.decode(tokenizer.encode("你好, world")) == "你好, world"
 
 
-def test_bytes_per_token_are_those_of_the_weights_that_play(lab: Path) -> None:
+def test_bytes_per_token_are_those_of_the_activated_weights(lab: Path) -> None:
     folder = models.place(lab, "tiny", "bf16")
     config = soli.config.load_config(folder)
     activated = sum(group.activated for group in weights(config)) - config.vocab_size * config.hidden_size
@@ -81,7 +81,8 @@ def test_aims_are_judged_against_the_peer_they_name() -> None:
         ("a", 1.2, False),
         (cpu.BEST, 0.6, True),
     ]
-    assert row["others"] == 0.07 and "disturbed" in cpu.told(row) and "missed: 1.20 of 1.25 against a" in cpu.told(row)
+    text = cpu.describe(row)
+    assert row["others"] == 0.07 and "disturbed" in text and "missed: 1.20 of 1.25 against a" in text
 
 
 def process(folder: Path, pid: int, parent: int, ticks: tuple[int, int, int, int]) -> None:
@@ -104,8 +105,8 @@ def test_time_of_children_is_ours_and_of_strangers_is_not(tmp_path: Path, monkey
 
 def test_a_disturbed_measurement_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     def after(*shares: float) -> quiet.Taken:
-        given = iter(quiet.Taken(float(number), share) for number, share in enumerate(shares))
-        monkeypatch.setattr(quiet, "watched", lambda run: next(given))
+        measurements = iter(quiet.Taken(float(number), share) for number, share in enumerate(shares))
+        monkeypatch.setattr(quiet, "watched", lambda run: next(measurements))
         return quiet.patiently(lambda: 0.0)
 
     monkeypatch.setattr(quiet, "wait_for_quiet", lambda limit: None)
@@ -120,7 +121,7 @@ def script(file: Path, text: str) -> Path:
     return file
 
 
-def test_llama_cpp_is_asked_through_its_tools(tmp_path: Path) -> None:
+def test_llama_cpp_is_measured_through_its_tools(tmp_path: Path) -> None:
     script(tmp_path / "llama-bench", f'echo "$@" >> {tmp_path}/asked; echo noise; echo \'{{"avg_ts": 7.5}}\'')
     script(tmp_path / "llama-batched-bench", 'echo "{\\"t\\": 4.0}"')
     here = Lab(tmp_path, tmp_path, None, "", 2)
@@ -153,9 +154,9 @@ def test_rows_of_the_same_commit_stay(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     monkeypatch.setattr(record, "hardware", lambda threads: {"commit": "a", "dirty": False, "cpu": "x", "threads": 2})
     record.merge("cpu", "", {}, [{"what": "one", "n": 1}, {"what": "two"}], 2)
-    found = record.merge("cpu", "", {}, [{"what": "one", "n": 2}], 2)["rows"]
-    assert found == [{"what": "two"}, {"what": "one", "n": 2}]
-    assert json.loads((tmp_path / "cpu.json").read_text())["rows"] == found
+    rows = record.merge("cpu", "", {}, [{"what": "one", "n": 2}], 2)["rows"]
+    assert rows == [{"what": "two"}, {"what": "one", "n": 2}]
+    assert json.loads((tmp_path / "cpu.json").read_text())["rows"] == rows
     monkeypatch.setattr(record, "hardware", lambda threads: {"commit": "b", "dirty": False, "cpu": "x", "threads": 2})
     assert record.merge("cpu", "", {}, [{"what": "three"}], 2)["rows"] == [{"what": "three"}]
 
@@ -163,9 +164,9 @@ def test_rows_of_the_same_commit_stay(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_the_picture_has_a_bar_for_each_contender_once(tmp_path: Path) -> None:
     rows = []
     for kind in ("bf16", "int8"):
-        made = record.row(f"decode, small, {kind}", "tokens/s", [2.0, 3.0], {f"llama.cpp {kind}": [1.0, 2.0]})
-        limit = record.row(f"decode, small, {kind}, beside the memory's speed", "tokens/s", [2.0], {"memory": [4.0]})
-        rows += [made | {"row": "small-decode"}, limit | {"row": "small-decode"}]
+        row = record.row(f"decode, small, {kind}", "tokens/s", [2.0, 3.0], {f"llama.cpp {kind}": [1.0, 2.0]})
+        limit = record.row(f"decode, small, {kind}, beside memory bandwidth", "tokens/s", [2.0], {"memory": [4.0]})
+        rows += [row | {"row": "small-decode"}, limit | {"row": "small-decode"}]
     bars = [label for label, _, _ in cpu_plot._bars(rows)]
     assert bars == ["Soli bf16", "llama.cpp bf16", "memory, bf16", "Soli int8", "llama.cpp int8", "memory, int8"]
     cpu_plot.draw(rows, tmp_path / "images" / "cpu.png")

@@ -19,11 +19,11 @@ GPU = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu"
 
 
 def run(script: str, *arguments: object) -> str:
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, GPU / script, *map(str, arguments)], capture_output=True, text=True, timeout=300
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    assert process.returncode == 0, process.stderr[-2000:]
+    return process.stdout
 
 
 @pytest.fixture(scope="module")

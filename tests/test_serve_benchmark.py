@@ -63,9 +63,9 @@ def test_requests_wait_for_their_time_and_all_get_their_tokens(monkeypatch: pyte
 
 
 def test_figures_are_milliseconds() -> None:
-    found = load.figures([[0.010, 0.012, 0.014], [0.050, 0.051, 0.151]])
-    assert found["first, median"] == pytest.approx(50) and found["first, longest"] == pytest.approx(50)
-    assert found["between, median"] == pytest.approx(2) and found["between, 95 of 100"] == pytest.approx(2)
+    figures = load.figures([[0.010, 0.012, 0.014], [0.050, 0.051, 0.151]])
+    assert figures["first, median"] == pytest.approx(50) and figures["first, longest"] == pytest.approx(50)
+    assert figures["between, median"] == pytest.approx(2) and figures["between, 95 of 100"] == pytest.approx(2)
 
 
 def test_llamas_stream_is_counted_by_tokens() -> None:
@@ -91,19 +91,19 @@ def test_a_run_measures_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixt
     models.make(tmp_path, "small", "bf16")
     shared = ["--lab", str(tmp_path), "--quick", "--rounds", "1", "--others", "1", "--without", "transformers"]
     serve.main([*shared, "--rates", "50,100", "--requests", "3"])
-    told = capsys.readouterr()
-    assert "16 at once, small (1.2 B), bf16: Soli " in told.out
+    output = capsys.readouterr()
+    assert "batch 16, small (1.2 B), bf16: Soli " in output.out
     for rate in (50, 100):
-        assert f"{rate} requests a second, small (1.2 B), bf16: first token, median: Soli " in told.out
-    assert "int8" not in told.out and "load: without vLLM bf16: no path was given" in told.err
+        assert f"{rate} requests a second, small (1.2 B), bf16: first token, median: Soli " in output.out
+    assert "int8" not in output.out and "load: without vLLM bf16: no path was given" in output.err
 
 
 def test_the_picture_of_serving(tmp_path: Path) -> None:
     rows = []
     for rate in (0.5, 1.0):
         for figure in cpu_plot.FIGURES:
-            made = record.row(f"{rate:g} requests a second, small, bf16: {figure}", "ms", [2.0], {"vLLM bf16": [4.0]})
-            rows.append(made | {"row": "load", "rate": rate, "figure": figure})
+            row = record.row(f"{rate:g} requests a second, small, bf16: {figure}", "ms", [2.0], {"vLLM bf16": [4.0]})
+            rows.append(row | {"row": "load", "rate": rate, "figure": figure})
     assert cpu_plot._curves(rows[::2]) == [
         ("Soli bf16", "Soli", [0.5, 1.0], [2.0, 2.0]),
         ("vLLM bf16", "vLLM", [0.5, 1.0], [4.0, 4.0]),

@@ -43,11 +43,11 @@ def by_hand(textbook: nn.Module, x_TD: Tensor, K: int, score: str, bias_E: Tenso
             scores = [math.exp(z) / sum(map(math.exp, logits)) for z in logits]
         ranks = scores if bias_E is None else [s + float(b) for s, b in zip(scores, bias_E, strict=True)]
         chosen = sorted(range(len(scores)), key=lambda e: -ranks[e])[:K]
-        whole = sum(scores[e] for e in chosen) if score == "sigmoid" else 1.0
+        total = sum(scores[e] for e in chosen) if score == "sigmoid" else 1.0
         y_N = torch.zeros(textbook.experts[0].out_features, dtype=torch.float64)
         for e in chosen:
             expert = textbook.experts[e]
-            y_N += scores[e] / whole * (expert.weight.double() @ x_D + expert.bias.double()).clamp(min=0)
+            y_N += scores[e] / total * (expert.weight.double() @ x_D + expert.bias.double()).clamp(min=0)
         rows.append(y_N)
     return torch.stack(rows).float()
 
@@ -74,9 +74,9 @@ def test_the_textbook_itself() -> None:
 def test_gradients_of_choosing_all_are_the_textbooks() -> None:
     textbook, _, x_TD = steps.toy()
     weights = list(textbook.parameters())
-    wanted = torch.autograd.grad(textbook(x_TD).square().sum(), weights)
-    found = torch.autograd.grad(steps.Sparse(textbook, **steps.ALL_OF_4)(x_TD)[0].square().sum(), weights)
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    expected = torch.autograd.grad(textbook(x_TD).square().sum(), weights)
+    actual = torch.autograd.grad(steps.Sparse(textbook, **steps.ALL_OF_4)(x_TD)[0].square().sum(), weights)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("fields", "score"), [("TOP_2", "softmax"), ("SIGMOID", "sigmoid")])
@@ -130,8 +130,8 @@ def test_the_last_step_is_solis_layer_at_the_same_expert_weights() -> None:
     x_TD = torch.randn(7, D)
     y_BTD, routing = layer(x_TD[None])
     experts = (layer.experts.gate_up_proj, layer.experts.down_proj)
-    wanted_TD = reference.experts(x_TD, routing.expert_ids_TK, routing.weights_TK, *experts)
-    torch.testing.assert_close(y_BTD[0], wanted_TD + layer.shared_experts(x_TD), rtol=1e-4, atol=1e-5)
+    expected_TD = reference.experts(x_TD, routing.expert_ids_TK, routing.weights_TK, *experts)
+    torch.testing.assert_close(y_BTD[0], expected_TD + layer.shared_experts(x_TD), rtol=1e-4, atol=1e-5)
     linear = steps.WithShared(steps.Textbook(D, D, E), nn.Linear(D, D), **(steps.BIASED | {"num_experts_per_tok": K}))
     router, biases = (cut - 1) * E * (D + 1), D
     assert steps.total(layer) == steps.total(linear) + router - (E + 1) * biases
@@ -159,23 +159,23 @@ def test_activated_counts_by_hand() -> None:
 
 def test_the_pages_code_is_the_examples_code() -> None:
     source = (ROOT / "examples" / "soft_to_sparse.py").read_text(encoding="utf-8")
-    found = blocks("python")
-    assert len(found) >= 8
-    for block in found:
+    listings = blocks("python")
+    assert len(listings) >= 8
+    for block in listings:
         assert block in source
 
 
 def test_the_pages_output_is_the_examples_output(capsys: pytest.CaptureFixture[str]) -> None:
     steps.main()
-    told, printed = " ".join(blocks("text")).split(), capsys.readouterr().out.split()
-    assert len(told) == len(printed)
-    for wanted, found in zip(told, printed, strict=True):
-        if re.fullmatch(r"-?\d+\.\d+(e-\d+)?", wanted):  # rounding may turn the last digit on another machine
-            assert float(found) == pytest.approx(float(wanted), abs=5e-3)
-        elif wanted.isdigit():
-            assert int(found) == pytest.approx(int(wanted), abs=2)
+    listed, printed = " ".join(blocks("text")).split(), capsys.readouterr().out.split()
+    assert len(listed) == len(printed)
+    for expected, actual in zip(listed, printed, strict=True):
+        if re.fullmatch(r"-?\d+\.\d+(e-\d+)?", expected):  # rounding may turn the last digit on another machine
+            assert float(actual) == pytest.approx(float(expected), abs=5e-3)
+        elif expected.isdigit():
+            assert int(actual) == pytest.approx(int(expected), abs=2)
         else:
-            assert found == wanted
+            assert actual == expected
 
 
 def test_the_pages_table_is_the_recorded_measurement(monkeypatch: pytest.MonkeyPatch) -> None:

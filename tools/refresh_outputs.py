@@ -2,9 +2,9 @@
 
     python tools/refresh_outputs.py docs/seeing.md [--model FOLDER]
 
-So that what the pages show is what the model in the box does. A block is refreshed whole; one that ends in a line `...`
+So that what the pages show is what the bundled model does. A block is refreshed whole; one that ends in a line `...`
 keeps its length.
-`--model` runs another folder in the place of the model in the box.
+`--model` runs another folder in the place of the bundled model.
 """
 
 import argparse
@@ -23,20 +23,20 @@ def output(command: str, model: str | None) -> str:
     """What a command prints, as plain text WIDTH columns wide; its failure ends the run."""
     arguments = shlex.split(command)[1:] + (["--model", model] if model else [])
     environment = os.environ | {"COLUMNS": WIDTH}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "soli", *arguments], env=environment, capture_output=True, text=True, check=False
     )
-    if done.returncode:
-        sys.exit(f"{command}: {done.stderr.strip()}")
-    return "".join(line.rstrip() + "\n" for line in done.stdout.rstrip("\n").splitlines())
+    if process.returncode:
+        sys.exit(f"{command}: {process.stderr.strip()}")
+    return "".join(line.rstrip() + "\n" for line in process.stdout.rstrip("\n").splitlines())
 
 
 def refreshed(block: re.Match[str], model: str | None) -> str:
     """The block with fresh output."""
-    kept = block["output"].splitlines()
+    shown = block["output"].splitlines()
     lines = output(block["command"], model).splitlines()
-    if "..." in kept:
-        lines = [*lines[: kept.index("...")], "..."]
+    if "..." in shown:
+        lines = [*lines[: shown.index("...")], "..."]
     return "\n".join(["```", f"$ {block['command']}", *lines, "```"])
 
 

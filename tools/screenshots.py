@@ -37,11 +37,11 @@ def nano() -> Iterator[str]:
     command = [sys.executable, "-m", "soli", "serve", "nano", "--port", "0"]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
-        found = re.search(r"http://[\d.:]+", next(line for line in server.stderr if "http://" in line))
-        assert found is not None
+        address = re.search(r"http://[\d.:]+", next(line for line in server.stderr if "http://" in line))
+        assert address is not None
         for text in HEARD_BEFORE:
-            translate(found[0], text)
-        yield found[0]
+            translate(address[0], text)
+        yield address[0]
         server.terminate()
         server.stderr.read()
 
@@ -113,7 +113,7 @@ def compared(browser: Browser, url: str) -> None:
     save(page, "page-compare.png", 940)
 
 
-def muted(browser: Browser, url: str) -> None:
+def masked(browser: Browser, url: str) -> None:
     page = opened(browser, url, color_scheme="dark", locale="zh-CN")
     page.click("#run")
     wait_for(page, 19)
@@ -157,7 +157,7 @@ def main() -> None:
     IMAGES.mkdir(exist_ok=True)
     with sync_playwright() as playwright, nano() as url:
         browser = playwright.chromium.launch(executable_path=chromium)
-        for picture in (live, road, compared, muted, phone):
+        for picture in (live, road, compared, masked, phone):
             picture(browser, url)
         giant(browser)
 

@@ -52,13 +52,13 @@ def train_arm(settings: TrainSettings, data: Path) -> dict[str, Any]:
 
 def on_training(run: Run, steps: list[Step]) -> dict[str, Any]:
     """Loss and load of the last steps. MTP modules' routers are left out: not every arm has one."""
-    found: dict[str, Any] = {"train_loss": statistics.mean(step.loss for step in steps)}
+    metrics: dict[str, Any] = {"train_loss": statistics.mean(step.loss for step in steps)}
     layers = run.settings.model.num_moe_layers
     if layers:
         loads = [load for step in steps for load in measure_load(step.counts_LE[:layers])]
-        found["train_violation"] = statistics.mean(load.max_violation for load in loads)
-        found["train_idle"] = sum(load.idle for load in loads) / len(steps)  # experts, of all layers together
-    return found
+        metrics["train_violation"] = statistics.mean(load.max_violation for load in loads)
+        metrics["train_idle"] = sum(load.idle for load in loads) / len(steps)  # experts, of all layers together
+    return metrics
 
 
 def on_heldout(run: Run) -> dict[str, Any]:
@@ -68,22 +68,22 @@ def on_heldout(run: Run) -> dict[str, Any]:
     readings = list(
         read_sequences(model, run.stage.heldout_BW[:, : settings.schedule.sequence_length].tolist(), skip=1)
     )
-    found: dict[str, Any] = {"loss": result.loss, "bits_per_byte": result.bits_per_byte}
+    metrics: dict[str, Any] = {"loss": result.loss, "bits_per_byte": result.bits_per_byte}
     if settings.model.num_moe_layers:
         loads = measure_load(torch.from_numpy(sum(reading.counts_LE for reading in readings)))
-        found["heldout_violation"] = statistics.mean(load.max_violation for load in loads)
-        found["heldout_idle"] = sum(load.idle for load in loads)
+        metrics["heldout_violation"] = statistics.mean(load.max_violation for load in loads)
+        metrics["heldout_idle"] = sum(load.idle for load in loads)
     tried = sum(reading.mtp_tried for reading in readings)
     if tried:
-        found["mtp_acceptance"] = sum(reading.mtp_agreed for reading in readings) / tried
-    return found
+        metrics["mtp_acceptance"] = sum(reading.mtp_agreed for reading in readings) / tried
+    return metrics
 
 
 def missing(file: Path, names: list[str], seeds: int, tokens: int) -> Iterator[tuple[str, int]]:
     """(arm, seed) still to be trained, every arm of one seed before the next seed begins."""
-    done = {(line["arm"], line["seed"], line["budget"]) for line in read_lines(file)}
+    finished = {(line["arm"], line["seed"], line["budget"]) for line in read_lines(file)}
     for seed in range(seeds):
-        yield from ((name, seed) for name in names if (name, seed, tokens) not in done)
+        yield from ((name, seed) for name in names if (name, seed, tokens) not in finished)
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -98,10 +98,10 @@ def add_line(file: Path, line: dict[str, Any]) -> None:
     os.replace(draft, file)
 
 
-def chosen_arms(experiments: list[str]) -> list[str]:
+def selected_arms(experiments: list[str]) -> list[str]:
     """The arms of the experiments named, each once, in the table's order."""
-    wanted = {arm for name in experiments for arm in EXPERIMENTS[name].arms}
-    return [name for name in ARMS if name in wanted]
+    selected = {arm for name in experiments for arm in EXPERIMENTS[name].arms}
+    return [name for name in ARMS if name in selected]
 
 
 def print_arms(names: list[str], tokens: int) -> None:
@@ -123,21 +123,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=TOKENS, help=f"of the baseline (default {TOKENS:,})")
     parser.add_argument("--out", type=Path, default=FINISHED, help="file of finished runs, one JSON object a line")
     parser.add_argument("--dry-run", action="store_true", help="list the arms and stop")
-    given = parser.parse_args(arguments)
-    if not given.all and not given.experiment:
+    options = parser.parse_args(arguments)
+    if not options.all and not options.experiment:
         parser.error("name an experiment, or --all")
-    names = chosen_arms(sorted(EXPERIMENTS) if given.all else given.experiment)
-    check_equal(given.tokens)
-    if given.dry_run:
-        print_arms(names, given.tokens)
+    names = selected_arms(sorted(EXPERIMENTS) if options.all else options.experiment)
+    check_equal(options.tokens)
+    if options.dry_run:
+        print_arms(names, options.tokens)
         return
     torch.set_num_threads(1)
-    given.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     commit = record.hardware()["commit"]
-    for name, seed in missing(given.out, names, given.seeds, given.tokens):
-        found = train_arm(arm_settings(name, given.tokens, seed), given.data)
-        add_line(given.out, {"arm": name, "seed": seed, "budget": given.tokens, "commit": commit, **found})
-        record.progress(f"{name}, seed {seed}: {found['loss']:.4f} nats per token on held-out text")
+    for name, seed in missing(options.out, names, options.seeds, options.tokens):
+        metrics = train_arm(arm_settings(name, options.tokens, seed), options.data)
+        add_line(options.out, {"arm": name, "seed": seed, "budget": options.tokens, "commit": commit, **metrics})
+        record.progress(f"{name}, seed {seed}: {metrics['loss']:.4f} nats per token on held-out text")
 
 
 if __name__ == "__main__":

@@ -30,21 +30,21 @@ FIGURES = {
     "bits_per_byte": "held-out bits per byte",
     "train_violation": "max violation, last steps",
     "heldout_violation": "max violation, held-out",
-    "train_idle": "idle experts a step",
-    "heldout_idle": "idle experts, held-out",
+    "train_idle": "experts without tokens per step",
+    "heldout_idle": "experts without tokens, held-out",
     "mtp_acceptance": "MTP acceptance",
 }
 PICTURE = record.ROOT / "docs" / "number-of-experts.png"
-Found = Mapping[str, Mapping[int, Mapping[str, Any]]]  # arm -> seed -> figures
+RunsByArm = Mapping[str, Mapping[int, Mapping[str, Any]]]  # arm -> seed -> figures
 
 
 def by_arm(lines: Sequence[Mapping[str, Any]], budget: int) -> dict[str, dict[int, Mapping[str, Any]]]:
     """The runs of one length, by arm and seed."""
-    found: dict[str, dict[int, Mapping[str, Any]]] = {}
+    runs: dict[str, dict[int, Mapping[str, Any]]] = {}
     for line in lines:
         if line["budget"] == budget and line["arm"] in ARMS:
-            found.setdefault(line["arm"], {})[line["seed"]] = line
-    return found
+            runs.setdefault(line["arm"], {})[line["seed"]] = line
+    return runs
 
 
 def spread(values: Sequence[float]) -> dict[str, float | int | None]:
@@ -58,19 +58,19 @@ def spread(values: Sequence[float]) -> dict[str, float | int | None]:
 def summarise_arm(runs: Mapping[int, Mapping[str, Any]], reference: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     """Each figure over seeds, and the loss less the reference's, over the seeds that both have."""
     measured = {key: [run[key] for run in runs.values() if key in run] for key in FIGURES}
-    found: dict[str, Any] = {key: spread(values) for key, values in measured.items() if values}
+    summary: dict[str, Any] = {key: spread(values) for key, values in measured.items() if values}
     shared = sorted(runs.keys() & reference.keys())
     if shared and runs is not reference:
-        found["loss_less_first"] = spread([runs[seed]["loss"] - reference[seed]["loss"] for seed in shared])
-    return found
+        summary["loss_less_first"] = spread([runs[seed]["loss"] - reference[seed]["loss"] for seed in shared])
+    return summary
 
 
-def summarise(found: Found) -> dict[str, Any]:
+def summarise(runs: RunsByArm) -> dict[str, Any]:
     """Every experiment whose first arm is there: arm by arm, the first one first."""
     result = {}
     for name, experiment in EXPERIMENTS.items():
-        first = found.get(experiment.arms[0], {})
-        arms = {arm: summarise_arm(found[arm], first) for arm in experiment.arms if arm in found}
+        first = runs.get(experiment.arms[0], {})
+        arms = {arm: summarise_arm(runs[arm], first) for arm in experiment.arms if arm in runs}
         if first:
             result[name] = {"question": experiment.question, "first": experiment.arms[0], "arms": arms}
     return result
@@ -87,7 +87,8 @@ def describe(arm: str, budget: int) -> dict[str, Any]:
 
 def table(experiment: Mapping[str, Any]) -> str:
     """An experiment as Markdown: a row per arm."""
-    head = ["arm", "loss", "less the first's", "bits per byte", "violation, training / held-out", "idle", "acceptance"]
+    violation = "violation, training / held-out"
+    head = ["arm", "loss", "less the first's", "bits per byte", violation, "without tokens", "acceptance"]
     lines = [f"| {' | '.join(head)} |", "|---|" + "--:|" * (len(head) - 1)]
     for name, arm in experiment["arms"].items():
         violation = f"{_mean(arm, 'train_violation', 2)} / {_mean(arm, 'heldout_violation', 2)}"
@@ -107,7 +108,7 @@ def _with_interval(value: Mapping[str, Any], sign: str = "") -> str:
     return f"{value['mean']:{sign}.3f}" + ("" if half is None else f" ± {half:.3f}")
 
 
-def draw(experiment: Mapping[str, Any], found: Found, budget: int, file: Path) -> None:
+def draw(experiment: Mapping[str, Any], runs: RunsByArm, budget: int, file: Path) -> None:
     """Loss less the dense model's of the same seed over the number of experts: each seed, the mean and its interval."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -117,10 +118,10 @@ def draw(experiment: Mapping[str, Any], found: Found, budget: int, file: Path) -
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    dense = found[experiment["first"]]
-    seeds = sorted(set(dense).intersection(*(found[name] for name in arms)))
+    dense = runs[experiment["first"]]
+    seeds = sorted(set(dense).intersection(*(runs[name] for name in arms)))
     for seed in seeds:
-        losses = [found[name][seed]["loss"] - dense[seed]["loss"] for name in arms]
+        losses = [runs[name][seed]["loss"] - dense[seed]["loss"] for name in arms]
         axis.plot(experts, losses, "o-", color="0.65", lw=1, ms=3, label="one seed" if seed == seeds[0] else None)
     pairs = [arm["loss_less_first"] for arm in arms.values()]
     means, halves = [pair["mean"] for pair in pairs], [pair["interval"] or 0.0 for pair in pairs]
@@ -139,22 +140,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--finished", type=Path, default=FINISHED, help="what run.py left")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of the baseline, as given to run.py")
     parser.add_argument("--picture", type=Path, default=PICTURE)
-    given = parser.parse_args(arguments)
-    lines = read_lines(given.finished)
-    found = by_arm(lines, given.tokens)
-    if not found:
-        parser.error(f"{given.finished} holds no run of {given.tokens:,} tokens; train with run.py first")
-    experiments = summarise(found)
+    options = parser.parse_args(arguments)
+    lines = read_lines(options.finished)
+    by_arm_and_seed = by_arm(lines, options.tokens)
+    if not by_arm_and_seed:
+        parser.error(f"{options.finished} holds no run of {options.tokens:,} tokens; train with run.py first")
+    experiments = summarise(by_arm_and_seed)
     hardware = record.hardware() | {"commit": ", ".join(sorted({line["commit"] for line in lines}))}
-    size = {"tokens": given.tokens, "last_steps": LAST, "recipe": RECIPE, "figures": FIGURES}
-    arms = {arm: describe(arm, given.tokens) for arm in ARMS if arm in found}
-    runs = [run for arm in arms for run in found[arm].values()]
+    size = {"tokens": options.tokens, "last_steps": LAST, "recipe": RECIPE, "figures": FIGURES}
+    arms = {arm: describe(arm, options.tokens) for arm in ARMS if arm in by_arm_and_seed}
+    runs = [run for arm in arms for run in by_arm_and_seed[arm].values()]
     result = {"hardware": hardware, "size": size, "arms": arms, "experiments": experiments, "runs": runs}
     file = record.write("ablations", result)
     for name, experiment in experiments.items():
         print(f"({name}) {experiment['question']}\n\n{table(experiment)}\n")
-    if BASELINE in found and "dense" in found:
-        draw(experiments["e"], found, given.tokens, given.picture)
+    if BASELINE in by_arm_and_seed and "dense" in by_arm_and_seed:
+        draw(experiments["e"], by_arm_and_seed, options.tokens, options.picture)
     print(f"written to {file}", file=sys.stderr)
 
 

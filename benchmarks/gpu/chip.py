@@ -25,10 +25,10 @@ from torch.nn import functional as F
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
     """A parser whose help is the script's docstring, with the options that every script here has."""
-    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--tiny", action="store_true", help="a smoke test: small shapes, any device, nothing recorded")
-    made.add_argument("--out", type=Path, help="another folder for the result than benchmarks/results")
-    return made
+    options = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--tiny", action="store_true", help="a smoke test: small shapes, any device, nothing recorded")
+    options.add_argument("--out", type=Path, help="another folder for the result than benchmarks/results")
+    return options
 
 
 def device() -> torch.device:
@@ -71,17 +71,19 @@ def ceilings(tiny: bool) -> dict[str, float | None]:
     fp8 = None
     if at.type == "cuda" and torch.cuda.get_device_capability()[0] >= 9:
         a8, b8, one = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t(), torch.ones((), device=at)
-        whole = F.ScalingType.TensorWise
+        tensorwise = F.ScalingType.TensorWise
         fp8 = (
             2
             * side**3
             / seconds(
-                lambda: F.scaled_mm(a8, b8, one, whole, one, whole, output_dtype=torch.bfloat16, use_fast_accum=True),
+                lambda: F.scaled_mm(
+                    a8, b8, one, tensorwise, one, tensorwise, output_dtype=torch.bfloat16, use_fast_accum=True
+                ),
                 repeats,
             )
         )
-    found = {"copy_gb_s": copied / 1e9, "bf16_tflops": bf16 / 1e12, "fp8_tflops": fp8 and fp8 / 1e12}
-    return {name: value and record.rounded(value) for name, value in found.items()}
+    rates = {"copy_gb_s": copied / 1e9, "bf16_tflops": bf16 / 1e12, "fp8_tflops": fp8 and fp8 / 1e12}
+    return {name: value and record.rounded(value) for name, value in rates.items()}
 
 
 def _copy_rate(source: torch.Tensor, repeats: int) -> float:
@@ -101,13 +103,13 @@ def attempt(what: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
             torch.cuda.empty_cache()
 
 
-def finish(name: str, arguments: argparse.Namespace, found: dict[str, Any]) -> None:
+def finish(name: str, arguments: argparse.Namespace, measured: dict[str, Any]) -> None:
     """Print the result, and save it as gpu_NAME.json unless it is tiny."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     result = {
         "hardware": record.hardware() | {"gpu": gpu, "cuda": torch.version.cuda, "triton": record.version("triton")}
     }
-    result |= found
+    result |= measured
     print(json.dumps(result, indent=1))
     if arguments.tiny:
         return

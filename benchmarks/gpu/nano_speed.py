@@ -55,11 +55,11 @@ def measure(data: Path, sequences: int, switches: list[str], tiny: bool) -> dict
 
 
 def main() -> None:
-    made = chip.parser(__doc__)
-    made.add_argument("archive", type=Path)
-    made.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "soli-nano")
-    made.add_argument("--only", default="", help="rows whose name contains this")
-    arguments = made.parse_args()
+    parser = chip.parser(__doc__)
+    parser.add_argument("archive", type=Path)
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "soli-nano")
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    arguments = parser.parse_args()
     chip.require_gpu(arguments.tiny)
     arguments.work.mkdir(parents=True, exist_ok=True)
     train_nano.unpack(arguments.archive, arguments.work / "data")

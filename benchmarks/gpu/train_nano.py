@@ -1,4 +1,4 @@
-"""The model in the box, trained on a GPU that is lent for minutes and reaches nothing: data in, model out, in pieces.
+"""Train the bundled model on a GPU machine that is lent for minutes and has no network: data in, model out, in parts.
 
     python benchmarks/gpu/train_nano.py pack data/nano-zh-en .carry/nano.tar.xz    # here: 80 MB of tokens in 27 MiB
     python benchmarks/gpu/train_nano.py train .carry/nano.tar.xz --minutes 7 --fit --out $OUT    # there
@@ -88,9 +88,9 @@ def split(folder: Path, out: Path) -> None:
 
 def join(folder: Path, destination: Path) -> None:
     """What `split` made, a folder again; nothing is unpacked unless the checksum fits."""
-    said = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-    held = b"".join((folder / f"model.tar.{number:03d}").read_bytes() for number in range(said["parts"]))
-    if hashlib.sha256(held).hexdigest() != said["sha256"]:
+    manifest = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    held = b"".join((folder / f"model.tar.{number:03d}").read_bytes() for number in range(manifest["parts"]))
+    if hashlib.sha256(held).hexdigest() != manifest["sha256"]:
         raise SystemExit(f"the parts in {folder} do not give what was split; fetch them again")
     with tarfile.open(fileobj=io.BytesIO(held)) as source:
         source.extractall(destination, filter="data")
@@ -168,13 +168,13 @@ def leave(arguments: argparse.Namespace, ended: str = "cut off") -> None:
     split(models, out)
     for name in ("metrics.jsonl", "recipe.resolved.json"):
         shutil.copy(run / name, out)
-    done, settings = read_progress(last), chosen_settings(run, [])
+    progress, settings = read_progress(last), chosen_settings(run, [])
     figures = {
         "ended": ended,
-        "steps": done.step,
-        "tokens": done.tokens,
-        "seconds": record.rounded(done.seconds),
-        "tokens_s": record.rounded(done.tokens / max(done.seconds, 1e-9)),
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "seconds": record.rounded(progress.seconds),
+        "tokens_s": record.rounded(progress.tokens / max(progress.seconds, 1e-9)),
         "best": {"step": read_progress(best).step, "heldout_loss": read_progress(best).valid_loss},
         "products_tflops": record.rounded(find_device(settings).tflops),
     }

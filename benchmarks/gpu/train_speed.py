@@ -104,18 +104,18 @@ def measure(
     windows = iter(torch.randint(3, config.vocab_size, (repeats + 3, sequences, width), device=at))
     step(next(windows)), step(next(windows))
     took = chip.seconds(lambda: step(next(windows)), repeats)
-    done = 3 * flops(config, length).prefill * sequences * length
+    flops_per_step = 3 * flops(config, length).prefill * sequences * length
     peak = torch.cuda.max_memory_allocated() / 2**30 if at.type == "cuda" else 0.0
-    return {"ms": took * 1e3, "tokens_s": sequences * length / took, "tflops": done / took / 1e12,
-            "mfu": done / took / NOMINAL, "peak_gib": peak}  # fmt: skip
+    return {"ms": took * 1e3, "tokens_s": sequences * length / took, "tflops": flops_per_step / took / 1e12,
+            "mfu": flops_per_step / took / NOMINAL, "peak_gib": peak}  # fmt: skip
 
 
 def main() -> None:
-    made = chip.parser(__doc__)
-    made.add_argument("--shape", choices=("1b", "3b"), default="1b")
-    made.add_argument("--sequences", type=int, default=16, help="in a step (default 16)")
-    made.add_argument("--length", type=int, default=1024, help="tokens in a sequence (default 1024)")
-    arguments = made.parse_args()
+    parser = chip.parser(__doc__)
+    parser.add_argument("--shape", choices=("1b", "3b"), default="1b")
+    parser.add_argument("--sequences", type=int, default=16, help="in a step (default 16)")
+    parser.add_argument("--length", type=int, default=1024, help="tokens in a sequence (default 1024)")
+    arguments = parser.parse_args()
     tiny = arguments.tiny
     chip.require_gpu(tiny)
     sequences, length, repeats = (2, 32, 2) if tiny else (arguments.sequences, arguments.length, 10)
@@ -126,8 +126,8 @@ def main() -> None:
         ("soli fp8", config, lambda: soli_step(config, "fp8")),
         ("soli dense, equal activated, bf16", flat, lambda: soli_step(flat, "bf16")),
         ("soli bf16 with MTP (FLOPs without it)", mtp, lambda: soli_step(mtp, "bf16")),
-        *((f"transformers {way}, bf16 autocast", config, lambda way=way: peer_step(config, way))
-          for way in ("grouped_mm", "batched_mm", "eager") if not tiny or way == "eager"),
+        *((f"transformers {name}, bf16 autocast", config, lambda name=name: peer_step(config, name))
+          for name in ("grouped_mm", "batched_mm", "eager") if not tiny or name == "eager"),
     ]  # fmt: skip
     rows = []
     for what, its, build in contenders:
