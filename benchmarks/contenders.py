@@ -28,6 +28,8 @@ from typing import TYPE_CHECKING, Any
 
 import record
 
+from soli import machine
+
 if TYPE_CHECKING:
     from soli.engine.text_model import TextModel
     from soli.model import Transformer
@@ -166,7 +168,7 @@ def single_request(model: Transformer, work: dict[str, int]) -> Callable[[str, b
 @contextmanager
 def transformers(lab: Lab, folder: Path, work: Work) -> Iterator[Ask]:
     """transformers' DeepseekV3ForCausalLM on a bf16 folder."""
-    if record.version("transformers") is None:
+    if machine.package_version("transformers") is None:
         raise Absent("it is not installed")
     with record.alone(build_transformers, lab.needs("transformers", folder), asdict(work), threads=lab.threads) as ask:
         yield ask

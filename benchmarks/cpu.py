@@ -35,6 +35,8 @@ import record
 import sparse_law
 from contenders import QUICK, Absent, Ask, Lab, Work
 
+from soli import machine
+
 MEMORY, BEST, FILE, RESIDENT = "memory", "the best peer", "the file", "resident"
 LEVEL = record.EVEN[0]
 GGUF = {"bf16": "llama.cpp bf16", "int8": "llama.cpp q8_0", "int4": "llama.cpp q4_0"}
@@ -252,7 +254,7 @@ def measure_training(lab: Lab, rounds: int, limit: float) -> Rows:
         record.progress(f"without training: {folder} is not there")
         return []
     names = ["soli", *(f"transformers {name}" for name in contenders.IMPLEMENTATIONS)]
-    if record.version("transformers") is None or "transformers" in lab.without:
+    if machine.package_version("transformers") is None or "transformers" in lab.without:
         names = names[:1]
     with ExitStack() as stack:
         asks = {

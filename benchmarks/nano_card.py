@@ -23,8 +23,8 @@ from typing import Any
 
 import record
 
+from soli.analysis.parameters import training_flops
 from soli.plan.throughput import find_device, stated_peak
-from soli.plan.training import training_flops
 from soli.recipes.nano_corpus.sources.catalogue import SOURCES
 from soli.train.settings import SECTIONS, TrainSettings, read_settings
 
@@ -118,7 +118,7 @@ def utilisation(run: Path, settings: TrainSettings, steps: list[dict[str, Any]])
     """Where the run was and its median step: its model FLOP/s over what the processor does on the recipe's products
     alone, of a GPU over the bf16 peak that its maker states."""
     speed = statistics.median(step["tokens_per_second"] for step in steps)
-    flops = training_flops(settings, settings.schedule.sequence_length)
+    flops = training_flops(settings.model, settings.schedule.sequence_length)
     speed_and_flops = {"tokens_per_second": speed, "flops_per_token": flops}
     gpu_result = run / "gpu_train_nano.json"
     if gpu_result.is_file():

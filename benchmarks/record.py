@@ -29,7 +29,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -62,6 +61,8 @@ OLD_LABELS = [
 
 # The recorded commit is that of the tree around this file, so its soli must run, whatever else is installed.
 sys.path.insert(0, str(ROOT / "src"))
+
+from soli import machine  # noqa: E402
 
 
 def parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
@@ -193,30 +194,20 @@ def hardware(threads: int = 1) -> dict[str, Any]:
     Where the tree is copied without its history, or with another, SOLI_COMMIT names the commit of a tree without
     changes.
     """
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    names = [line.split(":")[1] for line in lines if "model name" in line]
+    processor = machine.processor()
     commit = os.environ.get("SOLI_COMMIT", "")
     return {
-        "cpu": names[0].strip() if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "cpu": processor.name,
+        "cores": processor.cores,
+        "memory_gib": round(machine.memory_bytes() / 2**30, 1),
         "threads": threads,
         "python": platform.python_version(),
-        "torch": version("torch"),
-        "transformers": version("transformers"),
+        "torch": machine.package_version("torch"),
+        "transformers": machine.package_version("transformers"),
         "commit": commit or _git("rev-parse", "HEAD"),
         "dirty": not commit and bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs/images")),
         "date": datetime.date.today().isoformat(),
     }
-
-
-def version(package: str) -> str | None:
-    """An installed package's version, without importing it; None where there is none."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _git(*arguments: str) -> str:

@@ -69,7 +69,7 @@ def test_figures_have_three_digits(value: float, text: str) -> None:
 def test_the_machine_is_recorded() -> None:
     machine = record.hardware()
     assert machine["cores"] >= 1 and machine["memory_gib"] > 0 and machine["torch"]
-    assert record.version("no-such-package") is None
+    assert record.machine.package_version("no-such-package") is None
 
 
 def headline(row: str, peer: str) -> readme_table.Headline:

@@ -12,8 +12,7 @@ from typing import Any
 
 import record  # noqa: F401  puts this tree's soli first
 
-from soli.analysis.parameters import count
-from soli.plan.training import training_flops
+from soli.analysis.parameters import count, training_flops
 from soli.train.settings import TrainSettings, read_settings
 
 BASELINE = "baseline"
@@ -109,7 +108,7 @@ def arm_settings(name: str, tokens: int, seed: int = 0) -> TrainSettings:
 
 def flops_per_token(settings: TrainSettings) -> int:
     """Forward and backward, MTP and attention included."""
-    return training_flops(settings, settings.schedule.sequence_length)
+    return training_flops(settings.model, settings.schedule.sequence_length)
 
 
 def check_equal(tokens: int) -> None:

@@ -22,6 +22,8 @@ import record
 import torch
 from torch.nn import functional as F
 
+from soli import machine
+
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
     """A parser whose help is the script's docstring, with the options that every script here has."""
@@ -107,7 +109,8 @@ def finish(name: str, arguments: argparse.Namespace, measured: dict[str, Any]) -
     """Print the result, and save it as gpu_NAME.json unless it is tiny."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     result = {
-        "hardware": record.hardware() | {"gpu": gpu, "cuda": torch.version.cuda, "triton": record.version("triton")}
+        "hardware": record.hardware()
+        | {"gpu": gpu, "cuda": torch.version.cuda, "triton": machine.package_version("triton")}
     }
     result |= measured
     print(json.dumps(result, indent=1))

@@ -18,8 +18,8 @@ import chip
 import torch
 import train_nano
 
+from soli.analysis.parameters import training_flops
 from soli.data.recipe import find_recipe, load_recipe
-from soli.plan.training import training_flops
 from soli.train.settings import read_settings
 from soli.train.setup import prepare
 from soli.train.trainer import take_step
@@ -48,7 +48,7 @@ def measure(data: Path, sequences: int, switches: list[str], tiny: bool) -> dict
 
     took = chip.seconds(step, 2 if tiny else STEPS)
     tokens = settings.schedule.batch_sequences * settings.schedule.sequence_length
-    flops = training_flops(settings, settings.schedule.sequence_length)
+    flops = training_flops(settings.model, settings.schedule.sequence_length)
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
     return {"ms": took * 1e3, "tokens_s": tokens / took, "tflops": tokens * flops / took / 1e12, "loss": loss,
             "first_steps_s": started, "peak_gib": peak}  # fmt: skip

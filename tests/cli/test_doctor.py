@@ -1,32 +1,32 @@
-"""`soli doctor`: every line is there, the figures are positive, and what cannot be had is said."""
+"""`soli doctor`: every line is printed, measurements are positive, and what is missing is named."""
 
 import json
 
 import pytest
 
-from soli import machine
 from soli.cli import main
 from soli.kernels.cpu import native
+from soli.plan import machine_report
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(machine, "SECONDS", 0.01)
-    monkeypatch.setattr(machine, "DISK_FILE", 2 * machine.PIECE)
+    monkeypatch.setattr(machine_report, "SECONDS", 0.01)
+    monkeypatch.setattr(machine_report.machine, "DISK_FILE", 2 * machine_report.machine.BLOCK)
     for name in ("SOLI_KERNELS", "SOLI_CPU_ISA"):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_json_has_every_figure(capsys, tmp_path):
+def test_json_has_every_measurement(capsys, tmp_path):
     assert main(["doctor", "--json", "--disk", str(tmp_path)]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["memory_gb_per_second"] > 0 and found["disk_gb_per_second"] > 0 and found["cores"] >= 1
-    assert found["disk_folder"] == str(tmp_path) and found["versions"]["torch"] and not list(tmp_path.iterdir())
-    assert found["kernels"] in (*native.ISAS, "torch")
+    report = json.loads(capsys.readouterr().out)
+    assert report["memory_gb_per_second"] > 0 and report["disk_gb_per_second"] > 0 and report["cores"] >= 1
+    assert report["disk_folder"] == str(tmp_path) and report["versions"]["torch"] and not list(tmp_path.iterdir())
+    assert report["kernels"] in (*native.ISAS, "torch")
 
 
-def test_the_table_says_which_kernels_run(capsys, monkeypatch):
-    monkeypatch.setattr(machine, "disk_bandwidth", lambda folder: None)
+def test_the_table_names_the_kernels_in_use(capsys, monkeypatch):
+    monkeypatch.setattr(machine_report.machine, "disk_bandwidth", lambda folder: None)
     monkeypatch.setattr(native, "library_or_reason", lambda: "there is no C++ compiler")
     assert main(["doctor"]) == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
@@ -34,17 +34,17 @@ def test_the_table_says_which_kernels_run(capsys, monkeypatch):
     assert lines["kernels"] == "torch: there is no C++ compiler" and lines["disk"].startswith("not measured")
 
 
-def test_a_forced_path_is_shown(capsys, monkeypatch):
+def test_a_forced_backend_is_shown(capsys, monkeypatch):
     if isinstance(native.library_or_reason(), str):
         pytest.skip("no C++ kernels here")
-    for name, value, said in (
+    for name, value, text in (
         ("SOLI_KERNELS", "torch", "torch: SOLI"),
         ("SOLI_CPU_ISA", "portable", "C++ for portable"),
     ):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
             assert main(["doctor"]) == 0
-        assert said in capsys.readouterr().out
+        assert text in capsys.readouterr().out
 
 
 def test_a_missing_folder_is_one_sentence(capsys):

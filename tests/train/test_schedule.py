@@ -8,9 +8,7 @@ from soli.data.recipe import load_recipe
 from soli.train.schedule import (
     ScheduleSettings,
     batch_sequences,
-    bias_speed,
     learning_rate,
-    mtp_weight,
     steps_before,
     tokens_after,
     warmup_end,
@@ -71,9 +69,9 @@ def test_without_cosine_the_peak_holds():
 
 def test_gamma_and_lambda_switch():
     gamma, weight = BalanceSettings(gamma_tokens=14300), LossSettings(mtp_late_after_tokens=10000)
-    assert [bias_speed(gamma, t) for t in (0, 14299, 14300)] == [1e-3, 1e-3, 0.0]
-    assert [mtp_weight(weight, t) for t in (0, 9999, 10000)] == [0.3, 0.3, 0.1]
-    assert bias_speed(BalanceSettings(), 10**15) == 1e-3 and mtp_weight(LossSettings(), 10**15) == 0.3
+    assert [gamma.gamma_at(t) for t in (0, 14299, 14300)] == [1e-3, 1e-3, 0.0]
+    assert [weight.mtp_weight_at(t) for t in (0, 9999, 10000)] == [0.3, 0.3, 0.1]
+    assert BalanceSettings().gamma_at(10**15) == 1e-3 and LossSettings().mtp_weight_at(10**15) == 0.3
 
 
 PAPER_RECIPE = read_settings(load_recipe("671b"))
@@ -90,8 +88,8 @@ def test_the_shipped_recipe_is_the_papers_table():
         assert learning_rate(schedule, tokens) == pytest.approx(rate, rel=1e-9), tokens
     assert [batch_sequences(schedule, t) for t in (0, 469 * B, 10 * T)] == [3072, 15360, 15360]
     assert batch_sequences(schedule, 469 * B // 2) == (3072 + 15360) // 2
-    assert [bias_speed(PAPER_RECIPE.balance, t) for t in (0, 14_300 * B - 1, 14_300 * B)] == [1e-3, 1e-3, 0.0]
-    assert [mtp_weight(PAPER_RECIPE.losses, t) for t in (0, 10 * T - 1, 10 * T)] == [0.3, 0.3, 0.1]
+    assert [PAPER_RECIPE.balance.gamma_at(t) for t in (0, 14_300 * B - 1, 14_300 * B)] == [1e-3, 1e-3, 0.0]
+    assert [PAPER_RECIPE.losses.mtp_weight_at(t) for t in (0, 10 * T - 1, 10 * T)] == [0.3, 0.3, 0.1]
     phases = [(e.sequence_length, e.batch_sequences, e.total_steps) for e in PAPER_RECIPE.extension]
     assert phases == [(32768, 1920, 1000), (131072, 480, 1000)]
     assert PAPER_RECIPE.extension[1].stretch(PAPER_RECIPE.model).max_position_embeddings == 163840

@@ -167,6 +167,12 @@ def flops(config: ModelConfig, context: int, mtp: bool = False) -> Flops:
     )
 
 
+def training_flops(config: ModelConfig, length: int) -> int:
+    """FLOPs that training costs per token of a sequence of `length`: one forward pass, and twice that backward, with
+    every MTP module."""
+    return 3 * flops(config, length, mtp=True).prefill
+
+
 EMBEDDING, ATTENTION, DENSE, ROUTER = "embedding", "attention", "dense MLP", "router"
 ROUTED, SHARED, NORMS, HEAD = "routed experts", "shared experts", "norms", "head"
 

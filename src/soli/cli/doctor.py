@@ -12,7 +12,7 @@ import typer
 from soli.errors import SoliError
 
 if TYPE_CHECKING:
-    from soli.machine import Machine
+    from soli.plan.machine_report import MachineReport
 
 
 def doctor(
@@ -22,34 +22,34 @@ def doctor(
     """Show processor, kernels, threads, memory and disk bandwidth, GPUs and versions; takes a few seconds."""
     if disk is not None and not disk.is_dir():
         raise SoliError(f"{disk}: there is no such folder to measure a disk in")
-    from soli.machine import inspect
+    from soli.plan.machine_report import report_machine
 
-    found = inspect(disk)
+    report = report_machine(disk)
     if as_json:
-        print(json.dumps(dataclasses.asdict(found), indent=2))
+        print(json.dumps(dataclasses.asdict(report), indent=2))
         return
     from soli.cli._shared.console import stdout_console
 
     console = stdout_console()
-    for label, text in _lines(found):
+    for label, text in _lines(report):
         console.print(f"[bold]{label:<12}[/bold]", end="")
         console.print(text, markup=False, soft_wrap=True)
 
 
-def _lines(machine: Machine) -> list[tuple[str, str]]:
-    cpp = machine.kernels not in ("torch", "reference")
+def _lines(report: MachineReport) -> list[tuple[str, str]]:
+    cpp = report.kernels not in ("torch", "reference")
     kernels = (
-        f"C++ for {machine.kernels}, {machine.kernels_note}" if cpp else f"{machine.kernels}: {machine.kernels_note}"
+        f"C++ for {report.kernels}, {report.kernels_note}" if cpp else f"{report.kernels}: {report.kernels_note}"
     )
-    disk = machine.disk_gb_per_second
-    speed = f"{disk:.2f} GB/s" if disk is not None else "not measured: no room for a file, or not allowed"
+    disk = report.disk_gb_per_second
+    speed = f"{disk:.2f} GB/s" if disk is not None else "not measured: no space for a file, or not allowed"
     return [
-        ("processor", f"{machine.processor}, {machine.cores} cores, {machine.memory_bytes / 2**30:.1f} GiB of memory"),
-        ("features", " ".join(machine.features) or "none that matter here"),
+        ("processor", f"{report.processor}, {report.cores} cores, {report.memory_bytes / 2**30:.1f} GiB of memory"),
+        ("features", " ".join(report.features) or "none that the kernels use"),
         ("kernels", kernels),
-        ("threads", f"{machine.threads}, {' and '.join(machine.openmp) or 'no OpenMP library'}"),
-        ("memory", f"{machine.memory_gb_per_second:.1f} GB/s read by all threads"),
-        ("disk", f"{speed}, reading in {machine.disk_folder}"),
-        ("GPU", "; ".join(machine.gpus) or "none that PyTorch sees"),
-        ("versions", ", ".join(f"{name} {version}" for name, version in machine.versions.items())),
+        ("threads", f"{report.threads}, {' and '.join(report.openmp) or 'no OpenMP library'}"),
+        ("memory", f"{report.memory_gb_per_second:.1f} GB/s read by all threads"),
+        ("disk", f"{speed}, reading in {report.disk_folder}"),
+        ("GPU", "; ".join(report.gpus) or "none that PyTorch sees"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
     ]

@@ -14,7 +14,7 @@ def export(
     format: Annotated[str, typer.Option(help="fp8 (128x128 blocks), bf16, fp32, int8 or int4.")] = "fp8",
 ) -> None:
     """Make a model folder out of a training run."""
-    import soli
+    from soli.checkpoint import save_model
     from soli.train.checkpoints import load_run
 
-    soli.save_model(load_run(run), dst, format=format, tokenizer_from=run)
+    save_model(load_run(run), dst, format=format, tokenizer_from=run)

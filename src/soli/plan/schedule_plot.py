@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from soli.plan.training import planned_phases
-from soli.train.schedule import batch_sequences, bias_speed, learning_rate, mtp_weight, steps_before, tokens_after
+from soli.train.schedule import batch_sequences, learning_rate, steps_before, tokens_after
 from soli.train.settings import TrainSettings
 
 POINTS = 2000  # of pretraining; an extension phase is flat and needs two
@@ -77,4 +77,4 @@ def _mark_phases(axes: Any, settings: TrainSettings, unit: float) -> None:
 
 
 def _balance(settings: TrainSettings, tokens: int) -> tuple[float, float]:
-    return bias_speed(settings.balance, tokens), mtp_weight(settings.losses, tokens)
+    return settings.balance.gamma_at(tokens), settings.losses.mtp_weight_at(tokens)

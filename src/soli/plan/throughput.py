@@ -6,16 +6,15 @@ expert sees its share of the tokens), sides cut to `SIDE`. They say how fast a s
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from statistics import median
 
 import torch
 
+from soli import machine
 from soli.analysis.parameters import EMBEDDING, ROUTED, Weights, mtp_weights, weights
 from soli.train.settings import TrainSettings
 from soli.train.setup import choose_device, choose_precision
@@ -74,8 +73,9 @@ def find_device(settings: TrainSettings) -> FoundDevice:
         return FoundDevice(
             card.name, "cuda", None, computes, precision, tflops, stated_peak(card.name), card.total_memory
         )
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return FoundDevice(_processor(), device.type, torch.get_num_threads(), computes, precision, tflops, None, memory)
+    name = machine.processor().name
+    threads = torch.get_num_threads()
+    return FoundDevice(name, device.type, threads, computes, precision, tflops, None, machine.memory_bytes())
 
 
 def stated_peak(name: str) -> float | None:
@@ -135,10 +135,3 @@ def _cuda_seconds(run: Callable[[], object], repeats: int) -> float:
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end)) / 1000
-
-
-def _processor() -> str:
-    """The CPU's name where Linux says it."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from soli.analysis.parameters import count, flops
+from soli.analysis.parameters import count, training_flops
 from soli.plan.memory import Memory, plan_memory
 from soli.train.schedule import batch_sequences, learning_rate, steps_before, warmup_end
 from soli.train.settings import TrainSettings
@@ -65,7 +65,7 @@ def plan_run(
     precision = wanted if wanted != "auto" else precision or "bf16"
     phases = planned_phases(settings)
     whole, main = count(settings.model, mtp=True).total, count(settings.model)
-    operations = sum(phase.tokens * training_flops(settings, phase.sequence_length) for phase in phases)
+    operations = sum(phase.tokens * training_flops(settings.model, phase.sequence_length) for phase in phases)
     papers = main.total == PAPER_PARAMETERS and settings.schedule.total_tokens == PAPER_TOKENS
     return Plan(
         phases=phases,
@@ -85,11 +85,6 @@ def plan_run(
 def planned_phases(settings: TrainSettings) -> tuple[PlannedPhase, ...]:
     """Every stretch of the run in order: pretraining's, then the extension's."""
     return (*_pretraining(settings), *_extension(settings))
-
-
-def training_flops(settings: TrainSettings, length: int) -> int:
-    """FLOPs that one token of a sequence of `length` tokens costs: forward, and twice that backward."""
-    return 3 * flops(settings.model, length, mtp=True).prefill
 
 
 def hours_here(settings: TrainSettings, operations: int, tflops: float, precision: str) -> float:

@@ -11,14 +11,10 @@ import math
 from bisect import bisect_left
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 from soli.config import ModelConfig, RopeScaling, replace
 from soli.errors import SoliError
 from soli.train.checks import require_positive, require_range
-
-if TYPE_CHECKING:
-    from soli.train.settings import BalanceSettings, LossSettings
 
 
 @dataclass(frozen=True)
@@ -212,15 +208,3 @@ def learning_rate(schedule: ScheduleSettings, tokens: int) -> float:
             break
         tokens -= int(length)
     return rate
-
-
-def bias_speed(balance: BalanceSettings, tokens: int) -> float:
-    """Gamma, and 0 from `gamma_tokens` on."""
-    ended = balance.gamma_tokens is not None and tokens >= balance.gamma_tokens
-    return 0.0 if ended else balance.gamma
-
-
-def mtp_weight(losses: LossSettings, tokens: int) -> float:
-    """Lambda: `mtp_weight`, and `mtp_weight_late` from `mtp_late_after_tokens` on."""
-    late = losses.mtp_late_after_tokens is not None and tokens >= losses.mtp_late_after_tokens
-    return losses.mtp_weight_late if late else losses.mtp_weight

@@ -58,6 +58,10 @@ class BalanceSettings:
         require_range("balance.gamma", self.gamma, 0)
         require_range("balance.alpha", self.alpha, 0)
 
+    def gamma_at(self, tokens: int) -> float:
+        """Bias speed of the step that starts after `tokens` tokens: 0 from `gamma_tokens` on."""
+        return 0.0 if self.gamma_tokens is not None and tokens >= self.gamma_tokens else self.gamma
+
 
 @dataclass(frozen=True)
 class LossSettings:
@@ -70,6 +74,11 @@ class LossSettings:
     def __post_init__(self) -> None:
         require_range("losses.mtp_weight", self.mtp_weight, 0)
         require_range("losses.mtp_weight_late", self.mtp_weight_late, 0)
+
+    def mtp_weight_at(self, tokens: int) -> float:
+        """Lambda of the step that starts after `tokens` tokens."""
+        is_late = self.mtp_late_after_tokens is not None and tokens >= self.mtp_late_after_tokens
+        return self.mtp_weight_late if is_late else self.mtp_weight
 
 
 @dataclass(frozen=True)

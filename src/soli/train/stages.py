@@ -13,9 +13,9 @@ from functools import lru_cache
 import numpy as np
 from torch import Tensor
 
+from soli.analysis.parameters import training_flops
 from soli.config import ModelConfig
 from soli.errors import SoliError
-from soli.plan.training import training_flops
 from soli.train.batches import Batches, PackedTokens, heldout_windows
 from soli.train.checkpoints import Progress
 from soli.train.schedule import batch_sequences, learning_rate, stage_name
@@ -108,7 +108,7 @@ def check_stage(settings: TrainSettings, stages: tuple[Stage, ...], progress: Pr
 @lru_cache(maxsize=16)
 def token_flops(settings: TrainSettings, number: int) -> int:
     """FLOPs that a token of stage `number` costs, forward and backward."""
-    return training_flops(settings, stage_length(settings, number))
+    return training_flops(settings.model, stage_length(settings, number))
 
 
 def _seed(seed: int, number: int) -> int:

@@ -25,7 +25,7 @@ from soli.train.evaluate import evaluate, translate_samples
 from soli.train.losses import Totals, compute_losses, count_targets
 from soli.train.precision import fp8_note
 from soli.train.report import Report
-from soli.train.schedule import bias_speed, mtp_weight, stage_name
+from soli.train.schedule import stage_name
 from soli.train.setup import Run
 from soli.train.stages import flops_left, is_finished, next_step, stage_tokens_left, token_flops
 
@@ -71,7 +71,7 @@ def take_step(run: Run) -> Step:
         run.optimizer.clear()
     else:
         run.optimizer.step(rate, norm)
-        step_bias(run.model, step.counts_LE, bias_speed(settings.balance, progress.tokens))
+        step_bias(run.model, step.counts_LE, settings.balance.gamma_at(progress.tokens))
     anomalies.remember(progress, step.loss, step.norm, step.skipped)
     progress.step += 1
     progress.tokens += totals.tokens
@@ -83,7 +83,8 @@ def take_step(run: Run) -> Step:
 def accumulate(run: Run, window_BW: Tensor, totals: Totals) -> tuple[list[float], Tensor]:
     """Gradients of one optimizer step, micro-batch by micro-batch; its three losses and its tokens per expert."""
     settings, device = run.settings, run.model.embed_tokens.weight.device
-    weight, alpha = mtp_weight(settings.losses, run.progress.tokens), settings.balance.alpha
+    weight = settings.losses.mtp_weight_at(run.progress.tokens)
+    alpha = settings.balance.alpha
     if run.graphed is not None and window_BW.shape[0] <= run.stage.micro_sequences:
         found = run.graphed(window_BW, totals, weight)
         if found is not None:

@@ -1,0 +1,89 @@
+"""What `soli doctor` reports: the machine's probes, the kernels in use, and memory bandwidth measured with torch."""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from soli import __version__, machine
+from soli.kernels import dispatch
+from soli.kernels.cpu import build, native
+
+MEMORY_BLOCK = 2**28  # bytes, larger than any cache
+SECONDS = 1.0
+PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "transformers", "triton")
+
+
+@dataclass(frozen=True)
+class MachineReport:
+    """None for what could not be measured or is not there."""
+
+    processor: str
+    cores: int
+    memory_bytes: int
+    features: tuple[str, ...]
+    kernels: str  # the instruction set of the C++ kernels, or "torch"
+    kernels_note: str  # the path of their library, or why there is none
+    threads: int
+    openmp: tuple[str, ...]
+    memory_gb_per_second: float
+    disk_gb_per_second: float | None
+    disk_folder: str
+    gpus: tuple[str, ...]
+    versions: dict[str, str]
+
+
+def report_machine(disk_folder: Path | None = None) -> MachineReport:
+    """Probe and measure this machine; the disk in `disk_folder`, by default the one for temporary files."""
+    folder = disk_folder or Path(tempfile.gettempdir())
+    processor = machine.processor()
+    kernels, note = _kernels()
+    own = {"soli": __version__, "python": platform.python_version()}
+    return MachineReport(
+        processor=processor.name,
+        cores=processor.cores,
+        memory_bytes=machine.memory_bytes(),
+        features=processor.features,
+        kernels=kernels,
+        kernels_note=note,
+        threads=torch.get_num_threads(),
+        openmp=tuple(Path(file).name for file in build.openmp_runtimes()),
+        memory_gb_per_second=memory_bandwidth(),
+        disk_gb_per_second=machine.disk_bandwidth(folder),
+        disk_folder=str(folder),
+        gpus=_gpus(),
+        versions=own | machine.package_versions(PACKAGES),
+    )
+
+
+def memory_bandwidth(size: int = MEMORY_BLOCK) -> float:
+    """GB per second that torch's threads read: the best sum over a block of `size` bytes within SECONDS."""
+    block = torch.ones(size // 4)
+    block.sum()
+    best = float("inf")
+    end = time.perf_counter() + SECONDS
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        block.sum()
+        best = min(best, time.perf_counter() - start)
+    return block.nbytes / best / 1e9
+
+
+def _kernels() -> tuple[str, str]:
+    library = native.library_or_reason()
+    if isinstance(library, str):
+        return "torch", library
+    backend = dispatch.forced()
+    if backend in ("reference", "torch"):
+        return backend, "SOLI_KERNELS asks for it"
+    return native.ISAS[native.chosen_isa(library.best_isa)], str(library.path)
+
+
+def _gpus() -> tuple[str, ...]:
+    cards = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    return tuple(f"{c.name}, {c.total_memory / 2**30:.0f} GiB, capability {c.major}.{c.minor}" for c in cards)
