@@ -79,7 +79,8 @@ def build(contender: str, name: str, dtype: str) -> Callable[[bool], Any]:
     """A contender, for `record.alone`: asked, it gives its output, or the seconds of a forward and backward."""
     shape = SHAPES[name]
     inputs = draw(shape, DTYPES[dtype])
-    run = {"soli": kernels.experts, DENSE: dense}.get(contender) or transformers_experts(contender.split()[-1], shape)
+    own = {"soli": kernels.default_backend().experts, DENSE: dense}
+    run = own.get(contender) or transformers_experts(contender.split()[-1], shape)
     leaves = [tensor for tensor in inputs if tensor.requires_grad]
 
     def training_pass() -> None:

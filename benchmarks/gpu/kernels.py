@@ -80,7 +80,7 @@ def fp8_experts(groups: int, m: int, n: int, k: int, repeats: int) -> dict[str, 
 
     at = chip.device()
     ids = torch.arange(groups, device=at).repeat_interleave(m)[:, None]
-    plan = cuda.plan_rows(ids, groups)
+    plan = cuda.lay_out_rows(ids, groups)
     x, w = torch.randn(plan.rows, k, device=at, dtype=BF16), torch.randn(groups, n, k, device=at)
     a, b = operands.tiles(x), operands.blocks(w)
     grouped = chip.seconds(

@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from soli.formats.quantized import QuantizedWeight
 from soli.kernels import cpu
-from soli.kernels.packed_torch import QuantizedExperts
+from soli.kernels.backend import QuantizedExperts
+from soli.kernels.cpu.native import ISAS
 from soli.model import Transformer
 from soli.model.layers import Linear
 from soli.model.moe import RoutedExperts
@@ -21,6 +22,7 @@ from tests.kernels.weights import DTYPES, FORMATS, inputs, random_weight
 from tests.model.paged import Paged
 from tests.model.quantized import quantized_model
 
+ISA = ISAS.index(sys.argv[1])
 PAGE = mmap.PAGESIZE
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -65,7 +67,7 @@ def check(weight: QuantizedWeight, generator: torch.Generator) -> None:
         for dtype in DTYPES:
             for tokens in (1, 2, 9):
                 x_TI = torch.randn(tokens, weight.shape[1], generator=generator).to(dtype)
-                assert torch.equal(cpu.linear(x_TI, lying), cpu.linear(x_TI, weight))
+                assert torch.equal(cpu.linear(ISA, x_TI, lying), cpu.linear(ISA, x_TI, weight))
 
 
 def check_experts(format: str, at_end: bool, generator: torch.Generator) -> None:
@@ -77,8 +79,8 @@ def check_experts(format: str, at_end: bool, generator: torch.Generator) -> None
             x_TD = torch.randn(tokens, 96, generator=generator).to(dtype)
             ids_TK = torch.arange(2 * tokens).view(tokens, 2) % 2
             inputs = x_TD, ids_TK, torch.rand(tokens, 2, generator=generator)
-            expected = cpu.experts(*inputs, cpu.ExpertTable.from_stacked(gate_up, down))
-            assert torch.equal(cpu.experts(*inputs, lying), expected)
+            expected = cpu.experts(ISA, *inputs, cpu.ExpertTable.from_stacked(gate_up, down))
+            assert torch.equal(cpu.experts(ISA, *inputs, lying), expected)
 
 
 def check_latents(width: int, generator: torch.Generator) -> None:
@@ -88,10 +90,10 @@ def check_latents(width: int, generator: torch.Generator) -> None:
         q_BHX = torch.randn(2, 3, width, generator=generator).to(dtype)
         table_BM = torch.tensor([[0, 1], [1, 0]], dtype=torch.int32)
         lengths_B, latent = torch.tensor([8, 8], dtype=torch.int32), -(-width * 2 // 3)
-        expected = cpu.latent_decode(q_BHX, pages_PSX, table_BM, lengths_B, latent=latent, scale=0.5)
+        expected = cpu.latent_decode(ISA, q_BHX, pages_PSX, table_BM, lengths_B, latent=latent, scale=0.5)
         for at_end in (True, False):
             inputs = (guarded(tensor, at_end) for tensor in (q_BHX, pages_PSX, table_BM, lengths_B))
-            assert torch.equal(cpu.latent_decode(*inputs, latent=latent, scale=0.5), expected)
+            assert torch.equal(cpu.latent_decode(ISA, *inputs, latent=latent, scale=0.5), expected)
 
 
 @torch.inference_mode()

@@ -10,6 +10,7 @@ from soli.errors import SoliError
 from soli.formats.quantized import QuantizedWeight
 from soli.kernels import cpu, reference
 from soli.kernels.cpu import ExpertTable
+from soli.kernels.cpu.native import ISAS
 from tests.kernels import weights
 from tests.kernels.weights import needs_kernels, random_weight
 
@@ -21,9 +22,12 @@ BOUND, BOUND_HALF = 4e-6, 2.0**-7
 
 
 @pytest.fixture(params=weights.isas())
-def isa(request, monkeypatch):
-    monkeypatch.setenv("SOLI_CPU_ISA", request.param)
+def isa(request):
     return request.param
+
+
+def experts(isa: str, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, table: ExpertTable) -> Tensor:
+    return cpu.experts(ISAS.index(isa), x_TD, ids_TK, weights_TK, table)
 
 
 def exact(
@@ -60,12 +64,12 @@ def check(
 ) -> None:
     """An answer near enough, and of every token the same bits alone."""
     table = ExpertTable.from_stacked(gate_up, down)
-    y_TD = cpu.experts(x_TD, ids_TK, weights_TK, table)
+    y_TD = experts(isa, x_TD, ids_TK, weights_TK, table)
     exact_TD, limit_TD = exact(x_TD, ids_TK, weights_TK, gate_up, down, isa)
     assert y_TD.dtype == x_TD.dtype and ((y_TD.double() - exact_TD).abs() <= limit_TD).all()
     for t in range(len(x_TD)):
         rows = slice(t, t + 1)
-        assert torch.equal(cpu.experts(x_TD[rows], ids_TK[rows], weights_TK[rows], table)[0], y_TD[t])
+        assert torch.equal(experts(isa, x_TD[rows], ids_TK[rows], weights_TK[rows], table)[0], y_TD[t])
 
 
 @pytest.mark.parametrize("format", weights.FORMATS)
@@ -113,8 +117,8 @@ def test_experts_may_lie_anywhere(isa) -> None:
     apart = ExpertTable.from_matrices(gates, ups, [down[e] for e in range(6)])
     ids_TK, weights_TK = routed(5, 6, 2, "any", torch.Generator().manual_seed(1))
     x_TD = torch.randn(5, 128)
-    together = cpu.experts(x_TD, ids_TK, weights_TK, ExpertTable.from_stacked(gate_up, down))
-    assert torch.equal(cpu.experts(x_TD, ids_TK, weights_TK, apart), together)
+    together = experts(isa, x_TD, ids_TK, weights_TK, ExpertTable.from_stacked(gate_up, down))
+    assert torch.equal(experts(isa, x_TD, ids_TK, weights_TK, apart), together)
 
 
 def test_formats_may_differ_between_up_and_down(isa) -> None:
@@ -124,7 +128,7 @@ def test_formats_may_differ_between_up_and_down(isa) -> None:
     ids_TK, weights_TK = routed(3, 4, 2, "any", generator)
     x_TD = torch.randn(3, 64, generator=generator)
     exact_TD, limit_TD = exact(x_TD, ids_TK, weights_TK, gate_up, down, isa)
-    y_TD = cpu.experts(x_TD, ids_TK, weights_TK, ExpertTable.from_stacked(gate_up, down))
+    y_TD = experts(isa, x_TD, ids_TK, weights_TK, ExpertTable.from_stacked(gate_up, down))
     assert ((y_TD.double() - exact_TD).abs() <= limit_TD).all()
 
 
@@ -132,13 +136,13 @@ def test_threads_batches_and_the_order_of_choices_do_not_change_a_bit(isa) -> No
     table = ExpertTable.from_stacked(*layer(E=40, D=64, F=32))
     ids_TK, weights_TK = routed(200, 40, 3, "any", torch.Generator().manual_seed(1))
     x_TD, threads = torch.randn(200, 64, generator=torch.Generator().manual_seed(7)).bfloat16(), torch.get_num_threads()
-    y_TD = cpu.experts(x_TD, ids_TK, weights_TK, table)
+    y_TD = experts(isa, x_TD, ids_TK, weights_TK, table)
     try:
         torch.set_num_threads(3)
-        assert torch.equal(cpu.experts(x_TD, ids_TK.flip(1), weights_TK.flip(1), table), y_TD)
+        assert torch.equal(experts(isa, x_TD, ids_TK.flip(1), weights_TK.flip(1), table), y_TD)
     finally:
         torch.set_num_threads(threads)
-    parts = [cpu.experts(x_TD[a:b], ids_TK[a:b], weights_TK[a:b], table) for a, b in ((0, 1), (1, 90), (90, 200))]
+    parts = [experts(isa, x_TD[a:b], ids_TK[a:b], weights_TK[a:b], table) for a, b in ((0, 1), (1, 90), (90, 200))]
     assert torch.equal(torch.cat(parts), y_TD)
 
 
@@ -146,8 +150,8 @@ def test_the_result_is_written_whole_over_anything(isa, monkeypatch) -> None:
     table, empty_like = ExpertTable.from_stacked(*layer()), torch.empty_like
     ids_TK, weights_TK = routed(9, 6, 2, "one", torch.Generator().manual_seed(1))
     monkeypatch.setattr(torch, "empty_like", lambda x: empty_like(x).fill_(float("nan")))
-    assert not cpu.experts(torch.randn(9, 128), ids_TK, weights_TK, table).isnan().any()
-    assert cpu.experts(torch.randn(0, 128), ids_TK[:0], weights_TK[:0], table).shape == (0, 128)
+    assert not experts(isa, torch.randn(9, 128), ids_TK, weights_TK, table).isnan().any()
+    assert experts(isa, torch.randn(0, 128), ids_TK[:0], weights_TK[:0], table).shape == (0, 128)
 
 
 def test_silu_is_exact_far_out(isa) -> None:
@@ -157,7 +161,7 @@ def test_silu_is_exact_far_out(isa) -> None:
     down = QuantizedWeight("fp32", torch.ones(1, 1, 1), None, (1, 1, 1), 0)
     x_T1 = torch.tensor([-1e30, -100.0, -88.0, -20.0, -1.0, -1e-6, 0.0, 1e-6, 0.5, 3.0, 88.0, 100.0, 1e15])[:, None]
     ids_TK = torch.zeros(len(x_T1), 1, dtype=torch.int64)
-    y_T1 = cpu.experts(x_T1, ids_TK, torch.ones(len(x_T1), 1), ExpertTable.from_stacked(one, down))
+    y_T1 = experts(isa, x_T1, ids_TK, torch.ones(len(x_T1), 1), ExpertTable.from_stacked(one, down))
     exact_T1 = torch.nn.functional.silu(x_T1.double()) * x_T1.double()
     torch.testing.assert_close(y_T1.double(), exact_T1, rtol=1e-6, atol=1e-30)
 
@@ -167,9 +171,9 @@ def test_what_does_not_fit_is_refused() -> None:
     table, x_TD = ExpertTable.from_stacked(gate_up, down), torch.zeros(2, 128)
     for wrong in (-1, 6):
         with pytest.raises(IndexError, match="expert id"):
-            cpu.experts(x_TD, torch.full((2, 1), wrong), torch.ones(2, 1), table)
+            experts("portable", x_TD, torch.full((2, 1), wrong), torch.ones(2, 1), table)
     with pytest.raises(ValueError, match="do not fit"):
-        cpu.experts(x_TD, torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1), table)
+        experts("portable", x_TD, torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1), table)
     with pytest.raises(SoliError, match="do not fit"):
         ExpertTable.from_stacked(down, gate_up)
     fp8 = (

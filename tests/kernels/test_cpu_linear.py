@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from soli.errors import SoliError
 from soli.formats.quantized import QuantizedWeight
 from soli.kernels import cpu
-from soli.kernels.cpu.native import DTYPES, FORMATS, chosen_isa, library
+from soli.kernels.cpu.native import DTYPES, FORMATS, ISAS, isa_number, library
 from tests.kernels import weights
 from tests.kernels.weights import BOUND, needs_kernels, random_weight
 
@@ -17,18 +17,21 @@ pytestmark = needs_kernels
 
 
 @pytest.fixture(params=weights.isas())
-def isa(request, monkeypatch):
-    monkeypatch.setenv("SOLI_CPU_ISA", request.param)
+def isa(request):
     return request.param
 
 
-def into_poison(x_TI: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
+def linear(isa: str, x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return cpu.linear(ISAS.index(isa), x, weight, bias)
+
+
+def into_poison(isa: str, x_TI: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
     """cpu.linear into memory full of NaN; what lies around the result must stay as it was."""
     (T, I), O = x_TI.shape, weight.shape[0]  # noqa: E741
     kernels, margin = library(), 64
     space = torch.full((T * O + 2 * margin,), float("nan"), dtype=x_TI.dtype)
     code = kernels.linear(
-        chosen_isa(kernels.best_isa), FORMATS[weight.format], O, I, weight.group, weight.weight.data_ptr(),
+        ISAS.index(isa), FORMATS[weight.format], O, I, weight.group, weight.weight.data_ptr(),
         0 if weight.scale is None else weight.scale.data_ptr(), T, DTYPES[x_TI.dtype], x_TI.data_ptr(),
         space[margin:].data_ptr(), 1,
     )  # fmt: skip
@@ -46,11 +49,11 @@ def test_is_the_product_within_the_bound(isa, format, T, O, I, group, half, seed
     generator = torch.Generator().manual_seed(seed)
     weight = random_weight(format, (O, weights.inputs(format, I, group)), group, generator)
     x_TI = torch.randn(T, weight.shape[1], generator=generator).to(torch.bfloat16 if half else torch.float32)
-    y_TO = into_poison(x_TI, weight)
+    y_TO = into_poison(isa, x_TI, weight)
     exact_OI, exact_TI = weight.dequantize(torch.float64), weights.as_multiplied(x_TI, isa, format).double()
     limit_TO = BOUND[x_TI.dtype] * (exact_TI.abs() @ exact_OI.abs().T)
     assert ((y_TO.double() - exact_TI @ exact_OI.T).abs() <= limit_TO).all()
-    alone = torch.cat([cpu.linear(x_TI[t : t + 1], weight) for t in range(T)])
+    alone = torch.cat([linear(isa, x_TI[t : t + 1], weight) for t in range(T)])
     assert torch.equal(alone, y_TO)
 
 
@@ -60,9 +63,9 @@ def test_many_tokens_and_rows_have_the_bits_of_each_alone(isa, format) -> None:
     weight = random_weight(format, (70, 384), 32, generator)
     for dtype in weights.DTYPES:
         x_TI = torch.randn(150, 384, generator=generator).to(dtype)
-        y_TO = into_poison(x_TI, weight)
+        y_TO = into_poison(isa, x_TI, weight)
         for t in (0, 77, 127, 128, 149):
-            assert torch.equal(cpu.linear(x_TI[t], weight), y_TO[t])
+            assert torch.equal(linear(isa, x_TI[t], weight), y_TO[t])
 
 
 @pytest.mark.parametrize("format", ("int8", "int4"))
@@ -73,10 +76,10 @@ def test_tokens_in_8_bits_of_any_size_and_numbers_that_are_none(isa, format) -> 
     x_TI = x_TI.bfloat16()
     exact_TI, exact_OI = weights.as_multiplied(x_TI, isa, format).double(), weight.dequantize(torch.float64)
     limit_TO = BOUND[torch.bfloat16] * (exact_TI.abs() @ exact_OI.abs().T) + 1e-30
-    assert ((cpu.linear(x_TI, weight).double() - exact_TI @ exact_OI.T).abs() <= limit_TO).all()
+    assert ((linear(isa, x_TI, weight).double() - exact_TI @ exact_OI.T).abs() <= limit_TO).all()
     for wrong in (float("nan"), float("inf")):
         x_TI[2, 200] = wrong
-        y_TO = cpu.linear(x_TI, weight)
+        y_TO = linear(isa, x_TI, weight)
         assert not y_TO[2].isfinite().any() and y_TO[[0, 1, 3, 4]].isfinite().all()
 
 
@@ -86,14 +89,14 @@ def test_any_number_of_tokens_has_the_bits_of_each_alone(isa, format, group) -> 
     generator = torch.Generator().manual_seed(9)
     weight = random_weight(format, (37, 640 - group), group, generator)
     x_TI = torch.randn(41, 640 - group, generator=generator).bfloat16()
-    alone = torch.cat([cpu.linear(x_TI[t : t + 1], weight) for t in range(41)])
+    alone = torch.cat([linear(isa, x_TI[t : t + 1], weight) for t in range(41)])
     for T in range(1, 42):
-        assert torch.equal(into_poison(x_TI[:T].contiguous(), weight), alone[:T])
+        assert torch.equal(into_poison(isa, x_TI[:T].contiguous(), weight), alone[:T])
 
 
 @pytest.mark.parametrize("format", ("int8", "int4"))
 @pytest.mark.parametrize("group", (32, 64, 128))
-def test_bytes_have_the_same_bits_on_every_instruction_set_that_multiplies_them(monkeypatch, format, group) -> None:
+def test_bytes_have_the_same_bits_on_every_instruction_set_that_multiplies_them(format, group) -> None:
     sets = [isa for isa in weights.isas() if weights.rounds_tokens(isa, format, torch.bfloat16)]
     if len(sets) < 2:
         pytest.skip(f"this processor has {len(sets)} instruction set that multiplies bytes, not two")
@@ -102,8 +105,7 @@ def test_bytes_have_the_same_bits_on_every_instruction_set_that_multiplies_them(
     x_TI = torch.randn(41, 640, generator=generator).bfloat16()
     found = []
     for isa in sets:
-        monkeypatch.setenv("SOLI_CPU_ISA", isa)
-        found += [cpu.linear(x_TI, weight), cpu.linear(x_TI[:2].contiguous(), weight)]
+        found += [linear(isa, x_TI, weight), linear(isa, x_TI[:2].contiguous(), weight)]
     for many, few in zip(found[2::2], found[3::2], strict=True):
         assert torch.equal(many, found[0]) and torch.equal(few, found[1])
 
@@ -115,7 +117,7 @@ def test_threads_do_not_change_a_bit(isa) -> None:
     try:
         for number in (1, 2, 3):
             torch.set_num_threads(number)
-            found.append(cpu.linear(x, weight))
+            found.append(linear(isa, x, weight))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
@@ -125,14 +127,14 @@ def test_every_fp8_code_is_read_as_torch_reads_it(isa) -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)[:, None].contiguous()
     weight = QuantizedWeight("fp8", codes, torch.ones(2, 1), (256, 1), 128)
     for dtype in weights.DTYPES:
-        np.testing.assert_array_equal(cpu.linear(torch.ones(1, dtype=dtype), weight).float(), codes.float()[:, 0])
+        np.testing.assert_array_equal(linear(isa, torch.ones(1, dtype=dtype), weight).float(), codes.float()[:, 0])
 
 
 def test_nan_in_a_token_stays_with_that_token(isa) -> None:
     generator = torch.Generator().manual_seed(5)
     weight, x_TI = random_weight("bf16", (33, 70), 0, generator), torch.randn(6, 70, generator=generator)
     x_TI[2, 69] = float("nan")
-    y_TO = cpu.linear(x_TI, weight)
+    y_TO = linear(isa, x_TI, weight)
     assert y_TO[2].isnan().all() and not y_TO[[0, 1, 3, 4, 5]].isnan().any()
 
 
@@ -140,17 +142,16 @@ def test_shapes_bias_and_nothing_at_all(isa) -> None:
     generator = torch.Generator().manual_seed(6)
     weight, bias = random_weight("fp32", (7, 12), 0, generator), torch.randn(7, generator=generator)
     x = torch.randn(2, 3, 12, generator=generator)
-    torch.testing.assert_close(cpu.linear(x, weight, bias), torch.nn.functional.linear(x, weight.weight, bias))
-    assert cpu.linear(x[:0], weight).shape == (0, 3, 7)
-    assert torch.equal(cpu.linear(x.mT.contiguous().mT, weight), cpu.linear(x, weight))
+    torch.testing.assert_close(linear(isa, x, weight, bias), torch.nn.functional.linear(x, weight.weight, bias))
+    assert linear(isa, x[:0], weight).shape == (0, 3, 7)
+    assert torch.equal(linear(isa, x.mT.contiguous().mT, weight), linear(isa, x, weight))
 
 
-def test_what_cannot_be_computed_is_refused(monkeypatch) -> None:
+def test_what_cannot_be_computed_is_refused() -> None:
     weight = random_weight("fp32", (7, 12), 0, torch.Generator())
     with pytest.raises(ValueError, match="float64"):
-        cpu.linear(torch.zeros(12, dtype=torch.float64), weight)
+        linear("portable", torch.zeros(12, dtype=torch.float64), weight)
     with pytest.raises(ValueError, match="width 11"):
-        cpu.linear(torch.zeros(11), weight)
-    monkeypatch.setenv("SOLI_CPU_ISA", "sse9")
+        linear("portable", torch.zeros(11), weight)
     with pytest.raises(SoliError, match="SOLI_CPU_ISA is 'sse9', but this machine has portable"):
-        cpu.linear(torch.zeros(12), weight)
+        isa_number("sse9", library().best_isa)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from soli.kernels.fp8 import cuda, emulation, operands
+from soli.kernels.fp8 import cuda, operands
+from soli.kernels.fp8.cuda import Fp8Cuda
+from soli.kernels.fp8.emulation import Fp8Emulation
 from soli.kernels.fp8.operands import blocks, retiled, tiles
 from tests.kernels import triton_stand_in
 
@@ -64,9 +66,9 @@ def close(found: Tensor | None, expected: Tensor | None) -> None:
 @pytest.mark.parametrize(("T", "I", "O"), [(1, 128, 256), (130, 576, 200), (256, 40, 128)])
 def test_linear_is_the_emulation(gpu, T: int, I: int, O: int) -> None:  # noqa: E741
     found, expected = [], []
-    for linear, into in ((cuda.linear, found), (emulation.linear, expected)):
+    for backend, into in ((Fp8Cuda(), found), (Fp8Emulation(), expected)):
         x, w = draw(T, I, seed=0).requires_grad_(), draw(O, I, seed=1).requires_grad_()
-        y = linear(x[None], w, torch.ones(O))
+        y = backend.linear(x[None], w, torch.ones(O))
         y.backward(draw(1, T, O, seed=2))
         into += [y.detach(), x.grad, w.grad]
     for one, other in zip(found, expected, strict=True):
@@ -80,10 +82,10 @@ def test_experts_are_the_emulation_with_empty_experts_and_odd_counts(gpu, D: int
     ids = torch.stack([torch.randperm(4, generator=generator)[:K] for _ in range(T)])
     ids[ids == 2] = 4  # nobody chooses expert 2
     found, expected = [], []
-    for experts, into in ((cuda.experts, found), (emulation.experts, expected)):
+    for backend, into in ((Fp8Cuda(), found), (Fp8Emulation(), expected)):
         x, weights = draw(T, D, seed=0).requires_grad_(), draw(T, K, seed=1).sigmoid().requires_grad_()
         gate_up, down = draw(E, 2 * width, D, seed=2).requires_grad_(), draw(E, D, width, seed=3).requires_grad_()
-        y = experts(x, ids, weights, gate_up, down)
+        y = backend.experts(x, ids, weights, gate_up, down)
         y.backward(draw(T, D, seed=4))
         into += [y.detach(), x.grad, weights.grad, gate_up.grad, down.grad]
     for one, other in zip(found, expected, strict=True):
@@ -112,13 +114,13 @@ def test_operands_by_triton_are_those_by_torch_to_the_bit(monkeypatch) -> None: 
 def test_each_experts_rows_begin_on_a_tile_of_their_own(counts: list[int]) -> None:
     ids = torch.tensor([e for e, count in enumerate(counts) for _ in range(count)], dtype=torch.int64)
     ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
-    plan = cuda.plan_rows(ids[:, None], len(counts))
-    owner = plan.expert_tile.repeat_interleave(128)
-    assert owner.shape[0] == plan.rows and plan.row_P.unique().numel() == len(ids)
-    assert torch.equal(owner[plan.row_P], ids[plan.order_P].to(torch.int32))
+    layout = cuda.lay_out_rows(ids[:, None], len(counts))
+    owner = layout.expert_tile.repeat_interleave(128)
+    assert owner.shape[0] == layout.rows and layout.row_P.unique().numel() == len(ids)
+    assert torch.equal(owner[layout.row_P], ids[layout.order_P].to(torch.int32))
     needed = [-(-count // 128) for count in counts]
-    assert plan.first_tile.tolist() == [sum(needed[:e]) for e in range(len(counts) + 1)]
-    assert (plan.expert_tile[plan.first_tile[-1] :] == -1).all()
+    assert layout.first_tile.tolist() == [sum(needed[:e]) for e in range(len(counts) + 1)]
+    assert (layout.expert_tile[layout.first_tile[-1] :] == -1).all()
 
 
 def test_a_cpu_is_told_apart() -> None:

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from soli.kernels import experts as wide_experts
-from soli.kernels.fp8 import cuda, emulation
+from soli.kernels import default_backend
+from soli.kernels.fp8 import cuda
+from soli.kernels.fp8.cuda import Fp8Cuda
+from soli.kernels.fp8.emulation import Fp8Emulation
 from soli.kernels.fp8.operands import blocks, has_triton, product, retiled, tiles
 
 pytestmark = pytest.mark.gpu
@@ -64,8 +66,8 @@ def test_product_is_that_of_the_dequantised_operands(M: int, N: int, K: int, sec
 def test_linear_is_near_the_emulation_and_near_float64(T: int, I: int, O: int) -> None:  # noqa: E741
     found, expected, exact = [], [], []
     for linear, dtype, into in (
-        (cuda.linear, torch.float32, found),
-        (emulation.linear, torch.float32, expected),
+        (Fp8Cuda().linear, torch.float32, found),
+        (Fp8Emulation().linear, torch.float32, expected),
         (lambda x, w: x @ w.t(), torch.float64, exact),
     ):
         x, w = (t.to(dtype).requires_grad_() for t in (draw(T, I, seed=0), draw(O, I, seed=1)))
@@ -81,10 +83,10 @@ def test_linear_is_near_the_emulation_and_near_float64(T: int, I: int, O: int) -
 def test_experts_are_near_the_emulation_and_near_wide_ones(T: int, E: int, D: int, width: int, seed: int) -> None:
     generator, found, expected, wide = torch.Generator("cuda").manual_seed(seed), [], [], []
     ids = torch.rand(T, E - 1, generator=generator, device="cuda").topk(3).indices  # nobody chooses the last expert
-    for experts, into in ((cuda.experts, found), (emulation.experts, expected), (wide_experts, wide)):
+    for backend, into in ((Fp8Cuda(), found), (Fp8Emulation(), expected), (default_backend(), wide)):
         x, weights = draw(T, D, seed=seed).requires_grad_(), draw(T, 3, seed=1).sigmoid().requires_grad_()
         gate_up, down = draw(E, 2 * width, D, seed=2).requires_grad_(), draw(E, D, width, seed=3).requires_grad_()
-        y = experts(x, ids, weights, gate_up, down)
+        y = backend.experts(x, ids, weights, gate_up, down)
         y.backward(draw(T, D, seed=4))
         into += [y.detach(), x.grad, weights.grad, gate_up.grad, down.grad]
     for one, other, exact in zip(found, expected, wide, strict=True):
@@ -94,11 +96,12 @@ def test_experts_are_near_the_emulation_and_near_wide_ones(T: int, E: int, D: in
 
 
 def test_nothing_is_read_back_in_a_step() -> None:
+    backend = Fp8Cuda()
     x, ids = draw(256, 128, seed=0).requires_grad_(), torch.randint(0, 5, (256, 3), device="cuda")
     weights, gate_up, down = draw(256, 3, seed=1), draw(5, 512, 128, seed=2), draw(5, 128, 256, seed=3)
-    cuda.experts(x, ids, weights, gate_up, down).sum().backward()  # compiles
+    backend.experts(x, ids, weights, gate_up, down).sum().backward()  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        cuda.experts(x, ids, weights, gate_up, down).sum().backward()
+        backend.experts(x, ids, weights, gate_up, down).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")

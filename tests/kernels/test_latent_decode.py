@@ -1,14 +1,15 @@
 """Attention over paged latents against float64, on every instruction set, and the same bits wherever latents lie."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from soli import kernels
-from soli.kernels import cpu, reference
-from soli.kernels.cpu.native import DTYPES, chosen_isa, library
+from soli.kernels import Dispatch, cpu, reference
+from soli.kernels.cpu.native import DTYPES, ISAS, library
 from tests.kernels import weights
 from tests.kernels.weights import needs_kernels
 
@@ -18,9 +19,9 @@ BOUND = {torch.float32: 4e-6, torch.bfloat16: 2.0**-8 + 1e-5}
 
 
 @pytest.fixture(params=weights.isas())
-def isa(request, monkeypatch):
-    monkeypatch.setenv("SOLI_CPU_ISA", request.param)
-    return request.param
+def isa(request):
+    """The number of each instruction set."""
+    return ISAS.index(request.param)
 
 
 def paged(rows: list[Tensor], S: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,12 +39,14 @@ def paged(rows: list[Tensor], S: int, generator: torch.Generator) -> tuple[Tenso
     return pages_PSX, table_BM, torch.tensor([len(row) for row in rows], dtype=torch.int32)
 
 
-def into_poison(q_BHX: Tensor, pages: tuple[Tensor, Tensor, Tensor], C: int, scale: float, threads: int = 1) -> Tensor:
+def into_poison(
+    isa: int, q_BHX: Tensor, pages: tuple[Tensor, Tensor, Tensor], C: int, scale: float, threads: int = 1
+) -> Tensor:
     """The C++ entry into memory full of NaN; what lies around the result must stay as it was."""
     (B, H, X), (pages_PSX, table_BM, lengths_B), margin, library_ = q_BHX.shape, pages, 64, library()
     space = torch.full((B * H * C + 2 * margin,), float("nan"), dtype=q_BHX.dtype)
     code = library_.latent_decode(
-        chosen_isa(library_.best_isa), DTYPES[q_BHX.dtype], B, H, X, C, q_BHX.data_ptr(), pages_PSX.data_ptr(),
+        isa, DTYPES[q_BHX.dtype], B, H, X, C, q_BHX.data_ptr(), pages_PSX.data_ptr(),
         *pages_PSX.shape[:2], table_BM.data_ptr(), table_BM.shape[1], lengths_B.data_ptr(), scale,
         space[margin:].data_ptr(), threads,
     )  # fmt: skip
@@ -66,11 +69,11 @@ def test_is_the_attention_within_the_bound(isa, lengths, H, C, R, S, half, seed)
     generator, dtype = torch.Generator().manual_seed(seed), torch.bfloat16 if half else torch.float32
     rows = [torch.randn(length, C + R, generator=generator).to(dtype) for length in lengths]
     q_BHX, scale = torch.randn(len(rows), H, C + R, generator=generator).to(dtype), 2.0 * (C + R) ** -0.5
-    y_BHC = into_poison(q_BHX, paged(rows, S, generator), C, scale)
+    y_BHC = into_poison(isa, q_BHX, paged(rows, S, generator), C, scale)
     for q_HX, row_LX, y_HC in zip(q_BHX, rows, y_BHC, strict=True):
         error = (y_HC.double() - exactly(q_HX, row_LX, C, scale)).abs().max()
         assert error <= BOUND[dtype] * row_LX[:, :C].double().abs().max()
-        alone = cpu.latent_decode(q_HX[None], *paged([row_LX], 7, generator), latent=C, scale=scale)
+        alone = cpu.latent_decode(isa, q_HX[None], *paged([row_LX], 7, generator), latent=C, scale=scale)
         assert torch.equal(alone[0], y_HC)
 
 
@@ -83,7 +86,7 @@ def test_long_rows_are_cut_the_same_way_by_any_number_of_threads(isa, dtype) -> 
     q_BHX = torch.randn(4, 19, 40, generator=generator).to(dtype)
     rows[2][0] = 6 * q_BHX[2, 0] / q_BHX[2, 0].float().norm()
     pages = paged(rows, 16, generator)
-    found = [into_poison(q_BHX, pages, 32, 0.9, threads) for threads in (1, 2, 3)]
+    found = [into_poison(isa, q_BHX, pages, 32, 0.9, threads) for threads in (1, 2, 3)]
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     for q_HX, row_LX, y_HC in zip(q_BHX, rows, found[0], strict=True):
         assert (y_HC.double() - exactly(q_HX, row_LX, 32, 0.9)).abs().max() <= BOUND[
@@ -97,11 +100,10 @@ def test_the_plain_torch_reference_agrees_and_the_seam_takes_cpp(isa, monkeypatc
     rows = [torch.randn(length, 24, generator=generator) for length in (1, 17, 40)]
     pages, q_BHX = paged(rows, 16, generator), torch.randn(3, 4, 24, generator=generator)
     plain = reference.latent_decode(q_BHX, *pages, latent=16, scale=0.3)
-    torch.testing.assert_close(cpu.latent_decode(q_BHX, *pages, latent=16, scale=0.3), plain)
+    torch.testing.assert_close(cpu.latent_decode(isa, q_BHX, *pages, latent=16, scale=0.3), plain)
     monkeypatch.setattr(cpu, "latent_decode", lambda *_, **__: "C++")
-    monkeypatch.delenv("SOLI_KERNELS", raising=False)
-    assert kernels.latent_decode(q_BHX, *pages, latent=16, scale=0.3) == "C++"
-    with_gradient = kernels.latent_decode(q_BHX.requires_grad_(), *pages, latent=16, scale=0.3)
+    assert Dispatch().latent_decode(q_BHX, *pages, latent=16, scale=0.3) == "C++"
+    with_gradient = Dispatch().latent_decode(q_BHX.requires_grad_(), *pages, latent=16, scale=0.3)
     torch.testing.assert_close(with_gradient.detach(), plain)
 
 
@@ -111,11 +113,11 @@ def test_nan_in_a_latent_stays_with_that_row_and_nothing_at_all_is_nothing(isa) 
     rows = [torch.randn(50, 24, generator=generator) for _ in range(3)]
     rows[1][49, 3] = float("nan")
     q_BHX, pages = torch.randn(3, 4, 24, generator=generator), paged(rows, 16, generator)
-    y_BHC = cpu.latent_decode(q_BHX, *pages, latent=16, scale=0.3)
+    y_BHC = cpu.latent_decode(isa, q_BHX, *pages, latent=16, scale=0.3)
     assert y_BHC[1].isnan().all() and not y_BHC[[0, 2]].isnan().any()
     none = (torch.zeros(0, 4, 24), pages[0], pages[1][:0], pages[2][:0])
-    for way in (cpu.latent_decode, reference.latent_decode):
-        assert way(*none, latent=16, scale=0.3).shape == (0, 4, 16)
+    for decode in (partial(cpu.latent_decode, isa), reference.latent_decode):
+        assert decode(*none, latent=16, scale=0.3).shape == (0, 4, 16)
 
 
 @needs_kernels
@@ -123,7 +125,7 @@ def test_nan_in_a_latent_stays_with_that_row_and_nothing_at_all_is_nothing(isa) 
 def test_a_slot_that_lies_nowhere_is_refused(page, length) -> None:
     table_BM, lengths_B = torch.tensor([[1, page]], dtype=torch.int32), torch.tensor([length], dtype=torch.int32)
     with pytest.raises(IndexError, match="does not lead to as many slots"):
-        cpu.latent_decode(torch.zeros(1, 2, 24), torch.zeros(5, 16, 24), table_BM, lengths_B, latent=16, scale=1.0)
+        cpu.latent_decode(0, torch.zeros(1, 2, 24), torch.zeros(5, 16, 24), table_BM, lengths_B, latent=16, scale=1.0)
 
 
 @needs_kernels
@@ -131,8 +133,8 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
     table_BM, lengths_B = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"pages torch.bfloat16 .* do not fit"):
         pages_PSX = torch.zeros(5, 16, 24, dtype=torch.bfloat16)
-        cpu.latent_decode(torch.zeros(1, 2, 24), pages_PSX, table_BM, lengths_B, latent=16, scale=1.0)
+        cpu.latent_decode(0, torch.zeros(1, 2, 24), pages_PSX, table_BM, lengths_B, latent=16, scale=1.0)
     with pytest.raises(ValueError, match=r"table torch.int64 .* do not fit"):
         cpu.latent_decode(
-            torch.zeros(1, 2, 24), torch.zeros(5, 16, 24), table_BM.long(), lengths_B, latent=16, scale=1.0
+            0, torch.zeros(1, 2, 24), torch.zeros(5, 16, 24), table_BM.long(), lengths_B, latent=16, scale=1.0
         )

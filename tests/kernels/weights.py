@@ -18,7 +18,7 @@ needs_kernels = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler"
 #: tokens `as_multiplied`.
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8 + 1e-5}
 DTYPES = tuple(BOUND)
-SETTINGS = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # SOLI_CPU_ISA stays for all examples
+SETTINGS = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # one instruction set for all examples
 FORMATS = ("fp32", "bf16", "fp8", "int8", "int4")
 
 

@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from soli import kernels
 from soli.engine.latent_cache import FEW, LatentCache
-from soli.kernels import QuantizedExperts
+from soli.kernels import Dispatch, QuantizedExperts
+from soli.kernels.torch_backend import TorchBackend
 from soli.model import BackboneOutput, Transformer, one_call
+from soli.model.layers import set_backend
 from tests.engine.tiny import KINDS, tiny_model
 from tests.kernels import weights
 from tests.kernels.weights import needs_kernels
@@ -24,8 +27,12 @@ STEPS = (4, 1, 1, 3, 1)  # tokens read in each pass
 
 @pytest.fixture(params=weights.isas())
 def isa(request, monkeypatch):
-    monkeypatch.setenv("SOLI_CPU_ISA", request.param)
-    return request.param
+    """Each instruction set, in the backend of every model that is made in the test."""
+    backend = Dispatch(isa=request.param)
+    monkeypatch.setattr(kernels, "default_backend", lambda: backend)
+    tiny_model.cache_clear()
+    yield request.param
+    tiny_model.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -227,16 +234,15 @@ def planned(model: Transformer, tokens: int = 2, chunk: bool = False) -> bool:
     return one_call.plan(model.layers, model.norm, model.rope, x_BTD, now.positions_T[None], now) is not None
 
 
-def test_torch_answers_where_the_call_may_not(monkeypatch) -> None:
+def test_torch_answers_where_the_call_may_not() -> None:
     model = copy.deepcopy(tiny_model("v3"))
     assert planned(model, 65) and planned(model, FEW + 1, chunk=True)
     with torch.inference_mode(False), torch.enable_grad():
         assert not planned(copy.deepcopy(model))
     for way, taken in (("reference", False), ("torch", False), ("cpu", True)):
-        monkeypatch.setenv("SOLI_KERNELS", way)
+        set_backend(model, Dispatch(way))
         assert planned(model) is taken
-    monkeypatch.delenv("SOLI_KERNELS")
-    model.layers[1].mlp.experts.product = lambda *_: None
+    model.layers[1].mlp.experts.backend = TorchBackend()
     assert not planned(model)
     mixed = quantized_model("int8", torch.float32)
     experts = mixed.layers[2].mlp.experts
@@ -362,7 +368,7 @@ def test_reading_goes_to_torch_where_the_ends_are_not_for_the_call(monkeypatch) 
 
     whole, torchs = logits()
     assert not torchs
-    model.lm_head.product = staticmethod(lambda x, weight, bias=None: x @ weight.T)
+    model.lm_head.backend = TorchBackend()
     other, torchs = logits()
     assert torchs
     torch.testing.assert_close(whole, other, rtol=0, atol=1e-5)

@@ -1,12 +1,14 @@
-"""The oracle of every seam, in the plainest torch that says what is meant. Slow on purpose; every fast path equals it.
+"""The oracle of the seam: each operation by its definition, in plain torch. Slow on purpose; every backend equals it.
 
-Shapes: T tokens, D hidden, E experts, F expert width, K chosen; B rows, H heads, P pages of S slots, M pages of a row,
-X = C latent + R rotary width.
+Shapes: T tokens, D hidden, E experts, F expert width, K chosen; B rows, H heads, P blocks of S slots, M blocks of a
+row, X = C latent + R rotary width.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from soli.kernels.torch_backend import TorchBackend
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -28,14 +30,32 @@ def experts(x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, gate_up_E2F
 
 
 def latent_decode(
-    q_BHX: Tensor, pages_PSX: Tensor, table_BM: Tensor, lengths_B: Tensor, *, latent: int, scale: float
+    q_BHX: Tensor, blocks_PSX: Tensor, table_BM: Tensor, lengths_B: Tensor, *, latent: int, scale: float
 ) -> Tensor:
     """Row by row: softmax(scale * q k) over the row's first slots, times their latents, the first C = `latent` values
-    of each slot: (B, H, C) in the dtype of q. Slot s of row b is slot s % S of page table[b, s // S]. Softmax is
+    of each slot: (B, H, C) in the dtype of q. Slot s of row b is slot s % S of block table[b, s // S]. Softmax in
     float32."""
-    S, rows = pages_PSX.shape[1], []
+    S = blocks_PSX.shape[1]
+    rows = []
     for q_HX, table_M, length in zip(q_BHX, table_BM, lengths_B.tolist(), strict=True):
-        slots_LX = pages_PSX[table_M[: -(-length // S)].long()].flatten(0, 1)[:length]
+        slots_LX = blocks_PSX[table_M[: -(-length // S)].long()].flatten(0, 1)[:length]
         shares_HL = ((q_HX @ slots_LX.T).float() * scale).softmax(dim=-1)
         rows.append(shares_HL.to(q_HX.dtype) @ slots_LX[:, :latent])
     return torch.stack(rows) if rows else q_BHX[..., :latent]
+
+
+class ReferenceBackend(TorchBackend):
+    """The oracle as a backend; quantized weights are dequantized and multiplied as in `TorchBackend`."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return linear(x, weight, bias)
+
+    def experts(
+        self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
+    ) -> Tensor:
+        return experts(x_TD, expert_ids_TK, weights_TK, gate_up_E2FD, down_EDF)
+
+    def latent_decode(
+        self, q_BHX: Tensor, blocks_PSX: Tensor, table_BM: Tensor, lengths_B: Tensor, *, latent: int, scale: float
+    ) -> Tensor:
+        return latent_decode(q_BHX, blocks_PSX, table_BM, lengths_B, latent=latent, scale=scale)

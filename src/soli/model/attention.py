@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from soli import kernels
 from soli.config import ModelConfig
-from soli.kernels.torch_linear import widens
+from soli.kernels.torch_backend import needs_float32
 from soli.model.layers import Device, Linear, RMSNorm
 from soli.model.rope import rotate, softmax_scale
 
@@ -75,7 +75,7 @@ def attend(q_BHTX: Tensor, k_BHSX: Tensor, v_BHSV: Tensor, seen_B1TS: Tensor | N
     Keys are wider than values (192 against 128 in V3): torch picks a fused backend that takes it.
     """
     T, width = q_BHTX.shape[2:]
-    if widens(q_BHTX):
+    if needs_float32(q_BHTX):
         wide = q_BHTX.float(), k_BHSX.float(), v_BHSV.float()
         return attend(*wide, seen_B1TS, scale).to(q_BHTX.dtype)
     if (q_BHTX.is_cuda and width <= WIDE) or T > SHORT:
@@ -96,6 +96,7 @@ class LatentAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, device: Device, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.layer = layer
+        self.backend: kernels.Backend = kernels.default_backend()
         self.H, self.C = config.num_attention_heads, config.kv_lora_rank
         self.N, self.R, self.V = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         self.scale = softmax_scale(config)
@@ -170,7 +171,7 @@ class LatentAttention(nn.Module):
         up_k_HNC, up_v_HVC = up_HXC.split((self.N, self.V), dim=1)
         q_THC = torch.einsum("thn,hnc->thc", q_nope_THN, up_k_HNC)
         q_THX = torch.cat((q_THC, q_rope_THR), dim=-1)
-        mixed_THC = kernels.latent_decode(
+        mixed_THC = self.backend.latent_decode(
             q_THX, pages_PSX, cache.table_BM, cache.lengths_B, latent=self.C, scale=self.scale
         )
         return torch.einsum("thc,hvc->thv", mixed_THC, up_v_HVC)

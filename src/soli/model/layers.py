@@ -15,15 +15,16 @@ Device = torch.device | str | None
 
 
 class Linear(nn.Linear):
-    """``x @ weight.T`` through the linear seam, in the dtype of ``x``; ``product`` may be set on one layer alone."""
+    """``x @ weight.T`` by the layer's ``backend``, in the dtype of ``x``."""
 
-    product = staticmethod(kernels.linear)
+    backend: kernels.Backend
     quantized: kernels.QuantizedWeight | None = None
 
     def __init__(
         self, in_features: int, out_features: int, device: Device, dtype: torch.dtype | None, bias: bool = False
     ) -> None:
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.backend = kernels.default_backend()
 
     def reset_parameters(self) -> None:
         """Left to Transformer.init_weights: drawing 671 billion numbers twice would be a waste."""
@@ -39,8 +40,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.quantized is not None:
-            return kernels.quantized_linear(x, self.quantized, self.bias)
-        return self.product(x, self.weight, self.bias)
+            return self.backend.quantized_linear(x, self.quantized, self.bias)
+        return self.backend.linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -67,3 +68,10 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def set_backend(model: nn.Module, backend: kernels.Backend) -> None:
+    """Compute every part of `model` that goes through the seam with `backend`."""
+    for module in model.modules():
+        if hasattr(module, "backend"):
+            module.backend = backend  # type: ignore[assignment]

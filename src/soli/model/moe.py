@@ -13,10 +13,10 @@ from soli.model.router import Router, Routing
 
 
 class RoutedExperts(nn.Module):
-    """All routed experts of a layer as two stacked parameters, behind the experts seam; ``product`` answers it and may
-    be set on one layer alone. Or quantized, each where its file has it; then there are no parameters."""
+    """All routed experts of a layer as two stacked parameters, computed by the layer's ``backend``. Or quantized, each
+    where its file has it; then there are no parameters."""
 
-    product = staticmethod(kernels.experts)
+    backend: kernels.Backend
     quantized: kernels.QuantizedExperts | None = None
 
     def __init__(self, config: ModelConfig, device: Device, dtype: torch.dtype | None) -> None:
@@ -24,6 +24,7 @@ class RoutedExperts(nn.Module):
         E, D, F = config.n_routed_experts or 0, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F, D, device=device, dtype=dtype))  # gate rows, then up
         self.down_proj = nn.Parameter(torch.empty(E, D, F, device=device, dtype=dtype))
+        self.backend = kernels.default_backend()
 
     def set_quantized(self, experts: kernels.QuantizedExperts) -> None:
         """Compute with quantized weights from now on; the parameters are let go."""
@@ -34,8 +35,8 @@ class RoutedExperts(nn.Module):
     def forward(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The seam's signature: the router and the block never know which implementation answers."""
         if self.quantized is not None:
-            return kernels.quantized_experts(x_TD, expert_ids_TK, weights_TK, self.quantized)
-        return self.product(x_TD, expert_ids_TK, weights_TK, self.gate_up_proj, self.down_proj)
+            return self.backend.quantized_experts(x_TD, expert_ids_TK, weights_TK, self.quantized)
+        return self.backend.experts(x_TD, expert_ids_TK, weights_TK, self.gate_up_proj, self.down_proj)
 
 
 class MoE(nn.Module):

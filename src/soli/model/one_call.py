@@ -3,7 +3,7 @@ cache that lies on pages.
 
 This is the one place that decides it. `plan` answers None where blocks must run one after another in torch: without
 such a cache, for a gradient, on other devices, under SOLI_KERNELS=reference or torch, and for modules whose parts are
-not the plain ones (another `product`, a sharded or tracing tensor, experts of several formats).
+not the plain ones (another backend, a sharded or tracing tensor, experts of several formats).
 
 The tables of addresses are made once and checked whenever a text begins or many of its tokens are read at once: a
 parameter that has moved, been quantized or been replaced makes a new table. A cache belongs to the weights that filled
@@ -23,9 +23,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from soli.kernels import cpu, dispatch
+from soli.kernels import Dispatch, cpu
 from soli.kernels.cpu import fused as c
 from soli.kernels.cpu import structs
+from soli.kernels.cpu.backend import LOW_PRECISION, CpuBackend
 from soli.model.attention import Cache, LatentAttention
 from soli.model.layers import MLP, Linear, RMSNorm
 from soli.model.moe import MoE, RoutedExperts
@@ -67,7 +68,7 @@ class Plan:
         """From token ids to logits (N, W) of the rows `ends`, float32; hidden states (T, D), decisions. None where the
         embedding or the head is not for C++, or there are more rows than one call takes."""
         built, words = self.built, self.built.words
-        if words is None or len(ids_T) > built.rows or not dispatch.wins(built.dtype, len(ends), words.quantized):
+        if words is None or len(ids_T) > built.rows or not built.cpu.is_faster(built.dtype, len(ends), words.quantized):
             return None
         chunks = [(chunk.start, chunk.stop, chunk.first, chunk.slots_S) for chunk in self.cache.chunks]
         rows = c.AttentionMetadata(self.positions_BT.flatten(), self.cache.table_BM, self.cache.lengths_B, chunks)
@@ -104,12 +105,16 @@ def plan(
     """How C++ would run `blocks` and `norm` on a row for each position, in the dtype and on the device of `like`; None
     when it cannot. `masked_experts`: for layers by number, bool (B*T, E), which experts must not be selected for which
     tokens. `ends`: the model's embedding and head, for `Plan.read`."""
-    if cache is None or positions_BT.numel() == 0 or not dispatch.takes(like):
+    backend = next(iter(blocks)).self_attn.backend
+    if cache is None or positions_BT.numel() == 0 or not isinstance(backend, Dispatch):
+        return None
+    cpu_backend = backend.fused(like)
+    if cpu_backend is None:
         return None
     built = _built.get(norm)
-    if built is None or not built.fits(rope, like.dtype) or (cache.begins and not built.holds()):
+    if built is None or not built.fits(cpu_backend, rope, like.dtype) or (cache.begins and not built.holds()):
         try:
-            built = _built[norm] = _Builder(list(blocks), norm, rope, like.dtype, ends)
+            built = _built[norm] = _Builder(list(blocks), norm, rope, like.dtype, ends, backend, cpu_backend)
         except _Unfit:
             return None
     masks = masked_experts or {}
@@ -131,7 +136,11 @@ class _Builder:
         rope: Rope,
         dtype: torch.dtype,
         ends: tuple[nn.Module, nn.Module] | None,
+        backend: Dispatch,
+        cpu_backend: CpuBackend,
     ) -> None:
+        self.backend = backend
+        self.cpu = cpu_backend
         self.dtype, self.rope = dtype, rope
         self.narrow = (dtype, torch.bfloat16)  # a float32 master under bfloat16 is torch's: it rounds before a product
         self.places: list[tuple[dict[str, Any], str]] = []  # where tensors hang
@@ -140,16 +149,16 @@ class _Builder:
         self.scales = [(block.self_attn, block.self_attn.scale) for block in blocks]
         table = (structs.CLayer * len(blocks))(*(self._layer(block) for block in blocks))
         self.words = self._words(*ends) if ends else None
-        self.table = c.LayerTable(table, self._norm(norm), rope.inv_P, rope.scale, tuple(self.alive))
+        self.table = c.LayerTable(self.cpu.isa, table, self._norm(norm), rope.inv_P, rope.scale, tuple(self.alive))
         # How many rows a call takes; the width of a slot; which layers of the cache these are.
         self.rows = max(LEAST_ROWS, min(c.MAX_TOKENS, SCRATCH // max(_row_bytes(layer) for layer in table)))
         self.width = blocks[0].self_attn.C + blocks[0].self_attn.R
         self.indices = tuple(block.self_attn.layer for block in blocks)
         self.addresses = [hung[name].data_ptr() for hung, name in self.places]
 
-    def fits(self, rope: Rope, dtype: torch.dtype) -> bool:
-        """Whether the table is of these positions and of rows of this dtype."""
-        return self.rope is rope and self.dtype == dtype
+    def fits(self, cpu_backend: CpuBackend, rope: Rope, dtype: torch.dtype) -> bool:
+        """Whether the table is of this backend, these positions and rows of this dtype."""
+        return self.cpu is cpu_backend and self.rope is rope and self.dtype == dtype
 
     def holds(self) -> bool:
         """Whether everything is still where the table says."""
@@ -159,7 +168,9 @@ class _Builder:
             return False
         return (
             addresses == self.addresses
-            and all(hung.get("quantized") is quantized and "product" not in hung for hung, quantized in self.packs)
+            and all(
+                hung.get("quantized") is quantized and hung["backend"] is self.backend for hung, quantized in self.packs
+            )
             and all(module.scale == scale for module, scale in self.scales)
         )
 
@@ -228,7 +239,7 @@ class _Builder:
             stacks = (self._tensor(hung, name, *self.narrow) for name in ("gate_up_proj", "down_proj"))
             table: cpu.ExpertTable | None = cpu.ExpertTable.from_plain(*stacks)
         else:
-            table = dispatch.table_of(experts.quantized)
+            table = experts.quantized.table if experts.quantized.uniform else None
         if table is None:
             raise _Unfit
         self.alive.append(table)
@@ -239,7 +250,7 @@ class _Builder:
         self.packs.append((vars(linear), linear.quantized))
         if linear.quantized is None:
             return c.weight(self._tensor(linear._parameters, "weight", *self.narrow))
-        self._check(linear.quantized.weight, self.dtype, *dispatch.NARROW)
+        self._check(linear.quantized.weight, self.dtype, *LOW_PRECISION)
         self.alive.append(linear.quantized)
         return c.weight(linear.quantized)
 
@@ -265,9 +276,8 @@ class _Builder:
         if not real or tensor.dtype not in dtypes:
             raise _Unfit
 
-    @staticmethod
-    def _plain(module: nn.Module, kind: type[nn.Module]) -> None:
-        if type(module) is not kind or "product" in vars(module):
+    def _plain(self, module: nn.Module, kind: type[nn.Module]) -> None:
+        if type(module) is not kind or vars(module).get("backend", self.backend) is not self.backend:
             raise _Unfit
 
 

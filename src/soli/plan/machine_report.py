@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from soli import __version__, machine
-from soli.kernels import dispatch
+from soli.kernels import Dispatch
 from soli.kernels.cpu import build, native
 
 MEMORY_BLOCK = 2**28  # bytes, larger than any cache
@@ -78,10 +78,10 @@ def _kernels() -> tuple[str, str]:
     library = native.library_or_reason()
     if isinstance(library, str):
         return "torch", library
-    backend = dispatch.forced()
-    if backend in ("reference", "torch"):
-        return backend, "SOLI_KERNELS asks for it"
-    return native.ISAS[native.chosen_isa(library.best_isa)], str(library.path)
+    backend = Dispatch.from_environment()
+    if backend.forced_backend in ("reference", "torch"):
+        return backend.forced_backend, "SOLI_KERNELS asks for it"
+    return native.ISAS[native.isa_number(backend.isa, library.best_isa)], str(library.path)
 
 
 def _gpus() -> tuple[str, ...]:

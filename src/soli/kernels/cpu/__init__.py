@@ -4,7 +4,7 @@ Numerics: activations are float32 or bfloat16 and results have their dtype; ever
 an order that depends on its length alone, so a token's result has the same bits alone and in any batch, with any number
 of threads. bfloat16 tokens meet bfloat16 products where the processor has them (AVX-512 BF16), and beside int8 and int4
 weights products of bytes, tokens rounded to 8 bits (AVX2 and later); elsewhere float32 ones.
-No gradient is recorded: callers use torch's way when they want one.
+No gradient is recorded. `isa`: the instruction set by its number in `native.ISAS`.
 
 Shapes: T tokens, D hidden, E experts, F expert width, K chosen, O output and I input features; B rows, H heads, P pages
 of S slots, M pages of a row, X = C latent + R rotary width.
@@ -21,34 +21,41 @@ from torch import Tensor
 
 from soli.errors import SoliError
 from soli.formats.quantized import QuantizedWeight
-from soli.kernels.cpu.native import DTYPES, FORMATS, Library, check_error, chosen_isa, library
+from soli.kernels.cpu.native import DTYPES, FORMATS, Library, check_error, library
 
 FORMAT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # of plain tensors
 PLAIN = {dtype: FORMATS[name] for dtype, name in FORMAT_NAMES.items()}
 
 
-def linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+def linear(isa: int, x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
     """x (..., I), float32 or bfloat16, times weight (O, I) transposed: (..., O) in the dtype of x."""
     scale = None if weight.scale is None else weight.scale.data_ptr()
-    return _linear(x, FORMATS[weight.format], weight.shape, weight.group, weight.weight.data_ptr(), scale, bias)
+    return _linear(isa, x, FORMATS[weight.format], weight.shape, weight.group, weight.weight.data_ptr(), scale, bias)
 
 
-def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def plain_linear(isa: int, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The same for a contiguous float32 or bfloat16 matrix, with little before the call: small products are many."""
-    return _linear(x, PLAIN[weight.dtype], weight.shape, 0, weight.data_ptr(), None, bias)
+    return _linear(isa, x, PLAIN[weight.dtype], weight.shape, 0, weight.data_ptr(), None, bias)
 
 
 def _linear(
-    x: Tensor, format: int, shape: Sequence[int], group: int, weight: int, scale: int | None, bias: Tensor | None
+    isa: int,
+    x: Tensor,
+    format: int,
+    shape: Sequence[int],
+    group: int,
+    weight: int,
+    scale: int | None,
+    bias: Tensor | None,
 ) -> Tensor:
     O, I = shape  # noqa: E741
     _check_tokens(x, I)
     if not x.is_contiguous():
         x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], O))
-    kernels = _kernels()
+    kernels = loaded()
     code = kernels.linear(
-        chosen_isa(kernels.best_isa), format, O, I, group, weight, scale,
+        isa, format, O, I, group, weight, scale,
         y.numel() // max(O, 1), DTYPES[x.dtype], x.data_ptr(), y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     check_error(code)
@@ -109,7 +116,7 @@ class ExpertTable:
         return cls(*formats, (len(downs), D, F), torch.tensor(rows, dtype=torch.int64), (*gates, *ups, *downs))
 
 
-def experts(x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, table: ExpertTable) -> Tensor:
+def experts(isa: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, table: ExpertTable) -> Tensor:
     """Equation 12's routed part for T tokens: (T, D), int64 (T, K), (T, K) to (T, D) in the dtype of x.
 
     A token's experts are summed in ascending order. IndexError for an id that is no expert's.
@@ -121,10 +128,10 @@ def experts(x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, table: Expe
         raise ValueError(f"{x_TD.shape[0]} tokens, choices {(T, K)}, weights {tuple(weights_TK.shape)} do not fit")
     x_TD, ids_TK, weights_TK = x_TD.contiguous(), expert_ids_TK.contiguous(), weights_TK.float().contiguous()
     y_TD = torch.empty_like(x_TD)
-    kernels = _kernels()
+    kernels = loaded()
     (in_format, in_group), (out_format, out_group) = table.gate_up, table.down
     code = kernels.experts(
-        chosen_isa(kernels.best_isa), FORMATS[in_format], in_group, FORMATS[out_format], out_group,
+        isa, FORMATS[in_format], in_group, FORMATS[out_format], out_group,
         E, D, F, table.addresses_3E2.data_ptr(), T, K, DTYPES[x_TD.dtype], x_TD.data_ptr(), ids_TK.data_ptr(),
         weights_TK.data_ptr(), y_TD.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -133,7 +140,7 @@ def experts(x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, table: Expe
 
 
 def latent_decode(
-    q_BHX: Tensor, pages_PSX: Tensor, table_BM: Tensor, lengths_B: Tensor, *, latent: int, scale: float
+    isa: int, q_BHX: Tensor, pages_PSX: Tensor, table_BM: Tensor, lengths_B: Tensor, *, latent: int, scale: float
 ) -> Tensor:
     """Attention of one query per row over paged latents, as `reference.latent_decode`; table and lengths are int32.
 
@@ -150,9 +157,9 @@ def latent_decode(
         )
     q_BHX, table_BM, lengths_B = q_BHX.contiguous(), table_BM.contiguous(), lengths_B.contiguous()
     y_BHC = q_BHX.new_empty(B, H, latent)
-    kernels = _kernels()
+    kernels = loaded()
     code = kernels.latent_decode(
-        chosen_isa(kernels.best_isa), DTYPES[q_BHX.dtype], B, H, X, latent, q_BHX.data_ptr(), pages_PSX.data_ptr(),
+        isa, DTYPES[q_BHX.dtype], B, H, X, latent, q_BHX.data_ptr(), pages_PSX.data_ptr(),
         P, S, table_BM.data_ptr(), table_BM.shape[1], lengths_B.data_ptr(), scale, y_BHC.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
@@ -165,7 +172,8 @@ def available() -> bool:
     return library() is not None
 
 
-def _kernels() -> Library:
+def loaded() -> Library:
+    """The compiled kernels; SoliError where they are missing."""
     found = library()
     if found is None:
         raise SoliError("the C++ kernels are missing on this machine; `soli doctor` says why")

@@ -93,6 +93,7 @@ class RoutingTensors:
 class LayerTable:
     """Consecutive layers and the norm after them; `keep_alive` holds references to their memory."""
 
+    isa: int  # as native.ISAS numbers it
     layers: Array[CLayer]
     norm: CNorm
     frequencies_R: Tensor  # float32 (R / 2) radians per position
@@ -194,7 +195,8 @@ def _forward(
     _check(table, args.T, dtype, metadata, kv_blocks, masked_experts)
     routing = RoutingTensors.empty(table.routing_shape, args.T)
     block_addresses, mask_addresses = _addresses(kv_blocks), _addresses(masked_experts)
-    args.isa, args.threads = native.chosen_isa(kernels.best_isa), torch.get_num_threads()
+    args.isa = table.isa
+    args.threads = torch.get_num_threads()
     args.layer_count, args.layers, args.norm = len(table.layers), addressof(table.layers), table.norm
     args.frequencies, args.cos_sin_scale = table.frequencies_R.data_ptr(), table.cos_sin_scale
     args.block_count, args.block_size, _ = kv_blocks[0].shape

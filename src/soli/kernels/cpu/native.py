@@ -1,12 +1,11 @@
 """The compiled kernels as functions of plain integers: loading, the instruction set, and error codes.
 
-SOLI_CPU_ISA forces portable, avx2, avx512 or amx; without it the best that the processor has runs.
+An instruction set is portable, avx2, avx512 or amx: the one asked for, or the best that the processor has.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 from dataclasses import dataclass
 from enum import IntEnum
@@ -92,13 +91,9 @@ def available_isas(best: str) -> tuple[str, ...]:
     return ISAS[: ISAS.index(best) + 1]
 
 
-def chosen_isa(best: str) -> int:
-    """The number of the instruction set to run, SOLI_CPU_ISA's or the best. SoliError for one that is not available."""
-    return _isa_number(os.environ.get("SOLI_CPU_ISA") or best, best)
-
-
-@cache
-def _isa_number(isa: str, best: str) -> int:
+def isa_number(isa: str | None, best: str) -> int:
+    """The number in ISAS of an instruction set, the best without a name. SoliError for one that is not available."""
+    isa = isa or best
     if isa not in available_isas(best):
         raise SoliError(f"SOLI_CPU_ISA is {isa!r}, but this machine has {', '.join(available_isas(best))}: choose one")
     return ISAS.index(isa)

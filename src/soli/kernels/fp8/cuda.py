@@ -1,14 +1,14 @@
-"""FP8 training through a GPU's own FP8 products: what `fp8_training` emulates, on Hopper with CUDA 12.9 or newer.
+"""FP8 training through a GPU's own FP8 products: what `emulation.py` emulates, on Hopper with CUDA 12.9 or newer.
 
 The three products of a linear layer (paper, section 3.3) are one `scaled_mm` each:
 
     y      = x w^T       x in 1x128 tiles along I,  w in 128x128 blocks
-    grad_x = grad_y w    grad_y in 1x128 tiles along O, the same blocks, turned
-    grad_w = grad_y^T x  both in 1x128 tiles along tokens, x anew from the FP8 form that was kept
+    grad_x = grad_y w    grad_y in 1x128 tiles along O, the same blocks, transposed
+    grad_w = grad_y^T x  both in 1x128 tiles along tokens, x requantized from the saved FP8 form
 
 The experts of a layer are one Triton launch per product where all sides are multiples of 128, tokens sorted by expert
-and each expert's rows filled up to 128, so that no tile spans two; nothing is read back to the host. Else they are one
-`scaled_mm` per expert that was chosen. Tensor cores add up to 128 products in less than fp32; sums of those are fp32.
+and each expert's rows padded to 128, so that no tile spans two; nothing is read back to the host. Else they are one
+`scaled_mm` per selected expert. Tensor cores add up to 128 products in less than fp32; sums of those are fp32.
 
 Shapes: T rows (tokens), I input and O output features, K chosen, P = T*K pairs, U rows of all experts' tiles.
 """
@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from soli.formats.fp8 import BLOCK
-from soli.kernels.fp8 import emulation
+from soli.kernels.fp8.emulation import Fp8Emulation
 from soli.kernels.fp8.operands import Operand, blocks, has_triton, product, retiled, tiles
-from soli.kernels.sorted_experts import count_tokens
+from soli.kernels.torch_backend import count_tokens
 
 
 def missing(device: torch.device) -> str | None:
@@ -41,40 +41,45 @@ def missing(device: torch.device) -> str | None:
     return None
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., I) times weight (O, I) transposed, in FP8, in the dtype of x; the bias is added after."""
-    y = _Product.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
-    return y if bias is None else y + bias.to(x.dtype)
+class Fp8Cuda(Fp8Emulation):
+    """Linear layers and experts in FP8 on a Hopper GPU; the rest is torch's."""
 
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (..., I) times weight (O, I) transposed, in FP8, in the dtype of x; the bias is added after."""
+        y = _Product.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+        return y if bias is None else y + bias.to(x.dtype)
 
-def experts(x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
-    """The experts seam in FP8: (T, D), (T, K), (T, K) to (T, D). Tiles along tokens stay within one expert's rows."""
-    E, D, width = down_EDF.shape
-    if D % BLOCK or width % BLOCK or not has_triton():
-        return emulation.experts(x_TD, expert_ids_TK, weights_TK, gate_up_E2FD, down_EDF, linear)
-    T, K = expert_ids_TK.shape
-    plan = plan_rows(expert_ids_TK, E)
-    x_UD = x_TD.new_zeros(plan.rows, D).index_copy(0, plan.row_P, x_TD.index_select(0, plan.order_P // K))
-    weights_P = weights_TK.flatten().index_select(0, plan.order_P).to(x_TD.dtype)
-    weights_U = x_TD.new_zeros(plan.rows).index_copy(0, plan.row_P, weights_P)
-    gate_UF, up_UF = _ExpertProduct.apply(x_UD, gate_up_E2FD, plan).chunk(2, dim=-1)
-    y_UD = _ExpertProduct.apply(F.silu(gate_UF) * up_UF * weights_U[:, None], down_EDF, plan)
-    place_P = torch.empty_like(plan.order_P).scatter_(0, plan.order_P, plan.row_P)
-    return y_UD.index_select(0, place_P).unflatten(0, (T, K)).sum(dim=1)
+    def experts(
+        self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
+    ) -> Tensor:
+        """Tiles along tokens stay within one expert's rows. Without Triton, or with sides that are no multiples of 128,
+        one product per selected expert."""
+        E, D, width = down_EDF.shape
+        if D % BLOCK or width % BLOCK or not has_triton():
+            return super().experts(x_TD, expert_ids_TK, weights_TK, gate_up_E2FD, down_EDF)
+        T, K = expert_ids_TK.shape
+        layout = lay_out_rows(expert_ids_TK, E)
+        x_UD = x_TD.new_zeros(layout.rows, D).index_copy(0, layout.row_P, x_TD.index_select(0, layout.order_P // K))
+        weights_P = weights_TK.flatten().index_select(0, layout.order_P).to(x_TD.dtype)
+        weights_U = x_TD.new_zeros(layout.rows).index_copy(0, layout.row_P, weights_P)
+        gate_UF, up_UF = _ExpertProduct.apply(x_UD, gate_up_E2FD, layout).chunk(2, dim=-1)
+        y_UD = _ExpertProduct.apply(F.silu(gate_UF) * up_UF * weights_U[:, None], down_EDF, layout)
+        row_of_pair_P = torch.empty_like(layout.order_P).scatter_(0, layout.order_P, layout.row_P)
+        return y_UD.index_select(0, row_of_pair_P).unflatten(0, (T, K)).sum(dim=1)
 
 
 @dataclass(frozen=True)
-class RowPlan:
-    """Which row each pair of token and expert takes, when each expert's rows begin on a tile of their own."""
+class RowLayout:
+    """The row of each pair of token and expert, when each expert's rows begin on a tile of their own."""
 
     rows: int  # U, enough for any routing of so many pairs
     order_P: Tensor  # pairs sorted by expert
     row_P: Tensor  # the row of each, in that order
-    expert_tile: Tensor  # int32 (U / 128): whose rows these are, -1: nobody's
+    expert_tile: Tensor  # int32 (U / 128): the expert of each tile of rows, -1 for none
     first_tile: Tensor  # int32 (E + 1)
 
 
-def plan_rows(expert_ids_TK: Tensor, num_experts: int) -> RowPlan:
+def lay_out_rows(expert_ids_TK: Tensor, num_experts: int) -> RowLayout:
     """Lay out the pairs of (T, K) expert ids; every number stays on the device."""
     ids_P = expert_ids_TK.flatten()
     rows = (ids_P.shape[0] + num_experts * (BLOCK - 1)) // BLOCK * BLOCK
@@ -86,7 +91,7 @@ def plan_rows(expert_ids_TK: Tensor, num_experts: int) -> RowPlan:
     tile = torch.arange(rows // BLOCK, device=ids_P.device)
     owner = torch.searchsorted(first_tile[1:], tile, right=True)
     owner = torch.where(tile < first_tile[-1], owner, -1)
-    return RowPlan(rows, order_P, row_P, owner.to(torch.int32), first_tile.to(torch.int32))
+    return RowLayout(rows, order_P, row_P, owner.to(torch.int32), first_tile.to(torch.int32))
 
 
 class _Product(torch.autograd.Function):
@@ -111,13 +116,16 @@ class _ExpertProduct(torch.autograd.Function):
     """The three products of one stack of expert weights (E, O, I), all experts at once: rows (U, I) to (U, O)."""
 
     @staticmethod
-    def forward(ctx: Any, x_UI: Tensor, weight_EOI: Tensor, plan: RowPlan) -> Tensor:
+    def forward(ctx: Any, x_UI: Tensor, weight_EOI: Tensor, layout: RowLayout) -> Tensor:
         from soli.kernels.fp8 import triton_kernels
 
         x, weight = tiles(x_UI), blocks(weight_EOI)
         ctx.save_for_backward(x.codes_MK, x.scale, weight_EOI)
-        ctx.plan, ctx.dtype = plan, x_UI.dtype
-        return triton_kernels.grouped(x.codes_MK, x.scale, weight.codes_MK, weight.scale, plan.expert_tile, x_UI.dtype)
+        ctx.layout = layout
+        ctx.dtype = x_UI.dtype
+        return triton_kernels.grouped(
+            x.codes_MK, x.scale, weight.codes_MK, weight.scale, layout.expert_tile, x_UI.dtype
+        )
 
     @staticmethod
     def backward(ctx: Any, grad_UO: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -126,11 +134,11 @@ class _ExpertProduct(torch.autograd.Function):
         x_codes, x_scale, weight_EOI = ctx.saved_tensors
         grad, weight = tiles(grad_UO), blocks(weight_EOI, turned=True)
         grad_x = triton_kernels.grouped(
-            grad.codes_MK, grad.scale, weight.codes_MK, weight.scale, ctx.plan.expert_tile, ctx.dtype
+            grad.codes_MK, grad.scale, weight.codes_MK, weight.scale, ctx.layout.expert_tile, ctx.dtype
         )
         across, x = tiles(grad_UO, turned=True), retiled(Operand(x_codes, x_scale))
         grad_weight = triton_kernels.by_expert(
-            across.codes_MK, across.scale, x.codes_MK, x.scale, ctx.plan.first_tile, weight_EOI.dtype
+            across.codes_MK, across.scale, x.codes_MK, x.scale, ctx.layout.first_tile, weight_EOI.dtype
         )
         return grad_x, grad_weight, None
 

@@ -1,13 +1,13 @@
-"""Both seams in the FP8 of the paper (section 3.3), by exact emulation: all three products of a linear layer in E4M3.
+"""The seam in the FP8 of the paper (section 3.3), by exact emulation: all three products of a linear layer in E4M3.
 
     y      = x w^T       x in 1x128 tiles along I,           w in 128x128 blocks
     grad_x = grad_y w    grad_y in 1x128 tiles along O,      the same blocks
-    grad_w = grad_y^T x  both in tiles of 128 along tokens, x anew from the FP8 form that was kept
+    grad_w = grad_y^T x  both in tiles of 128 along tokens, x requantized from the saved FP8 form
 
 Operands are quantised, dequantised and multiplied in fp32, so every product is what FP8 hardware with fp32 accumulation
 gives up to the order of the sum; results are rounded once to the dtype of x, the weight's gradient to that of the
-weight (fp32 masters). What waits for the backward pass waits in FP8. Every device can run this emulation: it shows what
-FP8 does to a loss and saves no time. `fp8_cuda` is the same on FP8 hardware.
+weight (fp32 masters). What is saved for the backward pass is saved in FP8. Every device can run this emulation: it
+shows what FP8 does to a loss and saves no time. `cuda.py` is the same on FP8 hardware.
 
 # differs: the paper keeps the inputs of the projection after attention in E5M6 with power-of-two scales; here they are
 # E4M3 with fp32 scales like all others.
@@ -17,7 +17,6 @@ Shapes: T rows (tokens), I input and O output features, P pairs of token and exp
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,44 +24,33 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from soli.formats.fp8 import Packed, Tiles, pack, pack_tiles, unpack, unpack_tiles
-from soli.kernels.sorted_experts import dispatch
+from soli.kernels.torch_backend import TorchBackend, by_expert, dispatch_and_combine
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., I) times weight (O, I) transposed, in FP8; the bias is added in the dtype of x.
+class Fp8Emulation(TorchBackend):
+    """Linear layers and experts in FP8 on any device; the rest is torch's."""
 
-    SoliError when the weight holds values that are not finite.
-    """
-    y = _Product.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
-    return y if bias is None else y + bias.to(x.dtype)
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (..., I) times weight (O, I) transposed, in FP8; the bias is added in the dtype of x.
 
+        SoliError when the weight holds values that are not finite.
+        """
+        y = _Product.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+        return y if bias is None else y + bias.to(x.dtype)
 
-def experts(
-    x_TD: Tensor,
-    expert_ids_TK: Tensor,
-    weights_TK: Tensor,
-    gate_up_E2FD: Tensor,
-    down_EDF: Tensor,
-    linear: Callable[[Tensor, Tensor], Tensor] = linear,
-) -> Tensor:
-    """The experts seam in FP8: (T, D), (T, K), (T, K) to (T, D). Tiles along tokens stay within one expert's rows.
+    def experts(
+        self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
+    ) -> Tensor:
+        """One call of `linear` per product and selected expert. Tiles along tokens stay within one expert's rows."""
 
-    One call of `linear` per product and expert that was chosen.
-    """
+        def mlp(rows: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+            gate, up = self.linear(rows, gate_up).chunk(2, dim=-1)
+            return self.linear(F.silu(gate) * up * weights, down)
 
-    def run(x_PD: Tensor, weights_P1: Tensor, counts_E: Tensor) -> Tensor:
-        counts = counts_E.tolist()
-        runs = zip(
-            x_PD.split(counts), weights_P1.split(counts), gate_up_E2FD.unbind(0), down_EDF.unbind(0), strict=True
-        )
-        parts = []
-        for rows, weights, gate_up, down in runs:
-            if rows.shape[0]:
-                gate, up = linear(rows, gate_up).chunk(2, dim=-1)
-                parts.append(linear(F.silu(gate) * up * weights, down))
-        return torch.cat(parts) if parts else x_PD
+        def run(x_PD: Tensor, weights_P1: Tensor, counts_E: Tensor) -> Tensor:
+            return by_expert(mlp, x_PD, weights_P1, counts_E, gate_up_E2FD.unbind(0), down_EDF.unbind(0))
 
-    return dispatch(x_TD, expert_ids_TK, weights_TK, gate_up_E2FD.shape[0], run)
+        return dispatch_and_combine(x_TD, expert_ids_TK, weights_TK, gate_up_E2FD.shape[0], run)
 
 
 class _Product(torch.autograd.Function):

@@ -1,0 +1,92 @@
+"""The seam: what every backend computes, and the experts of a layer in quantized form.
+
+To add a backend, write one class in one file: derive from `TorchBackend` (torch_backend.py), override the operations
+that the hardware does better, and say in `supports` which tensors it can read. Then either put it into
+`Dispatch.preferred` (dispatch.py), where it is tried for every call before torch, or give it to chosen modules of a
+model, `module.backend = MyBackend()`, as FP8 training does. Test it against reference.py.
+
+Shapes: T tokens, D hidden, E experts, F expert width, K chosen; B rows, H heads, P blocks of S slots, M blocks of a
+row, X = C latent + R rotary width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from soli.errors import SoliError
+from soli.formats.quantized import QuantizedWeight
+from soli.kernels.cpu import ExpertTable
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedExperts:
+    """The experts of a layer, each in place: `gates` and `ups` (F, D), `downs` (D, F), one of each per expert."""
+
+    gates: tuple[QuantizedWeight, ...]
+    ups: tuple[QuantizedWeight, ...]
+    downs: tuple[QuantizedWeight, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.gates) == len(self.ups) == len(self.downs):
+            raise SoliError(
+                f"a layer has {len(self.gates)} gates, {len(self.ups)} ups and {len(self.downs)} downs; "
+                "every expert needs one of each"
+            )
+
+    @cached_property
+    def uniform(self) -> bool:
+        """Whether all gates and ups have one format, group and shape, and all downs one."""
+        kinds = [{(w.format, w.group, w.shape) for w in part} for part in (self.gates + self.ups, self.downs)]
+        return all(len(kind) == 1 for kind in kinds)
+
+    @cached_property
+    def table(self) -> ExpertTable:
+        """Where the C++ kernels find each matrix; SoliError for experts that are not uniform."""
+        return ExpertTable.from_matrices(self.gates, self.ups, self.downs)
+
+
+class Backend(ABC):
+    """One implementation of the seam's operations. It is immutable, and copies of a module share it."""
+
+    @abstractmethod
+    def supports(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether this backend can multiply activations `x` with `weight` where they are, as they are."""
+
+    def is_faster(self, dtype: torch.dtype, tokens: int, quantized: bool = False) -> bool:
+        """Whether this backend multiplies so many tokens with one matrix faster than those after it in a dispatch."""
+        return True
+
+    @abstractmethod
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (..., in) times weight (out, in) transposed, in the dtype of x."""
+
+    @abstractmethod
+    def experts(
+        self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
+    ) -> Tensor:
+        """Equation 12's routed part for T tokens: (T, D), (T, K), (T, K) to (T, D) in the dtype of x."""
+
+    @abstractmethod
+    def quantized_linear(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+        """x (..., in) times the quantized weight (out, in) transposed, in the dtype of x."""
+
+    @abstractmethod
+    def quantized_experts(
+        self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, experts: QuantizedExperts
+    ) -> Tensor:
+        """Equation 12's routed part from quantized experts; only those that were selected are read."""
+
+    @abstractmethod
+    def latent_decode(
+        self, q_BHX: Tensor, blocks_PSX: Tensor, table_BM: Tensor, lengths_B: Tensor, *, latent: int, scale: float
+    ) -> Tensor:
+        """Attention of one query per row over latents in blocks (`reference.latent_decode` defines it): (B, H, C)."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Backend:
+        return self
