@@ -37,7 +37,6 @@ KNOWN_UPWARD: set[str] = {
     "soli.data.mixture -> soli.recipes.nano_corpus.cleaning",
     "soli.data.mixture -> soli.recipes.nano_corpus.corpus",
     "soli.data.pack -> soli.recipes.nano_corpus.corpus",
-    "soli.serve.expert_log -> soli.recipes.nano_corpus.cleaning",
 }
 KNOWN_IN_CYCLES: set[str] = {
     "config",
@@ -53,18 +52,15 @@ KNOWN_IN_CYCLES: set[str] = {
     "soli.engine.sampler",
     "soli.model.one_call",
     "soli.model.transformer",
-    "soli.serve.metrics",
-    "soli.serve.service",
 }
 KNOWN_REPEATED_CLASSES: set[str] = {
-    "Answer",
-    "ChatChoice",
-    "CompletionChoice",
+    "Entry",
     "Packed",
+    "Plan",
+    "Progress",
     "Read",
-    "TokenLogprob",
-    "ToolCall",
-    "Usage",
+    "Report",
+    "Row",
     "_Answer",
     "_Product",
 }
@@ -74,7 +70,6 @@ KNOWN_FORBIDDEN: set[str] = {
     "soli.data.mixture -> soli.recipes.nano_corpus",
     "soli.data.pack -> soli.recipes.nano_corpus",
     "soli.model.one_call -> soli.kernels.cpu",
-    "soli.serve.expert_log -> soli.recipes.nano_corpus",
 }
 
 

@@ -1,4 +1,4 @@
-"""An engine that says what a script tells it: AsyncEngine's protocol without a model, for what no tiny model says."""
+"""An engine that answers with scripted texts: AsyncEngine's interface without a model."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -13,26 +13,30 @@ Script = Callable[[Request], str]
 
 
 class ScriptedEngine:
-    """`script` gives the whole text of an answer, said a token each `pause` seconds; a SoliError in it refuses the
+    """`script` returns the whole text of an answer, emitted a token each `pause` seconds; a SoliError in it rejects the
     request, another exception ends the answer in the middle with "error"."""
 
     healthy = True
 
     def __init__(self, text_model: TextModel, script: Script, pause: float = 0.0, waiting: int = 1000) -> None:
-        self.text_model, self.script, self.pause, self.room = text_model, script, pause, waiting
+        self.text_model = text_model
+        self.script = script
+        self.pause = pause
+        self.queue_size = waiting
         self.requests: list[Request] = []
         self.running = 0
         self.cancelled = 0
 
     async def submit(self, request: Request) -> "ScriptedEvents":
-        if self.running >= self.room:
+        if self.running >= self.queue_size:
             raise QueueFull("1 requests wait already: try again later")
         self.requests.append(request)
-        said, broken = self._said(request)
+        text, fails = self._run_script(request)
         self.running += 1
-        return ScriptedEvents(self, request, said, broken)
+        return ScriptedEvents(self, request, text, fails)
 
-    def _said(self, request: Request) -> tuple[str, bool]:
+    def _run_script(self, request: Request) -> tuple[str, bool]:
+        """The text, and whether the answer fails behind it."""
         try:
             return self.script(request), False
         except SoliError:
@@ -45,8 +49,8 @@ class ScriptedEngine:
 
     async def drain(self, seconds: float) -> None:
         self.healthy = False
-        until = asyncio.get_running_loop().time() + seconds
-        while self.running and asyncio.get_running_loop().time() < until:
+        deadline = asyncio.get_running_loop().time() + seconds
+        while self.running and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.005)
 
     def close(self, seconds: float = 0.0) -> None:
@@ -54,9 +58,10 @@ class ScriptedEngine:
 
 
 class ScriptedEvents:
-    def __init__(self, engine: ScriptedEngine, request: Request, text: str, broken: bool) -> None:
-        self._engine, self._open = engine, True
-        self._events = self._said(request, text, broken)
+    def __init__(self, engine: ScriptedEngine, request: Request, text: str, fails: bool) -> None:
+        self._engine = engine
+        self._open = True
+        self._events = self._answer(request, text, fails)
 
     def __aiter__(self) -> AsyncIterator[Event]:
         return self
@@ -78,19 +83,20 @@ class ScriptedEvents:
         self._engine.running -= self._open
         self._open = False
 
-    async def _said(self, request: Request, text: str, broken: bool) -> AsyncIterator[Event]:
+    async def _answer(self, request: Request, text: str, fails: bool) -> AsyncIterator[Event]:
         tokenizer = self._engine.text_model.tokenizer
         stream = TextStream(token_text(tokenizer), request.stop)
-        told, prompt = 0, len(request.prompt_ids)
+        emitted = 0
+        prompt = len(request.prompt_ids)
         for token in tokenizer.encode(text):
             await asyncio.sleep(self._engine.pause)
-            told += 1
+            emitted += 1
             logprob = None if request.logprobs is None else TokenLogprob(token, -0.5, ((token, -0.5),))
             yield Event(0, token, stream.push(token), logprob)
-            if stream.stopped or told == request.max_new_tokens:
+            if stream.stopped or emitted == request.max_new_tokens:
                 break
-        if broken:
-            yield Event(0, finish_reason="error", error="the step failed", usage=Usage(prompt, told))
+        if fails:
+            yield Event(0, finish_reason="error", error="the step failed", usage=Usage(prompt, emitted))
             return
-        reason = "length" if told == request.max_new_tokens and not stream.stopped else "stop"
-        yield Event(0, None, stream.finish(), finish_reason=reason, usage=Usage(prompt, told))
+        reason = "length" if emitted == request.max_new_tokens and not stream.stopped else "stop"
+        yield Event(0, None, stream.finish(), finish_reason=reason, usage=Usage(prompt, emitted))

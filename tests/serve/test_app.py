@@ -1,4 +1,4 @@
-"""The application in process: answers are the engine's, refusals name the field, nothing passes without the key."""
+"""The application in process: answers are the engine's, rejections name the field, every route checks the key."""
 
 import json
 
@@ -9,8 +9,8 @@ from soli.engine.async_engine import AsyncEngine
 from soli.engine.engine import Engine
 from soli.engine.request import EngineLimits
 from soli.serve.app import AppRules, create_app
-from soli.serve.middleware import GateRules
-from soli.serve.service import Loaded, Service
+from soli.serve.middleware import AccessRules
+from soli.serve.service import LoadedModel, Service
 from tests.engine.tiny import tiny_text_model
 
 TEXT_MODEL = tiny_text_model()
@@ -19,21 +19,21 @@ TEXT_MODEL = tiny_text_model()
 @pytest.fixture(scope="module")
 def service():
     engine = AsyncEngine(Engine(TEXT_MODEL, EngineLimits(cache_bytes=2**20, block_size=4)))
-    made = Service("tiny", lambda: Loaded(TEXT_MODEL, engine, None))
-    made._loaded = made._load()
-    yield made
+    service = Service("tiny", lambda: LoadedModel(TEXT_MODEL, engine, None))
+    service._loaded = service._load()
+    yield service
     engine.close()
 
 
 def call(service, method, path, body=None, rules=None, **headers):
-    async def ask():
+    async def request():
         transport = httpx.ASGITransport(create_app(service, rules))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.request(method, path, content=body, headers=headers)
 
     import asyncio
 
-    return asyncio.run(ask())
+    return asyncio.run(request())
 
 
 def post(service, path, body, **headers):
@@ -41,10 +41,10 @@ def post(service, path, body, **headers):
     return call(service, "POST", path, content, **{"content-type": "application/json"} | headers)
 
 
-def test_a_completion_streams_what_it_answers_whole(service):
-    asked = {"prompt": "the cat", "temperature": 0, "max_tokens": 12, "logprobs": 1}
-    whole = post(service, "/v1/completions", asked).json()
-    streamed = post(service, "/v1/completions", asked | {"stream": True, "stream_options": {"include_usage": True}})
+def test_a_streamed_completion_equals_the_whole_one(service):
+    body = {"prompt": "the cat", "temperature": 0, "max_tokens": 12, "logprobs": 1}
+    whole = post(service, "/v1/completions", body).json()
+    streamed = post(service, "/v1/completions", body | {"stream": True, "stream_options": {"include_usage": True}})
     lines = [line.removeprefix("data: ") for line in streamed.text.split("\n\n") if line]
     assert lines[-1] == "[DONE]"
     chunks = [json.loads(line) for line in lines[:-1]]
@@ -54,16 +54,18 @@ def test_a_completion_streams_what_it_answers_whole(service):
     assert len(whole["choices"][0]["logprobs"]["tokens"]) == 12
 
 
-def test_routing_comes_with_every_token_read_and_the_log_knows_it(service):
-    asked = {"prompt": "hello", "temperature": 0, "max_tokens": 3, "soli": {"routing": "full", "mute": [[1, 2]]}}
-    answer = post(service, "/v1/completions", asked).json()
+def test_routing_is_reported_for_every_token_read_and_counted_per_expert(service):
+    soli = {"routing": "full", "masked_experts": [[1, 2]]}
+    body = {"prompt": "hello", "temperature": 0, "max_tokens": 3, "soli": soli}
+    answer = post(service, "/v1/completions", body).json()
     tokens = answer["choices"][0]["soli"]["tokens"]
     assert len(tokens) == answer["usage"]["total_tokens"] - 1
     assert [token["position"] for token in tokens] == list(range(len(tokens)))
     selected = [e["expert"] for token in tokens for e in token["layers"][0]["selected"]]
     assert len(selected) == 3 * len(tokens) and 2 not in selected
-    about = call(service, "GET", f"/soli/experts/1/{selected[0]}").json()
-    assert about["plays"] >= 1 and about["tokens"][0]["text"]
+    report = call(service, "GET", f"/soli/experts/1/{selected[0]}").json()
+    assert report["selected"] >= 1 and report["tokens"][0]["text"]
+    assert report["plays"] == report["selected"] and report["read"] == report["tokens_read"]  # the old names
 
 
 @pytest.mark.parametrize(
@@ -78,10 +80,13 @@ def test_routing_comes_with_every_token_read_and_the_log_knows_it(service):
         ("/v1/completions", "[" * 100_000, 400, None),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}, 400, "messages"),
         ("/soli/translate", {"text": " "}, 400, "text"),
+        ("/v1/completions", {"prompt": "x", "soli": {"masked_experts": [[1, 2]], "mute": [[1, 3]]}}, 400, "soli.mute"),
+        ("/v1/completions", {"prompt": "x", "soli": {"masked_experts": [[0, 2]]}}, 400, "soli.masked_experts"),
+        ("/soli/translate", {"text": "x", "soli": {"mute": [[1]]}}, 400, "soli.mute.0"),
         ("/nowhere", {}, 404, None),
     ],
 )
-def test_refusals_are_shaped_as_openai_s_and_name_the_field(service, path, body, status, param):
+def test_rejections_have_openais_format_and_name_the_field(service, path, body, status, param):
     answer = post(service, path, body)
     assert answer.status_code == status
     error = answer.json()["error"]
@@ -89,27 +94,27 @@ def test_refusals_are_shaped_as_openai_s_and_name_the_field(service, path, body,
 
 
 @pytest.mark.parametrize(
-    ("content", "param", "said"),
+    ("content", "param", "message"),
     [
         ([{"type": "image_url", "image_url": {"url": "x"}}], "messages.0.content.0.type", "'text'"),
         ([{"type": "text", "text": 3}], "messages.0.content.0.text", "string"),
         (3, "messages.0.content", "string"),
     ],
 )
-def test_of_a_union_the_member_that_was_meant_is_named(service, content, param, said):
+def test_the_union_member_that_was_meant_is_named(service, content, param, message):
     body = {"messages": [{"role": "user", "content": content}]}
     error = post(service, "/v1/chat/completions", body).json()["error"]
-    assert error["param"] == param and said in error["message"]
+    assert error["param"] == param and message in error["message"]
 
 
-def test_what_the_model_has_no_room_for_has_openais_code(service):
+def test_requests_beyond_the_context_have_openais_code(service):
     for body in ({"prompt": "the cat", "max_tokens": 5000}, {"prompt": "the cat " * 500}):
         error = post(service, "/v1/completions", body).json()["error"]
         assert error["code"] == "context_length_exceeded" and error["param"] in ("max_tokens", "prompt")
 
 
-def test_the_gate(service):
-    rules = AppRules(GateRules(key="secret", body_bytes=100))
+def test_access_rules(service):
+    rules = AppRules(AccessRules(key="secret", body_bytes=100))
     for path in ("/v1/models", "/metrics", "/openapi.json", "/soli/model", "/nowhere"):
         assert call(service, "GET", path, rules=rules).status_code == 401
         assert call(service, "GET", path, rules=rules, authorization="Bearer secreu").status_code == 401

@@ -1,4 +1,4 @@
-"""`soli bench serve`: the load is what was asked for, the figures are right, and failures are counted and said."""
+"""`soli bench serve`: the load is as specified, the metrics are right, failures are counted and reported."""
 
 import asyncio
 import json
@@ -12,18 +12,18 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from soli.cli import main
-from soli.serve.load_generator import Load, Server, Timing, arrivals, figures, measure
+from soli.serve.load_generator import RequestTiming, TargetServer, Workload, arrivals, measure, summarize
 from tests.serve.live import live
 from tests.serve.tiny_server import tiny_server
 
 PAUSE = 0.02
 
 
-def stand_in() -> FastAPI:
-    """Answers with three pieces of text, PAUSE apart, of two tokens each; refuses every fifth request."""
+def stub_server() -> FastAPI:
+    """Answers with three pieces of text, PAUSE apart, of two tokens each; rejects every fifth request."""
     app = FastAPI()
-    seen: list[dict] = []
-    app.state.seen = seen
+    bodies: list[dict] = []
+    app.state.bodies = bodies
 
     @app.get("/v1/models")
     def models():
@@ -31,12 +31,12 @@ def stand_in() -> FastAPI:
 
     @app.post("/v1/completions")
     async def completions(body: dict):
-        if "ignore_eos" in body:  # a server that takes OpenAI's fields alone
+        if "ignore_eos" in body:  # a server that takes only OpenAI's fields
             return JSONResponse({"error": {"message": "unknown"}}, 400)
-        seen.append(body)
-        if len(seen) % 5 == 0:
+        bodies.append(body)
+        if len(bodies) % 5 == 0:
             return JSONResponse({"error": {"message": "too many\nwait"}}, 429)
-        return StreamingResponse(stream(len(seen)), media_type="text/event-stream")
+        return StreamingResponse(stream(len(bodies)), media_type="text/event-stream")
 
     async def stream(number):
         for _ in range(3):
@@ -51,59 +51,60 @@ def stand_in() -> FastAPI:
 
 
 def test_arrivals_are_poisson_and_the_same_for_a_seed():
-    at = arrivals(4.0, 4000, random.Random(0))
-    gaps = [later - one for one, later in pairwise(at)]
-    assert at[0] == 0 and at == arrivals(4.0, 4000, random.Random(0)) != arrivals(4.0, 4000, random.Random(1))
+    times = arrivals(4.0, 4000, random.Random(0))
+    gaps = [later - earlier for earlier, later in pairwise(times)]
+    assert times[0] == 0 and times == arrivals(4.0, 4000, random.Random(0)) != arrivals(4.0, 4000, random.Random(1))
     assert statistics.mean(gaps) == pytest.approx(0.25, rel=0.1)
     assert statistics.stdev(gaps) == pytest.approx(0.25, rel=0.1)  # of an exponential, as large as its mean
     assert arrivals(math.inf, 3, random.Random(0)) == [0.0, 0.0, 0.0]
 
 
-def test_figures_are_those_of_the_good_requests():
-    good = [Timing([0.1, 0.2, 0.4], 0.5, 10, 3), Timing([0.3], 0.3, 20, 1)]
-    found = figures([*good, Timing(error="status 429: full")], seconds=2.0)
-    assert (found["requests"], found["failed"], found["errors"]) == (3, 1, ["status 429: full"])
-    assert (found["tokens"], found["tokens_per_second"], found["requests_per_second"]) == (4, 2.0, 1.0)
-    assert found["first"]["p50"] == pytest.approx(200) and found["between"]["p50"] == pytest.approx(150)
-    assert figures([Timing(error="no")], 1.0)["first"] is None
+def test_metrics_are_those_of_the_successful_requests():
+    good = [RequestTiming([0.1, 0.2, 0.4], 0.5, 10, 3), RequestTiming([0.3], 0.3, 20, 1)]
+    row = summarize([*good, RequestTiming(error="status 429: full")], seconds=2.0)
+    assert (row["requests"], row["failed"], row["errors"]) == (3, 1, ["status 429: full"])
+    assert (row["tokens"], row["tokens_per_second"], row["requests_per_second"]) == (4, 2.0, 1.0)
+    assert row["first"]["p50"] == pytest.approx(200) and row["between"]["p50"] == pytest.approx(150)
+    assert summarize([RequestTiming(error="no")], 1.0)["first"] is None
 
 
 def test_times_count_from_when_a_request_was_due():
     async def run(url):
-        return await measure(Server(url, "stand-in"), math.inf, Load(requests=4, prompt_words=3, new_tokens=6))
+        load = Workload(requests=4, prompt_words=3, new_tokens=6)
+        return await measure(TargetServer(url, "stand-in"), math.inf, load)
 
-    app = stand_in()
+    app = stub_server()
     with live(app) as url:
         row = asyncio.run(run(url))
     assert row["failed"] == 0 and row["tokens"] == 24 and row["prompt_tokens"] == 16
     assert row["first"]["p50"] >= 1000 * PAUSE and row["whole"]["p50"] >= 3000 * PAUSE
-    assert {body["max_tokens"] for body in app.state.seen} == {6} and row["rate"] is None
-    assert len({body["prompt"] for body in app.state.seen}) == 4
-    assert all(len(body["prompt"].split()) == 3 for body in app.state.seen)
+    assert {body["max_tokens"] for body in app.state.bodies} == {6} and row["rate"] is None
+    assert len({body["prompt"] for body in app.state.bodies}) == 4
+    assert all(len(body["prompt"].split()) == 3 for body in app.state.bodies)
 
 
-def test_the_verb_writes_json_and_a_plot(tmp_path, capsys):
+def test_the_command_writes_json_and_a_plot(tmp_path, capsys):
     options = ["--rates", "200,inf", "--requests", "4", "--seeds", "0,1", "--out", str(tmp_path / "load"), "--json"]
-    with live(stand_in()) as url:
+    with live(stub_server()) as url:
         assert main(["bench", "serve", url, *options]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found == json.loads((tmp_path / "load.json").read_text())
-    assert found["model"] == "stand-in" and [row["rate"] for row in found["rows"]] == [200.0, None]
-    assert [row["requests"] for row in found["rows"]] == [8, 8]
-    errors = {error for row in found["rows"] for error in row["errors"]}
+    result = json.loads(capsys.readouterr().out)
+    assert result == json.loads((tmp_path / "load.json").read_text())
+    assert result["model"] == "stand-in" and [row["rate"] for row in result["rows"]] == [200.0, None]
+    assert [row["requests"] for row in result["rows"]] == [8, 8]
+    errors = {error for row in result["rows"] for error in row["errors"]}
     assert errors == {"status 429: too many wait", "the stream broke off"}
     assert (tmp_path / "load.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_table_has_a_line_per_rate(capsys):
-    with live(stand_in()) as url:
+    with live(stub_server()) as url:
         assert main(["bench", "serve", url, "--rates", "100", "--requests", "2"]) == 0
-    head, row = capsys.readouterr().out.splitlines()
-    assert head.split()[:4] == ["requests/s", "done", "failed", "tokens/s"] and row.split()[:3] == ["100", "2", "0"]
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.split()[:4] == ["requests/s", "done", "failed", "tokens/s"] and row.split()[:3] == ["100", "2", "0"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--rates", "0"], "above 0"),
         (["--rates", "fast"], "numbers separated by commas"),
@@ -111,12 +112,12 @@ def test_the_table_has_a_line_per_rate(capsys):
         (["http://127.0.0.1:9"], "no OpenAI-compatible server"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(arguments, said, capsys):
+def test_bad_arguments_are_rejected(arguments, message, capsys):
     assert main(["bench", "serve", *arguments]) == 1
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_answers_have_their_full_length_where_the_server_can(capsys):
+def test_answers_have_full_length_if_the_server_takes_ignore_eos(capsys):
     with tiny_server() as url:
         assert main(["bench", "serve", url, "--rates", "inf", "--requests", "3", "--new-tokens", "40", "--json"]) == 0
     [row] = json.loads(capsys.readouterr().out)["rows"]

@@ -1,4 +1,4 @@
-"""Who gets in: keys, host names, CORS, and what is open to everyone."""
+"""Access: API keys, host names, CORS, and what is open to everyone; and the log."""
 
 import hmac
 import json
@@ -10,8 +10,8 @@ import pytest
 
 from soli.serve import middleware
 from soli.serve.app import AppRules
-from soli.serve.json_log import JsonLines
-from soli.serve.middleware import GateRules
+from soli.serve.middleware import AccessRules
+from soli.serve.server import JsonFormatter
 from tests.serve.tiny_server import scripted_server
 
 KEY = "s3cret-键"
@@ -25,7 +25,7 @@ CLOSED = [
 
 @pytest.fixture(scope="module")
 def closed():
-    rules = AppRules(GateRules(key=KEY), origins=("https://friend.example",))
+    rules = AppRules(AccessRules(key=KEY), origins=("https://friend.example",))
     with scripted_server(lambda request: "ok", rules=rules) as (url, _):
         yield url
 
@@ -35,7 +35,7 @@ def bearer(key):
 
 
 @pytest.mark.parametrize(("method", "path"), CLOSED)
-def test_every_route_but_health_asks_for_the_key(closed, method, path):
+def test_every_route_but_health_requires_the_key(closed, method, path):
     with httpx.Client(base_url=closed) as client:
         for headers in (
             {},
@@ -59,8 +59,8 @@ def test_health_and_ready_are_open(closed):
 
 def test_the_key_is_compared_in_constant_time(closed, monkeypatch):
     compared = []
-    real = hmac.compare_digest
-    monkeypatch.setattr(middleware.hmac, "compare_digest", lambda *pair: compared.append(pair) or real(*pair))
+    compare_digest = hmac.compare_digest
+    monkeypatch.setattr(middleware.hmac, "compare_digest", lambda *pair: compared.append(pair) or compare_digest(*pair))
     httpx.get(f"{closed}/v1/models", headers=bearer("guess"))
     assert [pair[0] for pair in compared] == [b"guess"]
 
@@ -68,7 +68,7 @@ def test_the_key_is_compared_in_constant_time(closed, monkeypatch):
 @pytest.mark.parametrize(
     "host", ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example:80", "", "[::1].evil"]
 )
-def test_other_host_names_are_refused(closed, host):
+def test_other_host_names_are_rejected(closed, host):
     answer = httpx.get(f"{closed}/health", headers={"Host": host})
     assert answer.status_code == 421 and "error" in answer.json()
 
@@ -79,15 +79,16 @@ def test_loopback_names_are_served(closed, host):
 
 
 def test_pages_of_listed_origins_may_call_and_others_may_not(closed):
-    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
-    friend = httpx.options(f"{closed}/v1/completions", headers=asks | {"Origin": "https://friend.example"})
+    preflight = {"Access-Control-Request-Method": "POST"}
+    preflight["Access-Control-Request-Headers"] = "authorization,content-type"
+    friend = httpx.options(f"{closed}/v1/completions", headers=preflight | {"Origin": "https://friend.example"})
     assert friend.status_code == 200 and friend.headers["access-control-allow-origin"] == "https://friend.example"
-    other = httpx.options(f"{closed}/v1/completions", headers=asks | {"Origin": "https://evil.example"})
+    other = httpx.options(f"{closed}/v1/completions", headers=preflight | {"Origin": "https://evil.example"})
     assert "access-control-allow-origin" not in other.headers
-    real = httpx.get(f"{closed}/v1/models", headers=bearer(KEY) | {"Origin": "https://friend.example"})
-    assert real.headers["access-control-allow-origin"] == "https://friend.example"
-    refused = httpx.get(f"{closed}/v1/models", headers={"Origin": "https://friend.example"})
-    assert refused.status_code == 401 and refused.headers["access-control-allow-origin"] == "https://friend.example"
+    allowed = httpx.get(f"{closed}/v1/models", headers=bearer(KEY) | {"Origin": "https://friend.example"})
+    assert allowed.headers["access-control-allow-origin"] == "https://friend.example"
+    rejected = httpx.get(f"{closed}/v1/models", headers={"Origin": "https://friend.example"})
+    assert rejected.status_code == 401 and rejected.headers["access-control-allow-origin"] == "https://friend.example"
 
 
 def test_without_a_list_no_other_origin_may_call():
@@ -101,18 +102,19 @@ def test_a_log_line_holds_no_text(caplog):
         body, headers = {"prompt": "my private words"}, {"X-Private": "header"}
         answers = [httpx.post(f"{url}/v1/completions", json=body, headers=headers)]
         answers.append(httpx.post(f"{url}/v1/completions?private=query", content=b'{"private": '))
-    written = [JsonLines().format(record) for record in caplog.records if record.name == "soli.serve"]
-    lines = [line for line in written if "path" in json.loads(line)]  # the others tell of the server's own life
+    formatted = [JsonFormatter().format(record) for record in caplog.records if record.name == "soli.serve"]
+    lines = [line for line in formatted if "path" in json.loads(line)]  # the others are about the server
     assert [json.loads(line)["status"] for line in lines] == [200, 400]
     assert all(json.loads(line)["path"] == "/v1/completions" for line in lines)
     assert [json.loads(line)["id"] for line in lines] == [answer.headers["x-request-id"] for answer in answers]
-    assert not any(word in line for line in written for word in ("private", "words", "header"))
+    assert not any(word in line for line in formatted for word in ("private", "words", "header"))
 
 
-def test_the_log_of_an_error_holds_no_text_either():
+def test_the_log_of_an_error_holds_no_text():
     try:
         raise KeyError("my private words")
     except KeyError:
         record = logging.LogRecord("soli", logging.ERROR, __file__, 1, "it failed", (), sys.exc_info())
-    line = JsonLines().format(record)
-    assert json.loads(line)["error"] == "KeyError" and "test_middleware.py" in line and "private" not in line
+    line = JsonFormatter().format(record)
+    assert json.loads(line)["error"] == "KeyError" and "private" not in line
+    assert any("test_middleware.py" in place for place in json.loads(line)["traceback"])

@@ -11,8 +11,8 @@ from pydantic import BaseModel
 
 from soli.chat.tool_calls import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR
 from soli.engine.sampler import SamplingParams
-from soli.serve.choices import token_name
-from soli.serve.protocol import CompletionBody
+from soli.serve.protocol_requests import CompletionBody
+from soli.serve.responses import token_name
 from tests.serve.tiny_server import scripted_server, tiny, tiny_server
 
 HELLO = [{"role": "user", "content": "hello world"}]
@@ -41,8 +41,8 @@ def url():
 
 @pytest.fixture(scope="module")
 def client(url):
-    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as made:
-        yield made
+    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 def complete(client, prompt="the cat", **options):
@@ -69,7 +69,7 @@ def test_completions_count_their_tokens(client):
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
 
-def test_a_stream_says_what_the_whole_answer_says(client):
+def test_a_streamed_completion_equals_the_whole_one(client):
     whole = complete(client, max_tokens=24)
     stream = list(complete(client, max_tokens=24, stream=True, stream_options={"include_usage": True}))
     assert "".join(chunk.choices[0].text for chunk in stream if chunk.choices) == whole.choices[0].text
@@ -78,7 +78,7 @@ def test_a_stream_says_what_the_whole_answer_says(client):
     assert all(chunk.usage is None for chunk in stream[:-1])
 
 
-def test_a_chat_stream_says_what_the_whole_answer_says(client):
+def test_a_streamed_chat_equals_the_whole_one(client):
     whole = chat(client, max_tokens=24).choices[0]
     chunks = [chunk.choices[0] for chunk in chat(client, max_tokens=24, stream=True)]
     assert chunks[0].delta.role == "assistant" and whole.message.role == "assistant"
@@ -118,24 +118,26 @@ def test_stop_ends_the_text_before_it(client):
 
 
 def test_logprobs_of_completions(client):
-    found = complete(client, logprobs=3).choices[0].logprobs
-    assert len(found.tokens) == len(found.token_logprobs) == len(found.top_logprobs) == len(found.text_offset)
+    logprobs = complete(client, logprobs=3).choices[0].logprobs
+    lists = (logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, logprobs.text_offset)
+    assert len({len(values) for values in lists}) == 1
     assert all(
         len(top) == 3 and max(top.values()) == pytest.approx(value)
-        for top, value in zip(found.top_logprobs, found.token_logprobs, strict=True)
+        for top, value in zip(logprobs.top_logprobs, logprobs.token_logprobs, strict=True)
     )
     streamed = [chunk.choices[0].logprobs for chunk in complete(client, logprobs=3, stream=True)]
-    assert [token for part in streamed if part for token in part.tokens] == found.tokens
-    assert [at for part in streamed if part for at in part.text_offset] == found.text_offset
+    assert [token for part in streamed if part for token in part.tokens] == logprobs.tokens
+    assert [at for part in streamed if part for at in part.text_offset] == logprobs.text_offset
 
 
 def test_logprobs_of_chats(client):
-    found = chat(client, logprobs=True, top_logprobs=2).choices[0].logprobs.content
-    assert all(one.logprob == one.top_logprobs[0].logprob and len(one.top_logprobs) == 2 for one in found)
-    shown = [bytes(one.bytes).decode(errors="replace") for one in found]
-    assert all(one.token == text or one.token.startswith("bytes:") for one, text in zip(found, shown, strict=True))
+    tokens = chat(client, logprobs=True, top_logprobs=2).choices[0].logprobs.content
+    assert all(token.logprob == token.top_logprobs[0].logprob and len(token.top_logprobs) == 2 for token in tokens)
+    texts = [bytes(token.bytes).decode(errors="replace") for token in tokens]
+    names = [token.token for token in tokens]
+    assert all(name == text or name.startswith("bytes:") for name, text in zip(names, texts, strict=True))
     bare = chat(client, logprobs=True).choices[0].logprobs.content
-    assert [one.token for one in bare] == [one.token for one in found] and not bare[0].top_logprobs
+    assert [token.token for token in bare] == names and not bare[0].top_logprobs
 
 
 def test_bias_and_penalties_reach_the_sampler(client):
@@ -159,19 +161,19 @@ def test_structured_output_fits_its_schema(client):
         "required": ["a"],
         "additionalProperties": False,
     }
-    wanted = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
-    answer = chat(client, response_format=wanted, max_tokens=200).choices[0]
+    response_format = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+    answer = chat(client, response_format=response_format, max_tokens=200).choices[0]
     assert answer.finish_reason == "stop" and set(json.loads(answer.message.content)) == {"a"}
 
 
 def test_completions_and_chats_fit_an_expression(client):
-    wanted = {"type": "regex", "pattern": "(ab|ba){2}"}
+    response_format = {"type": "regex", "pattern": "(ab|ba){2}"}
     text = client.completions.create(
-        model="tiny", prompt="the cat", max_tokens=20, extra_body={"response_format": wanted}
+        model="tiny", prompt="the cat", max_tokens=20, extra_body={"response_format": response_format}
     ).choices[0]
     assert text.text in {"abab", "abba", "baab", "baba"} and text.finish_reason == "stop"
-    said = chat(client, response_format=wanted, max_tokens=20).choices[0]
-    assert said.message.content in {"abab", "abba", "baab", "baba"} and said.finish_reason == "stop"
+    answer = chat(client, response_format=response_format, max_tokens=20).choices[0]
+    assert answer.message.content in {"abab", "abba", "baab", "baba"} and answer.finish_reason == "stop"
 
 
 def test_the_clients_own_parsing_works(client):
@@ -185,7 +187,7 @@ def test_the_clients_own_parsing_works(client):
     assert "content.delta" in kinds and isinstance(stream.get_final_completion().choices[0].message.parsed, Answer)
 
 
-def test_an_answer_can_be_sent_back_as_it_came(client):
+def test_an_answer_can_be_sent_back_unchanged(client):
     choice = {"type": "function", "function": {"name": "get_weather"}}
     first = chat(client, tools=[WEATHER], tool_choice=choice, max_tokens=400).choices[0].message
     result = {"role": "tool", "tool_call_id": first.tool_calls[0].id, "content": "sunny"}
@@ -207,10 +209,10 @@ def test_a_forced_tool_is_called(client):
     assert chunk.index == 0 and json.loads(chunk.function.arguments)["city"] in ("Wien", "北京")
 
 
-def test_tool_calls_in_the_models_own_words_are_parsed():
-    one = f'{CALL_BEGIN}get_weather{SEPARATOR}{{"city": "北京"}}{CALL_END}'
-    two = f"{CALL_BEGIN}function{SEPARATOR}get_time\n```json\n{{}}\n```{CALL_END}"
-    text = f"Let me look.{CALLS_BEGIN}{one}\n{two}{CALLS_END}"
+def test_tool_calls_in_the_models_text_are_parsed():
+    v31 = f'{CALL_BEGIN}get_weather{SEPARATOR}{{"city": "北京"}}{CALL_END}'
+    v3 = f"{CALL_BEGIN}function{SEPARATOR}get_time\n```json\n{{}}\n```{CALL_END}"
+    text = f"Let me look.{CALLS_BEGIN}{v31}\n{v3}{CALLS_END}"
     with scripted_server(lambda request: text) as (url, engine):
         client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         answer = chat(client, tools=[WEATHER, CLOCK], max_tokens=500).choices[0]
@@ -218,18 +220,18 @@ def test_tool_calls_in_the_models_own_words_are_parsed():
         plain = chat(client, tools=[WEATHER], tool_choice="none", max_tokens=500).choices[0]
         cut = chat(client, tools=[WEATHER], max_tokens=60).choices[0]
     assert answer.finish_reason == "tool_calls" and answer.message.content == "Let me look."
-    called = [(call.function.name, call.function.arguments) for call in answer.message.tool_calls]
-    assert called == [("get_weather", '{"city": "北京"}'), ("get_time", "{}")]
+    calls = [(call.function.name, call.function.arguments) for call in answer.message.tool_calls]
+    assert calls == [("get_weather", '{"city": "北京"}'), ("get_time", "{}")]
     streamed = [call for delta in deltas for call in delta.tool_calls or ()]
-    assert [(call.function.name, call.function.arguments) for call in streamed] == called
+    assert [(call.function.name, call.function.arguments) for call in streamed] == calls
     assert [call.index for call in streamed] == [0, 1] and len({call.id for call in streamed}) == 2
     assert plain.message.content == text and not plain.message.tool_calls
     assert cut.finish_reason == "length" and not cut.message.tool_calls and text.startswith(cut.message.content)
-    shown = [engine.text_model.tokenizer.decode(request.prompt_ids) for request in engine.requests]
-    assert "get_weather" in shown[0] and "get_weather" not in shown[2]
+    prompts = [engine.text_model.tokenizer.decode(request.prompt_ids) for request in engine.requests]
+    assert "get_weather" in prompts[0] and "get_weather" not in prompts[2]
 
 
-def test_a_conversation_with_calls_and_results_goes_round():
+def test_a_conversation_with_calls_and_results_is_rendered():
     call = {"id": "c1", "type": "function", "function": {"name": "get_time", "arguments": "{}"}}
     messages = [
         {"role": "system", "content": [{"type": "text", "text": "be "}, {"type": "text", "text": "brief"}]},
@@ -240,11 +242,11 @@ def test_a_conversation_with_calls_and_results_goes_round():
     with scripted_server(lambda request: "It is noon.") as (url, engine):
         client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         assert chat(client, messages, tools=[CLOCK], max_tokens=50).choices[0].message.content == "It is noon."
-    shown = engine.text_model.tokenizer.decode(engine.requests[0].prompt_ids)
-    assert "be brief" in shown and "get_time{}" in shown and "noon" in shown
+    prompt = engine.text_model.tokenizer.decode(engine.requests[0].prompt_ids)
+    assert "be brief" in prompt and "get_time{}" in prompt and "noon" in prompt
 
 
-def test_reasoning_comes_apart_from_the_answer():
+def test_reasoning_is_separate_from_the_answer():
     with scripted_server(lambda request: "hm, hm\n</think>\n\nYes.") as (url, _):
         client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         options = {"max_tokens": 100, "extra_body": {"chat_template_kwargs": {"thinking": True}}}
@@ -255,7 +257,7 @@ def test_reasoning_comes_apart_from_the_answer():
     assert "".join(delta.content or "" for delta in deltas) == "Yes."
 
 
-def test_a_failure_in_mid_answer_is_an_error_not_a_short_answer():
+def test_a_failure_in_the_middle_is_an_error_not_a_short_answer():
     def broken(request):
         raise RuntimeError("secret detail")
 
@@ -276,7 +278,7 @@ def test_the_async_client_runs_many_at_once(url):
 
             prompts = ["the cat", "hello", "你好", "今天"] * 3
             whole = await asyncio.gather(*(complete(client, prompt) for prompt in prompts))
-            assert [one.choices[0].text for one in whole] == await asyncio.gather(*map(streamed, prompts))
+            assert [answer.choices[0].text for answer in whole] == await asyncio.gather(*map(streamed, prompts))
             answer = await chat(client)
             assert answer.choices[0].message.content is not None
 
@@ -284,7 +286,7 @@ def test_the_async_client_runs_many_at_once(url):
 
 
 @pytest.mark.parametrize(
-    ("options", "param", "said"),
+    ("options", "param", "message"),
     [
         ({"temperature": 3}, "temperature", "2"),
         ({"max_tokens": 5000}, "max_tokens", "positions"),
@@ -314,14 +316,15 @@ def test_the_async_client_runs_many_at_once(url):
         ({"response_format": {"type": "text", "pattern": "a"}}, "response_format.pattern", "alone"),
         ({"extra_body": {"ignore_eos": True}, "response_format": {"type": "json_object"}}, "ignore_eos", "format"),
         ({"extra_body": {"soli": {"mute": [[0, 1]]}}}, "soli.mute", "layer 0"),
+        ({"extra_body": {"soli": {"masked_experts": [[0, 1]]}}}, "soli.masked_experts", "layer 0"),
         ({"extra_body": {"soli": {"routing": "everything"}}}, "soli.routing", ""),
     ],
 )  # fmt: skip
-def test_errors_name_the_parameter(client, options, param, said):
-    with pytest.raises(openai.BadRequestError) as caught:
+def test_errors_name_the_parameter(client, options, param, message):
+    with pytest.raises(openai.BadRequestError) as raised:
         chat(client, **options)
-    error = caught.value
-    assert error.param == param and said in error.message and error.type == "invalid_request_error"
+    error = raised.value
+    assert error.param == param and message in error.message and error.type == "invalid_request_error"
     with pytest.raises(openai.BadRequestError):
         chat(
             client,
@@ -333,9 +336,9 @@ def test_errors_name_the_parameter(client, options, param, said):
 
 def test_the_bounds_of_bodies_are_those_of_the_sampler():
     fields = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-    described = CompletionBody.model_json_schema()["properties"]
+    properties = CompletionBody.model_json_schema()["properties"]
     for name in (*fields, "seed"):
-        allowed = described[name].get("anyOf", [described[name]])[0]
+        allowed = properties[name].get("anyOf", [properties[name]])[0]
         bounds = [allowed[side] for side in ("minimum", "maximum") if side in allowed]
         assert bounds
         for bound in bounds:
@@ -343,12 +346,12 @@ def test_the_bounds_of_bodies_are_those_of_the_sampler():
 
 
 def test_unknown_models_are_not_found(client):
-    with pytest.raises(openai.NotFoundError) as caught:
+    with pytest.raises(openai.NotFoundError) as raised:
         chat(client, model="gpt-5")
-    assert caught.value.param == "model"
+    assert raised.value.param == "model"
 
 
-def test_a_model_without_a_template_refuses_chat_and_names_what_it_does():
+def test_a_model_without_a_template_rejects_chat_and_names_its_routes():
     with tiny_server(chat=False) as url:
         client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         with pytest.raises(openai.BadRequestError, match=r"/v1/completions.*?/soli/translate"):
@@ -356,23 +359,24 @@ def test_a_model_without_a_template_refuses_chat_and_names_what_it_does():
         assert complete(client).choices
 
 
-def test_a_full_queue_says_when_to_come_back():
+def test_a_full_queue_sends_retry_after():
     with scripted_server(lambda request: "a" * 400, pause=0.01, waiting=1) as (url, _):
         client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         with chat(client, stream=True, max_tokens=400) as stream:
             next(iter(stream))
-            with pytest.raises(openai.RateLimitError) as caught:
+            with pytest.raises(openai.RateLimitError) as raised:
                 chat(client)
-        assert int(caught.value.response.headers["retry-after"]) >= 1
+        assert int(raised.value.response.headers["retry-after"]) >= 1
 
 
-def test_routing_comes_with_the_tokens(client):
+def test_routing_is_reported_with_the_tokens(client):
     full = complete(client, extra_body={"soli": {"routing": "full"}})
     tokens = full.choices[0].soli["tokens"]
-    assert [one["position"] for one in tokens] == list(range(len(tokens)))
-    assert {one["part"] for one in tokens} == {"prompt", "answer"}
-    selected = [layer["selected"] for one in tokens for layer in one["layers"]]
-    assert all(len(three) == 3 and all(math.isfinite(one["weight"]) for one in three) for three in selected)
+    assert [token["position"] for token in tokens] == list(range(len(tokens)))
+    assert {token["part"] for token in tokens} == {"prompt", "answer"}
+    selected = [layer["selected"] for token in tokens for layer in token["layers"]]
+    assert all(len(experts) == 3 for experts in selected)
+    assert all(math.isfinite(expert["weight"]) for experts in selected for expert in experts)
     streamed = [
         token
         for chunk in complete(client, extra_body={"soli": {"routing": "full"}}, stream=True)
@@ -382,17 +386,18 @@ def test_routing_comes_with_the_tokens(client):
     assert streamed == tokens
     summary = complete(client, extra_body={"soli": {"routing": "summary"}}).soli["experts"][0]
     for layer in summary:
-        played = [0] * 16
-        for one in tokens:
-            for expert in next(row for row in one["layers"] if row["layer"] == layer["layer"])["selected"]:
-                played[expert["expert"]] += 1
-        assert layer["counts"] == played
+        counts = [0] * 16
+        for token in tokens:
+            for expert in next(row for row in token["layers"] if row["layer"] == layer["layer"])["selected"]:
+                counts[expert["expert"]] += 1
+        assert layer["counts"] == counts
 
 
-def test_a_muted_expert_does_not_play(client):
-    def selected(mute):
-        answer = complete(client, extra_body={"soli": {"routing": "full", "mute": mute}})
+@pytest.mark.parametrize("field", ["masked_experts", "mute"])  # the second: its old name
+def test_a_masked_expert_is_not_selected(client, field):
+    def selected(pairs):
+        answer = complete(client, extra_body={"soli": {"routing": "full", field: pairs}})
         return {p["expert"] for t in answer.choices[0].soli["tokens"] for p in t["layers"][0]["selected"]}
 
-    muted = min(selected([]))
-    assert muted not in selected([[1, muted]])
+    expert = min(selected([]))
+    assert expert not in selected([[1, expert]])

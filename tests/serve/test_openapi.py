@@ -1,4 +1,4 @@
-"""What the server says of itself holds: schemathesis sends what its OpenAPI description allows, and what it forbids."""
+"""The OpenAPI description is true: schemathesis sends what it allows, and what it forbids."""
 
 import pytest
 import schemathesis
@@ -25,8 +25,8 @@ POSTS = [route for route in ROUTES if route.startswith("POST")]
 @pytest.fixture(scope="module")
 def routes():
     with scripted_server(lambda request: "the cat sat" * (len(request.prompt_ids) % 3)) as (url, _):
-        described = schemathesis.openapi.from_url(f"{url}/openapi.json")
-        yield {f"{one.ok().method.upper()} {one.ok().path}": one.ok() for one in described.get_all_operations()}
+        schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
+        yield {f"{route.ok().method.upper()} {route.ok().path}": route.ok() for route in schema.get_all_operations()}
 
 
 def test_every_route_is_described(routes):
@@ -43,12 +43,12 @@ def send(route, mode, checks, examples):
 
 
 @pytest.mark.parametrize("name", ROUTES)
-def test_what_is_allowed_is_answered_as_described(routes, name):
+def test_allowed_requests_are_answered_as_described(routes, name):
     send(routes[name], GenerationMode.POSITIVE, ALWAYS, 30 if name in POSTS else 5)
 
 
 @pytest.mark.parametrize("name", POSTS)
-def test_what_is_forbidden_is_refused(routes, name):
+def test_forbidden_requests_are_rejected(routes, name):
     send(routes[name], GenerationMode.NEGATIVE, [*ALWAYS, negative_data_rejection], 30)
 
 

@@ -1,4 +1,4 @@
-"""Many requests at once, a third of them cancelled at random: every answer is the lone answer, nothing stays behind."""
+"""Many concurrent requests, a third of them cancelled at random: answers are batch-invariant and nothing leaks."""
 
 import asyncio
 import gc
@@ -18,21 +18,23 @@ LIMITS = EngineLimits(cache_bytes=18 * 2**10, block_size=4, max_running=8, max_w
 
 def bodies(count: int) -> list[dict]:
     """Requests of all kinds, the same for the same count."""
-    draw = random.Random(0)
-    found: list[dict] = []
+    generator = random.Random(0)
+    result: list[dict] = []
     for _ in range(count):
-        body = {"prompt": draw.choice(PROMPTS), "max_tokens": draw.choice([1, 5, 17, 30])}
-        body |= draw.choice([{"temperature": 0}, {"temperature": 1.0, "seed": draw.randrange(4)}])
-        body |= draw.choice([{}, {"stop": "a"}, {"logprobs": 2}, {"soli": {"mute": [[1, 3]]}}, {"presence_penalty": 1}])
-        found.append(body | {"stream": draw.random() < 0.5})
-    return found
+        body = {"prompt": generator.choice(PROMPTS), "max_tokens": generator.choice([1, 5, 17, 30])}
+        body |= generator.choice([{"temperature": 0}, {"temperature": 1.0, "seed": generator.randrange(4)}])
+        masked = {"soli": {"masked_experts": [[1, 3]]}}
+        body |= generator.choice([{}, {"stop": "a"}, {"logprobs": 2}, masked, {"presence_penalty": 1}])
+        result.append(body | {"stream": generator.random() < 0.5})
+    return result
 
 
 async def streamed(client: httpx.AsyncClient, body: dict, leave_after: int | None) -> str | None:
     """The text of a stream; None for one left after so many lines."""
     import json
 
-    text, lines = "", 0
+    text = ""
+    lines = 0
     async with client.stream("POST", "/v1/completions", json=body) as answer:
         assert answer.status_code == 200, await answer.aread()
         async for line in answer.aiter_lines():
@@ -44,7 +46,7 @@ async def streamed(client: httpx.AsyncClient, body: dict, leave_after: int | Non
     return text
 
 
-async def asked(client: httpx.AsyncClient, body: dict, leave: random.Random | None) -> str | None:
+async def send(client: httpx.AsyncClient, body: dict, leave: random.Random | None) -> str | None:
     """One answer's text; with `leave`, one time out of three, None for a request that was given up."""
     gives_up = leave is not None and leave.random() < 1 / 3
     if body["stream"]:
@@ -60,16 +62,16 @@ async def asked(client: httpx.AsyncClient, body: dict, leave: random.Random | No
     return answer.json()["choices"][0]["text"]
 
 
-async def soak(url: str, wanted: list[dict], at_once: int, leave: random.Random | None) -> list[str | None]:
-    places = asyncio.Semaphore(at_once)
+async def soak(url: str, requests: list[dict], concurrency: int, leave: random.Random | None) -> list[str | None]:
+    slots = asyncio.Semaphore(concurrency)
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
 
-        async def one(body: dict) -> str | None:
-            async with places:
-                return await asked(client, body, leave)
+        async def limited(body: dict) -> str | None:
+            async with slots:
+                return await send(client, body, leave)
 
-        return await asyncio.gather(*map(one, wanted))
+        return await asyncio.gather(*map(limited, requests))
 
 
 def resident_bytes() -> int:
@@ -78,32 +80,32 @@ def resident_bytes() -> int:
 
 
 def run(count: int) -> None:
-    wanted = bodies(count)
+    requests = bodies(count)
     engine = AsyncEngine(Engine(tiny(), LIMITS))
     with serving(engine) as url:
-        kinds = {str(body): body for body in wanted}
+        kinds = {str(body): body for body in requests}
         alone = dict(zip(kinds, asyncio.run(soak(url, list(kinds.values()), 1, None)), strict=True))
-        asyncio.run(soak(url, wanted[: count // 4], 24, random.Random(1)))
+        asyncio.run(soak(url, requests[: count // 4], 24, random.Random(1)))
         gc.collect()
         before = resident_bytes()
-        answers = asyncio.run(soak(url, wanted, 24, random.Random(2)))
+        answers = asyncio.run(soak(url, requests, 24, random.Random(2)))
         stats = engine.stats()
         while stats.running or stats.waiting:
             stats = engine.stats()
         gc.collect()
-        grown = resident_bytes() - before
+        growth = resident_bytes() - before
     engine.close()
-    given = [(answer, alone[str(body)]) for answer, body in zip(answers, wanted, strict=True) if answer is not None]
-    assert count / 2 < len(given) < count
-    assert [answer for answer, _ in given] == [lone for _, lone in given]
+    pairs = [(answer, alone[str(body)]) for answer, body in zip(answers, requests, strict=True) if answer is not None]
+    assert count / 2 < len(pairs) < count
+    assert [answer for answer, _ in pairs] == [lone for _, lone in pairs]
     assert stats.blocks_used == 0 and stats.preemptions > 0 and stats.prefix_hit_tokens > 0
-    assert grown < 24 * 2**20, f"{grown / 2**20:.1f} MiB more than before"
+    assert growth < 24 * 2**20, f"{growth / 2**20:.1f} MiB more than before"
 
 
-def test_sixty_requests_answer_as_if_alone():
+def test_answers_to_sixty_requests_are_batch_invariant():
     run(60)
 
 
 @pytest.mark.slow
-def test_two_thousand_requests_answer_as_if_alone_in_flat_memory():
+def test_answers_to_two_thousand_requests_are_batch_invariant_in_flat_memory():
     run(2000)

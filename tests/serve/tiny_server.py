@@ -11,7 +11,7 @@ from soli.engine.engine import Engine
 from soli.engine.request import EngineLimits
 from soli.engine.text_model import TextModel, text_model
 from soli.serve.app import AppRules, create_app
-from soli.serve.service import Loaded, Service, ServiceLimits
+from soli.serve.service import LoadedModel, Service, ServiceLimits
 from tests.engine.tiny import tiny_model, tiny_tokenizer
 from tests.serve.live import live
 from tests.serve.scripted import Script, ScriptedEngine
@@ -48,7 +48,7 @@ def serving(
     source: ChatTemplate | None = None,
 ) -> Iterator[str]:
     """A live server over `engine`; its address."""
-    service = Service("tiny", lambda: Loaded(tiny(), engine, (source or template()) if chat else None), limits)
+    service = Service("tiny", lambda: LoadedModel(tiny(), engine, (source or template()) if chat else None), limits)
     service.start()
     while not service.ready:
         assert service.failure is None, service.failure

@@ -1,10 +1,10 @@
-"""Looking for a mark in text that comes in pieces: what may still become one waits for the next piece."""
+"""Delimiters in streamed text: the end of a chunk that may be the start of a delimiter waits for the next chunk."""
 
 
-def settled(text: str, *marks: str) -> int:
-    """How many characters of `text`, which holds no whole mark, cannot be the beginning of one."""
-    longest = min(len(text), max(map(len, marks)) - 1)
+def safe_length(text: str, *delimiters: str) -> int:
+    """How many leading characters of `text`, which contains no complete delimiter, cannot belong to one."""
+    longest = min(len(text), max(map(len, delimiters)) - 1)
     for length in range(longest, 0, -1):
-        if any(mark.startswith(text[-length:]) for mark in marks):
+        if any(delimiter.startswith(text[-length:]) for delimiter in delimiters):
             return len(text) - length
     return len(text)

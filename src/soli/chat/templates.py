@@ -1,9 +1,9 @@
 """Chat templates of a model folder: messages to tokens.
 
-The template (tokenizer_config.json or chat_template.jinja) is code of strangers and runs in jinja2's immutable sandbox.
-What a person wrote stays text: an added token (`<|user|>`, `</think>`, a mark of tool calls) spelled out in a message
-is broken by a marker before the template sees it, and encoded in two parts, so only the template's own become tokens.
-Assistant messages keep their think marks, which templates look for to leave earlier reasoning out.
+The template (tokenizer_config.json or chat_template.jinja) is untrusted code and runs in jinja2's immutable sandbox.
+What a person wrote stays text: an added token (`<|user|>`, `</think>`, a delimiter of tool calls) spelled out in a
+message is broken by a marker before the template sees it and encoded in two parts, so that only the template's own
+become tokens. Assistant messages keep their reasoning delimiters, which templates use to leave earlier reasoning out.
 """
 
 from __future__ import annotations
@@ -14,44 +14,56 @@ import secrets
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 from jinja2 import meta
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from soli.chat.reasoning import CLOSE, OPEN, ends_thinking
+from soli.chat.reasoning import CLOSE, OPEN, ends_in_reasoning
 from soli.data.tokenizer import Tokenizer
 from soli.errors import SoliError
 
-NO_REASONING = f"\n{CLOSE}\n\n"  # as DeepSeek-V3.1 writes it where it does not think
+NO_REASONING = f"\n{CLOSE}\n\n"  # as DeepSeek-V3.1 writes it for an answer without reasoning
 
 
 class JsonText(str):
-    """JSON as the model wrote it, which `tojson` leaves as it is: templates join a call's arguments with or without."""
+    """JSON as the model wrote it, which `tojson` leaves unchanged: templates insert arguments with or without it."""
+
+
+class RenderedPrompt(NamedTuple):
+    """A prompt up to where the assistant's message starts; `starts_in_reasoning`: it starts inside `<think>`."""
+
+    token_ids: list[int]
+    starts_in_reasoning: bool
 
 
 class ChatTemplate:
-    """`source` is jinja2, `names` the special tokens by the names that templates use (bos_token). Refuses one that does
-    not compile; `render` refuses messages that it cannot take."""
+    """`source` is jinja2, `names` the special tokens by the names that templates use (bos_token). SoliError for a
+    template that does not compile; `render` raises it for messages that the template does not accept."""
 
     def __init__(self, source: str, tokenizer: Tokenizer, names: Mapping[str, str]) -> None:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.filters["tojson"] = _tojson
-        environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+        environment.globals |= {
+            "raise_exception": _raise_exception,
+            "strftime_now": lambda pattern: datetime.now().strftime(pattern),
+        }
         try:
-            self.knows_tools = "tools" in meta.find_undeclared_variables(environment.parse(source))
+            self.supports_tools = "tools" in meta.find_undeclared_variables(environment.parse(source))
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise SoliError(f"the chat template does not compile ({error}): fetch the folder again") from error
-        self._tokenizer, self._names = tokenizer, dict(names)
-        self._added = tokenizer.added_tokens()
-        self._token = re.compile("|".join(map(re.escape, sorted(self._added, key=len, reverse=True))) or r"(?!)")
+        self._tokenizer = tokenizer
+        self._names = dict(names)
+        self._added_tokens = tokenizer.added_tokens()
+        longest_first = sorted(self._added_tokens, key=len, reverse=True)
+        self._added_token = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     @classmethod
     def from_folder(cls, folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
-        """The folder's template; None where there is none."""
+        """The folder's template; None if it has none."""
         path = folder / "tokenizer_config.json"
         config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         file = folder / "chat_template.jinja"
@@ -61,73 +73,75 @@ class ChatTemplate:
         if not isinstance(source, str):
             return None
         entries = {name: config.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        named = {name: entry.get("content") if isinstance(entry, dict) else entry for name, entry in entries.items()}
-        return cls(source, tokenizer, {name: text for name, text in named.items() if isinstance(text, str)})
+        names = {name: entry.get("content") if isinstance(entry, dict) else entry for name, entry in entries.items()}
+        return cls(source, tokenizer, {name: text for name, text in names.items() if isinstance(text, str)})
 
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
-        extra: Mapping[str, Any] | None = None,
-        think: bool = True,
-    ) -> tuple[list[int], bool]:
-        """The prompt's tokens, up to where the assistant begins to speak, and whether it does so thinking.
-
-        `extra`: further variables of the template. `think` False: reasoning that the template begins ends at once.
-        """
+        variables: Mapping[str, Any] | None = None,
+        allow_reasoning: bool = True,
+    ) -> RenderedPrompt:
+        """The prompt. `variables`: further variables of the template. `allow_reasoning` False: reasoning that the
+        template opens is closed at once."""
         marker = f"\ue000{secrets.token_hex(8)}\ue001"
-        ours = {
+        reserved = {
             **self._names,
-            "messages": [self._message(message, marker) for message in messages],
-            "tools": self._marked(tools, marker),
+            "messages": [self._mark_message(message, marker) for message in messages],
+            "tools": self._mark(tools, marker),
             "add_generation_prompt": True,
         }
-        if clash := sorted(ours.keys() & (extra or {}).keys()):
-            raise SoliError(f"the chat template's variable {clash[0]} is the server's to set: leave it out")
+        if clash := sorted(reserved.keys() & (variables or {}).keys()):
+            raise SoliError(f"the chat template's variable {clash[0]} is set by the server: leave it out")
         try:
-            text = self._template.render(self._marked(extra or {}, marker) | ours)
+            text = self._template.render(self._mark(variables or {}, marker) | reserved)
         except Exception as error:  # a template may fail in any way that Python knows
-            said = " ".join(str(error).split())[:300]
-            raise SoliError(f"the model's chat template does not take these messages ({said}): see its card") from error
-        if not think and ends_thinking(text):
+            reason = " ".join(str(error).split())[:300]
+            raise SoliError(
+                f"the model's chat template does not accept these messages ({reason}): see its card"
+            ) from error
+        if not allow_reasoning and ends_in_reasoning(text):
             text = text.rstrip() + NO_REASONING
-        return self._encoded(text, marker), ends_thinking(text)
+        return RenderedPrompt(self._encode(text, marker), ends_in_reasoning(text))
 
-    def _message(self, message: Mapping[str, Any], marker: str) -> Any:
-        return self._marked(message, marker, (OPEN, CLOSE) if message.get("role") == "assistant" else ())
+    def _mark_message(self, message: Mapping[str, Any], marker: str) -> Any:
+        return self._mark(message, marker, (OPEN, CLOSE) if message.get("role") == "assistant" else ())
 
-    def _marked(self, value: Any, marker: str, kept: Sequence[str] = ()) -> Any:
-        """`value` with every added token in its strings, but those `kept`, broken behind its first character."""
+    def _mark(self, value: Any, marker: str, exempt: Sequence[str] = ()) -> Any:
+        """`value` with the marker behind the first character of every added token in its strings, except `exempt`."""
         if isinstance(value, str):
             return type(value)(
-                self._token.sub(lambda at: at[0] if at[0] in kept else at[0][0] + marker + at[0][1:], value)
+                self._added_token.sub(
+                    lambda match: match[0] if match[0] in exempt else match[0][0] + marker + match[0][1:], value
+                )
             )
         if isinstance(value, Mapping):
-            return {key: self._marked(item, marker, kept) for key, item in value.items()}
+            return {key: self._mark(item, marker, exempt) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return [self._marked(item, marker, kept) for item in value]
+            return [self._mark(item, marker, exempt) for item in value]
         return value
 
-    def _encoded(self, text: str, marker: str) -> list[int]:
+    def _encode(self, text: str, marker: str) -> list[int]:
         ids: list[int] = []
-        at = 0
-        for found in [*self._token.finditer(text), None]:
-            for part in text[at : found.start() if found else None].split(marker):
+        end = 0
+        for match in [*self._added_token.finditer(text), None]:
+            for part in text[end : match.start() if match else None].split(marker):
                 ids += self._tokenizer.encode(part)
-            if found:
-                ids.append(self._added[found[0]])
-                at = found.end()
+            if match:
+                ids.append(self._added_tokens[match[0]])
+                end = match.end()
         return ids
 
 
 def _tojson(
     value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """As `transformers` gives it to templates: no HTML escapes, characters as they are."""
+    """The filter that `transformers` gives to templates: no HTML escapes, characters as they are."""
     if isinstance(value, JsonText):
         return value
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _refuse(message: str) -> None:
+def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)

@@ -5,8 +5,8 @@ A text may end with a section of calls, each of them (V3, R1: the first form; V3
     <｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME ⏎ ```json ⏎ ARGUMENTS ⏎ ```<｜tool▁call▁end｜>
     <｜tool▁call▁begin｜>NAME<｜tool▁sep｜>ARGUMENTS<｜tool▁call▁end｜>
 
-between <｜tool▁calls▁begin｜> and <｜tool▁calls▁end｜>. A call is given out when it is whole; what looks like one but
-is not stays text, so nothing is lost. Arguments are handed on as the model wrote them, valid JSON or not.
+between <｜tool▁calls▁begin｜> and <｜tool▁calls▁end｜>. A call is emitted once it is complete; what only resembles a
+call stays text, so nothing is lost. Arguments are passed on as the model wrote them, valid JSON or not.
 """
 
 import json
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from soli.chat.delimiters import settled
+from soli.chat.delimiters import safe_length
 
 CALLS_BEGIN, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL_BEGIN, SEPARATOR, CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
@@ -24,63 +24,74 @@ _FENCED = re.compile(r"\s*(\S+)\s*```json\s*(.*?)\s*```\s*", re.DOTALL)
 
 @dataclass(frozen=True)
 class ToolCall:
-    """What the model wants called; `arguments` is JSON as it wrote it."""
+    """A call to the tool `name`; `arguments` is JSON as the model wrote it."""
 
     name: str
     arguments: str
 
 
-class ToolText:
-    """Splits a text that comes in pieces into plain text and calls; the result does not depend on how it was cut."""
+class ToolCallSplitter:
+    """Splits a streamed text into plain text and tool calls, independently of how it is cut into chunks."""
 
     def __init__(self) -> None:
-        self._held = ""
-        self._section = ""  # the mark that opened the section we are in, as long as it held no call; or " " after one
+        self._buffer = ""
+        self._in_section = False
+        self._section_start = ""  # CALLS_BEGIN until the section has a call: text again if it never has one
 
     def push(self, text: str, last: bool = False) -> list[str | ToolCall]:
-        """The plain text and the whole calls that this piece completes. `last`: no other comes, and what never became a
+        """The plain text and the calls that this chunk completes. `last`: no chunk follows, and what did not become a
         call is text."""
-        self._held += text
-        found: list[str | ToolCall] = []
-        while self._in_section(found) if self._section else self._outside(found):
+        self._buffer += text
+        parts: list[str | ToolCall] = []
+        while self._parse_section(parts) if self._in_section else self._parse_text(parts):
             pass
         if last:
-            rest = self._section.lstrip() + self._held
-            found.append(rest if rest.strip() else "")
-        return [part for part in found if part != ""]
+            rest = self._section_start + self._buffer
+            parts.append(rest if rest.strip() else "")
+        return [part for part in parts if part != ""]
 
-    def _outside(self, found: list[str | ToolCall]) -> bool:
-        begin = self._held.find(CALLS_BEGIN)
-        if begin < 0:
-            cut = settled(self._held, CALLS_BEGIN)
-            found.append(self._held[:cut])
-            self._held = self._held[cut:]
+    def _parse_text(self, parts: list[str | ToolCall]) -> bool:
+        """Parses up to where a section starts; False when more text is needed."""
+        start = self._buffer.find(CALLS_BEGIN)
+        if start < 0:
+            length = safe_length(self._buffer, CALLS_BEGIN)
+            parts.append(self._buffer[:length])
+            self._buffer = self._buffer[length:]
             return False
-        found.append(self._held[:begin])
-        self._held, self._section = self._held[begin + len(CALLS_BEGIN) :], CALLS_BEGIN
+        parts.append(self._buffer[:start])
+        self._buffer = self._buffer[start + len(CALLS_BEGIN) :]
+        self._in_section = True
+        self._section_start = CALLS_BEGIN
         return True
 
-    def _in_section(self, found: list[str | ToolCall]) -> bool:
-        inside = self._held.lstrip()
-        if inside.startswith(CALL_BEGIN):
-            call, ended, rest = inside.partition(CALL_END)
-            if not ended:
+    def _parse_section(self, parts: list[str | ToolCall]) -> bool:
+        """Parses one call, or the section's end; False when more text is needed."""
+        section = self._buffer.lstrip()
+        if section.startswith(CALL_BEGIN):
+            text, end, rest = section.partition(CALL_END)
+            if not end:
                 return False
-            found.append(parse_call(call[len(CALL_BEGIN) :]) or self._section.lstrip() + call + ended)
-            self._held, self._section = rest, " "
+            parts.append(parse_call(text[len(CALL_BEGIN) :]) or self._section_start + text + end)
+            self._buffer = rest
+            self._section_start = ""
             return True
-        if inside.startswith(CALLS_END):
-            self._held, self._section = inside[len(CALLS_END) :], ""
+        if section.startswith(CALLS_END):
+            self._leave_section(section[len(CALLS_END) :])
             return True
-        if CALL_BEGIN.startswith(inside) or CALLS_END.startswith(inside):
+        if CALL_BEGIN.startswith(section) or CALLS_END.startswith(section):
             return False
-        found.append(self._section.lstrip() + self._held[:1])  # no section after all
-        self._held, self._section = self._held[1:], ""
+        parts.append(self._section_start + self._buffer[:1])  # no section after all
+        self._leave_section(self._buffer[1:])
         return True
+
+    def _leave_section(self, rest: str) -> None:
+        self._buffer = rest
+        self._in_section = False
+        self._section_start = ""
 
 
 def parse_call(text: str) -> ToolCall | None:
-    """The call between its marks; None when it is not one."""
+    """The call between its delimiters; None when `text` is not one."""
     head, separator, rest = text.partition(SEPARATOR)
     if not separator:
         return None
@@ -90,7 +101,7 @@ def parse_call(text: str) -> ToolCall | None:
     return ToolCall(head.strip(), rest.strip()) if head.strip() else None
 
 
-def schema_of_any(tools: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+def any_call_schema(tools: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
     """The JSON schema of one call to any of the tools (name, schema of its arguments): {"name", "arguments"}."""
     calls = [
         {
@@ -101,11 +112,12 @@ def schema_of_any(tools: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]
         }
         for number, (name, _) in enumerate(tools)
     ]
-    return {"anyOf": calls, "$defs": {str(at): _moved(schema, f"#/$defs/{at}") for at, (_, schema) in enumerate(tools)}}
+    definitions = {str(number): _rebase(schema, f"#/$defs/{number}") for number, (_, schema) in enumerate(tools)}
+    return {"anyOf": calls, "$defs": definitions}
 
 
-def forced_call(text: str, name: str | None) -> ToolCall | None:
-    """The call that a constraint forced: the arguments of `name`, or with None what `schema_of_any` describes. None
+def parse_forced_call(text: str, name: str | None) -> ToolCall | None:
+    """The call that a constraint forced: the arguments of `name`, or with None what `any_call_schema` describes. None
     when the text was cut before its end."""
     try:
         value = json.loads(text)
@@ -116,14 +128,14 @@ def forced_call(text: str, name: str | None) -> ToolCall | None:
         return None
 
 
-def _moved(schema: Any, root: str) -> Any:
-    """A schema whose references to its own root point to `root` instead, where it has been moved."""
+def _rebase(schema: Any, root: str) -> Any:
+    """`schema` stored at `root`: references to its own root point there instead."""
     if isinstance(schema, list):
-        return [_moved(one, root) for one in schema]
+        return [_rebase(item, root) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    moved = {key: _moved(value, root) for key, value in schema.items()}
+    rebased = {key: _rebase(value, root) for key, value in schema.items()}
     reference = schema.get("$ref")
     if isinstance(reference, str) and reference.startswith("#"):
-        moved["$ref"] = root + reference[1:]
-    return moved
+        rebased["$ref"] = root + reference[1:]
+    return rebased

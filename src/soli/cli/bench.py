@@ -21,10 +21,10 @@ import typer
 from soli.errors import SoliError
 
 if TYPE_CHECKING:
-    from soli.serve.load_generator import Load, Server
+    from soli.serve.load_generator import Workload
 
 app = typer.Typer(help="Measure a server under load.", no_args_is_help=True, rich_markup_mode=None)
-LOADING = 600.0  # seconds that a model may take to load
+LOAD_TIMEOUT = 600.0  # seconds that a model may take to load
 
 
 @app.callback()
@@ -43,35 +43,29 @@ def serve(
     requests: Annotated[int, typer.Option(min=1, help="Requests at each rate, for each seed.")] = 32,
     seeds: Annotated[str, typer.Option(help="Seeds of arrivals and prompts, with commas.")] = "0",
     prompt_words: Annotated[int, typer.Option(min=1, help="Words in each prompt, drawn at random.")] = 64,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens asked for by each request.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens requested in each answer.")] = 64,
     api_key: Annotated[str | None, typer.Option(envvar="SOLI_API_KEY", help="The server's key.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="NAME", help="Write NAME.json and the plot NAME.png.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
     """Send requests at random times (Poisson arrivals) and measure tokens per second, time to the first piece of text,
     between pieces and to the end. Times count from the moment a request was due."""
-    at = _numbers(rates, "rates", float)
-    if any(not rate > 0 for rate in at):
+    arrival_rates = _numbers(rates, "rates", float)
+    if any(not rate > 0 for rate in arrival_rates):
         raise SoliError(f"--rates has {rates!r}: give numbers above 0, or inf")
-    from soli.serve.load_generator import Load
+    from soli.serve.load_generator import Workload
 
-    load = Load(requests, _numbers(seeds, "seeds", int), prompt_words, new_tokens)
+    load = Workload(requests, _numbers(seeds, "seeds", int), prompt_words, new_tokens)
     if target.startswith(("http://", "https://")):
-        rows, name = _measured(target.rstrip("/"), api_key, at, load)
+        rows, name = _measure(target.rstrip("/"), api_key, arrival_rates, load)
     else:
-        with served(target) as url:
-            rows, name = _measured(url, None, at, load)
-    found = {"server": target, "model": name, "load": vars(load), "rows": rows}
+        with running_server(target) as url:
+            rows, name = _measure(url, None, arrival_rates, load)
+    result = {"server": target, "model": name, "load": vars(load), "rows": rows}
     if out is not None:
-        from soli.serve.load_plot import save_load
-
-        save_load(
-            out.with_name(f"{out.name}.png"), rows, f"{name}, {load.prompt_words} words in, {new_tokens} tokens out"
-        )
-        out.with_name(f"{out.name}.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        print(f"soli: wrote {out}.json and {out}.png", file=sys.stderr)
+        _save(out, result, f"{name}, {load.prompt_words} words in, {new_tokens} tokens out")
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(result))
     else:
         _print(rows)
 
@@ -83,25 +77,28 @@ def _numbers(text: str, name: str, kind: type) -> list[Any]:
         raise SoliError(f"--{name} has {text!r}: give numbers separated by commas") from None
 
 
-def _measured(url: str, key: str | None, rates: list[float], load: Load) -> tuple[list[dict[str, Any]], str]:
+def _measure(url: str, key: str | None, rates: list[float], load: Workload) -> tuple[list[dict[str, Any]], str]:
+    """The row of each rate, and the model's name."""
     import asyncio
 
     from soli.cli._shared.progress import progress
-    from soli.serve.load_generator import find_server
+    from soli.serve.load_generator import find_server, measure
 
     server = asyncio.run(find_server(url, key))
     with progress("requests", len(rates) * len(load.seeds) * load.requests) as advance:
-        return [asyncio.run(_row(server, rate, load, advance)) for rate in rates], server.model
+        return [asyncio.run(measure(server, rate, load, advance)) for rate in rates], server.model
 
 
-async def _row(server: Server, rate: float, load: Load, advance: Any) -> dict[str, Any]:
-    from soli.serve.load_generator import measure
+def _save(out: Path, result: dict[str, Any], title: str) -> None:
+    from soli.serve.load_generator import save_plot
 
-    return await measure(server, rate, load, advance)
+    save_plot(out.with_name(f"{out.name}.png"), result["rows"], title)
+    out.with_name(f"{out.name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(f"soli: wrote {out}.json and {out}.png", file=sys.stderr)
 
 
 @contextmanager
-def served(model: str) -> Iterator[str]:
+def running_server(model: str) -> Iterator[str]:
     """A server of this model in a process of its own, on a free port; its address once it is ready."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -122,17 +119,18 @@ def served(model: str) -> Iterator[str]:
 def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: IO[bytes]) -> None:
     import httpx
 
-    until = time.monotonic() + LOADING
-    while time.monotonic() < until:
+    deadline = time.monotonic() + LOAD_TIMEOUT
+    while time.monotonic() < deadline:
         if process.poll() is not None:
             log.seek(0)
-            said = log.read().decode(errors="replace").strip().splitlines()
-            raise SoliError(f"the server did not start ({said[-1] if said else 'it said nothing'}): try soli serve")
+            lines = log.read().decode(errors="replace").strip().splitlines()
+            reason = lines[-1] if lines else "its log is empty"
+            raise SoliError(f"the server did not start ({reason}): try soli serve")
         with contextlib.suppress(httpx.TransportError):
             if httpx.get(f"{url}/ready").status_code == 200:
                 return
         time.sleep(0.1)
-    raise SoliError(f"the model was not loaded within {LOADING:.0f} seconds: start soli serve and give its address")
+    raise SoliError(f"the model did not load within {LOAD_TIMEOUT:.0f} seconds: start soli serve and give its address")
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
@@ -146,9 +144,9 @@ def _print(rows: list[dict[str, Any]]) -> None:
         table.add_column(column, justify="right")
     for row in rows:
         rate = "at once" if row["rate"] is None or math.isinf(row["rate"]) else f"{row['rate']:g}"
-        done = row["requests"] - row["failed"]
-        shown = [f"{value:,.1f}" for name in ("first", "between") for value in (row[name] or {}).values()]
-        table.add_row(rate, str(done), str(row["failed"]), f"{row['tokens_per_second']:,.1f}", *shown)
+        finished = row["requests"] - row["failed"]
+        percentiles = [f"{value:,.1f}" for name in ("first", "between") for value in (row[name] or {}).values()]
+        table.add_row(rate, str(finished), str(row["failed"]), f"{row['tokens_per_second']:,.1f}", *percentiles)
     stdout_console().print(table)
     for error in sorted({error for row in rows for error in row["errors"]}):
         print(f"soli: {error}", file=sys.stderr)

@@ -85,13 +85,13 @@ class Conversation:
 
     def say(self, text: str) -> Iterator[tuple[str, str]]:
         """Pieces of (reasoning, answer) to the next thing a person says. SoliError when the model has no room left."""
-        from soli.chat.reasoning import ThinkSplit
+        from soli.chat.reasoning import ReasoningSplitter
 
         asked = [*self.messages, {"role": "user", "content": text}]
         ids, thinking = self._template.render(asked)
         limit = self._llm.text_model.room(ids, "the conversation")
         limit = limit if self._limit is None else min(limit, self._limit)
-        split, said = ThinkSplit(thinking), ""
+        split, said = ReasoningSplitter(thinking), ""
         try:
             for event in self._llm.stream(ids, self._sampling, max_new_tokens=limit):
                 thought, answer = split.push(event.text, event.finish_reason is not None)

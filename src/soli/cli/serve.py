@@ -1,4 +1,4 @@
-"""`soli serve [MODEL]`: an OpenAI-compatible server, and the page that shows the experts play."""
+"""`soli serve [MODEL]`: an OpenAI-compatible server, and the page that shows the routing live."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ MIB = 2**20
 
 
 def serve(
-    model: Annotated[str, typer.Argument(help="A model folder; nano is the model in the box.")] = "nano",
-    host: Annotated[str, typer.Option(help="The address to listen on; wider than this machine only with a key.")] = (
+    model: Annotated[str, typer.Argument(help="A model folder; nano is the bundled model.")] = "nano",
+    host: Annotated[str, typer.Option(help="The address to listen on; beyond this machine only with a key.")] = (
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = 8000,
     name: Annotated[str | None, typer.Option(help="What the model is called; by default as its folder.")] = None,
     api_key: Annotated[
-        str | None, typer.Option(help="Ask for this key; better given as SOLI_API_KEY, which others cannot see.")
+        str | None, typer.Option(help="Require this key; better set as SOLI_API_KEY, which other users cannot see.")
     ] = None,
     allow_host: Annotated[
-        list[str] | None, typer.Option(help="A name the server may be called by, beside localhost; * for any.")
+        list[str] | None, typer.Option(help="A host name that requests may use, beside localhost; * for any.")
     ] = None,
     allow_origin: Annotated[
         list[str] | None, typer.Option(help="A web page's origin that may call (CORS), as https://example.org.")
     ] = None,
-    cache_mib: Annotated[int, typer.Option(min=1, help="The most memory the latent cache takes.")] = 1024,
+    cache_mib: Annotated[int, typer.Option(min=1, help="The most memory for the latent cache.")] = 1024,
     running: Annotated[int, typer.Option(min=1, max=1024, help="Requests answered at the same time.")] = 16,
-    waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are told to come back.")] = 256,
-    tokens_per_step: Annotated[int, typer.Option(min=1, help="Tokens read in one pass of the model.")] = 512,
+    waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; more get status 429.")] = 256,
+    tokens_per_step: Annotated[int, typer.Option(min=1, help="Tokens in one forward pass of the model.")] = 512,
     speculate: Annotated[
         bool, typer.Option("--speculate", help="Draft tokens with the model's MTP module; slower on the CPUs measured.")
     ] = False,
-    body_mib: Annotated[float, typer.Option(min=0.001, help="The largest body taken.")] = 4.0,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="The longest prompt taken.")] = 2**20,
+    body_mib: Annotated[float, typer.Option(min=0.001, help="The largest body accepted.")] = 4.0,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="The longest prompt accepted.")] = 2**20,
     choices: Annotated[int, typer.Option(min=1, help="The most answers to one request (n).")] = 16,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long an answer may take.")] = 600.0,
-    drain_seconds: Annotated[float, typer.Option(min=0.0, help="After SIGTERM, how long answers may go on.")] = 30.0,
+    drain_seconds: Annotated[float, typer.Option(min=0.0, help="After SIGTERM, how long answers may continue.")] = 30.0,
     open_page: Annotated[
         bool | None,
         typer.Option(
@@ -55,15 +55,17 @@ def serve(
     from soli.checkpoint import open_checkpoint
     from soli.engine.request import EngineLimits
     from soli.serve.app import AppRules
-    from soli.serve.middleware import LOOPBACK, GateRules
+    from soli.serve.middleware import LOOPBACK, AccessRules
     from soli.serve.server import on_desktop, run_server
     from soli.serve.service import ServiceLimits
 
     key = api_key or os.environ.get("SOLI_API_KEY") or None
     if host not in LOOPBACK and key is None:
-        raise SoliError(f"listening on {host} lets others in: set SOLI_API_KEY to a key of your own, or use 127.0.0.1")
+        raise SoliError(
+            f"listening on {host} admits other machines: set SOLI_API_KEY to a key of your own, or use 127.0.0.1"
+        )
     if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
-        raise SoliError("the API key may hold printable ASCII characters alone, without spaces: choose another")
+        raise SoliError("the API key may have only printable ASCII characters, without spaces: choose another")
     folder = open_checkpoint(model).folder
     hosts = (*LOOPBACK, host, *(allow_host or ()))
     run_server(
@@ -79,7 +81,7 @@ def serve(
             speculate=speculate,
         ),
         service=ServiceLimits(prompt_tokens, choices, seconds),
-        rules=AppRules(GateRules(hosts, key, int(body_mib * MIB)), tuple(allow_origin or ())),
+        rules=AppRules(AccessRules(hosts, key, int(body_mib * MIB)), tuple(allow_origin or ())),
         drain_seconds=drain_seconds,
         device=device,
         dtype=dtype,

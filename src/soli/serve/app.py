@@ -1,7 +1,7 @@
-"""The server as one ASGI application: routes, errors in OpenAI's shape, and the gate that every request passes.
+"""The server as one ASGI application: routes, errors in OpenAI's format, and the middleware that every request passes.
 
-/health says that the model is there and its engine runs, /ready that new requests are taken as well; both are open, as
-is the page. Everything else needs the key where one is set.
+/health is 200 while the model is loaded and its engine runs, /ready only while new requests are accepted as well; both
+are open, as is the page. Everything else requires the API key, if one is set.
 """
 
 import re
@@ -10,27 +10,27 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
-from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from soli import __version__
 from soli.errors import SoliError
-from soli.serve import errors, openai_routes, page_routes, soli_routes
-from soli.serve.middleware import Gate, GateRules
+from soli.serve import openai_routes, page_routes, soli_routes
+from soli.serve.errors import add_handlers
+from soli.serve.middleware import AccessMiddleware, AccessRules
+from soli.serve.protocol_responses import HealthStatus, to_json
 from soli.serve.service import Service
 
-UNREADY: dict[int | str, dict[str, Any]] = {503: {"description": "Not ready; `status` says why"}}
+NOT_READY: dict[int | str, dict[str, Any]] = {503: {"model": HealthStatus, "description": "Not ready"}}
 
 
 @dataclass(frozen=True)
 class AppRules:
-    """`origins`: web pages of other hosts that may call (CORS), "*" for any; none by default. SoliError for what no
-    browser would send: it would match nothing, and nobody would be told."""
+    """`origins`: web pages of other hosts that may call (CORS), "*" for any; none by default. SoliError for an origin
+    that no browser sends, which would match nothing, silently."""
 
-    gate: GateRules = field(default_factory=GateRules)
+    access: AccessRules = field(default_factory=AccessRules)
     origins: Sequence[str] = ()
 
     def __post_init__(self) -> None:
@@ -43,35 +43,36 @@ class AppRules:
 
 
 def create_app(service: Service, rules: AppRules | None = None) -> ASGIApp:
-    """The application; `service.start` begins to load its model."""
+    """The application; `service.start` starts loading its model."""
     rules = rules or AppRules()
     app = FastAPI(title="Soli", version=__version__, docs_url=None, redoc_url=None)
-    app.add_exception_handler(errors.ApiError, errors.on_api_error)
-    app.add_exception_handler(AnyHTTPException, errors.on_http_error)
-    app.add_exception_handler(RequestValidationError, errors.on_invalid)
-    app.add_exception_handler(SoliError, errors.on_soli_error)
-    app.add_exception_handler(Exception, errors.on_anything)
+    add_handlers(app)
+    _add_probes(app, service)
+    app.include_router(openai_routes.router(service))
+    app.include_router(soli_routes.router(service))
+    app.include_router(page_routes.router())
+    protected = AccessMiddleware(app, rules.access)
+    if not rules.origins:
+        return protected
+    # CORS is outermost: a browser's preflight has no key, and the browser must be able to read a rejection.
+    headers = ["Authorization", "Content-Type"]
+    return CORSMiddleware(protected, allow_origins=rules.origins, allow_methods=["GET", "POST"], allow_headers=headers)
 
-    @app.get("/health", responses=UNREADY)
+
+def _add_probes(app: FastAPI, service: Service) -> None:
+    @app.get("/health", response_model=HealthStatus, responses=NOT_READY)
     def health() -> JSONResponse:
-        status = service.status
-        return JSONResponse({"status": status}, 200 if status in ("ready", "stopping") else 503)
+        return _health(service, healthy=("ready", "stopping"))
 
-    @app.get("/ready", responses=UNREADY)
+    @app.get("/ready", response_model=HealthStatus, responses=NOT_READY)
     def ready() -> JSONResponse:
-        status = service.status
-        return JSONResponse({"status": status}, 200 if status == "ready" else 503)
+        return _health(service, healthy=("ready",))
 
     @app.get("/metrics", response_class=PlainTextResponse)
     def metrics() -> PlainTextResponse:
         return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    app.include_router(openai_routes.router(service))
-    app.include_router(soli_routes.router(service))
-    app.include_router(page_routes.router())
-    gated = Gate(app, rules.gate)
-    if not rules.origins:
-        return gated
-    # Outside the gate: a browser asks whether it may before it sends the key, and must be able to read a refusal.
-    headers = ["Authorization", "Content-Type"]
-    return CORSMiddleware(gated, allow_origins=rules.origins, allow_methods=["GET", "POST"], allow_headers=headers)
+
+def _health(service: Service, healthy: Sequence[str]) -> JSONResponse:
+    status = service.status
+    return JSONResponse(to_json(HealthStatus(status=status)), 200 if status in healthy else 503)

@@ -1,7 +1,7 @@
-"""What every request passes first: allowed host, the key, a bounded body; and one line of log when it is over, with the
-id that the answer has as X-Request-Id.
+"""What every request passes first: the host name, the API key, a bounded body, strict JSON; and its line in the log.
 
-The log (json_log.py) has no word of prompts or answers. Plain ASGI, so that streams pass through untouched.
+The line is written when the request is over, with the id that the answer has as X-Request-Id, and holds no text of
+prompts or answers. Plain ASGI, so that streams pass through unchanged.
 """
 
 import asyncio
@@ -9,11 +9,14 @@ import hmac
 import logging
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
-from starlette.exceptions import HTTPException
+from fastapi import HTTPException, Request, Response
+from fastapi.routing import APIRoute
+from pydantic_core import from_json
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from soli.serve.errors import error_response
@@ -24,13 +27,13 @@ LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 
 log = logging.getLogger("soli.serve")
 
-#: When the HTTP request that is being answered came in, as time.monotonic() has it.
-ARRIVED: ContextVar[float] = ContextVar("arrived")
+#: time.monotonic() at the arrival of the HTTP request that is being answered.
+ARRIVAL_TIME: ContextVar[float] = ContextVar("arrival_time")
 
 
 @dataclass(frozen=True)
-class GateRules:
-    """`hosts`: names the Host header may have, without port ("*": any). `key` None: no key is asked for."""
+class AccessRules:
+    """`hosts`: names the Host header may have, without port ("*": any). `key` None: no key is required."""
 
     hosts: Sequence[str] = LOOPBACK
     key: str | None = None
@@ -38,91 +41,112 @@ class GateRules:
     body_seconds: float = 60.0
 
 
-class Gate:
-    """ASGI middleware."""
+class AccessMiddleware:
+    """ASGI middleware: rejects what the rules forbid, limits the body, logs the request."""
 
-    def __init__(self, app: ASGIApp, rules: GateRules) -> None:
-        self._app, self._rules = app, rules
+    def __init__(self, app: ASGIApp, rules: AccessRules) -> None:
+        self._app = app
+        self._rules = rules
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        seen, started, name = {"status": 0, "sent": 0}, time.monotonic(), f"req-{secrets.token_hex(8)}"
+        start = time.monotonic()
+        request_id = f"req-{secrets.token_hex(8)}"
+        status = body_bytes = 0
+        ARRIVAL_TIME.set(start)
 
-        ARRIVED.set(started)
-
-        async def counted(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
+            nonlocal status, body_bytes
             if message["type"] == "http.response.start":
-                seen["status"] = message["status"]
-                message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", name.encode())]}
-            seen["sent"] += len(message.get("body", b""))
+                status = message["status"]
+                message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", request_id.encode())]}
+            body_bytes += len(message.get("body", b""))
             await send(message)
 
         try:
-            await self._pass(scope, receive, counted)
+            await self._answer(scope, receive, send_with_id)
         finally:
-            line = {
-                "id": name,
-                "method": scope["method"],
-                "path": scope["path"][:200],
-                "status": seen["status"],
-                "bytes": seen["sent"],
-                "seconds": round(time.monotonic() - started, 4),
-            }
-            polled = scope["path"] in ("/health", "/ready")
-            log.log(logging.DEBUG if polled else logging.INFO, "request", extra={"fields": line})
+            fields = {"id": request_id, "method": scope["method"], "path": scope["path"][:200], "status": status}
+            fields |= {"bytes": body_bytes, "seconds": round(time.monotonic() - start, 4)}
+            is_probe = scope["path"] in ("/health", "/ready")
+            log.log(logging.DEBUG if is_probe else logging.INFO, "request", extra={"fields": fields})
 
-    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = {name.lower(): value for name, value in scope["headers"]}
-        refusal = self._refusal(scope, headers)
-        if refusal is not None:
-            headers_out = {"WWW-Authenticate": "Bearer"} if refusal[0] == 401 else None
-            await error_response(*refusal, headers_out)(scope, receive, send)
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        rejection = self._rejection(scope, {name.lower(): value for name, value in scope["headers"]})
+        if rejection is None:
+            await self._app(scope, self._limited(receive), send)
             return
-        await self._app(scope, self._bounded(receive), send)
+        status, message = rejection
+        headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
+        await error_response(status, message, headers)(scope, receive, send)
 
-    def _bounded(self, receive: Receive) -> Receive:
-        """`receive`, which refuses a body that is too large or takes too long to come."""
-        taken, complete = 0, False
-        until = time.monotonic() + self._rules.body_seconds
+    def _limited(self, receive: Receive) -> Receive:
+        """`receive`, which rejects a body that is too large or arrives too slowly."""
+        received = 0
+        complete = False
+        deadline = time.monotonic() + self._rules.body_seconds
 
-        async def bounded() -> Message:
-            nonlocal taken, complete
+        async def limited() -> Message:
+            nonlocal received, complete
             try:
-                async with asyncio.timeout(None if complete else until - time.monotonic()):
+                async with asyncio.timeout(None if complete else deadline - time.monotonic()):
                     message = await receive()
             except TimeoutError:
-                raise HTTPException(408, f"the body did not come within {self._rules.body_seconds:g} seconds") from None
-            taken += len(message.get("body", b""))
+                reason = f"the body did not arrive within {self._rules.body_seconds:g} seconds"
+                raise HTTPException(408, reason) from None
+            received += len(message.get("body", b""))
             complete = not message.get("more_body", False)
-            if taken > self._rules.body_bytes:
+            if received > self._rules.body_bytes:
                 raise HTTPException(413, self._too_large())
             return message
 
-        return bounded
+        return limited
 
-    def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> tuple[int, str] | None:
-        """(status, why) for a request that goes no further."""
+    def _rejection(self, scope: Scope, headers: dict[bytes, bytes]) -> tuple[int, str] | None:
+        """(status, message) for a request that goes no further."""
         host = headers.get(b"host", b"").decode("latin-1").lower()
         name = host.rsplit(":", 1)[0] if host.rpartition(":")[2].isdigit() else host
         if "*" not in self._rules.hosts and name not in self._rules.hosts:
             return 421, "this host name is not served here: start the server with --allow-host for it"
-        if not self._open(scope) and not self._has_key(headers):
-            return 401, "a key is needed: send it as 'Authorization: Bearer KEY'"
+        if not _is_open(scope["path"]) and not self._has_key(headers):
+            return 401, "an API key is required: send it as 'Authorization: Bearer KEY'"
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or len(length) > 15:
-            return 400, "Content-Length is no number of bytes"
+            return 400, "Content-Length is not a number of bytes"
         return (413, self._too_large()) if int(length) > self._rules.body_bytes else None
-
-    def _open(self, scope: Scope) -> bool:
-        return scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_FOLDER)
 
     def _has_key(self, headers: dict[bytes, bytes]) -> bool:
         if self._rules.key is None:
             return True
-        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), self._rules.key.encode())
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._rules.key.encode())
 
     def _too_large(self) -> str:
-        return f"the body has more than {self._rules.body_bytes} bytes, the most this server takes"
+        return f"the body has more than {self._rules.body_bytes} bytes, the limit of this server"
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
+
+
+class _StrictRequest(Request):
+    async def json(self) -> Any:
+        try:
+            return from_json(await self.body(), allow_inf_nan=False)
+        except ValueError as error:
+            raise HTTPException(400, f"the body is not JSON: {error}") from error
+
+
+class StrictRoute(APIRoute):
+    """The route class of every router with bodies: JSON without NaN, lone surrogates, or nesting that exhausts the
+    stack."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_strictly(request: Request) -> Response:
+            return await handle(_StrictRequest(request.scope, request.receive))
+
+        return handle_strictly

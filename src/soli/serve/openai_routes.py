@@ -1,24 +1,21 @@
 """OpenAI's routes: models, completions, chat completions."""
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from soli.serve import prompts
-from soli.serve.answer_schema import ChatAnswer, CompletionAnswer, ErrorAnswer, answers
-from soli.serve.answers import Answer
-from soli.serve.choices import ChatChoice, Choice, CompletionChoice
-from soli.serve.prompts import Asked
-from soli.serve.protocol import ChatBody, CompletionBody
+from soli.serve.middleware import StrictRoute
+from soli.serve.prompts import RequestBatch, chat_batch, completion_batch
+from soli.serve.protocol_requests import ChatBody, CompletionBody
+from soli.serve.protocol_responses import ErrorResponse, ModelCard, ModelList, to_json
+from soli.serve.responses import CHAT, COMPLETION, AnswerFormat, ResponseBuilder
 from soli.serve.service import Service
 from soli.serve.streaming import EventStream, while_connected
-from soli.serve.strict import StrictRoute
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer} for status in (400, 401, 404, 408, 413, 421, 429, 500, 503, 504)
+    status: {"model": ErrorResponse} for status in (400, 401, 404, 408, 413, 421, 429, 500, 503, 504)
 }
 
 UNREAD_SECONDS = 30.0  # how much longer than the answer its reader may take
@@ -29,44 +26,43 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter(prefix="/v1", responses=ERRORS, route_class=StrictRoute)
 
     @routes.get("/models")
-    def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_card(service)]}
+    def models() -> ModelList:
+        return ModelList(object="list", data=[_card(service)])
 
     @routes.get("/models/{name:path}")
-    def model(name: str) -> dict[str, Any]:
+    def model(name: str) -> ModelCard:
         service.check_model(name)
         return _card(service)
 
-    @routes.post("/completions", response_model=None, responses=answers(CompletionAnswer))
+    @routes.post("/completions", response_model=None, responses=described(COMPLETION))
     async def completions(body: CompletionBody, request: Request) -> Response:
         service.check_model(body.model)
-        loaded = service.loaded
-        asked = await asyncio.to_thread(prompts.completion, body, loaded, service.limits)
-        return await respond(
-            service, request, asked, "text_completion", lambda at: CompletionChoice(at, loaded.text_model), body.stream
-        )
+        batch = await asyncio.to_thread(completion_batch, body, service.loaded, service.limits)
+        return await respond(service, request, batch, COMPLETION, body.stream)
 
-    @routes.post("/chat/completions", response_model=None, responses=answers(ChatAnswer))
+    @routes.post("/chat/completions", response_model=None, responses=described(CHAT))
     async def chat(body: ChatBody, request: Request) -> Response:
         service.check_model(body.model)
-        loaded = service.loaded
-        asked = await asyncio.to_thread(prompts.chat, body, loaded, service.limits)
-        return await respond(
-            service, request, asked, "chat.completion", lambda at: ChatChoice(at, loaded.text_model, asked), body.stream
-        )
+        batch = await asyncio.to_thread(chat_batch, body, service.loaded, service.limits)
+        return await respond(service, request, batch, CHAT, body.stream)
 
     return routes
 
 
+def described(answer_format: AnswerFormat) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI description of a route that answers with a whole response, or with a stream of its pieces."""
+    return {200: {"model": answer_format.response, "content": {"text/event-stream": {}}}}
+
+
 async def respond(
-    service: Service, request: Request, asked: Asked, kind: str, make: Callable[[int], Choice], stream: bool | None
+    service: Service, request: Request, batch: RequestBatch, answer_format: AnswerFormat, stream: bool | None
 ) -> Response:
-    """A stream or a whole answer. Refusals come before the first byte of either."""
-    answer = Answer(service, asked, kind, make)
+    """A stream or a whole response. Rejections come before the first byte of either."""
+    builder = ResponseBuilder(service, batch, answer_format)
     if stream:
-        return EventStream(await answer.stream(), service.limits.seconds + UNREAD_SECONDS)
-    return JSONResponse(await while_connected(request, answer.whole()))
+        return EventStream(await builder.stream(), service.limits.seconds + UNREAD_SECONDS)
+    return JSONResponse(to_json(await while_connected(request, builder.whole())))
 
 
-def _card(service: Service) -> dict[str, Any]:
-    return {"id": service.name, "object": "model", "created": service.created, "owned_by": "soli"}
+def _card(service: Service) -> ModelCard:
+    return ModelCard(id=service.name, object="model", created=service.created, owned_by="soli")

@@ -1,110 +1,172 @@
-"""From a body to the engine's requests: prompts as tokens, how to sample, where to stop. What the model cannot do is
-refused with the field that asks for it."""
+"""From a body to the engine's requests: prompts as tokens, sampling, where to stop.
 
-from collections.abc import Mapping, Sequence
+What the model cannot do is rejected with the name of the field that asks for it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
+from soli.chat.parser import DeepSeekParser, ForcedCallParser, OutputParser, PlainParser
 from soli.chat.templates import JsonText
-from soli.chat.tool_calls import schema_of_any
+from soli.chat.tool_calls import any_call_schema
 from soli.engine.constraint import ConstraintSpec
 from soli.engine.request import Request
 from soli.engine.sampler import SamplingParams
 from soli.errors import SoliError
+from soli.eval.translation import translation_request
 from soli.serve.errors import ApiError
-from soli.serve.protocol import ChatBody, CompletionBody, Message, Sampling, SoliOptions, Tool, ToolCall, ToolChoice
-from soli.serve.service import Loaded, ServiceLimits
+from soli.serve.protocol_requests import (
+    ChatBody,
+    CompletionBody,
+    GenerationBody,
+    Message,
+    MessageToolCall,
+    ResponseFormat,
+    SoliOptions,
+    Tool,
+    ToolChoice,
+    TranslateBody,
+)
+from soli.serve.service import LoadedModel, ServiceLimits
 
-COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat may use the room there is
-PARAMS = {"max_new_tokens": "max_tokens", "masked_experts": "soli.mute"}  # fields of a Request as bodies call them
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat may use all remaining tokens
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a body asks for: `choices` answers to each of `prompts`, all as `requests`, prompt by prompt."""
+class RequestBatch:
+    """The engine requests of one body: `choices_per_prompt` for each prompt, prompt by prompt."""
 
     requests: tuple[Request, ...]
-    choices: int
-    options: SoliOptions
-    params: Mapping[str, str]  # the body's names of the requests' fields, for refusals
-    usage_chunk: bool = False
-    thinking: bool = False  # the prompt ends inside the reasoning
-    tools: bool = False  # the answer may hold calls
-    forced_tool: str | None = None  # the answer is the arguments of this tool, or of "" one that it names
+    choices_per_prompt: int
+    routing: Literal["none", "summary", "full"]
+    param_names: Mapping[str, str]  # the body's names of the requests' fields, for rejections
+    include_usage: bool = False  # in the last chunk of a stream
+    new_parser: Callable[[], OutputParser] = PlainParser  # of a chat's answers, one for each
 
 
-def completion(body: CompletionBody, loaded: Loaded, limits: ServiceLimits) -> Asked:
+def completion_batch(body: CompletionBody, loaded: LoadedModel, limits: ServiceLimits) -> RequestBatch:
     """POST /v1/completions."""
-    given: Any = body.prompt
-    if isinstance(given, str) or isinstance(given[0], int):
-        given = [given]
-    prompts = [loaded.text_model.text_prompt(one) if isinstance(one, str) else list(one) for one in given]
-    base = _base(body, body.max_tokens or COMPLETION_TOKENS, _format(body), loaded)
-    requests = [replace(base, prompt_ids=tuple(ids), logprobs=body.logprobs) for ids in prompts]
-    return _asked(body, requests, {"prompt_ids": "prompt", **PARAMS, "constraint": "response_format"}, loaded, limits)
+    prompts: Any = body.prompt
+    if isinstance(prompts, str) or isinstance(prompts[0], int):
+        prompts = [prompts]
+    text_model = loaded.text_model
+    prompt_ids = [text_model.text_prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    request = _request(body, body.max_tokens or DEFAULT_COMPLETION_TOKENS, _format_constraint(body), loaded)
+    requests = [replace(request, prompt_ids=tuple(ids), logprobs=body.logprobs) for ids in prompt_ids]
+    names = _param_names(body.soli, prompt_ids="prompt", constraint="response_format")
+    return _batch(body, requests, names, loaded, limits)
 
 
-def chat(body: ChatBody, loaded: Loaded, limits: ServiceLimits) -> Asked:
+def chat_batch(body: ChatBody, loaded: LoadedModel, limits: ServiceLimits) -> RequestBatch:
     """POST /v1/chat/completions."""
     if loaded.template is None:
         raise ApiError(
             400,
-            "this model has no chat template, so it cannot chat: use /v1/completions, or /soli/translate where the "
+            "this model has no chat template, so it cannot chat: use /v1/completions, or /soli/translate if the "
             "model translates",
             "messages",
         )
-    tools, forced = _tools(body, loaded)
-    constraint = _constraint(body, forced)
+    tools, forced_tool = _tools(body, loaded)
+    constraint = _constraint(body, forced_tool)
     try:
-        turns = [_turn(one) for one in body.messages]
-        ids, thinking = loaded.template.render(turns, tools, body.chat_template_kwargs, think=constraint is None)
+        messages = [_template_message(message) for message in body.messages]
+        prompt = loaded.template.render(
+            messages, tools, body.chat_template_kwargs, allow_reasoning=constraint is None
+        )
     except SoliError as error:
         raise ApiError(400, str(error), "messages") from error
-    if body.max_tokens and body.max_completion_tokens:
-        raise ApiError(400, "give max_tokens or max_completion_tokens, not both", "max_tokens")
-    if body.top_logprobs is not None and not body.logprobs:
-        raise ApiError(400, "top_logprobs needs logprobs to be true", "top_logprobs")
-    room = max(1, loaded.text_model.positions - len(ids))
-    base = _base(body, body.max_completion_tokens or body.max_tokens or room, constraint, loaded)
+    _check_chat(body)
+    remaining_tokens = max(1, loaded.text_model.positions - len(prompt.token_ids))
+    max_tokens = body.max_completion_tokens or body.max_tokens or remaining_tokens
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
     request = replace(
-        base,
-        prompt_ids=tuple(ids),
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        _request(body, max_tokens, constraint, loaded), prompt_ids=tuple(prompt.token_ids), logprobs=logprobs
     )
-    params = {"prompt_ids": "messages", **PARAMS, "constraint": "response_format" if forced is None else "tools"}
+    names = _param_names(
+        body.soli, prompt_ids="messages", constraint="response_format" if forced_tool is None else "tools"
+    )
     if body.max_completion_tokens:
-        params["max_new_tokens"] = "max_completion_tokens"
-    asked = _asked(body, [request], params, loaded, limits)
-    return replace(asked, thinking=thinking, tools=bool(tools) and forced is None, forced_tool=forced)
+        names["max_new_tokens"] = "max_completion_tokens"
+    batch = _batch(body, [request], names, loaded, limits)
+    new_parser = _new_parser(forced_tool, constraint is not None, prompt.starts_in_reasoning, bool(tools))
+    return replace(batch, new_parser=new_parser)
 
 
-def _asked(
-    body: Sampling, prompts: Sequence[Request], params: Mapping[str, str], loaded: Loaded, limits: ServiceLimits
-) -> Asked:
+def translation_batch(body: TranslateBody, loaded: LoadedModel) -> RequestBatch:
+    """POST /soli/translate."""
+    if not can_translate(loaded):
+        raise ApiError(400, "this model was not trained to translate: use /v1/completions", "text")
+    try:
+        prompt_ids, remaining_tokens = translation_request(loaded.text_model, body.text, body.to)
+    except SoliError as error:
+        raise ApiError(400, str(error), "text") from error
+    request = Request(
+        prompt_ids=tuple(prompt_ids),
+        max_new_tokens=body.max_tokens or remaining_tokens,
+        sampling=SamplingParams(body.temperature, seed=body.seed),
+        stop_ids=loaded.text_model.stop_ids,
+        trace=body.soli.routing != "none",
+        masked_experts=_masked_experts(body.soli),
+    )
+    return RequestBatch((request,), 1, body.soli.routing, _param_names(body.soli, prompt_ids="text"), True)
+
+
+def can_translate(loaded: LoadedModel) -> bool:
+    """Whether the model has the language tokens of a translation prompt."""
+    return all(loaded.text_model.tokenizer.has_token(token) for token in ("<|en|>", "<|zh|>"))
+
+
+def _batch(
+    body: GenerationBody,
+    prompts: Sequence[Request],
+    param_names: Mapping[str, str],
+    loaded: LoadedModel,
+    limits: ServiceLimits,
+) -> RequestBatch:
     choices = body.n or 1
     if choices * len(prompts) > limits.choices:
-        raise ApiError(400, f"{choices * len(prompts)} answers are asked for; this server gives {limits.choices}", "n")
-    longest = max(len(one.prompt_ids) for one in prompts)
-    most = min(limits.prompt_tokens, loaded.text_model.positions - 1)
-    if longest > most:
-        said = f"the prompt has {longest} tokens; this server takes at most {most}: shorten it"
-        raise ApiError(400, said, params["prompt_ids"], "context_length_exceeded")
+        message = f"the request is for {choices * len(prompts)} answers; the limit of this server is {limits.choices}"
+        raise ApiError(400, message, "n")
+    longest = max(len(request.prompt_ids) for request in prompts)
+    max_tokens = min(limits.prompt_tokens, loaded.text_model.positions - 1)
+    if longest > max_tokens:
+        message = f"the prompt has {longest} tokens; this server takes at most {max_tokens}: shorten it"
+        raise ApiError(400, message, param_names["prompt_ids"], "context_length_exceeded")
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options needs stream to be true", "stream_options")
-    requests = [replace(one, sampling=one.sampling.numbered(at)) for one in prompts for at in range(choices)]
-    usage = body.stream_options is not None and body.stream_options.include_usage
-    return Asked(tuple(requests), choices, body.soli, params, usage)
+    requests = [
+        replace(request, sampling=request.sampling.numbered(choice)) for request in prompts for choice in range(choices)
+    ]
+    include_usage = body.stream_options is not None and body.stream_options.include_usage
+    return RequestBatch(tuple(requests), choices, body.soli.routing, param_names, include_usage)
 
 
-def _base(body: Sampling, max_new_tokens: int, constraint: ConstraintSpec | None, loaded: Loaded) -> Request:
+def _request(
+    body: GenerationBody, max_new_tokens: int, constraint: ConstraintSpec | None, loaded: LoadedModel
+) -> Request:
+    """The request but for its prompt."""
     if constraint is not None and body.ignore_eos:
-        raise ApiError(400, "an answer held to a format ends where the format does: leave ignore_eos out", "ignore_eos")
-    vocab = loaded.text_model.model.config.vocab_size
-    largest = max(map(int, body.logit_bias or {}), default=0)
-    if largest >= vocab:
-        said = f"logit_bias names token {largest}, but the model's vocabulary ends at {vocab - 1}"
-        raise ApiError(400, said, "logit_bias")
-    sampling = SamplingParams(
+        raise ApiError(400, "a constrained answer ends where its format does: leave ignore_eos out", "ignore_eos")
+    return Request(
+        prompt_ids=(),
+        max_new_tokens=max_new_tokens,
+        sampling=_sampling(body, loaded.text_model.model.config.vocab_size),
+        stop_ids=frozenset() if body.ignore_eos else loaded.text_model.stop_ids,
+        stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
+        trace=body.soli.routing != "none",
+        masked_experts=_masked_experts(body.soli),
+        constraint=constraint,
+    )
+
+
+def _sampling(body: GenerationBody, vocab_size: int) -> SamplingParams:
+    logit_bias = {int(token): bias for token, bias in (body.logit_bias or {}).items()}
+    largest = max(logit_bias, default=0)
+    if largest >= vocab_size:
+        message = f"logit_bias names token {largest}, but the model's vocabulary ends at {vocab_size - 1}"
+        raise ApiError(400, message, "logit_bias")
+    return SamplingParams(
         temperature=1.0 if body.temperature is None else body.temperature,
         top_k=body.top_k,
         top_p=1.0 if body.top_p is None else body.top_p,
@@ -112,56 +174,75 @@ def _base(body: Sampling, max_new_tokens: int, constraint: ConstraintSpec | None
         repetition_penalty=body.repetition_penalty,
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
-        logit_bias={int(token): bias for token, bias in (body.logit_bias or {}).items()},
+        logit_bias=logit_bias,
         seed=body.seed,
     )
-    return Request(
-        prompt_ids=(),
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        stop_ids=frozenset() if body.ignore_eos else loaded.text_model.stop_ids,
-        stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
-        trace=body.soli.routing != "none",
-        masked_experts=frozenset((layer, expert) for layer, expert in body.soli.mute),
-        constraint=constraint,
-    )
 
 
-def _turn(message: Message) -> dict[str, Any]:
+def _masked_experts(options: SoliOptions) -> frozenset[tuple[int, int]]:
+    if {"masked_experts", "mute"} <= options.model_fields_set:
+        raise ApiError(400, "give masked_experts or mute, its old name, not both", "soli.mute")
+    return frozenset((layer, expert) for layer, expert in [*options.masked_experts, *options.mute])
+
+
+def _param_names(options: SoliOptions, **names: str) -> dict[str, str]:
+    """The names that the body gives to fields of a Request: `names`, and what all bodies have."""
+    masked_experts = "soli.mute" if "mute" in options.model_fields_set else "soli.masked_experts"
+    return names | {"max_new_tokens": "max_tokens", "masked_experts": masked_experts}
+
+
+def _check_chat(body: ChatBody) -> None:
+    if body.max_tokens and body.max_completion_tokens:
+        raise ApiError(400, "give max_tokens or max_completion_tokens, not both", "max_tokens")
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs to be true", "top_logprobs")
+
+
+def _template_message(message: Message) -> dict[str, Any]:
     """A message as templates read it."""
-    turn: dict[str, Any] = {"role": message.role, "content": message.text}
+    fields: dict[str, Any] = {"role": message.role, "content": message.text}
     if message.tool_calls:
-        turn["tool_calls"] = [_called(call) for call in message.tool_calls]
+        fields["tool_calls"] = [_template_call(call) for call in message.tool_calls]
     for name in ("name", "tool_call_id", "reasoning_content"):
         if getattr(message, name) is not None:
-            turn[name] = getattr(message, name)
-    return turn
+            fields[name] = getattr(message, name)
+    return fields
 
 
-def _called(call: ToolCall) -> dict[str, Any]:
-    dumped = call.model_dump()
-    dumped["function"]["arguments"] = JsonText(call.function.arguments)
-    return dumped
+def _template_call(call: MessageToolCall) -> dict[str, Any]:
+    fields = call.model_dump()
+    fields["function"]["arguments"] = JsonText(call.function.arguments)
+    return fields
 
 
-def _tools(body: ChatBody, loaded: Loaded) -> tuple[list[dict[str, Any]] | None, str | None]:
-    """The tools as the template gets them, and the one that must be called ("": any)."""
+def _new_parser(
+    forced_tool: str | None, constrained: bool, starts_in_reasoning: bool, has_tools: bool
+) -> Callable[[], OutputParser]:
+    if forced_tool is not None:
+        return lambda: ForcedCallParser(forced_tool or None)
+    if constrained:
+        return PlainParser
+    return lambda: DeepSeekParser(starts_in_reasoning, parse_tool_calls=has_tools)
+
+
+def _tools(body: ChatBody, loaded: LoadedModel) -> tuple[list[dict[str, Any]] | None, str | None]:
+    """The tools for the template, and the one that must be called ("": any)."""
     if not body.tools:
         if body.tool_choice not in (None, "none"):
             raise ApiError(400, "tool_choice needs tools", "tool_choice")
         return None, None
     assert loaded.template is not None
-    if not loaded.template.knows_tools:
-        raise ApiError(400, "this model's chat template knows no tools: leave them out", "tools")
+    if not loaded.template.supports_tools:
+        raise ApiError(400, "this model's chat template does not support tools: leave them out", "tools")
     if body.tool_choice == "none":
         return None, None
-    forced = _forced(body, body.tools)
-    if forced is None:
-        _refuse_what_only_force_can_do(body, body.tools)
-    return [tool.model_dump(exclude_none=True) for tool in body.tools], forced
+    forced_tool = _forced_tool(body, body.tools)
+    if forced_tool is None:
+        _check_unforced(body, body.tools)
+    return [tool.model_dump(exclude_none=True) for tool in body.tools], forced_tool
 
 
-def _forced(body: ChatBody, tools: Sequence[Tool]) -> str | None:
+def _forced_tool(body: ChatBody, tools: Sequence[Tool]) -> str | None:
     """The tool that must be called; "": any of them, None: none need be."""
     if not isinstance(body.tool_choice, ToolChoice):
         return "" if body.tool_choice == "required" else None
@@ -171,49 +252,54 @@ def _forced(body: ChatBody, tools: Sequence[Tool]) -> str | None:
     return name
 
 
-def _refuse_what_only_force_can_do(body: ChatBody, tools: Sequence[Tool]) -> None:
+def _check_unforced(body: ChatBody, tools: Sequence[Tool]) -> None:
+    """Rejects what only a forced call can guarantee."""
     if body.parallel_tool_calls is False:
-        said = "the model decides how many calls it makes: leave parallel_tool_calls out or set tool_choice"
-        raise ApiError(400, said, "parallel_tool_calls")
+        message = "the model decides how many calls it makes: leave parallel_tool_calls out or set tool_choice"
+        raise ApiError(400, message, "parallel_tool_calls")
     for number, tool in enumerate(tools):
         if tool.function.strict:
-            said = "arguments are held to their schema only where a call is forced: leave strict out or set tool_choice"
-            raise ApiError(400, said, f"tools.{number}.function.strict")
-    if body.response_format is not None and body.response_format.type != "text":
-        said = "an answer held to a format cannot call tools: leave response_format out or set tool_choice to none"
-        raise ApiError(400, said, "response_format")
+            message = "only a forced call is constrained to its schema: leave strict out or set tool_choice"
+            raise ApiError(400, message, f"tools.{number}.function.strict")
+    if _has_format(body.response_format):
+        message = "a constrained answer cannot call tools: leave response_format out or set tool_choice to none"
+        raise ApiError(400, message, "response_format")
 
 
-def _constraint(body: ChatBody, forced: str | None) -> ConstraintSpec | None:
-    if forced is None:
-        return _format(body)
-    if body.response_format is not None and body.response_format.type != "text":
+def _has_format(response_format: ResponseFormat | None) -> bool:
+    return response_format is not None and response_format.type != "text"
+
+
+def _constraint(body: ChatBody, forced_tool: str | None) -> ConstraintSpec | None:
+    if forced_tool is None:
+        return _format_constraint(body)
+    if _has_format(body.response_format):
         raise ApiError(400, "a forced tool and a response_format exclude each other", "response_format")
     try:
-        return ConstraintSpec.json_schema(_forced_schema(body.tools or [], forced))
+        return ConstraintSpec.json_schema(_forced_schema(body.tools or [], forced_tool))
     except SoliError as error:
         raise ApiError(400, str(error), "tools") from error
 
 
-def _format(body: Sampling) -> ConstraintSpec | None:
-    """What response_format holds the answer to."""
-    wanted = body.response_format
-    if wanted is None:
+def _format_constraint(body: GenerationBody) -> ConstraintSpec | None:
+    """The constraint of response_format."""
+    response_format = body.response_format
+    if response_format is None:
         return None
     for field, kind in (("json_schema", "json_schema"), ("pattern", "regex")):
-        if (getattr(wanted, field) is None) == (wanted.type == kind):
-            said = "is missing" if wanted.type == kind else f"goes with type {kind} alone"
-            raise ApiError(400, f"response_format.{field} {said}", f"response_format.{field}")
+        if (getattr(response_format, field) is None) == (response_format.type == kind):
+            problem = "is missing" if response_format.type == kind else f"goes with type {kind} alone"
+            raise ApiError(400, f"response_format.{field} {problem}", f"response_format.{field}")
     try:
-        if wanted.json_schema is not None:
-            return ConstraintSpec.json_schema(wanted.json_schema.schema_)
-        if wanted.pattern is not None:
-            return ConstraintSpec.regex(wanted.pattern)
-        return ConstraintSpec.json_object() if wanted.type == "json_object" else None
+        if response_format.json_schema is not None:
+            return ConstraintSpec.json_schema(response_format.json_schema.schema_)
+        if response_format.pattern is not None:
+            return ConstraintSpec.regex(response_format.pattern)
+        return ConstraintSpec.json_object() if response_format.type == "json_object" else None
     except SoliError as error:
         raise ApiError(400, str(error), "response_format") from error
 
 
-def _forced_schema(tools: Sequence[Tool], forced: str) -> dict[str, Any]:
+def _forced_schema(tools: Sequence[Tool], forced_tool: str) -> dict[str, Any]:
     schemas = [(tool.function.name, tool.function.parameters or {"type": "object"}) for tool in tools]
-    return dict(schemas)[forced] if forced else schema_of_any(schemas)
+    return dict(schemas)[forced_tool] if forced_tool else any_call_schema(schemas)

@@ -1,18 +1,21 @@
-"""Running the server: a socket, uvicorn, the model loaded beside it, and an end that drains.
+"""Running the server: a socket, uvicorn, the model loaded beside it, a shutdown that drains, and the JSON log.
 
-SIGTERM and SIGINT stop taking requests, let the answers under way end for a while, then end the process. A model that
-cannot be loaded ends it with one sentence.
+SIGTERM and SIGINT stop accepting requests, let the answers in progress finish for a while, then end the process. A
+model that cannot be loaded ends it with one sentence.
 """
 
+import json
 import logging
 import os
 import signal
 import socket
 import sys
 import threading
+import traceback
 import webbrowser
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from types import FrameType
 
 import uvicorn
@@ -26,27 +29,41 @@ from soli.engine.request import EngineLimits
 from soli.engine.text_model import open_text_model
 from soli.errors import SoliError
 from soli.serve.app import AppRules, create_app
-from soli.serve.json_log import JsonLines
-from soli.serve.service import Loaded, Service, ServiceLimits
+from soli.serve.service import LoadedModel, Service, ServiceLimits
 
 
-def load(model: str, device: str, dtype: str, limits: EngineLimits) -> Loaded:
-    """A folder, or "nano", with its engine and its chat template."""
-    text_model = open_text_model(model, device, dtype, mtp=limits.speculate)
-    template = ChatTemplate.from_folder(open_checkpoint(model).folder, text_model.tokenizer)
-    return Loaded(text_model, AsyncEngine(Engine(text_model, limits)), template)
+class JsonFormatter(logging.Formatter):
+    """One JSON object per line: time, level, logger, message, and what `extra={"fields": …}` adds.
+
+    Of an exception it has the type and the traceback's places in the code, not the message, which may quote a caller.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info and record.exc_info[0] is not None:
+            kind, _, frames = record.exc_info
+            line["error"] = kind.__name__
+            line["traceback"] = [f"{at.filename}:{at.lineno} {at.name}" for at in traceback.extract_tb(frames)]
+        return json.dumps(line, ensure_ascii=False, default=str)
 
 
-class _Server(uvicorn.Server):
+class _DrainingServer(uvicorn.Server):
     """uvicorn's server, which lets the engine finish before it waits for connections to close."""
 
     def __init__(self, config: uvicorn.Config, service: Service, drain_seconds: float) -> None:
         super().__init__(config)
-        self._service, self._drain_seconds = service, drain_seconds
+        self._service = service
+        self._drain_seconds = drain_seconds
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Signals end the server; what comes after it has ended must not change the exit status."""
+        """Signals end the server; signals after its end must not change the exit status."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.handle_exit)
         yield
@@ -54,7 +71,7 @@ class _Server(uvicorn.Server):
             signal.signal(number, signal.SIG_IGN)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal drains, the second ends the answers under way."""
+        """The first signal drains, the second ends the answers in progress."""
         self.force_exit = self.should_exit
         if self.should_exit:
             threading.Thread(target=self._service.abort, daemon=True).start()
@@ -79,31 +96,56 @@ def run_server(
     dtype: str = "auto",
     open_page: bool = False,
 ) -> None:
-    """Serves until it is told to stop; `open_page` shows the page in a browser once the model is loaded. SoliError
-    where the port is taken or the model cannot be loaded."""
-    bound = listen(host, port)
-    made = Service(name, lambda: load(model, device, dtype, engine), service)
-    server = _uvicorn(create_app(made, rules), made, drain_seconds)
-    url = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}/"
+    """Serves until a signal ends it; `open_page` shows the page in a browser once the model is loaded. SoliError if the
+    port is taken or the model cannot be loaded."""
+    listener = listen(host, port)
+    model_service = Service(name, lambda: load(model, device, dtype, engine), service)
+    server = _uvicorn(create_app(model_service, rules), model_service, drain_seconds)
+    url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/"
     print(f"soli: serving {name} on {url} (the API under /v1)", file=sys.stderr)
-    made.start(lambda _: setattr(server, "should_exit", True), lambda: open_page and webbrowser.open(url))
-    server.run(sockets=[bound])
-    if made.failure is not None:
-        raise made.failure
+    model_service.start(
+        on_failure=lambda _: setattr(server, "should_exit", True),
+        on_ready=lambda: open_page and webbrowser.open(url),
+    )
+    server.run(sockets=[listener])
+    if model_service.failure is not None:
+        raise model_service.failure
+
+
+def load(model: str, device: str, dtype: str, limits: EngineLimits) -> LoadedModel:
+    """A folder, or "nano", with its engine and its chat template."""
+    text_model = open_text_model(model, device, dtype, mtp=limits.speculate)
+    template = ChatTemplate.from_folder(open_checkpoint(model).folder, text_model.tokenizer)
+    return LoadedModel(text_model, AsyncEngine(Engine(text_model, limits)), template)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; SoliError if there cannot be one. TCP is named, since asyncio sets TCP_NODELAY only then, and
+    without it an answer waits for the acknowledgement of its own headers, 40 ms."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        raise SoliError(f"cannot listen on {host} port {port} ({error.strerror}): choose another --port") from error
+    return listener
 
 
 def on_desktop() -> bool:
-    """Whether somebody sits at a terminal of a machine with a screen."""
-    screen = sys.platform in ("darwin", "win32") or bool({"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys())
-    return screen and sys.stderr.isatty() and "SSH_CONNECTION" not in os.environ
+    """Whether a person sits at a terminal of a machine with a screen."""
+    has_screen = sys.platform in ("darwin", "win32") or bool({"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys())
+    return has_screen and sys.stderr.isatty() and "SSH_CONNECTION" not in os.environ
 
 
-def _uvicorn(app: ASGIApp, service: Service, drain_seconds: float) -> _Server:
+def _uvicorn(app: ASGIApp, service: Service, drain_seconds: float) -> _DrainingServer:
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines())
+    handler.setFormatter(JsonFormatter())
     logging.basicConfig(handlers=[handler], level=logging.INFO)
-    for quiet in ("uvicorn", "uvicorn.error", "httpx"):
-        logging.getLogger(quiet).setLevel(logging.WARNING)
+    for name in ("uvicorn", "uvicorn.error", "httpx"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     config = uvicorn.Config(
         app,
         access_log=False,
@@ -113,19 +155,4 @@ def _uvicorn(app: ASGIApp, service: Service, drain_seconds: float) -> _Server:
         ws="none",
         timeout_graceful_shutdown=5,
     )
-    return _Server(config, service, drain_seconds)
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; SoliError where that cannot be. TCP is named: only then asyncio sets TCP_NODELAY, and without
-    it an answer waits for the acknowledgement of its own headers, 40 ms."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((host, port))
-        bound.listen(1024)
-    except OSError as error:
-        bound.close()
-        raise SoliError(f"cannot listen on {host} port {port} ({error.strerror}): choose another --port") from error
-    return bound
+    return _DrainingServer(config, service, drain_seconds)

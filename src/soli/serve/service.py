@@ -1,6 +1,6 @@
-"""What the routes stand on: one model with its engine, loaded while the server already answers.
+"""What the routes depend on: one model with its engine, loaded while the server already answers.
 
-Whoever is asked before the model is there says so (503); a model that cannot be loaded ends the server.
+A request that arrives before the model is loaded gets a 503; a model that cannot be loaded ends the server.
 """
 
 import logging
@@ -11,14 +11,13 @@ from dataclasses import dataclass
 
 from soli.chat.templates import ChatTemplate
 from soli.engine.async_engine import AsyncEngine, AsyncEvents
-from soli.engine.request import Event, QueueFull, Refused, Request
+from soli.engine.request import EngineStats, Event, QueueFull, Refused, Request
 from soli.engine.text_model import TextModel
 from soli.errors import SoliError
 from soli.serve.errors import ApiError
-from soli.serve.expert_log import ExpertLog
-from soli.serve.merge import merged
-from soli.serve.metrics import Metrics
-from soli.serve.middleware import ARRIVED
+from soli.serve.metrics import ExpertStatistics, ServerMetrics
+from soli.serve.middleware import ARRIVAL_TIME
+from soli.serve.streaming import merge_events
 
 log = logging.getLogger("soli.serve")
 
@@ -26,7 +25,7 @@ RETRY_SECONDS = 1
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model that is ready. `template` None: it was not trained to chat."""
 
     text_model: TextModel
@@ -36,7 +35,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class ServiceLimits:
-    """What one HTTP request may ask for."""
+    """The most that one HTTP request may ask for."""
 
     prompt_tokens: int = 2**20
     choices: int = 16  # n times prompts
@@ -44,45 +43,48 @@ class ServiceLimits:
 
 
 class Service:
-    """`load` is run on a thread of its own by `start`; `failure` is what it raised, if it did."""
+    """`load` runs in a thread that `start` starts; `failure` is what it raised, if it did."""
 
-    def __init__(self, name: str, load: Callable[[], Loaded], limits: ServiceLimits | None = None) -> None:
-        self.name, self.limits = name, limits or ServiceLimits()
+    def __init__(self, name: str, load: Callable[[], LoadedModel], limits: ServiceLimits | None = None) -> None:
+        self.name = name
+        self.limits = limits or ServiceLimits()
         self.created = int(time.time())
         self.failure: Exception | None = None
-        self.metrics = Metrics(self)
-        self.experts = ExpertLog()
-        self._load, self._draining = load, False
-        self._loaded: Loaded | None = None
+        self.metrics = ServerMetrics(self)
+        self.expert_statistics = ExpertStatistics()
+        self._load = load
+        self._draining = False
+        self._loaded: LoadedModel | None = None
 
     def start(
         self,
         on_failure: Callable[[Exception], None] = lambda _: None,
         on_ready: Callable[[], object] = lambda: None,
     ) -> None:
-        """Begins to load."""
+        """Starts loading."""
 
         def run() -> None:
-            began = time.monotonic()
+            start = time.monotonic()
             try:
                 self._loaded = self._load()
-                log.info("ready", extra={"fields": {"model": self.name, "seconds": round(time.monotonic() - began, 3)}})
             except Exception as error:
                 self.failure = error
                 on_failure(error)
             else:
+                seconds = round(time.monotonic() - start, 3)
+                log.info("ready", extra={"fields": {"model": self.name, "seconds": seconds}})
                 on_ready()
 
         threading.Thread(target=run, name="soli-load", daemon=True).start()
 
     @property
     def ready(self) -> bool:
-        """Whether requests are answered: the model is there, its engine healthy, nobody has said to stop."""
+        """Whether requests are accepted: the model is loaded, its engine runs, the server is not stopping."""
         return self.status == "ready"
 
     @property
     def status(self) -> str:
-        """One word, and why where it failed: "loading", "ready", "stopping", "failed: …"."""
+        """ "loading", "ready", "stopping", or "failed: …" with the reason."""
         if self.failure is not None:
             return f"failed: {self.failure}"
         if self._loaded is None:
@@ -92,26 +94,28 @@ class Service:
         return "ready" if self._loaded.engine.healthy else "failed: the engine stopped; the log has more"
 
     @property
-    def loaded(self) -> Loaded:
+    def loaded(self) -> LoadedModel:
         """The model; ApiError 503 as long as there is none."""
         if self._loaded is None:
-            said = "the model is still being loaded" if self.failure is None else f"no model: {self.failure}"
-            raise ApiError(503, f"{said}: ask /ready", retry_after=RETRY_SECONDS)
+            reason = "the model is still being loaded" if self.failure is None else f"no model: {self.failure}"
+            raise ApiError(503, f"{reason}: ask /ready", retry_after=RETRY_SECONDS)
         return self._loaded
 
-    @property
-    def loaded_or_none(self) -> Loaded | None:
-        return self._loaded
+    def engine_stats(self) -> tuple[EngineStats, Sequence[str]] | None:
+        """The engine's statistics and the names of the model's MoE layers; None without a model."""
+        if self._loaded is None:
+            return None
+        return self._loaded.engine.stats(), [name for name, _ in self._loaded.text_model.model.moe_layers()]
 
     async def drain(self, seconds: float) -> None:
-        """Takes nothing new, lets the answers under way end for so long, then ends them."""
+        """Accepts nothing new, lets the answers in progress finish for so long, then ends them."""
         self._draining = True
         log.info("stopping", extra={"fields": {"drain_seconds": seconds}})
         if self._loaded is not None:
             await self._loaded.engine.drain(seconds)
 
     def abort(self) -> None:
-        """Ends the answers under way."""
+        """Ends the answers in progress."""
         if self._loaded is not None:
             self._loaded.engine.close()
 
@@ -120,35 +124,37 @@ class Service:
         if name is not None and name != self.name:
             raise ApiError(404, f"there is no model {name[:80]!r} here: this server has {self.name}", "model")
 
-    async def play(
-        self, requests: Sequence[Request], params: Mapping[str, str]
+    async def submit(
+        self, requests: Sequence[Request], param_names: Mapping[str, str]
     ) -> AsyncGenerator[tuple[int, Event], None]:
-        """Hands all requests over and returns the iterator of their events, each with its request's place; closing it
-        cancels what is not finished. ApiError where the engine refuses one, with the `params` of the field of the
-        request that is to blame; then none is run."""
+        """Submits all requests to the engine and returns an iterator of their events, each with its request's index;
+        closing it cancels what is not finished. If the engine rejects one, none runs, and ApiError names the body's
+        parameter: `param_names` maps the fields of a Request to them."""
         if self._draining:
             raise ApiError(503, "the server is shutting down: ask again when it is back", retry_after=RETRY_SECONDS)
-        arrived = ARRIVED.get(time.monotonic())
+        arrival = ARRIVAL_TIME.get(time.monotonic())
         streams: list[AsyncEvents] = []
         try:
             for request in requests:
                 streams.append(await self.loaded.engine.submit(request))
-        except QueueFull as error:
-            _close(streams)
-            self.metrics.refused.inc()
-            raise ApiError(429, str(error), code="queue_full", retry_after=RETRY_SECONDS) from error
         except SoliError as error:
             _close(streams)
-            if not self.ready:  # told to stop meanwhile
-                raise ApiError(503, str(error), retry_after=RETRY_SECONDS) from error
-            field = error.field if isinstance(error, Refused) else "constraint"
-            too_long = isinstance(error, Refused) and error.too_long
-            code = "context_length_exceeded" if too_long else None
-            raise ApiError(400, str(error), params.get(field), code) from error
+            raise self._rejection(error, param_names) from error
         except BaseException:
             _close(streams)
             raise
-        return self.metrics.timed(merged(streams, self.limits.seconds), len(requests), arrived)
+        return self.metrics.timed(merge_events(streams, self.limits.seconds), len(requests), arrival)
+
+    def _rejection(self, error: SoliError, param_names: Mapping[str, str]) -> ApiError:
+        """The answer to a request that the engine does not accept."""
+        if isinstance(error, QueueFull):
+            self.metrics.queue_full.inc()
+            return ApiError(429, str(error), code="queue_full", retry_after=RETRY_SECONDS)
+        if not self.ready:  # it began to stop meanwhile
+            return ApiError(503, str(error), retry_after=RETRY_SECONDS)
+        field = error.field if isinstance(error, Refused) else "constraint"
+        too_long = isinstance(error, Refused) and error.too_long
+        return ApiError(400, str(error), param_names.get(field), "context_length_exceeded" if too_long else None)
 
 
 def _close(streams: Sequence[AsyncEvents]) -> None:

@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from soli.serve.page_files import page_files
+from soli.serve.page_routes import page_files
 
 RECORDINGS = Path(__file__).parent / "recordings"
 # The page begins with other sentences than those that were recorded, of an earlier model, for what their roads show.

@@ -1,6 +1,7 @@
-"""The bodies that the server takes, in OpenAI's names. What is not here is refused by name, never ignored.
+"""The JSON bodies that the API accepts, in OpenAI's names.
 
-Numbers are numbers and strings strings (nothing is converted), and NaN is no number.
+A field that is not here is rejected by name, never ignored. Numbers must be numbers and strings strings (nothing is
+converted), and NaN is no number.
 """
 
 from typing import Annotated, Any, Literal
@@ -9,36 +10,39 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Count = Annotated[int, Field(ge=1, le=2**31)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
-Words = Annotated[str, Field(min_length=1, max_length=512)]
-Stops = Words | Annotated[list[Words], Field(max_length=16)]
+StopString = Annotated[str, Field(min_length=1, max_length=512)]
+StopStrings = StopString | Annotated[list[StopString], Field(max_length=16)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**31)]], Field(min_length=1)]
+LayerAndExpert = Annotated[list[Annotated[int, Field(ge=0, le=2**31)]], Field(min_length=2, max_length=2)]
+LayersAndExperts = Annotated[list[LayerAndExpert], Field(max_length=4096)]
 
 
-Pair = Annotated[list[Annotated[int, Field(ge=0, le=2**31)]], Field(min_length=2, max_length=2)]
-
-
-class Body(BaseModel):
+class RequestBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class SoliOptions(Body):
-    """What to say about routing, and who may not play: [layer, expert] pairs."""
+class SoliOptions(RequestBody):
+    """`routing`: what to report about it. `masked_experts`: [layer, expert] pairs that must not be selected."""
 
     routing: Literal["none", "summary", "full"] = "none"
-    mute: Annotated[list[Pair], Field(max_length=4096)] = []
+    masked_experts: LayersAndExperts = []
+    mute: Annotated[
+        LayersAndExperts, Field(description="The old name of masked_experts.", json_schema_extra={"deprecated": True})
+    ] = []
 
 
-class StreamOptions(Body):
+class StreamOptions(RequestBody):
     include_usage: bool = False
 
 
-class JsonSchema(Body):
+class JsonSchema(RequestBody):
     name: str
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
     description: str | None = None
     strict: bool | None = None
 
 
-class ResponseFormat(Body):
+class ResponseFormat(RequestBody):
     """What the answer must be. "regex" is not OpenAI's: a text that matches `pattern` from end to end."""
 
     type: Literal["text", "json_object", "json_schema", "regex"]
@@ -46,8 +50,8 @@ class ResponseFormat(Body):
     pattern: Annotated[str, Field(min_length=1)] | None = None
 
 
-class Sampling(Body):
-    """How tokens are picked and where the answer ends; shared by all routes that generate."""
+class GenerationBody(RequestBody):
+    """How tokens are sampled and where the answer ends; shared by completions and chat completions."""
 
     model: str | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -61,20 +65,17 @@ class Sampling(Body):
         None
     )
     seed: Seed | None = None
-    stop: Stops | None = None
-    ignore_eos: bool = False  # vLLM's and llama.cpp's name: the answer goes on to max_tokens
+    stop: StopStrings | None = None
+    ignore_eos: bool = False  # vLLM's and llama.cpp's name: the answer continues to max_tokens
     response_format: ResponseFormat | None = None
     n: Annotated[int, Field(ge=1, le=1024)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None  # names who asks, for the caller's own records
+    user: str | None = None  # the caller's own record of who asks; unused
     soli: SoliOptions = SoliOptions()
 
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**31)]], Field(min_length=1)]
-
-
-class CompletionBody(Sampling):
+class CompletionBody(GenerationBody):
     """POST /v1/completions"""
 
     prompt: str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
@@ -82,29 +83,29 @@ class CompletionBody(Sampling):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
 
-class FunctionCall(Body):
+class FunctionCall(RequestBody):
     name: str
     arguments: str
 
 
-class ToolCall(Body):
+class MessageToolCall(RequestBody):
     id: str
     type: Literal["function"]
     function: FunctionCall
 
 
-class TextPart(Body):
+class TextPart(RequestBody):
     type: Literal["text"]
     text: str
 
 
-class Message(Body):
-    """One turn. `content` may be a list of text parts; pictures and sound are refused."""
+class Message(RequestBody):
+    """One turn. `content` may be a list of text parts; images and audio are rejected."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: list[MessageToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
 
@@ -115,28 +116,28 @@ class Message(Body):
         return self.content or ""
 
 
-class Function(Body):
+class Function(RequestBody):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
     description: str | None = None
     parameters: dict[str, Any] = {}
     strict: bool | None = None
 
 
-class Tool(Body):
+class Tool(RequestBody):
     type: Literal["function"]
     function: Function
 
 
-class FunctionName(Body):
+class FunctionName(RequestBody):
     name: str
 
 
-class ToolChoice(Body):
+class ToolChoice(RequestBody):
     type: Literal["function"]
     function: FunctionName
 
 
-class ChatBody(Sampling):
+class ChatBody(GenerationBody):
     """POST /v1/chat/completions"""
 
     messages: Annotated[list[Message], Field(min_length=1)]
@@ -150,8 +151,8 @@ class ChatBody(Sampling):
     chat_template_kwargs: dict[str, Any] = {}
 
 
-class TranslateBody(Body):
-    """POST /soli/translate: one text between English and Chinese, as the model in the box does it."""
+class TranslateBody(RequestBody):
+    """POST /soli/translate: one text between English and Chinese, for models trained for it as the bundled one is."""
 
     text: Annotated[str, Field(min_length=1)]
     to: Literal["en", "zh"] | None = None

@@ -1,0 +1,256 @@
+"""The JSON bodies that the API answers with, built from the classes that describe them in OpenAPI.
+
+A field that is not set is absent from the JSON (`exclude_unset`); fields are written in the order they have here.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from soli.analysis.trace import TokenTrace
+from soli.engine.request import FinishReason
+from soli.serve.protocol_requests import FunctionCall, MessageToolCall
+
+
+def to_json(response: BaseModel) -> dict[str, Any]:
+    """The JSON object of a response."""
+    return response.model_dump(exclude_unset=True)
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """The body of every rejection."""
+
+    error: ErrorDetail
+
+
+class HealthStatus(BaseModel):
+    """ "loading", "ready", "stopping", or "failed: …" with the reason."""
+
+    status: str
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelList(BaseModel):
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class PromptTokensDetails(BaseModel):
+    """Prompt tokens found in the prefix cache."""
+
+    cached_tokens: int
+
+
+class CompletionTokensDetails(BaseModel):
+    """Tokens drafted by MTP."""
+
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
+class TokenUsage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
+
+
+class ExpertCounts(BaseModel):
+    """How often each expert of one layer was selected."""
+
+    layer: str
+    counts: list[int]
+
+
+class RoutingSummary(BaseModel):
+    """With routing "summary": the counts of each answer's layers."""
+
+    experts: list[list[ExpertCounts]]
+
+
+class ChoiceRouting(BaseModel):
+    """With routing "full": every layer's decision about every token read."""
+
+    tokens: list[TokenTrace]
+
+
+class ChunkRouting(BaseModel):
+    """With routing "full": the same for the tokens that one choice has read since its last chunk."""
+
+    choice: int
+    tokens: list[TokenTrace]
+
+
+class GenerationResponse(BaseModel):
+    """What every whole answer has."""
+
+    id: str
+    created: int
+    model: str
+    object: str
+    choices: list[Any]
+    usage: TokenUsage
+    soli: RoutingSummary | None = None
+
+
+class GenerationChunk(BaseModel):
+    """What every chunk of a stream has; usage and summary are in the last one."""
+
+    id: str
+    created: int
+    model: str
+    object: str
+    choices: list[Any]
+    usage: TokenUsage | None = None
+    soli: ChunkRouting | RoutingSummary | None = None
+
+
+class CompletionLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChunkChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class CompletionChoice(CompletionChunkChoice):
+    finish_reason: Literal["stop", "length"]
+    soli: ChoiceRouting | None = None
+
+
+class CompletionResponse(GenerationResponse):
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
+
+
+class CompletionChunk(GenerationChunk):
+    object: Literal["text_completion"]
+    choices: list[CompletionChunkChoice]
+
+
+class TranslationResponse(GenerationResponse):
+    object: Literal["soli.translation"]
+    choices: list[CompletionChoice]
+
+
+class TranslationChunk(GenerationChunk):
+    object: Literal["soli.translation"]
+    choices: list[CompletionChunkChoice]
+
+
+class ChatTokenLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class SampledTokenLogprob(ChatTokenLogprob):
+    top_logprobs: list[ChatTokenLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[SampledTokenLogprob]
+
+
+class AssistantMessage(BaseModel):
+    role: Literal["assistant"]
+    content: str | None
+    reasoning_content: str = ""
+    tool_calls: list[MessageToolCall] = []
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length", "tool_calls"]
+    soli: ChoiceRouting | None = None
+
+
+class ChatResponse(GenerationResponse):
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+
+
+class ToolCallDelta(BaseModel):
+    index: int
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
+class ChatDelta(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str = ""
+    reasoning_content: str = ""
+    tool_calls: list[ToolCallDelta] = []
+
+
+class ChatChunkChoice(BaseModel):
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | Literal["tool_calls"] | None
+
+
+class ChatChunk(GenerationChunk):
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChatChunkChoice]
+
+
+class ModelDescription(BaseModel):
+    """GET /soli/model. `experts`: per MoE layer; `chosen`: of them per token; `total`, `activated`: parameters."""
+
+    name: str
+    layers: list[str]
+    experts: int
+    chosen: int
+    groups: int
+    kept_groups: int
+    total: int
+    activated: int
+    modes: list[Literal["chat", "translate", "complete"]]
+    context: int
+
+
+class ExpertToken(BaseModel):
+    """A token for which the expert was selected, with the text around it."""
+
+    text: str
+    weight: float
+    before: str
+    after: str
+
+
+class ExpertReport(BaseModel):
+    """GET /soli/experts/{layer}/{expert}. Of `tokens_read`, the expert was selected for `selected`; `tokens` are those
+    with the highest weight, `kinds` what sorts of token they all were."""
+
+    layer: str
+    expert: int
+    selected: int
+    tokens_read: int
+    plays: int = Field(description="The old name of selected.", json_schema_extra={"deprecated": True})
+    read: int = Field(description="The old name of tokens_read.", json_schema_extra={"deprecated": True})
+    tokens: list[ExpertToken]
+    kinds: dict[str, int]

@@ -1,0 +1,327 @@
+"""From the engine's events to responses: one body, or the chunks of a stream, with usage and the routers' decisions."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from soli.analysis.trace import TokenTrace, trace_tokens
+from soli.chat.parser import MessageDelta
+from soli.chat.tool_calls import ToolCall
+from soli.engine.logprobs import TokenLogprob
+from soli.engine.request import Event, FinishReason, Request, Usage
+from soli.engine.text_model import TextModel
+from soli.serve import protocol_responses as protocol
+from soli.serve.errors import ApiError
+from soli.serve.prompts import RequestBatch
+from soli.serve.protocol_requests import FunctionCall, MessageToolCall
+from soli.serve.service import Service
+
+
+class ChoiceBuilder(Protocol):
+    """One answer in one of the formats."""
+
+    def push(self, event: Event) -> Any | None:
+        """The piece of a stream that an event makes; None if it makes none."""
+
+    def whole(self) -> Any:
+        """Everything pushed so far, for a response that is not streamed."""
+
+
+@dataclass(frozen=True)
+class AnswerFormat:
+    """The bodies of one route: whole responses and chunks, with their `object` fields."""
+
+    id_prefix: str
+    response: type[protocol.GenerationResponse]
+    response_object: str
+    chunk: type[protocol.GenerationChunk]
+    chunk_object: str
+    new_choice: Callable[[int, TextModel, RequestBatch], ChoiceBuilder]  # of an index
+
+
+class ResponseBuilder:
+    """One HTTP response to `batch`."""
+
+    def __init__(self, service: Service, batch: RequestBatch, answer_format: AnswerFormat) -> None:
+        self._service = service
+        self._batch = batch
+        self._format = answer_format
+        text_model = service.loaded.text_model
+        self._choices = [answer_format.new_choice(index, text_model, batch) for index in range(len(batch.requests))]
+        self._usages: list[Usage | None] = [None] * len(batch.requests)
+        traced = batch.routing != "none"
+        self._recorders = [RoutingRecorder(service, request) for request in batch.requests] if traced else []
+        response_id = f"{answer_format.id_prefix}-{secrets.token_hex(12)}"
+        self._head: dict[str, Any] = {"id": response_id, "created": int(time.time()), "model": service.name}
+
+    async def whole(self) -> protocol.GenerationResponse:
+        """The whole response."""
+        traces: list[list[TokenTrace]] = [[] for _ in self._choices]
+        async with aclosing(await self._submit()) as events:
+            async for index, event in events:
+                self._choices[index].push(event)
+                self._record_end(index, event)
+                if self._recorders:
+                    traces[index] += await self._recorders[index].push(event)
+        choices = [choice.whole() for choice in self._choices]
+        if self._batch.routing == "full":
+            for choice, tokens in zip(choices, traces, strict=True):
+                choice.soli = protocol.ChoiceRouting(tokens=tokens)
+        head = self._head | {"object": self._format.response_object}
+        return self._format.response(**head, choices=choices, usage=self._usage(), **self._summary())
+
+    async def stream(self) -> AsyncGenerator[protocol.GenerationChunk, None]:
+        """The chunks of a stream, once the engine has accepted all requests: rejections come before the first byte."""
+        return self._chunks(await self._submit())
+
+    async def _submit(self) -> AsyncGenerator[tuple[int, Event], None]:
+        return await self._service.submit(self._batch.requests, self._batch.param_names)
+
+    async def _chunks(
+        self, events: AsyncGenerator[tuple[int, Event], None]
+    ) -> AsyncGenerator[protocol.GenerationChunk, None]:
+        new_chunk = self._format.chunk
+        head = self._head | {"object": self._format.chunk_object}
+        async with aclosing(events):
+            async for index, event in events:
+                traces = await self._recorders[index].push(event) if self._recorders else []
+                piece = self._choices[index].push(event)
+                if piece is not None or traces:
+                    chunk = new_chunk(**head, choices=[] if piece is None else [piece])
+                    if traces and self._batch.routing == "full":
+                        chunk.soli = protocol.ChunkRouting(choice=index, tokens=traces)
+                    yield chunk
+                self._record_end(index, event)
+        if self._batch.include_usage or self._recorders:
+            usage: dict[str, Any] = {"usage": self._usage()} if self._batch.include_usage else {}
+            yield new_chunk(**head, choices=[], **usage, **self._summary())
+
+    def _record_end(self, index: int, event: Event) -> None:
+        """Keeps the last event's usage; an answer that failed is an error, not a short answer."""
+        self._usages[index] = event.usage or self._usages[index]
+        if event.finish_reason == "error":
+            raise ApiError(500, event.error or "the answer failed")
+        if event.finish_reason == "cancelled":
+            raise ApiError(503, "the server is shutting down: ask again when it is back")
+
+    def _usage(self) -> protocol.TokenUsage:
+        """Tokens of all answers; a prompt counts once, however many answers it gets."""
+        usages = [usage for usage in self._usages if usage is not None]
+        of_prompts = usages[:: self._batch.choices_per_prompt]
+        prompt_tokens = sum(usage.prompt for usage in of_prompts)
+        completion_tokens = sum(usage.completion for usage in usages)
+        return protocol.TokenUsage(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=prompt_tokens + completion_tokens,
+            prompt_tokens_details=protocol.PromptTokensDetails(cached_tokens=sum(usage.cached for usage in of_prompts)),
+            completion_tokens_details=protocol.CompletionTokensDetails(
+                accepted_prediction_tokens=sum(usage.accepted for usage in usages),
+                rejected_prediction_tokens=sum(usage.drafted - usage.accepted for usage in usages),
+            ),
+        )
+
+    def _summary(self) -> dict[str, Any]:
+        """The `soli` field with routing "summary"."""
+        if self._batch.routing != "summary":
+            return {}
+        return {"soli": protocol.RoutingSummary(experts=[recorder.counts() for recorder in self._recorders])}
+
+
+class RoutingRecorder:
+    """The routing of one answer: the traces of its tokens as they are read, and counts per layer and expert."""
+
+    def __init__(self, service: Service, request: Request) -> None:
+        self._statistics = service.expert_statistics
+        self._text_model = service.loaded.text_model
+        self._routers = [(name, moe.gate) for name, moe in self._text_model.model.moe_layers()]
+        self._prompt_length = len(request.prompt_ids)
+        self._ids = list(request.prompt_ids)
+        self._labels = [self._text_model.label(token) for token in self._ids]
+        self._tokens_read = 0
+        self._counts: list[list[int]] = []  # per layer and expert
+
+    async def push(self, event: Event) -> list[TokenTrace]:
+        """The traces of the tokens read in an event's step."""
+        traces = await asyncio.to_thread(self._trace, event) if event.routing else []
+        if event.token is not None:
+            self._ids.append(event.token)
+            self._labels.append(self._text_model.label(event.token))
+        return traces
+
+    def counts(self) -> list[protocol.ExpertCounts]:
+        """How often each expert was selected, layer by layer."""
+        layers = zip(self._routers, self._counts, strict=False)
+        return [protocol.ExpertCounts(layer=name, counts=counts) for (name, _), counts in layers]
+
+    def _trace(self, event: Event) -> list[TokenTrace]:
+        routing = event.routing or ()
+        traces = trace_tokens(
+            self._routers, routing, self._ids, self._labels, self._prompt_length, start=self._tokens_read
+        )
+        self._tokens_read += len(traces)
+        step_counts = [layer.counts_E().tolist() for layer in routing]
+        totals = self._counts or [[0] * len(counts) for counts in step_counts]
+        self._counts = [
+            [total + count for total, count in zip(layer_totals, counts, strict=True)]
+            for layer_totals, counts in zip(totals, step_counts, strict=True)
+        ]
+        self._statistics.add(traces, self._labels)
+        return traces
+
+
+@dataclass
+class CompletionChoiceBuilder:
+    """A choice of /v1/completions and /soli/translate."""
+
+    index: int
+    text_model: TextModel
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    logprobs: list[tuple[TokenLogprob, int]] = field(default_factory=list)  # with the token's offset in the text
+
+    def push(self, event: Event) -> protocol.CompletionChunkChoice | None:
+        logprobs = [(event.logprob, len(self.text))] if event.logprob is not None else []
+        self.text += event.text
+        self.logprobs += logprobs
+        self.finish_reason = event.finish_reason
+        if not (event.text or logprobs or event.finish_reason):
+            return None
+        return protocol.CompletionChunkChoice(**self._fields(event.text, logprobs))
+
+    def whole(self) -> protocol.CompletionChoice:
+        return protocol.CompletionChoice(**self._fields(self.text, self.logprobs))
+
+    def _fields(self, text: str, logprobs: Sequence[tuple[TokenLogprob, int]]) -> dict[str, Any]:
+        described = self._describe(logprobs) if logprobs else None
+        return {"index": self.index, "text": text, "logprobs": described, "finish_reason": self.finish_reason}
+
+    def _describe(self, logprobs: Sequence[tuple[TokenLogprob, int]]) -> protocol.CompletionLogprobs:
+        def name(token: int) -> str:
+            return token_name(self.text_model, token)
+
+        return protocol.CompletionLogprobs(
+            tokens=[name(drawn.token) for drawn, _ in logprobs],
+            token_logprobs=[drawn.logprob for drawn, _ in logprobs],
+            top_logprobs=[{name(token): logprob for token, logprob in drawn.top} for drawn, _ in logprobs],
+            text_offset=[offset for _, offset in logprobs],
+        )
+
+
+class ChatChoiceBuilder:
+    """A choice of /v1/chat/completions: reasoning and tool calls apart from the answer's text."""
+
+    def __init__(self, index: int, text_model: TextModel, batch: RequestBatch) -> None:
+        self._index = index
+        self._text_model = text_model
+        self._parser = batch.new_parser()
+        self._has_role = False  # whether a delta has said the role
+        self._content = ""
+        self._reasoning = ""
+        self._calls: list[protocol.ToolCallDelta] = []
+        self._logprobs: list[protocol.SampledTokenLogprob] = []
+        self._finish_reason: FinishReason | Literal["tool_calls"] | None = None
+
+    def push(self, event: Event) -> protocol.ChatChunkChoice | None:
+        last = event.finish_reason is not None
+        fields = self._delta_fields(self._parser.push(event.text, last))
+        logprobs = [] if event.logprob is None else [self._sampled(event.logprob)]
+        self._logprobs += logprobs
+        if last:
+            called_tools = event.finish_reason == "stop" and self._calls
+            self._finish_reason = "tool_calls" if called_tools else event.finish_reason
+        if not (fields or logprobs or last):
+            return None
+        if not self._has_role:
+            self._has_role = True
+            fields = {"role": "assistant", "content": ""} | fields
+        return protocol.ChatChunkChoice(
+            index=self._index,
+            delta=protocol.ChatDelta(**fields),
+            logprobs=protocol.ChatLogprobs(content=logprobs) if logprobs else None,
+            finish_reason=self._finish_reason,
+        )
+
+    def whole(self) -> protocol.ChatChoice:
+        message = protocol.AssistantMessage(
+            role="assistant", content=self._content or (None if self._calls else "")
+        )
+        if self._reasoning:
+            message.reasoning_content = self._reasoning
+        if self._calls:
+            message.tool_calls = [
+                MessageToolCall(id=call.id, type=call.type, function=call.function) for call in self._calls
+            ]
+        assert self._finish_reason in ("stop", "length", "tool_calls")  # a failed answer is an error
+        return protocol.ChatChoice(
+            index=self._index,
+            message=message,
+            logprobs=protocol.ChatLogprobs(content=self._logprobs) if self._logprobs else None,
+            finish_reason=self._finish_reason,
+        )
+
+    def _delta_fields(self, delta: MessageDelta) -> dict[str, Any]:
+        """The fields of a ChatDelta that are not empty."""
+        self._reasoning += delta.reasoning
+        self._content += delta.content
+        calls = [self._add_call(call) for call in delta.tool_calls]
+        fields = {"reasoning_content": delta.reasoning, "content": delta.content, "tool_calls": calls}
+        return {name: value for name, value in fields.items() if value}
+
+    def _add_call(self, call: ToolCall) -> protocol.ToolCallDelta:
+        function = FunctionCall(name=call.name, arguments=call.arguments)
+        call_id = f"call_{secrets.token_hex(12)}"
+        delta = protocol.ToolCallDelta(index=len(self._calls), id=call_id, type="function", function=function)
+        self._calls.append(delta)
+        return delta
+
+    def _sampled(self, drawn: TokenLogprob) -> protocol.SampledTokenLogprob:
+        top = [protocol.ChatTokenLogprob(**self._token_fields(token, logprob)) for token, logprob in drawn.top]
+        return protocol.SampledTokenLogprob(**self._token_fields(drawn.token, drawn.logprob), top_logprobs=top)
+
+    def _token_fields(self, token: int, logprob: float) -> dict[str, Any]:
+        token_bytes = self._text_model.tokenizer.token_bytes(token)
+        return {"token": token_name(self._text_model, token), "logprob": logprob, "bytes": list(token_bytes)}
+
+
+def token_name(text_model: TextModel, token: int) -> str:
+    """A token in logprobs: its text; bytes that are not whole characters in OpenAI's notation, `bytes:\\xe4\\xb8`."""
+    token_bytes = text_model.tokenizer.token_bytes(token)
+    try:
+        return token_bytes.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token_bytes)
+
+
+def _completion_choice(index: int, text_model: TextModel, _: RequestBatch) -> CompletionChoiceBuilder:
+    return CompletionChoiceBuilder(index, text_model)
+
+
+COMPLETION = AnswerFormat(
+    "cmpl",
+    protocol.CompletionResponse,
+    "text_completion",
+    protocol.CompletionChunk,
+    "text_completion",
+    _completion_choice,
+)
+TRANSLATION = AnswerFormat(
+    "cmpl",
+    protocol.TranslationResponse,
+    "soli.translation",
+    protocol.TranslationChunk,
+    "soli.translation",
+    _completion_choice,
+)
+CHAT = AnswerFormat(
+    "chatcmpl",
+    protocol.ChatResponse,
+    "chat.completion",
+    protocol.ChatChunk,
+    "chat.completion.chunk",
+    ChatChoiceBuilder,
+)
