@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import statistics
 import subprocess
 import time
@@ -111,10 +112,9 @@ def build_soli(folder: Path, work: dict[str, int]) -> Callable[..., Any]:
 
 def engine_requests(text_model: TextModel, work: dict[str, int]) -> Callable[..., Any]:
     """Answers "batch" and "load" with an Engine."""
-    import load
-
     from soli.engine.engine import Engine
     from soli.engine.request import Request
+    from soli.serve.load_generator import arrivals, drive_engine
 
     engine = Engine(text_model)
     numbers: dict[int, int] = {}  # the engine's to the arrival's
@@ -128,13 +128,13 @@ def engine_requests(text_model: TextModel, work: dict[str, int]) -> Callable[...
 
     def run(question: str, warm: bool, rate: float = 0.0, count: int = 0, seed: int = 0) -> Any:
         now = warmed(Work(**work), warm)
-        at = load.arrivals(rate, count, seed) if question == "load" else [0.0] * now.batch
+        at = arrivals(rate, count, random.Random(seed)) if question == "load" else [0.0] * now.batch
         prompts = random_ids(len(at), now.prompt, text_model.model.config.vocab_size)
 
         def add(number: int) -> None:
             numbers[engine.add(Request(tuple(prompts[number]), now.new))] = number
 
-        times = load.drive(at, now.new, add, step)
+        times = drive_engine(at, now.new, add, step)
         return times if question == "load" else now.batch * now.new / max(one[-1] for one in times)
 
     return run

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import random
 import socket
 import subprocess
 import threading
@@ -17,8 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import load
 from contenders import Absent, Lab, Work, random_ids, warmed
+
+from soli.serve.load_generator import TokenTimes, arrivals
 
 HOST = "127.0.0.1"
 PATIENCE = 120.0  # seconds to load
@@ -26,7 +28,7 @@ PATIENCE = 120.0  # seconds to load
 
 @contextmanager
 def llama_server(lab: Lab, file: Path, work: Work, vocab: int) -> Iterator[Any]:
-    """Ask it ("load", warm, rate, count, seed) for `load.Times`."""
+    """Ask it ("load", warm, rate, count, seed) for `TokenTimes`."""
     tool = lab.needs("llama.cpp", lab.llama) / "llama-server"
     lab.needs("llama.cpp", tool)
     lab.needs("llama.cpp", file)
@@ -37,9 +39,10 @@ def llama_server(lab: Lab, file: Path, work: Work, vocab: int) -> Iterator[Any]:
         try:
             wait_until_ready(process, port)
 
-            def run(question: str, warm: bool, rate: float, count: int, seed: int) -> load.Times:
+            def run(question: str, warm: bool, rate: float, count: int, seed: int) -> TokenTimes:
                 now = warmed(work, warm)
-                return send(port, load.arrivals(rate, count, seed), random_ids(count, now.prompt, vocab), now.new)
+                due = arrivals(rate, count, random.Random(seed))
+                return send(port, due, random_ids(count, now.prompt, vocab), now.new)
 
             yield run
         finally:
@@ -66,9 +69,9 @@ def wait_until_ready(process: subprocess.Popen[bytes], port: int) -> None:
     raise Absent(f"llama-server was not ready after {PATIENCE:.0f} s, or ended with {process.poll()}")
 
 
-def send(port: int, at: list[float], prompts: list[list[int]], new: int) -> load.Times:
+def send(port: int, at: list[float], prompts: list[list[int]], new: int) -> TokenTimes:
     """Send every prompt when it is due; when each one's tokens came."""
-    times: load.Times = [[] for _ in at]
+    times: TokenTimes = [[] for _ in at]
     start = time.perf_counter()
 
     def request(number: int) -> None:

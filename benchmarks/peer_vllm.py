@@ -13,7 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import load
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # this Python has no soli of its own
+
+from soli.serve.load_generator import TokenTimes, arrivals, drive_engine
 
 
 def main() -> None:
@@ -41,7 +43,7 @@ def main() -> None:
         model.generate(prompts, wanted(new), use_tqdm=False)
         return time.perf_counter() - start
 
-    def under_load(length: int, new: int, rate: float, count: int, seed: int) -> load.Times:
+    def under_load(length: int, new: int, rate: float, count: int, seed: int) -> TokenTimes:
         engine = model.llm_engine
 
         def add(number: int) -> None:
@@ -50,7 +52,7 @@ def main() -> None:
         def step() -> list[int]:
             return [int(one.request_id) for one in engine.step() for _ in one.outputs[0].token_ids]
 
-        return load.drive(load.arrivals(rate, count, seed), new, add, step)
+        return drive_engine(arrivals(rate, count, random.Random(seed)), new, add, step)
 
     def answer(question: str, prompt: int, new: int, prefill: int, batch: int, **more: Any) -> Any:
         if question == "load":

@@ -14,6 +14,7 @@ measurement is. The picture is docs/images/serve.png.
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
@@ -21,12 +22,13 @@ from typing import Any
 
 import cpu
 import cpu_plot
-import load
 import models
 import quiet
 import record
 from contenders import QUICK, Absent, Lab, Work
 from llama_server import llama_server
+
+from soli.serve.load_generator import TokenTimes
 
 ROWS = ("throughput", "load")
 KINDS = ("bf16", "int8", "int4")
@@ -76,10 +78,22 @@ def under_load(
             yield [row for kind in kinds if f"soli {kind}" in taken for row in load_rows(kind, rate, taken)]
 
 
-def turn(ask: Callable[..., load.Times], rate: float, count: int) -> Callable[[], dict[str, float]]:
+def turn(ask: Callable[..., TokenTimes], rate: float, count: int) -> Callable[[], dict[str, float]]:
     """One measurement: the figures of `count` requests. Every contender's turns have the same arrivals."""
     seeds = iter(range(10**6))
-    return lambda: load.figures(ask("load", False, rate=rate, count=count, seed=next(seeds)))
+    return lambda: figures(ask("load", False, rate=rate, count=count, seed=next(seeds)))
+
+
+def figures(times: TokenTimes) -> dict[str, float]:
+    """Milliseconds: to the first token, the median and the longest; between tokens, the median and 95 of 100."""
+    first = sorted(1000 * tokens[0] for tokens in times)
+    between = sorted(1000 * (later - earlier) for tokens in times for earlier, later in itertools.pairwise(tokens))
+    return {
+        "first, median": first[len(first) // 2],
+        "first, longest": first[-1],
+        "between, median": between[len(between) // 2],
+        "between, 95 of 100": between[int(0.95 * (len(between) - 1))],
+    }
 
 
 def load_rows(kind: str, rate: float, taken: Mapping[str, Sequence[quiet.Taken]]) -> Iterator[dict[str, Any]]:

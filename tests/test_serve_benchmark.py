@@ -1,5 +1,6 @@
 """benchmarks/serve.py: one run with few tokens and no peers, and the driving of random arrivals by itself."""
 
+import random
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,18 +13,22 @@ sys.path.append(str(BENCHMARKS))
 
 import cpu_plot  # noqa: E402
 import llama_server  # noqa: E402
-import load  # noqa: E402
 import models  # noqa: E402
 import record  # noqa: E402
 import serve  # noqa: E402
+
+from soli.serve import load_generator  # noqa: E402
 
 SMALLER = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 512, "intermediate_size": 64, "q_lora_rank": 64}
 
 
 def test_arrivals_are_as_many_as_asked_for_on_average() -> None:
-    at = load.arrivals(4.0, 2001, seed=3)
-    assert at[0] == 0 and at == sorted(at) and 2000 / at[-1] == pytest.approx(4.0, rel=0.1)
-    assert at == load.arrivals(4.0, 2001, seed=3) != load.arrivals(4.0, 2001, seed=4)
+    def arrivals(seed: int) -> list[float]:
+        return load_generator.arrivals(4.0, 2001, random.Random(seed))
+
+    times = arrivals(seed=3)
+    assert times[0] == 0 and times == sorted(times) and 2000 / times[-1] == pytest.approx(4.0, rel=0.1)
+    assert times == arrivals(seed=3) != arrivals(seed=4)
 
 
 class Toy:
@@ -54,8 +59,8 @@ class Toy:
 
 def test_requests_wait_for_their_time_and_all_get_their_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     toy = Toy()
-    monkeypatch.setattr(load, "time", toy)
-    first, second, third = load.drive([0.0, 0.001, 0.05], 3, toy.add, toy.step)
+    monkeypatch.setattr(load_generator, "time", toy)
+    first, second, third = load_generator.drive_engine([0.0, 0.001, 0.05], 3, toy.add, toy.step)
     assert toy.most == 2
     assert first == pytest.approx([0.002, 0.004, 0.006])
     assert second == pytest.approx([0.003, 0.005, 0.007])  # it was due in the middle of a step
@@ -63,7 +68,7 @@ def test_requests_wait_for_their_time_and_all_get_their_tokens(monkeypatch: pyte
 
 
 def test_figures_are_milliseconds() -> None:
-    figures = load.figures([[0.010, 0.012, 0.014], [0.050, 0.051, 0.151]])
+    figures = serve.figures([[0.010, 0.012, 0.014], [0.050, 0.051, 0.151]])
     assert figures["first, median"] == pytest.approx(50) and figures["first, longest"] == pytest.approx(50)
     assert figures["between, median"] == pytest.approx(2) and figures["between, 95 of 100"] == pytest.approx(2)
 
