@@ -24,7 +24,7 @@ from typing import Any
 import record
 
 from soli.analysis.parameters import training_flops
-from soli.plan.throughput import find_device, stated_peak
+from soli.plan.throughput import measure_device, stated_peak
 from soli.recipes.nano_corpus.sources.catalogue import SOURCES
 from soli.train.settings import SECTIONS, TrainSettings, read_settings
 
@@ -127,7 +127,8 @@ def utilisation(run: Path, settings: TrainSettings, steps: list[dict[str, Any]])
         assert peak is not None
         where = {"machine": f"one {machine['gpu']}", "date": machine["date"], "commit": machine["commit"]}
         return {**speed_and_flops, **where, "peak_tflops": peak, "mfu": speed * flops / 1e12 / peak}
-    device = max((find_device(settings) for _ in range(5)), key=lambda device: device.tflops)  # others may be at work
+    devices = [measure_device(settings) for _ in range(5)]
+    device = max(devices, key=lambda device: device.tflops)  # other processes may be at work
     here = record.hardware()
     return {
         **speed_and_flops,

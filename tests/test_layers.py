@@ -54,13 +54,8 @@ KNOWN_IN_CYCLES: set[str] = {
     "soli.model.transformer",
 }
 KNOWN_REPEATED_CLASSES: set[str] = {
-    "Entry",
     "Packed",
-    "Plan",
-    "Progress",
     "Read",
-    "Report",
-    "Row",
     "_Answer",
     "_Product",
 }

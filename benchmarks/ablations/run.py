@@ -33,7 +33,7 @@ from soli.train.balance import measure_load
 from soli.train.evaluate import evaluate
 from soli.train.settings import TrainSettings
 from soli.train.setup import Run, prepare
-from soli.train.trainer import Step, take_step
+from soli.train.trainer import StepResult, take_step
 
 TOKENS = 409_600  # of the baseline: 200 steps
 LAST = 50  # steps that training's figures are means of
@@ -50,7 +50,7 @@ def train_arm(settings: TrainSettings, data: Path) -> dict[str, Any]:
         return {"tokens": run.progress.tokens, "steps": run.progress.step, **on_training(run, steps), **on_heldout(run)}
 
 
-def on_training(run: Run, steps: list[Step]) -> dict[str, Any]:
+def on_training(run: Run, steps: list[StepResult]) -> dict[str, Any]:
     """Loss and load of the last steps. MTP modules' routers are left out: not every arm has one."""
     metrics: dict[str, Any] = {"train_loss": statistics.mean(step.loss for step in steps)}
     layers = run.settings.model.num_moe_layers

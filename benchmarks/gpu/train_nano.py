@@ -34,7 +34,7 @@ from soli.checkpoint.writer import write_json
 from soli.config import load_config
 from soli.data.recipe import find_recipe, load_recipe
 from soli.model import Transformer
-from soli.plan.throughput import find_device
+from soli.plan.throughput import measure_device
 from soli.train.checkpoints import best_checkpoint, checkpoints, load_weights, read_progress
 from soli.train.settings import SECTIONS, TrainSettings, as_recipe, read_settings
 from soli.train.setup import Run, prepare
@@ -176,7 +176,7 @@ def leave(arguments: argparse.Namespace, ended: str = "cut off") -> None:
         "seconds": record.rounded(progress.seconds),
         "tokens_s": record.rounded(progress.tokens / max(progress.seconds, 1e-9)),
         "best": {"step": read_progress(best).step, "heldout_loss": read_progress(best).valid_loss},
-        "products_tflops": record.rounded(find_device(settings).tflops),
+        "products_tflops": record.rounded(measure_device(settings).tflops),
     }
     chip.finish("train_nano", arguments, figures)
 

@@ -9,7 +9,7 @@ import torch
 
 from soli.errors import SoliError
 from soli.train import anomalies, trainer
-from soli.train.anomalies import Stopped, is_spike
+from soli.train.anomalies import TrainingStopped, is_spike
 from soli.train.checkpoints import checkpoints, read_progress
 from soli.train.setup import prepare
 from soli.train.trainer import take_step, train
@@ -69,7 +69,7 @@ def test_a_poisoned_weight_is_named_with_its_layer(tmp_path, data, poisoned, lay
     with torch.no_grad():
         run.model.state_dict()[poisoned].fill_(float("nan"))
     before = everything(run)
-    with pytest.raises(Stopped) as stop:
+    with pytest.raises(TrainingStopped) as stop:
         take_step(run)
     assert f"{layer} is the first layer whose output is not finite, and {poisoned} holds such" in str(stop.value)
     assert [name for name in changed(before, everything(run)) if name != poisoned] == []
@@ -87,7 +87,7 @@ def test_a_layer_that_overflows_is_named_though_no_weight_is_to_blame(tmp_path, 
     run = prepared(tmp_path, data)
     with torch.no_grad():
         run.model.layers[1].mlp.shared_experts.up_proj.weight.fill_(3e38)
-    with pytest.raises(Stopped, match=r"layers\.1\.mlp\.shared_experts\.up_proj is the first layer") as stop:
+    with pytest.raises(TrainingStopped, match=r"layers\.1\.mlp\.shared_experts\.up_proj is the first layer") as stop:
         take_step(run)
     assert "holds such values" not in str(stop.value)
 
@@ -96,7 +96,8 @@ def test_the_gradient_nearest_to_the_loss_is_named(tmp_path, data):
     run = prepared(tmp_path, data)
     for p in (run.model.embed_tokens.weight, run.model.layers[1].self_attn.o_proj.weight):
         p.register_hook(lambda grad: grad * float("nan"))
-    with pytest.raises(Stopped, match=r"the gradient of layers\.1\.self_attn\.o_proj\.weight is not finite, though"):
+    gradient = r"the gradient of layers\.1\.self_attn\.o_proj\.weight is not finite, though"
+    with pytest.raises(TrainingStopped, match=gradient):
         take_step(run)
 
 
@@ -142,7 +143,7 @@ def test_a_skipped_spike_moves_no_bit(tmp_path, data):
 def test_a_stopping_spike_leaves_the_state_before_it(tmp_path, data):
     run = prepared(tmp_path, data, spike="stop")
     spoil(run, 16)
-    with pytest.raises(Stopped, match="the state before that step is saved"):
+    with pytest.raises(TrainingStopped, match="the state before that step is saved"):
         train(run)
     assert read_progress(checkpoints(tmp_path)[-1]).step == 2
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["kind"] == "end"
@@ -152,7 +153,7 @@ def test_a_stopping_spike_leaves_the_state_before_it(tmp_path, data):
 
 def test_ten_skips_in_a_row_stop(tmp_path, data):
     run = prepared(tmp_path, data, {"losses": [1.0] * 50, "norms": QUIET["norms"]}, spike="skip")
-    with pytest.raises(Stopped, match="after 9 skipped steps in a row"):
+    with pytest.raises(TrainingStopped, match="after 9 skipped steps in a row"):
         train(run)
     assert read_progress(checkpoints(tmp_path)[-1]).skipped_in_row == 9
 

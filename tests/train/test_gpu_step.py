@@ -8,7 +8,7 @@ import torch
 from soli.config import preset
 from soli.model import Transformer
 from soli.train.cuda_graph import GraphedStep
-from soli.train.losses import Losses, Totals, compute_losses, count_targets
+from soli.train.losses import Losses, StepTotals, compute_losses, count_targets
 from soli.train.precision import use_fp8
 
 pytestmark = pytest.mark.gpu
@@ -76,7 +76,7 @@ def test_a_replayed_step_is_the_step_of_its_window_weights_and_lambda(precision:
     model = drawn("cuda", precision)
     graphed, generator = GraphedStep(model, 1e-4, eos_id=1), torch.Generator().manual_seed(1)
 
-    def written(window: torch.Tensor, totals: Totals, weight: float) -> tuple[Losses, list[torch.Tensor]]:
+    def written(window: torch.Tensor, totals: StepTotals, weight: float) -> tuple[Losses, list[torch.Tensor]]:
         model.zero_grad()
         losses = compute_losses(model, window.cuda(), totals, eos_id=1)
         losses.total(weight, 1e-4).backward()

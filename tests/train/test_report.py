@@ -9,12 +9,12 @@ import pytest
 from rich.console import Console
 
 from soli.errors import SoliError
-from soli.train.balance import Load
-from soli.train.checkpoints import Progress, checkpoints
+from soli.train.balance import ExpertLoad
+from soli.train.checkpoints import RunProgress, checkpoints
 from soli.train.evaluate import Evaluation
-from soli.train.live import MOST_LAYERS, WIDTH, View, bar
+from soli.train.live import MOST_LAYERS, WIDTH, LiveView, bar
 from soli.train.metrics import MetricsFile, scalars
-from soli.train.report import Report
+from soli.train.report import RunReport
 from soli.train.runs import read_metrics, summarize
 from soli.train.setup import prepare
 from soli.train.trainer import train
@@ -83,11 +83,11 @@ def test_tensorboard_asked_for_and_missing_is_one_sentence(tmp_path, monkeypatch
 def test_lines_in_a_pipe_and_a_view_on_a_terminal(tmp_path, terminal):
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=120, soft_wrap=True, color_system=None)
-    loads = {"layers.1": Load(0.5, 0.875, 0), "mtp.0": Load(9.0, 0.5, 3)}
-    with Report(tmp_path, 2_000_000, Progress(), console) as report:
-        report.evaluation(Progress(9, 900_000), Evaluation(3.0, 1.75, 0.5), [("one", "yi")], 2.0)
-        report.step(Progress(10, 1_000_000), FIGURES, loads, speak=True)
-        report.step(Progress(11, 1_100_000), FIGURES, loads, speak=False)
+    loads = {"layers.1": ExpertLoad(0.5, 0.875, 0), "mtp.0": ExpertLoad(9.0, 0.5, 3)}
+    with RunReport(tmp_path, 2_000_000, RunProgress(), console) as report:
+        report.evaluation(RunProgress(9, 900_000), Evaluation(3.0, 1.75, 0.5), [("one", "yi")], 2.0)
+        report.step(RunProgress(10, 1_000_000), FIGURES, loads, speak=True)
+        report.step(RunProgress(11, 1_100_000), FIGURES, loads, speak=False)
     said = out.getvalue()
     assert "held-out at step 9: loss 3.0000  1.7500 bits/byte  mtp hits 50.0 %  (2.0 s)" in said
     line = "loss 3.2500  mtp 4.5000  lr 1.00e-03  norm 0.50  violation 9.00  idle 3    1,234 tok/s"
@@ -99,8 +99,8 @@ def test_lines_in_a_pipe_and_a_view_on_a_terminal(tmp_path, terminal):
 def test_bars_and_the_worst_layers():
     assert bar(0.0) == " " * WIDTH and bar(0.5) == "█" * 5 + " " * 5 and bar(7.0) == "█" * WIDTH
     assert bar(0.0125) == "▏" + " " * (WIDTH - 1)
-    view, out = View(total=100), io.StringIO()
-    view.move(Progress(1, 10), FIGURES, {f"layers.{n}": Load(n / 10, 1.0, 0) for n in range(20)}, "0:01:00")
+    view, out = LiveView(total=100), io.StringIO()
+    view.move(RunProgress(1, 10), FIGURES, {f"layers.{n}": ExpertLoad(n / 10, 1.0, 0) for n in range(20)}, "0:01:00")
     Console(file=out, width=120).print(view)
     assert f"worst {MOST_LAYERS} of 20 layers" in out.getvalue()
     assert "layers.19" in out.getvalue() and "layers.7 " not in out.getvalue()

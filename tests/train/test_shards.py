@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from soli.train.checkpoint_saver import Saver
-from soli.train.checkpoints import Progress, checkpoints, load_checkpoint, run_state
+from soli.train.checkpoint_saver import CheckpointSaver
+from soli.train.checkpoints import RunProgress, checkpoints, load_checkpoint, run_state
 from soli.train.optimizer import Optimizer
 from soli.train.settings import OptimizerSettings
 from tests.train.toy import tiny_model
@@ -47,8 +47,8 @@ def save_and_load(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     model, optimizer = stepped(0, sharded=True)
     assert isinstance(model.lm_head.weight, DTensor)
-    with Saver(folder / "two", keep=1) as saver:
-        saver.save(model, optimizer, Progress(step=1))
+    with CheckpointSaver(folder / "two", keep=1) as saver:
+        saver.save(model, optimizer, RunProgress(step=1))
     other, moments = stepped(1, sharded=True)
     assert load_checkpoint(checkpoints(folder / "one")[-1], other, moments).step == 7
     one, two = whole(model, optimizer), whole(other, moments)
@@ -60,8 +60,8 @@ def save_and_load(rank: int, folder: Path) -> None:
 def test_two_processes_write_what_one_reads_and_the_reverse(tmp_path):
     SERVER.set_forkserver_preload(["soli.train.trainer", "tests.train.toy"])
     model, optimizer = stepped(0)
-    with Saver(tmp_path / "one", keep=1) as saver:
-        saver.save(model, optimizer, Progress(step=7))
+    with CheckpointSaver(tmp_path / "one", keep=1) as saver:
+        saver.save(model, optimizer, RunProgress(step=7))
     processes = [SERVER.Process(target=save_and_load, args=(rank, tmp_path)) for rank in range(2)]
     for process in processes:
         process.start()

@@ -13,7 +13,7 @@ from soli.config import load_config
 from soli.errors import SoliError
 from soli.model.transformer import Transformer
 from soli.train import trainer
-from soli.train.checkpoints import Progress, best_checkpoint, checkpoints, load_run, read_progress
+from soli.train.checkpoints import RunProgress, best_checkpoint, checkpoints, load_run, read_progress
 from soli.train.runs import read_metrics, summarize
 from soli.train.settings import as_recipe, read_settings
 from soli.train.setup import prepare
@@ -176,7 +176,7 @@ def test_data_too_short_for_a_later_phase_are_refused_before_the_first_step(tmp_
 
 
 def test_the_work_left_weighs_long_sequences_more():
-    wanted, ends = extended(), [Progress(tokens=512), Progress(tokens=896, stage=1, stage_start=512)]
-    left = [flops_left(wanted, end) for end in (Progress(), *ends)]
+    wanted, ends = extended(), [RunProgress(tokens=512), RunProgress(tokens=896, stage=1, stage_start=512)]
+    left = [flops_left(wanted, end) for end in (RunProgress(), *ends)]
     assert left[0] > left[1] > left[2] > 0 and (left[1] - left[2]) / 384 > (left[0] - left[1]) / 512
-    assert flops_left(wanted, Progress(tokens=1152, stage=2, stage_start=896)) == 0
+    assert flops_left(wanted, RunProgress(tokens=1152, stage=2, stage_start=896)) == 0

@@ -5,7 +5,7 @@ import torch
 
 import soli
 from soli.train.balance import step_bias
-from soli.train.checkpoint_saver import Saver
+from soli.train.checkpoint_saver import CheckpointSaver
 from soli.train.checkpoints import load_run
 from soli.train.setup import prepare
 from soli.train.trainer import take_step
@@ -28,7 +28,7 @@ def test_in_checkpoint_and_export(tmp_path, format):
         take_step(run)
         for _, layer in run.model.moe_layers():  # near the released biases, where bf16 could not tell 5.001 from 5
             layer.gate.e_score_correction_bias.add_(0.5)
-    with Saver(run.folder, keep=1) as saver:
+    with CheckpointSaver(run.folder, keep=1) as saver:
         saver.save(run.model, run.optimizer, run.progress)
     soli.save_model(load_run(run.folder), tmp_path / "export", format=format, tokenizer_from=run.folder)
     exported = soli.load_model(tmp_path / "export")

@@ -6,7 +6,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from soli.train.losses import compute_losses, count_targets
-from soli.train.report import Report
+from soli.train.report import RunReport
 from soli.train.setup import prepare
 from soli.train.trainer import measure, take_step
 from tests.train.toy import EOS, settings, tiny_model, windows, write_data
@@ -38,7 +38,7 @@ def test_evaluation_moves_no_bias(tmp_path):
     run = prepare(settings(), {}, write_data(tmp_path / "data"), tmp_path / "run")
     take_step(run)
     before = biases(run.model)
-    with Report(run.folder, 100, run.progress) as report:
+    with RunReport(run.folder, 100, run.progress) as report:
         measure(run, report)
     assert all(torch.equal(a, b) for a, b in zip(before, biases(run.model), strict=True))
 

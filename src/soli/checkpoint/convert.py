@@ -9,7 +9,7 @@ import torch
 from soli.checkpoint.load import open_checkpoint
 from soli.checkpoint.name_map import Slot
 from soli.checkpoint.reader import Checkpoint
-from soli.checkpoint.writer import SIDE_FILES, Encoded, Progress, Target, files_beside, write
+from soli.checkpoint.writer import SIDE_FILES, Encoded, ProgressCallback, Target, files_beside, write
 from soli.errors import SoliError
 from soli.formats import fp8
 
@@ -25,7 +25,7 @@ class Conversion:
 
 
 def convert_checkpoint(
-    source: str | Path, folder: str | Path, target: Target, progress: Progress = lambda done, total: None
+    source: str | Path, folder: str | Path, target: Target, progress: ProgressCallback = lambda done, total: None
 ) -> Conversion:
     """Write the folder `source` anew as `target` in the new folder `folder`, tokenizer, model card and the like
     included.

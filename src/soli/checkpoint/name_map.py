@@ -1,7 +1,7 @@
 """Names in Hugging Face files <-> names in the Soli module, as tables; from them every tensor of a model.
 
-A `Row` is one line of the map. `slots(config)` unrolls the rows over layers, experts and MTP modules into `Slot`s: one
-tensor of the files each, with its shape, and where it lives in Soli. Nothing here looks at a file or needs torch.
+A `NameRow` is one line of the map. `slots(config)` unrolls the rows over layers, experts and MTP modules into `Slot`s:
+each is one tensor of the files, with its shape and its place in Soli. Nothing here looks at a file or needs torch.
 
 Two things differ between the sides. Experts lie one by one in files and stacked in Soli: `gate_up_proj` (E, 2F, D) with
 the gate's rows first, `down_proj` (E, D, F). And MTP module k is HF layer L+k with copies of embedding and head, which
@@ -29,7 +29,7 @@ HEAD: Final = "lm_head.weight"
 
 
 @dataclass(frozen=True)
-class Row:
+class NameRow:
     """A line of the map. `{i}` HF layer, `{block}` Soli's name of that layer, `{k}` MTP module, `{e}` expert.
 
     `shape` is in symbols of `_dimensions`; `when` is a fact of `_facts` that must hold; `copy` marks a tensor that
@@ -81,57 +81,57 @@ HIGH: Final = Kind.HIGH
 ROUTER_BIAS: Final = Kind.ROUTER_BIAS
 
 TOP: Final = (
-    Row("model.embed_tokens.weight", "embed_tokens.weight", ("V", "D"), HIGH),
-    Row("model.norm.weight", "norm.weight", ("D",), HIGH),
-    Row("lm_head.weight", "lm_head.weight", ("V", "D"), HIGH, "untied"),
-    Row("lm_head.weight", "embed_tokens.weight", ("V", "D"), HIGH, "tied", copy=True),
+    NameRow("model.embed_tokens.weight", "embed_tokens.weight", ("V", "D"), HIGH),
+    NameRow("model.norm.weight", "norm.weight", ("D",), HIGH),
+    NameRow("lm_head.weight", "lm_head.weight", ("V", "D"), HIGH, "untied"),
+    NameRow("lm_head.weight", "embed_tokens.weight", ("V", "D"), HIGH, "tied", copy=True),
 )
 
 # In a block both sides use the same tail: "model.layers.{i}." and "{block}." are put before it.
 BLOCK: Final = (
-    Row("input_layernorm.weight", "input_layernorm.weight", ("D",), HIGH),
-    Row("self_attn.q_proj.weight", "self_attn.q_proj.weight", ("H*(N+R)", "D"), when="full_q"),
-    Row("self_attn.q_a_proj.weight", "self_attn.q_a_proj.weight", ("Q", "D"), when="low_rank_q"),
-    Row("self_attn.q_a_proj.bias", "self_attn.q_a_proj.bias", ("Q",), HIGH, "low_rank_q_with_bias"),
-    Row("self_attn.q_a_layernorm.weight", "self_attn.q_a_layernorm.weight", ("Q",), HIGH, "low_rank_q"),
-    Row("self_attn.q_b_proj.weight", "self_attn.q_b_proj.weight", ("H*(N+R)", "Q"), when="low_rank_q"),
-    Row("self_attn.kv_a_proj_with_mqa.weight", "self_attn.kv_a_proj_with_mqa.weight", ("C+R", "D")),
-    Row("self_attn.kv_a_proj_with_mqa.bias", "self_attn.kv_a_proj_with_mqa.bias", ("C+R",), HIGH, "attention_bias"),
-    Row("self_attn.kv_a_layernorm.weight", "self_attn.kv_a_layernorm.weight", ("C",), HIGH),
-    Row("self_attn.kv_b_proj.weight", "self_attn.kv_b_proj.weight", ("H*(N+Dv)", "C")),
-    Row("self_attn.o_proj.weight", "self_attn.o_proj.weight", ("D", "H*Dv")),
-    Row("self_attn.o_proj.bias", "self_attn.o_proj.bias", ("D",), HIGH, "attention_bias"),
-    Row("post_attention_layernorm.weight", "post_attention_layernorm.weight", ("D",), HIGH),
+    NameRow("input_layernorm.weight", "input_layernorm.weight", ("D",), HIGH),
+    NameRow("self_attn.q_proj.weight", "self_attn.q_proj.weight", ("H*(N+R)", "D"), when="full_q"),
+    NameRow("self_attn.q_a_proj.weight", "self_attn.q_a_proj.weight", ("Q", "D"), when="low_rank_q"),
+    NameRow("self_attn.q_a_proj.bias", "self_attn.q_a_proj.bias", ("Q",), HIGH, "low_rank_q_with_bias"),
+    NameRow("self_attn.q_a_layernorm.weight", "self_attn.q_a_layernorm.weight", ("Q",), HIGH, "low_rank_q"),
+    NameRow("self_attn.q_b_proj.weight", "self_attn.q_b_proj.weight", ("H*(N+R)", "Q"), when="low_rank_q"),
+    NameRow("self_attn.kv_a_proj_with_mqa.weight", "self_attn.kv_a_proj_with_mqa.weight", ("C+R", "D")),
+    NameRow("self_attn.kv_a_proj_with_mqa.bias", "self_attn.kv_a_proj_with_mqa.bias", ("C+R",), HIGH, "attention_bias"),
+    NameRow("self_attn.kv_a_layernorm.weight", "self_attn.kv_a_layernorm.weight", ("C",), HIGH),
+    NameRow("self_attn.kv_b_proj.weight", "self_attn.kv_b_proj.weight", ("H*(N+Dv)", "C")),
+    NameRow("self_attn.o_proj.weight", "self_attn.o_proj.weight", ("D", "H*Dv")),
+    NameRow("self_attn.o_proj.bias", "self_attn.o_proj.bias", ("D",), HIGH, "attention_bias"),
+    NameRow("post_attention_layernorm.weight", "post_attention_layernorm.weight", ("D",), HIGH),
 )
 
 DENSE: Final = (
-    Row("mlp.gate_proj.weight", "mlp.gate_proj.weight", ("I", "D")),
-    Row("mlp.up_proj.weight", "mlp.up_proj.weight", ("I", "D")),
-    Row("mlp.down_proj.weight", "mlp.down_proj.weight", ("D", "I")),
+    NameRow("mlp.gate_proj.weight", "mlp.gate_proj.weight", ("I", "D")),
+    NameRow("mlp.up_proj.weight", "mlp.up_proj.weight", ("I", "D")),
+    NameRow("mlp.down_proj.weight", "mlp.down_proj.weight", ("D", "I")),
 )
 
 MOE: Final = (
-    Row("mlp.gate.weight", "mlp.gate.weight", ("E", "D"), HIGH),
-    Row("mlp.gate.e_score_correction_bias", "mlp.gate.e_score_correction_bias", ("E",), ROUTER_BIAS, "biased"),
-    Row("mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.gate_proj.weight", ("F*S", "D"), when="shared"),
-    Row("mlp.shared_experts.up_proj.weight", "mlp.shared_experts.up_proj.weight", ("F*S", "D"), when="shared"),
-    Row("mlp.shared_experts.down_proj.weight", "mlp.shared_experts.down_proj.weight", ("D", "F*S"), when="shared"),
+    NameRow("mlp.gate.weight", "mlp.gate.weight", ("E", "D"), HIGH),
+    NameRow("mlp.gate.e_score_correction_bias", "mlp.gate.e_score_correction_bias", ("E",), ROUTER_BIAS, "biased"),
+    NameRow("mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.gate_proj.weight", ("F*S", "D"), when="shared"),
+    NameRow("mlp.shared_experts.up_proj.weight", "mlp.shared_experts.up_proj.weight", ("F*S", "D"), when="shared"),
+    NameRow("mlp.shared_experts.down_proj.weight", "mlp.shared_experts.down_proj.weight", ("D", "F*S"), when="shared"),
 )
 
 EXPERT: Final = (  # gate and up share a stack: the second of two rows with one Soli name begins where the first ended
-    Row("mlp.experts.{e}.gate_proj.weight", "mlp.experts.gate_up_proj", ("F", "D")),
-    Row("mlp.experts.{e}.up_proj.weight", "mlp.experts.gate_up_proj", ("F", "D")),
-    Row("mlp.experts.{e}.down_proj.weight", "mlp.experts.down_proj", ("D", "F")),
+    NameRow("mlp.experts.{e}.gate_proj.weight", "mlp.experts.gate_up_proj", ("F", "D")),
+    NameRow("mlp.experts.{e}.up_proj.weight", "mlp.experts.gate_up_proj", ("F", "D")),
+    NameRow("mlp.experts.{e}.down_proj.weight", "mlp.experts.down_proj", ("D", "F")),
 )
 
 MTP: Final = (  # beside the rows of a block; eh_proj carries no scale in the official index, it stays high
-    Row("model.layers.{i}.embed_tokens.weight", "embed_tokens.weight", ("V", "D"), HIGH, copy=True),
-    Row("model.layers.{i}.enorm.weight", "mtp.{k}.enorm.weight", ("D",), HIGH),
-    Row("model.layers.{i}.hnorm.weight", "mtp.{k}.hnorm.weight", ("D",), HIGH),
-    Row("model.layers.{i}.eh_proj.weight", "mtp.{k}.eh_proj.weight", ("D", "2*D"), HIGH),
-    Row("model.layers.{i}.shared_head.norm.weight", "mtp.{k}.norm.weight", ("D",), HIGH),
-    Row("model.layers.{i}.shared_head.head.weight", "lm_head.weight", ("V", "D"), HIGH, "untied", copy=True),
-    Row("model.layers.{i}.shared_head.head.weight", "embed_tokens.weight", ("V", "D"), HIGH, "tied", copy=True),
+    NameRow("model.layers.{i}.embed_tokens.weight", "embed_tokens.weight", ("V", "D"), HIGH, copy=True),
+    NameRow("model.layers.{i}.enorm.weight", "mtp.{k}.enorm.weight", ("D",), HIGH),
+    NameRow("model.layers.{i}.hnorm.weight", "mtp.{k}.hnorm.weight", ("D",), HIGH),
+    NameRow("model.layers.{i}.eh_proj.weight", "mtp.{k}.eh_proj.weight", ("D", "2*D"), HIGH),
+    NameRow("model.layers.{i}.shared_head.norm.weight", "mtp.{k}.norm.weight", ("D",), HIGH),
+    NameRow("model.layers.{i}.shared_head.head.weight", "lm_head.weight", ("V", "D"), HIGH, "untied", copy=True),
+    NameRow("model.layers.{i}.shared_head.head.weight", "embed_tokens.weight", ("V", "D"), HIGH, "tied", copy=True),
 )
 
 # Buffers that old exports wrote and every reader computes anew: known, and left where they are.
@@ -142,7 +142,7 @@ def slots(config: ModelConfig) -> tuple[Slot, ...]:
     """Every tensor of a checkpoint with this configuration, in the order of the official files, copies included."""
     dims, facts = _dimensions(config), _facts(config)
 
-    def unroll(rows: tuple[Row, ...], layer: int | None = None, block: str = "", k: int = 0) -> list[Slot]:
+    def unroll(rows: tuple[NameRow, ...], layer: int | None = None, block: str = "", k: int = 0) -> list[Slot]:
         hf, soli = (f"model.layers.{layer}.", f"{block}.") if block else ("", "")
         found = []
         for row in rows:
@@ -177,7 +177,7 @@ def _experts(count: int, dims: dict[str, int], layer: int, block: str) -> list[S
     return found
 
 
-def _shape(row: Row, dims: dict[str, int]) -> tuple[int, ...]:
+def _shape(row: NameRow, dims: dict[str, int]) -> tuple[int, ...]:
     return tuple(dims[symbol] for symbol in row.shape)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from soli.checkpoint.name_map import Kind, Slot
-from soli.checkpoint.shard import Entry
+from soli.checkpoint.shard import TensorEntry
 from soli.config import ModelConfig
 from soli.errors import SoliError
 from soli.formats import fp8, integer
@@ -60,7 +60,7 @@ def module_patterns(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name.removesuffix(".weight")) for name in names))
 
 
-def slot_problems(slot: Slot, entries: Mapping[str, Entry], announced: frozenset[str]) -> Iterator[str]:
+def slot_problems(slot: Slot, entries: Mapping[str, TensorEntry], announced: frozenset[str]) -> Iterator[str]:
     """What is wrong with a tensor that is there: its shape, its dtype, its scales."""
     entry = entries[slot.name]
     format = FORMAT.get(entry.dtype)
@@ -86,7 +86,7 @@ def slot_problems(slot: Slot, entries: Mapping[str, Entry], announced: frozenset
         yield from _scale_problems(slot, entries[own_scale], format)
 
 
-def _scale_problems(slot: Slot, scale: Entry, format: str) -> Iterator[str]:
+def _scale_problems(slot: Slot, scale: TensorEntry, format: str) -> Iterator[str]:
     rows, columns = slot.shape
     if format == "fp8":
         if scale.shape != fp8.scale_shape(rows, columns):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from soli.checkpoint.name_map import GROUP_SCALE_SUFFIX, IGNORED, Slot, slots
 from soli.checkpoint.quantization import FORMAT, quantized_dtypes, slot_problems
-from soli.checkpoint.shard import TORCH_DTYPE, Entry, Shard
+from soli.checkpoint.shard import TORCH_DTYPE, Shard, TensorEntry
 from soli.config import load_config
 from soli.errors import SoliError
 from soli.formats import fp8
@@ -194,7 +194,7 @@ def _open_indexed(folder: Path, weight_map: Mapping[str, str]) -> dict[Path, Sha
 
 
 def _index_problems(folder: Path, weight_map: Mapping[str, str], shards: Mapping[Path, Shard]) -> Iterable[str]:
-    found: dict[str, Entry] = {}
+    found: dict[str, TensorEntry] = {}
     for shard in shards.values():
         for name, entry in shard.entries.items():
             if name in found:

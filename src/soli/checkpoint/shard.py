@@ -41,7 +41,7 @@ HEADER_LIMIT: Final = 100_000_000  # bytes; the safetensors library's own limit
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class TensorEntry:
     """Where one tensor lies: bytes `start` to `end` of `file`, counted from the file's first byte."""
 
     file: Path
@@ -106,7 +106,7 @@ def encode_header(
     return len(text).to_bytes(8, "little") + text, {name: base + start for name, start in offsets.items()}, base + end
 
 
-def _read_header(file: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
+def _read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, Any]]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -136,7 +136,7 @@ def _parse_header(file: Path, text: bytes) -> dict[str, Any]:
     return header
 
 
-def _entry(file: Path, name: str, fields: Any, base: int) -> Entry:
+def _entry(file: Path, name: str, fields: Any, base: int) -> TensorEntry:
     try:
         dtype, shape, (start, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
         whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))
@@ -148,10 +148,10 @@ def _entry(file: Path, name: str, fields: Any, base: int) -> Entry:
         raise SoliError(f"{file}: tensor {name} has dtype {dtype!r}, which is not known")
     if end - start != math.prod(shape) * ITEM_BYTES[dtype]:
         raise SoliError(f"{file}: tensor {name} has {end - start} bytes, too many or few for {dtype} of shape {shape}")
-    return Entry(file, name, dtype, shape, base + start, base + end)
+    return TensorEntry(file, name, dtype, shape, base + start, base + end)
 
 
-def _check_layout(file: Path, entries: dict[str, Entry], base: int, size: int) -> None:
+def _check_layout(file: Path, entries: dict[str, TensorEntry], base: int, size: int) -> None:
     """Tensors must fill the data without overlap or gap, as the format says."""
     end = base
     for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.end)):

@@ -40,7 +40,7 @@ TOKENIZER_FILES: Final = (
 Spec = tuple[str, str, tuple[int, ...]]  # name, dtype, shape: one tensor in a header
 Encoded = Tensor | fp8.Packed | integer.Packed
 Fetch = Callable[[Slot], Encoded]
-Progress = Callable[[int, int], None]  # bytes written, bytes in all
+ProgressCallback = Callable[[int, int], None]  # bytes written, bytes in all
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def write(
     target: Target,
     fetch: Fetch,
     side_files: Sequence[Path] = (),
-    progress: Progress = lambda done, total: None,
+    progress: ProgressCallback = lambda done, total: None,
 ) -> int:
     """Write the slots `wanted` of a model to the new folder `folder`, each as `fetch` gives it. Returns the bytes of
     all tensors.

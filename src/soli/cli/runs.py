@@ -14,7 +14,7 @@ import typer
 from soli.errors import SoliError
 
 if TYPE_CHECKING:
-    from soli.train.runs import Point, Summary
+    from soli.train.runs import Point, RunSummary
 
 app = typer.Typer(help="List training runs and compare them.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -72,7 +72,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
-def _print_runs(summaries: Sequence[Summary]) -> None:
+def _print_runs(summaries: Sequence[RunSummary]) -> None:
     from rich import box
     from rich.table import Table
 

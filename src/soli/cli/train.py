@@ -73,9 +73,9 @@ def _plan(
 
     here = None
     if measure and find_spec("torch") is not None:
-        from soli.plan.throughput import find_device
+        from soli.plan.throughput import measure_device
 
-        here = find_device(settings)
+        here = measure_device(settings)
     found = (here.computes, here.kind) if here else (None, "cpu" if settings.run.device == "cpu" else "cuda")
     plan = plan_run(settings, devices, mfu, device_tflops, *found)
     if plot is not None:

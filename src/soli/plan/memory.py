@@ -36,7 +36,7 @@ SHORT = 512  # queries up to which a CPU writes attention scores out in the acti
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """Bytes on each device at the fullest moment."""
 
     weights: int  # fp32 masters, router biases
@@ -57,7 +57,7 @@ class Memory:
 
 def plan_memory(
     settings: TrainSettings, precision: str, kind: str, devices: int = 1, length: int | None = None
-) -> Memory:
+) -> MemoryEstimate:
     """Memory of a step in `precision` (fp32, bf16, fp8) on a device of `kind` (cpu, cuda).
 
     `length` is that of a sequence, left out the pretraining's; a micro-batch keeps its tokens but has a whole sequence.
@@ -78,7 +78,7 @@ def plan_memory(
     kept = layers.ends() + sum([width * config.hidden_size] * len(blocks) if checkpointed else blocks)
     again = sequences * length * max(blocks) if checkpointed else 0
     gathered = checkpointed or devices > 1
-    return Memory(
+    return MemoryEstimate(
         weights=ceil((4 * trained + biases) / devices),
         gradients=ceil(4 * trained / devices),
         moments=ceil(moment_bytes(every, settings.optimizer) / devices),

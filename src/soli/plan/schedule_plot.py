@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from soli.analysis.figure import new_figure, save_figure
 from soli.plan.training import planned_phases
 from soli.train.schedule import batch_sequences, learning_rate, steps_before, tokens_after
 from soli.train.settings import TrainSettings
@@ -32,14 +33,11 @@ def schedule_rows(settings: TrainSettings) -> list[Row]:
 
 def save_schedule_plot(path: str | Path, settings: TrainSettings) -> None:
     """Write the curves as a PNG, one panel each; phases of the run stand as dotted lines, named at the top."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
     titles = ("learning rate", "batch, sequences", "sequence length, tokens", "gamma", "lambda")
     forms = ("{:.3g}", "{:,.0f}", "{:,.0f}", "{:g}", "{:g}")
-    figure = Figure(figsize=(9, 9), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 9)
     tokens, *curves = zip(*schedule_rows(settings), strict=True)
     unit, letter = next(((u, name) for u, name in UNITS if tokens[-1] >= u), (1.0, ""))
     axes = figure.subplots(len(titles), 1, sharex=True)
@@ -58,7 +56,7 @@ def save_schedule_plot(path: str | Path, settings: TrainSettings) -> None:
         axis.margins(x=0.01)
     _mark_phases(axes, settings, unit)
     axes[-1].set_xlabel(f"tokens, {letter}".rstrip(", "))
-    figure.savefig(path, dpi=120, format="png")
+    save_figure(figure, path)
 
 
 def _mark_phases(axes: Any, settings: TrainSettings, unit: float) -> None:

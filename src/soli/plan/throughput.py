@@ -42,7 +42,7 @@ PRODUCTS, ROUNDS, SECONDS = 4, 5, 0.03  # kinds of product, times each is timed,
 
 
 @dataclass(frozen=True)
-class FoundDevice:
+class MeasuredDevice:
     """A device and the rate it reached on a recipe's matrix products."""
 
     name: str
@@ -59,7 +59,7 @@ class FoundDevice:
         return self.name if self.threads is None else f"{self.name}, {self.threads} thread{'s' * (self.threads > 1)}"
 
 
-def find_device(settings: TrainSettings) -> FoundDevice:
+def measure_device(settings: TrainSettings) -> MeasuredDevice:
     """The device that the recipe would train on here, measured. SoliError when `run.device` is not there."""
     device = choose_device(settings.run.device)
     compute = choose_precision(settings.run.precision, device)
@@ -70,12 +70,12 @@ def find_device(settings: TrainSettings) -> FoundDevice:
     tflops = measure_products(settings, device, compute)
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
-        return FoundDevice(
+        return MeasuredDevice(
             card.name, "cuda", None, computes, precision, tflops, stated_peak(card.name), card.total_memory
         )
     name = machine.processor().name
     threads = torch.get_num_threads()
-    return FoundDevice(name, device.type, threads, computes, precision, tflops, None, machine.memory_bytes())
+    return MeasuredDevice(name, device.type, threads, computes, precision, tflops, None, machine.memory_bytes())
 
 
 def stated_peak(name: str) -> float | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from soli.analysis.parameters import count, training_flops
-from soli.plan.memory import Memory, plan_memory
+from soli.plan.memory import MemoryEstimate, plan_memory
 from soli.train.schedule import batch_sequences, learning_rate, steps_before, warmup_end
 from soli.train.settings import TrainSettings
 
@@ -35,7 +35,7 @@ class PlannedPhase:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """The whole run. `flops` of all phases; `memory` of each device in pretraining, then in each extension phase."""
 
     phases: tuple[PlannedPhase, ...]
@@ -43,8 +43,8 @@ class Plan:
     activated: int  # of the main model
     flops: int
     precision: str  # of activations: what the recipe says, bf16 for auto when no device was looked at
-    memory: Memory
-    extension_memory: tuple[Memory, ...]
+    memory: MemoryEstimate
+    extension_memory: tuple[MemoryEstimate, ...]
     gpu_hours: float
     paper_gpu_hours: int | None  # where the recipe is the paper's own
 
@@ -56,7 +56,7 @@ def plan_run(
     device_tflops: float,
     precision: str | None = None,
     kind: str = "cuda",
-) -> Plan:
+) -> TrainingPlan:
     """The plan on `devices` equal devices of `device_tflops` peak TFLOP/s each, at a utilisation of `mfu`.
 
     `precision` is what `auto` came to, and `kind` cpu or cuda, where the device is known: memory depends on both.
@@ -67,7 +67,7 @@ def plan_run(
     whole, main = count(settings.model, mtp=True).total, count(settings.model)
     operations = sum(phase.tokens * training_flops(settings.model, phase.sequence_length) for phase in phases)
     papers = main.total == PAPER_PARAMETERS and settings.schedule.total_tokens == PAPER_TOKENS
-    return Plan(
+    return TrainingPlan(
         phases=phases,
         parameters=whole,
         activated=main.activated,

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from soli.errors import SoliError
 from soli.model.transformer import Transformer
-from soli.train.checkpoints import Progress
-from soli.train.losses import Totals, compute_losses
+from soli.train.checkpoints import RunProgress
+from soli.train.losses import StepTotals, compute_losses
 from soli.train.setup import Run
 
 WINDOW = 50  # steps
@@ -31,7 +31,7 @@ MOST_SKIPS = 10  # in a row; where the next one would be due, the data or the we
 
 
 @dataclass(frozen=True)
-class Trouble:
+class Anomaly:
     """Why a step is not as it should be, and what the rule makes of it."""
 
     kind: str  # nan, spike
@@ -40,7 +40,7 @@ class Trouble:
     layer: str  # where it begins; for a spike, where the gradient is largest
 
 
-class Stopped(SoliError):
+class TrainingStopped(SoliError):
     """The guard ends the run; with `saves`, the state before the step is worth keeping."""
 
     def __init__(self, sentence: str, saves: bool) -> None:
@@ -48,7 +48,9 @@ class Stopped(SoliError):
         self.saves = saves
 
 
-def examine(run: Run, parts: Sequence[Tensor], totals: Totals, losses: Sequence[float], norm: float) -> Trouble | None:
+def examine(
+    run: Run, parts: Sequence[Tensor], totals: StepTotals, losses: Sequence[float], norm: float
+) -> Anomaly | None:
     """Judge the step that comes next, its gradients at hand and nothing moved yet; None: it is sound.
 
     `parts` are its micro-batches, `losses` next token, MTP and balance, `norm` that of the gradient before clipping.
@@ -58,7 +60,7 @@ def examine(run: Run, parts: Sequence[Tensor], totals: Totals, losses: Sequence[
         layer, where = _locate(run, parts, totals, all(map(math.isfinite, losses)))
         loss, mtp, balance = losses
         figures = f"the loss is {loss} (MTP {mtp}, balance {balance}) and the gradient's norm {norm} {at}"
-        return Trouble("nan", "stop" if _poisoned(run.model) else settings.on_nan, f"{figures}; {where}", layer)
+        return Anomaly("nan", "stop" if _poisoned(run.model) else settings.on_nan, f"{figures}; {where}", layer)
     jumps = [
         f"{name} {value:.4g} {at} (median of the last {WINDOW}: {statistics.median(past):.4g})"
         for name, value, past in (("loss", losses[0], progress.losses), ("gradient norm", norm, progress.norms))
@@ -67,10 +69,10 @@ def examine(run: Run, parts: Sequence[Tensor], totals: Totals, losses: Sequence[
     if not jumps:
         return None
     layer = largest_gradient(run.model)
-    return Trouble("spike", settings.spike, f"{', '.join(jumps)}; the largest gradient is in {layer}", layer)
+    return Anomaly("spike", settings.spike, f"{', '.join(jumps)}; the largest gradient is in {layer}", layer)
 
 
-def enforce(trouble: Trouble, progress: Progress) -> None:
+def enforce(trouble: Anomaly, progress: RunProgress) -> None:
     """Stopped where the rule says so, or where the step would be the tenth skip in a row."""
     in_row = trouble.rule == "skip" and progress.skipped_in_row + 1 >= MOST_SKIPS
     if trouble.rule != "stop" and not in_row:
@@ -78,12 +80,13 @@ def enforce(trouble: Trouble, progress: Progress) -> None:
     after = f" after {MOST_SKIPS - 1} skipped steps in a row" if in_row else ""
     if trouble.kind == "nan":
         mend = "the last checkpoint is whole: resume it with a lower schedule.learning_rate"
-        raise Stopped(f"{trouble.why}; training stopped{after} before any weight moved; {mend}", saves=False)
+        raise TrainingStopped(f"{trouble.why}; training stopped{after} before any weight moved; {mend}", saves=False)
     mend = "is saved: resume with run.spike = report, a larger run.spike_factor or a lower schedule.learning_rate"
-    raise Stopped(f"spike: {trouble.why}; training stopped{after}, and the state before that step {mend}", saves=True)
+    sentence = f"spike: {trouble.why}; training stopped{after}, and the state before that step {mend}"
+    raise TrainingStopped(sentence, saves=True)
 
 
-def remember(progress: Progress, loss: float, norm: float, skipped: bool) -> None:
+def remember(progress: RunProgress, loss: float, norm: float, skipped: bool) -> None:
     """Keep a step's figures for judging later ones; those of skipped steps are only counted."""
     progress.skipped += skipped
     progress.skipped_in_row = progress.skipped_in_row + 1 if skipped else 0
@@ -98,7 +101,7 @@ def explain(error: SoliError, model: Transformer) -> SoliError:
     if not name:
         return error
     mend = "resume an earlier checkpoint with a lower schedule.learning_rate"
-    return Stopped(f"{name} is not finite ({error}), so training stopped; {mend}", saves=False)
+    return TrainingStopped(f"{name} is not finite ({error}), so training stopped; {mend}", saves=False)
 
 
 def is_spike(past: Sequence[float], value: float, factor: float) -> bool:
@@ -121,7 +124,7 @@ def largest_gradient(model: nn.Module) -> str:
 
 
 @torch.no_grad()
-def find_source(model: Transformer, parts: Sequence[Tensor], totals: Totals, eos_id: int) -> str:
+def find_source(model: Transformer, parts: Sequence[Tensor], totals: StepTotals, eos_id: int) -> str:
     """The first module that makes values which are not finite of finite ones, forward once more; "" when none does.
 
     Embedding and head are used through their weights and are no modules here.
@@ -148,7 +151,7 @@ def find_source(model: Transformer, parts: Sequence[Tensor], totals: Totals, eos
     return ""
 
 
-def _locate(run: Run, parts: Sequence[Tensor], totals: Totals, sound_loss: bool) -> tuple[str, str]:
+def _locate(run: Run, parts: Sequence[Tensor], totals: StepTotals, sound_loss: bool) -> tuple[str, str]:
     """(layer, clause) of what is not finite: a layer's output, a weight, a gradient, or what remains."""
     model = run.model
     source, weight = find_source(model, parts, totals, run.tokenizer.eos_id), _poisoned(model)

@@ -38,7 +38,7 @@ def step_bias(model: Transformer, counts_LE: Tensor, gamma: float) -> None:
 
 
 @dataclass(frozen=True)
-class Load:
+class ExpertLoad:
     """How even one layer's load is, over the tokens counted."""
 
     max_violation: float  # largest load / mean load - 1; 0 is perfect
@@ -46,8 +46,8 @@ class Load:
     idle: int  # experts that no token chose
 
 
-def measure_load(counts_LE: Tensor) -> list[Load]:
-    """One `Load` per layer."""
+def measure_load(counts_LE: Tensor) -> list[ExpertLoad]:
+    """One `ExpertLoad` per layer."""
     if counts_LE.numel() == 0:
         return []
     load_LE = counts_LE.double().cpu()
@@ -57,4 +57,4 @@ def measure_load(counts_LE: Tensor) -> list[Load]:
     )
     violation_L = load_LE.amax(-1) / load_LE.mean(-1) - 1
     idle_L = (load_LE == 0).sum(-1)
-    return [Load(*row) for row in zip(violation_L.tolist(), entropy_L.tolist(), idle_L.tolist(), strict=True)]
+    return [ExpertLoad(*row) for row in zip(violation_L.tolist(), entropy_L.tolist(), idle_L.tolist(), strict=True)]

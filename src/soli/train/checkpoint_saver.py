@@ -23,12 +23,12 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from soli.checkpoint.writer import write_json
 from soli.errors import SoliError
 from soli.model.transformer import Transformer
-from soli.train.checkpoint_storage import Writer, expect_one_process, flush
-from soli.train.checkpoints import Progress, prune, remove, run_state, sweep
+from soli.train.checkpoint_storage import StateWriter, expect_one_process, flush
+from soli.train.checkpoints import RunProgress, prune, remove, run_state, sweep
 from soli.train.optimizer import Optimizer
 
 
-class Saver:
+class CheckpointSaver:
     """Saves one run. Every process of the run makes one and calls it at the same steps."""
 
     def __init__(self, run: Path, keep: int) -> None:
@@ -41,7 +41,7 @@ class Saver:
         self.group = dist.new_group(backend="gloo") if dist.is_available() and dist.is_initialized() else None
         expect_one_process()
 
-    def save(self, model: Transformer, optimizer: Optimizer, progress: Progress) -> None:
+    def save(self, model: Transformer, optimizer: Optimizer, progress: RunProgress) -> None:
         """Begin to save the state after `progress.step` steps. SoliError when the save before it failed."""
         self.wait()
         plan = _Staged(run_state(model, optimizer), self.buffers)
@@ -60,7 +60,7 @@ class Saver:
         if pending is not None:
             pending.result()
 
-    def __enter__(self) -> Saver:
+    def __enter__(self) -> CheckpointSaver:
         return self
 
     def __exit__(
@@ -76,7 +76,7 @@ class Saver:
 
     def _write(self, plan: _Staged, folder: _Folder) -> None:
         try:
-            writer = Writer(folder.draft, folder.begin, folder.end)
+            writer = StateWriter(folder.draft, folder.begin, folder.end)
             dcp.save({}, storage_writer=writer, planner=plan, process_group=self.group)
         except dcp.CheckpointException as error:
             shutil.rmtree(folder.draft, ignore_errors=True)

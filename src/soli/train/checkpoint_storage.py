@@ -39,7 +39,7 @@ from soli.errors import SoliError
 PIECES = "pieces"  # in a header's metadata: {name: [first index, shape of the whole tensor]}, as JSON
 
 
-class Writer(dcp.StorageWriter):
+class StateWriter(dcp.StorageWriter):
     """Writes one state into `folder`. `begin` runs in one process before anything is written, `end` in the same one
     when the files of all processes are on disk."""
 
@@ -80,7 +80,7 @@ class Writer(dcp.StorageWriter):
         return True
 
 
-class Reader(dcp.StorageReader):
+class StateReader(dcp.StorageReader):
     """Reads the named parts of a state from `folder`; `tensors` says what is there, by full name."""
 
     def __init__(self, folder: Path, parts: tuple[str, ...]) -> None:
@@ -142,7 +142,7 @@ class Reader(dcp.StorageReader):
         return True
 
 
-def load(reader: Reader, state: dict[str, Tensor]) -> None:
+def load(reader: StateReader, state: dict[str, Tensor]) -> None:
     """Fill tensors in place by full name, each process its own pieces. SoliError names what is missing or misshapen."""
     for name, tensor in state.items():
         found = reader.tensors.get(name)

@@ -28,13 +28,13 @@ from soli.model.transformer import Transformer
 from soli.train.optimizer import Optimizer
 
 if TYPE_CHECKING:
-    from soli.train.checkpoint_storage import Reader
+    from soli.train.checkpoint_storage import StateReader
 
 RNG, CUDA_RNG = "torch_rng", "cuda_rng"  # of process 0; of process n with .n behind
 
 
 @dataclass
-class Progress:
+class RunProgress:
     """Where a run stands; `position` counts windows of the stage's order of the data, steps and tokens the run's."""
 
     step: int = 0
@@ -72,25 +72,25 @@ def stage_ends(found: list[Path]) -> list[Path]:
     return [path for path, stage, later in zip(found, stages, stages[1:], strict=False) if stage < later]
 
 
-def read_progress(checkpoint: Path) -> Progress:
+def read_progress(checkpoint: Path) -> RunProgress:
     """`state.json` of a checkpoint; SoliError when it cannot be read."""
     file = checkpoint / "state.json"
     try:
-        return Progress(**json.loads(file.read_text(encoding="utf-8")))
+        return RunProgress(**json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise SoliError(
             f"{file} cannot be read ({error}); remove this checkpoint to resume from the one before"
         ) from None
 
 
-def load_checkpoint(checkpoint: Path, model: Transformer, optimizer: Optimizer) -> Progress:
+def load_checkpoint(checkpoint: Path, model: Transformer, optimizer: Optimizer) -> RunProgress:
     """Put model, optimizer and random state back as they were; SoliError names the tensor that does not fit.
 
     Any number of processes may have saved. One that had no counterpart then takes the random state of the first.
     """
-    from soli.train.checkpoint_storage import Reader, load  # torch.distributed.checkpoint takes seconds to import
+    from soli.train.checkpoint_storage import StateReader, load  # torch.distributed.checkpoint takes seconds to import
 
-    reader = Reader(checkpoint, ("model", "optimizer"))
+    reader = StateReader(checkpoint, ("model", "optimizer"))
     weights = _weights(reader, model)
     moments = {f"optimizer/{name}": room for name, room in _moments(reader, optimizer).items()}
     draws = {name: torch.empty(reader.tensors[name].size, dtype=torch.uint8) for name in _draws(reader, model)}
@@ -106,9 +106,9 @@ def load_checkpoint(checkpoint: Path, model: Transformer, optimizer: Optimizer) 
 
 def load_weights(checkpoint: Path, model: Transformer) -> None:
     """Fill a model's parameters and router biases (fp32) from a checkpoint."""
-    from soli.train.checkpoint_storage import Reader, load
+    from soli.train.checkpoint_storage import StateReader, load
 
-    reader = Reader(checkpoint, ("model",))
+    reader = StateReader(checkpoint, ("model",))
     load(reader, _weights(reader, model))
 
 
@@ -162,7 +162,7 @@ def run_state(model: Transformer, optimizer: Optimizer) -> dict[str, Tensor]:
     return state
 
 
-def _weights(reader: Reader, model: Transformer) -> dict[str, Tensor]:
+def _weights(reader: StateReader, model: Transformer) -> dict[str, Tensor]:
     state = model_state(model)
     for name in reader.tensors:
         if name.startswith("model/") and name not in state:
@@ -170,7 +170,7 @@ def _weights(reader: Reader, model: Transformer) -> dict[str, Tensor]:
     return state
 
 
-def _moments(reader: Reader, optimizer: Optimizer) -> dict[str, Tensor]:
+def _moments(reader: StateReader, optimizer: Optimizer) -> dict[str, Tensor]:
     """Room for every moment of the checkpoint: a piece of it where the parameter is one, else the whole, on the CPU."""
     from torch.distributed.tensor import DTensor
 
@@ -186,7 +186,7 @@ def _moments(reader: Reader, optimizer: Optimizer) -> dict[str, Tensor]:
     return room
 
 
-def _draws(reader: Reader, model: Transformer) -> list[str]:
+def _draws(reader: StateReader, model: Transformer) -> list[str]:
     """Full names of the random states that this process takes up."""
     kinds = (RNG, CUDA_RNG) if model.embed_tokens.weight.device.type == "cuda" else (RNG,)
     candidates = ((f"optimizer/{kind}{_rank_suffix()}", f"optimizer/{kind}") for kind in kinds)

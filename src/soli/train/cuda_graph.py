@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from soli.model.transformer import Transformer
-from soli.train.losses import Totals, compute_losses
+from soli.train.losses import StepTotals, compute_losses
 
 WARM_UP = 2  # passes before the capture: libraries choose their kernels and Triton compiles
 
@@ -27,7 +27,7 @@ class GraphedStep:
         self.seen: object = None
         self.captured: _Captured | None = None
 
-    def __call__(self, window_BW: Tensor, totals: Totals, weight: float) -> tuple[Tensor, Tensor] | None:
+    def __call__(self, window_BW: Tensor, totals: StepTotals, weight: float) -> tuple[Tensor, Tensor] | None:
         """Next-token, MTP and balance loss (3,) and the counts (L, E), gradients set; None for a shape that is new."""
         shape = (window_BW.shape, self.model.config)
         if self.seen != shape:
@@ -41,13 +41,13 @@ class GraphedStep:
 class _Captured:
     """One shape's graph, with the tensors that it reads and writes."""
 
-    def __init__(self, model: Transformer, window_BW: Tensor, totals: Totals, alpha: float, eos_id: int) -> None:
+    def __init__(self, model: Transformer, window_BW: Tensor, totals: StepTotals, alpha: float, eos_id: int) -> None:
         device = model.embed_tokens.weight.device
         self.model, self.alpha, self.eos_id = model, alpha, eos_id
         self.window_BW = window_BW.to(device, copy=True)
         self.weight = torch.zeros((), device=device)
         self.mtp_tokens = [torch.ones((), device=device) for _ in totals.mtp_tokens]
-        self.totals = Totals(totals.tokens, tuple(self.mtp_tokens), totals.sequences)
+        self.totals = StepTotals(totals.tokens, tuple(self.mtp_tokens), totals.sequences)
         aside = torch.cuda.Stream(device)
         aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):
@@ -65,7 +65,7 @@ class _Captured:
         losses.total(self.weight, self.alpha).backward()
         return losses.parts(), losses.counts_LE
 
-    def replay(self, window_BW: Tensor, totals: Totals, weight: float) -> tuple[Tensor, Tensor]:
+    def replay(self, window_BW: Tensor, totals: StepTotals, weight: float) -> tuple[Tensor, Tensor]:
         self.window_BW.copy_(window_BW)
         self.weight.fill_(weight)
         for held, tokens in zip(self.mtp_tokens, totals.mtp_tokens, strict=True):

@@ -9,8 +9,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from soli.train.balance import Load
-from soli.train.checkpoints import Progress
+from soli.train.balance import ExpertLoad
+from soli.train.checkpoints import RunProgress
 from soli.train.schedule import stage_name
 
 EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -20,7 +20,7 @@ MOST_LAYERS = 12  # beyond, the worst are shown
 
 
 @dataclass
-class View:
+class LiveView:
     """What is on the screen; the loop changes it, rich draws it."""
 
     total: int  # tokens of the whole run
@@ -28,12 +28,12 @@ class View:
     tokens: int = 0
     stage: int = 0
     figures: dict[str, float] = field(default_factory=dict)  # loss, mtp, lr, norm, tokens_per_second
-    loads: dict[str, Load] = field(default_factory=dict)
+    loads: dict[str, ExpertLoad] = field(default_factory=dict)
     heldout: str = ""
     left: str = "?"
     skipped: int = 0  # steps that moved nothing
 
-    def move(self, progress: Progress, figures: dict[str, float], loads: dict[str, Load], left: str) -> None:
+    def move(self, progress: RunProgress, figures: dict[str, float], loads: dict[str, ExpertLoad], left: str) -> None:
         """Show another step; `left` is the time until the end of the run."""
         self.step, self.tokens, self.stage = progress.step, progress.tokens, progress.stage
         self.figures, self.loads, self.left = figures, loads, left

@@ -23,7 +23,7 @@ GPU_LOGITS = 2**27  # on a GPU a chunk has this many fp32 logits (0.5 GiB): smal
 
 
 @dataclass(frozen=True)
-class Totals:
+class StepTotals:
     """Counts over one whole optimizer step, all micro-batches and ranks, that the sums are divided by."""
 
     tokens: int
@@ -116,11 +116,11 @@ def mtp_mask(window_BW: Tensor, depth: int, length: int, eos_id: int) -> Tensor:
     return ~crossed_BT
 
 
-def count_targets(window_BW: Tensor, mtp_depth: int, eos_id: int) -> Totals:
+def count_targets(window_BW: Tensor, mtp_depth: int, eos_id: int) -> StepTotals:
     """The denominators of an optimizer step whose windows are `window_BW` (W = T + 1 + mtp_depth)."""
     length = window_BW.shape[1] - 1 - mtp_depth
     mtp = tuple(max(1, int(mtp_mask(window_BW, depth, length, eos_id).sum())) for depth in range(mtp_depth))
-    return Totals(tokens=window_BW.shape[0] * length, mtp_tokens=mtp, sequences=window_BW.shape[0])
+    return StepTotals(tokens=window_BW.shape[0] * length, mtp_tokens=mtp, sequences=window_BW.shape[0])
 
 
 def sequence_balance(routing: Routing, sequences: int) -> Tensor:
@@ -140,7 +140,7 @@ def sequence_balance(routing: Routing, sequences: int) -> Tensor:
     return (count_BE * mean_BE).sum() * (experts / (chosen * length))
 
 
-def compute_losses(model: Transformer, window_BW: Tensor, totals: Totals, eos_id: int) -> Losses:
+def compute_losses(model: Transformer, window_BW: Tensor, totals: StepTotals, eos_id: int) -> Losses:
     """Forward of one micro-batch: backbone once, MTP modules in sequence, every loss divided by the step's `totals`."""
     depths = len(totals.mtp_tokens)
     length = window_BW.shape[1] - 1 - depths

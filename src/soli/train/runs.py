@@ -31,7 +31,7 @@ MEASURES = ("loss", "MTP loss", "held-out loss", "bits per byte", "max violation
 
 
 @dataclass(frozen=True)
-class Metrics:
+class RunMetrics:
     """One run's lines, in the order of their steps."""
 
     folder: Path
@@ -55,7 +55,7 @@ class Metrics:
 
 
 @dataclass(frozen=True)
-class Summary:
+class RunSummary:
     """Where a run stands. None: not reached or not measured."""
 
     folder: str
@@ -97,7 +97,7 @@ def locate_run(name: str) -> Path:
     raise SoliError(f"{name} is no run: neither it nor {Path('runs') / name} holds a {METRICS}; see soli runs list")
 
 
-def read_metrics(folder: Path) -> Metrics:
+def read_metrics(folder: Path) -> RunMetrics:
     """A run's `metrics.jsonl`, checked line by line."""
     file = folder / METRICS
     text = file.read_bytes().decode("utf-8", errors="replace")
@@ -116,14 +116,14 @@ def read_metrics(folder: Path) -> Metrics:
         if lines and lines[-1]["step"] == entry["step"]:
             lines.pop()
         lines.append(entry)
-    return Metrics(folder, steps, evaluations, ended)
+    return RunMetrics(folder, steps, evaluations, ended)
 
 
-def summarize(metrics: Metrics, now: float | None = None) -> Summary:
+def summarize(metrics: RunMetrics, now: float | None = None) -> RunSummary:
     """Where a run stands at `now` (seconds of the epoch; default the clock)."""
     steps, evaluations = metrics.steps, metrics.evaluations
     last = max([*steps[-1:], *evaluations[-1:]], key=lambda line: line["step"], default=None)
-    return Summary(
+    return RunSummary(
         folder=str(metrics.folder),
         state=_state(metrics, time.time() if now is None else now),
         step=last["step"] if last else 0,
@@ -137,7 +137,7 @@ def summarize(metrics: Metrics, now: float | None = None) -> Summary:
     )
 
 
-def compare_runs(runs: Sequence[Metrics]) -> list[Point]:
+def compare_runs(runs: Sequence[RunMetrics]) -> list[Point]:
     """Each of MEASURES at the last tokens that all runs have reached, beside the first run's."""
     return [_common_point(measure, [run.curve(measure) for run in runs]) for measure in MEASURES]
 
@@ -175,7 +175,7 @@ def _read_line(line: str, where: str) -> dict[str, Any]:
     return entry
 
 
-def _state(metrics: Metrics, now: float) -> str:
+def _state(metrics: RunMetrics, now: float) -> str:
     """An end that was written down counts; then fresh metrics; then, for runs of an older Soli, the schedule's end."""
     if metrics.ended is not None:
         return "finished" if metrics.ended == "finished" else "stopped"

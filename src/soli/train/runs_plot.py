@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from soli.train.runs import Curve, Metrics
+from soli.analysis.figure import new_figure, save_figure, style_panel
+from soli.train.runs import Curve, RunMetrics
 
 PANELS = {
     "loss": "nats per token",
@@ -17,18 +18,14 @@ PANELS = {
 SETTLED = 0.02  # of the tokens: what lies before may leave the picture, so that the rest can be told apart
 
 
-def save_curves(path: str | Path, runs: Sequence[Metrics], names: Sequence[str]) -> None:
+def save_curves(path: str | Path, runs: Sequence[RunMetrics], names: Sequence[str]) -> None:
     """Writes a PNG; a run without a measure is missing from its panel."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 7)
     for axis, measure in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         _panel(axis, measure, [run.curve(measure) for run in runs], names)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(names)), fontsize=9)
-    figure.savefig(path, dpi=120, format="png")
+    save_figure(figure, path)
 
 
 def _panel(axis: Any, measure: str, curves: Sequence[Curve], names: Sequence[str]) -> None:
@@ -40,8 +37,4 @@ def _panel(axis: Any, measure: str, curves: Sequence[Curve], names: Sequence[str
     if settled and max(settled) > min(settled):
         margin = 0.05 * (max(settled) - min(settled))
         axis.set_ylim(min(settled) - margin, max(settled) + margin)
-    axis.set_title(measure, fontsize=10, loc="left")
-    axis.set_xlabel("million tokens", fontsize=8)
-    axis.set_ylabel(PANELS[measure], fontsize=8)
-    axis.tick_params(labelsize=8)
-    axis.grid(alpha=0.3)
+    style_panel(axis, measure, "million tokens", PANELS[measure])

@@ -21,7 +21,7 @@ from soli.data.tokenizer import Tokenizer
 from soli.errors import SoliError
 from soli.model.transformer import Transformer
 from soli.train.batches import PackedTokens
-from soli.train.checkpoints import Progress, checkpoints, load_checkpoint
+from soli.train.checkpoints import RunProgress, checkpoints, load_checkpoint
 from soli.train.cuda_graph import GraphedStep
 from soli.train.evaluate import bytes_per_token
 from soli.train.optimizer import Optimizer
@@ -47,7 +47,7 @@ class Run:
     tokenizer: Tokenizer
     bytes_V: Tensor  # UTF-8 bytes that each token stands for
     sentences: list[tuple[str, str]]  # to translate now and then: text, target language
-    progress: Progress = field(default_factory=Progress)
+    progress: RunProgress = field(default_factory=RunProgress)
     graphed: GraphedStep | None = None  # where run.cuda_graph asks for it
 
     @property

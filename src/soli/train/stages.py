@@ -17,7 +17,7 @@ from soli.analysis.parameters import training_flops
 from soli.config import ModelConfig
 from soli.errors import SoliError
 from soli.train.batches import Batches, PackedTokens, heldout_windows
-from soli.train.checkpoints import Progress
+from soli.train.checkpoints import RunProgress
 from soli.train.schedule import batch_sequences, learning_rate, stage_name
 from soli.train.settings import TrainSettings
 
@@ -57,7 +57,7 @@ def stage_length(settings: TrainSettings, number: int) -> int:
     return settings.extension[number - 1].sequence_length if number else settings.schedule.sequence_length
 
 
-def next_step(settings: TrainSettings, progress: Progress) -> tuple[int, float]:
+def next_step(settings: TrainSettings, progress: RunProgress) -> tuple[int, float]:
     """Sequences and learning rate of the step that starts at `progress`."""
     if progress.stage == 0:
         return batch_sequences(settings.schedule, progress.tokens), learning_rate(settings.schedule, progress.tokens)
@@ -65,19 +65,19 @@ def next_step(settings: TrainSettings, progress: Progress) -> tuple[int, float]:
     return phase.batch_sequences, phase.learning_rate
 
 
-def stage_tokens_left(settings: TrainSettings, progress: Progress) -> int:
+def stage_tokens_left(settings: TrainSettings, progress: RunProgress) -> int:
     """Tokens until the stage at hand ends; 0 or less when it has."""
     if progress.stage == 0:
         return settings.schedule.total_tokens - progress.tokens
     return progress.stage_start + settings.extension[progress.stage - 1].total_tokens - progress.tokens
 
 
-def is_finished(settings: TrainSettings, progress: Progress) -> bool:
+def is_finished(settings: TrainSettings, progress: RunProgress) -> bool:
     """Whether the last stage has ended."""
     return progress.stage == len(settings.extension) and stage_tokens_left(settings, progress) <= 0
 
 
-def flops_left(settings: TrainSettings, progress: Progress) -> int:
+def flops_left(settings: TrainSettings, progress: RunProgress) -> int:
     """FLOPs from here to the end of the run: a token of a longer sequence costs more."""
     left = max(0, stage_tokens_left(settings, progress)) * token_flops(settings, progress.stage)
     for number, phase in enumerate(settings.extension[progress.stage :], progress.stage + 1):
@@ -85,7 +85,9 @@ def flops_left(settings: TrainSettings, progress: Progress) -> int:
     return left
 
 
-def check_stage(settings: TrainSettings, stages: tuple[Stage, ...], progress: Progress, trained: ModelConfig) -> None:
+def check_stage(
+    settings: TrainSettings, stages: tuple[Stage, ...], progress: RunProgress, trained: ModelConfig
+) -> None:
     """SoliError unless a checkpoint at `progress`, whose model was `trained`, is at a stage of these settings."""
     number = progress.stage
     if number >= len(stages):

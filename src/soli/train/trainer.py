@@ -20,18 +20,18 @@ from torch import Tensor
 from soli.errors import SoliError
 from soli.train import anomalies
 from soli.train.balance import measure_load, reduce_counts, step_bias
-from soli.train.checkpoint_saver import Saver
+from soli.train.checkpoint_saver import CheckpointSaver
 from soli.train.evaluate import evaluate, translate_samples
-from soli.train.losses import Totals, compute_losses, count_targets
+from soli.train.losses import StepTotals, compute_losses, count_targets
 from soli.train.precision import fp8_note
-from soli.train.report import Report
+from soli.train.report import RunReport
 from soli.train.schedule import stage_name
 from soli.train.setup import Run
 from soli.train.stages import flops_left, is_finished, next_step, stage_tokens_left, token_flops
 
 
 @dataclass(frozen=True)
-class Step:
+class StepResult:
     """What one optimizer step measured."""
 
     loss: float  # nats per token
@@ -41,17 +41,17 @@ class Step:
     rate: float  # learning rate
     tokens: int  # that it learned to predict
     counts_LE: Tensor
-    trouble: anomalies.Trouble | None  # a spike, or why the step moved nothing
+    trouble: anomalies.Anomaly | None  # a spike, or why the step moved nothing
 
     @property
     def skipped(self) -> bool:
         return self.trouble is not None and self.trouble.rule == "skip"
 
 
-def take_step(run: Run) -> Step:
+def take_step(run: Run) -> StepResult:
     """One optimizer step over the batch that the schedule says, then one of the biases.
 
-    anomalies.Stopped where the guard says so; nothing has moved then.
+    anomalies.TrainingStopped where the guard says so; nothing has moved then.
     """
     settings, progress = run.settings, run.progress
     sequences, rate = next_step(settings, progress)
@@ -66,7 +66,7 @@ def take_step(run: Run) -> Step:
     trouble = anomalies.examine(run, parts, totals, (loss, mtp, balance), float(norm))
     if trouble is not None:
         anomalies.enforce(trouble, progress)
-    step = Step(loss, mtp, balance, float(norm), rate, totals.tokens, reduce_counts(counts_LE), trouble)
+    step = StepResult(loss, mtp, balance, float(norm), rate, totals.tokens, reduce_counts(counts_LE), trouble)
     if step.skipped:
         run.optimizer.clear()
     else:
@@ -80,7 +80,7 @@ def take_step(run: Run) -> Step:
     return step
 
 
-def accumulate(run: Run, window_BW: Tensor, totals: Totals) -> tuple[list[float], Tensor]:
+def accumulate(run: Run, window_BW: Tensor, totals: StepTotals) -> tuple[list[float], Tensor]:
     """Gradients of one optimizer step, micro-batch by micro-batch; its three losses and its tokens per expert."""
     settings, device = run.settings, run.model.embed_tokens.weight.device
     weight = settings.losses.mtp_weight_at(run.progress.tokens)
@@ -102,7 +102,7 @@ def train(run: Run) -> str:
     """Train to the end of the last stage or until stopped; returns why it ended: "finished", "time" or "signal"."""
     settings, progress = run.settings, run.progress
     limit = math.inf if settings.run.max_minutes is None else time.monotonic() + 60 * settings.run.max_minutes
-    saver = Saver(run.folder, settings.run.keep)
+    saver = CheckpointSaver(run.folder, settings.run.keep)
     with _stop_on_signal() as stopped, saver, _open_report(run) as report:
         if settings.run.precision == "fp8":
             report.say(fp8_note(run.model.embed_tokens.weight.device))
@@ -137,9 +137,9 @@ def train(run: Run) -> str:
     return why
 
 
-def _open_report(run: Run) -> Report:
+def _open_report(run: Run) -> RunReport:
     settings = run.settings
-    return Report(
+    return RunReport(
         run.folder,
         settings.total_tokens,
         run.progress,
@@ -148,10 +148,10 @@ def _open_report(run: Run) -> Report:
     )
 
 
-def _guarded_step(run: Run, report: Report, saver: Saver) -> None:
+def _guarded_step(run: Run, report: RunReport, saver: CheckpointSaver) -> None:
     try:
         _step_and_report(run, report)
-    except anomalies.Stopped as stop:
+    except anomalies.TrainingStopped as stop:
         if stop.saves:
             saver.save(run.model, run.optimizer, run.progress)
             saver.wait()
@@ -159,7 +159,7 @@ def _guarded_step(run: Run, report: Report, saver: Saver) -> None:
         raise
 
 
-def _step_and_report(run: Run, report: Report) -> None:
+def _step_and_report(run: Run, report: RunReport) -> None:
     settings, progress, began = run.settings, run.progress, time.monotonic()
     step = take_step(run)
     seconds = time.monotonic() - began
@@ -177,7 +177,7 @@ def _step_and_report(run: Run, report: Report) -> None:
     report.step(progress, figures, loads, speak=ended or _due(progress.step, settings.run.log_every))
 
 
-def measure(run: Run, report: Report) -> None:
+def measure(run: Run, report: RunReport) -> None:
     """Evaluate on held-out windows and translate the samples; the loss is kept for choosing the best checkpoint."""
     began, settings = time.monotonic(), run.settings
     stage = run.stage

@@ -5,26 +5,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from soli.config import RopeScaling
-from soli.plan.memory import Memory, fitting
-from soli.plan.training import STEP_SHARE, Plan, hours_here
+from soli.plan.memory import MemoryEstimate, fitting
+from soli.plan.training import STEP_SHARE, TrainingPlan, hours_here
 from soli.train.settings import TrainSettings
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from soli.plan.throughput import FoundDevice
+    from soli.plan.throughput import MeasuredDevice
 
 Lines = list[tuple[str, str]]
 
 
 def print_plan(
-    plan: Plan,
+    plan: TrainingPlan,
     settings: TrainSettings,
     fim_rate: float,
     devices: int,
     mfu: float,
     device_tflops: float,
-    here: FoundDevice | None,
+    here: MeasuredDevice | None,
 ) -> None:
     """Phases, the recipe's constants, parameters, FLOPs, memory and time, on standard output."""
     from soli.cli._shared.console import stdout_console
@@ -37,7 +37,7 @@ def print_plan(
         console.print(f"[bold]{label:<12}[/bold]{text}", soft_wrap=True)
 
 
-def _phases(plan: Plan) -> Table:
+def _phases(plan: TrainingPlan) -> Table:
     from rich import box
     from rich.table import Table
 
@@ -86,7 +86,7 @@ def _yarn(yarn: RopeScaling) -> str:
     )
 
 
-def _memory(plan: Plan, settings: TrainSettings, devices: int, here: FoundDevice | None) -> Lines:
+def _memory(plan: TrainingPlan, settings: TrainSettings, devices: int, here: MeasuredDevice | None) -> Lines:
     from soli.cli.count import scaled
 
     run = settings.run
@@ -116,14 +116,19 @@ def _memory(plan: Plan, settings: TrainSettings, devices: int, here: FoundDevice
     return lines
 
 
-def _extension_memory(memory: Memory) -> str:
+def _extension_memory(memory: MemoryEstimate) -> str:
     from soli.cli.count import scaled
 
     return f"{scaled(memory.total, 'B')} on each, activations {scaled(memory.activations, 'B')}"
 
 
 def _time(
-    plan: Plan, settings: TrainSettings, devices: int, mfu: float, device_tflops: float, here: FoundDevice | None
+    plan: TrainingPlan,
+    settings: TrainSettings,
+    devices: int,
+    mfu: float,
+    device_tflops: float,
+    here: MeasuredDevice | None,
 ) -> Lines:
     lines = []
     if here is not None:
