@@ -1,4 +1,4 @@
-"""Configuration: every spelling in use is read, every field survives a round trip, nonsense is refused by name."""
+"""Configuration: every spelling in use is read, every field survives a round trip, bad values are rejected by name."""
 
 import json
 import subprocess
@@ -111,20 +111,20 @@ def test_moe_layers():
         ({"topk_method": "best"}, ["topk_method", "best", "noaux_tc"]),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, ["rope_scaling.type", "linear", "yarn"]),
         ({"rope_scaling": {"type": "yarn", "factor": 2}}, ["rope_scaling", "original_max_position_embeddings"]),
-        ({"rope_scaling": {**YARN, "factor": 0.5}}, ["rope_scaling.factor", "0.5", "1 or more"]),
+        ({"rope_scaling": {**YARN, "factor": 0.5}}, ["rope_scaling.factor", "0.5", "at least 1"]),
         ({"rope_scaling": {**YARN, "rope_type": "llama3"}}, ["yarn", "llama3", "keep one"]),
         ({"rope_scaling": {**YARN, "attention_factor": 2.0}}, ["rope_scaling.attention_factor", "remove"]),
         ({"rope_scaling": "yarn"}, ["rope_scaling", "JSON object"]),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, ["rope_scaling", "rope_parameters"]),
         ({"rope_parameters": {**YARN, "rope_theta": 5e4}}, ["rope_theta", "50000", "keep one"]),
         ({"num_local_experts": 8}, ["n_routed_experts", "256", "num_local_experts", "8"]),
-        ({"hidden_size": -1}, ["hidden_size", "-1", "positive"]),
+        ({"hidden_size": -1}, ["hidden_size", "-1", "above 0"]),
         ({"hidden_size": 7168.5}, ["hidden_size", "7168.5", "whole number"]),
         ({"hidden_size": True}, ["hidden_size", "True", "whole number"]),
         ({"hidden_size": "7168"}, ["hidden_size", "'7168'", "whole number"]),
         ({"eos_token_id": []}, ["eos_token_id", "[]", "whole number"]),
         ({"eos_token_id": [1, 129280]}, ["eos_token_id", "129280", "vocab_size"]),
-        ({"aux_loss_alpha": -0.1}, ["aux_loss_alpha", "-0.1", "negative"]),
+        ({"aux_loss_alpha": -0.1}, ["aux_loss_alpha", "-0.1", "at least 0"]),
         ({"rms_norm_eps": float("nan")}, ["rms_norm_eps", "nan", "finite"]),
         ({"norm_topk_prob": "yes"}, ["norm_topk_prob", "'yes'", "true or false"]),
         ({"quantization_config": []}, ["quantization_config", "JSON object"]),
@@ -138,10 +138,10 @@ def test_moe_layers():
         ({"model_type": "llama"}, ["model_type", "llama", "deepseek_v3"]),
     ],
 )
-def test_impossible_values_are_refused_by_name(changes, words):
-    with pytest.raises(SoliError) as refusal:
+def test_impossible_values_are_rejected_by_name(changes, words):
+    with pytest.raises(SoliError) as rejection:
         ModelConfig.from_dict(v3(**changes))
-    sentence = str(refusal.value)
+    sentence = str(rejection.value)
     assert all(word in sentence for word in words), sentence
     assert "\n" not in sentence
 
@@ -155,21 +155,21 @@ json_values = st.recursive(
 
 @settings(max_examples=300)
 @given(st.dictionaries(st.sampled_from([*FIELDS, "rope_parameters", "num_local_experts"]), json_values, max_size=4))
-def test_any_json_is_accepted_or_refused_in_a_sentence(changes):
+def test_any_json_is_accepted_or_rejected_in_a_sentence(changes):
     try:
         config = ModelConfig.from_dict(v3(**changes))
-    except SoliError as refusal:
-        assert str(refusal)
+    except SoliError as rejection:
+        assert str(rejection)
     else:
         assert ModelConfig.from_dict(config.to_dict()) == config
 
 
-def test_v2_without_its_number_of_chosen_experts_is_refused():
+def test_v2_without_its_number_of_selected_experts_is_rejected():
     with pytest.raises(SoliError, match="num_experts_per_tok"):
         ModelConfig.from_dict({"model_type": "deepseek_v2"})
 
 
-def test_greedy_choice_needs_no_groups():
+def test_greedy_selection_needs_no_groups():
     config = ModelConfig.from_dict(v3(topk_method="greedy", n_group=7))
     assert config.topk_method == "greedy"
 
@@ -178,9 +178,9 @@ def test_greedy_choice_needs_no_groups():
 def test_a_bad_file_is_named(tmp_path, text, words):
     file = tmp_path / "config.json"
     file.write_bytes(text.encode("latin-1"))
-    with pytest.raises(SoliError, match=words) as refusal:
+    with pytest.raises(SoliError, match=words) as rejection:
         load_config(tmp_path)
-    assert str(file) in str(refusal.value)
+    assert str(file) in str(rejection.value)
 
 
 def test_a_missing_file_and_a_bad_field_name_the_file(tmp_path):
@@ -215,13 +215,13 @@ def test_replace_reaches_inside_rope_scaling_and_moves_heads_together():
 def possible_configs(draw) -> dict:
     """Configurations that must be accepted, in either spelling, with fields that Soli has never heard of."""
     groups, size = draw(st.integers(1, 4)), draw(st.integers(2, 8))
-    kept = draw(st.integers(1, groups))
+    surviving = draw(st.integers(1, groups))
     d = {
         "model_type": draw(st.sampled_from(["deepseek_v3", "deepseek_v2", "kimi_k2"])),
         draw(st.sampled_from(["n_routed_experts", "num_local_experts"])): groups * size,
         "n_group": groups,
-        "topk_group": kept,
-        "num_experts_per_tok": draw(st.integers(1, kept * size)),
+        "topk_group": surviving,
+        "num_experts_per_tok": draw(st.integers(1, surviving * size)),
         "topk_method": draw(st.sampled_from(["noaux_tc", "greedy", "group_limited_greedy"])),
         "scoring_func": draw(st.sampled_from(["sigmoid", "softmax"])),
         "q_lora_rank": draw(st.none() | st.integers(1, 64)),

@@ -2,23 +2,32 @@
 
 `from_dict` reads both spellings in use: `rope_scaling` with `type` (classic) or `rope_parameters` with `rope_type` and
 `rope_theta` (newer writers); `n_routed_experts` or `num_local_experts`. `to_dict` writes the classic spelling, which
-all readers know, and gives back every field that Soli does not use. Values that cannot be are refused at construction,
-by field, value and mend (`soli/config_rules.py`). Nothing here imports torch.
+all readers know, and returns every field that Soli does not use. Impossible values are rejected at construction, by
+field, value and remedy. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from soli import config_rules
 from soli.errors import SoliError
 from soli.presets import PRESETS
+from soli.rope_scaling import RopeScaling, reject_variants
+from soli.sections import (
+    BelowOne,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    reject,
+    suggest,
+)
 
 ARCHITECTURES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
@@ -68,105 +77,70 @@ NULL_MEANS = {
 # Written by some libraries but derived from other fields: dropped, so that a changed copy cannot contradict itself.
 DERIVED = ("head_dim", "qk_head_dim")
 
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """YaRN (arXiv 2309.00071), as in `rope_scaling`: `original_max_position_embeddings` stretched by `factor`.
-
-    Absent `mscale` and `mscale_all_dim` mean 1 and 0, as in the released code: cos and sin carry 0.1 ln(factor) + 1.
-    """
-
-    type: str = "yarn"
-    factor: float = 1.0
-    original_max_position_embeddings: int = 4096
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 0.0
-    extra: dict[str, Any] = field(default_factory=dict, hash=False)
-
-    def __post_init__(self) -> None:
-        config_rules.settle_floats(self)
-        config_rules.check_rope_scaling(self)
-
-    @classmethod
-    def from_dict(cls, d: Mapping[str, Any]) -> RopeScaling | None:
-        """`rope_scaling` or `rope_parameters` as JSON has it; None when it asks for plain RoPE."""
-        kinds = [d[name] for name in ("type", "rope_type") if d.get(name) is not None] or ["default"]
-        kind = kinds[0]
-        if kinds[-1] != kind:
-            raise SoliError(f"rope_scaling has type {kind!r} and rope_type {kinds[-1]!r}; keep one of them")
-        if kind == "default":
-            return None
-        for name in ("factor", "original_max_position_embeddings"):
-            if kind == "yarn" and d.get(name) is None:
-                raise SoliError(f"rope_scaling has no {name}; yarn needs it")
-        known = {f.name for f in dataclasses.fields(cls)} - {"type", "extra"}
-        values = {k: v for k, v in d.items() if k in known and v is not None}
-        extra = {k: v for k, v in d.items() if k not in known | {"type", "rope_type", "rope_theta"}}
-        return cls(type=kind, **values, extra=extra)
-
-    def to_dict(self) -> dict[str, Any]:
-        d = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}
-        return {**d, **self.extra}
+# Fields of relatives that would change the network if they held anything else; Soli has no such variant.
+ONLY_VALUES = {"mlp_bias": False, "use_mla": True, "qk_layernorm": False, "partial_rotary_factor": 1.0}
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Section, section=""):
     """A model's shape and routing, in Hugging Face names; defaults are those of `deepseek_v3` files that omit a field.
 
-    Sizes count elements. Raises SoliError at construction when a value cannot be.
+    Sizes count elements. Raises SoliError at construction for an impossible value.
     """
 
     model_type: str = "deepseek_v3"
-    vocab_size: int = 129280
-    hidden_size: int = 7168
-    intermediate_size: int = 18432
-    moe_intermediate_size: int = 2048
-    num_hidden_layers: int = 61
-    num_nextn_predict_layers: int = 0
-    num_attention_heads: int = 128
+    vocab_size: PositiveInt = 129280
+    hidden_size: PositiveInt = 7168
+    intermediate_size: PositiveInt = 18432
+    moe_intermediate_size: NonNegativeInt = 2048
+    num_hidden_layers: PositiveInt = 61
+    num_nextn_predict_layers: NonNegativeInt = 0
+    num_attention_heads: PositiveInt = 128
     num_key_value_heads: int | None = None  # MLA has one key per head: None and num_attention_heads are the same
-    n_shared_experts: int = 1
-    n_routed_experts: int = 256
-    num_experts_per_tok: int = 8
-    n_group: int = 8
-    topk_group: int = 4
-    first_k_dense_replace: int = 3
-    moe_layer_freq: int = 1
-    routed_scaling_factor: float = 2.5
-    scoring_func: str = "sigmoid"
-    topk_method: str = "noaux_tc"
+    n_shared_experts: NonNegativeInt = 1
+    n_routed_experts: NonNegativeInt = 256
+    num_experts_per_tok: NonNegativeInt = 8
+    n_group: PositiveInt = 8
+    topk_group: PositiveInt = 4
+    first_k_dense_replace: NonNegativeInt = 3
+    moe_layer_freq: PositiveInt = 1
+    routed_scaling_factor: PositiveFloat = 2.5
+    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    topk_method: Literal["noaux_tc", "greedy", "group_limited_greedy"] = "noaux_tc"
     norm_topk_prob: bool = True
-    aux_loss_alpha: float = 1e-4  # section 4.2; a file that omits it means this, not 0
+    aux_loss_alpha: NonNegativeFloat = 1e-4  # section 4.2; a file that omits it means this, not 0
     seq_aux: bool = True
-    q_lora_rank: int | None = 1536
-    kv_lora_rank: int = 512
-    qk_nope_head_dim: int = 128
-    qk_rope_head_dim: int = 64
-    v_head_dim: int = 128
-    rope_theta: float = 10000.0
+    q_lora_rank: PositiveInt | None = 1536
+    kv_lora_rank: PositiveInt = 512
+    qk_nope_head_dim: PositiveInt = 128
+    qk_rope_head_dim: PositiveInt = 64
+    v_head_dim: PositiveInt = 128
+    rope_theta: PositiveFloat = 10000.0
     rope_scaling: RopeScaling | None = None
     rope_interleave: bool = True
-    max_position_embeddings: int = 4096
-    rms_norm_eps: float = 1e-6
-    hidden_act: str = "silu"
+    max_position_embeddings: PositiveInt = 4096
+    rms_norm_eps: PositiveFloat = 1e-6
+    hidden_act: Literal["silu"] = "silu"
     attention_bias: bool = False
-    attention_dropout: float = 0.0
-    initializer_range: float = 0.02
+    attention_dropout: BelowOne = 0.0
+    initializer_range: NonNegativeFloat = 0.02
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = field(default=1, hash=False)
     pad_token_id: int | None = None
     quantization_config: dict[str, Any] | None = field(default=None, hash=False)
-    extra: dict[str, Any] = field(default_factory=dict, hash=False)  # fields Soli does not use, given back by to_dict
+    extra: dict[str, Any] = field(default_factory=dict, hash=False)  # fields Soli does not use, returned by to_dict
 
     def __post_init__(self) -> None:
         _check_family(self.model_type)
-        config_rules.settle_floats(self)
+        super().__post_init__()
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
-        config_rules.check_model(self)
+        reject_variants(self.extra, ONLY_VALUES)
+        _check_shape(self)
+        _check_tokens(self)
+        if self.n_routed_experts:
+            _check_routing(self)
 
     @property
     def qk_head_dim(self) -> int:
@@ -187,9 +161,9 @@ class ModelConfig:
         return sum(self.is_moe_layer(i) for i in range(self.num_hidden_layers))
 
     @classmethod
-    def from_dict(cls, d: Mapping[str, Any]) -> ModelConfig:
-        """A configuration from the JSON object of a `config.json`; SoliError where it cannot be."""
-        d = dict(d)
+    def from_dict(cls, table: Mapping[str, Any]) -> ModelConfig:
+        """A configuration from the JSON object of a `config.json`; SoliError for one that is impossible."""
+        d = dict(table)
         model_type = _check_family(d.get("model_type"))
         _fold_aliases(d)
         _fold_rope(d)
@@ -224,7 +198,7 @@ def _nullable(name: str) -> bool:
 
 def _check_family(model_type: Any) -> str:
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        config_rules.refuse("model_type", model_type, f"Soli reads {', '.join(ARCHITECTURES)}")
+        reject("model_type", model_type, f"Soli reads {', '.join(ARCHITECTURES)}")
     return model_type
 
 
@@ -239,20 +213,76 @@ def _fold_aliases(d: dict[str, Any]) -> None:
 
 def _fold_rope(d: dict[str, Any]) -> None:
     """Bring `rope_scaling` and `rope_parameters`, whichever is there, to `rope_theta` and a RopeScaling."""
-    found: list[RopeScaling | None] = []
+    scalings: list[RopeScaling | None] = []
     for name in ("rope_scaling", "rope_parameters"):
         value = d.pop(name, None)
         if value is None:
             continue
         if not isinstance(value, Mapping):
-            config_rules.refuse(name, value, "it must be a JSON object, or null")
+            reject(name, value, "it must be a JSON object, or null")
         theta = value.get("rope_theta")
         if theta is not None and d.setdefault("rope_theta", theta) != theta:
-            raise SoliError(f"rope_theta is {d['rope_theta']!r} but {name} says {theta!r}; keep one of them")
-        found.append(RopeScaling.from_dict(value))
-    if len(found) == 2 and found[0] != found[1]:
+            raise SoliError(f"rope_theta is {d['rope_theta']!r} but {name} has {theta!r}; keep one of them")
+        scalings.append(RopeScaling.from_dict(value))
+    if len(scalings) == 2 and scalings[0] != scalings[1]:
         raise SoliError("rope_scaling and rope_parameters disagree; keep one of them")
-    d["rope_scaling"] = found[0] if found else None
+    d["rope_scaling"] = scalings[0] if scalings else None
+
+
+def _check_shape(config: ModelConfig) -> None:
+    if config.first_k_dense_replace > config.num_hidden_layers:
+        limit = f"it counts dense layers at the start, so at most num_hidden_layers, {config.num_hidden_layers}"
+        reject("first_k_dense_replace", config.first_k_dense_replace, limit)
+    if config.qk_rope_head_dim % 2:
+        reject("qk_rope_head_dim", config.qk_rope_head_dim, "RoPE rotates pairs, so it must be even")
+    if config.num_key_value_heads != config.num_attention_heads:
+        rule = (
+            f"latent attention has one key per head, so it must equal num_attention_heads, {config.num_attention_heads}"
+        )
+        reject("num_key_value_heads", config.num_key_value_heads, rule)
+
+
+def _check_tokens(config: ModelConfig) -> None:
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(config, name)
+        tokens = value if isinstance(value, list) else [value]
+        if not tokens:
+            reject(name, value, "it must be a whole number, or a list of at least one")
+        for token in tokens:
+            if token is not None and not -1 <= token < config.vocab_size:
+                reject(name, token, f"tokens go from 0 to vocab_size - 1, {config.vocab_size - 1}")
+
+
+def _check_routing(config: ModelConfig) -> None:
+    experts, selected = config.n_routed_experts, config.num_experts_per_tok
+    if selected < 1:
+        reject("num_experts_per_tok", selected, f"with {experts} routed experts each token must select at least one")
+    if selected > experts:
+        reject("num_experts_per_tok", selected, f"there are only {experts} experts (n_routed_experts) to select from")
+    if config.moe_intermediate_size < 1:
+        reject("moe_intermediate_size", config.moe_intermediate_size, "experts need a positive width")
+    if config.topk_method != "greedy":
+        _check_groups(config)
+
+
+def _check_groups(config: ModelConfig) -> None:
+    experts, groups, surviving = config.n_routed_experts, config.n_group, config.topk_group
+    if experts % groups:
+        reject("n_group", groups, f"it must divide n_routed_experts, {experts}; 1 means no groups")
+    if surviving > groups:
+        reject("topk_group", surviving, f"at most n_group, {groups}, groups can survive")
+    size = experts // groups
+    if surviving * size < config.num_experts_per_tok:
+        remedy = (
+            f"the surviving groups hold {surviving * size} experts ({size} each), fewer than num_experts_per_tok, "
+            f"{config.num_experts_per_tok}; let more groups survive or select fewer experts"
+        )
+        reject("topk_group", surviving, remedy)
+    if config.topk_method == "noaux_tc" and groups > 1 and size < 2:
+        rule = (
+            f"noaux_tc ranks a group by its two best experts, so {experts} experts make at most {experts // 2} groups"
+        )
+        reject("n_group", groups, rule)
 
 
 def load_config(path: str | Path) -> ModelConfig:
@@ -276,7 +306,7 @@ def load_config(path: str | Path) -> ModelConfig:
 def preset(name: str) -> ModelConfig:
     """A published configuration by name, such as `deepseek-v3`; the names are the keys of PRESETS."""
     if name not in PRESETS:
-        raise SoliError(f"there is no preset {name!r}; {_nearest(name, PRESETS)}")
+        raise SoliError(f"there is no preset {name!r}; {suggest(name, PRESETS)}")
     return ModelConfig.from_dict(PRESETS[name])
 
 
@@ -287,7 +317,7 @@ def resolve(name_or_folder: str | Path) -> ModelConfig:
         return preset(name)
     if Path(name).exists():
         return load_config(name)
-    raise SoliError(f"there is no preset and no folder {name!r}; {_nearest(name, PRESETS)}")
+    raise SoliError(f"there is no preset and no folder {name!r}; {suggest(name, PRESETS)}")
 
 
 def replace(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
@@ -298,11 +328,6 @@ def replace(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
     for name, value in changes.items():
         head, _, inside = name.partition(".")
         if head not in FIELDS or (inside and head != "rope_scaling"):
-            raise SoliError(f"a model configuration has no field {name!r}; {_nearest(head, FIELDS)}")
+            raise SoliError(f"a model configuration has no field {name!r}; {suggest(head, FIELDS)}")
         d[head] = {"type": "yarn", **(d[head] or {}), inside: value} if inside else value
     return ModelConfig.from_dict(d)
-
-
-def _nearest(name: str, choices: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, choices, n=1)
-    return f"did you mean {near[0]}?" if near else f"choose one of {', '.join(choices)}"

@@ -1,8 +1,8 @@
 """The command line: `soli VERB ...`, one file per verb, imported only when that verb runs.
 
-A verb lives in `soli/cli/VERB.py` as a function of the verb's name (or, where it has verbs of its own, a Typer called
-`app`). What a person can cause is a SoliError: one sentence on stderr and exit status 1; wrong usage exits with 2, an
-interrupt with 130. SOLI_DEBUG=1 shows the traceback of anything.
+A verb is the function of that name in `soli/cli/VERB.py` (or, where it has verbs of its own, a Typer called `app`).
+What a user can cause is a SoliError: one sentence on stderr and exit status 1; wrong usage exits with 2, an interrupt
+with 130. SOLI_DEBUG=1 shows the traceback of any error.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from soli.errors import SoliError
 
 VERBS = {
     "count": "Count parameters, bytes, cache and FLOPs of a model, or of a what-if.",
-    "translate": "Translate between English and Chinese with the model in the box.",
+    "translate": "Translate between English and Chinese with the bundled model.",
     "generate": "Continue a prompt with the model in a folder.",
     "chat": "Talk with a chat-tuned model in the terminal.",
-    "serve": "Serve a model: an OpenAI-compatible API, and a page that shows the experts play.",
-    "routing": "Report which experts a text file plays, and which language they prefer.",
+    "serve": "Serve a model: an OpenAI-compatible API, and a page that shows which experts are selected.",
+    "routing": "Report which experts a text file selects, and which language they prefer.",
     "train": "Train a model from a recipe; a stopped run resumes.",
     "runs": "List training runs and compare them.",
     "data": "Build a recipe's corpus, pack your own texts, inspect either.",
@@ -33,19 +33,6 @@ VERBS = {
     "convert": "Rewrite a model folder as bf16 or fp8.",
     "doctor": "Show what this machine has, its kernels, and how fast memory and disk are.",
     "export": "Make a model folder out of a training run.",
-}
-
-# Packages of the extras; without one, the verb that needs it says what to install.
-EXTRAS = {
-    "sacrebleu": "train",
-    "matplotlib": "train",
-    "opencc": "data",
-    "h5py": "data",
-    "fastapi": "serve",
-    "uvicorn": "serve",
-    "jinja2": "serve",
-    "prometheus_client": "serve",
-    "httpx": "serve",
 }
 
 
@@ -90,8 +77,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"soli {__version__}")
         raise typer.Exit
 
@@ -101,22 +88,23 @@ def root(
     ctx: typer.Context,
     version: bool = typer.Option(False, "--version", help="Print the version.", is_eager=True, callback=_print_version),
 ) -> None:
-    """The DeepSeek-V3 system as one small package: count it, train it, run it, and see which experts play."""
+    """The DeepSeek-V3 system as one small package: count it, train it, run it, and see which experts it selects."""
     if ctx.invoked_subcommand is None:
         print(ctx.get_help())
 
 
 def _sentence(error: Exception) -> str:
-    """What to tell a person about an error that left a verb, in one line of bearable length."""
-    said = " ".join(_reason(error).split())
-    return said if len(said) <= 1000 else f"{said[:600]} ... {said[-300:]}"
+    """The message of an error that left a verb, in one line of at most 1,000 characters."""
+    message = " ".join(_reason(error).split())
+    return message if len(message) <= 1000 else f"{message[:600]} ... {message[-300:]}"
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, SoliError):
         return str(error)
-    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
-        return f"this needs the package {error.name}; install it with: pip install 'soli[{EXTRAS[error.name]}]'"
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("soli"):
+        package = error.name.partition(".")[0].replace("_", "-")
+        return f"this needs the package {package}; install it with: pip install {package}"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     return f"unexpected {type(error).__name__}: {error} (SOLI_DEBUG=1 shows where)"

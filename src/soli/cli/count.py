@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from soli.analysis import parameters
-from soli.cli._shared.assignments import parse_assignments
+from soli.assignments import parse_assignments
 from soli.config import ModelConfig, replace, resolve
 from soli.errors import SoliError
 
@@ -25,7 +25,7 @@ def count(
 ) -> None:
     """Count a model from its configuration alone; no weights are read.
 
-    Ten experts of which two play: soli count deepseek-v3 --set n_routed_experts=10 --set num_experts_per_tok=2
+    Ten experts of which two are selected: soli count deepseek-v3 --set n_routed_experts=10 --set num_experts_per_tok=2
     """
     config, note = what_if(resolve(model), parse_assignments(changes or []))
     counted = parameters.count(config, mtp)
@@ -39,16 +39,16 @@ def count(
 
 def what_if(config: ModelConfig, changes: dict[str, Any]) -> tuple[ModelConfig, str | None]:
     """The changed configuration. Groups that no longer fit the experts are dropped with a note, unless named in
-    `changes`: groups decide who may play, never how many, so the count is the same."""
+    `changes`: groups limit which experts may be selected, never how many, so the count is the same."""
     try:
         return replace(config, changes), None
-    except SoliError as refusal:
+    except SoliError as error:
         if {"n_group", "topk_group"} & changes.keys():
             raise
         try:
             ungrouped = replace(config, {**changes, "n_group": 1, "topk_group": 1})
         except SoliError:
-            raise refusal from None
+            raise error from None
     return ungrouped, f"{config.n_group} groups do not fit these experts: counted without groups"
 
 
@@ -89,7 +89,7 @@ def _print_table(
 
     console = stdout_console()
     total, activated, share = counted.total, counted.activated, 100 * counted.activated / counted.total
-    summary = f"{scaled(total)} parameters, {scaled(activated)} play for each token: {share:.1f} %"
+    summary = f"{scaled(total)} parameters, {scaled(activated)} activated for each token: {share:.1f} %"
     console.print(summary, style="bold", soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False)
     table.add_column("", "total")
@@ -112,11 +112,11 @@ def _print_table(
 def _costs(
     config: ModelConfig, counted: parameters.Count, flops: parameters.Flops, cache: int, mtp: bool
 ) -> list[tuple[str, str]]:
-    """The lines under the table: what plays, and what one token costs beside parameters."""
+    """The lines under the table: what is selected, and what one token costs beside parameters."""
     lines = []
     if config.num_moe_layers:
-        chosen, experts = config.num_experts_per_tok, config.n_routed_experts
-        lines.append(("experts", f"{chosen} of {experts} routed play in each of {config.num_moe_layers} layers"))
+        experts = f"{config.num_experts_per_tok} of {config.n_routed_experts} routed experts"
+        lines.append(("experts", f"{experts} are selected in each of {config.num_moe_layers} layers"))
         read = scaled(parameters.expert_read_bytes(config), "B")
         lines.append(("experts read", f"{read} per token in FP8, when none is in memory"))
     if counted.router_biases:

@@ -14,39 +14,33 @@ from functools import lru_cache
 
 from soli.config import ModelConfig, RopeScaling, replace
 from soli.errors import SoliError
-from soli.train.checks import require_positive, require_range
+from soli.sections import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section, reject
 
 
 @dataclass(frozen=True)
-class ScheduleSettings:
+class ScheduleSettings(Section, section="schedule"):
     """Batch shape, and the learning rate's phases in the paper's order: warm-up, constant, cosine, tails.
 
     Warm-up is given in tokens or in steps, the constant phase by its length or by the token at which it ends.
     """
 
-    sequence_length: int = 256
-    batch_sequences: int = 64  # sequences in one optimizer step
-    batch_sequences_start: int | None = None  # the ramp's first batch; None: no ramp
-    batch_ramp_tokens: int = 0  # from here on the batch is `batch_sequences`
-    learning_rate: float = 1e-3
-    final_learning_rate: float = 1e-4  # where the cosine ends
-    warmup_tokens: int = 0
-    warmup_steps: int | None = None  # instead of warmup_tokens
-    constant_tokens: int = 0
-    constant_until_tokens: int | None = None  # instead of constant_tokens: warm-up and constant phase together
-    cosine_tokens: int = 0
-    tails: tuple[tuple[float, float], ...] = ()  # (tokens, learning rate), one after the other
+    sequence_length: PositiveInt = 256
+    batch_sequences: PositiveInt = 64  # sequences in one optimizer step
+    batch_sequences_start: PositiveInt | None = None  # the ramp's first batch; None: no ramp
+    batch_ramp_tokens: NonNegativeInt = 0  # from here on the batch is `batch_sequences`
+    learning_rate: PositiveFloat = 1e-3
+    final_learning_rate: NonNegativeFloat = 1e-4  # where the cosine ends
+    warmup_tokens: NonNegativeInt = 0
+    warmup_steps: NonNegativeInt | None = None  # instead of warmup_tokens
+    constant_tokens: NonNegativeInt = 0
+    constant_until_tokens: NonNegativeInt | None = (
+        None  # instead of constant_tokens: warm-up and constant phase together
+    )
+    cosine_tokens: NonNegativeInt = 0
+    tails: tuple[tuple[PositiveFloat, NonNegativeFloat], ...] = ()  # (tokens, learning rate), one after the other
 
     def __post_init__(self) -> None:
-        for name in ("sequence_length", "batch_sequences", "learning_rate"):
-            require_positive(f"schedule.{name}", getattr(self, name))
-        for name in ("final_learning_rate", "warmup_tokens", "constant_tokens", "cosine_tokens", "batch_ramp_tokens"):
-            require_range(f"schedule.{name}", getattr(self, name), 0)
-        for tail in self.tails:
-            if len(tail) != 2 or tail[0] <= 0 or tail[1] < 0:
-                raise SoliError(
-                    f"schedule.tails has {list(tail)!r}; each tail is [tokens, learning rate], such as [1000000, 1e-5]"
-                )
+        super().__post_init__()
         self._check_ramp()
         self._check_alternatives()
         if self.total_tokens <= 0:
@@ -59,17 +53,15 @@ class ScheduleSettings:
         if (start is None) != (self.batch_ramp_tokens == 0):
             missing = "batch_sequences_start" if start is None else "batch_ramp_tokens"
             raise SoliError(f"the batch ramp lacks schedule.{missing}; it needs that and its other half, or neither")
-        if start is not None:
-            require_range("schedule.batch_sequences_start", start, 1, self.batch_sequences)
+        if start is not None and start > self.batch_sequences:
+            reject(
+                "schedule.batch_sequences_start", start, f"it must be at most batch_sequences, {self.batch_sequences}"
+            )
 
     def _check_alternatives(self) -> None:
-        for given, other in (("warmup_steps", "warmup_tokens"), ("constant_until_tokens", "constant_tokens")):
-            value = getattr(self, given)
-            if value is None:
-                continue
-            require_range(f"schedule.{given}", value, 0)
-            if getattr(self, other):
-                raise SoliError(f"schedule has both {given} and {other}; keep one of them")
+        for name, other in (("warmup_steps", "warmup_tokens"), ("constant_until_tokens", "constant_tokens")):
+            if getattr(self, name) is not None and getattr(self, other):
+                raise SoliError(f"schedule has both {name} and {other}; keep one of them")
         until = self.constant_until_tokens
         if until is not None and until < warmup_end(self):
             raise SoliError(
@@ -91,27 +83,23 @@ class ScheduleSettings:
 
 
 @dataclass(frozen=True)
-class ExtensionSettings:
+class ExtensionSettings(Section, section="extension"):
     """A phase after pretraining that lengthens the context (section 4.3): constant rate and batch, YaRN set anew.
 
     `rope_scaling` None leaves the model's positions as they are. Its length is given in steps or in tokens.
     """
 
-    sequence_length: int
-    batch_sequences: int
-    learning_rate: float
-    steps: int | None = None
-    tokens: int | None = None
+    sequence_length: PositiveInt
+    batch_sequences: PositiveInt
+    learning_rate: PositiveFloat
+    steps: PositiveInt | None = None
+    tokens: PositiveInt | None = None
     rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
-        for name in ("sequence_length", "batch_sequences", "learning_rate"):
-            require_positive(f"extension.{name}", getattr(self, name))
+        super().__post_init__()
         if (self.steps is None) == (self.tokens is None):
             raise SoliError("an [[extension]] gives its length once: set either steps or tokens")
-        for name in ("steps", "tokens"):
-            if getattr(self, name) is not None:
-                require_positive(f"extension.{name}", getattr(self, name))
 
     @property
     def total_steps(self) -> int:

@@ -1,0 +1,204 @@
+"""One reader for the sections of a configuration: dataclasses whose annotations say what each field may hold.
+
+    @dataclass(frozen=True)
+    class RunSettings(Section, section="run"):
+        precision: Literal["auto", "fp32", "bf16"] = "auto"
+        log_every: PositiveInt = 10
+
+Values are checked, and brought to their declared type, whenever a section is constructed; `from_dict` also rejects
+unknown and missing fields. Known types: int, float, bool, str, Literal, None and unions, tuple, list, dict, other
+sections, Any; `Annotated[int, Bounds(...)]` limits a number. A whole float such as 1e6 may stand for an int.
+Every error names section, field, value and what the field may hold. No torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, Union, get_args, get_origin, get_type_hints
+
+from soli.errors import SoliError
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Limits of a number, for `Annotated`; the ones that are None do not limit."""
+
+    at_least: float | None = None
+    at_most: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def contains(self, value: float) -> bool:
+        return not (
+            (self.at_least is not None and value < self.at_least)
+            or (self.at_most is not None and value > self.at_most)
+            or (self.above is not None and value <= self.above)
+            or (self.below is not None and value >= self.below)
+        )
+
+    def __str__(self) -> str:
+        """The limits as the end of "it must be a number ..."."""
+        if self.at_least is not None and self.at_most is not None:
+            return f"from {self.at_least:g} to {self.at_most:g}"
+        limits = (
+            ("of at least", self.at_least),
+            ("above", self.above),
+            ("of at most", self.at_most),
+            ("below", self.below),
+        )
+        return " and ".join(f"{words} {limit:g}" for words, limit in limits if limit is not None)
+
+
+PositiveInt = Annotated[int, Bounds(above=0)]
+PositiveFloat = Annotated[float, Bounds(above=0)]
+NonNegativeInt = Annotated[int, Bounds(at_least=0)]
+NonNegativeFloat = Annotated[float, Bounds(at_least=0)]
+Share = Annotated[float, Bounds(at_least=0, at_most=1)]
+BelowOne = Annotated[float, Bounds(at_least=0, below=1)]
+
+
+class Section:
+    """Base of a frozen dataclass that is one section of a configuration, called `section` in messages."""
+
+    section: ClassVar[str]
+
+    def __init_subclass__(cls, section: str | None = None) -> None:
+        if section is not None:
+            cls.section = section
+
+    def __post_init__(self) -> None:
+        prefix = f"{self.section}." if self.section else ""
+        for name, annotation in annotations_of(type(self)).items():  # type: ignore[arg-type]
+            value = convert(f"{prefix}{name}", getattr(self, name), annotation)
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_dict(cls, table: Any) -> Self:
+        """The section from a table of a TOML or JSON file; SoliError where it cannot be one."""
+        if not isinstance(table, Mapping):
+            raise SoliError(f"the section {cls.section} is {table!r}; write a table, [{cls.section}]")
+        annotations = annotations_of(cls)  # type: ignore[arg-type]
+        reject_unknown(cls.section, table, annotations)
+        for item in dataclasses.fields(cls):  # type: ignore[arg-type]
+            if item.name not in table and item.default is item.default_factory is dataclasses.MISSING:
+                raise SoliError(f"{cls.section}.{item.name} is missing; give it {describe(annotations[item.name])}")
+        return cls(**table)
+
+
+@cache
+def annotations_of(cls: Any) -> dict[str, Any]:
+    """The annotation of each field of a dataclass, limits included."""
+    hints = get_type_hints(cls, include_extras=True)
+    return {item.name: hints[item.name] for item in dataclasses.fields(cls)}
+
+
+def reject(name: str, value: Any, remedy: str) -> NoReturn:
+    """Raise the error of one value: field, value, what to do about it."""
+    raise SoliError(f"{name} is {value!r}; {remedy}")
+
+
+def reject_unknown(section: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """SoliError when a section names fields that it does not have; it lists them, and suggests what was meant."""
+    known = list(known)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        fields = ", ".join(f"{section}.{name}" for name in unknown)
+        suggestion = suggest(unknown[0], known)
+        raise SoliError(f"there is no field {fields}; {suggestion}")
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """The end of an error about an unknown name: the nearest known one, or all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known)}"
+
+
+def convert(name: str, value: Any, annotation: Any, expected: str | None = None) -> Any:
+    """`value` as the type that `annotation` declares; SoliError with field, value and what it must be.
+
+    `expected` is that description where `annotation` is only a part of what the field may hold.
+    """
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    expected = expected or describe(annotation)
+    if annotation is Any:
+        return value
+    if origin is Annotated:
+        number = convert(name, value, arguments[0], expected)
+        if not arguments[1].contains(number):
+            reject(name, value, f"it must be {expected}")
+        return number
+    if origin is Union or origin is types.UnionType:
+        return _convert_union(name, value, arguments, expected)
+    if origin is Literal:
+        if not isinstance(value, str) or value not in arguments:
+            reject(name, value, f"it must be {expected}")
+        return value
+    if origin is tuple or origin is list:
+        return _convert_sequence(name, value, annotation, expected)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            reject(name, value, f"it must be {expected}")
+        return {str(key): convert(f"{name}.{key}", item, arguments[1]) for key, item in value.items()}
+    if dataclasses.is_dataclass(annotation):
+        return value if isinstance(value, annotation) else annotation.from_dict(value)  # type: ignore[arg-type, union-attr]
+    return _convert_scalar(name, value, annotation, expected)
+
+
+def _convert_scalar(name: str, value: Any, kind: type, expected: str) -> Any:
+    if kind is int or kind is float:
+        if isinstance(value, float) and not math.isfinite(value):
+            reject(name, value, f"it must be finite, {expected}")
+        if isinstance(value, int | float) and not isinstance(value, bool) and (kind is float or value == int(value)):
+            return kind(value)
+    elif type(value) is kind:
+        return value
+    reject(name, value, f"it must be {expected}")
+
+
+def _convert_union(name: str, value: Any, kinds: tuple[Any, ...], expected: str) -> Any:
+    if value is None and types.NoneType in kinds:
+        return None
+    kinds = tuple(kind for kind in kinds if kind is not types.NoneType)
+    for kind in kinds[:-1]:
+        try:
+            return convert(name, value, kind)
+        except SoliError:
+            continue
+    return convert(name, value, kinds[-1], expected)
+
+
+def _convert_sequence(name: str, value: Any, annotation: Any, expected: str) -> Any:
+    kind, arguments = get_origin(annotation), get_args(annotation)
+    any_length = kind is list or arguments[-1] is Ellipsis
+    if not isinstance(value, list | tuple) or not (any_length or len(value) == len(arguments)):
+        reject(name, value, f"it must be {expected}")
+    kinds = [arguments[0]] * len(value) if any_length else arguments
+    return kind(convert(f"{name}[{i}]", item, of) for i, (item, of) in enumerate(zip(value, kinds, strict=True)))
+
+
+NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
+
+
+def describe(annotation: Any) -> str:
+    """What a field may hold, as the end of "it must be ..."."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation in NOUNS:
+        return NOUNS[annotation]
+    if origin is Annotated:
+        return f"{describe(arguments[0])} {arguments[1]}"
+    if origin is Union or origin is types.UnionType:
+        return ", or ".join(describe(kind) for kind in arguments)
+    if origin is Literal:
+        return f"one of {', '.join(arguments)}" if len(arguments) > 1 else str(arguments[0])
+    if origin is list or (origin is tuple and arguments[-1] is Ellipsis):
+        return f"a list, each item {describe(arguments[0])}"
+    if origin is tuple:
+        return f"a list of {len(arguments)} values: {', '.join(describe(kind) for kind in arguments)}"
+    return "a table (a JSON object)"
