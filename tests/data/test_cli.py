@@ -10,15 +10,15 @@ from typer.testing import CliRunner
 from soli.cli.data import app
 from soli.errors import SoliError
 from soli.recipes.nano_corpus import build, corpus
-from soli.recipes.nano_corpus.sources import Row, Source
+from soli.recipes.nano_corpus.sources import Source, SourceRow
 
-RECIPE = "[data]\nvocab_size = 400\nheldout_every = 10\n[data.weights]\ngames = 2.0\n"
+RECIPE = "[data]\ncorpus = 'nano_corpus'\nvocab_size = 400\nheldout_every = 10\n[data.weights]\ngames = 2.0\n"
 
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
-    rows = [Row(f"第{i}只猫坐在垫子上", f"Cat number {i} sits on the mat.") for i in range(100)]
-    lines = [Row("", f"The manual has a line {i}.") for i in range(50)]
+    rows = [SourceRow(f"第{i}只猫坐在垫子上", f"Cat number {i} sits on the mat.") for i in range(100)]
+    lines = [SourceRow("", f"The manual has a line {i}.") for i in range(50)]
     sources = (
         Source("games", "pairs", (), lambda archives: iter(rows), "none"),
         Source("manual", "en", (), lambda archives: iter(lines), "none"),
@@ -37,12 +37,12 @@ def test_build_and_inspect(recipe):
     built = CliRunner().invoke(app, ["build", str(recipe), "--out", str(out)])
     assert built.exit_code == 0, built.output
     assert "games" in built.stdout and "manual (en)" in built.stdout and "training tokens" in built.stdout
-    wanted = {"pairs.tsv", "mono.tsv", "heldout.tsv", "heldout_mono.tsv", "counts.json", "tokenizer.json", "meta.json"}
-    assert wanted | {"train.bin", "valid.bin"} <= {path.name for path in out.iterdir()}
+    files = {"pairs.tsv", "mono.tsv", "heldout.tsv", "heldout_mono.tsv", "counts.json", "tokenizer.json", "meta.json"}
+    assert files | {"train.bin", "valid.bin"} <= {path.name for path in out.iterdir()}
     shown = CliRunner().invoke(app, ["inspect", str(out)])
     assert shown.exit_code == 0 and "characters per token" in shown.stdout and "<|en|>Cat number" in shown.stdout
-    found = json.loads(CliRunner().invoke(app, ["inspect", str(out), "--json", "--samples", "2"]).stdout)
-    assert found["train_tokens"] > 0 and len(found["samples"]) == 2
+    inspection = json.loads(CliRunner().invoke(app, ["inspect", str(out), "--json", "--samples", "2"]).stdout)
+    assert inspection["train_tokens"] > 0 and len(inspection["samples"]) == 2
 
 
 def test_build_as_json_and_the_same_twice(recipe):
@@ -70,6 +70,10 @@ def test_an_unwritable_place_is_named(recipe):
 
 def test_a_person_sees_one_sentence(tmp_path):
     command = [sys.executable, "-m", "soli", "data", "inspect", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.startswith("soli: ") and "soli data build" in done.stderr and "Traceback" not in done.stderr
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 1
+    assert (
+        process.stderr.startswith("soli: ")
+        and "soli data build" in process.stderr
+        and "Traceback" not in process.stderr
+    )

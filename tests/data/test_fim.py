@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from soli.cli import main
-from soli.data.packing import read_meta, stored_dtype
-from soli.data.recipe import DataConfig, load_recipe
+from soli.data.documents import Pair
+from soli.data.recipe import load_recipe
+from soli.data.token_files import read_meta, stored_dtype
 from soli.data.tokenizer import Tokenizer
-from soli.recipes.nano_corpus.build import pack
-from soli.recipes.nano_corpus.corpus import Corpus, Line, Pair
+from soli.recipes import read_data_config
+from soli.recipes.nano_corpus.build import write_token_files
+from soli.recipes.nano_corpus.corpus import Corpus, Line
 
 TEXTS = [f"Line {n} of the manual says {n * n}." for n in range(2000)]
 FRAME = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
@@ -43,10 +45,10 @@ def home(tmp_path_factory):
 
 @pytest.mark.parametrize("rate", [0.0, 0.1])
 def test_build_rearranges_documents_at_the_recipes_rate(tmp_path, rate):
-    config = DataConfig.from_recipe({"data": {"vocab_size": 400, "fim_rate": rate}})
+    config = read_data_config({"data": {"corpus": "nano_corpus", "vocab_size": 400, "fim_rate": rate}})
     pairs = [Pair("games", f"第{n}只猫", f"cat number {n}") for n in range(50)]
     lines = [Line("en", "manual", text) for text in TEXTS]
-    pack(Corpus(pairs, pairs[:1], lines, lines[:100]), config, tmp_path, lambda name, event: None)
+    write_token_files(Corpus(pairs, pairs[:1], lines, lines[:100]), config, tmp_path, lambda name, event: None)
     assert fim_share(tmp_path) == pytest.approx(rate, abs=0.02 if rate else 0)
     assert fim_share(tmp_path, "valid") == 0
 

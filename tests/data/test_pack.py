@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 
 from soli.cli import main
 from soli.data.inspection import inspect_folder
-from soli.data.pack import Input, PackConfig, pack_inputs, pieces
-from soli.data.packing import WIDE, TokenWriter, dtype_for, read_meta, stored_dtype
-from soli.data.readers import Layout
+from soli.data.pack import Input, PackConfig, cut, pack_inputs
+from soli.data.readers import InputLayout
+from soli.data.text import is_held_out
+from soli.data.token_files import DTYPE_32, TokenWriter, dtype_for, read_meta, stored_dtype
 from soli.data.tokenizer import Tokenizer
+from soli.data.tsv import read_tsv
 from soli.errors import SoliError
-from soli.recipes.nano_corpus.corpus import held_out_by_hash, read_lines
 
 TEXTS = [f"Text {n} has a line.\n\nAnd {n * n} more." for n in range(400)]
 PAIRS = [(f"cat number {n}", f"第{n}只猫") for n in range(200)]
@@ -32,7 +33,7 @@ def home(tmp_path_factory):
 
 
 def packed(home, out, *, layout=None, weight=1.0, file="texts.jsonl", **fields):
-    config = PackConfig((Input(home / file, weight),), layout or Layout(), **{"heldout_every": 10, **fields})
+    config = PackConfig((Input(home / file, weight),), layout or InputLayout(), **{"heldout_every": 10, **fields})
     return pack_inputs(config, home / "tokenizer", out, lambda name, event: None, lambda line: None)
 
 
@@ -46,11 +47,11 @@ def documents(folder, split="train"):
 
 def test_every_text_stands_once_on_its_side_of_the_split(home, tmp_path):
     meta = packed(home, tmp_path / "out")
-    held = [text for text in TEXTS if held_out_by_hash(text, 10)]
+    held = [text for text in TEXTS if is_held_out(text, 10)]
     assert documents(tmp_path / "out", "valid") == held and 10 < len(held) < 80
     train = documents(tmp_path / "out")
-    kept = [text for text in TEXTS if text not in held]
-    assert Counter(train) == Counter(kept) and train != kept
+    rest = [text for text in TEXTS if text not in held]
+    assert Counter(train) == Counter(rest) and train != rest
     assert meta["sources"][str(home / "texts.jsonl")]["documents"] == len(train)
     left = {path.name for path in (tmp_path / "out").iterdir()}
     assert left == {
@@ -60,14 +61,14 @@ def test_every_text_stands_once_on_its_side_of_the_split(home, tmp_path):
 
 
 def test_pairs_are_packed_both_ways_with_their_heldout_table(home, tmp_path):
-    meta = packed(home, tmp_path / "out", layout=Layout(("en", "zh")), file="pairs.tsv")
-    heldout = list(read_lines(tmp_path / "out" / "heldout.tsv", 3))
-    assert [(en, zh) for _, zh, en in heldout] == [pair for pair in PAIRS if held_out_by_hash(pair[0], 10)]
+    meta = packed(home, tmp_path / "out", layout=InputLayout(("en", "zh")), file="pairs.tsv")
+    heldout = list(read_tsv(tmp_path / "out" / "heldout.tsv", 3))
+    assert [(en, zh) for _, zh, en in heldout] == [pair for pair in PAIRS if is_held_out(pair[0], 10)]
     assert documents(tmp_path / "out", "valid") == [text for _, zh, en in heldout for text in (en + zh, zh + en)]
     assert sum(row["documents"] for row in meta["sources"].values()) == 2 * (len(PAIRS) - len(heldout))
-    found = inspect_folder(tmp_path / "out", 3, 0)
-    assert set(found["characters_per_token"]) == {"en", "zh"}
-    assert all(sample["text"].startswith(("<|en|>", "<|zh|>")) for sample in found["samples"])
+    inspection = inspect_folder(tmp_path / "out", 3, 0)
+    assert set(inspection["characters_per_token"]) == {"en", "zh"}
+    assert all(sample["text"].startswith(("<|en|>", "<|zh|>")) for sample in inspection["samples"])
 
 
 def test_weights_draw_copies_and_the_seed_decides(home, tmp_path):
@@ -84,23 +85,23 @@ def test_weights_draw_copies_and_the_seed_decides(home, tmp_path):
 
 
 def test_a_weight_of_nothing_leaves_nothing_to_train_on(home, tmp_path):
-    with pytest.raises(SoliError, match="no document is left to train on"):
+    with pytest.raises(SoliError, match="no document remains to train on"):
         packed(home, tmp_path / "out", weight=0.0)
     assert not list(tmp_path.iterdir())
 
 
 @given(text=st.text(alphabet="a .\n。", max_size=300), longest=st.integers(50, 120))
 def test_pieces_join_to_the_text(text, longest):
-    parts = list(pieces(text, longest))
+    parts = list(cut(text, longest))
     assert "".join(parts) == text and all(len(part) <= longest for part in parts)
     assert all(len(part) >= longest // 2 for part in parts[:-1])
 
 
 def test_long_texts_are_cut_behind_paragraphs(home, tmp_path):
-    assert list(pieces("a" * 40 + ".\n\n" + "b" * 30, 50)) == ["a" * 40 + ".\n\n", "b" * 30]
-    assert list(pieces("a" * 500, None)) == ["a" * 500]
+    assert list(cut("a" * 40 + ".\n\n" + "b" * 30, 50)) == ["a" * 40 + ".\n\n", "b" * 30]
+    assert list(cut("a" * 500, None)) == ["a" * 500]
     (home / "long.txt").write_text("".join(f"{text}\n" for text in TEXTS))
-    packed(home, tmp_path / "out", file="long.txt", layout=Layout(lines=True), longest_document=50)
+    packed(home, tmp_path / "out", file="long.txt", layout=InputLayout(lines=True), longest_document=50)
     assert all(len(text) <= 50 for text in documents(tmp_path / "out"))
 
 
@@ -114,10 +115,10 @@ def test_training_reads_the_folder(home, tmp_path):
 
 
 def test_a_large_vocabulary_takes_32_bits(tmp_path):
-    assert dtype_for(65536).itemsize == 2 and dtype_for(65537) == WIDE == stored_dtype({"dtype": WIDE.name})
-    with TokenWriter(tmp_path / "t.bin", WIDE) as writer:
+    assert dtype_for(65536).itemsize == 2 and dtype_for(65537) == DTYPE_32 == stored_dtype({"dtype": DTYPE_32.name})
+    with TokenWriter(tmp_path / "t.bin", DTYPE_32) as writer:
         writer.write("a", [0, 129279])
-    assert np.fromfile(tmp_path / "t.bin", dtype=WIDE).tolist() == [0, 129279]
+    assert np.fromfile(tmp_path / "t.bin", dtype=DTYPE_32).tolist() == [0, 129279]
 
 
 def test_a_vocabulary_without_our_marks_packs_plain_texts_only(home, tmp_path):
@@ -134,15 +135,15 @@ def test_a_vocabulary_without_our_marks_packs_plain_texts_only(home, tmp_path):
         pack_inputs(gaps, tmp_path / "foreign", tmp_path / "gaps", *quiet)
 
 
-def test_bad_lines_are_told_counted_and_listed(home, tmp_path, capfd):
+def test_bad_lines_are_printed_counted_and_listed(home, tmp_path, capfd):
     bad = tmp_path / "bad.jsonl"
     bad.write_text("".join("{\n" if n % 4 == 1 else json.dumps({"text": text}) + "\n" for n, text in enumerate(TEXTS)))
     args = ["--tokenizer", str(home / "tokenizer"), "--out", str(tmp_path / "out"), "--heldout-every", "10"]
     assert main(["data", "pack", str(bad), *args, "--json"]) == 0
     shown = capfd.readouterr()
-    told = shown.err.splitlines()
-    assert [line.split(": ")[0] for line in told[:5]] == [f"{bad}:{n}" for n in (2, 6, 10, 14, 18)]
-    assert told[5:] == [f"{bad}: 95 more bad lines"]
+    printed = shown.err.splitlines()
+    assert [line.split(": ")[0] for line in printed[:5]] == [f"{bad}:{n}" for n in (2, 6, 10, 14, 18)]
+    assert printed[5:] == [f"{bad}: 95 more bad lines"]
     assert json.loads(shown.out)["bad_lines"] == {str(bad): 100}
     listed = [json.loads(line) for line in (tmp_path / "out" / "bad_lines.jsonl").read_text().splitlines()]
     assert [row["line"] for row in listed] == list(range(2, 402, 4)) and listed[0]["file"] == str(bad)
@@ -161,7 +162,7 @@ def test_a_file_that_is_mostly_bad_is_an_error_that_leaves_nothing(home, tmp_pat
 
 def test_blank_lines_and_one_bad_file_of_many_are_not_fatal(home, tmp_path):
     (home / "airy.txt").write_text("\n\n\n".join(TEXTS).replace("\n\nAnd", " And"))
-    assert packed(home, tmp_path / "out", file="airy.txt", layout=Layout(lines=True))["bad_lines"]
+    assert packed(home, tmp_path / "out", file="airy.txt", layout=InputLayout(lines=True))["bad_lines"]
     for n, text in enumerate(TEXTS[:40]):
         (home / "many").mkdir(exist_ok=True)
         (home / "many" / f"{n}.txt").write_bytes(b"\xff" if n == 7 else text.encode())
@@ -198,19 +199,19 @@ def test_wrong_options_are_sentences(home, tmp_path, capfd, extra, status, words
     ("inputs", "words"),
     [
         (["{}=x"], "is not a weight"),
-        (["{}=-1"], "write a number from 0 to 100"),
-        (["{}=nan"], "write a number from 0 to 100"),
+        (["{}=-1"], "is -1.0; it must be a number from 0 to 100"),
+        (["{}=nan"], "is nan; it must be finite, a number from 0 to 100"),
         (["{}", "{}=2"], "is given twice"),
     ],
 )
 def test_wrong_inputs_are_sentences(home, tmp_path, capfd, inputs, words):
     args = ["--tokenizer", str(home / "tokenizer"), "--out", str(tmp_path / "out")]
-    assert main(["data", "pack", *(given.format(home / "texts.jsonl") for given in inputs), *args]) != 0
+    assert main(["data", "pack", *(item.format(home / "texts.jsonl") for item in inputs), *args]) != 0
     assert words in " ".join(capfd.readouterr().err.replace("│", " ").split())
 
 
 def test_a_folder_with_something_in_it_is_not_touched(home, tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
-    with pytest.raises(SoliError, match="is there already"):
+    with pytest.raises(SoliError, match="exists already"):
         packed(home, tmp_path)
     assert (tmp_path / "mine.txt").read_text() == "precious"

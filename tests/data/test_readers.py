@@ -5,18 +5,19 @@ import sys
 
 import pytest
 
-from soli.data.readers import BLANK, BadLine, Layout, files_of, read_file
+from soli.data.entries import BLANK, BadLine
+from soli.data.readers import InputLayout, files_of, read_file
 from soli.errors import SoliError
 
-PAIR = Layout(("en", "zh"))
+PAIR = InputLayout(("en", "zh"))
 
 
 def rows(path, layout=None):
     """(line, texts) of entries and (line, why) of bad lines."""
-    layout = layout or Layout()
+    layout = layout or InputLayout()
     form, files = files_of(path, layout)
-    found = [row for file in files for row in read_file(file, form, layout)]
-    return [(row.line, row.why if isinstance(row, BadLine) else row.texts) for row in found]
+    read = [row for file in files for row in read_file(file, form, layout)]
+    return [(row.line, row.reason if isinstance(row, BadLine) else row.texts) for row in read]
 
 
 def written(path, content):
@@ -51,25 +52,28 @@ def test_json_fields_by_name_and_inside_objects(tmp_path):
     path = written(
         tmp_path / "a.jsonl", '\ufeff{"translation": {"en": "cat", "zh": "猫"}, "a.b": "dotted"}\n{"a.b": "x"}'
     )
-    assert rows(path, Layout(("translation.en", "translation.zh"))) == [(1, ("cat", "猫")), (2, "no translation.en")]
-    assert rows(path, Layout(("a.b",))) == [(1, ("dotted",)), (2, ("x",))]
+    assert rows(path, InputLayout(("translation.en", "translation.zh"))) == [
+        (1, ("cat", "猫")),
+        (2, "no translation.en"),
+    ]
+    assert rows(path, InputLayout(("a.b",))) == [(1, ("dotted",)), (2, ("x",))]
 
 
 def test_tsv_by_name_and_by_number(tmp_path):
     path = written(tmp_path / "a.tsv", 'en\tzh\nthe "cat"\t猫\none column\n\ndog\t\nx\ty\tz\n')
     bad = [(3, "1 columns, not 2"), (4, BLANK), (5, "zh is empty"), (6, "3 columns, not 2")]
     assert rows(path, PAIR) == [(2, ('the "cat"', "猫")), *bad]
-    assert rows(path, Layout(("2",)))[:2] == [(1, ("zh",)), (2, ("猫",))]
+    assert rows(path, InputLayout(("2",)))[:2] == [(1, ("zh",)), (2, ("猫",))]
     with pytest.raises(SoliError, match=r"a\.tsv has no column text; it has en, zh"):
         rows(path)
-    with pytest.raises(SoliError, match="2 columns, so none is number 3"):
-        rows(path, Layout(("3",)))
+    with pytest.raises(SoliError, match="2 columns, none is number 3"):
+        rows(path, InputLayout(("3",)))
 
 
 def test_plain_text_by_file_and_by_line(tmp_path):
     path = written(tmp_path / "a.txt", b"one\r\n\r\ntwo\xff\nthree\n")
     assert rows(path) == [(3, "not UTF-8")]
-    assert rows(path, Layout(lines=True)) == [
+    assert rows(path, InputLayout(lines=True)) == [
         (1, ("one",)),
         (2, BLANK),
         (3, "not UTF-8 at byte 4 of the line"),
@@ -87,28 +91,28 @@ def test_folders_hold_one_kind_in_a_stable_order(tmp_path):
         written(tmp_path / name, name)
     assert [texts for _, texts in rows(tmp_path)] == [("a.txt",), ("b.txt",), ("deep/a.txt",)]
     written(tmp_path / "c.jsonl", '{"text": "json"}')
-    assert rows(tmp_path, Layout(format="jsonl")) == [(1, ("json",))]
+    assert rows(tmp_path, InputLayout(format="jsonl")) == [(1, ("json",))]
     with pytest.raises(SoliError, match="jsonl files: choose with --format"):
         rows(tmp_path)
     with pytest.raises(SoliError, match="no file of a known kind"):
-        rows(tmp_path, Layout(format="tsv"))
+        rows(tmp_path, InputLayout(format="tsv"))
 
 
 def test_what_is_no_input_is_a_sentence(tmp_path):
     with pytest.raises(SoliError, match="does not exist"):
         rows(tmp_path / "nowhere.txt")
     path = written(tmp_path / "a.log", "x")
-    with pytest.raises(SoliError, match=r"of no known kind .* say which with --format"):
+    with pytest.raises(SoliError, match=r"of no known kind .* name its format with --format"):
         rows(path)
-    assert rows(path, Layout(format="text")) == [(1, ("x",))]
+    assert rows(path, InputLayout(format="text")) == [(1, ("x",))]
     with pytest.raises(SoliError, match="choose one of jsonl"):
-        Layout(format="xml")
+        InputLayout(format="xml")
     with pytest.raises(SoliError, match="a field's name is empty"):
-        Layout(("",))
+        InputLayout(("",))
 
 
 def test_parquet_rows(tmp_path):
-    pa = pytest.importorskip("pyarrow", reason="pyarrow is an optional package: pip install 'soli[data]'")
+    pa = pytest.importorskip("pyarrow", reason="needs pyarrow: pip install pyarrow")
     pq = pytest.importorskip("pyarrow.parquet")
     texts = pa.array([b"one", b"caf\xe9", None, b"", "四".encode()]).cast(pa.string(), safe=False)
     numbers = pa.array(range(5))
@@ -123,18 +127,18 @@ def test_parquet_rows(tmp_path):
         (4, "text is empty"),
         (5, ("四",)),
     ]
-    assert rows(path, Layout(("kind",)))[0] == (1, ("x",))
-    pairs = rows(path, Layout(("translation.en", "translation.zh")))
+    assert rows(path, InputLayout(("kind",)))[0] == (1, ("x",))
+    pairs = rows(path, InputLayout(("translation.en", "translation.zh")))
     assert pairs[0] == (1, ("cat", "猫")) and pairs[4] == (5, "no translation.en")
     for field, words in (("n", "holds int64, not text"), ("body", "no column body; it has text"), ("n.a", "no column")):
         with pytest.raises(SoliError, match=words):
-            rows(path, Layout((field,)))
+            rows(path, InputLayout((field,)))
     with pytest.raises(SoliError, match="cannot be read"):
         rows(written(tmp_path / "b.parquet", b"PAR1 not parquet"))
 
 
 def test_saved_datasets(tmp_path):
-    pa = pytest.importorskip("pyarrow", reason="pyarrow is an optional package: pip install 'soli[data]'")
+    pa = pytest.importorskip("pyarrow", reason="needs pyarrow: pip install pyarrow")
     folder = tmp_path / "saved" / "train"
     folder.mkdir(parents=True)
     names = [f"data-0000{n}-of-00002.arrow" for n in range(2)]
@@ -149,7 +153,7 @@ def test_saved_datasets(tmp_path):
     with pytest.raises(SoliError, match=r"holds several splits: give one, as in .*train"):
         rows(tmp_path / "saved")
     for changed, words in (
-        ({"_indices_files": [{"filename": "i.arrow"}]}, "keeps its rows by an index"),
+        ({"_indices_files": [{"filename": "i.arrow"}]}, "selects its rows by an index"),
         ({"_data_files": [{"filename": "../x.arrow"}]}, "outside its folder"),
         ({"_data_files": 3}, "not the state of a saved dataset"),
     ):
@@ -160,5 +164,5 @@ def test_saved_datasets(tmp_path):
 
 def test_without_pyarrow_one_sentence_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(SoliError, match=r"needs pyarrow: pip install 'soli\[data\]'"):
+    with pytest.raises(SoliError, match=r"needs pyarrow: pip install pyarrow$"):
         rows(written(tmp_path / "a.parquet", b""))

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from soli.data.text import comparison_key
 from soli.recipes.nano_corpus import cleaning
 from soli.recipes.nano_corpus.corpus import cut
 
@@ -83,6 +84,6 @@ def test_cut_keeps_pieces_short_and_whole_sentences():
     assert pieces == ["One sentence here. Another sentence here.", "A third one here."]
 
 
-def test_key_ignores_how_a_text_is_written():
-    assert cleaning.key("Click  OK.") == cleaning.key("click ok") != cleaning.key("click not ok")
-    assert cleaning.key("你好。") == cleaning.key("你 好")
+def test_the_comparison_key_ignores_case_spaces_and_the_closing_stop():
+    assert comparison_key("Click  OK.") == comparison_key("click ok") != comparison_key("click not ok")
+    assert comparison_key("你好。") == comparison_key("你 好")

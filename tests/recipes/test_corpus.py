@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from soli.data.recipe import DataConfig
+from soli.data.text import comparison_key
 from soli.errors import SoliError
 from soli.recipes.nano_corpus import corpus
-from soli.recipes.nano_corpus.cleaning import key
-from soli.recipes.nano_corpus.sources import Row, Source
+from soli.recipes.nano_corpus.config import CorpusConfig
+from soli.recipes.nano_corpus.sources import Source, SourceRow
 
-CONFIG = DataConfig(heldout_every=4, heldout_books=("ruth",), most_renderings=2)
+CONFIG = CorpusConfig(heldout_every=4, heldout_books=("ruth",), most_renderings=2)
 
 
 def source(name, rows, kind="pairs", calls=None):
@@ -32,39 +32,43 @@ def build(sources, tmp_path, config=CONFIG, **options):
 
 
 def numbered(count, stop=""):
-    return [Row(f"第{i}只猫坐在垫子上面{stop}", f"Cat number {i} sits on the mat{stop}") for i in range(count)]
+    return [SourceRow(f"第{i}只猫坐在垫子上面{stop}", f"Cat number {i} sits on the mat{stop}") for i in range(count)]
 
 
 def test_no_heldout_text_is_trained_on(tmp_path):
     games = numbered(200)
-    verses = [Row(f"路得第{i}节经文在这里", f"Verse {i} of Ruth in one wording", "ruth") for i in range(5)]
-    other = [Row(f"路得第{i}节经文在这里", f"Verse {i} of Ruth, another wording", "ruth2") for i in range(5)]
-    twice = [Row(row.zh.upper() + "。", row.en.upper() + ".") for row in games]
-    inside = [Row(f"{a.zh}。还有{i}句话。", f"{a.en}. There are {i} things more to say.") for i, a in enumerate(games)]
-    lines = [Row("", f"It is known. {row.en}. So it is.") for row in games]
+    verses = [SourceRow(f"路得第{i}节经文在这里", f"Verse {i} of Ruth in one wording", "ruth") for i in range(5)]
+    other = [SourceRow(f"路得第{i}节经文在这里", f"Verse {i} of Ruth, another wording", "ruth2") for i in range(5)]
+    twice = [SourceRow(row.zh.upper() + "。", row.en.upper() + ".") for row in games]
+    inside = [
+        SourceRow(f"{a.zh}。还有{i}句话。", f"{a.en}. There are {i} things more to say.") for i, a in enumerate(games)
+    ]
+    lines = [SourceRow("", f"It is known. {row.en}. So it is.") for row in games]
     sources = [source("games", games), source("web", verses), source("bbe", other), source("again", twice)]
     built = build([*sources, source("inside", inside), source("lines", lines, "en")], tmp_path)
     assert 20 < len([pair for pair in built.heldout if pair.source == "games"]) < 80
-    held = {key(text) for pair in built.heldout for text in (pair.en, pair.zh)}
+    held = {comparison_key(text) for pair in built.heldout for text in (pair.en, pair.zh)}
     assert {pair.en for pair in built.heldout} >= {row.en for row in verses}
     for pair in built.pairs:
-        assert key(pair.en) not in held and key(pair.zh) not in held
-    texts = [key(text) for pair in built.pairs for text in (pair.en, pair.zh)] + [key(line.text) for line in built.mono]
+        assert comparison_key(pair.en) not in held and comparison_key(pair.zh) not in held
+    texts = [comparison_key(text) for pair in built.pairs for text in (pair.en, pair.zh)] + [
+        comparison_key(line.text) for line in built.mono
+    ]
     long = {text for text in held if len(text) >= 16}
     assert long and not any(part in text for part in long for text in texts)
     assert any(pair.source == "inside" for pair in built.pairs) and built.mono
 
 
 def test_heldout_lines_are_not_in_trained_pairs_either(tmp_path):
-    rows = [Row("", f"{row.en}. A line of the manual, number {i}.") for i, row in enumerate(numbered(200))]
+    rows = [SourceRow("", f"{row.en}. A line of the manual, number {i}.") for i, row in enumerate(numbered(200))]
     built = build([source("games", numbered(200)), source("manual", rows, "en")], tmp_path)
-    trained = {key(pair.en) for pair in built.pairs}
+    trained = {comparison_key(pair.en) for pair in built.pairs}
     assert built.mono and trained
-    assert not any(part in key(line.text) for line in built.heldout_mono for part in trained)
+    assert not any(part in comparison_key(line.text) for line in built.heldout_mono for part in trained)
 
 
 def test_renderings_of_one_english_text_stay_together_and_few(tmp_path):
-    rows = [Row(f"打开文件的第{i}种说法", f"Open file {j}") for j in range(60) for i in range(4)]
+    rows = [SourceRow(f"打开文件的第{i}种说法", f"Open file {j}") for j in range(60) for i in range(4)]
     built = build([source("menu", rows)], tmp_path)
     counts = Counter(pair.en for pair in [*built.pairs, *built.heldout])
     assert set(counts.values()) == {2}
@@ -78,24 +82,24 @@ def test_repeats_count_once_across_sources(tmp_path):
 
 @given(st.text(max_size=30))
 def test_the_side_of_a_text_does_not_depend_on_how_it_is_written(text):
-    side = corpus.held_out_by_hash(text, 2)
-    assert side == corpus.held_out_by_hash(f" {text.lower()}. " if text.isascii() else text + "。", 2)
+    side = corpus.is_held_out(text, 2)
+    assert side == corpus.is_held_out(f" {text.lower()}. " if text.isascii() else text + "。", 2)
 
 
 def test_the_side_of_a_text_never_changes():
-    assert [n for n in range(40) if corpus.held_out_by_hash(f"text {n}", 8)] == [2, 15, 22, 31, 35]
+    assert [n for n in range(40) if corpus.is_held_out(f"text {n}", 8)] == [2, 15, 22, 31, 35]
 
 
 def test_caps_bound_characters_of_one_source(tmp_path):
-    rows = [Row("", f"Sentence number {i} of the manual.") for i in range(200)]
-    config = DataConfig(caps={"manual (en)": 1000})
+    rows = [SourceRow("", f"Sentence number {i} of the manual.") for i in range(200)]
+    config = CorpusConfig(caps={"manual (en)": 1000})
     built = build([source("manual", rows, "en")], tmp_path, config)
     assert 950 < sum(len(line.text) for line in [*built.mono, *built.heldout_mono]) < 1100
 
 
 def test_unknown_names_in_the_recipe_are_refused(tmp_path):
     with pytest.raises(SoliError, match=r"\[data.weights\] names manuel, which is no source: write one of manual"):
-        build([source("manual", numbered(3))], tmp_path, DataConfig(weights={"manuel": 2.0}))
+        build([source("manual", numbered(3))], tmp_path, CorpusConfig(weights={"manuel": 2.0}))
 
 
 def test_a_stopped_build_goes_on_from_its_cache(tmp_path):
@@ -119,12 +123,12 @@ def test_missing_sources_are_skipped_only_when_allowed_and_named(tmp_path):
 
 
 def test_files_hold_the_corpus_and_damage_is_named(tmp_path):
-    built = build([source("a", numbered(9)), source("m", [Row("", "A line of text.")], "en")], tmp_path)
+    built = build([source("a", numbered(9)), source("m", [SourceRow("", "A line of text.")], "en")], tmp_path)
     corpus.write_corpus(built, tmp_path)
-    assert [corpus.Pair(*row) for row in corpus.read_lines(tmp_path / "pairs.tsv", 3)] == built.pairs
+    assert [corpus.Pair(*row) for row in corpus.read_tsv(tmp_path / "pairs.tsv", 3)] == built.pairs
     counts = built.counts()
     assert counts["a"]["pairs"] + counts["a"].get("heldout", 0) == 9
     assert counts["m (en)"]["characters"] == len("A line of text.")
     (tmp_path / "pairs.tsv").write_text("a\tb\n")
     with pytest.raises(SoliError, match=r"pairs.tsv:1 has 2 columns, not 3"):
-        list(corpus.read_lines(tmp_path / "pairs.tsv", 3))
+        list(corpus.read_tsv(tmp_path / "pairs.tsv", 3))

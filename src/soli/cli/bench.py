@@ -81,12 +81,12 @@ def _measure(url: str, key: str | None, rates: list[float], load: Workload) -> t
     """The row of each rate, and the model's name."""
     import asyncio
 
-    from soli.cli._shared.progress import progress
+    from soli.cli._shared.progress import ProgressBar
     from soli.serve.load_generator import find_server, measure
 
     server = asyncio.run(find_server(url, key))
-    with progress("requests", len(rates) * len(load.seeds) * load.requests) as advance:
-        return [asyncio.run(measure(server, rate, load, advance)) for rate in rates], server.model
+    with ProgressBar("requests", len(rates) * len(load.seeds) * load.requests) as bar:
+        return [asyncio.run(measure(server, rate, load, bar.advance)) for rate in rates], server.model
 
 
 def _save(out: Path, result: dict[str, Any], title: str) -> None:

@@ -1,16 +1,9 @@
 """`soli convert SRC DST --to bf16|fp8|fp32|int8|int4`: rewrite a model folder in another weight format."""
 
 import json
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-PATIENCE = 2.0  # seconds without a progress bar
 
 
 def convert(
@@ -28,34 +21,17 @@ def convert(
     """Rewrite a model folder as bf16, fp32, fp8, int8 or int4, tensor by tensor, MTP modules and tokenizer included."""
     from soli.checkpoint.convert import convert_checkpoint
     from soli.checkpoint.writer import Target
+    from soli.cli._shared.console import stderr_console
+    from soli.cli._shared.progress import ProgressBar
 
     target = Target(to, ue8m0, int(shard_gb * 1e9), group, tuple(wide or ()))
-    with _bar(f"writing {to}") as progress:
-        done = convert_checkpoint(source, destination, target, progress)
+    with ProgressBar(f"writing {to}", unit="bytes") as bar:
+        done = convert_checkpoint(source, destination, target, bar.update)
     for note in done.notes:
-        Console(stderr=True).print(note, soft_wrap=True, markup=False)
+        stderr_console().print(note, soft_wrap=True, markup=False)
     if as_json:
         facts = {"folder": destination, "format": to, "ue8m0": ue8m0, "tensors": done.tensors}
         print(json.dumps(facts | {"bytes_read": done.bytes_read, "bytes_written": done.bytes_written}))
     else:
         sizes = f"{done.bytes_read / 1e6:,.1f} MB to {done.bytes_written / 1e6:,.1f} MB"
         print(f"{destination}: {done.tensors:,} tensors as {to}, {sizes}")
-
-
-@contextmanager
-def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A function of (bytes done, bytes in all) that draws a bar on stderr once the work has lasted a while."""
-    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    task, started = bar.add_task(title), time.monotonic()
-
-    def update(done: int, total: int) -> None:
-        bar.update(task, completed=done, total=total)
-        if time.monotonic() - started > PATIENCE:
-            bar.start()
-
-    try:
-        yield update
-    finally:
-        if bar.live.is_started:
-            bar.stop()

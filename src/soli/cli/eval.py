@@ -12,7 +12,7 @@ from rich.table import Table
 
 from soli.cli._shared import options
 from soli.cli._shared.console import stdout_console
-from soli.cli._shared.progress import progress
+from soli.cli._shared.progress import ProgressBar
 from soli.cli._shared.text_input import evenly, file_pairs, file_texts
 from soli.errors import SoliError
 
@@ -48,8 +48,8 @@ def eval(
     if rows:
         _on_pairs(report, text_model, rows, batch_size)
     if texts:
-        with progress("reading texts", len(texts)) as on_text:
-            report.on_text = read_texts(text_model, texts, on_text)
+        with ProgressBar("reading texts", len(texts)) as bar:
+            report.on_text = read_texts(text_model, texts, bar.advance)
     if json:
         from soli.cli._shared.expert_tables import print_json
 
@@ -71,11 +71,11 @@ class Report:
 def _on_pairs(report: Report, text_model: TextModel, pairs: list[Pair], batch_size: int) -> None:
     from soli.eval.quality import evaluate_direction, read_pairs
 
-    with progress("translating pairs", 2 * len(pairs)) as on_batch:
-        report.directions["en-zh"] = evaluate_direction(text_model, pairs, "zh", batch_size, on_batch)
-        report.directions["zh-en"] = evaluate_direction(text_model, pairs, "en", batch_size, on_batch)
-    with progress("reading pairs", 2 * len(pairs)) as on_text:
-        report.on_pairs = read_pairs(text_model, pairs, on_text)
+    with ProgressBar("translating pairs", 2 * len(pairs)) as bar:
+        report.directions["en-zh"] = evaluate_direction(text_model, pairs, "zh", batch_size, bar.advance)
+        report.directions["zh-en"] = evaluate_direction(text_model, pairs, "en", batch_size, bar.advance)
+    with ProgressBar("reading pairs", 2 * len(pairs)) as bar:
+        report.on_pairs = read_pairs(text_model, pairs, bar.advance)
 
 
 def _print(report: Report) -> None:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from soli.cli._shared import options
 from soli.cli._shared.console import stdout_console
-from soli.cli._shared.progress import progress
+from soli.cli._shared.progress import ProgressBar
 from soli.cli._shared.text_input import evenly, file_texts
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ def routing(
     from soli.eval.routing_report import report_routing
 
     text_model = open_text_model(model, device, dtype)
-    with progress("reading texts", len(texts)) as on_part:
-        report = report_routing(text_model, texts, permutations=permutations, seed=seed, on_part=on_part)
+    with ProgressBar("reading texts", len(texts)) as bar:
+        report = report_routing(text_model, texts, permutations=permutations, seed=seed, on_part=bar.advance)
     if png is not None:
         from soli.eval.routing_plot import save_heat_map
 

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from soli.cli._shared.options import Assignments
+
 if TYPE_CHECKING:
     from soli.train.settings import TrainSettings
 
 
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe's name, such as nano-zh-en, or its folder or TOML file.")],
-    assignments: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override one value of the recipe.")
-    ] = None,
+    assignments: Assignments = None,
     out: Annotated[
         Path | None, typer.Option(help="Run folder; default runs/RECIPE. A whole checkpoint in it is resumed.")
     ] = None,
@@ -35,12 +35,15 @@ def train(
     plot: Annotated[Path | None, typer.Option(help="With --dry-run: draw all schedules into this PNG file.")] = None,
 ) -> None:
     """Train a model from a recipe; a stopped run resumes."""
-    from soli.data.recipe import data_folder, find_recipe, load_recipe
+    from soli.data.recipe import find_recipe, load_recipe
+    from soli.recipes import read_data_config
     from soli.train.settings import read_settings
 
     path = find_recipe(recipe)
-    table = load_recipe(path, list(assignments or []))
-    settings, data = read_settings(table), table.get("data", {})
+    table = load_recipe(path, assignments or [])
+    settings = read_settings(table)
+    folder = Path(read_data_config(table).folder)
+    data = table.get("data", {})
     if (as_json or plot) and not dry_run:
         raise typer.BadParameter("--json and --plot go with --dry-run")
     if dry_run:
@@ -49,7 +52,7 @@ def train(
     from soli.train.setup import prepare
     from soli.train.trainer import train as run_training
 
-    run_training(prepare(settings, data, data_folder(table), out or Path("runs") / path.parent.name))
+    run_training(prepare(settings, data, folder, out or Path("runs") / path.parent.name))
 
 
 def _plan(

@@ -1,7 +1,7 @@
 """Parquet files and saved Hugging Face `datasets` folders, read batch by batch with pyarrow, an optional package.
 
 Nothing is downloaded and the `datasets` library is not needed: such a folder is Arrow streams and a state.json that
-names them. Refuses a damaged file, a column that is not there or not text, and rows kept by an index beside the data.
+names them. Rejects a damaged file, a column that is missing or not text, and rows selected by an index file.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from soli.data.readers import BadLine, Entry, entry, missing_column
+from soli.data.entries import BadLine, TextEntry, missing_column, text_entry
 from soli.errors import SoliError
 
-_ROWS = 1024  # at a time
+_BATCH_ROWS = 1024
 
 
-def read_parquet(path: Path, fields: Sequence[str]) -> Iterator[Entry | BadLine]:
+def read_parquet(path: Path, fields: Sequence[str]) -> Iterator[TextEntry | BadLine]:
     """Rows of a parquet file, numbered from 1."""
     pyarrow = _pyarrow(path)
     try:
         file = pyarrow.parquet.ParquetFile(path, memory_map=True)
-        tops = sorted({_top(path, file.schema_arrow, field) for field in fields})
+        columns = sorted({_column_of(path, file.schema_arrow, field) for field in fields})
         first = 1
-        for batch in file.iter_batches(batch_size=_ROWS, columns=tops):
+        for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
             yield from _rows(path, batch, fields, first)
             first += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
         raise _damaged(path, error) from error
 
 
-def read_dataset(folder: Path, fields: Sequence[str]) -> Iterator[Entry | BadLine]:
+def read_dataset(folder: Path, fields: Sequence[str]) -> Iterator[TextEntry | BadLine]:
     """Rows of a folder that `Dataset.save_to_disk` wrote, numbered from 1 through all its files."""
     pyarrow = _pyarrow(folder)
     first = 1
@@ -52,7 +52,7 @@ def _pyarrow(path: Path) -> Any:
         import pyarrow.ipc
         import pyarrow.parquet
     except ImportError as error:
-        raise SoliError(f"reading {path} needs pyarrow: pip install 'soli[data]'") from error
+        raise SoliError(f"reading {path} needs pyarrow: pip install pyarrow") from error
     return pyarrow
 
 
@@ -70,36 +70,36 @@ def _streams(folder: Path) -> list[Path]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SoliError(f"{path} is not the state of a saved dataset ({error}): save it to disk again") from error
     if indexed:
-        raise SoliError(f"{folder} keeps its rows by an index: call flatten_indices() and save it to disk again")
+        raise SoliError(f"{folder} selects its rows by an index: call flatten_indices() and save it to disk again")
     if any(Path(name).name != name for name in names):
         raise SoliError(f"{path} names files outside its folder: save the dataset to disk again")
     return [folder / name for name in names]
 
 
-def _top(path: Path, schema: Any, field: str) -> str:
-    """The column that a field lies in: the field itself, or what stands before its first dot."""
+def _column_of(path: Path, schema: Any, field: str) -> str:
+    """The column that holds a field: the field itself, or the part before its first dot."""
     for name in (field, field.partition(".")[0]):
         if name in schema.names:
             return str(name)
     raise missing_column(path, field, schema.names)
 
 
-def _rows(path: Path, batch: Any, fields: Sequence[str], first: int) -> Iterator[Entry | BadLine]:
+def _rows(path: Path, batch: Any, fields: Sequence[str], first: int) -> Iterator[TextEntry | BadLine]:
     columns = [_cells(path, batch, field) for field in fields]
     for number, values in enumerate(zip(*columns, strict=True), first):
-        yield entry(number, fields, values, values)
+        yield text_entry(number, fields, values, values)
 
 
 def _cells(path: Path, batch: Any, field: str) -> list[object]:
-    """One field of a batch: text, None where there is none, and bytes where they are not UTF-8."""
+    """One field of a batch: text, None where there is none, bytes where it is not UTF-8."""
     import pyarrow
 
-    top = _top(path, batch.schema, field)
-    column = batch.column(top)
-    for name in field[len(top) + 1 :].split(".") if field != top else ():
-        inside = [column.type.field(i).name for i in range(column.type.num_fields)]
-        if not pyarrow.types.is_struct(column.type) or name not in inside:
-            raise missing_column(path, field, inside or batch.schema.names)
+    column_name = _column_of(path, batch.schema, field)
+    column = batch.column(column_name)
+    for name in field[len(column_name) + 1 :].split(".") if field != column_name else ():
+        members = [column.type.field(i).name for i in range(column.type.num_fields)]
+        if not pyarrow.types.is_struct(column.type) or name not in members:
+            raise missing_column(path, field, members or batch.schema.names)
         column = pyarrow.compute.struct_field(column, name)
     if pyarrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()

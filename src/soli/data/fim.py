@@ -1,7 +1,7 @@
 """Fill-in-the-middle: a share of plain documents rearranged, so that a model learns to write between prefix and suffix.
 
 Prefix, suffix, middle (PSM), as in section 4.1 of the DeepSeek-V3 report (arXiv 2412.19437). Cut at characters, not
-tokens, so that at inference the gap may fall inside a word. Texts shorter than three characters are left as they are.
+tokens, so that at inference the gap may fall inside a word. Texts shorter than three characters stay as they are.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 import re
 from typing import Literal
 
-from soli.recipes.nano_corpus.cleaning import han
+from soli.data.text import count_han
 
 _WORD = re.compile(r"[A-Za-z\u00c0-\u024f]+")
 
@@ -12,7 +12,7 @@ Language = Literal["en", "zh"]
 
 def language_of(text: str) -> Language | None:
     """`zh` with at least as many Han characters as Latin words, `en` with fewer, None with neither."""
-    characters, words = han(text), len(_WORD.findall(text))
+    characters, words = count_han(text), len(_WORD.findall(text))
     if not characters and not words:
         return None
     return "zh" if characters >= words else "en"

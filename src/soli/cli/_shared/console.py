@@ -1,4 +1,4 @@
-"""Standard output for tables: coloured and as wide as the terminal, or plain and roomy in a pipe."""
+"""The consoles of the command line: standard output for tables and results, standard error for notes and progress."""
 
 import os
 import sys
@@ -9,6 +9,11 @@ PIPE_WIDTH = 160  # columns when standard output is not a terminal and COLUMNS d
 
 
 def stdout_console() -> Console:
-    """A console on standard output that highlights nothing by itself."""
-    piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    return Console(width=PIPE_WIDTH if piped else None, highlight=False)
+    """Standard output without automatic highlighting: as wide as the terminal, or PIPE_WIDTH wide in a pipe."""
+    is_pipe = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(width=PIPE_WIDTH if is_pipe else None, highlight=False)
+
+
+def stderr_console(quiet: bool = False) -> Console:
+    """Standard error without automatic highlighting."""
+    return Console(stderr=True, highlight=False, quiet=quiet)

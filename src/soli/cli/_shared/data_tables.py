@@ -1,45 +1,16 @@
-"""How `soli data` shows itself: a line per source while it works (on stderr), then tables (on stdout)."""
+"""The tables of `soli data` on standard output."""
 
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from soli.cli._shared.console import stdout_console
-from soli.data.packing import read_meta
-
-
-class Progress:
-    """A spinner with the current step in a terminal, and one line for each step that ended; plain lines elsewhere."""
-
-    def __init__(self, quiet: bool = False) -> None:
-        self._console = Console(stderr=True, highlight=False, quiet=quiet)
-        self._status = self._console.status("starting")
-        self._began = time.monotonic()
-
-    def __enter__(self) -> Progress:
-        self._status.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._status.stop()
-
-    def report(self, name: str, event: str) -> None:
-        """Take a report of the data step; an event that ends in -ing is under way, any other is a result."""
-        if event.endswith("ing"):
-            self._status.update(f"{name}: {event}")
-            return
-        elapsed = time.monotonic() - self._began
-        self._console.print(f"{elapsed:5.0f} s  {name:<24} {escape(event)}")
+from soli.data.token_files import read_meta
 
 
 def print_counts(folder: Path, as_json: bool) -> None:
@@ -65,35 +36,36 @@ def print_counts(folder: Path, as_json: bool) -> None:
     print(f"wrote {folder}: {meta['train_tokens']:,} training tokens, {meta['valid_tokens']:,} held out")
 
 
-def print_packed(folder: Path, found: dict[str, Any]) -> None:
+def print_packed(folder: Path, meta: dict[str, Any]) -> None:
     """What `pack_inputs` wrote, as one table and a line for the bad lines."""
     table = _table("source", "documents", "tokens", "share", "held out")
-    for name in dict.fromkeys((*found["sources"], *found["valid_sources"])):
-        row = found["sources"].get(name, {"tokens": 0, "documents": 0})
-        held = found["valid_sources"].get(name, {}).get("documents")
-        share = f"{row['tokens'] / found['train_tokens']:.1%}"
-        table.add_row(escape(name), _number(row["documents"]), _number(row["tokens"]), share, _number(held))
+    for name in dict.fromkeys((*meta["sources"], *meta["valid_sources"])):
+        row = meta["sources"].get(name, {"tokens": 0, "documents": 0})
+        heldout = meta["valid_sources"].get(name, {}).get("documents")
+        share = f"{row['tokens'] / meta['train_tokens']:.1%}"
+        table.add_row(escape(name), _number(row["documents"]), _number(row["tokens"]), share, _number(heldout))
     stdout_console().print(table)
-    bad = found["bad_lines"]
-    if bad:
-        print(f"bad lines left out: {sum(bad.values()):,}, listed in {folder / 'bad_lines.jsonl'}")
-    print(f"wrote {folder}: {found['train_tokens']:,} training tokens, {found['valid_tokens']:,} held out")
+    bad_lines = meta["bad_lines"]
+    if bad_lines:
+        print(f"bad lines left out: {sum(bad_lines.values()):,}, listed in {folder / 'bad_lines.jsonl'}")
+    print(f"wrote {folder}: {meta['train_tokens']:,} training tokens, {meta['valid_tokens']:,} held out")
 
 
-def print_inspection(folder: Path, found: dict[str, Any]) -> None:
-    """What `inspect_folder` found, for a person."""
+def print_inspection(folder: Path, inspection: dict[str, Any]) -> None:
+    """What `inspect_folder` returned, for a reader."""
     console = stdout_console()
     table = _table("source", "documents", "tokens", "share", "tokens/document")
-    for name, row in sorted(found["sources"].items(), key=lambda item: -item[1]["tokens"]):
+    for name, row in sorted(inspection["sources"].items(), key=lambda item: -item[1]["tokens"]):
         mean = row["tokens"] / max(1, row["documents"])
-        share = row["tokens"] / max(1, found["train_tokens"])
+        share = row["tokens"] / max(1, inspection["train_tokens"])
         table.add_row(name, _number(row["documents"]), _number(row["tokens"]), f"{share:.1%}", f"{mean:.1f}")
     console.print(table)
-    print(f"{folder}: {found['train_tokens']:,} training and {found['valid_tokens']:,} held-out tokens")
-    print(f"vocabulary {found['vocab_size']:,}; characters per token: {_per_language(found['characters_per_token'])}")
-    lengths = found["document_tokens"]
+    print(f"{folder}: {inspection['train_tokens']:,} training and {inspection['valid_tokens']:,} held-out tokens")
+    compression = _per_language(inspection["characters_per_token"])
+    print(f"vocabulary {inspection['vocab_size']:,}; characters per token: {compression}")
+    lengths = inspection["document_tokens"]
     print("document lengths: " + ", ".join(f"{name} {value:,}" for name, value in lengths.items()) + " tokens")
-    for sample in found["samples"]:
+    for sample in inspection["samples"]:
         console.print(f"[dim]at {sample['at']:,}[/dim] {escape(sample['text'])}", soft_wrap=True)
 
 

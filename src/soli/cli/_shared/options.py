@@ -37,8 +37,11 @@ Logprobs = Annotated[
 Seed = Annotated[int | None, typer.Option(help="Same seed, same text.")]
 MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Stop after this many tokens.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object per line, for programs.")]
-Experts = Annotated[bool, typer.Option("--experts", help="Show which experts played, token by token.")]
+Experts = Annotated[bool, typer.Option("--experts", help="Show which experts are selected, token by token.")]
 Detail = Annotated[bool, typer.Option("--experts-detail", help="The same with every number, a line per expert.")]
+Assignments = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override one value of the recipe.")
+]
 Device = Annotated[str, typer.Option(help="cpu, or cuda.")]
 Dtype = Annotated[
     str, typer.Option(help="float32, bfloat16, auto (float32 for small models) or as-is (FP8 stays in the file).")

@@ -11,16 +11,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from soli.data.mixture import encode_documents, heldout_documents, mix
-from soli.data.packing import read_meta, write_meta, write_tokens
-from soli.data.recipe import DataConfig
+from soli.data.documents import ReportStep, encode_by_source
+from soli.data.token_files import read_meta, write_meta, write_tokens
 from soli.data.tokenizer import Tokenizer
 from soli.errors import SoliError
-from soli.recipes.nano_corpus.corpus import Corpus, Report, build_corpus, write_corpus
+from soli.recipes.nano_corpus.config import CorpusConfig
+from soli.recipes.nano_corpus.corpus import Corpus, build_corpus, write_corpus
+from soli.recipes.nano_corpus.mixture import heldout_documents, mix
 
 
 def build_data(
-    config: DataConfig, out: Path, cache: Path, report: Report, allow_missing: bool = False
+    config: CorpusConfig, out: Path, cache: Path, report: ReportStep, allow_missing: bool = False
 ) -> dict[str, Any]:
     """Build everything into `out` and return meta.json's content."""
     try:
@@ -28,28 +29,28 @@ def build_data(
         corpus = build_corpus(config, cache, report, allow_missing)
         (out / "meta.json").unlink(missing_ok=True)  # from here on the folder is between two states
         write_corpus(corpus, out)
-        return pack(corpus, config, out, report)
+        return write_token_files(corpus, config, out, report)
     except OSError as error:
         raise SoliError(f"cannot write {error.filename or out} ({error.strerror}): choose another --out") from error
 
 
-def pack(corpus: Corpus, config: DataConfig, out: Path, report: Report) -> dict[str, Any]:
+def write_token_files(corpus: Corpus, config: CorpusConfig, out: Path, report: ReportStep) -> dict[str, Any]:
     """Tokenizer, train.bin, valid.bin and meta.json of a corpus."""
     report("tokenizer", "learning")
     tokenizer = Tokenizer.train(tokenizer_sample(corpus, config), config.vocab_size)
     tokenizer.save(out)
     report("tokenizer", f"{tokenizer.vocab_size:,} entries")
     report("train.bin", "packing")
-    train = write_tokens(out / "train.bin", encode_documents(mix(corpus.pairs, corpus.mono, config), tokenizer))
+    train = write_tokens(out / "train.bin", encode_by_source(mix(corpus.pairs, corpus.mono, config), tokenizer))
     report("train.bin", f"{sum(row['tokens'] for row in train.values()):,} tokens")
     heldout = heldout_documents(corpus.heldout, corpus.heldout_mono)
-    valid = write_tokens(out / "valid.bin", encode_documents(heldout, tokenizer))
+    valid = write_tokens(out / "valid.bin", encode_by_source(heldout, tokenizer))
     report("valid.bin", f"{sum(row['tokens'] for row in valid.values()):,} tokens")
     write_meta(out, tokenizer.vocab_size, config.seed, train, valid, config.fim_rate)
     return read_meta(out)
 
 
-def tokenizer_sample(corpus: Corpus, config: DataConfig) -> Iterable[str]:
+def tokenizer_sample(corpus: Corpus, config: CorpusConfig) -> Iterable[str]:
     """Training texts in the mixture's proportions, up to `tokenizer_characters`."""
     documents = mix(corpus.pairs, corpus.mono, config)
     random.Random(config.seed).shuffle(documents)

@@ -1,7 +1,7 @@
-"""Cleaning rules for one text or one pair: what a line may hold, how paragraphs part into sentences, how texts compare.
+"""Cleaning rules for one text or one pair: what a line may hold, and how paragraphs are split into sentences.
 
-The rules drop rather than mend: placeholders (%s, {x}, $name), markup, addresses, untranslated strings, and pairs whose
-lengths do not belong together. Only the accelerator marks of menus (_File, 文件(_F)) are taken off.
+The rules drop rather than repair: placeholders (%s, {x}, $name), markup, addresses, untranslated strings, and pairs
+whose lengths do not match. Only the accelerator marks of menus (_File, 文件(_F)) are removed.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ import html
 import re
 import unicodedata
 
-from soli.errors import SoliError
+from soli.data.text import count_han
 
 _SPACE = re.compile(r"\s+")
-_HAN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]")
 _LATIN = re.compile(r"[A-Za-z]")
 _WORD = re.compile(r"[A-Za-z]+")
 _ACCELERATOR_SUFFIX = re.compile(r"\s*[(（][&_~][A-Za-z0-9][)）]")
@@ -33,7 +32,7 @@ LONGEST_PAIR = 600
 
 
 def tidy(text: str) -> str:
-    """NFC, entities resolved, control characters and zero-width marks gone, every run of white space one space."""
+    """NFC, entities resolved, control and zero-width characters removed, every run of white space one space."""
     text = unicodedata.normalize("NFC", html.unescape(text)).replace("\u00ad", "").replace("\u200b", "")
     text = "".join(c if c.isprintable() else " " for c in text)
     return _SPACE.sub(" ", text).strip()
@@ -44,16 +43,6 @@ def without_accelerators(text: str) -> str:
     return _ACCELERATOR.sub("", _ACCELERATOR_SUFFIX.sub("", text))
 
 
-def key(text: str) -> str:
-    """The form in which two texts count as the same: case, white space and closing punctuation do not matter."""
-    return _SPACE.sub("", text).casefold().rstrip(".。…!！?？:：;；,，")
-
-
-def han(text: str) -> int:
-    """Number of Chinese characters."""
-    return len(_HAN.findall(text))
-
-
 def is_one_word(english: str) -> bool:
     return " " not in english.strip()
 
@@ -62,8 +51,8 @@ def is_translation(zh: str, en: str, *, dictionary: bool = False) -> bool:
     """Whether a tidied pair may enter the corpus; `dictionary` waives the length ratio (definitions outgrow words)."""
     if not zh or not en or len(en) > LONGEST_PAIR or _FOREIGN.search(zh) or _FOREIGN.search(en):
         return False
-    characters, latin = han(zh), len(_LATIN.findall(en))
-    if not characters or not latin or han(en) or latin * 3 < len(en):
+    characters, latin = count_han(zh), len(_LATIN.findall(en))
+    if not characters or not latin or count_han(en) or latin * 3 < len(en):
         return False
     if len(_WORD.findall(zh)) > characters:
         return False
@@ -100,11 +89,11 @@ def sentences_zh(text: str) -> list[str]:
 
 
 def _split_after(boundary: re.Pattern[str], text: str) -> list[str]:
-    """Pieces of `text`, each keeping the closing marks that the boundary matched behind its stop."""
+    """Sentences of `text`, each with the closing marks that the boundary matched after its stop."""
     ends = [match.end() for match in boundary.finditer(text)]
     starts = [0, *ends]
-    pieces = [text[a:b].strip() for a, b in zip(starts, [*ends, len(text)], strict=True)]
-    return [piece for piece in pieces if piece]
+    sentences = [text[start:end].strip() for start, end in zip(starts, [*ends, len(text)], strict=True)]
+    return [sentence for sentence in sentences if sentence]
 
 
 def align(zh: str, en: str) -> list[tuple[str, str]]:
@@ -119,12 +108,8 @@ class Simplifier:
     """Traditional to simplified characters by OpenCC (`t2s` for classics, `tw2sp` for Taiwan's interface words)."""
 
     def __init__(self, table: str) -> None:
-        try:
-            import opencc
-        except ImportError as error:
-            raise SoliError(
-                "turning traditional characters into simplified needs opencc: pip install 'soli[data]'"
-            ) from error
+        import opencc
+
         self._convert = opencc.OpenCC(table).convert
 
     def __call__(self, text: str) -> str:

@@ -9,29 +9,22 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
-from soli.data.recipe import DataConfig
+from soli.data.documents import Pair, ReportStep
+from soli.data.text import comparison_key, is_held_out
+from soli.data.tsv import read_tsv, write_tsv
 from soli.errors import SoliError
-from soli.recipes.nano_corpus.cleaning import is_translation, key, sentences_en, sentences_zh, tidy
+from soli.recipes.nano_corpus.cleaning import is_translation, sentences_en, sentences_zh, tidy
+from soli.recipes.nano_corpus.config import CorpusConfig
 from soli.recipes.nano_corpus.fetch import fetch
-from soli.recipes.nano_corpus.sources import SOURCES, Row, Source
-
-Report = Callable[[str, str], None]
-"""Called with the name of a source or step and what happens to it: `fetching`, `12,345 rows`, `skipped: why`."""
+from soli.recipes.nano_corpus.sources import SOURCES, Source, SourceRow
 
 _SHORTEST_LEAK = 16
 """Characters of a compared sentence; shorter ones ("Click OK.") recur everywhere and give nothing away."""
-
-
-class Pair(NamedTuple):
-    source: str
-    zh: str
-    en: str
 
 
 class Line(NamedTuple):
@@ -70,12 +63,16 @@ class Corpus:
 
 
 def build_corpus(
-    config: DataConfig, cache: Path, report: Report, allow_missing: bool = False, sources: Sequence[Source] = SOURCES
+    config: CorpusConfig,
+    cache: Path,
+    report: ReportStep,
+    allow_missing: bool = False,
+    sources: Sequence[Source] = SOURCES,
 ) -> Corpus:
     """Fetch, read, clean, de-duplicate and split every source."""
     _check_names(config, sources)
     corpus = Corpus()
-    rows: dict[str, list[Row]] = {}
+    rows: dict[str, list[SourceRow]] = {}
     for source in sources:
         try:
             rows[source.label] = source_rows(source, cache, report)
@@ -95,7 +92,7 @@ def build_corpus(
     return corpus
 
 
-def _check_names(config: DataConfig, sources: Sequence[Source]) -> None:
+def _check_names(config: CorpusConfig, sources: Sequence[Source]) -> None:
     known = [source.label for source in sources]
     for table, names in (("weights", config.weights), ("caps", config.caps)):
         for name in names:
@@ -103,15 +100,15 @@ def _check_names(config: DataConfig, sources: Sequence[Source]) -> None:
                 raise SoliError(f"[data.{table}] names {name}, which is no source: write one of {', '.join(known)}")
 
 
-def source_rows(source: Source, cache: Path, report: Report) -> list[Row]:
+def source_rows(source: Source, cache: Path, report: ReportStep) -> list[SourceRow]:
     """Clean rows of one source, each once, from the cache when an earlier build left them there."""
     path = cache / "rows" / f"{source.label.replace(' ', '')}.tsv"
     if not path.is_file():
         report(source.label, "fetching")
         archives = [fetch(package, cache / "packages") for package in source.packages]
         report(source.label, "reading")
-        write_lines(path, dict.fromkeys(_clean(source, source.read(archives))))
-    rows = [Row(*fields) for fields in read_lines(path, 3)]
+        write_tsv(path, dict.fromkeys(_clean(source, source.read(archives))))
+    rows = [SourceRow(*fields) for fields in read_tsv(path, 3)]
     if not rows:
         path.unlink()
         raise SoliError(
@@ -121,52 +118,51 @@ def source_rows(source: Source, cache: Path, report: Report) -> list[Row]:
     return rows
 
 
-def _clean(source: Source, rows: Iterable[Row]) -> Iterator[Row]:
+def _clean(source: Source, rows: Iterable[SourceRow]) -> Iterator[SourceRow]:
     for row in rows:
         zh, en = tidy(row.zh), tidy(row.en)
         if not source.is_pairs or is_translation(zh, en, dictionary=source.kind == "dictionary"):
-            yield Row(zh, en, row.tag)
+            yield SourceRow(zh, en, row.tag)
 
 
-def held_out_by_hash(text: str, every: int) -> bool:
-    """One text in `every`, the same on every machine and however it is written (case, spaces, closing stop)."""
-    return int.from_bytes(blake2b(key(text).encode(), digest_size=8).digest(), "big") % every == 0
-
-
-def _split_pairs(corpus: Corpus, rows: Iterable[tuple[Source, Row]], config: DataConfig) -> None:
+def _split_pairs(corpus: Corpus, rows: Iterable[tuple[Source, SourceRow]], config: CorpusConfig) -> None:
     seen: set[tuple[str, str]] = set()
     renderings: Counter[str] = Counter()
     train: list[Pair] = []
     for source, row in rows:
-        english, identity = key(row.en), (key(row.en), key(row.zh))
+        english, identity = comparison_key(row.en), (comparison_key(row.en), comparison_key(row.zh))
         if identity in seen or renderings[english] >= config.most_renderings:
             continue
         seen.add(identity)
         renderings[english] += 1
-        held = row.tag in config.heldout_books or held_out_by_hash(row.en, config.heldout_every)
+        held = row.tag in config.heldout_books or is_held_out(row.en, config.heldout_every)
         (corpus.heldout if held else train).append(Pair(source.name, row.zh, row.en))
-    whole = {key(text) for pair in corpus.heldout for text in (pair.en, pair.zh)}
+    whole = {comparison_key(text) for pair in corpus.heldout for text in (pair.en, pair.zh)}
     inside = _sentence_keys(text for pair in corpus.heldout for text in (pair.en, pair.zh))
     for pair in train:
-        if key(pair.en) not in whole and key(pair.zh) not in whole and not _repeats(pair.en + "\n" + pair.zh, inside):
+        if (
+            comparison_key(pair.en) not in whole
+            and comparison_key(pair.zh) not in whole
+            and not _repeats(pair.en + "\n" + pair.zh, inside)
+        ):
             corpus.pairs.append(pair)
 
 
-def _split_mono(corpus: Corpus, rows: dict[Source, list[Row]], config: DataConfig, heldout: set[str]) -> None:
+def _split_mono(corpus: Corpus, rows: dict[Source, list[SourceRow]], config: CorpusConfig, heldout: set[str]) -> None:
     seen: set[str] = set()
-    trained = {key(text) for pair in corpus.pairs for text in (pair.en, pair.zh)}
+    trained = {comparison_key(text) for pair in corpus.pairs for text in (pair.en, pair.zh)}
     for source, texts in rows.items():
         room = config.caps.get(source.label, 1 << 60)
         for text in (row.en or row.zh for row in texts):
-            if key(text) in seen or room <= 0 or _repeats(text, heldout):
+            if comparison_key(text) in seen or room <= 0 or _repeats(text, heldout):
                 continue
-            seen.add(key(text))
+            seen.add(comparison_key(text))
             room -= len(text)
-            held = held_out_by_hash(text, config.heldout_every)
+            held = is_held_out(text, config.heldout_every)
             if held and _repeats(text, trained):
                 continue
-            kept = corpus.heldout_mono if held else corpus.mono
-            kept.extend(Line(source.kind, source.name, piece) for piece in cut(text, config.longest_document))
+            lines = corpus.heldout_mono if held else corpus.mono
+            lines.extend(Line(source.kind, source.name, part) for part in cut(text, config.longest_document))
 
 
 def cut(text: str, longest: int) -> list[str]:
@@ -189,7 +185,7 @@ def _sentences(text: str) -> Iterator[str]:
 
 
 def _sentence_keys(texts: Iterable[str]) -> set[str]:
-    keys = {key(part) for text in texts for part in (text, *_sentences(text))}
+    keys = {comparison_key(part) for text in texts for part in (text, *_sentences(text))}
     return {part for part in keys if _weight(part) >= _SHORTEST_LEAK}
 
 
@@ -199,35 +195,14 @@ def _weight(text: str) -> int:
 
 
 def _repeats(text: str, heldout: set[str]) -> bool:
-    return key(text) in heldout or any(key(part) in heldout for part in _sentences(text))
+    return comparison_key(text) in heldout or any(comparison_key(part) in heldout for part in _sentences(text))
 
 
 def write_corpus(corpus: Corpus, folder: Path) -> None:
     """pairs.tsv, heldout.tsv (source, zh, en); mono.tsv, heldout_mono.tsv (language, source, text); counts.json."""
-    write_lines(folder / "pairs.tsv", corpus.pairs)
-    write_lines(folder / "heldout.tsv", corpus.heldout)
-    write_lines(folder / "mono.tsv", corpus.mono)
-    write_lines(folder / "heldout_mono.tsv", corpus.heldout_mono)
+    write_tsv(folder / "pairs.tsv", corpus.pairs)
+    write_tsv(folder / "heldout.tsv", corpus.heldout)
+    write_tsv(folder / "mono.tsv", corpus.mono)
+    write_tsv(folder / "heldout_mono.tsv", corpus.heldout_mono)
     counts = {"sources": corpus.counts(), "skipped": corpus.skipped}
     (folder / "counts.json").write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
-
-
-def write_lines(path: Path, rows: Iterable[Sequence[str]]) -> None:
-    """Tab-separated rows of tidied text, written beside `path` and renamed when whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8", newline="\n") as out:
-        out.writelines("\t".join(row) + "\n" for row in rows)
-    partial.replace(path)
-
-
-def read_lines(path: Path, columns: int) -> Iterator[list[str]]:
-    """Rows of a tab-separated file; a row with another number of columns is an error that names its line."""
-    with path.open(encoding="utf-8", newline="\n") as lines:
-        for number, line in enumerate(lines, 1):
-            row = line.rstrip("\n").split("\t")
-            if len(row) != columns:
-                raise SoliError(
-                    f"{path}:{number} has {len(row)} columns, not {columns}: delete the file and build again"
-                )
-            yield row

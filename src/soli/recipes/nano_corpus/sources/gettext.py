@@ -14,7 +14,7 @@ from pathlib import Path
 from soli.errors import SoliError
 from soli.recipes.nano_corpus.cleaning import Simplifier, align, without_accelerators
 from soli.recipes.nano_corpus.fetch import read_members
-from soli.recipes.nano_corpus.sources.row import Row
+from soli.recipes.nano_corpus.sources.row import SourceRow
 
 _COLOUR = re.compile(r"</?color[^<>]*>")
 
@@ -37,7 +37,7 @@ def _string(content: bytes, order: str, at: int) -> str:
     return content[start : start + length].decode("utf-8", errors="replace")
 
 
-def read_cataclysm(archives: list[Path]) -> Iterator[Row]:
+def read_cataclysm(archives: list[Path]) -> Iterator[SourceRow]:
     """The game's sentences in both translations, the mainland's first, Taiwan's turned into the mainland's words.
 
     Colour tags are taken out and paragraphs parted where both sides have as many sentences.
@@ -47,29 +47,29 @@ def read_cataclysm(archives: list[Path]) -> Iterator[Row]:
         for english, chinese in read_mo(content, name):
             text = simplify(chinese) if "/zh_TW/" in name else chinese
             for zh, en in align(_one_line(_COLOUR.sub("", text)), _one_line(_COLOUR.sub("", english))):
-                yield Row(zh, en)
+                yield SourceRow(zh, en)
 
 
-def read_libreoffice(archives: list[Path]) -> Iterator[Row]:
+def read_libreoffice(archives: list[Path]) -> Iterator[SourceRow]:
     """Interface strings of LibreOffice in simplified Chinese, without accelerators."""
     for name, content in read_members(archives[0], "*/LC_MESSAGES/*.mo"):
         for english, chinese in read_mo(content, name):
-            yield Row(without_accelerators(chinese), without_accelerators(english))
+            yield SourceRow(without_accelerators(chinese), without_accelerators(english))
 
 
-def read_libreoffice_taiwan(archives: list[Path]) -> Iterator[Row]:
+def read_libreoffice_taiwan(archives: list[Path]) -> Iterator[SourceRow]:
     """The same in Taiwan's words and characters, turned into the mainland's."""
     simplify = Simplifier("tw2sp")
     for zh, en, tag in read_libreoffice(archives):
-        yield Row(simplify(zh), en, tag)
+        yield SourceRow(simplify(zh), en, tag)
 
 
-def read_django(archives: list[Path]) -> Iterator[Row]:
+def read_django(archives: list[Path]) -> Iterator[SourceRow]:
     """Django's own messages, Taiwan's turned into the mainland's words and characters."""
     simplify = Simplifier("tw2sp")
     for name, content in read_members(archives[0], "*/locale/zh_Han?/LC_MESSAGES/*.mo"):
         for english, chinese in read_mo(content, name):
-            yield Row(simplify(chinese) if "/zh_Hant/" in name else chinese, english)
+            yield SourceRow(simplify(chinese) if "/zh_Hant/" in name else chinese, english)
 
 
 def _one_line(text: str) -> str:

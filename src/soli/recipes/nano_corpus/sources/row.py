@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
-class Row(NamedTuple):
+class SourceRow(NamedTuple):
     """A pair has both sides; a line of one language leaves the other side empty. `tag` names a part of the source."""
 
     zh: str

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from soli.recipes.nano_corpus.cleaning import Simplifier, align, han
+from soli.data.text import count_han
+from soli.recipes.nano_corpus.cleaning import Simplifier, align
 from soli.recipes.nano_corpus.fetch import read_members
-from soli.recipes.nano_corpus.sources.row import Row
+from soli.recipes.nano_corpus.sources.row import SourceRow
 
 _MALLARD = "{http://projectmallard.org/1.0/}"
 _ENTRY = re.compile(r"^\S+ (\S+) \[[^\]]*\] /(.+)/$")
@@ -29,7 +30,7 @@ def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
         yield path, tree
 
 
-def read_homeassistant(archives: list[Path]) -> Iterator[Row]:
+def read_homeassistant(archives: list[Path]) -> Iterator[SourceRow]:
     """Strings that stand at the same place of a component's English and Chinese file; Taiwan's are simplified."""
     simplify = Simplifier("tw2sp")
     pages: dict[tuple[str, str], dict[tuple[str, ...], str]] = {}
@@ -44,7 +45,7 @@ def read_homeassistant(archives: list[Path]) -> Iterator[Row]:
         for path, text in leaves.items():
             english = pages.get((page, "en"), {}).get(path, "")
             for zh, en in align(text, english) if english else ():
-                yield Row(simplify(zh) if language == "zh-Hant" else zh, en)
+                yield SourceRow(simplify(zh) if language == "zh-Hant" else zh, en)
 
 
 def _blocks(page: bytes) -> list[tuple[str, str]]:
@@ -53,11 +54,11 @@ def _blocks(page: bytes) -> list[tuple[str, str]]:
     for info in root.iter(f"{_MALLARD}info"):
         for child in [child for child in info if child.tag != f"{_MALLARD}desc"]:
             info.remove(child)
-    wanted = {f"{_MALLARD}{tag}" for tag in ("title", "p", "desc")}
-    return [(e.tag, " ".join("".join(e.itertext()).split())) for e in root.iter() if e.tag in wanted]
+    block_tags = {f"{_MALLARD}{tag}" for tag in ("title", "p", "desc")}
+    return [(e.tag, " ".join("".join(e.itertext()).split())) for e in root.iter() if e.tag in block_tags]
 
 
-def read_gnome(archives: list[Path]) -> Iterator[Row]:
+def read_gnome(archives: list[Path]) -> Iterator[SourceRow]:
     """Paragraphs in the same order of pages that have the same sequence of tags in both languages."""
     pages: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for name, content in read_members(archives[0], "usr/share/help/*/*.page"):
@@ -68,10 +69,10 @@ def read_gnome(archives: list[Path]) -> Iterator[Row]:
         english = pages.get((rest, "C"), [])
         if language == "zh_CN" and [tag for tag, _ in chinese] == [tag for tag, _ in english]:
             for (_, zh), (_, en) in zip(chinese, english, strict=True):
-                yield from (Row(*pair) for pair in align(zh, en) if zh != en)
+                yield from (SourceRow(*pair) for pair in align(zh, en) if zh != en)
 
 
-def read_cedict(archives: list[Path]) -> Iterator[Row]:
+def read_cedict(archives: list[Path]) -> Iterator[SourceRow]:
     """Simplified headword and its first senses, without cross references, classifiers and labels of usage."""
     for _, content in read_members(archives[0], "*/cedict*.txt.gz"):
         for line in gzip.decompress(content).decode("utf-8").splitlines():
@@ -79,6 +80,6 @@ def read_cedict(archives: list[Path]) -> Iterator[Row]:
             if entry is None:
                 continue
             senses = [_LABEL.sub("", sense) for sense in entry[2].split("/")]
-            senses = [sense for sense in senses if not _CROSS_REFERENCE.search(sense) and not han(sense)]
+            senses = [sense for sense in senses if not _CROSS_REFERENCE.search(sense) and not count_han(sense)]
             if senses:
-                yield Row(entry[1], "; ".join(senses[:_SENSES]))
+                yield SourceRow(entry[1], "; ".join(senses[:_SENSES]))

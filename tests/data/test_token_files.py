@@ -8,15 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from soli.data.documents import Pair, encode_by_source
 from soli.data.fim import split_middle
 from soli.data.inspection import inspect_folder
-from soli.data.mixture import encode_documents, heldout_documents, mix
-from soli.data.packing import DTYPE, read_meta
-from soli.data.recipe import DataConfig
+from soli.data.token_files import DTYPE, read_meta
 from soli.data.tokenizer import Tokenizer
 from soli.errors import SoliError
-from soli.recipes.nano_corpus.build import pack
-from soli.recipes.nano_corpus.corpus import Corpus, Line, Pair, write_corpus
+from soli.recipes.nano_corpus.build import write_token_files
+from soli.recipes.nano_corpus.config import CorpusConfig
+from soli.recipes.nano_corpus.corpus import Corpus, Line, write_corpus
+from soli.recipes.nano_corpus.mixture import heldout_documents, mix
 
 PAIRS = [Pair("games", f"第{i}只猫", f"cat number {i}") for i in range(300)]
 LINES = [Line("en", "manual", f"Line {i} of the manual.") for i in range(100)]
@@ -36,7 +37,7 @@ def test_fim_happens_at_its_rate():
 
 def test_weights_are_mean_copies_and_single_words_are_bounded():
     words = [Pair("games", f"猫{i}", f"cat{i}") for i in range(300)]
-    config = DataConfig(weights={"games": 2.5, "manual (en)": 0.5}, one_word_weight=0.25)
+    config = CorpusConfig(weights={"games": 2.5, "manual (en)": 0.5}, one_word_weight=0.25)
     drawn = mix([*PAIRS, *words], LINES, config)
     counts = Counter(document.segments[0] for document in drawn)
     sentences = [counts["<|en|>", pair.en] for pair in PAIRS] + [counts["<|zh|>", pair.zh] for pair in PAIRS]
@@ -46,7 +47,7 @@ def test_weights_are_mean_copies_and_single_words_are_bounded():
 
 
 def test_mixture_depends_on_the_seed_alone():
-    one, same, other = (mix(PAIRS, LINES, DataConfig(seed=seed)) for seed in (1, 1, 2))
+    one, same, other = (mix(PAIRS, LINES, CorpusConfig(seed=seed)) for seed in (1, 1, 2))
     assert one == same
     assert one != other and Counter(one) == Counter(other)
 
@@ -56,7 +57,7 @@ def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed")
     corpus = Corpus(PAIRS, [Pair("games", "一条狗", "one dog")], LINES, [Line("zh", "poems", "床前明月光")])
     write_corpus(corpus, folder)
-    meta = pack(corpus, DataConfig(vocab_size=400, fim_rate=0.5), folder, lambda name, event: None)
+    meta = write_token_files(corpus, CorpusConfig(vocab_size=400, fim_rate=0.5), folder, lambda name, event: None)
     return folder, meta
 
 
@@ -73,7 +74,7 @@ def test_packed_files_are_documents_end_to_end(built):
 
 def test_documents_are_framed_as_prompts_are(built):
     tokenizer = Tokenizer.from_folder(built[0])
-    (_, forward), (_, back) = encode_documents(heldout_documents(PAIRS[:1], []), tokenizer)
+    (_, forward), (_, back) = encode_by_source(heldout_documents(PAIRS[:1], []), tokenizer)
     prompt = tokenizer.translation_prompt(PAIRS[0].en, "zh")
     assert forward[: len(prompt)] == prompt and forward[-1] == tokenizer.eos_id
     prompt = tokenizer.translation_prompt(PAIRS[0].zh, "en")
@@ -89,13 +90,14 @@ def test_heldout_is_whole_and_in_order(built):
 
 
 def test_inspection_shows_documents_as_they_are_trained_on(built):
-    found = inspect_folder(built[0], samples=5, seed=1)
-    assert len(found["samples"]) == 5
+    inspection = inspect_folder(built[0], samples=5, seed=1)
+    assert len(inspection["samples"]) == 5
     assert all(
-        sample["text"].startswith(("<|en|>", "<|zh|>", "<|text|>", "<|fim_prefix|>")) for sample in found["samples"]
+        sample["text"].startswith(("<|en|>", "<|zh|>", "<|text|>", "<|fim_prefix|>"))
+        for sample in inspection["samples"]
     )
-    assert found["document_tokens"]["median"] <= found["document_tokens"]["longest"]
-    assert set(found["characters_per_token"]) == {"en", "zh"}
+    assert inspection["document_tokens"]["median"] <= inspection["document_tokens"]["longest"]
+    assert set(inspection["characters_per_token"]) == {"en", "zh"}
     assert inspect_folder(built[0], samples=0, seed=0)["samples"] == []
 
 

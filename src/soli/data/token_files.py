@@ -1,7 +1,7 @@
 """Packed tokens on disk: documents end to end in flat files of little-endian integers, with a meta.json beside.
 
 Integers are 16 bits wide, or 32 where a vocabulary needs more. What training reads from them, and in which order, is in
-src/soli/train/batches.py. Refuses files unlike their meta.json.
+src/soli/train/batches.py. Rejects files that do not match their meta.json.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from soli.errors import SoliError
 
 DTYPE = np.dtype("<u2")
-WIDE = np.dtype("<u4")
+DTYPE_32 = np.dtype("<u4")
 
 Totals = dict[str, dict[str, int]]
 """`tokens` and `documents` by source."""
@@ -26,11 +26,11 @@ Totals = dict[str, dict[str, int]]
 
 def dtype_for(vocab_size: int) -> np.dtype:
     """The integers that hold ids below `vocab_size`."""
-    return DTYPE if vocab_size <= 1 << 16 else WIDE
+    return DTYPE if vocab_size <= 1 << 16 else DTYPE_32
 
 
 class TokenWriter:
-    """Documents appended to a file of tokens, which takes its name when the `with` block ends without an error."""
+    """Documents appended to a file of tokens, renamed into place when the `with` block ends without an error."""
 
     def __init__(self, path: Path, dtype: np.dtype = DTYPE) -> None:
         self.totals: Totals = {}
@@ -59,7 +59,7 @@ class TokenWriter:
 def write_tokens(
     path: Path, documents: Iterable[tuple[str, Sequence[int] | np.ndarray]], dtype: np.dtype = DTYPE
 ) -> Totals:
-    """Write (source, ids) documents end to end; tokens and documents by source. Renamed into place when whole."""
+    """Write (source, ids) documents end to end; tokens and documents by source. Renamed into place when complete."""
     with TokenWriter(path, dtype) as writer:
         for source, ids in documents:
             writer.write(source, ids)
@@ -98,10 +98,10 @@ def read_meta(folder: str | Path) -> dict[str, Any]:
     try:
         meta: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         width = stored_dtype(meta).itemsize
-        wanted = {"train.bin": int(meta["train_tokens"]), "valid.bin": int(meta["valid_tokens"])}
+        expected_tokens = {"train.bin": int(meta["train_tokens"]), "valid.bin": int(meta["valid_tokens"])}
     except (ValueError, KeyError, TypeError) as error:
         raise SoliError(f"{path} is damaged ({error}): run `soli data build` again") from error
-    for name, tokens in wanted.items():
+    for name, tokens in expected_tokens.items():
         file = path.with_name(name)
         size = file.stat().st_size if file.is_file() else -1
         if size != tokens * width:
@@ -112,5 +112,5 @@ def read_meta(folder: str | Path) -> dict[str, Any]:
 
 def stored_dtype(meta: dict[str, Any]) -> np.dtype:
     """The integers of train.bin and valid.bin, as meta.json names them."""
-    known: dict[str, np.dtype] = {"uint16": DTYPE, "uint32": WIDE}
+    known: dict[str, np.dtype] = {"uint16": DTYPE, "uint32": DTYPE_32}
     return known[meta["dtype"]]
