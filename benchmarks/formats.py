@@ -161,7 +161,7 @@ def tables(result: Mapping[str, Any]) -> str:
         f"torch {result['hardware']['torch']}; {result['hardware']['date']}, "
         f"commit {result['hardware']['commit'][:7]}."
     )
-    return "\n".join([*lines, "", conditions])
+    return "\n".join([*lines, "", *record.wrapped(conditions)])
 
 
 def main() -> None:

@@ -140,26 +140,16 @@ def anchor(title: str) -> str:
 
 def every_row(results: Mapping[str, Result]) -> str:
     """benchmarks/README.md's sections: heading, conditions, rows."""
-    lines = wrapped(RATIO)
+    lines = record.wrapped(RATIO)
     for name, result in results.items():
         section = SECTIONS[name]
         lines += ["", f"### {section.title}", "", f"[{section.script}]({section.script}), `results/{name}.json`."]
-        lines += wrapped(conditions(result))
+        lines += record.wrapped(conditions(result))
         cells = quality(result["figures"]) if "figures" in result else list(speed(result))
         head = ["what", "Soli"] if "figures" in result else ["what", "Soli", "peer", "ratio"]
         lines += ["", f"| {' | '.join(head)} |", "|---|" + "--:|" * (len(head) - 1)]
         lines += [f"| {' | '.join(row)} |" for row in cells]
     return "\n".join(lines)
-
-
-def wrapped(text: str, width: int = 120) -> list[str]:
-    """Lines of at most `width` characters, one sentence's words after another."""
-    lines = [""]
-    for word in text.split():
-        if len(lines[-1]) + 1 + len(word) > width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return lines
 
 
 def conditions(result: Result) -> str:

@@ -293,6 +293,16 @@ def figure(value: float, unit: str) -> str:
     return f"{value:,.{digits}f} {unit}"
 
 
+def wrapped(text: str, width: int = 120) -> list[str]:
+    """Lines of at most `width` characters, one sentence's words after another."""
+    lines = [""]
+    for word in text.split():
+        if len(lines[-1]) + 1 + len(word) > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return lines
+
+
 def verdict(ratio: float, unit: str) -> str:
     """A ratio with the word that a loss deserves."""
     if EVEN[0] <= ratio <= EVEN[1]:

@@ -85,7 +85,7 @@ def table(results: dict) -> str:
     where = f"{machine['cpu']}, {machine['threads']} thread, torch {machine['torch']}"
     when = f"{machine['date']}, commit {machine['commit'][:7]}"
     what = f"Input and output {size['width']} wide, {size['tokens']:,} tokens, float32, forward"
-    lines += ["", f"{what}; {where}; {when}; medians of {size['rounds']} interleaved rounds."]
+    lines += ["", *record.wrapped(f"{what}; {where}; {when}; medians of {size['rounds']} interleaved rounds.")]
     return "\n".join(lines)
 
 

@@ -98,7 +98,7 @@ def fine_grained(D: int, E: int, K: int, F: int, cut: int, **fields: object) -> 
 
 @torch.no_grad()
 def inside_moe(textbook: Textbook, slope: float = 2.0**40) -> MoE:
-    """The way back: the textbook's weights in an unchanged MoE layer, whose input carries a 1 in column D."""
+    """The way back: the textbook's weights in an unchanged MoE layer, whose input has a 1 in column D."""
     E, D = textbook.gate.weight.shape
     N = textbook.experts[0].out_features
     shape = {"hidden_size": D + 1, "n_routed_experts": E, "moe_intermediate_size": N, "n_shared_experts": 0}
@@ -136,7 +136,7 @@ def heading(step: int, name: str, layer: nn.Module) -> None:
 
 
 def show_gates(gate_TE: Tensor, y_TN: Tensor) -> None:
-    """A line per token: each expert's gate (a dot where it does not play), their sum, the output's first values."""
+    """A line per token: each expert's gate (a dot where it is not selected), their sum, the output's first values."""
     experts = "".join(f"{f'e{e}':>8}" for e in range(gate_TE.shape[1]))
     print(f"   token{experts}     sum    output")
     for t, (gate_E, y_N) in enumerate(zip(gate_TE.tolist(), y_TN.tolist(), strict=True)):
