@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from soli.config import ModelConfig
-from soli.kernels.sorted_experts import dispatch
+from soli.kernels.torch_backend import dispatch_and_combine
 from soli.model.moe import MoE
 from soli.model.router import Router, Routing
 
@@ -40,7 +40,7 @@ class Sparse(nn.Module):
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Routing]:
         routing = self.gate(x_TD)
         E = len(self.experts)
-        return dispatch(x_TD, routing.expert_ids_TK, routing.weights_TK, E, self.run), routing
+        return dispatch_and_combine(x_TD, routing.expert_ids_TK, routing.weights_TK, E, self.run), routing
 
     def run(self, x_PD: Tensor, weights_P1: Tensor, counts_E: Tensor) -> Tensor:
         runs = zip(self.experts, x_PD.split(counts_E.tolist()), strict=True)
@@ -57,7 +57,7 @@ def in_textbook_order(layer: Sparse, x_TD: Tensor) -> Tensor:
     routing = layer.gate(x_TD)
     ids_TK, places_TK = routing.expert_ids_TK.sort(dim=-1)
     weights_TK = routing.weights_TK.gather(1, places_TK)
-    return dispatch(x_TD, ids_TK, weights_TK, len(layer.experts), layer.run)
+    return dispatch_and_combine(x_TD, ids_TK, weights_TK, len(layer.experts), layer.run)
 
 
 TOP_2 = SOFTMAX | {"num_experts_per_tok": 2}
