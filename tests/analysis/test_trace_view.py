@@ -33,16 +33,16 @@ def printed(view, tokens, **console) -> str:
 def test_one_line_per_token_with_a_column_per_layer():
     lines = printed(print_table, passage(), width=120).splitlines()
     assert lines[:4] == [
-        "         layers.0             layers.1",
-        "<|bos|>    7█75  12▅25    ~4    7█75  12▅25    ~4",
-        "猫坐       7█75 +12▅25 -3 ~4    7█75 +12▅25 -3 ~4",
-        "·cat       7█75 +12▅25 -3 ~4    7█75 +12▅25 -3 ~4",
+        "         layers.0               layers.1",
+        "<|bos|>    7█75%  12▅25%    ~4    7█75%  12▅25%    ~4",
+        "猫坐       7█75% +12▅25% -3 ~4    7█75% +12▅25% -3 ~4",
+        "·cat       7█75% +12▅25% -3 ~4    7█75% +12▅25% -3 ~4",
     ]
     assert "the bias changed 4 of 6 choices; closest runner-up: expert 4 in layers.0" in lines[-1]
 
 
 def test_the_legend_takes_its_examples_from_the_trace():
-    signs = "7█75 expert 7 carries 75 % of the routed weight · +12 promoted by the bias · -3 demoted by the bias · "
+    signs = "7█75% expert 7 carries 75 % of the routed weight · +12 promoted by the bias · -3 demoted by the bias · "
     assert printed(print_table, passage(), width=120).splitlines()[-2] == signs + "~4 runner-up"
     unbiased = [TokenTrace(0, 0, "<|bos|>", "prompt", (layer("layers.0", False),))]
     assert "by the bias ·" not in printed(print_table, unbiased, width=120)
@@ -61,8 +61,8 @@ def test_layers_that_do_not_fit_the_width_go_into_further_tables():
 
 
 def test_tables_have_equal_numbers_of_columns_where_they_can():
-    """Three of these columns fit in 80; four make two and two, not three and one."""
-    lines = printed(print_table, passage(layers=4), width=80).splitlines()
+    """Three of these columns fit in 90; four make two and two, not three and one."""
+    lines = printed(print_table, passage(layers=4), width=90).splitlines()
     heads = [line for line in lines if line.strip().startswith("layers.")]
     assert [line.count("layers.") for line in heads] == [2, 2]
 

@@ -1,8 +1,8 @@
 """A trace as a table for a terminal: tokens downward, layers across, and in each cell the selected experts.
 
-A cell reads ` 15▆41 +19▂12 -7 ~22`: expert 15 carries 41 % of the routed weight; 19 was promoted by the router's bias;
-7 was demoted by it; 22 was the first runner-up. Layers that do not fit the width go into a further table below. Colour
-comes from the console and says nothing that the signs do not say.
+A cell reads ` 15▆41% +19▂12% -7 ~22`: expert 15 carries 41 % of the routed weight; 19 was promoted by the router's
+bias; 7 was demoted by it; 22 was the first runner-up. Layers that do not fit the width go into a further table below.
+Colour comes from the console and says nothing that the signs do not say.
 """
 
 import re
@@ -114,7 +114,7 @@ def _signed(expert: SelectedExpert) -> str:
 def _selected(expert: SelectedExpert, share: float, width: int) -> Text:
     bar = BARS[min(len(BARS) - 1, int(share * 2 * len(BARS)))]  # half of the weight fills the bar
     entry = Text(_signed(expert).rjust(width), PROMOTED if expert.promoted_by_bias else "bold")
-    return entry.append(bar, "cyan").append(f"{100 * share:<2.0f}", QUIET)
+    return entry.append(bar, "cyan").append(f"{100 * share:.0f}%".ljust(3), QUIET)
 
 
 def _tables(columns: list[list[Text]], width: int) -> list[list[list[Text]]]:
