@@ -18,9 +18,9 @@ def browser() -> Iterator[Any]:
     if chromium is None:
         pytest.skip("needs chromium: apt-get install chromium, or CHROMIUM=path")
     with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=chromium)
-        yield started
-        started.close()
+        chromium_browser = playwright.chromium.launch(executable_path=chromium)
+        yield chromium_browser
+        chromium_browser.close()
 
 
 @pytest.fixture
@@ -31,14 +31,14 @@ def mock() -> Iterator[MockServer]:
 
 @pytest.fixture
 def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
-    """Opens a server's page. In the end: no error was logged, nothing was asked of another origin, nothing was stored.
+    """Opens a server's page. At the end: no error was logged, no other origin was requested, nothing was stored.
 
-    `complaints` are texts that the console may hold (a refused key is logged by the browser itself);
+    `complaints` are texts that the console may have (a rejected key is logged by the browser itself);
     `watch` is a script that runs before the page's own.
     """
     opened: list[tuple[Any, str, list[str], list[str], tuple[str, ...]]] = []
 
-    def open_it(
+    def open_in_browser(
         server: Any, complaints: tuple[str, ...] = (), ready: bool = True, watch: str = "", **options: Any
     ) -> Any:
         options = {"viewport": {"width": 1280, "height": 900}, "locale": "en-GB", "color_scheme": "light", **options}
@@ -58,9 +58,9 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
             page.wait_for_selector("body:not(.loading)")
         return page
 
-    yield open_it
+    yield open_in_browser
     for page, url, errors, requests, complaints in opened:
-        assert [error for error in errors if not any(known in error for known in complaints)] == []
-        assert [asked for asked in requests if not asked.startswith(f"{url}/")] == []
+        assert [error for error in errors if not any(complaint in error for complaint in complaints)] == []
+        assert [request for request in requests if not request.startswith(f"{url}/")] == []
         assert page.evaluate("[localStorage.length, sessionStorage.length, document.cookie]") == [0, 0, ""]
         page.context.close()

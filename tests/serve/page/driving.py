@@ -19,11 +19,11 @@ LIT = """(id) => { // cells that differ from what a silent grid has at the same 
 
 
 def until(page, condition, seconds=30.0):
-    """Waits for a JavaScript expression, long where other tests take the cores; the page's policy forbids the polling
-    that Playwright would put into it."""
-    end = time.monotonic() + seconds
+    """Waits for a JavaScript expression, for long since other tests use the cores; the page's policy forbids the
+    polling script of Playwright."""
+    deadline = time.monotonic() + seconds
     while not page.evaluate(condition):
-        assert time.monotonic() < end, f"still not so: {condition}"
+        assert time.monotonic() < deadline, f"still not true: {condition}"
         page.wait_for_timeout(15)
 
 

@@ -1,6 +1,6 @@
-"""Traces at V3's size without V3: real routers, 256 experts in 8 groups, with random weights, reading random walks.
+"""Traces of V3's size without V3: real routers, 256 experts in 8 groups, with random weights, on random walks.
 
-The decisions are true decisions (`trace_layer` reads them); what they are about is made up, and said to be.
+The decisions are real (`trace_layer` makes the traces), the text is not, and the model's name says so.
 """
 
 from functools import cache
@@ -24,7 +24,7 @@ WORDS = TEXT.split()
 
 
 def giant_model(layers: int = 58) -> dict[str, Any]:
-    """What `GET /soli/model` says: V3's own counts; its MoE layers are layers.3 to layers.60."""
+    """The answer of `GET /soli/model`: V3's own counts; its MoE layers are layers.3 to layers.60."""
     config, first = preset("deepseek-v3"), 61 - layers
     counted = count(config)
     return {

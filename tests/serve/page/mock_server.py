@@ -1,9 +1,9 @@
 """A stand-in for `soli serve` with the standard library alone: the page's own files, and streams replayed from traces.
 
-Recorded traces are outputs of a model that was in the box in November 2026; any would do. Another is recorded by
-`soli translate "TEXT" --experts --json` and `soli generate nano "The river" --experts --json`. The large stage is made
-up in giant.py.
-Every request is kept in `asked`, so that a test can say what the page sent, and that it sent nothing elsewhere.
+The recorded traces are outputs of an earlier bundled model with the field names of Soli 0.1, which the page still
+reads; any would do. Another is recorded by `soli translate "TEXT" --experts --json` and
+`soli generate nano "The river" --experts --json`. The large one is synthetic (giant.py). Every request is recorded in
+`requests`, so that a test can check what the page sent, and that it sent nothing elsewhere.
 """
 
 import json
@@ -18,7 +18,7 @@ from typing import Any
 from soli.serve.page_routes import page_files
 
 RECORDINGS = Path(__file__).parent / "recordings"
-# The page begins with other sentences than those that were recorded, of an earlier model, for what their roads show.
+# The page starts with other sentences than the recorded ones, which have more instructive routes.
 RECORDED = {
     "He drank a cup of tea.": "You can use this knife to cut wood.",
     "他喝了一杯茶。": "你可以用这把刀切木头。",
@@ -43,13 +43,13 @@ class Piece:
 
     text: str
     tokens: list[dict[str, Any]]
-    thought: str = ""  # what a reasoning model says before its answer
+    reasoning: str = ""  # before the answer
 
 
 def recorded() -> list[Piece]:
-    """The recordings, by the text that was asked."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RECORDINGS.glob("*.json"))]
-    return [Piece(one.get("source") or one["prompt"], one["experts"]) for one in found]
+    """The recordings, by their prompt."""
+    recordings = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RECORDINGS.glob("*.json"))]
+    return [Piece(trace.get("source") or trace["prompt"], trace["experts"]) for trace in recordings]
 
 
 @dataclass
@@ -59,11 +59,11 @@ class MockServer:
     model: dict[str, Any] = field(default_factory=lambda: NANO)
     pieces: list[Piece] = field(default_factory=recorded)
     key: str | None = None
-    loading: int = 0  # how many times the model is asked for before it is there
+    loading: int = 0  # how many requests for the model fail before it is loaded
     pace: float = 0.0
     fail_after: int | None = None  # answer tokens after which a stream breaks off with an error
-    asked: list[tuple[str, str, Any]] = field(default_factory=list)
-    dropped: int = 0  # streams that the page closed before their end
+    requests: list[tuple[str, str, Any]] = field(default_factory=list)
+    dropped: int = 0  # streams that the page closed early
 
     def __enter__(self) -> "MockServer":
         self._server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"mock": self}))
@@ -77,17 +77,17 @@ class MockServer:
 
     def bodies(self, path: str) -> list[Any]:
         """What was posted to a path, in order."""
-        return [body for _, asked, body in self.asked if asked == path]
+        return [body for _, request_path, body in self.requests if request_path == path]
 
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[str]:
         text = body.get("text") or body.get("prompt") or body["messages"][-1]["content"]
         piece = next((piece for piece in self.pieces if piece.text == text), self.pieces[0])
-        tokens = [muted(token, body["soli"]["mute"]) for token in piece.tokens]
+        tokens = [without_masked(token, body["soli"]["masked_experts"]) for token in piece.tokens]
         prompt = [token for token in tokens if token["part"] == "prompt"]
         answer = [token for token in tokens if token["part"] == "answer"]
         yield json.dumps({"choices": [_choice(path, "")], "soli": {"tokens": prompt}})
-        if piece.thought:
-            yield json.dumps({"choices": [{"index": 0, "delta": {"reasoning_content": piece.thought}}]})
+        if piece.reasoning:
+            yield json.dumps({"choices": [{"index": 0, "delta": {"reasoning_content": piece.reasoning}}]})
         for number, token in enumerate(answer):
             if number == self.fail_after:
                 yield json.dumps({"error": {"message": "the step failed"}})
@@ -97,53 +97,53 @@ class MockServer:
         yield "[DONE]"
 
     def expert(self, layer: int, expert: int) -> dict[str, Any]:
-        name, found = f"layers.{layer}", []
-        read = sum(len(piece.tokens) for piece in self.pieces)
+        name = f"layers.{layer}"
+        tokens: list[dict[str, Any]] = []
+        tokens_read = sum(len(piece.tokens) for piece in self.pieces)
         for piece in self.pieces:
             for at, token in enumerate(piece.tokens):
-                players = next(one["players"] for one in token["layers"] if one["layer"] == name)
+                players = next(trace["players"] for trace in token["layers"] if trace["layer"] == name)
                 weight = next((player["weight"] for player in players if player["expert"] == expert), None)
                 if weight is not None:
-                    before = "".join(one["text"] for one in piece.tokens[max(0, at - 3) : at])
-                    after = "".join(one["text"] for one in piece.tokens[at + 1 : at + 3])
-                    found.append({"text": token["text"], "weight": weight, "before": before, "after": after})
-        found.sort(key=lambda one: -one["weight"])
+                    before = "".join(other["text"] for other in piece.tokens[max(0, at - 3) : at])
+                    after = "".join(other["text"] for other in piece.tokens[at + 1 : at + 3])
+                    tokens.append({"text": token["text"], "weight": weight, "before": before, "after": after})
+        tokens.sort(key=lambda token: -token["weight"])
         kinds = dict.fromkeys(("chinese", "english", "digits", "punctuation", "other"), 0)
-        for one in found:
-            kinds[_kind(one["text"])] += 1
+        for token in tokens:
+            kinds[_kind(token["text"])] += 1
         return {
             "layer": name,
             "expert": expert,
-            "plays": len(found),
-            "read": read,
-            "tokens": found[:32],
+            "selected": len(tokens),
+            "tokens_read": tokens_read,
+            "tokens": tokens[:32],
             "kinds": kinds,
         }
 
 
-def muted(token: dict[str, Any], pairs: list[list[int]]) -> dict[str, Any]:
-    """The token as if the pairs (layer number, expert) did not play: the next in line takes the place."""
-    away = {(f"layers.{layer}", expert) for layer, expert in pairs}
-    return token | {"layers": [_without(layer, away) for layer in token["layers"]]}
+def without_masked(token: dict[str, Any], pairs: list[list[int]]) -> dict[str, Any]:
+    """The token with the pairs (layer number, expert) masked: the runner-up takes the place."""
+    masked = {(f"layers.{layer}", expert) for layer, expert in pairs}
+    return token | {"layers": [_layer_without(layer, masked) for layer in token["layers"]]}
 
 
-def _without(layer: dict[str, Any], away: set[tuple[str, int]]) -> dict[str, Any]:
-    stay = [player for player in layer["players"] if (layer["layer"], player["expert"]) not in away]
-    gone = len(layer["players"]) - len(stay)
-    if not gone:
+def _layer_without(layer: dict[str, Any], masked: set[tuple[str, int]]) -> dict[str, Any]:
+    remaining = [player for player in layer["players"] if (layer["layer"], player["expert"]) not in masked]
+    masked_count = len(layer["players"]) - len(remaining)
+    if not masked_count:
         return layer
-    taken = layer["near_misses"][:gone]
-    filled = [
+    promoted = [
         {
-            "expert": near["expert"],
+            "expert": runner_up["expert"],
             "weight": 0.4,
-            "affinity": near["affinity"],
-            "biased": near["biased"],
-            "let_in": False,
+            "affinity": runner_up["affinity"],
+            "biased": runner_up["biased"],
+            "let_in": False,  # old name
         }
-        for near in taken
+        for runner_up in layer["near_misses"][:masked_count]
     ]
-    return layer | {"players": stay + filled, "near_misses": layer["near_misses"][gone:]}
+    return layer | {"players": remaining + promoted, "near_misses": layer["near_misses"][masked_count:]}
 
 
 def _choice(path: str, text: str) -> dict[str, Any]:
@@ -165,7 +165,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, *_: object) -> None:
-        """A browser that closes while it is being answered is no error of the server."""
+        """A browser that disconnects is no error of the server."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -174,15 +174,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
-        self.mock.asked.append(("GET", self.path, None))
+        self.mock.requests.append(("GET", self.path, None))
         file = page_files().get(path)
         if file is not None:
             content = file.content
-            for text, recorded in RECORDED.items():
-                content = content.replace(text.encode(), recorded.encode())
+            for text, recorded_text in RECORDED.items():
+                content = content.replace(text.encode(), recorded_text.encode())
             self._send(200, content, file.headers)
         elif not self._allowed():
-            self._json(401, {"error": {"message": "an API key is needed"}})
+            self._json(401, {"error": {"message": "an API key is required"}})
         elif self.mock.loading > 0:
             self.mock.loading -= 1
             self._json(503, {"error": {"message": "the model is still being loaded"}})
@@ -195,9 +195,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.mock.asked.append(("POST", self.path, body))
+        self.mock.requests.append(("POST", self.path, body))
         if not self._allowed():
-            self._json(401, {"error": {"message": "an API key is needed"}})
+            self._json(401, {"error": {"message": "an API key is required"}})
             return
         self.close_connection = True
         self.send_response(200)

@@ -1,4 +1,4 @@
-"""The page in a real browser, control by control, on recorded traces of the model in the box."""
+"""The page in a real browser, control by control, on recorded traces of the bundled model."""
 
 import json
 
@@ -24,13 +24,14 @@ def test_translating_shows_the_answer_the_tokens_and_the_light(mock, open_page):
     assert (page.inner_text("#total"), page.inner_text("#share")) == ("18M", "38.9 %")
     heard = {
         (layer["layer"], player["expert"])
-        for one in KNIFE["experts"]
-        for layer in one["layers"]
+        for trace in KNIFE["experts"]
+        for layer in trace["layers"]
         for player in layer["players"]
     }
     assert page.inner_text("#heard") == f"{len(heard)} of 128"
     (body,) = mock.bodies("/soli/translate")
-    assert body == {"text": KNIFE["source"], "to": None, "stream": True, "soli": {"routing": "full", "mute": []}}
+    soli = {"routing": "full", "masked_experts": []}
+    assert body == {"text": KNIFE["source"], "to": None, "stream": True, "soli": soli}
 
 
 def test_a_token_shows_its_road(mock, open_page):
@@ -45,18 +46,19 @@ def test_a_token_shows_its_road(mock, open_page):
     players = sorted(layer["players"], key=lambda player: -player["weight"])
     assert [int(row[0]) for row in rows[:4]] == [player["expert"] for player in players]
     assert [row[3] for row in rows[:4]] == [f"{player['affinity']:.3f}" for player in players]
-    assert [row[1] == "let in" for row in rows[:4]] == [player["let_in"] for player in players]
+    assert [row[1] == "let in" for row in rows[:4]] == [player["let_in"] for player in players]  # old name
     assert float(rows[0][4].replace("−", "-")) == pytest.approx(players[0]["biased"] - players[0]["affinity"], abs=6e-4)
-    kept_out = {out["expert"]: out for out in layer["kept_out"]}
-    assert {int(row[0]) for row in rows if row[1].startswith("kept out")} == set(kept_out) and kept_out
+    demoted = {expert["expert"] for expert in layer["kept_out"]}  # old name
+    assert {int(row[0]) for row in rows if row[1].startswith("kept out")} == demoted and demoted
     assert any(row[1] == "kept out: group 3 fell" for row in rows)
-    nearest = layer["near_misses"][0]
-    assert any(row[1] == f"next, by {nearest['margin']:.3f}" and int(row[0]) == nearest["expert"] for row in rows)
+    runner_up = layer["near_misses"][0]
+    marked = [row for row in rows if row[1] == f"next, by {runner_up['margin']:.3f}"]
+    assert any(int(row[0]) == runner_up["expert"] for row in marked)
     assert f"Groups that survived: {', '.join(map(str, layer['groups']))} (of 4)." in table.inner_text()
     assert page.evaluate(
         "document.querySelector('#grid-a .over').getContext('2d').getImageData(0,0,2000,400).data.some(Boolean)"
     )
-    page.locator("#panel-token .expert").first.click()  # from the road to its heaviest expert
+    page.locator("#panel-token .expert").first.click()  # to the expert of highest weight
     assert page.inner_text("#panel-expert h3") == f"layers.1, expert {players[0]['expert']}"
 
 
@@ -87,14 +89,14 @@ def test_an_expert_shows_what_it_plays_by_pointer_and_by_keyboard(mock, open_pag
     choose_cell(page, 0, 0)
     page.mouse.click(ring["x"] + ring["width"] / 2, ring["y"] + ring["height"] / 2)
     assert page.inner_text("#panel-expert h3") == "layers.2, expert 3"
-    said = mock.expert(2, 3)
+    report = mock.expert(2, 3)
     page.wait_for_selector(".repertoire li")
-    assert page.locator(".repertoire b").all_inner_texts()[0].replace("·", " ") == said["tokens"][0]["text"]
+    assert page.locator(".repertoire b").all_inner_texts()[0].replace("·", " ") == report["tokens"][0]["text"]
     assert page.locator(".kinds li").count() == 5
-    share = round(100 * said["kinds"]["english"] / said["plays"])
+    share = round(100 * report["kinds"]["english"] / report["selected"])
     assert (
         page.locator(".kinds li").nth(1).get_attribute("aria-label")
-        == f"English: {said['kinds']['english']}, {share} %"
+        == f"English: {report['kinds']['english']}, {share} %"
     )
     page.locator("#panel-expert .tokens .token").first.click()  # and back to a token that it played
     assert page.locator("#panel-token").is_visible()
@@ -109,14 +111,14 @@ def test_muting_an_expert_and_running_again(mock, open_page):
     page.click("#mute")
     assert page.get_attribute("#mute", "aria-pressed") == "true"
     page.focus("#grid-a")
-    assert named_cell(page).endswith(", muted")
+    assert named_cell(page).endswith(", muted")  # old name
     page.keyboard.press("ArrowLeft")
     page.keyboard.press("m")
     assert page.locator(".chip").all_inner_texts() == [f"4·{heaviest} ×", f"4·{heaviest - 1} ×"]
     page.keyboard.press("m")
     page.click("#run-again")
     until_done(page)
-    assert mock.bodies("/soli/translate")[-1]["soli"]["mute"] == [[4, heaviest]]
+    assert mock.bodies("/soli/translate")[-1]["soli"]["masked_experts"] == [[4, heaviest]]
     token(page, WOOD).click()
     assert str(heaviest) not in page.locator("#panel-token .layer").nth(3).locator("tr.plays .expert").all_inner_texts()
     assert page.inner_text("#panel-expert h3") == f"layers.4, expert {heaviest}"
@@ -135,7 +137,7 @@ def test_pause_step_replay_seek_and_speed(mock, open_page):
     at = page.inner_text("#at")
     assert page.inner_text("#play") == "Play" and int(at.split()[0]) < 12
     page.wait_for_timeout(500)
-    assert page.inner_text("#at") == at  # it stands still
+    assert page.inner_text("#at") == at  # paused
     page.click("#step")
     assert int(page.inner_text("#at").split()[0]) == int(at.split()[0]) + 1
     assert page.locator('#strip-a [aria-selected="true"]').count() == 1
@@ -151,7 +153,7 @@ def test_pause_step_replay_seek_and_speed(mock, open_page):
     assert page.inner_text("#at") == "20 of 20"
     assert page.locator('#strip-a [aria-selected="true"]').count() == 0
     page.select_option("#speed", "1")
-    page.click("#play")  # at the end: once more from the beginning
+    page.click("#play")  # at the end: again from the start
     assert page.inner_text("#play") == "Pause" and int(page.inner_text("#at").split()[0]) < 3
 
 
@@ -182,12 +184,13 @@ def test_the_same_text_is_all_in_common_and_a_mute_in_b_alone_is_seen(mock, open
     page.click("#mute")
     page.click("#run-again")
     until(page, "document.querySelector('#common').textContent.match(/ \\d\\d %/)")
-    assert sorted(body["soli"]["mute"] for body in mock.bodies("/soli/translate")[-2:]) == [[], [[4, heaviest]]]
+    bodies = mock.bodies("/soli/translate")[-2:]
+    assert sorted(body["soli"]["masked_experts"] for body in bodies) == [[], [[4, heaviest]]]
 
 
 def test_completing_and_chatting(mock, open_page):
     mock.model = mock.model | {"modes": ["chat", "translate", "complete"]}
-    mock.pieces.append(Piece("And then?", mock.pieces[0].tokens, thought="Let me think."))
+    mock.pieces.append(Piece("And then?", mock.pieces[0].tokens, reasoning="Let me think."))
     page = open_page(mock)
     page.fill("#text-a", "The river")
     play(page)
@@ -211,7 +214,7 @@ def test_completing_and_chatting(mock, open_page):
     assert page.locator(".words .given").inner_text() == "The river"
 
 
-def test_the_key_is_asked_for_and_kept_in_memory_alone(mock, open_page):
+def test_the_key_is_requested_and_held_in_memory_only(mock, open_page):
     mock.key = "secret"
     page = open_page(mock, complaints=("401",), ready=False)
     page.wait_for_selector("#key-dialog[open]")
@@ -225,7 +228,7 @@ def test_the_key_is_asked_for_and_kept_in_memory_alone(mock, open_page):
     assert page.input_value("#key-input") == "" and page.locator("#key-button").is_visible()
     play(page)
     assert page.locator(".reply .words").inner_text() == KNIFE["translation"]
-    mock.key = "changed"  # in the middle of a session: asked again, then the run goes on
+    mock.key = "changed"  # in the middle of a session: requested again, then the run continues
     page.click("#run")
     page.wait_for_selector("#key-dialog[open]")
     page.fill("#key-input", "changed")
@@ -235,7 +238,7 @@ def test_the_key_is_asked_for_and_kept_in_memory_alone(mock, open_page):
 
 def test_a_model_without_routed_experts_answers_all_the_same(mock, open_page):
     mock.model = mock.model | {"layers": [], "experts": 0, "chosen": 0, "groups": 1, "kept_groups": 1}
-    mock.pieces = [Piece(KNIFE["source"], [one | {"layers": []} for one in KNIFE["experts"]])]
+    mock.pieces = [Piece(KNIFE["source"], [trace | {"layers": []} for trace in KNIFE["experts"]])]
     page = open_page(mock)
     assert "every parameter plays for every token" in page.inner_text("#no-routing")
     page.click("#run")
@@ -265,7 +268,7 @@ def test_stopping_closes_the_stream(mock, open_page):
     assert mock.dropped == 1
 
 
-def test_failures_are_said(mock, open_page):
+def test_failures_are_shown(mock, open_page):
     mock.fail_after = 3
     page = open_page(mock)
     page.click("#run")
@@ -278,7 +281,8 @@ def test_failures_are_said(mock, open_page):
 
 def test_what_the_model_writes_is_never_html(mock, open_page):
     evil = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
-    tokens = [one | {"text": evil if one["part"] == "answer" else "\u202eevil\x1b[31m"} for one in KNIFE["experts"]]
+    prompt = "\u202eevil\x1b[31m"
+    tokens = [trace | {"text": evil if trace["part"] == "answer" else prompt} for trace in KNIFE["experts"]]
     mock.pieces = [Piece(KNIFE["source"], tokens)]
     mock.model = mock.model | {"name": "<b>nano</b>"}
     page = open_page(mock)

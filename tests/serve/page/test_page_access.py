@@ -48,12 +48,12 @@ def test_every_control_has_a_name_and_every_text_its_contrast(mock, open_page, s
     choose_cell(page, 0, 4)
     page.wait_for_selector(".repertoire li")
     page.click("#mute")
-    seen = page.evaluate(CONTRAST)
+    contrasts = page.evaluate(CONTRAST)
     token(page, 9).click()
-    seen += page.evaluate(CONTRAST)
-    assert len(seen) > 120 and [one for one in seen if one[0] < 4.5] == []
+    contrasts += page.evaluate(CONTRAST)
+    assert len(contrasts) > 120 and [contrast for contrast in contrasts if contrast[0] < 4.5] == []
     names = page.evaluate(NAMES)
-    assert len(names) > 40 and [one for one in names if not one[1]] == []
+    assert len(names) > 40 and [control for control in names if not control[1]] == []
     chinese = page.evaluate("document.documentElement.lang") == "zh-CN"
     assert chinese == (locale == "zh-CN")
     texts = page.locator("[data-t]:visible").all_inner_texts()
@@ -76,7 +76,7 @@ def test_tab_visits_every_control_once_in_reading_order_and_shows_where_it_is(mo
         shown = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
         assert shown != "none", at
         order.append(at.removesuffix(" sounding"))
-    stops = [one for one in order if not one.startswith(("expert", "SUMMARY", "scroll"))]
+    stops = [stop for stop in order if not stop.startswith(("expert", "SUMMARY", "scroll"))]
     assert stops == [
         "skip", "theme", "language", "mode-translate", "text-a", "direction", "compare", "run",
         "grid-a", "token prompt", "play", "step-back", "step", "replay", "seek", "speed", "tab-token",
@@ -90,18 +90,18 @@ def test_the_grid_names_each_cell_as_the_cursor_goes(mock, open_page):
     token(page, 9).click()
     page.focus("#grid-a")
     assert page.get_attribute("#grid-a", "role") == "grid" and page.get_attribute("#grid-a", "aria-colcount") == "32"
-    named = []
+    cells = []
     for key in ["PageUp", "Home", "End", "PageDown", "ArrowLeft"]:
         page.keyboard.press(key)
         active = page.get_attribute("#grid-a", "aria-activedescendant")
         cell = page.locator(f"#{active}")
         row = cell.locator("xpath=..").get_attribute("aria-rowindex")
-        named.append((active, cell.inner_text().split(":")[0], row, cell.get_attribute("aria-colindex")))
-    assert [one[1:] for one in named] == [
+        cells.append((active, cell.inner_text().split(":")[0], row, cell.get_attribute("aria-colindex")))
+    assert [cell[1:] for cell in cells] == [
         ("layers.1, expert 0", "1", "1"), ("layers.1, expert 0", "1", "1"), ("layers.1, expert 31", "1", "32"),
         ("layers.4, expert 31", "4", "32"), ("layers.4, expert 30", "4", "31"),
     ]  # fmt: skip
-    assert all(before[0] != after[0] for before, after in pairwise(named))
+    assert all(before[0] != after[0] for before, after in pairwise(cells))
 
 
 def test_theme_and_language_can_be_switched(mock, open_page):
@@ -131,9 +131,9 @@ def test_little_motion_means_no_flashes(mock, open_page):
     while page.inner_text("#at") != "20 of 20":
         lit.append(page.evaluate(LIT, "grid-a"))
     page.wait_for_timeout(100)
-    settled = page.evaluate(LIT, "grid-a")
+    final = page.evaluate(LIT, "grid-a")
     page.wait_for_timeout(700)
-    assert page.evaluate(LIT, "grid-a") == settled > 0  # nothing fades
+    assert page.evaluate(LIT, "grid-a") == final > 0  # nothing fades
     assert len(lit) > 2
 
 

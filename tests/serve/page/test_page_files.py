@@ -12,7 +12,7 @@ SOURCES = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.iterdi
 SCRIPTS = {name: text for name, text in SOURCES.items() if name.endswith(".js")}
 
 
-def test_every_file_that_is_named_is_served_and_every_file_that_is_served_is_named():
+def test_every_referenced_file_is_served_and_every_served_file_is_referenced():
     named = set(re.findall(r"/static/[\w.-]+", SOURCES["index.html"]))
     named |= {f"/static/{name}" for text in SCRIPTS.values() for name in re.findall(r"from '\./([\w.]+)'", text)}
     assert named | {"/"} == set(page_files())
@@ -27,7 +27,7 @@ def test_headers_allow_the_page_and_nothing_else():
 
 
 @pytest.mark.parametrize("name", sorted(SOURCES))
-def test_files_are_small_and_point_nowhere_else(name):
+def test_files_are_small_and_reference_no_other_origin(name):
     assert SOURCES[name].count("\n") < 350
     assert re.findall(r"(?:https?:)?//(?!www\.w3\.org/2000/svg)[\w.]+\.\w", SOURCES[name]) == []
 
@@ -41,13 +41,13 @@ def test_no_script_parses_html_or_stores_anything(name):
 
 
 def tables() -> dict[str, dict[str, str]]:
-    found = {}
+    languages = {}
     for language, body in re.findall(r"^const (EN|ZH) = \{\n(.*?)^\};", SCRIPTS["strings.js"], re.S | re.M):
-        found[language] = dict(re.findall(r"(\w+): '((?:[^'\\]|\\.)*)'", body))
-    return found
+        languages[language] = dict(re.findall(r"(\w+): '((?:[^'\\]|\\.)*)'", body))
+    return languages
 
 
-def test_both_languages_say_the_same_things_with_the_same_gaps():
+def test_both_languages_have_the_same_strings_and_placeholders():
     english, chinese = tables()["EN"], tables()["ZH"]
     assert len(english) > 90 and set(english) == set(chinese)
     for key, text in english.items():

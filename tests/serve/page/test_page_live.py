@@ -1,4 +1,4 @@
-"""The page on the real server with the model in the box: what the stand-in shows must be what `soli serve` does."""
+"""The page on the real server with the bundled model: what the stand-in shows must be what `soli serve` does."""
 
 import json
 import os
@@ -22,13 +22,13 @@ TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message.role }}: {{ m
 
 
 @dataclass
-class Server:
+class RunningServer:
     url: str
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """`soli serve` of the model in the box, given a chat template so that all three modes are there, and a key."""
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """`soli serve` of the bundled model, with a chat template so that it has all three modes, and a key."""
     folder = tmp_path_factory.mktemp("models") / "nano-chat"
     folder.mkdir()
     for path in open_checkpoint("nano").folder.iterdir():
@@ -42,14 +42,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         assert server.stderr is not None
         line = next(line for line in server.stderr if "http://" in line)
         url = re.search(r"http://[\d.:]+", line)[0]  # type: ignore[index]
-        while not _lives(url):
+        while not _is_healthy(url):
             time.sleep(0.02)
-        yield Server(url)
+        yield RunningServer(url)
         server.terminate()
         server.stderr.read()
 
 
-def _lives(url: str) -> bool:
+def _is_healthy(url: str) -> bool:
     try:
         return urllib.request.urlopen(f"{url}/health").status == 200
     except urllib.error.URLError:
@@ -67,7 +67,7 @@ def page(served, open_page):
 
 @pytest.fixture(scope="module")
 def answer():
-    """What `soli translate` says to the sentence, from the same model."""
+    """The output of `soli translate` for the sentence, from the same model."""
     command = [sys.executable, "-m", "soli", "translate", KNIFE["source"], "--experts", "--json"]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
@@ -80,7 +80,7 @@ def test_translating_on_the_real_server(page, answer):
     assert page.locator("#strip-a .token").count() == len(answer["experts"])
     assert page.inner_text("#activated") == "6.37M"
     token(page, WOOD).click()
-    heaviest = max(answer["experts"][WOOD]["layers"][3]["selected"], key=lambda player: player["weight"])["expert"]
+    heaviest = max(answer["experts"][WOOD]["layers"][3]["selected"], key=lambda expert: expert["weight"])["expert"]
     layer = page.locator("#panel-token .layer").nth(3)
     assert int(layer.locator("tr.plays .expert").first.inner_text()) == heaviest
     choose_cell(page, 3, heaviest)

@@ -73,7 +73,7 @@ async function* serverSentData(body) {
 
 /** The path and body that ask for `text` in `mode`; `past` are the earlier messages of a chat. */
 export function asking(mode, text, { to, past, maxTokens, name, mutes }) {
-  const soli = { routing: 'full', mute: mutes };
+  const soli = { routing: 'full', masked_experts: mutes };
   const common = { model: name, max_tokens: maxTokens, temperature: 0, soli };
   if (mode === 'translate') return ['/soli/translate', { text, to: to || null, soli }];
   if (mode === 'chat') return ['/v1/chat/completions', { messages: [...past, { role: 'user', content: text }], ...common }];

@@ -48,7 +48,7 @@ function here(part, row, expert, lettered, chooseToken) {
   }, visible(score.tokens[i].text), el('small', {}, ` ${Math.round(100 * share)} %`))));
 }
 
-function sinceStart({ plays, read, tokens, kinds }) {
+function sinceStart({ selected: plays, tokens_read: read, tokens, kinds }) {
   if (!plays) return [el('p', { class: 'about' }, t('neverChosen', { read }))];
   const all = KINDS.reduce((sum, kind) => sum + (kinds[kind] ?? 0), 0) || 1;
   return [
