@@ -3,6 +3,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
+# The package index that PyTorch comes from, such as https://download.pytorch.org/whl/cpu; empty: pip's own.
+TORCH_INDEX ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -17,12 +19,17 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
-demo: $(VENV)/.soli ## install, then translate a sentence offline with the model in the box and show its experts
-	@echo 'soli: translating offline with the model in the box: soli translate "..." --experts'
+demo: $(VENV)/.soli ## install, then translate a sentence offline with the bundled model and show its experts
+	@echo '$$ soli translate "He drank a cup of tea." --experts'
 	@$(BIN)/soli translate "He drank a cup of tea." --experts
+	@printf '%s\n' '' 'soli: installed in $(VENV). To go on:' '' \
+		'  . $(VENV)/bin/activate' \
+		'  soli translate "今天天气很好。"    # Chinese to English, English to Chinese' \
+		'  soli serve                       # an OpenAI-compatible API, and a page that shows the routing live' \
+		'  soli count deepseek-v3           # parameters, bytes, cache and FLOPs; soli doctor shows this machine'
 
 install: $(VENV)/.soli ## make .venv with soli in it
-	@echo 'soli: ready: $(BIN)/soli --help'
+	@printf '%s\n' 'soli: installed in $(VENV). To go on:' '  . $(VENV)/bin/activate' '  soli --help'
 
 lint: $(VENV)/.dev ## ruff, mypy, clang-format, the words that we do not use, links and line lengths of the documents
 	$(BIN)/ruff check .
@@ -44,7 +51,7 @@ clean: ## remove .venv and caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.torch: tools/venv.sh
-	@sh tools/venv.sh $(VENV)
+	@TORCH_INDEX='$(TORCH_INDEX)' sh tools/venv.sh $(VENV)
 	@touch $@
 
 $(VENV)/.soli: $(VENV)/.torch pyproject.toml

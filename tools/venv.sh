@@ -1,6 +1,7 @@
 #!/bin/sh
 # Make a virtual environment with a Python of 3.11 or newer and a PyTorch of 2.11 or newer in it. Safe to run again.
-# usage: sh tools/venv.sh FOLDER        SOLI_PYTHON=/path/to/python chooses the Python
+# usage: sh tools/venv.sh FOLDER
+# SOLI_PYTHON=/path/to/python chooses the Python; TORCH_INDEX=URL is the package index that PyTorch alone comes from.
 set -eu
 venv=$1
 
@@ -53,10 +54,18 @@ fi
 
 if has_torch "$venv/bin/python"; then
     say "PyTorch $("$venv/bin/python" -c 'import torch; print(torch.__version__)') is in place"
-elif command -v nvidia-smi >/dev/null 2>&1; then
-    say "installing PyTorch for the GPU (several GB)"
-    "$venv/bin/python" -m pip install 'torch>=2.11'
+    exit
+fi
+if command -v nvidia-smi >/dev/null 2>&1; then
+    wheel='torch>=2.11'
+    say "installing PyTorch for the GPU: about 3 GB to download"
 else
-    say "installing PyTorch (hundreds of MB)"
-    "$venv/bin/python" -m pip install 'torch==2.13.0'
+    wheel='torch==2.13.0'
+    say "installing PyTorch: 0.2 GB from an index of CPU wheels; 3 GB, in some twenty packages, where the index has only"
+    say "the CUDA build, as PyPI on Linux. To name an index: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu"
+fi
+if [ -n "${TORCH_INDEX:-}" ]; then
+    "$venv/bin/python" -m pip install --index-url "$TORCH_INDEX" "$wheel"
+else
+    "$venv/bin/python" -m pip install "$wheel"
 fi

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from soli.errors import SoliError
     from soli.llm import LLM
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "load_model": "soli.checkpoint",

@@ -119,7 +119,6 @@ def test_generate_shows_log_probabilities_after_the_text(run, folder):
 
 
 def test_generate_keeps_to_a_schema_or_an_expression(run, folder, tmp_path):
-    pytest.importorskip("llguidance")
     schema = tmp_path / "schema.json"
     schema.write_text(
         '{"type": "object", "properties": {"名": {"enum": ["猫", 7]}}, "required": ["名"]}', encoding="utf-8"
@@ -191,7 +190,6 @@ def corpus(tmp_path_factory) -> str:
 
 
 def test_routing_as_table_json_and_picture(run, folder, corpus, tmp_path):
-    pytest.importorskip("matplotlib")
     png = tmp_path / "heat.png"
     status, out, _ = run("routing", corpus, "--model", folder, "--permutations", "200", "--png", str(png))
     assert status == 0 and "14 Chinese" in out and "14 English" in out and "max violation" in out
@@ -204,7 +202,6 @@ def test_routing_as_table_json_and_picture(run, folder, corpus, tmp_path):
 
 
 def test_eval_as_table_and_json(run, folder, corpus):
-    pytest.importorskip("sacrebleu")
     arguments = ["eval", folder, "--pairs", corpus, "--text", corpus, "--limit", "4"]
     status, out, _ = run(*arguments)
     assert status == 0 and "chrF" in out and "MTP acceptance" in out and "bits per byte" in out

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -247,9 +246,3 @@ def test_penalties_and_bias_do_not_lift_the_mask():
     state = SamplerState(params, [token], V, CONSTRAINTS.open(ConstraintSpec.regex("[0-9]")))
     processed_V = state.processed(np.ones(V, np.float32))
     assert processed_V[token] == -np.inf and np.isfinite(processed_V).sum() == 10
-
-
-def test_without_the_package_one_sentence_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(SoliError, match=r"pip install 'soli\[serve\]'"):
-        Constraints(TOKENIZER, V, {EOS})

@@ -239,7 +239,6 @@ def test_who_comes_while_there_are_places_does_not_count_as_waiting():
 
 
 def test_a_constraint_holds_for_its_request_alone():
-    pytest.importorskip("llguidance")
     plain = Request(tuple(range(20, 40)), 12)
     bound = Request(plain.prompt_ids, 12, stop_ids=frozenset({1}), constraint=ConstraintSpec.regex("(ab|ba){2}"))
     both = run(engine(), [plain, bound])

@@ -38,8 +38,6 @@ def routing(
 ) -> None:
     """Report which experts a text file plays, how evenly, and which prefer Chinese or English more than by chance."""
     texts = evenly(file_texts(file), limit)
-    if png is not None:
-        import matplotlib  # noqa: F401  (found missing now, not after the reading)
     from soli.engine.text_model import open_text_model
     from soli.eval.routing_report import report_routing
 

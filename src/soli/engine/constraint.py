@@ -107,7 +107,9 @@ class Constraints:
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab: int, stop_ids: Collection[int]) -> None:
-        self._llguidance = _llguidance()
+        import llguidance  # only once a request constrains its answer
+
+        self._llguidance: Any = llguidance
         ends = sorted(token for token in stop_ids if token < tokenizer.vocab_size)
         if not ends:
             raise SoliError("structured output needs a model that ends its texts: give config.json an eos_token_id")
@@ -150,14 +152,6 @@ class Constraints:
             raise SoliError(f"the {name} is not supported ({_reason(matcher.get_error())}): change it")
         Constraint(matcher, self._vocab).mask()  # what nothing can satisfy shows here
         return matcher
-
-
-def _llguidance() -> Any:
-    try:
-        import llguidance
-    except ImportError:
-        raise SoliError("structured output needs the package llguidance: pip install 'soli[serve]'") from None
-    return llguidance
 
 
 def _reason(message: str) -> str:

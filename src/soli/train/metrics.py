@@ -76,6 +76,6 @@ def _open_events(folder: Path, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise SoliError(
-            "run.tensorboard is true, but there is no package tensorboard; install it with: pip install 'soli[train]'"
+            "run.tensorboard is true, but there is no package tensorboard; install it with: pip install tensorboard"
         ) from None
     return SummaryWriter(str(folder), purge_step=step + 1, flush_secs=30)

