@@ -1,5 +1,6 @@
 """The checks of words, links and outputs in tools/: each rejects what it is there for."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -37,6 +38,16 @@ WORDS = [
 )
 def test_rejected_words_are_seen_where_they_count(name: str, text: str, lines: list[int]) -> None:
     assert [finding.line for finding in lint_words.check(Path(name), text, WORDS)] == lines
+
+
+def test_what_the_readme_explains_occurs_in_its_output() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    [output] = re.findall(r"```\n\$ soli translate[^\n]*\n(.*?)```", text, flags=re.S)
+    paragraph = text.split(output)[1].removeprefix("```").split("`soli serve`")[0]
+    examples = [code for code in re.findall(r"`([^`]+)`", paragraph) if not code.endswith(".md")]
+    assert len(examples) >= 5 and "▇" in paragraph
+    for example in examples:
+        assert example in output
 
 
 def test_the_list_of_words_is_well_formed() -> None:
