@@ -24,8 +24,8 @@ def recipe(tmp_path, monkeypatch):
         Source("manual", "en", (), lambda archives: iter(lines), "none"),
     )
 
-    def synthetic(config, cache, report, allow_missing):
-        return corpus.build_corpus(config, cache, report, allow_missing, sources)
+    def synthetic(config, cache, report, allow_missing, extra):
+        return corpus.build_corpus(config, cache, report, allow_missing, sources, extra)
 
     monkeypatch.setattr(build, "build_corpus", synthetic)
     (tmp_path / "recipe.toml").write_text(RECIPE)

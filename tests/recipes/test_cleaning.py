@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from soli.data.text import comparison_key
 from soli.recipes.nano_corpus import cleaning
-from soli.recipes.nano_corpus.corpus import cut
+from soli.recipes.nano_corpus.splitting import cut
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from soli.data.text import comparison_key
+from soli.data.text import comparison_key, is_held_out
 from soli.errors import SoliError
 from soli.recipes.nano_corpus import corpus
 from soli.recipes.nano_corpus.config import CorpusConfig
@@ -28,11 +28,12 @@ def source(name, rows, kind="pairs", calls=None):
 
 
 def build(sources, tmp_path, config=CONFIG, **options):
-    return corpus.build_corpus(config, tmp_path / "cache", lambda name, event: None, sources=sources, **options)
+    options = {"sources": sources, "everyday": (), **options}
+    return corpus.build_corpus(config, tmp_path / "cache", lambda name, event: None, **options)
 
 
 def numbered(count, stop=""):
-    return [SourceRow(f"第{i}只猫坐在垫子上面{stop}", f"Cat number {i} sits on the mat{stop}") for i in range(count)]
+    return [SourceRow(f"第{i}只猫坐垫子{stop}", f"Cat number {i} sits on the mat{stop}") for i in range(count)]
 
 
 def test_no_heldout_text_is_trained_on(tmp_path):
@@ -82,12 +83,12 @@ def test_repeats_count_once_across_sources(tmp_path):
 
 @given(st.text(max_size=30))
 def test_the_side_of_a_text_does_not_depend_on_how_it_is_written(text):
-    side = corpus.is_held_out(text, 2)
-    assert side == corpus.is_held_out(f" {text.lower()}. " if text.isascii() else text + "。", 2)
+    side = is_held_out(text, 2)
+    assert side == is_held_out(f" {text.lower()}. " if text.isascii() else text + "。", 2)
 
 
 def test_the_side_of_a_text_never_changes():
-    assert [n for n in range(40) if corpus.is_held_out(f"text {n}", 8)] == [2, 15, 22, 31, 35]
+    assert [n for n in range(40) if is_held_out(f"text {n}", 8)] == [2, 15, 22, 31, 35]
 
 
 def test_caps_bound_characters_of_one_source(tmp_path):

@@ -28,6 +28,14 @@ def build(
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Build without the sources that cannot be fetched.")
     ] = False,
+    extra: Annotated[
+        list[Path] | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="A TSV file of pairs of your own: source, Chinese, English; may be given several times.",
+        ),
+    ] = None,
     assignments: Assignments = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print counts and tokens as JSON.")] = False,
 ) -> None:
@@ -44,7 +52,7 @@ def build(
     build_data = corpus_builder(config)
     folder = out or Path(config.folder)
     with StepReport(quiet=as_json) as steps:
-        build_data(config, folder, cache or folder / "cache", steps.report, allow_missing)
+        build_data(config, folder, cache or folder / "cache", steps.report, allow_missing, extra or ())
     print_counts(folder, as_json)
 
 

@@ -28,7 +28,7 @@ def read_data_config(recipe: dict[str, Any]) -> DataConfig:
 
 
 def corpus_builder(config: DataConfig) -> Callable[..., dict[str, Any]]:
-    """The function `build_data(config, out, cache, report, allow_missing)` of the corpus step that `config` names."""
+    """`build_data(config, out, cache, report, allow_missing, extra)` of the corpus step that `config` names."""
     if config.corpus is None:
         raise SoliError(
             "this recipe names no corpus to build: pack texts of your own with `soli data pack`, or set [data] corpus "

@@ -7,7 +7,7 @@ meta.json comes last: a folder that has one is whole.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,17 @@ from soli.recipes.nano_corpus.mixture import heldout_documents, mix
 
 
 def build_data(
-    config: CorpusConfig, out: Path, cache: Path, report: ReportStep, allow_missing: bool = False
+    config: CorpusConfig,
+    out: Path,
+    cache: Path,
+    report: ReportStep,
+    allow_missing: bool = False,
+    extra: Sequence[Path] = (),
 ) -> dict[str, Any]:
-    """Build everything into `out` and return meta.json's content."""
+    """Build everything into `out` and return meta.json's content. `extra`: files of a person's own pairs."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        corpus = build_corpus(config, cache, report, allow_missing)
+        corpus = build_corpus(config, cache, report, allow_missing, extra=extra)
         (out / "meta.json").unlink(missing_ok=True)  # from here on the folder is between two states
         write_corpus(corpus, out)
         return write_token_files(corpus, config, out, report)

@@ -1,8 +1,7 @@
 """The corpus step: packages to cleaned, de-duplicated and split lines of text.
 
-Each source is fetched and read once and its rows cached, so a build that was stopped goes on where it was. Held out are
-whole Bible books and one text in `heldout_every`, by a hash of the English (so all renderings of one text fall on one
-side); whatever in the training half repeats a held-out text, on either side or as a sentence inside it, is dropped.
+Each source is fetched and read once and its rows cached, so that a stopped build continues where it was. What is held
+out, and what is dropped for being too near to it, is splitting.py's.
 """
 
 from __future__ import annotations
@@ -12,30 +11,17 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 from soli.data.documents import Pair, ReportStep
-from soli.data.text import comparison_key, is_held_out
 from soli.data.tsv import read_tsv, write_tsv
 from soli.errors import SoliError
-from soli.recipes.nano_corpus.cleaning import is_translation, sentences_en, sentences_zh, tidy
+from soli.recipes.nano_corpus.cleaning import is_translation, tidy
 from soli.recipes.nano_corpus.config import CorpusConfig
 from soli.recipes.nano_corpus.fetch import fetch
 from soli.recipes.nano_corpus.sources import SOURCES, Source, SourceRow
-
-_SHORTEST_LEAK = 16
-"""Characters of a compared sentence; shorter ones ("Click OK.") recur everywhere and give nothing away."""
-
-
-class Line(NamedTuple):
-    language: str
-    source: str
-    text: str
-
-    @property
-    def label(self) -> str:
-        """As its source is called in recipes and tables."""
-        return f"{self.source} ({self.language})"
+from soli.recipes.nano_corpus.sources.extra import PUBLIC, read_extra
+from soli.recipes.nano_corpus.sources.included import everyday_pairs
+from soli.recipes.nano_corpus.splitting import Line, split_lines, split_pairs
 
 
 @dataclass
@@ -68,9 +54,15 @@ def build_corpus(
     report: ReportStep,
     allow_missing: bool = False,
     sources: Sequence[Source] = SOURCES,
+    extra: Sequence[Path] = (),
+    everyday: Sequence[Pair] | None = None,
 ) -> Corpus:
-    """Fetch, read, clean, de-duplicate and split every source."""
-    _check_names(config, sources)
+    """Fetch, read, clean, de-duplicate and split every source; pairs of the files `extra` come first.
+
+    `everyday` are held out as well; None: the sentences that come with the recipe.
+    """
+    extra_pairs = [(name, row) for name, row in read_extra(extra) for row in _clean([row], "pairs")]
+    _check_names(config, [*(source.label for source in sources), *PUBLIC, *(name for name, _ in extra_pairs)])
     corpus = Corpus()
     rows: dict[str, list[SourceRow]] = {}
     for source in sources:
@@ -85,15 +77,20 @@ def build_corpus(
             report(source.label, f"skipped: {error}")
     report("corpus", "splitting")
     present = [source for source in sources if source.label in rows]
-    _split_pairs(corpus, [(s, row) for s in present if s.is_pairs for row in rows[s.label]], config)
-    heldout = _sentence_keys(text for pair in corpus.heldout for text in (pair.en, pair.zh))
-    _split_mono(corpus, {s: rows[s.label] for s in present if not s.is_pairs}, config, heldout)
+    of_pairs = [(source.name, row) for source in present if source.is_pairs for row in rows[source.label]]
+    if extra:
+        report("extra", f"{len(extra_pairs):,} pairs")
+    of_lines = {source: rows[source.label] for source in present if not source.is_pairs}
+    corpus.pairs, corpus.heldout = split_pairs(
+        [*extra_pairs, *of_pairs], everyday_pairs() if everyday is None else everyday, config
+    )
+    corpus.mono, corpus.heldout_mono = split_lines(of_lines, corpus.pairs, corpus.heldout, config)
     report("corpus", f"{len(corpus.pairs):,} pairs, {len(corpus.mono):,} lines of one language")
     return corpus
 
 
-def _check_names(config: CorpusConfig, sources: Sequence[Source]) -> None:
-    known = [source.label for source in sources]
+def _check_names(config: CorpusConfig, names_of_sources: Iterable[str]) -> None:
+    known = list(dict.fromkeys(names_of_sources))
     for table, names in (("weights", config.weights), ("caps", config.caps)):
         for name in names:
             if name not in known:
@@ -107,7 +104,7 @@ def source_rows(source: Source, cache: Path, report: ReportStep) -> list[SourceR
         report(source.label, "fetching")
         archives = [fetch(package, cache / "packages") for package in source.packages]
         report(source.label, "reading")
-        write_tsv(path, dict.fromkeys(_clean(source, source.read(archives))))
+        write_tsv(path, dict.fromkeys(_clean(source.read(archives), source.kind)))
     rows = [SourceRow(*fields) for fields in read_tsv(path, 3)]
     if not rows:
         path.unlink()
@@ -118,84 +115,11 @@ def source_rows(source: Source, cache: Path, report: ReportStep) -> list[SourceR
     return rows
 
 
-def _clean(source: Source, rows: Iterable[SourceRow]) -> Iterator[SourceRow]:
+def _clean(rows: Iterable[SourceRow], kind: str) -> Iterator[SourceRow]:
     for row in rows:
         zh, en = tidy(row.zh), tidy(row.en)
-        if not source.is_pairs or is_translation(zh, en, dictionary=source.kind == "dictionary"):
+        if kind in ("en", "zh") or is_translation(zh, en, dictionary=kind == "dictionary"):
             yield SourceRow(zh, en, row.tag)
-
-
-def _split_pairs(corpus: Corpus, rows: Iterable[tuple[Source, SourceRow]], config: CorpusConfig) -> None:
-    seen: set[tuple[str, str]] = set()
-    renderings: Counter[str] = Counter()
-    train: list[Pair] = []
-    for source, row in rows:
-        english, identity = comparison_key(row.en), (comparison_key(row.en), comparison_key(row.zh))
-        if identity in seen or renderings[english] >= config.most_renderings:
-            continue
-        seen.add(identity)
-        renderings[english] += 1
-        held = row.tag in config.heldout_books or is_held_out(row.en, config.heldout_every)
-        (corpus.heldout if held else train).append(Pair(source.name, row.zh, row.en))
-    whole = {comparison_key(text) for pair in corpus.heldout for text in (pair.en, pair.zh)}
-    inside = _sentence_keys(text for pair in corpus.heldout for text in (pair.en, pair.zh))
-    for pair in train:
-        if (
-            comparison_key(pair.en) not in whole
-            and comparison_key(pair.zh) not in whole
-            and not _repeats(pair.en + "\n" + pair.zh, inside)
-        ):
-            corpus.pairs.append(pair)
-
-
-def _split_mono(corpus: Corpus, rows: dict[Source, list[SourceRow]], config: CorpusConfig, heldout: set[str]) -> None:
-    seen: set[str] = set()
-    trained = {comparison_key(text) for pair in corpus.pairs for text in (pair.en, pair.zh)}
-    for source, texts in rows.items():
-        room = config.caps.get(source.label, 1 << 60)
-        for text in (row.en or row.zh for row in texts):
-            if comparison_key(text) in seen or room <= 0 or _repeats(text, heldout):
-                continue
-            seen.add(comparison_key(text))
-            room -= len(text)
-            held = is_held_out(text, config.heldout_every)
-            if held and _repeats(text, trained):
-                continue
-            lines = corpus.heldout_mono if held else corpus.mono
-            lines.extend(Line(source.kind, source.name, part) for part in cut(text, config.longest_document))
-
-
-def cut(text: str, longest: int) -> list[str]:
-    """A text in pieces of at most `longest` characters, cut at sentence ends; a longer sentence stays whole."""
-    if len(text) <= longest:
-        return [text]
-    pieces = [""]
-    for sentence in (part for run in sentences_zh(text) for part in sentences_en(run)):
-        if pieces[-1] and len(pieces[-1]) + len(sentence) >= longest:
-            pieces.append("")
-        glue = " " if pieces[-1] and pieces[-1][-1].isascii() else ""
-        pieces[-1] += glue + sentence
-    return pieces
-
-
-def _sentences(text: str) -> Iterator[str]:
-    for line in text.split("\n"):
-        for run in sentences_zh(line):
-            yield from sentences_en(run)
-
-
-def _sentence_keys(texts: Iterable[str]) -> set[str]:
-    keys = {comparison_key(part) for text in texts for part in (text, *_sentences(text))}
-    return {part for part in keys if _weight(part) >= _SHORTEST_LEAK}
-
-
-def _weight(text: str) -> int:
-    """Length in English characters; a Chinese character counts for two."""
-    return sum(1 if c.isascii() else 2 for c in text)
-
-
-def _repeats(text: str, heldout: set[str]) -> bool:
-    return comparison_key(text) in heldout or any(comparison_key(part) in heldout for part in _sentences(text))
 
 
 def write_corpus(corpus: Corpus, folder: Path) -> None:

@@ -6,7 +6,16 @@ The order is the order of preference when the same pair comes from several sourc
 from __future__ import annotations
 
 from soli.recipes.nano_corpus.fetch import Package
-from soli.recipes.nano_corpus.sources import bible, chinese, english, gettext, help_html, locale_files, structured
+from soli.recipes.nano_corpus.sources import (
+    bible,
+    chinese,
+    english,
+    gettext,
+    help_html,
+    included,
+    locale_files,
+    structured,
+)
 from soli.recipes.nano_corpus.sources.interfaces import INTERFACES
 from soli.recipes.nano_corpus.sources.source import Source
 
@@ -40,6 +49,7 @@ SOURCES: tuple[Source, ...] = (
         "libreoffice-l10n-zh-tw", "pairs", (_apt("libreoffice-l10n-zh-tw"),), gettext.read_libreoffice_taiwan, "MPL-2.0"
     ),
     *INTERFACES,
+    Source("distilled", "pairs", (), included.read_distilled, "Apache-2.0, WordNet, MIT"),
     Source(
         "homeassistant", "pairs", (_pip("homeassistant==2024.3.3"),), locale_files.HOME_ASSISTANT.read, "Apache-2.0"
     ),
