@@ -57,7 +57,7 @@ def on_training(run: Run, steps: list[StepResult]) -> dict[str, Any]:
     if layers:
         loads = [load for step in steps for load in measure_load(step.counts_LE[:layers])]
         metrics["train_violation"] = statistics.mean(load.max_violation for load in loads)
-        metrics["train_idle"] = sum(load.idle for load in loads) / len(steps)  # experts, of all layers together
+        metrics["train_idle"] = sum(load.dead_experts for load in loads) / len(steps)  # experts, of all layers together
     return metrics
 
 
@@ -72,7 +72,7 @@ def on_heldout(run: Run) -> dict[str, Any]:
     if settings.model.num_moe_layers:
         loads = measure_load(torch.from_numpy(sum(reading.counts_LE for reading in readings)))
         metrics["heldout_violation"] = statistics.mean(load.max_violation for load in loads)
-        metrics["heldout_idle"] = sum(load.idle for load in loads)
+        metrics["heldout_idle"] = sum(load.dead_experts for load in loads)
     tried = sum(reading.mtp_tried for reading in readings)
     if tried:
         metrics["mtp_acceptance"] = sum(reading.mtp_agreed for reading in readings) / tried

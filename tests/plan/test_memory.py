@@ -9,11 +9,11 @@ from soli.model.transformer import Transformer
 from soli.plan import memory
 from soli.plan.memory import fitting, plan_memory
 from soli.train import losses
+from soli.train.block_options import apply_block_options
 from soli.train.losses import compute_losses, count_targets
 from soli.train.optimizer import Optimizer
 from soli.train.precision import use_fp8
 from soli.train.settings import RunSettings, TrainSettings, read_settings
-from soli.train.switches import apply_switches
 from tests.train.toy import EOS, MODEL, settings, tiny_model, windows
 
 NANO = preset("nano").to_dict()
@@ -32,7 +32,7 @@ def kept_bytes(wanted: TrainSettings, precision: str) -> int:
     model.compute_dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     if precision == "fp8":
         use_fp8(model)
-    apply_switches(model, wanted.run)
+    apply_block_options(model, wanted.run)
     depth = wanted.model.num_nextn_predict_layers
     window_BW = windows(wanted.run.micro_sequences, wanted.schedule.sequence_length + 1 + depth)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}

@@ -1,4 +1,4 @@
-"""The guard: what is not finite is traced to its layer; spikes are reported, skipped or the end; runs resume."""
+"""Anomaly detection: values that are not finite are traced to their layer; spikes are reported, skipped or stop."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from soli.train.trainer import take_step, train
 from tests.train.test_run import assert_equal_state
 from tests.train.toy import settings, write_data
 
-QUIET = {"losses": [5.7 + 0.01 * (n % 3) for n in range(50)], "norms": [1.5 + 0.1 * (n % 3) for n in range(50)]}
+NO_ANOMALY = {"losses": [5.7 + 0.01 * (n % 3) for n in range(50)], "norms": [1.5 + 0.1 * (n % 3) for n in range(50)]}
 
 
 @pytest.fixture(scope="module")
@@ -24,15 +24,15 @@ def data(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("toy") / "data")
 
 
-def prepared(folder, data, history=QUIET, **run):
-    wanted = settings(run=run, eval={"samples": 0})
-    made = prepare(wanted, {}, data, folder)
-    if made.progress.step == 0:
-        made.progress.losses, made.progress.norms = list(history["losses"]), list(history["norms"])
-    return made
+def prepared(folder, data, history=NO_ANOMALY, **run):
+    prepared_run = prepare(settings(run=run, eval={"samples": 0}), {}, data, folder)
+    progress = prepared_run.progress
+    if progress.step == 0:
+        progress.losses, progress.norms = list(history["losses"]), list(history["norms"])
+    return prepared_run
 
 
-def everything(run):
+def full_state(run):
     """Weights, biases and moments."""
     tensors = {**run.model.state_dict(), **run.optimizer.state()}
     return {name: tensor.clone() for name, tensor in tensors.items()}
@@ -42,17 +42,17 @@ def changed(before, after):
     return [name for name in after if name not in before or not torch.equal(before[name], after[name])]
 
 
-def spoil(run, at_position, factor=1e4):
-    """Let the gradient of one layer jump in the step that begins at a position of the data, whenever it is taken."""
+def scale_gradient(run, at_position, factor=1e4):
+    """Multiply the gradient of one layer in the step that starts at a position of the data."""
 
-    def blow(grad):
+    def scale(grad):
         return grad * factor if run.progress.position == at_position else grad
 
-    run.model.layers[1].mlp.experts.down_proj.register_hook(blow)
+    run.model.layers[1].mlp.experts.down_proj.register_hook(scale)
 
 
 @pytest.mark.parametrize(
-    ("poisoned", "layer"),
+    ("tensor", "layer"),
     [
         ("layers.1.self_attn.kv_b_proj.weight", "layers.1.self_attn.kv_b_proj"),
         ("layers.0.input_layernorm.weight", "layers.0.input_layernorm"),
@@ -64,15 +64,15 @@ def spoil(run, at_position, factor=1e4):
         ("lm_head.weight", "lm_head"),
     ],
 )
-def test_a_poisoned_weight_is_named_with_its_layer(tmp_path, data, poisoned, layer):
-    run = prepared(tmp_path, data, on_nan="skip")  # which cannot heal a weight
+def test_a_weight_that_is_not_finite_is_named_with_its_layer(tmp_path, data, tensor, layer):
+    run = prepared(tmp_path, data, on_nan="skip")  # skipping cannot repair a weight
     with torch.no_grad():
-        run.model.state_dict()[poisoned].fill_(float("nan"))
-    before = everything(run)
+        run.model.state_dict()[tensor].fill_(float("nan"))
+    before = full_state(run)
     with pytest.raises(TrainingStopped) as stop:
         take_step(run)
-    assert f"{layer} is the first layer whose output is not finite, and {poisoned} holds such" in str(stop.value)
-    assert [name for name in changed(before, everything(run)) if name != poisoned] == []
+    assert f"{layer} is the first layer whose output is not finite, and {tensor} holds such" in str(stop.value)
+    assert [name for name in changed(before, full_state(run)) if name != tensor] == []
 
 
 def test_a_weight_that_fp8_cannot_hold_is_named(tmp_path, data):
@@ -83,7 +83,7 @@ def test_a_weight_that_fp8_cannot_hold_is_named(tmp_path, data):
         take_step(run)
 
 
-def test_a_layer_that_overflows_is_named_though_no_weight_is_to_blame(tmp_path, data):
+def test_a_layer_that_overflows_is_named_where_every_weight_is_finite(tmp_path, data):
     run = prepared(tmp_path, data)
     with torch.no_grad():
         run.model.layers[1].mlp.shared_experts.up_proj.weight.fill_(3e38)
@@ -103,56 +103,56 @@ def test_the_gradient_nearest_to_the_loss_is_named(tmp_path, data):
 
 def test_a_step_that_is_not_finite_is_skipped_when_the_recipe_says_so(tmp_path, data):
     run = prepared(tmp_path, data, on_nan="skip")
-    spoil(run, 8, float("nan"))
+    scale_gradient(run, 8, float("nan"))
     take_step(run)
-    before = everything(run)
+    before = full_state(run)
     step = take_step(run)
-    assert step.skipped and step.trouble.layer == "layers.1.mlp.experts"
-    assert changed(before, everything(run)) == [] and all(p.grad is None for p in run.model.parameters())
+    assert step.skipped and step.anomaly.layer == "layers.1.mlp.experts"
+    assert changed(before, full_state(run)) == [] and all(p.grad is None for p in run.model.parameters())
     assert (run.progress.step, run.progress.position, run.progress.tokens) == (2, 16, 256)
-    assert not take_step(run).skipped and changed(before, everything(run))
+    assert not take_step(run).skipped and changed(before, full_state(run))
     assert (run.progress.skipped, run.progress.skipped_in_row, len(run.progress.losses)) == (1, 0, 50)
 
 
-@pytest.mark.parametrize("rule", ["report", "skip"])
-def test_a_spike_is_reported_or_skipped_and_the_run_goes_on(tmp_path, data, rule, capsys):
-    run = prepared(tmp_path, data, spike=rule)
-    spoil(run, 16)
+@pytest.mark.parametrize("action", ["report", "skip"])
+def test_a_spike_is_reported_or_skipped_and_the_run_continues(tmp_path, data, action, capsys):
+    run = prepared(tmp_path, data, spike=action)
+    scale_gradient(run, 16)
     assert train(run) == "finished"
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    (told,) = [line for line in lines if line["kind"] in ("spike", "skip")]
-    assert told["step"] == 3 and told["layer"] == "layers.1.mlp.experts" and told["norm"] > 100
+    (entry,) = [line for line in lines if line["kind"] in ("spike", "skip")]
+    assert entry["step"] == 3 and entry["layer"] == "layers.1.mlp.experts" and entry["norm"] > 100
     steps = [line["step"] for line in lines if line["kind"] == "step"]
-    assert steps == [n for n in range(1, 13) if rule == "report" or n != 3]
-    said = capsys.readouterr().err
-    assert "at step 3 (median of the last 50: 1.6); the largest gradient is in layers.1.mlp.experts" in said
-    assert ("skipped 1" in said) is (rule == "skip")
-    assert read_progress(checkpoints(tmp_path)[-1]).skipped == (rule == "skip")
+    assert steps == [n for n in range(1, 13) if action == "report" or n != 3]
+    output = capsys.readouterr().err
+    assert "at step 3 (median of the last 50: 1.6); the largest gradient is in layers.1.mlp.experts" in output
+    assert ("skipped 1" in output) is (action == "skip")
+    assert read_progress(checkpoints(tmp_path)[-1]).skipped == (action == "skip")
 
 
-def test_a_skipped_spike_moves_no_bit(tmp_path, data):
+def test_a_skipped_spike_changes_no_bit(tmp_path, data):
     run = prepared(tmp_path, data, spike="skip")
-    spoil(run, 8)
+    scale_gradient(run, 8)
     take_step(run)
-    before = everything(run)
+    before = full_state(run)
     assert take_step(run).skipped
-    assert changed(before, everything(run)) == []
+    assert changed(before, full_state(run)) == []
     assert any("|" in name for name in before) and any("correction_bias" in name for name in before)
 
 
-def test_a_stopping_spike_leaves_the_state_before_it(tmp_path, data):
+def test_a_spike_that_stops_the_run_saves_the_state_before_it(tmp_path, data):
     run = prepared(tmp_path, data, spike="stop")
-    spoil(run, 16)
+    scale_gradient(run, 16)
     with pytest.raises(TrainingStopped, match="the state before that step is saved"):
         train(run)
     assert read_progress(checkpoints(tmp_path)[-1]).step == 2
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["kind"] == "end"
     resumed = prepared(tmp_path, data, spike="stop")
-    assert resumed.progress.step == 2 and take_step(resumed).trouble is None
+    assert resumed.progress.step == 2 and take_step(resumed).anomaly is None
 
 
 def test_ten_skips_in_a_row_stop(tmp_path, data):
-    run = prepared(tmp_path, data, {"losses": [1.0] * 50, "norms": QUIET["norms"]}, spike="skip")
+    run = prepared(tmp_path, data, {"losses": [1.0] * 50, "norms": NO_ANOMALY["norms"]}, spike="skip")
     with pytest.raises(TrainingStopped, match="after 9 skipped steps in a row"):
         train(run)
     assert read_progress(checkpoints(tmp_path)[-1]).skipped_in_row == 9
@@ -160,11 +160,11 @@ def test_ten_skips_in_a_row_stop(tmp_path, data):
 
 def test_a_run_stopped_among_skips_resumes_bit_for_bit(tmp_path, data, monkeypatch):
     whole = prepared(tmp_path / "whole", data, spike="skip")
-    spoil(whole, 16)
-    spoil(whole, 40)
+    scale_gradient(whole, 16)
+    scale_gradient(whole, 40)
     train(whole)
     cut, taken = prepared(tmp_path / "cut", data, spike="skip"), []
-    spoil(cut, 16)
+    scale_gradient(cut, 16)
 
     def step_then_term(run):
         taken.append(take_step(run))
@@ -176,7 +176,7 @@ def test_a_run_stopped_among_skips_resumes_bit_for_bit(tmp_path, data, monkeypat
     assert train(cut) == "signal" and taken[-1].skipped
     monkeypatch.undo()
     resumed = prepared(tmp_path / "cut", data, spike="skip")
-    spoil(resumed, 40)
+    scale_gradient(resumed, 40)
     assert resumed.progress.skipped_in_row == 1
     assert train(resumed) == "finished"
     assert_equal_state(tmp_path / "whole", tmp_path / "cut")
@@ -184,27 +184,27 @@ def test_a_run_stopped_among_skips_resumes_bit_for_bit(tmp_path, data, monkeypat
     assert last[0].losses == last[1].losses and last[0].norms == last[1].norms and last[0].skipped == 2
 
 
-def test_what_a_spike_is():
-    rest = [2.0] * 50
-    assert not is_spike(rest, 2.39, 10) and is_spike(rest, 2.41, 10)  # the floor: 2 % of the median
+def test_the_definition_of_a_spike():
+    constant = [2.0] * 50
+    assert not is_spike(constant, 2.39, 10) and is_spike(constant, 2.41, 10)  # at least 2 % of the median
     noisy = [2.0 + 0.2 * (-1) ** n for n in range(50)]
     assert not is_spike(noisy, 3.9, 10) and is_spike(noisy, 4.1, 10)
-    assert not is_spike(rest, 1.0, 10)  # a fall is none
-    assert not is_spike(rest, 9.0, 0) and not is_spike(rest[1:], 9.0, 10)
-    assert is_spike([*rest[5:], *[50.0] * 5], 2.5, 10)  # a few spikes among the 50 hide no other
+    assert not is_spike(constant, 1.0, 10)  # a fall is no spike
+    assert not is_spike(constant, 9.0, 0) and not is_spike(constant[1:], 9.0, 10)
+    assert is_spike([*constant[5:], *[50.0] * 5], 2.5, 10)  # a few spikes among the 50 hide no other
 
 
-def test_the_window_forgets_and_skips_do_not_enter_it(tmp_path, data):
+def test_the_window_holds_the_last_steps_that_were_not_skipped(tmp_path, data):
     run = prepared(tmp_path, data, {"losses": [], "norms": []})
     for n in range(60):
-        anomalies.remember(run.progress, float(n), 1.0, skipped=n % 2 == 1)
+        anomalies.record_step(run.progress, float(n), 1.0, skipped=n % 2 == 1)
     assert run.progress.losses == [float(n) for n in range(0, 60, 2)] and run.progress.skipped == 30
     for n in range(60):
-        anomalies.remember(run.progress, float(n), 1.0, skipped=False)
+        anomalies.record_step(run.progress, float(n), 1.0, skipped=False)
     assert run.progress.losses == [float(n) for n in range(10, 60)]
 
 
 @pytest.mark.parametrize("field", ["on_nan", "spike"])
-def test_rules_that_do_not_exist_are_refused(field):
+def test_unknown_actions_are_rejected(field):
     with pytest.raises(SoliError, match=rf"run\.{field} is 'ignore'; it must be one of"):
         settings(run={field: "ignore"})

@@ -12,9 +12,7 @@ from soli.errors import SoliError
 from soli.train.balance import ExpertLoad
 from soli.train.checkpoints import RunProgress, checkpoints
 from soli.train.evaluate import Evaluation
-from soli.train.live import MOST_LAYERS, WIDTH, LiveView, bar
-from soli.train.metrics import MetricsFile, scalars
-from soli.train.report import RunReport
+from soli.train.report import MAX_LAYERS, WIDTH, LiveView, MetricsFile, RunReport, bar, scalars
 from soli.train.runs import read_metrics, summarize
 from soli.train.setup import prepare
 from soli.train.trainer import train
@@ -65,7 +63,7 @@ def test_event_files_hold_the_numbers_of_metrics(tmp_path):
     for line in lines(tmp_path / "run"):
         for tag, value in scalars(line):
             expected.setdefault(tag, []).append((line["step"], pytest.approx(value, rel=1e-6)))
-    assert {"train/loss", "held-out/bits_per_byte", "max_violation/layers.1", "idle/mtp.0"} <= expected.keys()
+    assert {"train/loss", "held-out/bits_per_byte", "max_violation/layers.1", "dead_experts/mtp.0"} <= expected.keys()
     assert sorted(events.Tags()["scalars"]) == sorted(expected)
     for tag, points in expected.items():
         assert [(event.step, event.value) for event in events.Scalars(tag)] == points
@@ -86,11 +84,11 @@ def test_lines_in_a_pipe_and_a_view_on_a_terminal(tmp_path, terminal):
     loads = {"layers.1": ExpertLoad(0.5, 0.875, 0), "mtp.0": ExpertLoad(9.0, 0.5, 3)}
     with RunReport(tmp_path, 2_000_000, RunProgress(), console) as report:
         report.evaluation(RunProgress(9, 900_000), Evaluation(3.0, 1.75, 0.5), [("one", "yi")], 2.0)
-        report.step(RunProgress(10, 1_000_000), FIGURES, loads, speak=True)
-        report.step(RunProgress(11, 1_100_000), FIGURES, loads, speak=False)
+        report.step(RunProgress(10, 1_000_000), FIGURES, loads, log=True)
+        report.step(RunProgress(11, 1_100_000), FIGURES, loads, log=False)
     said = out.getvalue()
     assert "held-out at step 9: loss 3.0000  1.7500 bits/byte  mtp hits 50.0 %  (2.0 s)" in said
-    line = "loss 3.2500  mtp 4.5000  lr 1.00e-03  norm 0.50  violation 9.00  idle 3    1,234 tok/s"
+    line = "loss 3.2500  mtp 4.5000  lr 1.00e-03  norm 0.50  violation 9.00  dead 3    1,234 tok/s"
     assert (line in said) is not terminal
     assert ("step 11" in said and "bits/byte 1.7500" in said and "▪▪▪" in said) is terminal
     assert [entry["step"] for entry in lines(tmp_path)] == [9, 10]
@@ -100,7 +98,7 @@ def test_bars_and_the_worst_layers():
     assert bar(0.0) == " " * WIDTH and bar(0.5) == "█" * 5 + " " * 5 and bar(7.0) == "█" * WIDTH
     assert bar(0.0125) == "▏" + " " * (WIDTH - 1)
     view, out = LiveView(total=100), io.StringIO()
-    view.move(RunProgress(1, 10), FIGURES, {f"layers.{n}": ExpertLoad(n / 10, 1.0, 0) for n in range(20)}, "0:01:00")
+    view.update(RunProgress(1, 10), FIGURES, {f"layers.{n}": ExpertLoad(n / 10, 1.0, 0) for n in range(20)}, "0:01:00")
     Console(file=out, width=120).print(view)
-    assert f"worst {MOST_LAYERS} of 20 layers" in out.getvalue()
+    assert f"worst {MAX_LAYERS} of 20 layers" in out.getvalue()
     assert "layers.19" in out.getvalue() and "layers.7 " not in out.getvalue()

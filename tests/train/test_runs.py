@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from soli.errors import SoliError
-from soli.train.runs import MEASURES, compare_runs, find_runs, read_metrics, summarize
-from soli.train.runs_plot import save_curves
+from soli.train.runs import MEASURES, compare_runs, find_runs, read_metrics, save_curves, summarize
 from soli.train.settings import as_recipe
 from tests.train.toy import settings
 

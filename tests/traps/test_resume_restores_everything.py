@@ -42,7 +42,7 @@ def test_everything_is_restored(tmp_path, steps):
     assert "layers.1.mlp.experts.down_proj" in resumed.model.state_dict()
     assert resumed.model.config == run.model.config
     first, second = take_step(run), take_step(resumed)
-    assert (first.loss, first.norm, first.rate) == (second.loss, second.norm, second.rate)
+    assert (first.loss, first.norm, first.learning_rate) == (second.loss, second.norm, second.learning_rate)
     assert torch.equal(first.counts_LE, second.counts_LE)
 
 

@@ -55,7 +55,7 @@ def compare(
     metrics = [read_metrics(folder) for folder in folders]
     points, names = compare_runs(metrics), _names(folders)
     if png is not None:
-        from soli.train.runs_plot import save_curves
+        from soli.train.runs import save_curves
 
         save_curves(png, metrics, names)
     if as_json:

@@ -1,7 +1,7 @@
 """Auxiliary-loss-free balancing (section 2.1.2, traps 3-6): after each optimizer step, each bias moves by gamma.
 
 Counts come from the routing values that the forward pass returned, so recomputed activations and evaluation cannot add
-to them. They are summed over micro-batches by the loop, over ranks by `reduce_counts`. L MoE layers, E experts.
+to them. They are summed over micro-batches by the trainer, over ranks by `reduce_counts`. L MoE layers, E experts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from soli.model.transformer import Transformer
 
 
 def reduce_counts(counts_LE: Tensor) -> Tensor:
-    """Tokens per expert (int64), summed over ranks. The one place where counts of several processes meet."""
+    """Tokens per expert (int64), summed over ranks: the one place where counts of several processes are added."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(counts_LE)
     return counts_LE
@@ -26,7 +26,7 @@ def reduce_counts(counts_LE: Tensor) -> Tensor:
 def step_bias(model: Transformer, counts_LE: Tensor, gamma: float) -> None:
     """b += gamma * sign(mean load - load), in place, for each layer of `model.moe_layers()`, MTP modules last.
 
-    No centring: released biases are all positive (trap 4). A layer whose router has no bias is left alone.
+    No centring: released biases are all positive (trap 4). A layer whose router has no bias is left as it is.
     """
     if gamma == 0:
         return
@@ -39,11 +39,11 @@ def step_bias(model: Transformer, counts_LE: Tensor, gamma: float) -> None:
 
 @dataclass(frozen=True)
 class ExpertLoad:
-    """How even one layer's load is, over the tokens counted."""
+    """How evenly the experts of one layer are loaded, over the tokens counted."""
 
     max_violation: float  # largest load / mean load - 1; 0 is perfect
-    entropy: float  # of the load's distribution, as a share of the most there can be, 0 .. 1
-    idle: int  # experts that no token chose
+    entropy: float  # of the load's distribution, as a share of the largest possible, 0 .. 1
+    dead_experts: int  # that no token selected
 
 
 def measure_load(counts_LE: Tensor) -> list[ExpertLoad]:
@@ -52,9 +52,9 @@ def measure_load(counts_LE: Tensor) -> list[ExpertLoad]:
         return []
     load_LE = counts_LE.double().cpu()
     share_LE = load_LE / load_LE.sum(-1, keepdim=True)
-    entropy_L = torch.special.entr(share_LE).sum(-1) / torch.log(
-        torch.tensor(max(load_LE.shape[-1], 2), dtype=torch.float64)
-    )
+    largest_entropy = torch.log(torch.tensor(max(load_LE.shape[-1], 2), dtype=torch.float64))
+    entropy_L = torch.special.entr(share_LE).sum(-1) / largest_entropy
     violation_L = load_LE.amax(-1) / load_LE.mean(-1) - 1
-    idle_L = (load_LE == 0).sum(-1)
-    return [ExpertLoad(*row) for row in zip(violation_L.tolist(), entropy_L.tolist(), idle_L.tolist(), strict=True)]
+    dead_L = (load_LE == 0).sum(-1)
+    rows = zip(violation_L.tolist(), entropy_L.tolist(), dead_L.tolist(), strict=True)
+    return [ExpertLoad(*row) for row in rows]

@@ -1,48 +1,58 @@
-"""A run's folder and its checkpoints: everything that resuming needs, nothing pickled, written whole or not at all.
+"""A run's folder and its checkpoints: everything that resuming needs, nothing pickled, complete or not there.
 
 runs/NAME/
   recipe.resolved.json   the recipe with every default, as the run began
   metrics.jsonl          one line per report and per evaluation
   checkpoints/step-00000200/  model.safetensors, optimizer.safetensors, config.json, state.json
 
-A checkpoint is written beside its place and renamed when every byte is on disk, so a killed run leaves either a whole
-one or a folder that begins with a dot and is swept away by the next. Tensors carry Soli's parameter names, moments
-`<parameter>|<moment>`, whichever process holds which piece. `saver` writes, this module names and reads.
+A checkpoint is written to a hidden folder and renamed when every byte is on disk, so a killed run leaves either a
+complete one or a folder whose name begins with a dot, which the next run removes. Tensors have Soli's parameter names,
+moments `<parameter>|<moment>`, whichever process holds which chunk (soli/train/checkpoint_storage.py).
+
+Saving hardly stops training: the state is copied to host memory, and another thread writes the copy. The training
+thread waits for the copy, and for an earlier save that is still being written: there is one at a time. The first
+process renames the folder when the files of all are on disk. Older checkpoints are removed after that, never before.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.tensor import DTensor
 
+from soli.checkpoint.writer import write_json
 from soli.config import load_config
 from soli.errors import SoliError
 from soli.model.transformer import Transformer
+from soli.train.checkpoint_storage import StateReader, StateWriter, allow_one_process, load, sync
 from soli.train.optimizer import Optimizer
 
-if TYPE_CHECKING:
-    from soli.train.checkpoint_storage import StateReader
-
-RNG, CUDA_RNG = "torch_rng", "cuda_rng"  # of process 0; of process n with .n behind
+RNG = "torch_rng"  # of process 0; of process n with the suffix .n
+CUDA_RNG = "cuda_rng"
 
 
 @dataclass
 class RunProgress:
-    """Where a run stands; `position` counts windows of the stage's order of the data, steps and tokens the run's."""
+    """What a run has reached. `position` counts windows of the stage, steps and tokens those of the run."""
 
     step: int = 0
     tokens: int = 0
     position: int = 0
-    seconds: float = 0.0  # spent training, over all sittings
+    seconds: float = 0.0  # spent training, over all sessions
     valid_loss: float | None = None  # measured at this very step, else None
-    losses: list[float] = field(default_factory=list)  # of the last steps that moved weights, for the guard
+    losses: list[float] = field(default_factory=list)  # of the last steps that changed weights, for anomaly detection
     norms: list[float] = field(default_factory=list)  # of their gradients
     skipped: int = 0  # steps that moved nothing
     skipped_in_row: int = 0
@@ -51,7 +61,7 @@ class RunProgress:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
+    """Complete checkpoints of a run, oldest first."""
     return sorted((run / "checkpoints").glob("step-*"))
 
 
@@ -60,16 +70,18 @@ def best_checkpoint(run: Path) -> Path | None:
 
     Losses of two stages are not compared: their windows are of other lengths.
     """
-    found = [(read_progress(path), path) for path in checkpoints(run)]
-    stage = max((progress.stage for progress, _ in found), default=0)
-    scored = [(p.valid_loss, path) for p, path in found if p.stage == stage and p.valid_loss is not None]
-    return min(scored)[1] if scored else (found[-1][1] if found else None)
+    saved = [(read_progress(path), path) for path in checkpoints(run)]
+    stage = max((progress.stage for progress, _ in saved), default=0)
+    evaluated = [(p.valid_loss, path) for p, path in saved if p.stage == stage and p.valid_loss is not None]
+    if evaluated:
+        return min(evaluated)[1]
+    return saved[-1][1] if saved else None
 
 
-def stage_ends(found: list[Path]) -> list[Path]:
+def stage_ends(saved: list[Path]) -> list[Path]:
     """The last checkpoint of each stage but the latest, of checkpoints in the order of their steps."""
-    stages = [read_progress(path).stage for path in found]
-    return [path for path, stage, later in zip(found, stages, stages[1:], strict=False) if stage < later]
+    stages = [read_progress(path).stage for path in saved]
+    return [path for path, stage, later in zip(saved, stages, stages[1:], strict=False) if stage < later]
 
 
 def read_progress(checkpoint: Path) -> RunProgress:
@@ -83,31 +95,160 @@ def read_progress(checkpoint: Path) -> RunProgress:
         ) from None
 
 
-def load_checkpoint(checkpoint: Path, model: Transformer, optimizer: Optimizer) -> RunProgress:
-    """Put model, optimizer and random state back as they were; SoliError names the tensor that does not fit.
+class CheckpointSaver:
+    """Saves one run. Every process of the run creates one and calls it at the same steps."""
 
-    Any number of processes may have saved. One that had no counterpart then takes the random state of the first.
+    def __init__(self, run: Path, keep: int) -> None:
+        """`keep`: how many of the latest checkpoints are kept, beside the best."""
+        self.run = run
+        self.keep = keep
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self.pending: Future[Any] | None = None
+        self.buffers: dict[MetadataIndex, Tensor] = {}
+        # A process group of its own: its messages must not mix with those of the training thread.
+        self.group = dist.new_group(backend="gloo") if dist.is_available() and dist.is_initialized() else None
+        allow_one_process()
+
+    def save(self, model: Transformer, optimizer: Optimizer, progress: RunProgress) -> None:
+        """Start saving the state after `progress.step` steps. SoliError when the save before it failed."""
+        self.wait()
+        plan = _StagedPlan(run_state(model, optimizer), self.buffers)
+        documents = {"config.json": model.config.to_dict(), "state.json": dataclasses.asdict(progress)}
+        folder = _CheckpointFolder(self.run, f"step-{progress.step:08d}", documents, self.keep)
+        self.pending = self.thread.submit(self._write, plan, folder)
+
+    def check(self) -> None:
+        """SoliError when the pending save has failed by now."""
+        if self.pending is not None and self.pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the pending save is on disk. SoliError when it could not be written."""
+        pending = self.pending
+        self.pending = None
+        if pending is not None:
+            pending.result()
+
+    def __enter__(self) -> CheckpointSaver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.wait()
+        except SoliError:
+            if value is None:  # otherwise the first error is the one to report
+                raise
+        finally:
+            self.thread.shutdown()
+
+    def _write(self, plan: _StagedPlan, folder: _CheckpointFolder) -> None:
+        try:
+            writer = StateWriter(folder.draft, folder.create, folder.commit)
+            dcp.save({}, storage_writer=writer, planner=plan, process_group=self.group)
+        except dcp.CheckpointException as error:
+            shutil.rmtree(folder.draft, ignore_errors=True)
+            cause = next(iter(error.failures.values()))[0]
+            reason = (cause.strerror if isinstance(cause, OSError) else None) or str(cause) or type(cause).__name__
+            raise SoliError(
+                f"{folder.final} could not be written ({reason}), so training stopped; the checkpoints before it are "
+                "complete: free some space and run the same command again"
+            ) from None
+
+
+class _StagedPlan(dcp.DefaultSavePlanner):
+    """A save plan whose tensors are copied in the training thread and written in another.
+
+    `buffers` are host memory, allocated at the first save and reused; pinned where the tensors are on a GPU.
     """
-    from soli.train.checkpoint_storage import StateReader, load  # torch.distributed.checkpoint takes seconds to import
 
+    def __init__(self, state: dict[str, Tensor], buffers: dict[MetadataIndex, Tensor]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        super().set_up_planner(state)
+        self.local = super().create_local_plan()
+        self.buffers = buffers
+        on_gpu = False
+        for item in self.local.items:
+            tensor = super().lookup_object(item.index)
+            buffer = buffers.get(item.index)
+            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                buffers[item.index] = buffer
+            buffer.copy_(tensor.detach(), non_blocking=True)
+            on_gpu = on_gpu or tensor.is_cuda
+        if on_gpu:
+            torch.cuda.synchronize()
+        self.state_dict = {}  # the tensors are no longer needed
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], storage_meta: Any = None, is_coordinator: bool = False
+    ) -> None:
+        pass
+
+    def create_local_plan(self) -> dcp.SavePlan:
+        return self.local
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self.buffers[index]
+
+
+@dataclass(frozen=True)
+class _CheckpointFolder:
+    """One checkpoint's folder: hidden while it is being written, renamed when all of it is on disk."""
+
+    run: Path
+    name: str
+    documents: dict[str, dict[str, Any]]
+    keep: int
+
+    @property
+    def final(self) -> Path:
+        return self.run / "checkpoints" / self.name
+
+    @property
+    def draft(self) -> Path:
+        return self.final.with_name(f".{self.name}")
+
+    def create(self) -> None:
+        self.final.parent.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(self.run)
+        self.draft.mkdir()
+
+    def commit(self) -> None:
+        for name, document in self.documents.items():
+            write_json(self.draft / name, document)
+            sync(self.draft / name)
+        sync(self.draft)
+        if self.final.exists():
+            remove(self.final)
+        self.draft.rename(self.final)
+        sync(self.final.parent)
+        prune(self.run, self.keep)
+
+
+def load_checkpoint(checkpoint: Path, model: Transformer, optimizer: Optimizer) -> RunProgress:
+    """Restore model, optimizer and random state; SoliError names the tensor that does not fit.
+
+    Any number of processes may have saved. One that had no counterpart then gets the random state of the first.
+    """
     reader = StateReader(checkpoint, ("model", "optimizer"))
     weights = _weights(reader, model)
-    moments = {f"optimizer/{name}": room for name, room in _moments(reader, optimizer).items()}
-    draws = {name: torch.empty(reader.tensors[name].size, dtype=torch.uint8) for name in _draws(reader, model)}
-    load(reader, weights | moments | draws)
+    moments = {f"optimizer/{name}": tensor for name, tensor in _empty_moments(reader, optimizer).items()}
+    random_names = _random_state_names(reader, model)
+    random_states = {name: torch.empty(reader.tensors[name].size, dtype=torch.uint8) for name in random_names}
+    load(reader, weights | moments | random_states)
     optimizer.load_state({name.removeprefix("optimizer/"): tensor for name, tensor in moments.items()})
-    for name, draw in draws.items():
+    for name, random_state in random_states.items():
         if name.startswith(f"optimizer/{RNG}"):
-            torch.set_rng_state(draw)
+            torch.set_rng_state(random_state)
         else:
-            torch.cuda.set_rng_state(draw, model.embed_tokens.weight.device)
+            torch.cuda.set_rng_state(random_state, model.embed_tokens.weight.device)
     return read_progress(checkpoint)
 
 
 def load_weights(checkpoint: Path, model: Transformer) -> None:
     """Fill a model's parameters and router biases (fp32) from a checkpoint."""
-    from soli.train.checkpoint_storage import StateReader, load
-
     reader = StateReader(checkpoint, ("model",))
     load(reader, _weights(reader, model))
 
@@ -123,29 +264,29 @@ def load_run(run: Path) -> Transformer:
 
 
 def prune(run: Path, keep: int) -> None:
-    """Drop all checkpoints but the `keep` latest, the best and stages' ends; none is half there under its name."""
-    found = checkpoints(run)
-    kept = {*found[-keep:], *stage_ends(found), best_checkpoint(run)}
-    for old in found:
-        if old not in kept:
-            remove(old)
+    """Remove all checkpoints but the `keep` latest, the best and stages' ends."""
+    saved = checkpoints(run)
+    retained = {*saved[-keep:], *stage_ends(saved), best_checkpoint(run)}
+    for checkpoint in saved:
+        if checkpoint not in retained:
+            remove(checkpoint)
 
 
 def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint; killed half-way, it leaves a folder that begins with a dot, as an unfinished save does."""
+    """Remove a checkpoint; killed half-way, it leaves a hidden folder, as an unfinished save does."""
     hidden = checkpoint.with_name(f".{checkpoint.name}.old")
     checkpoint.rename(hidden)
     shutil.rmtree(hidden)
 
 
-def sweep(run: Path) -> None:
-    """Remove what killed runs left unfinished."""
+def remove_unfinished(run: Path) -> None:
+    """Remove the incomplete checkpoints of killed runs."""
     for unfinished in (run / "checkpoints").glob(".step-*"):
         shutil.rmtree(unfinished)
 
 
 def model_state(model: Transformer) -> dict[str, Tensor]:
-    """The model's tensors as `model/name`, parameters and persistent buffers; a tied head is left to the embedding."""
+    """The model's tensors as `model/name`, parameters and persistent buffers; a tied head is left out."""
     state = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del state["model/lm_head.weight"]
@@ -170,24 +311,23 @@ def _weights(reader: StateReader, model: Transformer) -> dict[str, Tensor]:
     return state
 
 
-def _moments(reader: StateReader, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Room for every moment of the checkpoint: a piece of it where the parameter is one, else the whole, on the CPU."""
-    from torch.distributed.tensor import DTensor
-
-    parameters, room = {name: p for p, name in optimizer.names.items()}, {}
-    for full, found in reader.tensors.items():
+def _empty_moments(reader: StateReader, optimizer: Optimizer) -> dict[str, Tensor]:
+    """An empty tensor per moment of the checkpoint: a shard where the parameter is one, else whole, on the CPU."""
+    parameters = {name: p for p, name in optimizer.names.items()}
+    moments: dict[str, Tensor] = {}
+    for full, stored in reader.tensors.items():
         part, _, name = full.partition("/")
         if part == "optimizer" and not name.startswith((RNG, CUDA_RNG)):
             p = parameters.get(name.rpartition("|")[0])
-            if isinstance(p, DTensor) and p.shape == found.size:
-                room[name] = torch.empty_like(p, dtype=found.properties.dtype)
+            if isinstance(p, DTensor) and p.shape == stored.size:
+                moments[name] = torch.empty_like(p, dtype=stored.properties.dtype)
             else:
-                room[name] = torch.empty(found.size, dtype=found.properties.dtype)
-    return room
+                moments[name] = torch.empty(stored.size, dtype=stored.properties.dtype)
+    return moments
 
 
-def _draws(reader: StateReader, model: Transformer) -> list[str]:
-    """Full names of the random states that this process takes up."""
+def _random_state_names(reader: StateReader, model: Transformer) -> list[str]:
+    """Full names of the random states that this process restores."""
     kinds = (RNG, CUDA_RNG) if model.embed_tokens.weight.device.type == "cuda" else (RNG,)
     candidates = ((f"optimizer/{kind}{_rank_suffix()}", f"optimizer/{kind}") for kind in kinds)
     return [next(name for name in pair if name in reader.tensors) for pair in candidates if pair[1] in reader.tensors]

@@ -15,20 +15,56 @@ import torch
 from torch import Tensor, nn
 
 from soli.errors import SoliError
-from soli.train.adamw import AdamW
 from soli.train.settings import OptimizerSettings
 
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROUTER = "mlp.gate.weight"
-TOGETHER = 2**24  # elements that a GPU orthogonalises in one call: few launches if small, little room if large
+MAX_BATCH = 2**24  # elements that a GPU orthogonalises in one call: fewer launches if large, less memory if small
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic; five rounds bring singular values near 1
+
+
+class Bf16AdamW(torch.optim.Optimizer):
+    """AdamW with moments stored in bfloat16, as the paper trains (section 3.3.1); weights and gradients stay fp32.
+
+    A moment is converted to fp32, updated and used there, and rounded to nearest even only when it is stored: a step's
+    own gradient acts unrounded. The second moment moves by 1 - beta2 of its distance, so beta2 must stay well below
+    1 - 2^-8: at the paper's 0.95 a moment forgets far faster than bfloat16 rounds; at 0.999 it could stop changing.
+    State names are those of torch's own AdamW.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float], eps: float) -> None:
+        super().__init__(groups, {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, p.grad, group)
+
+    def _update(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[p]
+        beta1, beta2 = group["betas"]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            state["exp_avg"] = torch.zeros_like(p, dtype=torch.bfloat16)
+            state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.bfloat16)
+        state["step"] += 1
+        count = int(state["step"])
+        mean = state["exp_avg"].to(p.dtype).lerp_(grad, 1 - beta1)
+        square = state["exp_avg_sq"].to(p.dtype).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        state["exp_avg"].copy_(mean)
+        state["exp_avg_sq"].copy_(square)
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        denominator = square.div_(1 - beta2**count).sqrt_().add_(group["eps"])
+        p.addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1**count))
 
 
 class Muon(torch.optim.Optimizer):
     """Orthogonalised momentum for matrices (2-d) and stacks of them (3-d, one per expert).
 
-    A group's `matrices` says how many lie in one tensor, one under the other: 2 where gate and up share it. The
-    momentum is kept in the dtype `moments`, and used unrounded.
+    A group's `matrices` is the number of matrices stacked in one tensor's rows: 2 where gate and up share it. The
+    momentum is stored in the dtype `moments`, and used unrounded. `dtype` is that of the orthogonalisation alone.
     """
 
     def __init__(
@@ -40,31 +76,33 @@ class Muon(torch.optim.Optimizer):
         moments: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(groups, {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay, "matrices": 1})
-        self.dtype, self.moments = dtype, moments  # the first: of the orthogonalisation alone
+        self.dtype = dtype
+        self.moments = moments
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            for alike in _alike([p for p in group["params"] if p.grad is not None], group["matrices"]):
-                self._move(alike, group)
+            for batch in _same_shape([p for p in group["params"] if p.grad is not None], group["matrices"]):
+                self._update(batch, group)
 
-    def _move(self, alike: list[Tensor], group: dict[str, Any]) -> None:
-        """Parameters whose matrices have one shape, in the calls of one: launches are what a small model waits for."""
-        grads = [p.grad for p in alike if p.grad is not None]
-        momenta = [self._momentum(p).to(p.dtype) for p in alike]
+    def _update(self, batch: list[Tensor], group: dict[str, Any]) -> None:
+        """Parameters whose matrices have one shape, in one call: a small model's time goes into kernel launches."""
+        grads = [p.grad for p in batch if p.grad is not None]
+        momenta = [self._momentum(p).to(p.dtype) for p in batch]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         if any(momentum.dtype != self.moments for momentum in momenta):
-            torch._foreach_copy_([self.state[p]["momentum"] for p in alike], momenta)
+            torch._foreach_copy_([self.state[p]["momentum"] for p in batch], momenta)
         steps = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov
-        rows, columns = alike[0].shape[-2] // group["matrices"], alike[0].shape[-1]
+        rows = batch[0].shape[-2] // group["matrices"]
+        columns = batch[0].shape[-1]
         stack = torch.cat([step.reshape(-1, rows, columns) for step in steps])
-        updates = orthogonalise(stack, self.dtype).split([p.numel() // (rows * columns) for p in alike])
-        torch._foreach_mul_(alike, 1 - group["lr"] * group["weight_decay"])
+        updates = orthogonalise(stack, self.dtype).split([p.numel() // (rows * columns) for p in batch])
+        torch._foreach_mul_(batch, 1 - group["lr"] * group["weight_decay"])
         scale = -group["lr"] * 0.2 * max(rows, columns) ** 0.5
-        torch._foreach_add_(alike, [update.view_as(p) for update, p in zip(updates, alike, strict=True)], alpha=scale)
+        torch._foreach_add_(batch, [update.view_as(p) for update, p in zip(updates, batch, strict=True)], alpha=scale)
 
     def _momentum(self, p: Tensor) -> Tensor:
-        """As it is kept between steps; zero at first."""
+        """As stored between steps; zero at first."""
         state = self.state[p]
         if not state:
             state["momentum"] = torch.zeros_like(p, dtype=self.moments)
@@ -72,20 +110,20 @@ class Muon(torch.optim.Optimizer):
         return momentum
 
 
-def _alike(parameters: list[Tensor], matrices: int) -> list[list[Tensor]]:
-    """Parameters whose matrices have one shape, about `TOGETHER` elements at a time; on a CPU, whose cache is smaller
-    and whose calls cost little, each alone."""
+def _same_shape(parameters: list[Tensor], matrices: int) -> list[list[Tensor]]:
+    """Parameters in batches whose matrices have one shape, of about `MAX_BATCH` elements; on a CPU, whose cache is
+    smaller and whose calls cost little, one parameter each."""
     groups: dict[tuple[int, int], list[list[Tensor]]] = {}
     for p in parameters:
         of_shape = groups.setdefault((p.shape[-2] // matrices, p.shape[-1]), [[]])
-        if sum(other.numel() for other in of_shape[-1]) >= (TOGETHER if p.is_cuda else 1):
+        if sum(other.numel() for other in of_shape[-1]) >= (MAX_BATCH if p.is_cuda else 1):
             of_shape.append([])
         of_shape[-1].append(p)
     return [group for of_shape in groups.values() for group in of_shape]
 
 
 def orthogonalise(matrix: Tensor, dtype: torch.dtype, rounds: int = 5) -> Tensor:
-    """U V^T of the singular value decomposition U S V^T, nearly, for (..., rows, columns), by Newton-Schulz."""
+    """Approximately U V^T of the singular value decomposition U S V^T, for (..., rows, columns), by Newton-Schulz."""
     a, b, c = NEWTON_SCHULZ
     tall = matrix.shape[-2] > matrix.shape[-1]
     stack = matrix.reshape(-1, *matrix.shape[-2:]).to(dtype)
@@ -98,13 +136,14 @@ def orthogonalise(matrix: Tensor, dtype: torch.dtype, rounds: int = 5) -> Tensor
 
 
 class Optimizer:
-    """The optimizers of a run behind one step; its state is named tensors, so that no pickle is needed to keep it."""
+    """The optimizers of a run behind one step; its state is named tensors, so that saving it needs no pickle."""
 
     def __init__(self, model: nn.Module, settings: OptimizerSettings, dtype: torch.dtype) -> None:
         self.names = {p: name for name, p in model.named_parameters()}
-        self.clip, self.moments = settings.clip, MOMENTS[settings.moments]
-        inner = {n: p for n, p in model.named_parameters() if settings.name == "muon" and _is_inner_matrix(n, p)}
-        by_muon = set(inner.values())
+        self.clip = settings.clip
+        self.moments = MOMENTS[settings.moments]
+        matrices = {n: p for n, p in model.named_parameters() if settings.name == "muon" and _is_inner_matrix(n, p)}
+        by_muon = set(matrices.values())
         rest = [p for p in model.parameters() if p not in by_muon]
         routers = [p for name, p in model.named_parameters() if name.endswith(ROUTER)]
         decayed = {"weight_decay": settings.weight_decay}
@@ -116,12 +155,12 @@ class Optimizer:
         betas = (settings.beta1, settings.beta2)
         self.parts: list[torch.optim.Optimizer] = []
         if settings.moments == "bf16":
-            self.parts.append(AdamW(groups, betas, settings.eps))
+            self.parts.append(Bf16AdamW(groups, betas, settings.eps))
         else:
             self.parts.append(torch.optim.AdamW(groups, betas=betas, eps=settings.eps, fused=True))
-        if inner:
-            double = [p for name, p in inner.items() if name.endswith("gate_up_proj")]
-            single = [p for name, p in inner.items() if not name.endswith("gate_up_proj")]
+        if matrices:
+            double = [p for name, p in matrices.items() if name.endswith("gate_up_proj")]
+            single = [p for name, p in matrices.items() if not name.endswith("gate_up_proj")]
             stacks: list[dict[str, Any]] = [{"params": single}, {"params": double, "matrices": 2}]
             self.parts.append(Muon(stacks, settings.momentum, settings.weight_decay, dtype, self.moments))
 
@@ -130,13 +169,14 @@ class Optimizer:
         return torch.nn.utils.get_total_norm([p.grad for p in self.names if p.grad is not None])
 
     def step(self, learning_rate: float, norm: Tensor | None = None) -> float:
-        """Clip to the settings' norm, move the parameters, clear the gradients; returns the norm before clipping.
+        """Clip to the settings' norm, update the parameters, clear the gradients; returns the norm before clipping.
 
-        `norm` is what `gradient_norm` gave, when it was asked. SoliError when it is not finite; nothing moves then.
+        `norm` is the result of `gradient_norm`, if already computed. SoliError when it is not finite; nothing changes
+        then.
         """
         norm = self.gradient_norm() if norm is None else norm
         if not norm.isfinite():
-            raise SoliError("the gradient's norm is not finite, so no weight moved")
+            raise SoliError("the gradient's norm is not finite, so no weight was changed")
         torch.nn.utils.clip_grads_with_norm_(self.names, self.clip, norm)
         for part in self.parts:
             for group in part.param_groups:
@@ -146,7 +186,7 @@ class Optimizer:
         return float(norm)
 
     def clear(self) -> None:
-        """Forget the gradients; no weight and no moment moves."""
+        """Drop the gradients; no weight and no moment changes."""
         for part in self.parts:
             part.zero_grad(set_to_none=True)
 
@@ -155,9 +195,9 @@ class Optimizer:
         return {f"{self.names[p]}|{key}": value for p, key, value in self._entries()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what `state` gave; SoliError names a parameter whose moments are missing or of another shape."""
+        """Restore what `state` returned; SoliError names a parameter whose moments are missing or of another shape."""
         parameters = {name: p for p, name in self.names.items()}
-        owners = {p: part for part in self.parts for group in part.param_groups for p in group["params"]}
+        part_of = {p: part for part in self.parts for group in part.param_groups for p in group["params"]}
         for key, value in tensors.items():
             name, _, moment = key.rpartition("|")
             p = parameters.get(name)
@@ -165,11 +205,12 @@ class Optimizer:
                 raise SoliError(
                     f"the optimizer state has {key} of shape {tuple(value.shape)}, which this recipe's model lacks"
                 )
-            kept = self.moments if value.dim() else value.dtype  # fused steps want the count on the device too
-            owners[p].state[p][moment] = value.to(p.device, kept, copy=True)
+            dtype = self.moments if value.dim() else value.dtype
+            # The step count is moved as well: torch's fused AdamW needs it on the device.
+            part_of[p].state[p][moment] = value.to(p.device, dtype, copy=True)
         for p, name in self.names.items():
-            if tensors and p not in owners[p].state:
-                raise SoliError(f"the optimizer state has nothing for {name}; the run was made by another recipe")
+            if tensors and p not in part_of[p].state:
+                raise SoliError(f"the optimizer state has nothing for {name}; the run was begun with another recipe")
 
     def _entries(self) -> Iterator[tuple[Any, str, Tensor]]:
         for part in self.parts:

@@ -1,31 +1,47 @@
-"""What a run says: aligned lines, or on a terminal a view redrawn in place; and the same figures in metrics.jsonl."""
+"""What a run reports: lines in a pipe, a view redrawn in place on a terminal, and the same numbers in metrics.jsonl.
+
+metrics.jsonl has one JSON object per line. A run resumed from an earlier checkpoint takes some steps a second time; the
+lines of the first time are dropped, so that each step is recorded once. TensorBoard's event files, written on request,
+hold the same numbers; TensorBoard itself hides events past the step at which a run resumes.
+"""
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
+from soli.errors import SoliError
 from soli.train.anomalies import Anomaly
 from soli.train.balance import ExpertLoad
 from soli.train.checkpoints import RunProgress
 from soli.train.evaluate import Evaluation
-from soli.train.live import LiveView
-from soli.train.metrics import MetricsFile
 from soli.train.schedule import stage_name
+
+TAG_GROUPS = {"step": "train", "evaluation": "held-out"}  # of TensorBoard's tags, by kind of line
+EIGHTHS = " ▏▎▍▌▋▊▉"
+WIDTH = 10  # cells of a bar
+FULL_VIOLATION = 2.0  # at which its bar is full: an expert with three times its share
+MAX_LAYERS = 12  # of a model with more, those with the largest violation are shown
 
 
 class RunReport:
-    """A run's voice. `total` counts tokens; a run that goes on after `progress` goes on in its metrics file.
+    """Reports one run. `total` counts the run's tokens; a resumed run continues its metrics file after `progress`.
 
-    `work_left` weighs what lies ahead of a progress, for the time left; None: each token takes as long.
+    `work_left` weighs what remains after a progress, for the time left; None: each token takes equally long.
     """
 
     def __init__(
@@ -39,7 +55,8 @@ class RunReport:
     ) -> None:
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
         self.work_left = work_left or (lambda progress: total - progress.tokens)
-        self.work, self.began = self.work_left(progress), time.monotonic()
+        self.work_at_start = self.work_left(progress)
+        self.start = time.monotonic()
         self.metrics = MetricsFile(run, progress.step, tensorboard)
         self.view = LiveView(total, progress.step, progress.tokens, progress.stage)
         self.open = ExitStack()
@@ -55,72 +72,211 @@ class RunReport:
     ) -> None:
         self.open.close()
 
-    def say(self, line: str) -> None:
+    def print(self, line: str) -> None:
         """Print one line, on a terminal above the view."""
         self.console.print(line, markup=False)
 
-    def step(self, progress: RunProgress, figures: dict[str, float], loads: dict[str, ExpertLoad], speak: bool) -> None:
-        """One optimizer step, shown in the view; when `speak`, it is recorded and, where there is no view, printed."""
-        left, self.view.skipped = self._left(progress), progress.skipped
-        self.view.move(progress, figures, loads, left)
-        if not speak:
+    def step(
+        self, progress: RunProgress, metrics: dict[str, float], loads: dict[str, ExpertLoad], log: bool = True
+    ) -> None:
+        """One optimizer step, shown in the view; with `log` recorded too and, where there is no view, printed."""
+        time_left = self._time_left(progress)
+        self.view.update(progress, metrics, loads, time_left)
+        if not log:
             return
         if not self.console.is_terminal:
-            self._print_step(progress, figures, loads, left)
-        layers = {name: vars(load) for name, load in loads.items()}
-        self.record("step", progress, {**figures, "load": layers})
+            self._print_step(progress, metrics, loads, time_left)
+        self.record("step", progress, {**metrics, "load": {name: vars(load) for name, load in loads.items()}})
 
     def _print_step(
-        self, progress: RunProgress, figures: dict[str, float], loads: dict[str, ExpertLoad], left: str
+        self, progress: RunProgress, metrics: dict[str, float], loads: dict[str, ExpertLoad], time_left: str
     ) -> None:
         violation = max((load.max_violation for load in loads.values()), default=0.0)
-        idle = sum(load.idle for load in loads.values())
+        dead = sum(load.dead_experts for load in loads.values())
         skipped = f"skipped {progress.skipped}  " if progress.skipped else ""
-        self.say(
+        self.print(
             f"step {progress.step:>6}{_stage(progress)}  tokens {progress.tokens / 1e6:>8.2f} M  "
-            f"loss {figures['loss']:.4f}  mtp {figures['mtp']:.4f}  lr {figures['lr']:.2e}  "
-            f"norm {figures['norm']:.2f}  violation {violation:.2f}  idle {idle}  {skipped}"
-            f"{figures['tokens_per_second']:>7,.0f} tok/s  {left} left"
+            f"loss {metrics['loss']:.4f}  mtp {metrics['mtp']:.4f}  lr {metrics['lr']:.2e}  "
+            f"norm {metrics['norm']:.2f}  violation {violation:.2f}  dead {dead}  {skipped}"
+            f"{metrics['tokens_per_second']:>7,.0f} tok/s  {time_left} left"
         )
 
-    def trouble(self, progress: RunProgress, trouble: Anomaly, loss: float, norm: float) -> None:
-        """A spike, or a step that was skipped, whether or not it is the turn of a line."""
-        kind = "skip" if trouble.rule == "skip" else trouble.kind
-        self.say(f"{'skipped' if kind == 'skip' else kind}: {trouble.why}")
-        figures = {"loss": loss, "norm": norm}
-        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
-        self.record(kind, progress, {**finite, "why": trouble.why, "layer": trouble.layer, "skipped": progress.skipped})
+    def anomaly(self, progress: RunProgress, anomaly: Anomaly, loss: float, norm: float) -> None:
+        """A spike, or a step that was skipped; printed and recorded whatever `run.log_every` is."""
+        kind = "skip" if anomaly.action == "skip" else anomaly.kind
+        self.print(f"{'skipped' if kind == 'skip' else kind}: {anomaly.reason}")
+        numbers = {"loss": loss, "norm": norm}
+        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        details = {"why": anomaly.reason, "layer": anomaly.layer, "skipped": progress.skipped}
+        self.record(kind, progress, {**finite, **details})
 
     def evaluation(
         self, progress: RunProgress, result: Evaluation, samples: list[tuple[str, str]], seconds: float
     ) -> None:
-        """Held-out figures and sample translations."""
+        """Held-out measurements and sample translations."""
         mtp = "" if result.mtp_accuracy is None else f"  mtp hits {100 * result.mtp_accuracy:.1f} %"
-        self.view.heldout = bits = f"{result.bits_per_byte:.4f}"
+        bits = f"{result.bits_per_byte:.4f}"
+        self.view.heldout = bits
         where = f"held-out at step {progress.step}{_stage(progress)}"
-        self.say(f"{where}: loss {result.loss:.4f}  {bits} bits/byte{mtp}  ({seconds:.1f} s)")
+        self.print(f"{where}: loss {result.loss:.4f}  {bits} bits/byte{mtp}  ({seconds:.1f} s)")
         for text, translation in samples:
-            self.say(f"    {text}  ->  {translation}")
+            self.print(f"    {text}  ->  {translation}")
         self.record("evaluation", progress, {**vars(result), "samples": samples})
 
-    def end(self, progress: RunProgress, why: str) -> None:
-        """Why the sitting ended, for whoever asks later where the run stands."""
-        self.record("end", progress, {"why": why})
+    def end(self, progress: RunProgress, reason: str) -> None:
+        """Record why the session ended: `soli runs` reads it."""
+        self.record("end", progress, {"why": reason})
 
-    def record(self, kind: str, progress: RunProgress, figures: dict[str, Any]) -> None:
+    def record(self, kind: str, progress: RunProgress, metrics: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
         head = {"kind": kind, "step": progress.step, "tokens": progress.tokens, "stage": progress.stage}
-        head["seconds"] = progress.seconds
-        self.metrics.write({**head, **figures})
+        self.metrics.write({**head, "seconds": progress.seconds, **metrics})
 
-    def _left(self, progress: RunProgress) -> str:
-        left = self.work_left(progress)
-        done = self.work - left
-        if done <= 0:
+    def _time_left(self, progress: RunProgress) -> str:
+        remaining = self.work_left(progress)
+        completed = self.work_at_start - remaining
+        if completed <= 0:
             return "?"
-        seconds = int(left * (time.monotonic() - self.began) / done)
+        seconds = int(remaining * (time.monotonic() - self.start) / completed)
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}" if seconds > 0 else "0:00:00"
 
 
 def _stage(progress: RunProgress) -> str:
     return f"  {stage_name(progress.stage)}" if progress.stage else ""
+
+
+@dataclass
+class LiveView:
+    """The last lines of the terminal: progress, losses, speed, load by layer. RunReport updates it, rich draws it."""
+
+    total: int  # tokens of the whole run
+    step: int = 0
+    tokens: int = 0
+    stage: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)  # loss, mtp, lr, norm, tokens_per_second
+    loads: dict[str, ExpertLoad] = field(default_factory=dict)
+    heldout: str = ""
+    time_left: str = "?"
+    skipped: int = 0  # steps that changed no weight
+
+    def update(
+        self, progress: RunProgress, metrics: dict[str, float], loads: dict[str, ExpertLoad], time_left: str
+    ) -> None:
+        """Show another step; `time_left` is the time until the end of the run."""
+        self.step, self.tokens, self.stage = progress.step, progress.tokens, progress.stage
+        self.skipped = progress.skipped
+        self.metrics = metrics
+        self.loads = loads
+        self.time_left = time_left
+
+    def __rich__(self) -> RenderableType:
+        parts: list[RenderableType] = [self._progress()]
+        if self.metrics:
+            parts.append(self._losses())
+        if self.loads:
+            parts.append(self._layers())
+        return Group(*parts)
+
+    def _progress(self) -> Table:
+        row = Table.grid(padding=(0, 2))
+        tokens = f"{self.tokens / 1e6:,.2f} of {self.total / 1e6:,.2f} M tokens"
+        share = f"{100 * self.tokens / self.total:3.0f} %"
+        step = f"{stage_name(self.stage)}, step {self.step:,}" if self.stage else f"step {self.step:,}"
+        row.add_row(share, ProgressBar(self.total, self.tokens, width=30), step, tokens, f"{self.time_left} left")
+        return row
+
+    def _losses(self) -> Table:
+        metrics = self.metrics
+        cells = {"loss": f"{metrics['loss']:.4f}", "mtp": f"{metrics['mtp']:.4f}"}
+        cells |= {"held-out bits/byte": self.heldout} if self.heldout else {}
+        cells |= {"tok/s": f"{metrics['tokens_per_second']:,.0f}", "lr": f"{metrics['lr']:.2e}"}
+        cells |= {"norm": f"{metrics['norm']:.2f}"}
+        cells |= {"skipped": f"{self.skipped}"} if self.skipped else {}
+        row = Table.grid(padding=(0, 3))
+        row.add_row(*(Text.assemble((f"{name} ", "dim"), (value, "bold")) for name, value in cells.items()))
+        return row
+
+    def _layers(self) -> Table:
+        worst = sorted(self.loads, key=lambda name: -self.loads[name].max_violation)[:MAX_LAYERS]
+        table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
+        table.add_column(
+            "layer" if len(worst) == len(self.loads) else f"worst {MAX_LAYERS} of {len(self.loads)} layers"
+        )
+        for title in ("max violation", "entropy", "dead experts"):
+            table.add_column(title, no_wrap=True)
+        for name, load in self.loads.items():
+            if name in worst:
+                violation = f"{bar(load.max_violation / FULL_VIOLATION)} {load.max_violation:5.2f}"
+                dead = f"{'▪' * min(load.dead_experts, WIDTH):<{WIDTH}} {load.dead_experts:3d}"
+                table.add_row(name, violation, f"{bar(load.entropy)} {load.entropy:.3f}", dead)
+        return table
+
+
+def bar(share: float) -> str:
+    """A bar of WIDTH cells, `share` of it filled to an eighth of a cell; full from 1 on."""
+    cells, eighths = divmod(round(8 * WIDTH * min(max(share, 0.0), 1.0)), 8)
+    return ("█" * cells + (EIGHTHS[eighths] if eighths else "")).ljust(WIDTH)
+
+
+class MetricsFile:
+    """`metrics.jsonl` of a run that continues after `step`; with `tensorboard`, the same numbers in tensorboard/."""
+
+    def __init__(self, run: Path, step: int, tensorboard: bool = False) -> None:
+        self.events = _open_events(run / "tensorboard", step) if tensorboard else None
+        self.file = _open_after(run / "metrics.jsonl", step)
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Append one line, and its numbers to the event file."""
+        self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self.file.flush()
+        if self.events is not None:
+            for tag, value in scalars(entry):
+                self.events.add_scalar(tag, value, entry["step"])
+
+    def close(self) -> None:
+        self.file.close()
+        if self.events is not None:
+            self.events.close()
+
+
+def scalars(entry: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers of one line by tag: "train/loss", "held-out/loss", "max_violation/layers.1"."""
+    group = TAG_GROUPS.get(entry["kind"])
+    if group is None:
+        return
+    for name, value in entry.items():
+        if isinstance(value, int | float) and name != "step":
+            yield f"{group}/{name}", value
+    for layer, load in entry.get("load", {}).items():
+        for name, value in load.items():
+            yield f"{name}/{layer}", value
+
+
+def _open_after(file: Path, step: int) -> TextIO:
+    """The file, open for appending, without lines past `step`, ends of sessions, and a line that a kill cut short."""
+    if file.is_file():
+        text = file.read_text(encoding="utf-8", errors="replace")
+        remaining = "".join(line + "\n" for line in text.split("\n") if _is_current(line, step))
+        if remaining != text:
+            draft = file.with_name(f".{file.name}")
+            draft.write_text(remaining, encoding="utf-8")
+            os.replace(draft, file)
+    return file.open("a", encoding="utf-8")
+
+
+def _is_current(line: str, step: int) -> bool:
+    try:
+        entry = json.loads(line)
+        return bool(entry["step"] <= step and entry["kind"] != "end")
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _open_events(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise SoliError(
+            "run.tensorboard is true, but there is no package tensorboard; install it with: pip install tensorboard"
+        ) from None
+    return SummaryWriter(str(folder), purge_step=step + 1, flush_secs=30)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from soli.analysis.figure import new_figure, save_figure, style_panel
 from soli.errors import SoliError
 
 METRICS = "metrics.jsonl"
@@ -28,6 +29,13 @@ Curve = list[tuple[int, float]]  # (tokens, value), tokens rising
 
 # What is compared; losses are in nats per token.
 MEASURES = ("loss", "MTP loss", "held-out loss", "bits per byte", "max violation")
+PANELS = {
+    "loss": "nats per token",
+    "MTP loss": "nats per target",
+    "held-out loss": "nats per token",
+    "max violation": "largest load / mean - 1, worst layer",
+}
+UNCROPPED = 0.02  # of the tokens: a panel's range is that of the values after these, where curves lie close
 
 
 @dataclass(frozen=True)
@@ -140,6 +148,30 @@ def summarize(metrics: RunMetrics, now: float | None = None) -> RunSummary:
 def compare_runs(runs: Sequence[RunMetrics]) -> list[Point]:
     """Each of MEASURES at the last tokens that all runs have reached, beside the first run's."""
     return [_common_point(measure, [run.curve(measure) for run in runs]) for measure in MEASURES]
+
+
+def save_curves(path: str | Path, runs: Sequence[RunMetrics], names: Sequence[str]) -> None:
+    """Write a PNG of loss, MTP loss, held-out loss and max violation over tokens; a run without one is left out of its
+    panel."""
+    figure = new_figure(11, 7)
+    for axis, measure in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+        _draw_panel(axis, measure, [run.curve(measure) for run in runs], names)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(names)), fontsize=9)
+    save_figure(figure, path)
+
+
+def _draw_panel(axis: Any, measure: str, curves: Sequence[Curve], names: Sequence[str]) -> None:
+    for curve, name in zip(curves, names, strict=True):
+        tokens = [point[0] / 1e6 for point in curve]
+        values = [point[1] for point in curve]
+        axis.plot(tokens, values, label=name, linewidth=1.1, marker="o" if len(curve) < 20 else "", markersize=4)
+    longest = max((curve[-1][0] for curve in curves if curve), default=0)
+    later = [value for curve in curves for tokens, value in curve if tokens >= UNCROPPED * longest]
+    if later and max(later) > min(later):
+        margin = 0.05 * (max(later) - min(later))
+        axis.set_ylim(min(later) - margin, max(later) + margin)
+    style_panel(axis, measure, "million tokens", PANELS[measure])
 
 
 def _common_point(measure: str, curves: Sequence[Curve]) -> Point:

@@ -1,7 +1,7 @@
-"""A run, built from a recipe: device and precision chosen, model drawn, data opened, an earlier checkpoint taken up.
+"""A run, built from a recipe: device and precision chosen, weights initialised, data opened, a checkpoint resumed.
 
-The resolved recipe and the tokenizer are kept beside the run. A run is not resumed with another model, another order of
-the data, or data that were built anew since it began.
+The resolved recipe and the tokenizer are stored in the run's folder. A run is not resumed with another model, another
+order of the data, or data that were rebuilt since it began.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from soli.data.tokenizer import Tokenizer
 from soli.errors import SoliError
 from soli.model.transformer import Transformer
 from soli.train.batches import PackedTokens
+from soli.train.block_options import apply_block_options
 from soli.train.checkpoints import RunProgress, checkpoints, load_checkpoint
 from soli.train.cuda_graph import GraphedStep
 from soli.train.evaluate import bytes_per_token
@@ -28,11 +29,10 @@ from soli.train.optimizer import Optimizer
 from soli.train.precision import use_fp8
 from soli.train.settings import TrainSettings, as_recipe
 from soli.train.stages import Stage, build_stages, check_stage
-from soli.train.switches import apply_switches
 
-# What a resumed run may not change: the model's shape, and what the order of the data hangs on.
+# What a resumed run may not change: the model's shape, and what the order of the data depends on.
 FIXED = (("schedule", "sequence_length"), ("run", "seed"), ("optimizer", "name"))
-PACKED = ("train_tokens", "tokenizer_sha256")  # of meta.json: other values, other data
+PACKED = ("train_tokens", "tokenizer_sha256")  # in meta.json; they differ when the data do
 
 
 @dataclass
@@ -45,31 +45,33 @@ class Run:
     optimizer: Optimizer
     stages: tuple[Stage, ...]
     tokenizer: Tokenizer
-    bytes_V: Tensor  # UTF-8 bytes that each token stands for
-    sentences: list[tuple[str, str]]  # to translate now and then: text, target language
+    bytes_V: Tensor  # UTF-8 bytes that each token encodes
+    sentences: list[tuple[str, str]]  # translated at each evaluation: text, target language
     progress: RunProgress = field(default_factory=RunProgress)
-    graphed: GraphedStep | None = None  # where run.cuda_graph asks for it
+    cuda_graph: GraphedStep | None = None  # where run.cuda_graph asks for it
 
     @property
     def stage(self) -> Stage:
         return self.stages[self.progress.stage]
 
     def begin_next_stage(self) -> None:
-        """Enter the next extension phase: data and positions anew; weights, biases and tokens go on.
+        """Enter the next extension phase: data and positions restart; weights, biases and tokens continue.
 
-        # differs: the paper does not say what becomes of AdamW's moments between its phases; here they go on.
+        # differs: the paper does not say what becomes of AdamW's moments between its phases; here they are kept.
         """
         self.progress.stage += 1
-        self.progress.stage_start, self.progress.position = self.progress.tokens, 0
+        self.progress.stage_start = self.progress.tokens
+        self.progress.position = 0
         self.progress.valid_loss = None
-        self.progress.losses, self.progress.norms = [], []  # of other windows: the guard begins anew
+        self.progress.losses = []  # those of other windows say nothing about the next ones
+        self.progress.norms = []
         self.model.reposition(self.stage.config)
 
 
 def prepare(settings: TrainSettings, data: dict[str, Any], data_folder: Path, run_folder: Path) -> Run:
     """Build model, optimizer and data; resume from the run folder's latest checkpoint when there is one.
 
-    `data` is the recipe's section of that name, kept for the record. SoliError when data, model and run do not fit.
+    `data` is the recipe's section of that name, stored with the run. SoliError when data, model and run do not fit.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise SoliError("soli train runs on one device; start it without torchrun, or with WORLD_SIZE unset")
@@ -85,9 +87,9 @@ def prepare(settings: TrainSettings, data: dict[str, Any], data_folder: Path, ru
     _check_fim_rate(data, train_tokens)
     stages = build_stages(settings, train_tokens, valid_tokens)
     packed = {key: train_tokens.meta.get(key) for key in PACKED}
-    _settle_recipe(run_folder, as_recipe(settings, data) | {"packed": packed})
+    _store_recipe(run_folder, as_recipe(settings, data) | {"packed": packed})
     tokenizer.save(run_folder)
-    model = _draw_model(settings, device, compute)
+    model = _new_model(settings, device, compute)
     run = Run(
         folder=run_folder,
         settings=settings,
@@ -99,31 +101,31 @@ def prepare(settings: TrainSettings, data: dict[str, Any], data_folder: Path, ru
         sentences=read_sentences(data_folder / "heldout.tsv", settings.eval.samples),
     )
     if settings.run.cuda_graph:
-        run.graphed = GraphedStep(model, settings.balance.alpha, tokenizer.eos_id)
-    found = checkpoints(run_folder)
-    if found:
-        run.progress = load_checkpoint(found[-1], model, run.optimizer)
-        check_stage(settings, stages, run.progress, load_config(found[-1]))
+        run.cuda_graph = GraphedStep(model, settings.balance.alpha, tokenizer.eos_id)
+    saved = checkpoints(run_folder)
+    if saved:
+        run.progress = load_checkpoint(saved[-1], model, run.optimizer)
+        check_stage(settings, stages, run.progress, load_config(saved[-1]))
         model.reposition(run.stage.config)
     return run
 
 
-def choose_device(wanted: str) -> torch.device:
-    """`auto`: the first CUDA device, else the CPU. SoliError when the device asked for is not there."""
-    if wanted == "auto":
+def choose_device(name: str) -> torch.device:
+    """`auto`: the first CUDA device, else the CPU. SoliError when there is no such device."""
+    if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(wanted)
+        device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise SoliError(f"run.device is {wanted!r}, which this machine lacks ({str(error).splitlines()[0]})") from None
+        raise SoliError(f"run.device is {name!r}, which this machine lacks ({str(error).splitlines()[0]})") from None
     return device
 
 
-def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
     """Dtype of activations. `auto`: bf16 where the hardware multiplies it natively, else fp32."""
-    if wanted != "auto":
-        return {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}[wanted]
+    if name != "auto":
+        return {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}[name]
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported()
     else:
@@ -133,22 +135,23 @@ def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def read_sentences(file: Path, count: int) -> list[tuple[str, str]]:
-    """Held-out sentences to translate now and then: (text, target language), from all over the file."""
+    """Held-out sentences to translate at each evaluation: (text, target language), spread evenly over the file."""
     if count == 0 or not file.is_file():
         return []
     rows = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines()]
     rows = [row for row in rows if len(row) == 3]
-    picked = [rows[(2 * n + 1) * len(rows) // (2 * count)] for n in range(min(count, len(rows)))]
-    return [(en, "zh") if n % 2 == 0 else (zh, "en") for n, (_, zh, en) in enumerate(picked)]
+    spread = [rows[(2 * n + 1) * len(rows) // (2 * count)] for n in range(min(count, len(rows)))]
+    return [(en, "zh") if n % 2 == 0 else (zh, "en") for n, (_, zh, en) in enumerate(spread)]
 
 
 def _check_fim_rate(data: dict[str, Any], tokens: PackedTokens) -> None:
-    """The recipe's rate took effect when the data were packed, so it must be theirs; older folders do not tell."""
-    wanted, packed = data.get("fim_rate", 0.0), tokens.meta.get("fim_rate")
-    if packed is not None and packed != wanted:
+    """The rate took effect when the data were packed, so both must be equal; older data folders do not record it."""
+    recipe_rate = data.get("fim_rate", 0.0)
+    packed = tokens.meta.get("fim_rate")
+    if packed is not None and packed != recipe_rate:
         raise SoliError(
-            f"{tokens.file} was packed with fim_rate {packed}, but the recipe's data.fim_rate is {wanted}; pack the "
-            f"data anew, or train with --set data.fim_rate={packed}"
+            f"{tokens.file} was packed with fim_rate {packed}, but the recipe's data.fim_rate is {recipe_rate}; pack "
+            f"the data again, or train with --set data.fim_rate={packed}"
         )
 
 
@@ -162,7 +165,7 @@ def _open_tokenizer(folder: Path, settings: TrainSettings) -> Tokenizer:
     return tokenizer
 
 
-def _draw_model(settings: TrainSettings, device: torch.device, compute: torch.dtype) -> Transformer:
+def _new_model(settings: TrainSettings, device: torch.device, compute: torch.dtype) -> Transformer:
     """fp32 parameters drawn from the run's seed; activations in `compute`."""
     model = Transformer(settings.model, device=device, dtype=torch.float32)
     torch.manual_seed(settings.run.seed)
@@ -170,24 +173,25 @@ def _draw_model(settings: TrainSettings, device: torch.device, compute: torch.dt
     model.compute_dtype = compute
     if settings.run.precision == "fp8":
         use_fp8(model)
-    apply_switches(model, settings.run)
+    apply_block_options(model, settings.run)
     return model
 
 
-def _settle_recipe(folder: Path, recipe: dict[str, Any]) -> None:
-    """Keep the resolved recipe beside the run; refuse to go on with what would not be the same run."""
+def _store_recipe(folder: Path, recipe: dict[str, Any]) -> None:
+    """Store the resolved recipe in the run's folder; SoliError where it would not continue the same run."""
     file = folder / "recipe.resolved.json"
     if not file.is_file() or not checkpoints(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(file, recipe)
         return
-    before, now = json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(recipe))
+    before = json.loads(file.read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(recipe))
     fixed = (*(("model", key) for key in now["model"]), *FIXED, *(("packed", key) for key in PACKED))
     for section, key in fixed:
-        old, new = before.get(section, {}).get(key), now[section].get(key)
+        old = before.get(section, {}).get(key)
+        new = now[section].get(key)
         if old != new and section in before:
-            what = "data whose" if section == "packed" else f"{section}."
+            field = f"data whose {key}" if section == "packed" else f"{section}.{key}"
             raise SoliError(
-                f"{folder} was begun with {what}{' ' if section == 'packed' else ''}{key} = {old!r}, not {new!r}; "
-                "choose another --out to begin anew"
+                f"{folder} was begun with {field} = {old!r}, not {new!r}; choose another --out to start a new run"
             )

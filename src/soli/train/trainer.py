@@ -1,7 +1,7 @@
 """The training loop: windows -> micro-batches -> losses -> clip -> optimizer -> bias step -> report, evaluate, save.
 
-`train` drives a run to the end of the schedule, to its time limit, or to SIGINT or SIGTERM, and leaves the state saved
-in each case. A step that is not finite or spikes is dealt with by soli/train/anomalies.py before anything is changed.
+`train` runs to the end of the schedule, to its time limit, or to SIGINT or SIGTERM, and saves the state in each case. A
+step that is not finite or spikes is detected (soli/train/anomalies.py) before anything is changed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from soli.errors import SoliError
 from soli.train import anomalies
 from soli.train.balance import measure_load, reduce_counts, step_bias
-from soli.train.checkpoint_saver import CheckpointSaver
+from soli.train.checkpoints import CheckpointSaver
 from soli.train.evaluate import evaluate, translate_samples
 from soli.train.losses import StepTotals, compute_losses, count_targets
 from soli.train.precision import fp8_note
@@ -38,41 +38,43 @@ class StepResult:
     mtp: float  # nats per unmasked target, mean over depths
     balance: float  # sum over layers of the sequence-wise loss, before alpha; the number of MoE layers when even
     norm: float  # of the gradient, before clipping
-    rate: float  # learning rate
+    learning_rate: float
     tokens: int  # that it learned to predict
     counts_LE: Tensor
-    trouble: anomalies.Anomaly | None  # a spike, or why the step moved nothing
+    anomaly: anomalies.Anomaly | None
 
     @property
     def skipped(self) -> bool:
-        return self.trouble is not None and self.trouble.rule == "skip"
+        """Whether the step changed no weight, no moment and no bias."""
+        return self.anomaly is not None and self.anomaly.action == "skip"
 
 
 def take_step(run: Run) -> StepResult:
-    """One optimizer step over the batch that the schedule says, then one of the biases.
+    """One optimizer step over the schedule's next batch, then one of the biases.
 
-    anomalies.TrainingStopped where the guard says so; nothing has moved then.
+    anomalies.TrainingStopped where an anomaly ends the run; nothing has changed then.
     """
     settings, progress = run.settings, run.progress
-    sequences, rate = next_step(settings, progress)
+    sequences, learning_rate = next_step(settings, progress)
     window_BW = run.stage.batches.take(progress.position, sequences)
     totals = count_targets(window_BW, settings.model.num_nextn_predict_layers, run.tokenizer.eos_id)
     try:
         (loss, mtp, balance), counts_LE = accumulate(run, window_BW, totals)
     except SoliError as error:
-        raise anomalies.explain(error, run.model) from None
+        raise anomalies.explain_error(error, run.model) from None
     norm = run.optimizer.gradient_norm()
     parts = window_BW.split(run.stage.micro_sequences)
-    trouble = anomalies.examine(run, parts, totals, (loss, mtp, balance), float(norm))
-    if trouble is not None:
-        anomalies.enforce(trouble, progress)
-    step = StepResult(loss, mtp, balance, float(norm), rate, totals.tokens, reduce_counts(counts_LE), trouble)
+    anomaly = anomalies.detect_anomaly(run, parts, totals, (loss, mtp, balance), float(norm))
+    if anomaly is not None:
+        anomalies.stop_if_required(anomaly, progress)
+    counts_LE = reduce_counts(counts_LE)
+    step = StepResult(loss, mtp, balance, float(norm), learning_rate, totals.tokens, counts_LE, anomaly)
     if step.skipped:
         run.optimizer.clear()
     else:
-        run.optimizer.step(rate, norm)
+        run.optimizer.step(learning_rate, norm)
         step_bias(run.model, step.counts_LE, settings.balance.gamma_at(progress.tokens))
-    anomalies.remember(progress, step.loss, step.norm, step.skipped)
+    anomalies.record_step(progress, step.loss, step.norm, step.skipped)
     progress.step += 1
     progress.tokens += totals.tokens
     progress.position += window_BW.shape[0]
@@ -81,60 +83,59 @@ def take_step(run: Run) -> StepResult:
 
 
 def accumulate(run: Run, window_BW: Tensor, totals: StepTotals) -> tuple[list[float], Tensor]:
-    """Gradients of one optimizer step, micro-batch by micro-batch; its three losses and its tokens per expert."""
+    """Gradients of one optimizer step, micro-batch by micro-batch.
+
+    Returns its losses (next token, MTP, balance) and its tokens per expert.
+    """
     settings, device = run.settings, run.model.embed_tokens.weight.device
     weight = settings.losses.mtp_weight_at(run.progress.tokens)
     alpha = settings.balance.alpha
-    if run.graphed is not None and window_BW.shape[0] <= run.stage.micro_sequences:
-        found = run.graphed(window_BW, totals, weight)
-        if found is not None:
-            return found[0].tolist(), found[1]
-    sums, counts = torch.zeros(3, device=device), []
+    if run.cuda_graph is not None and window_BW.shape[0] <= run.stage.micro_sequences:
+        replayed = run.cuda_graph(window_BW, totals, weight)
+        if replayed is not None:
+            losses_3, counts_LE = replayed
+            return losses_3.tolist(), counts_LE
+    sums_3 = torch.zeros(3, device=device)
+    counts = []
     for part_BW in window_BW.to(device).split(run.stage.micro_sequences):
         losses = compute_losses(run.model, part_BW, totals, run.tokenizer.eos_id)
         losses.total(weight, alpha).backward()
-        sums += losses.parts()
+        sums_3 += losses.parts()
         counts.append(losses.counts_LE)
-    return sums.tolist(), torch.stack(counts).sum(0)
+    return sums_3.tolist(), torch.stack(counts).sum(0)
 
 
 def train(run: Run) -> str:
     """Train to the end of the last stage or until stopped; returns why it ended: "finished", "time" or "signal"."""
     settings, progress = run.settings, run.progress
-    limit = math.inf if settings.run.max_minutes is None else time.monotonic() + 60 * settings.run.max_minutes
+    minutes = settings.run.max_minutes
+    deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     saver = CheckpointSaver(run.folder, settings.run.keep)
-    with _stop_on_signal() as stopped, saver, _open_report(run) as report:
-        if settings.run.precision == "fp8":
-            report.say(fp8_note(run.model.embed_tokens.weight.device))
-        if progress.step:
-            report.say(
-                f"resuming after step {progress.step}, {progress.tokens / 1e6:.2f} M of "
-                f"{settings.total_tokens / 1e6:.2f} M tokens"
-            )
-        why = "finished" if is_finished(settings, progress) else ""
-        while not why:
+    with _stop_on_signal() as signals, saver, _open_report(run) as report:
+        _print_start(run, report)
+        reason = "finished" if is_finished(settings, progress) else ""
+        while not reason:
             saver.check()
             if stage_tokens_left(settings, progress) <= 0:
                 run.begin_next_stage()
-                report.say(f"{stage_name(progress.stage)} begins: sequences of {run.stage.length:,} tokens")
-            _guarded_step(run, report, saver)
-            ended = stage_tokens_left(settings, progress) <= 0
+                report.print(f"{stage_name(progress.stage)} begins: sequences of {run.stage.length:,} tokens")
+            _step_or_stop(run, report, saver)
+            stage_ended = stage_tokens_left(settings, progress) <= 0
             if is_finished(settings, progress):
-                why = "finished"
-            elif stopped:
-                why = "signal"
-            elif time.monotonic() >= limit:
-                why = "time"
-            if ended or _due(progress.step, settings.eval.every):
+                reason = "finished"
+            elif signals:
+                reason = "signal"
+            elif time.monotonic() >= deadline:
+                reason = "time"
+            if stage_ended or _is_due(progress.step, settings.eval.every):
                 measure(run, report)
-            if why or ended or _due(progress.step, settings.run.save_every):
+            if reason or stage_ended or _is_due(progress.step, settings.run.save_every):
                 saver.save(run.model, run.optimizer, progress)
         saver.wait()
-        report.say(
-            f"{'finished' if why == 'finished' else 'stopped'} after step {progress.step}; state is in {run.folder}"
-        )
-        report.end(progress, why)
-    return why
+        ended = "finished" if reason == "finished" else "stopped"
+        report.print(f"{ended} after step {progress.step}; state is in {run.folder}")
+        report.end(progress, reason)
+    return reason
 
 
 def _open_report(run: Run) -> RunReport:
@@ -148,52 +149,69 @@ def _open_report(run: Run) -> RunReport:
     )
 
 
-def _guarded_step(run: Run, report: RunReport, saver: CheckpointSaver) -> None:
+def _print_start(run: Run, report: RunReport) -> None:
+    progress = run.progress
+    if run.settings.run.precision == "fp8":
+        report.print(fp8_note(run.model.embed_tokens.weight.device))
+    if progress.step:
+        tokens = f"{progress.tokens / 1e6:.2f} M of {run.settings.total_tokens / 1e6:.2f} M tokens"
+        report.print(f"resuming after step {progress.step}, {tokens}")
+
+
+def _step_or_stop(run: Run, report: RunReport, saver: CheckpointSaver) -> None:
+    """One step; where an anomaly ends the run, the state before the step is saved if it is worth it."""
     try:
         _step_and_report(run, report)
     except anomalies.TrainingStopped as stop:
-        if stop.saves:
+        if stop.save_state:
             saver.save(run.model, run.optimizer, run.progress)
             saver.wait()
-        report.end(run.progress, "stopped by the guard")
+        report.end(run.progress, "anomaly")
         raise
 
 
 def _step_and_report(run: Run, report: RunReport) -> None:
-    settings, progress, began = run.settings, run.progress, time.monotonic()
+    settings, progress = run.settings, run.progress
+    start = time.monotonic()
     step = take_step(run)
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - start
     progress.seconds += seconds
-    if step.trouble is not None:
-        report.trouble(progress, step.trouble, step.loss, step.norm)
+    if step.anomaly is not None:
+        report.anomaly(progress, step.anomaly, step.loss, step.norm)
     if step.skipped:
         return
-    figures = {"loss": step.loss, "mtp": step.mtp, "balance": step.balance, "lr": step.rate, "norm": step.norm}
-    figures["tokens_per_second"] = step.tokens / seconds
-    figures["tflops"] = step.tokens * token_flops(settings, progress.stage) / seconds / 1e12
+    metrics = {
+        "loss": step.loss,
+        "mtp": step.mtp,
+        "balance": step.balance,
+        "lr": step.learning_rate,
+        "norm": step.norm,
+        "tokens_per_second": step.tokens / seconds,
+        "tflops": step.tokens * token_flops(settings, progress.stage) / seconds / 1e12,
+    }
     layers = [name for name, _ in run.model.moe_layers()]
     loads = dict(zip(layers, measure_load(step.counts_LE), strict=True))
-    ended = stage_tokens_left(settings, progress) <= 0
-    report.step(progress, figures, loads, speak=ended or _due(progress.step, settings.run.log_every))
+    stage_ended = stage_tokens_left(settings, progress) <= 0
+    report.step(progress, metrics, loads, log=stage_ended or _is_due(progress.step, settings.run.log_every))
 
 
 def measure(run: Run, report: RunReport) -> None:
-    """Evaluate on held-out windows and translate the samples; the loss is kept for choosing the best checkpoint."""
-    began, settings = time.monotonic(), run.settings
-    stage = run.stage
+    """Evaluate on held-out windows and translate the samples; the loss is stored for choosing the best checkpoint."""
+    start = time.monotonic()
+    settings, stage = run.settings, run.stage
     result = evaluate(run.model, stage.heldout_BW, run.bytes_V, stage.micro_sequences, run.tokenizer.eos_id)
     run.progress.valid_loss = result.loss
     samples = translate_samples(run.model, run.tokenizer, run.sentences, settings.eval.sample_tokens)
-    report.evaluation(run.progress, result, samples, time.monotonic() - began)
+    report.evaluation(run.progress, result, samples, time.monotonic() - start)
 
 
-def _due(step: int, every: int) -> bool:
+def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
 @contextmanager
 def _stop_on_signal() -> Iterator[list[int]]:
-    """A list that fills when SIGINT or SIGTERM arrives; a second SIGINT interrupts at once."""
+    """A list of the SIGINT and SIGTERM received; a second SIGINT interrupts at once."""
     received: list[int] = []
 
     def note(number: int, frame: Any) -> None:

@@ -1,8 +1,7 @@
-"""Switches that trade time for memory, or compiling for speed, and leave gradients equal.
+"""How a block's forward runs in training: with activation checkpointing, compiled, or both; gradients stay equal.
 
-Activation checkpointing: the same bits. torch.compile: equal to float32 rounding; the routed experts, whose shapes
-depend on the data, stay as they are. What is switched is how a block's forward runs, never what it is: parameters,
-their names and checkpoints stay.
+Activation checkpointing: bit-identical. torch.compile: equal to float32 rounding; the routed experts, whose shapes
+depend on the data, are not compiled. Parameters, their names and checkpoints do not change.
 """
 
 from __future__ import annotations
@@ -24,10 +23,9 @@ from soli.train.settings import RunSettings
 BACKEND = "inductor"
 
 
-def apply_switches(model: Transformer, settings: RunSettings) -> None:
-    """Set the blocks of `model`, those of MTP modules included, to run as `run.*` says.
-
-    SoliError when they are to be compiled and there is no C++ compiler.
+def apply_block_options(model: Transformer, settings: RunSettings) -> None:
+    """Set the blocks of `model`, those of MTP modules included, to run as `run.compile` and
+    `run.activation_checkpointing` ask. SoliError when they are to be compiled and there is no C++ compiler.
     """
     if settings.compile:
         _require_compiler()
@@ -35,9 +33,9 @@ def apply_switches(model: Transformer, settings: RunSettings) -> None:
             mixture.experts.forward = torch.compiler.disable(mixture.experts.forward)  # type: ignore[method-assign]
     for block in blocks(model):
         if settings.compile:
-            block.forward = _while_learning(torch.compile(block.forward, backend=BACKEND), block.forward)
+            block.forward = _when_training(torch.compile(block.forward, backend=BACKEND), block.forward)
         if settings.activation_checkpointing:
-            block.forward = _while_learning(_recomputed(block.forward), block.forward)
+            block.forward = _when_training(_recomputed(block.forward), block.forward)
 
 
 def blocks(model: Transformer) -> list[nn.Module]:
@@ -46,17 +44,17 @@ def blocks(model: Transformer) -> list[nn.Module]:
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward`, keeping its inputs alone for the backward pass, which runs it again.
+    """`forward`, keeping only its inputs for the backward pass, which runs it again.
 
-    The caller has the routing of the first run, so counts know nothing of the second. Nothing in a block is random, so
-    no random state is kept.
+    The caller has the routing of the first run, so the second is not counted. Nothing in a block is random, so no
+    random state is saved.
     """
     return lambda *args: checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
 
 
-def _while_learning(switched: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`switched` where gradients are wanted, else `forward`: decoding meets too many shapes to compile."""
-    return lambda *args: switched(*args) if torch.is_grad_enabled() else forward(*args)
+def _when_training(wrapped: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`wrapped` where gradients are enabled, else `forward`: decoding has too many shapes to compile."""
+    return lambda *args: wrapped(*args) if torch.is_grad_enabled() else forward(*args)
 
 
 def _require_compiler() -> None:

@@ -1,4 +1,4 @@
-"""What is measured along the way: load, held-out loss, bits per byte, MTP hits, choice of sentences."""
+"""What training measures: load, held-out loss, bits per byte, MTP accuracy, and the sample sentences."""
 
 import math
 
@@ -13,14 +13,14 @@ from soli.train.setup import choose_device, choose_precision, read_sentences
 from tests.train.toy import EOS, tiny_model, windows, write_data
 
 
-def test_load_by_hand():
+def test_load_of_two_layers_by_hand():
     even, skewed = measure_load(torch.tensor([[5, 5, 5, 5], [20, 0, 0, 0]]))
-    assert (even.max_violation, even.entropy, even.idle) == pytest.approx((0, 1, 0))
-    assert (skewed.max_violation, skewed.entropy, skewed.idle) == pytest.approx((3, 0, 3))
+    assert (even.max_violation, even.entropy, even.dead_experts) == pytest.approx((0, 1, 0))
+    assert (skewed.max_violation, skewed.entropy, skewed.dead_experts) == pytest.approx((3, 0, 3))
     assert measure_load(torch.zeros(0, 0)) == []
 
 
-def test_one_process_counts_for_itself():
+def test_counts_of_one_process_stay_as_they_are():
     counts = torch.tensor([[1, 2]])
     assert torch.equal(reduce_counts(counts.clone()), counts)
 
@@ -45,7 +45,7 @@ def test_bytes_per_token_add_up_to_the_text(tmp_path):
     assert lengths[[tokenizer.bos_id, tokenizer.eos_id]].sum() == 0
 
 
-def test_sentences_take_turns_in_direction(tmp_path):
+def test_sentences_alternate_in_direction(tmp_path):
     file = tmp_path / "heldout.tsv"
     file.write_text("".join(f"s\tzh{n}\ten{n}\n" for n in range(10)), encoding="utf-8")
     assert read_sentences(file, 2) == [("en2", "zh"), ("zh7", "en")]
@@ -54,11 +54,11 @@ def test_sentences_take_turns_in_direction(tmp_path):
 
 def test_samples_too_long_for_the_model_are_left_out(tmp_path):
     tokenizer, model = Tokenizer.from_folder(write_data(tmp_path)), tiny_model()
-    done = translate_samples(model, tokenizer, [("ab", "zh"), ("x" * 200, "zh")], limit=4)
-    assert [text for text, _ in done] == ["ab"]
+    samples = translate_samples(model, tokenizer, [("ab", "zh"), ("x" * 200, "zh")], limit=4)
+    assert [text for text, _ in samples] == ["ab"]
 
 
-def test_automatic_choices():
+def test_device_and_precision_are_chosen():
     assert choose_precision("fp32", torch.device("cpu")) == torch.float32
     assert choose_precision("auto", torch.device("cpu")) in (torch.float32, torch.bfloat16)
     assert choose_device("cpu").type == "cpu"
