@@ -33,7 +33,6 @@ from soli import machine
 
 if TYPE_CHECKING:
     from soli.engine.text_model import TextModel
-    from soli.model import Transformer
 
 IMPLEMENTATIONS = ("eager", "grouped_mm")
 MEMORY_BLOCK = 2**28  # float32 numbers: 1 GiB, past any cache
@@ -95,13 +94,13 @@ def soli(lab: Lab, folder: Path, work: Work) -> Iterator[Ask]:
 
 def build_soli(folder: Path, work: dict[str, int]) -> Callable[..., Any]:
     """For `record.alone`. Besides the questions: "resident", peak resident memory in MiB, and "load", the arrival times
-    of tokens of requests that arrive at random. Many requests go to the engine, a single one to generate()."""
+    of tokens of requests that arrive at random. Many requests run as in a server, a single one offline."""
     from functools import cache
 
     from soli.engine.text_model import open_text_model
 
     text_model = open_text_model(str(folder), dtype="as-is")
-    single = single_request(text_model.model, work)
+    single = single_request(text_model, work)
     many = cache(lambda: engine_requests(text_model, work))
 
     def run(question: str, warm: bool, **more: float) -> Any:
@@ -140,26 +139,26 @@ def engine_requests(text_model: TextModel, work: dict[str, int]) -> Callable[...
     return run
 
 
-def single_request(model: Transformer, work: dict[str, int]) -> Callable[[str, bool], float]:
-    """Answers the questions about one request with generate()."""
-    from soli.engine.generate import generate
+def single_request(text_model: TextModel, work: dict[str, int]) -> Callable[[str, bool], float]:
+    """Answers the questions about one request with an Engine sized for it."""
+    from soli.engine.engine import Engine
+    from soli.engine.offline import limits_for, stream
+    from soli.engine.request import Event, Request
 
-    vocab = model.config.vocab_size
+    vocab = text_model.model.config.vocab_size
+
+    def events(prompt: int, new: int) -> Iterator[Event]:
+        engine = Engine(text_model, limits_for(text_model, 1, prompt + new))
+        return stream(engine, Request(tuple(random_ids(1, prompt, vocab)[0]), new))
 
     def run(question: str, warm: bool) -> float:
         now = warmed(Work(**work), warm)
         if question == "resident":
             return peak_mib()
         if question == "prefill":
-            prompts = random_ids(1, now.prefill, vocab)
-            return now.prefill / seconds(lambda: generate(model, prompts, max_new_tokens=1))
-        times: list[float] = []
-        generate(
-            model,
-            random_ids(1, now.prompt, vocab),
-            max_new_tokens=now.new + 1,
-            on_token=lambda request, token: times.append(time.perf_counter()),
-        )
+            prefill = events(now.prefill, 1)
+            return now.prefill / seconds(lambda: list(prefill))
+        times = [time.perf_counter() for event in events(now.prompt, now.new + 1) if event.token is not None]
         return now.new / (times[-1] - times[0])
 
     return run

@@ -47,10 +47,23 @@ def soli_side(folder: Path, dtype: str) -> Continue:
     import torch
 
     import soli
-    from soli.engine.generate import generate
+    from soli.checkpoint import open_checkpoint
+    from soli.data.tokenizer import Tokenizer
+    from soli.engine.engine import Engine
+    from soli.engine.offline import answer_all, limits_for
+    from soli.engine.request import Request
+    from soli.engine.text_model import TextModel
 
     model = soli.load_model(folder, dtype=getattr(torch, dtype))
-    return lambda prompts, new: [list(completion.ids) for completion in generate(model, prompts, max_new_tokens=new)]
+    tokenizer = Tokenizer.from_folder(open_checkpoint("nano").folder)  # every measured model has its vocabulary
+    text_model = TextModel(model, tokenizer, frozenset(), ())
+
+    def run(prompts: Ids, new: int) -> Ids:
+        engine = Engine(text_model, limits_for(text_model, len(prompts), PROMPT + new))
+        answers = answer_all(engine, [Request(tuple(prompt), new) for prompt in prompts])
+        return [list(answer.ids) for answer in answers if answer is not None]
+
+    return run
 
 
 def peer_side(folder: Path, dtype: str, implementation: str) -> Continue:

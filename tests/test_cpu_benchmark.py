@@ -24,7 +24,6 @@ import soli  # noqa: E402
 from soli.analysis.parameters import weights  # noqa: E402
 from soli.checkpoint.writer import Target  # noqa: E402
 from soli.data.tokenizer import Tokenizer  # noqa: E402
-from soli.engine.generate import generate  # noqa: E402
 
 SMALLER = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 512, "intermediate_size": 64, "q_lora_rank": 64}
 
@@ -60,7 +59,7 @@ def test_streamed_random_models_are_whole(tmp_path: Path, monkeypatch: pytest.Mo
     model = soli.load_model(tmp_path / "m")
     codes = model.layers[1].mlp.experts.quantized.downs[0]
     assert codes.format == "int4" and codes.dequantize(torch.float32).std().item() == pytest.approx(0.02, rel=0.05)
-    assert len(generate(model, [[5, 6, 7]], max_new_tokens=3)[0].ids) == 3
+    assert torch.isfinite(model(torch.tensor([[5, 6, 7]]))).all()
     tokenizer = Tokenizer.from_folder(tmp_path / "m")
     assert tokenizer.vocab_size == 512 and tokenizer.decode(tokenizer.encode("你好, world")) == "你好, world"
 

@@ -11,20 +11,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from typing import TypedDict, Unpack
 
 from soli.engine.async_engine import AsyncEngine, Events
 from soli.engine.constraint import ConstraintSpec
 from soli.engine.engine import Engine
-from soli.engine.generate import join_routing
-from soli.engine.logprobs import TokenLogprob
-from soli.engine.request import EngineLimits, EngineStats, Event, FinishReason, Request, Usage
+from soli.engine.request import Answer, EngineLimits, EngineStats, Event, Request, checked
 from soli.engine.sampler import GREEDY, SamplingParams
 from soli.engine.text_model import open_text_model
-from soli.errors import SoliError
-from soli.model.router import Routing
 
 NEW_TOKENS = 256  # unless max_new_tokens says otherwise, within the model's positions
 
@@ -40,20 +35,6 @@ class Options(TypedDict, total=False):
     trace: bool
     masked_experts: Collection[tuple[int, int]]
     constraint: ConstraintSpec
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A whole answer. `ids`: the new tokens, without the one that ended the text. `logprobs`: one per new token, and
-    `routing`: one Routing per MoE layer over all tokens read, where asked for."""
-
-    prompt_ids: tuple[int, ...]
-    ids: tuple[int, ...]
-    text: str
-    finish_reason: FinishReason
-    usage: Usage
-    logprobs: tuple[TokenLogprob, ...] | None
-    routing: tuple[Routing, ...] | None
 
 
 class LLM:
@@ -79,9 +60,9 @@ class LLM:
         underway: deque[tuple[Request, Events]] = deque()
         for request in self._requests(prompts, sampling, options):
             if len(underway) == self._at_once:
-                answers.append(_answer(*underway.popleft()))
+                answers.append(Answer.from_events(*underway.popleft()))
             underway.append((request, self.engine.open(request)))
-        return answers + [_answer(request, events) for request, events in underway]
+        return answers + [Answer.from_events(request, events) for request, events in underway]
 
     async def generate_async(
         self, prompts: str | Sequence[Prompt], sampling: SamplingParams = GREEDY, **options: Unpack[Options]
@@ -91,7 +72,7 @@ class LLM:
 
         async def one(request: Request) -> Answer:
             async with places:
-                return _answer(request, [event async for event in await self.engine.submit(request)])
+                return Answer.from_events(request, [event async for event in await self.engine.submit(request)])
 
         tasks = [asyncio.ensure_future(one(request)) for request in self._requests(prompts, sampling, options)]
         try:
@@ -102,14 +83,14 @@ class LLM:
 
     def stream(self, prompt: Prompt, sampling: SamplingParams = GREEDY, **options: Unpack[Options]) -> Iterator[Event]:
         """One answer's events as they come, `event.text` a piece of text each. Left before its end, it is cancelled."""
-        yield from map(_checked, self.engine.open(self.request(prompt, sampling, **options)))
+        yield from map(checked, self.engine.open(self.request(prompt, sampling, **options)))
 
     async def stream_async(
         self, prompt: Prompt, sampling: SamplingParams = GREEDY, **options: Unpack[Options]
     ) -> AsyncIterator[Event]:
         """`stream` for an event loop."""
         async for event in await self.engine.submit(self.request(prompt, sampling, **options)):
-            yield _checked(event)
+            yield checked(event)
 
     def request(self, prompt: Prompt, sampling: SamplingParams = GREEDY, **options: Unpack[Options]) -> Request:
         """The engine's request for a prompt; `max_new_tokens` is 256 by default, or what the model has room for."""
@@ -140,26 +121,3 @@ class LLM:
     ) -> Iterator[Request]:
         for prompt in [prompts] if isinstance(prompts, str) else prompts:
             yield self.request(prompt, sampling, **options)
-
-
-def _checked(event: Event) -> Event:
-    """An event, or the SoliError that it tells of."""
-    if event.finish_reason == "error":
-        raise SoliError(event.error or "the request failed")
-    return event
-
-
-def _answer(request: Request, events: Iterable[Event]) -> Answer:
-    """All events of a request in one."""
-    told = [_checked(event) for event in events]
-    last, routing = told[-1], [event.routing for event in told if event.routing is not None]
-    assert last.finish_reason is not None and last.usage is not None
-    return Answer(
-        prompt_ids=request.prompt_ids,
-        ids=tuple(event.token for event in told if event.token is not None),
-        text="".join(event.text for event in told),
-        finish_reason=last.finish_reason,
-        usage=last.usage,
-        logprobs=None if request.logprobs is None else tuple(event.logprob for event in told if event.logprob),
-        routing=tuple(map(join_routing, zip(*routing, strict=True))) if routing else None,
-    )

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from soli.analysis.trace import read_trace, trace_layer, trace_tokens
 from soli.cli import app
-from soli.engine.generate import generate
 from soli.errors import SoliError
 from soli.model.router import Router
+from tests.engine.oracle import continuation
 from tests.engine.tiny import tiny_model
 
 
@@ -75,9 +75,9 @@ def test_where_every_expert_is_selected_there_is_no_runner_up():
 
 def test_tokens_carry_their_part_and_the_last_sampled_one_has_no_trace():
     model = tiny_model()
-    [generation] = generate(model, [[5, 6, 7]], max_new_tokens=4, trace=True)
-    tokens = [5, 6, 7, *generation.ids]
-    trace = trace_tokens(routers(model), generation.routing, tokens, [f"t{token}" for token in tokens], 3)
+    answer = continuation(model, [5, 6, 7], 4)
+    tokens = [5, 6, 7, *answer.ids]
+    trace = trace_tokens(routers(model), answer.routing, tokens, [f"t{token}" for token in tokens], 3)
     assert [token.part for token in trace] == ["prompt"] * 3 + ["answer"] * 3
     assert [token.token for token in trace] == tokens[:-1]
     assert [layer.layer for layer in trace[0].layers] == ["layers.1", "layers.2"]

@@ -8,12 +8,13 @@ import torch
 from soli.analysis.trace import trace_layer
 from soli.engine.constraint import ConstraintSpec
 from soli.engine.engine import Engine
-from soli.engine.generate import generate, join_routing
 from soli.engine.latent_cache import bytes_per_token
 from soli.engine.request import EngineLimits, Event, QueueFull, Request
 from soli.engine.sampler import SamplingParams
 from soli.errors import SoliError
-from tests.engine.tiny import KINDS, tiny_model, tiny_text_model, tiny_tokenizer
+from soli.model.router import join_routing
+from tests.engine.oracle import continuation
+from tests.engine.tiny import KINDS, tiny_text_model
 
 TEXT_MODEL = tiny_text_model()
 VOCAB, POSITIONS = 330, 96
@@ -56,14 +57,9 @@ def ids(events: list[Event]) -> tuple[int, ...]:
 
 
 def lone(request: Request) -> tuple[int, ...]:
-    [one] = generate(
-        TEXT_MODEL.model,
-        [request.prompt_ids],
-        max_new_tokens=request.max_new_tokens,
-        sampling=request.sampling,
-        stop_ids=request.stop_ids,
-    )
-    return one.ids
+    """The oracle's answer: no engine, no cache, no other request."""
+    model, limit = TEXT_MODEL.model, request.max_new_tokens
+    return continuation(model, request.prompt_ids, limit, request.sampling, request.stop_ids).ids
 
 
 @pytest.mark.parametrize("limits", [{}, {"pages": 60}, {"pages": 26, "tokens_per_step": 16}, {"max_running": 3}])
@@ -83,12 +79,10 @@ def test_answers_are_those_of_a_request_alone(limits):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_model(kind):
-    from soli.engine.text_model import text_model
-
-    model = text_model(tiny_model(kind, vocab_size=330, max_position_embeddings=96), tiny_tokenizer())
+    model = tiny_text_model(kind)
     wanted = requests(6, seed=1)
     found = run(Engine(model, EngineLimits(cache_bytes=2**20, block_size=4, tokens_per_step=24)), wanted)
-    whole = [generate(model.model, [one.prompt_ids], max_new_tokens=one.max_new_tokens)[0].ids for one in wanted]
+    whole = [continuation(model.model, one.prompt_ids, one.max_new_tokens).ids for one in wanted]
     assert [ids(found[number]) for number in range(6)] == whole
 
 

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from soli.engine.constraint import Constraints, ConstraintSpec
 from soli.engine.distribution import Distribution, distribution
-from soli.engine.generate import generate
 from soli.engine.sampler import REPLACE, TEST, SamplerState, SamplingParams, sample
 from soli.engine.speculate import Draft, propose, remainder, verify
 from soli.engine.text_model import open_text_model
 from soli.errors import SoliError
+from tests.engine.oracle import continuation
 
 V = 4
 ALL = {
@@ -237,7 +237,7 @@ def test_nano_writes_the_same_greedily_with_its_own_drafts(params):
     for text in ("The weather is fine today.", "You can use this knife to cut wood.", "Please open the file."):
         prompt, sampling = tuple(NANO.tokenizer.translation_prompt(text, "zh")), SamplingParams(**params)
         ids, kept = nano_text(SamplerState(sampling, prompt, VOCAB), prompt, 16)
-        [alone] = generate(NANO.model, [prompt], max_new_tokens=16, sampling=sampling, stop_ids=NANO.stop_ids)
+        alone = continuation(NANO.model, prompt, 16, sampling, NANO.stop_ids)
         assert [token for token in ids if token not in NANO.stop_ids] == list(alone.ids)
         total += kept
     assert total >= 6

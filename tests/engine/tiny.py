@@ -68,9 +68,9 @@ def tiny_tokenizer() -> Tokenizer:
     return Tokenizer.train(words * 3, 330)
 
 
-def tiny_text_model() -> TextModel:
+def tiny_text_model(kind: str = "v3") -> TextModel:
     """Translates and continues, nonsensically but deterministically."""
-    return text_model(tiny_model(vocab_size=330, max_position_embeddings=96), tiny_tokenizer())
+    return text_model(tiny_model(kind, vocab_size=330, max_position_embeddings=96), tiny_tokenizer())
 
 
 def tiny_folder(folder: Path) -> str:

@@ -3,9 +3,9 @@
 import pytest
 
 from soli.data.language import language_of
-from soli.engine.generate import generate
 from soli.errors import SoliError
 from soli.eval.translation import Translator, one_line
+from tests.engine.oracle import continuation
 from tests.engine.tiny import tiny_text_model
 
 LINES = ["the cat", "", "猫坐在垫子上", "  ", "hello world the mat", "123"]
@@ -32,8 +32,8 @@ def test_a_translation_is_the_greedy_continuation_of_its_prompt():
     ours = tiny_text_model()
     [found] = Translator(ours, to="en").translate(["猫 坐\t在"])
     prompt = ours.tokenizer.translation_prompt("猫 坐 在", "en")
-    expected = generate(ours.model, [prompt], max_new_tokens=32 + 3 * len(prompt), stop_ids={1})[0]
-    assert found.prompt == tuple(prompt) and found.generation.ids == expected.ids
+    expected = continuation(ours.model, prompt, 32 + 3 * len(prompt), stop_ids={1})
+    assert found.answer.prompt_ids == tuple(prompt) and found.answer.ids == expected.ids
     assert found.text == one_line(ours.tokenizer.decode(expected.ids))
 
 

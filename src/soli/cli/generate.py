@@ -13,7 +13,7 @@ from soli.errors import SoliError
 
 if TYPE_CHECKING:
     from soli.analysis.trace import TokenTrace
-    from soli.engine.generate import Generation
+    from soli.engine.request import Answer
 
 MOST_NEW_TOKENS = 256
 
@@ -39,6 +39,7 @@ def generate(
     logprobs: options.Logprobs = None,
     experts: options.Experts = False,
     experts_detail: options.Detail = False,
+    speculate: options.Speculate = False,
     json: options.Json = False,
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
@@ -48,9 +49,9 @@ def generate(
     if not text.strip():
         raise SoliError("the prompt is empty: give some text to continue")
     from soli.cli._shared import expert_tables, logprob_tables
-    from soli.engine.constraint import Constraints
-    from soli.engine.detokenizer import TextStream, token_text
-    from soli.engine.generate import generate as run
+    from soli.engine.engine import Engine
+    from soli.engine.offline import limits_for, stream
+    from soli.engine.request import Answer, Request
     from soli.engine.sampler import SamplingParams
     from soli.engine.text_model import open_text_model
 
@@ -65,38 +66,36 @@ def generate(
         logit_bias=sampling_options.logit_bias(logit_bias or ()),
         seed=seed,
     )
-    spec = sampling_options.constraint_spec(json_schema, regex)
-    text_model = open_text_model(model, device, dtype)
+    constraint = sampling_options.constraint_spec(json_schema, regex)
+    text_model = open_text_model(model, device, dtype, mtp=speculate)
     prompt_ids = text_model.text_prompt(text)
-    stream = TextStream(token_text(text_model.tokenizer), stop or ())
-
-    def on_token(_: int, token: int) -> bool:
-        piece = stream.push(token)
-        if not json:
-            print(harmless(piece), end="", flush=True)
-        return stream.stopped
-
-    room = text_model.room(prompt_ids, "the prompt")
-    [generation] = run(
-        text_model.model,
-        [prompt_ids],
-        max_new_tokens=min(room, MOST_NEW_TOKENS) if max_new_tokens is None else max_new_tokens,
+    remaining = text_model.room(prompt_ids, "the prompt")
+    request = Request(
+        prompt_ids=tuple(prompt_ids),
+        max_new_tokens=min(remaining, MOST_NEW_TOKENS) if max_new_tokens is None else max_new_tokens,
         sampling=sampling,
         stop_ids=text_model.stop_ids,
-        on_token=on_token,
-        trace=experts or experts_detail,
+        stop=tuple(stop or ()),
         logprobs=logprobs,
-        constraints=[Constraints.of(text_model).open(spec)] if spec else None,
+        trace=experts or experts_detail,
+        constraint=constraint,
     )
-    rest = stream.finish()
-    trace = expert_tables.traced(text_model, prompt_ids, generation) if generation.routing is not None else None
-    listed = logprob_tables.as_json(text_model, generation.logprobs) if logprobs is not None else None
+    longest = len(prompt_ids) + request.max_new_tokens
+    engine = Engine(text_model, limits_for(text_model, 1, longest, speculate=speculate))
+    events = []
+    for event in stream(engine, request):
+        events.append(event)
+        if not json:
+            print(harmless(event.text), end="", flush=True)
+    answer = Answer.from_events(request, events)
+    trace = expert_tables.token_traces(text_model, answer) if answer.routing is not None else None
+    entries = None if answer.logprobs is None else logprob_tables.as_json(text_model, answer.logprobs)
     if json:
-        _print_json(text, stream.text, prompt_ids, generation, trace, listed)
+        _print_json(text, answer, trace, entries)
         return
-    print(harmless(rest), flush=True)
-    if listed is not None:
-        print("", *logprob_tables.lines(listed), sep="\n")
+    print(flush=True)
+    if entries is not None:
+        print("", *logprob_tables.lines(entries), sep="\n")
     if trace is not None:
         print()
         expert_tables.show(trace, experts_detail)
@@ -110,19 +109,15 @@ def harmless(text: str) -> str:
 
 
 def _print_json(
-    prompt: str,
-    text: str,
-    prompt_ids: list[int],
-    generation: Generation,
-    trace: list[TokenTrace] | None,
-    logprobs: list[dict[str, Any]] | None,
+    prompt: str, answer: Answer, trace: list[TokenTrace] | None, logprobs: list[dict[str, Any]] | None
 ) -> None:
     from soli.cli._shared import expert_tables
 
-    found: dict[str, Any] = {"prompt": prompt, "text": text, "finish_reason": generation.finish_reason}
-    found["prompt_tokens"], found["new_tokens"] = len(prompt_ids), len(generation.ids)
+    entry: dict[str, Any] = {"prompt": prompt, "text": answer.text, "finish_reason": answer.finish_reason}
+    entry["prompt_tokens"] = answer.usage.prompt
+    entry["new_tokens"] = answer.usage.completion
     if logprobs is not None:
-        found["logprobs"] = logprobs
+        entry["logprobs"] = logprobs
     if trace is not None:
-        found["experts"] = expert_tables.as_json(trace)
-    expert_tables.print_json(found)
+        entry["experts"] = expert_tables.as_json(trace)
+    expert_tables.print_json(entry)

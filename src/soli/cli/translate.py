@@ -27,6 +27,7 @@ def translate(
     batch_size: Annotated[int, typer.Option(min=1, help="Lines translated together.")] = 32,
     experts: options.Experts = False,
     experts_detail: options.Detail = False,
+    speculate: options.Speculate = False,
     json: options.Json = False,
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
@@ -41,15 +42,16 @@ def translate(
 
     sampling = SamplingParams(temperature, top_k, top_p, seed)
     translator = Translator(
-        text_model=open_text_model(model, device, dtype),
+        text_model=open_text_model(model, device, dtype, mtp=speculate),
         to=to,  # type: ignore[arg-type]
         sampling=sampling,
         max_new_tokens=max_new_tokens,
         trace=experts or experts_detail,
         batch_size=batch_size,
+        speculate=speculate,
     )
     # A person typing line after line wants each answer at once.
-    window = 1 if text == "-" and sys.stdin.isatty() else 16 * batch_size
+    window = 1 if text == "-" and sys.stdin.isatty() else None
     for translation in translator.translate(lines, window):
         _print(translator, translation, json, experts_detail)
 
@@ -57,19 +59,18 @@ def translate(
 def _print(translator: Translator, translation: Translation, as_json: bool, detail: bool) -> None:
     from soli.cli._shared import expert_tables
 
-    generation = translation.generation
-    trace = None
-    if translator.trace and generation is not None:
-        trace = expert_tables.traced(translator.text_model, translation.prompt, generation)
+    answer = translation.answer
+    trace = expert_tables.token_traces(translator.text_model, answer) if translator.trace and answer else None
     if not as_json:
         print(translation.text, flush=True)
         if trace is not None:
             print()
             expert_tables.show(trace, detail)
         return
-    found: dict[str, Any] = {"source": translation.source, "translation": translation.text, "to": translation.to}
-    found["finish_reason"] = generation.finish_reason if generation else None
-    found["prompt_tokens"], found["new_tokens"] = len(translation.prompt), len(generation.ids) if generation else 0
+    entry: dict[str, Any] = {"source": translation.source, "translation": translation.text, "to": translation.to}
+    entry["finish_reason"] = answer.finish_reason if answer else None
+    entry["prompt_tokens"] = answer.usage.prompt if answer else 0
+    entry["new_tokens"] = answer.usage.completion if answer else 0
     if trace is not None:
-        found["experts"] = expert_tables.as_json(trace)
-    expert_tables.print_json(found)
+        entry["experts"] = expert_tables.as_json(trace)
+    expert_tables.print_json(entry)

@@ -22,7 +22,6 @@ from soli.engine.blocks import BlockManager
 from soli.engine.constraint import Constraints
 from soli.engine.detokenizer import TextStream, token_text
 from soli.engine.drafter import Drafter, Followed
-from soli.engine.generate import slice_routing
 from soli.engine.latent_cache import LatentCache, bytes_per_token
 from soli.engine.request import EngineLimits, EngineStats, Event, FinishReason, QueueFull, Request, Usage
 from soli.engine.sampler import Drawn, SamplerState, sample
@@ -30,7 +29,7 @@ from soli.engine.scheduler import Read, Scheduler, Task
 from soli.engine.speculate import Draft, Verified, verify
 from soli.engine.text_model import TextModel
 from soli.errors import SoliError
-from soli.model.router import Routing, count_choices
+from soli.model.router import Routing, count_choices, slice_routing
 
 log = logging.getLogger(__name__)
 

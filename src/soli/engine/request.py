@@ -1,8 +1,9 @@
-"""What goes into the engine and what comes out: requests, events, limits, figures. Values only; nothing here computes.
+"""What goes into the engine and what comes out: requests, events, answers, limits, metrics. Values only.
 
 A request is one answer to one prompt; n answers are n requests whose seeds `SamplingParams.numbered` derives.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +11,7 @@ from soli.engine.constraint import ConstraintSpec
 from soli.engine.logprobs import TokenLogprob
 from soli.engine.sampler import GREEDY, SamplingParams
 from soli.errors import SoliError
-from soli.model.router import Routing
+from soli.model.router import Routing, join_routing
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -64,6 +65,44 @@ class Event:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     error: str | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer. `ids`: the new tokens, without the stop token. `logprobs`: one per new token, and `routing`: one
+    Routing per MoE layer over all tokens that the model read (the prompt, then `ids`, less the last one when no stop
+    token followed it), each None unless the request asks for it."""
+
+    prompt_ids: tuple[int, ...]
+    ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+    logprobs: tuple[TokenLogprob, ...] | None
+    routing: tuple[Routing, ...] | None
+
+    @classmethod
+    def from_events(cls, request: Request, events: Iterable[Event]) -> "Answer":
+        """All events of one request, the last included, as one value; SoliError for a request that failed."""
+        events = [checked(event) for event in events]
+        last, parts = events[-1], [event.routing for event in events if event.routing is not None]
+        assert last.finish_reason is not None and last.usage is not None
+        return cls(
+            prompt_ids=request.prompt_ids,
+            ids=tuple(event.token for event in events if event.token is not None),
+            text="".join(event.text for event in events),
+            finish_reason=last.finish_reason,
+            usage=last.usage,
+            logprobs=None if request.logprobs is None else tuple(event.logprob for event in events if event.logprob),
+            routing=tuple(map(join_routing, zip(*parts, strict=True))) if parts else None,
+        )
+
+
+def checked(event: Event) -> Event:
+    """The event itself, or the SoliError that it carries."""
+    if event.finish_reason == "error":
+        raise SoliError(event.error or "the request failed")
+    return event
 
 
 @dataclass(frozen=True)

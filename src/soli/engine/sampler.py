@@ -170,12 +170,13 @@ def sample(
     other rows are not touched by it.
     """
     rows_BV = logits_BV.cpu().float().numpy()  # numpy's argmax and sums are many times as fast as torch's here
-    likeliest_B = rows_BV.argmax(axis=-1)  # the lowest of equals; a NaN before all
+    likeliest_B = rows_BV.argmax(axis=-1)  # the lowest of equals
+    finite_B = np.isfinite(rows_BV.max(axis=-1)) & np.isfinite(rows_BV.min(axis=-1))  # both are NaN where any is
     drawn: list[Drawn | SoliError] = []
     for row, state in enumerate(states):
         token, count = int(likeliest_B[row]), logprobs[row] if logprobs is not None else None
         try:
-            if not (math.isfinite(rows_BV[row, token]) and math.isfinite(rows_BV[row].min())):
+            if not finite_B[row]:
                 raise not_finite()
             if not state.plain:
                 token = distribution(state.processed(rows_BV[row]), state.params).draw(state.uniform())

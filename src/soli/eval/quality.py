@@ -52,13 +52,13 @@ class Forced:
 
 
 def evaluate_direction(
-    text_model: TextModel, pairs: Sequence[Pair], to: Language, batch_size: int = 32, on_batch: Progress | None = None
+    text_model: TextModel, pairs: Sequence[Pair], to: Language, batch_size: int = 32, on_answer: Progress | None = None
 ) -> Direction:
     """Translates one side of every pair, greedily, and scores it against the other."""
     translator = Translator(text_model, to=to, batch_size=batch_size)
     source, target = (2, 1) if to == "zh" else (1, 2)
     texts, references = [pair[source] for pair in pairs], [pair[target] for pair in pairs]
-    given = [done.text for done in translator.translate(texts, window=len(texts), on_batch=on_batch)]
+    given = [done.text for done in translator.translate(texts, window=len(texts), on_answer=on_answer)]
     by_source = {}
     for name in sorted({pair[0] for pair in pairs}):
         rows = [row for row, pair in enumerate(pairs) if pair[0] == name]

@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from soli.engine.generate import right_padded
 from soli.errors import SoliError
 from soli.model.router import Routing
 from soli.model.transformer import BackboneOutput, Transformer
@@ -57,6 +56,15 @@ def read_sequences(
         bits_B, tried_B, agreed_B = _scores(model, backbone, ids_BT, counted_BT) if score else ([0] * len(batch),) * 3
         rows = zip(batch, counted_BT.sum(dim=1).tolist(), counts_BLE, bits_B, tried_B, agreed_B, strict=True)
         yield from (Reading(*row) for row in rows)
+
+
+def right_padded(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids (B,T), zeros after each row's end, and the lengths (B). Causality hides the zeros from the tokens."""
+    lengths = [len(sequence) for sequence in sequences]
+    ids_BT = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+    for row, sequence in enumerate(sequences):
+        ids_BT[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.int64)
+    return ids_BT.to(device), torch.tensor(lengths, device=device)
 
 
 def choices(layers: Sequence[Routing], counted_BT: Tensor) -> Tensor:

@@ -70,6 +70,30 @@ class Routings(Sequence[Routing]):
         )
 
 
+def slice_routing(routing: Routing, start: int, stop: int) -> Routing:
+    """The decisions for tokens start..stop-1, copied so that those of the whole step can be freed."""
+    groups_TG = routing.groups_TG
+    return Routing(
+        expert_ids_TK=routing.expert_ids_TK[start:stop].clone(),
+        weights_TK=routing.weights_TK[start:stop].clone(),
+        scores_TE=routing.scores_TE[start:stop].clone(),
+        biased_TE=routing.biased_TE[start:stop].clone(),
+        groups_TG=None if groups_TG is None else groups_TG[start:stop].clone(),
+    )
+
+
+def join_routing(parts: Sequence[Routing]) -> Routing:
+    """One layer's decisions over consecutive tokens as one Routing."""
+    groups = [part.groups_TG for part in parts if part.groups_TG is not None]
+    return Routing(
+        expert_ids_TK=torch.cat([part.expert_ids_TK for part in parts]),
+        weights_TK=torch.cat([part.weights_TK for part in parts]),
+        scores_TE=torch.cat([part.scores_TE for part in parts]),
+        biased_TE=torch.cat([part.biased_TE for part in parts]),
+        groups_TG=torch.cat(groups) if groups else None,
+    )
+
+
 def count_choices(layers: Sequence[Routing]) -> Tensor:
     """Tokens per expert of each layer, int64 (layers, E)."""
     ids_MTK = layers.ids_MTK if isinstance(layers, Routings) else torch.stack([r.expert_ids_TK for r in layers])

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from soli.data.tokenizer import Tokenizer
-from soli.engine.generate import generate
+from soli.engine.engine import Engine
+from soli.engine.offline import answer_all, limits_for
+from soli.engine.request import Request
+from soli.engine.text_model import TextModel
 from soli.model.transformer import Transformer
 from soli.train.losses import mtp_mask, token_nll
 
@@ -58,11 +61,20 @@ def evaluate(model: Transformer, window_BW: Tensor, bytes_V: Tensor, micro: int,
 def translate_samples(
     model: Transformer, tokenizer: Tokenizer, sentences: list[tuple[str, str]], limit: int
 ) -> list[tuple[str, str]]:
-    """Greedy translations of (text, target language) pairs, beside their texts."""
-    room = model.config.max_position_embeddings - limit
-    prompts = [tokenizer.translation_prompt(text, to) for text, to in sentences]
-    fitting = [(text, prompt) for (text, _), prompt in zip(sentences, prompts, strict=True) if len(prompt) <= room]
-    if not fitting:
+    """Greedy translations of (text, target language) pairs, beside their texts, of those that fit the model."""
+    text_model = TextModel(model, tokenizer, frozenset({tokenizer.eos_id}), ())
+    longest_prompt = text_model.positions - limit
+    texts: list[str] = []
+    requests: list[Request] = []
+    for text, to in sentences:
+        prompt = tuple(tokenizer.translation_prompt(text, to))
+        if len(prompt) <= longest_prompt and limit > 0:
+            texts.append(text)
+            requests.append(Request(prompt, limit, stop_ids=text_model.stop_ids))
+    if not requests:
         return []
-    done = generate(model, [p for _, p in fitting], max_new_tokens=limit, stop_ids=(tokenizer.eos_id,))
-    return [(text, tokenizer.decode(generation.ids)) for (text, _), generation in zip(fitting, done, strict=True)]
+    longest = max(len(request.prompt_ids) for request in requests) + limit
+    # The weights changed since the last samples, so the engine is a new one.
+    engine = Engine(text_model, limits_for(text_model, len(requests), longest))
+    answers = answer_all(engine, requests)
+    return [(text, answer.text) for text, answer in zip(texts, answers, strict=True) if answer is not None]

@@ -8,16 +8,16 @@ from typing import Any
 from soli.analysis.trace import TokenTrace, trace_tokens
 from soli.analysis.trace_view import print_detail, print_table
 from soli.cli._shared.console import stdout_console
-from soli.engine.generate import Generation
+from soli.engine.request import Answer
 from soli.engine.text_model import TextModel
 
 
-def traced(text_model: TextModel, prompt: Sequence[int], generation: Generation) -> list[TokenTrace]:
+def token_traces(text_model: TextModel, answer: Answer) -> list[TokenTrace]:
     """The trace of one prompt and its answer; empty for a model without routed experts."""
-    tokens = [*prompt, *generation.ids]
+    tokens = [*answer.prompt_ids, *answer.ids]
     labels = [text_model.label(token) for token in tokens]
     routers = [(name, moe.gate) for name, moe in text_model.model.moe_layers()]
-    return trace_tokens(routers, generation.routing or (), tokens, labels, len(prompt))
+    return trace_tokens(routers, answer.routing or (), tokens, labels, len(answer.prompt_ids))
 
 
 def show(trace: Sequence[TokenTrace], detail: bool) -> None:

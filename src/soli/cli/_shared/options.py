@@ -35,6 +35,9 @@ Logprobs = Annotated[
     int | None, typer.Option(min=0, help="Show each token's log-probability, and this many likeliest tokens.")
 ]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same text.")]
+Speculate = Annotated[
+    bool, typer.Option("--speculate", help="Draft tokens with the model's MTP module; slower on the CPUs measured.")
+]
 MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Stop after this many tokens.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object per line, for programs.")]
 Experts = Annotated[bool, typer.Option("--experts", help="Show which experts are selected, token by token.")]

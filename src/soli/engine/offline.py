@@ -1,0 +1,113 @@
+"""An engine on the caller's own thread: one answer as it comes, or the answers to many requests in their order.
+
+Requests may be endless: at most a window of them is held. `limits_for` sizes the engine for the texts at hand.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+
+from soli.engine.engine import Engine
+from soli.engine.latent_cache import blocks_for, bytes_per_token
+from soli.engine.request import Answer, EngineLimits, Event, Request, checked
+from soli.engine.text_model import TextModel
+from soli.errors import SoliError
+
+CACHE_BYTES = 2**30  # the default's limit: only a single text of more than that takes more
+TOKENS_PER_STEP = 2048  # nobody waits for a token while a prompt is read, so steps are longer than a server's
+
+
+def limits_for(
+    text_model: TextModel, batch_size: int, longest: int | None = None, *, speculate: bool = False
+) -> EngineLimits:
+    """Limits under which `batch_size` texts run together, with a cache for so many of `longest` tokens, prompt and
+    answer (None: as many as the model has positions), or of a GiB where that is less and one text fits into it.
+
+    Prefixes are not shared, so that a prompt is read the same way, to the bit, whatever was asked before.
+    """
+    model, defaults = text_model.model, EngineLimits()
+    dtype = model.compute_dtype or model.embed_tokens.weight.dtype
+    layers = model.config.num_hidden_layers + speculate
+    tokens = text_model.positions if longest is None else min(longest, text_model.positions)
+    text_bytes = (
+        blocks_for(tokens, defaults.block_size)
+        * defaults.block_size
+        * bytes_per_token(model.config, layers, dtype)
+    )
+    return EngineLimits(
+        cache_bytes=max(text_bytes, min(batch_size * text_bytes, CACHE_BYTES)),
+        max_running=batch_size,
+        tokens_per_step=max(TOKENS_PER_STEP, batch_size),
+        prefix_sharing=False,
+        speculate=speculate,
+    )
+
+
+def stream(engine: Engine, request: Request) -> Iterator[Event]:
+    """One answer's events as they come. An iterator that is closed before the end cancels the request; SoliError for a
+    request that is rejected or fails."""
+    request_id = engine.add(request)
+    try:
+        while True:
+            for event in engine.step():
+                if event.request == request_id:
+                    yield checked(event)
+                    if event.finish_reason is not None:
+                        return
+    finally:
+        engine.cancel(request_id)
+
+
+def answer_all(
+    engine: Engine,
+    requests: Iterable[Request | None],
+    window: int | None = None,
+    on_answer: Callable[[int], None] | None = None,
+) -> Iterator[Answer | None]:
+    """One answer per request, in order; None for None.
+
+    A request is taken from `requests` when it can run, and while fewer than `window` answers (16 times the running
+    requests by default) wait for an earlier one. `on_answer` is told how many answers each step completed. A request
+    that is rejected or fails, or an error of `requests` itself, is raised after all earlier answers.
+    """
+    window = 16 * engine.limits.max_running if window is None else window
+    source = iter(requests)
+    pending: deque[tuple[Request | None, list[Event]]] = deque()  # in the order of the requests
+    running: dict[int, list[Event]] = {}  # by request id, the same lists
+    error: SoliError | None = None
+    exhausted = False
+    try:
+        while True:
+            while pending and _complete(*pending[0]):
+                request, events = pending.popleft()
+                yield None if request is None else Answer.from_events(request, events)
+            while not exhausted and len(running) < engine.limits.max_running and len(pending) < window:
+                try:
+                    request = next(source)
+                    events = []
+                    if request is not None:
+                        running[engine.add(request)] = events
+                    pending.append((request, events))
+                except StopIteration:
+                    exhausted = True
+                except SoliError as failure:
+                    error, exhausted = failure, True
+            if not pending:
+                break
+            completed = 0
+            for event in engine.step():
+                if event.request in running:
+                    running[event.request].append(event)
+                    if event.finish_reason is not None:
+                        del running[event.request]
+                        completed += 1
+            if completed and on_answer is not None:
+                on_answer(completed)
+    finally:
+        for request_id in running:
+            engine.cancel(request_id)
+    if error is not None:
+        raise error
+
+
+def _complete(request: Request | None, events: list[Event]) -> bool:
+    return request is None or bool(events and events[-1].finish_reason is not None)
