@@ -1,5 +1,8 @@
 """The OpenAPI description is true: schemathesis sends what it allows, and what it forbids."""
 
+import json
+
+import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
@@ -12,7 +15,8 @@ from schemathesis.checks import (
 from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi.checks import negative_data_rejection
 
-from tests.serve.tiny_server import scripted_server
+from soli.serve.protocol_responses import ChatChunk, CompletionChunk
+from tests.serve.tiny_server import scripted_server, tiny_server
 
 ALWAYS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 ROUTES = [
@@ -50,6 +54,26 @@ def test_allowed_requests_are_answered_as_described(routes, name):
 @pytest.mark.parametrize("name", POSTS)
 def test_forbidden_requests_are_rejected(routes, name):
     send(routes[name], GenerationMode.NEGATIVE, [*ALWAYS, negative_data_rejection], 30)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "chunk"),
+    [
+        ("/v1/completions", {"prompt": "the cat", "logprobs": 1}, CompletionChunk),
+        ("/v1/completions", {"prompt": "the cat", "soli": {"routing": "summary"}}, CompletionChunk),
+        ("/v1/completions", {"prompt": "the cat", "soli": {"routing": "full"}}, CompletionChunk),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "logprobs": True}, ChatChunk),
+    ],
+)
+def test_chunks_of_streams_are_of_their_class(path, body, chunk):
+    body = body | {"max_tokens": 3, "temperature": 0, "ignore_eos": True}
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    with tiny_server() as url:
+        lines = [line for line in httpx.post(url + path, json=body).text.split("\n\n") if line]
+    assert len(lines) >= 4 and lines[-1] == "data: [DONE]"
+    for line in lines[:-1]:
+        content = json.loads(line.removeprefix("data: "))
+        assert json.loads(chunk.model_validate(content).model_dump_json(exclude_unset=True)) == content
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from typing import Any
 import httpx
 import numpy as np
 
+from soli.analysis.figure import new_figure, save_figure, style_panel
 from soli.errors import SoliError
 
 WORDS = (
@@ -161,35 +162,26 @@ def summarize(timings: Sequence[RequestTiming], seconds: float) -> dict[str, Any
 def save_plot(path: str | Path, rows: Sequence[dict[str, Any]], title: str) -> None:
     """Writes a PNG of tokens per second and times over the arrival rate. Rows are `measure`'s; the one without a rate,
     all at once, is the last."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 7)
     figure.suptitle(title, fontsize=11)
     rows = sorted(rows, key=lambda row: (row["rate"] is None, row["rate"] or 0.0))
     rates = ["at once" if row["rate"] is None else f"{row['rate']:g}" for row in rows]
     axes = list(figure.subplots(2, 2).flat)
     axes[0].plot(rates, [row["tokens_per_second"] for row in rows], marker="o", linewidth=1.1)
-    axes[0].set_title("generated", fontsize=10, loc="left")
-    axes[0].set_ylabel("tokens per second", fontsize=8)
+    style_panel(axes[0], "generated", "requests per second", "tokens per second")
     for axis, (name, label) in zip(axes[1:], PLOTTED_TIMES.items(), strict=True):
-        _plot_percentiles(axis, rates, [row[name] for row in rows], label)
+        _plot_percentiles(axis, rates, [row[name] for row in rows])
+        style_panel(axis, label, "requests per second", "milliseconds")
     for axis in axes:
-        axis.set_xlabel("requests per second", fontsize=8)
         axis.set_ylim(bottom=0)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120, format="png")
+    save_figure(figure, path)
 
 
-def _plot_percentiles(axis: Any, rates: Sequence[str], times: Sequence[dict[str, float] | None], label: str) -> None:
+def _plot_percentiles(axis: Any, rates: Sequence[str], times: Sequence[dict[str, float] | None]) -> None:
     """One line per percentile; a rate at which nothing was measured is a gap."""
     for percentile in next((row for row in times if row), {}):
         values = [row[percentile] if row else float("nan") for row in times]
         axis.plot(list(rates), values, marker="o", linewidth=1.1, label=percentile)
-    axis.set_title(label, fontsize=10, loc="left")
-    axis.set_ylabel("milliseconds", fontsize=8)
     axis.legend(fontsize=8)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from soli.chat.parser import DeepSeekParser, ForcedCallParser, OutputParser, PlainParser
-from soli.chat.templates import JsonText
+from soli.chat.templates import ChatTemplate, JsonText, RenderedPrompt
 from soli.chat.tool_calls import any_call_schema
 from soli.engine.constraint import ConstraintSpec
 from soli.engine.request import Request
@@ -60,32 +60,20 @@ def completion_batch(body: CompletionBody, loaded: LoadedModel, limits: ServiceL
 
 def chat_batch(body: ChatBody, loaded: LoadedModel, limits: ServiceLimits) -> RequestBatch:
     """POST /v1/chat/completions."""
-    if loaded.template is None:
-        raise ApiError(
-            400,
-            "this model has no chat template, so it cannot chat: use /v1/completions, or /soli/translate if the "
-            "model translates",
-            "messages",
-        )
-    tools, forced_tool = _tools(body, loaded)
+    template = _chat_template(loaded)
+    tools, forced_tool = _tools(body, template)
     constraint = _constraint(body, forced_tool)
-    try:
-        messages = [_template_message(message) for message in body.messages]
-        prompt = loaded.template.render(
-            messages, tools, body.chat_template_kwargs, allow_reasoning=constraint is None
-        )
-    except SoliError as error:
-        raise ApiError(400, str(error), "messages") from error
+    prompt = _render(body, template, tools, allow_reasoning=constraint is None)
     _check_chat(body)
     remaining_tokens = max(1, loaded.text_model.positions - len(prompt.token_ids))
     max_tokens = body.max_completion_tokens or body.max_tokens or remaining_tokens
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
     request = replace(
-        _request(body, max_tokens, constraint, loaded), prompt_ids=tuple(prompt.token_ids), logprobs=logprobs
+        _request(body, max_tokens, constraint, loaded),
+        prompt_ids=tuple(prompt.token_ids),
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    names = _param_names(
-        body.soli, prompt_ids="messages", constraint="response_format" if forced_tool is None else "tools"
-    )
+    constraint_name = "response_format" if forced_tool is None else "tools"
+    names = _param_names(body.soli, prompt_ids="messages", constraint=constraint_name)
     if body.max_completion_tokens:
         names["max_new_tokens"] = "max_completion_tokens"
     batch = _batch(body, [request], names, loaded, limits)
@@ -191,6 +179,27 @@ def _param_names(options: SoliOptions, **names: str) -> dict[str, str]:
     return names | {"max_new_tokens": "max_tokens", "masked_experts": masked_experts}
 
 
+def _chat_template(loaded: LoadedModel) -> ChatTemplate:
+    if loaded.template is None:
+        raise ApiError(
+            400,
+            "this model has no chat template, so it cannot chat: use /v1/completions, or /soli/translate if the "
+            "model translates",
+            "messages",
+        )
+    return loaded.template
+
+
+def _render(
+    body: ChatBody, template: ChatTemplate, tools: list[dict[str, Any]] | None, allow_reasoning: bool
+) -> RenderedPrompt:
+    messages = [_template_message(message) for message in body.messages]
+    try:
+        return template.render(messages, tools, body.chat_template_kwargs, allow_reasoning)
+    except SoliError as error:
+        raise ApiError(400, str(error), "messages") from error
+
+
 def _check_chat(body: ChatBody) -> None:
     if body.max_tokens and body.max_completion_tokens:
         raise ApiError(400, "give max_tokens or max_completion_tokens, not both", "max_tokens")
@@ -225,14 +234,13 @@ def _new_parser(
     return lambda: DeepSeekParser(starts_in_reasoning, parse_tool_calls=has_tools)
 
 
-def _tools(body: ChatBody, loaded: LoadedModel) -> tuple[list[dict[str, Any]] | None, str | None]:
+def _tools(body: ChatBody, template: ChatTemplate) -> tuple[list[dict[str, Any]] | None, str | None]:
     """The tools for the template, and the one that must be called ("": any)."""
     if not body.tools:
         if body.tool_choice not in (None, "none"):
             raise ApiError(400, "tool_choice needs tools", "tool_choice")
         return None, None
-    assert loaded.template is not None
-    if not loaded.template.supports_tools:
+    if not template.supports_tools:
         raise ApiError(400, "this model's chat template does not support tools: leave them out", "tools")
     if body.tool_choice == "none":
         return None, None
