@@ -1,1 +1,1 @@
-"""Serving a model over HTTP, and the page that shows its experts play."""
+"""Serving a model over HTTP: OpenAI-compatible routes, routing, metrics, and the live page."""
