@@ -1,7 +1,7 @@
 """Published configurations by name, as the `config.json` beside each model's weights has them; a field left out is at
 its default. Source: those files, and the DeepSeek-V3 technical report (arXiv 2412.19437), section 4.2.
 
-`nano` is Soli's own: the model in the box, every mechanism of V3 at a size that a laptop trains.
+`nano` is Soli's own: the bundled model, every mechanism of V3 at a size that a laptop trains.
 """
 
 from typing import Any

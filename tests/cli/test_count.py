@@ -1,4 +1,4 @@
-"""`soli count`: its numbers, what-ifs, JSON, refusals, and that it starts at once."""
+"""`soli count`: its numbers, what-ifs, JSON, errors, and its start time."""
 
 import json
 import subprocess
@@ -136,7 +136,7 @@ def test_an_interrupt_is_a_short_line(capsys, monkeypatch):
     assert capsys.readouterr().err == "soli: interrupted\n"
 
 
-def test_a_defect_is_a_sentence_unless_asked_for(capsys, monkeypatch):
+def test_an_unexpected_error_is_a_sentence_unless_debugging(capsys, monkeypatch):
     def broken(*_: object) -> None:
         raise RuntimeError("two\nlines")
 

@@ -1,4 +1,4 @@
-"""`soli data`: a build from synthetic sources, its tables and JSON, and refusals without a traceback."""
+"""`soli data`: a build from synthetic sources, its tables and JSON, and errors without a traceback."""
 
 import json
 import subprocess
@@ -54,21 +54,21 @@ def test_build_as_json_and_the_same_twice(recipe):
     assert (recipe / "one" / "train.bin").read_bytes() == (recipe / "two" / "train.bin").read_bytes()
 
 
-def test_a_refused_build_leaves_the_old_one_whole(recipe):
+def test_a_rejected_build_leaves_the_old_one_intact(recipe):
     out = recipe / "out"
     assert CliRunner().invoke(app, ["build", str(recipe), "--out", str(out)]).exit_code == 0
-    refused = CliRunner().invoke(app, ["build", str(recipe), "--out", str(out), "--set", "data.weights.nope=1"])
-    assert isinstance(refused.exception, SoliError)
+    result = CliRunner().invoke(app, ["build", str(recipe), "--out", str(out), "--set", "data.weights.nope=1"])
+    assert isinstance(result.exception, SoliError)
     assert (out / "meta.json").is_file()
 
 
-def test_an_unwritable_place_is_named(recipe):
+def test_an_unwritable_output_is_named(recipe):
     (recipe / "file").write_text("")
-    refused = CliRunner().invoke(app, ["build", str(recipe), "--out", str(recipe / "file")])
-    assert isinstance(refused.exception, SoliError) and "choose another --out" in str(refused.exception)
+    result = CliRunner().invoke(app, ["build", str(recipe), "--out", str(recipe / "file")])
+    assert isinstance(result.exception, SoliError) and "choose another --out" in str(result.exception)
 
 
-def test_a_person_sees_one_sentence(tmp_path):
+def test_an_error_is_one_sentence(tmp_path):
     command = [sys.executable, "-m", "soli", "data", "inspect", str(tmp_path)]
     process = subprocess.run(command, capture_output=True, text=True)
     assert process.returncode == 1

@@ -59,7 +59,7 @@ def packed(home, out, *options):
     return fim_share(out)
 
 
-def test_pack_takes_the_rate_of_a_recipe_and_an_option_wins(home, tmp_path):
+def test_pack_uses_the_rate_of_a_recipe_unless_an_option_overrides_it(home, tmp_path):
     assert load_recipe("671b")["data"]["fim_rate"] == load_recipe("16b")["data"]["fim_rate"] == 0.1
     assert packed(home, tmp_path / "recipe", "--recipe", "671b") == pytest.approx(0.1, abs=0.02)
     assert fim_share(tmp_path / "recipe", "valid") == 0
@@ -67,7 +67,7 @@ def test_pack_takes_the_rate_of_a_recipe_and_an_option_wins(home, tmp_path):
     assert packed(home, tmp_path / "neither") == 0
 
 
-def test_pack_takes_the_other_numbers_too(home, tmp_path):
+def test_pack_uses_the_other_numbers_of_a_recipe_too(home, tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text("[data]\nheldout_every = 5\nseed = 7\n")
     packed(home, tmp_path / "out", "--recipe", str(file))

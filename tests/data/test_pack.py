@@ -1,4 +1,4 @@
-"""`soli data pack`: a person's texts become the folder that training reads, the same twice, and bad lines are told."""
+"""`soli data pack`: a user's texts become the folder that training reads, reproducibly, and bad lines are reported."""
 
 import json
 from collections import Counter
@@ -38,14 +38,14 @@ def packed(home, out, *, layout=None, weight=1.0, file="texts.jsonl", **fields):
 
 
 def documents(folder, split="train"):
-    """Each document's framed tokens as text."""
+    """Each document's tokens as text, without bos and eos."""
     tokenizer = Tokenizer.from_folder(folder)
     tokens = np.fromfile(folder / f"{split}.bin", dtype=stored_dtype(read_meta(folder)))
     parts = np.split(tokens, np.flatnonzero(tokens == tokenizer.bos_id)[1:])
     return ["".join(tokenizer.token_text(i) for i in part if i >= 16) for part in parts]
 
 
-def test_every_text_stands_once_on_its_side_of_the_split(home, tmp_path):
+def test_every_text_occurs_once_on_its_side_of_the_split(home, tmp_path):
     meta = packed(home, tmp_path / "out")
     held = [text for text in TEXTS if is_held_out(text, 10)]
     assert documents(tmp_path / "out", "valid") == held and 10 < len(held) < 80
@@ -84,20 +84,20 @@ def test_weights_draw_copies_and_the_seed_decides(home, tmp_path):
     assert 0.2 < gaps.sum() / sum(times.values()) < 0.4
 
 
-def test_a_weight_of_nothing_leaves_nothing_to_train_on(home, tmp_path):
+def test_a_weight_of_zero_leaves_nothing_to_train_on(home, tmp_path):
     with pytest.raises(SoliError, match="no document remains to train on"):
         packed(home, tmp_path / "out", weight=0.0)
     assert not list(tmp_path.iterdir())
 
 
 @given(text=st.text(alphabet="a .\n。", max_size=300), longest=st.integers(50, 120))
-def test_pieces_join_to_the_text(text, longest):
+def test_parts_join_to_the_text(text, longest):
     parts = list(cut(text, longest))
     assert "".join(parts) == text and all(len(part) <= longest for part in parts)
     assert all(len(part) >= longest // 2 for part in parts[:-1])
 
 
-def test_long_texts_are_cut_behind_paragraphs(home, tmp_path):
+def test_long_texts_are_cut_after_paragraphs(home, tmp_path):
     assert list(cut("a" * 40 + ".\n\n" + "b" * 30, 50)) == ["a" * 40 + ".\n\n", "b" * 30]
     assert list(cut("a" * 500, None)) == ["a" * 500]
     (home / "long.txt").write_text("".join(f"{text}\n" for text in TEXTS))
@@ -121,7 +121,7 @@ def test_a_large_vocabulary_takes_32_bits(tmp_path):
     assert np.fromfile(tmp_path / "t.bin", dtype=DTYPE_32).tolist() == [0, 129279]
 
 
-def test_a_vocabulary_without_our_marks_packs_plain_texts_only(home, tmp_path):
+def test_a_vocabulary_without_the_special_tokens_packs_plain_texts_only(home, tmp_path):
     content = json.loads((home / "tokenizer" / "tokenizer.json").read_text())
     written = json.dumps(content).replace("<|text|>", "<|other|>").replace("<|fim_prefix|>", "<|another|>")
     (tmp_path / "foreign").mkdir()
@@ -189,7 +189,7 @@ def test_the_command_shows_a_table(home, tmp_path, capfd):
         (["--format", "xml"], 1, "choose one of"),
     ],
 )
-def test_wrong_options_are_sentences(home, tmp_path, capfd, extra, status, words):
+def test_wrong_options_are_rejected_in_a_sentence(home, tmp_path, capfd, extra, status, words):
     args = ["--tokenizer", str(home / "tokenizer"), "--out", str(tmp_path / "out"), *extra]
     assert main(["data", "pack", str(home / "texts.jsonl"), *args]) == status
     assert words in " ".join(capfd.readouterr().err.replace("│", " ").split()) and not (tmp_path / "out").exists()
@@ -204,13 +204,13 @@ def test_wrong_options_are_sentences(home, tmp_path, capfd, extra, status, words
         (["{}", "{}=2"], "is given twice"),
     ],
 )
-def test_wrong_inputs_are_sentences(home, tmp_path, capfd, inputs, words):
+def test_wrong_inputs_are_rejected_in_a_sentence(home, tmp_path, capfd, inputs, words):
     args = ["--tokenizer", str(home / "tokenizer"), "--out", str(tmp_path / "out")]
     assert main(["data", "pack", *(item.format(home / "texts.jsonl") for item in inputs), *args]) != 0
     assert words in " ".join(capfd.readouterr().err.replace("│", " ").split())
 
 
-def test_a_folder_with_something_in_it_is_not_touched(home, tmp_path):
+def test_a_folder_that_is_not_empty_is_not_touched(home, tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(SoliError, match="exists already"):
         packed(home, tmp_path)

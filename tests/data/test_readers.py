@@ -1,4 +1,4 @@
-"""A person's files: every kind of bad line is named with its number, good ones pass, unreadable files are sentences."""
+"""Input files: every kind of bad line is named with its number, good lines are read, unreadable files are named."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ PAIR = InputLayout(("en", "zh"))
 
 
 def rows(path, layout=None):
-    """(line, texts) of entries and (line, why) of bad lines."""
+    """(line, texts) of entries and (line, reason) of bad lines."""
     layout = layout or InputLayout()
     form, files = files_of(path, layout)
     read = [row for file in files for row in read_file(file, form, layout)]
@@ -40,12 +40,12 @@ BAD_JSON = [
 ]
 
 
-@pytest.mark.parametrize(("line", "why"), BAD_JSON)
-def test_a_bad_json_line_is_named_and_the_next_is_read(tmp_path, line, why):
+@pytest.mark.parametrize(("line", "reason"), BAD_JSON)
+def test_a_bad_json_line_is_named_and_the_next_is_read(tmp_path, line, reason):
     path = written(tmp_path / "a.jsonl", b'{"text": "one"}\n' + line + b'\r\n{"text": " two"}')
     first, bad, last = rows(path)
     assert (first, last) == ((1, ("one",)), (3, (" two",)))
-    assert bad[0] == 2 and bad[1].startswith(why)
+    assert bad[0] == 2 and bad[1].startswith(reason)
 
 
 def test_json_fields_by_name_and_inside_objects(tmp_path):
@@ -98,7 +98,7 @@ def test_folders_hold_one_kind_in_a_stable_order(tmp_path):
         rows(tmp_path, InputLayout(format="tsv"))
 
 
-def test_what_is_no_input_is_a_sentence(tmp_path):
+def test_what_cannot_be_an_input_is_rejected_in_a_sentence(tmp_path):
     with pytest.raises(SoliError, match="does not exist"):
         rows(tmp_path / "nowhere.txt")
     path = written(tmp_path / "a.log", "x")

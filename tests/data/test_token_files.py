@@ -1,4 +1,4 @@
-"""Documents, mixture and packed files: both directions, weights, frames, and folders that are not whole."""
+"""Documents, mixture and packed files: both directions, weights, special tokens, and incomplete folders."""
 
 import json
 from collections import Counter
@@ -30,7 +30,7 @@ def test_fim_parts_join_to_the_text(text, seed):
     assert split_middle(text, 0.0, np.random.default_rng(seed)) is None
 
 
-def test_fim_happens_at_its_rate():
+def test_documents_are_rearranged_at_the_given_rate():
     rng = np.random.default_rng(0)
     assert 0.2 < np.mean([split_middle("some text", 0.3, rng) is not None for _ in range(500)]) < 0.4
 
@@ -81,7 +81,7 @@ def test_documents_are_framed_as_prompts_are(built):
     assert back == [*prompt, *tokenizer.encode(PAIRS[0].en), tokenizer.eos_id]
 
 
-def test_heldout_is_whole_and_in_order(built):
+def test_heldout_documents_are_complete_and_in_order(built):
     folder, meta = built
     tokens = np.fromfile(folder / "valid.bin", dtype=DTYPE)
     text = Tokenizer.from_folder(folder).decode(tokens)
@@ -101,7 +101,7 @@ def test_inspection_shows_documents_as_they_are_trained_on(built):
     assert inspect_folder(built[0], samples=0, seed=0)["samples"] == []
 
 
-def test_damaged_folders_are_refused(built, tmp_path):
+def test_damaged_folders_are_rejected(built, tmp_path):
     with pytest.raises(SoliError, match="holds no packed tokens"):
         read_meta(tmp_path)
     for name in ("meta.json", "tokenizer.json", "train.bin", "valid.bin"):

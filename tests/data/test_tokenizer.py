@@ -1,4 +1,4 @@
-"""The tokenizer: every text comes back, special tokens keep their ids, and user text never becomes a special token."""
+"""The tokenizer: text is decoded unchanged, special tokens keep their ids, user text never becomes a special token."""
 
 import json
 
@@ -23,7 +23,7 @@ def test_special_tokens_come_first_in_order(tokenizer):
 
 
 @given(text=st.text(max_size=60))
-def test_any_text_comes_back(tokenizer, text):
+def test_any_text_is_decoded_unchanged(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
@@ -34,7 +34,7 @@ def test_special_tokens_in_text_stay_text(tokenizer, text, token):
     assert tokenizer.decode(ids) == text + token
 
 
-def test_learnt_pieces_do_not_cross_scripts_or_join_digits(tokenizer):
+def test_learnt_tokens_do_not_cross_scripts_or_join_digits(tokenizer):
     merged = Tokenizer.train(["abc猫abc 1984"] * 50, 400)
     pieces = [merged.token_text(i) for i in merged.encode("abc猫abc 1984")]
     assert pieces == ["abc", "猫", "abc", " ", "1", "9", "8", "4"]
@@ -74,7 +74,7 @@ def test_prompt_names_both_languages(tokenizer):
     assert tokenizer.translation_prompt("The cat", "en") == [0, 4, *body, 3]
 
 
-def test_refusals_are_sentences(tokenizer, tmp_path):
+def test_errors_are_sentences(tokenizer, tmp_path):
     with pytest.raises(SoliError, match="choose en or zh"):
         tokenizer.translation_prompt("x", "fr")
     with pytest.raises(SoliError, match="no token <\\|nope\\|>"):

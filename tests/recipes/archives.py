@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def wheel(path: Path, members: dict[str, bytes | str]) -> Path:
-    """A zip archive; the readers go by paths inside, so it stands in for any package."""
+    """A zip archive; the readers go by paths inside, so it can replace any package."""
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in members.items():
             archive.writestr(name, content)
@@ -45,7 +45,7 @@ def r_block(lines: list[str | None]) -> bytes:
 
 
 def bible_module(verses: dict[int, str]) -> str:
-    """A generated pythonbible module: offsets count the text as it is written, escapes included."""
+    """A generated pythonbible module: offsets count the source text, escapes included."""
     text, starts, ends = "", {}, {}
     for number, verse in verses.items():
         starts[number] = len(text)

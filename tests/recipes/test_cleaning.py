@@ -1,4 +1,4 @@
-"""Cleaning rules: what is dropped, what is kept, how paragraphs part."""
+"""Cleaning rules: what is dropped, what is accepted, how paragraphs are split."""
 
 import pytest
 from hypothesis import given
@@ -28,7 +28,7 @@ from soli.recipes.nano_corpus.splitting import cut
         ("打开", ""),
     ],
 )
-def test_dropped(zh, en):
+def test_pairs_that_are_dropped(zh, en):
     assert not cleaning.is_translation(zh, en)
 
 
@@ -36,7 +36,7 @@ def test_dropped(zh, en):
     ("zh", "en"),
     [("打开文件", "Open file"), ("猫", "cat"), ("100% 棉", "100% cotton"), ("LibreOffice 宏", "LibreOffice macro")],
 )
-def test_kept(zh, en):
+def test_pairs_that_are_accepted(zh, en):
     assert cleaning.is_translation(zh, en)
 
 
@@ -50,7 +50,7 @@ def test_a_dictionary_may_explain_a_word_at_length():
     ("marked", "plain"),
     [("_Add...", "Add..."), ("添加(_A)...", "添加..."), ("~File", "File"), ("文件（&F）", "文件"), ("E_xit", "Exit")],
 )
-def test_accelerators_go(marked, plain):
+def test_accelerators_are_removed(marked, plain):
     assert cleaning.without_accelerators(marked) == plain
 
 
@@ -67,7 +67,7 @@ def test_sentences_keep_closing_marks_and_abbreviations():
     ]
 
 
-def test_paragraphs_part_only_where_both_sides_agree():
+def test_paragraphs_are_split_only_where_both_sides_agree():
     assert cleaning.align("一只猫。一条狗。", "A cat. A dog.") == [("一只猫。", "A cat."), ("一条狗。", "A dog.")]
     assert cleaning.align("一只猫，一条狗。", "A cat. A dog.") == [("一只猫，一条狗。", "A cat. A dog.")]
 
@@ -79,7 +79,7 @@ def test_splitting_loses_no_character(written):
     assert "".join("".join(cut(written, 20)).split()) == "".join(written.split())
 
 
-def test_cut_keeps_pieces_short_and_whole_sentences():
+def test_cut_keeps_parts_short_and_sentences_complete():
     pieces = cut("One sentence here. Another sentence here. A third one here.", 45)
     assert pieces == ["One sentence here. Another sentence here.", "A third one here."]
 

@@ -26,7 +26,7 @@ def client(tmp_path, monkeypatch):
     return install
 
 
-def test_a_package_is_fetched_once_and_found_again(tmp_path, client):
+def test_a_package_is_fetched_once_and_then_read_from_the_cache(tmp_path, client):
     client("apt-get", f'echo "$3" >> {tmp_path}/calls; echo deb > "$3"_1.0_all.deb')
     package = Package("apt", ("tiny-doc",))
     path = fetch(package, tmp_path / "cache")
@@ -42,12 +42,12 @@ def test_other_names_are_tried_in_turn(tmp_path, client):
     assert "doc-16" in fetch(Package("apt", ("doc-15", "doc-16", "doc-17")), tmp_path).name
 
 
-def test_a_failure_repeats_the_clients_words_and_names_the_mend(tmp_path, client):
+def test_a_failure_repeats_the_clients_message_and_names_a_remedy(tmp_path, client):
     client("apt-get", 'echo "E: Unable to locate package $3" >&2; exit 100')
     with pytest.raises(SoliError, match=r"Debian doc-15 .*Unable to locate package doc-15.*apt-get update"):
         fetch(Package("apt", ("doc-15",)), tmp_path)
     client("npm", "exit 0")
-    with pytest.raises(SoliError, match="the client left no archive"):
+    with pytest.raises(SoliError, match="the client wrote no archive"):
         fetch(Package("npm", ("poems@1",)), tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("partial-")]
 
@@ -87,5 +87,5 @@ def test_broken_archives_are_named(tmp_path, name):
     if name == "x.deb" and shutil.which("dpkg-deb") is None:
         pytest.skip("needs dpkg-deb")
     (tmp_path / name).write_bytes(b"no archive")
-    with pytest.raises(SoliError, match=f"{name} is not a whole package.*delete it and build again"):
+    with pytest.raises(SoliError, match=f"{name} is not a complete package.*delete it and build again"):
         list(read_members(tmp_path / name, "*"))

@@ -1,4 +1,4 @@
-"""Each source reads a package of a few lines: what it takes, what it leaves, and what it refuses."""
+"""Each source reads a package of a few lines: what it takes, what it leaves, and what it rejects."""
 
 import gzip
 import json
@@ -41,12 +41,12 @@ def test_mo_reader_handles_contexts_plurals_and_both_byte_orders(order):
     ]
 
 
-def test_mo_reader_refuses_other_files():
+def test_mo_reader_rejects_other_files():
     with pytest.raises(SoliError, match=r"x\.mo is not a compiled gettext file"):
         list(gettext.read_mo(b"msgid", "x.mo"))
 
 
-def test_cataclysm_takes_colours_out_and_parts_sentences(tmp_path):
+def test_cataclysm_removes_colours_and_splits_sentences(tmp_path):
     mainland = compiled_messages({"<color_red>A cat.</color>  A dog.": "<color_red>一只猫。</color>一条狗。"})
     taiwan = compiled_messages({"software": "軟體"})
     members = {"usr/share/locale/zh_TW/LC_MESSAGES/c.mo": taiwan, "usr/share/locale/zh_CN/LC_MESSAGES/c.mo": mainland}
@@ -92,7 +92,7 @@ def test_help_text_of_one_language_is_long_and_in_that_language(tmp_path):
     assert lines(help_html.read_english([wheel(tmp_path / "en.whl", {place: page})]))[-1] == left.strip()
 
 
-def test_homeassistant_pairs_strings_by_their_place(tmp_path):
+def test_homeassistant_pairs_strings_by_their_path(tmp_path):
     folder = "homeassistant/components/abode/translations/"
     members = {
         folder + "en.json": json.dumps({"a": {"title": "Device"}, "b": "Only English"}),
@@ -100,8 +100,8 @@ def test_homeassistant_pairs_strings_by_their_place(tmp_path):
         folder + "zh-Hant.json": json.dumps({"a": {"title": "裝置"}}),
         folder + "sensor.zh-Hans.json": json.dumps({"a": {"title": "别的文件"}}),
     }
-    found = pairs(locale_files.HOME_ASSISTANT.read([wheel(tmp_path / "a.whl", members)]))
-    assert found == [("设备", "Device"), ("设备", "Device")] or found == [("设备", "Device"), ("装置", "Device")]
+    rows = pairs(locale_files.HOME_ASSISTANT.read([wheel(tmp_path / "a.whl", members)]))
+    assert rows == [("设备", "Device"), ("设备", "Device")] or rows == [("设备", "Device"), ("装置", "Device")]
 
 
 def test_gnome_pages_align_only_with_the_same_structure(tmp_path):
@@ -132,17 +132,17 @@ def test_cedict_keeps_first_senses_without_references(tmp_path):
 
 
 def test_english_verses_count_escapes_as_written():
-    """Offsets into the evaluated text shift every verse behind a backslash; offsets into the source do not."""
+    """Offsets into the evaluated text shift every verse after a backslash; offsets into the source do not."""
     verses = {
         1001001: "First verse.",
         1001002: " \\\\\\\\1:1\\\\\\\\Second one.",
         1001003: " Third.",
         2001001: " Last.",
     }
-    found = bible.english_verses(bible_module(verses))
-    assert found[1, 1, 1] == "First verse."
-    assert found[1, 1, 2].endswith("Second one.")
-    assert (found[1, 1, 3], found[2, 1, 1]) == ("Third.", "Last.")
+    rows = bible.english_verses(bible_module(verses))
+    assert rows[1, 1, 1] == "First verse."
+    assert rows[1, 1, 2].endswith("Second one.")
+    assert (rows[1, 1, 3], rows[2, 1, 1]) == ("Third.", "Last.")
 
 
 def test_chinese_verses_number_books_in_the_order_of_the_table():
@@ -217,8 +217,8 @@ def test_poems_of_every_shape_but_no_authors(tmp_path):
         ),
         "package/dist/rank/r.json": json.dumps([{"paragraphs": [poem]}]),
     }
-    found = set(lines(chinese.read_poetry([wheel(tmp_path / "a.whl", members)])))
-    assert found == {"床前明月光，疑是地上霜。举头望明月，低头思故乡。", "关关雎鸠，在河之洲。窈窕淑女，君子好逑。"}
+    rows = set(lines(chinese.read_poetry([wheel(tmp_path / "a.whl", members)])))
+    assert rows == {"床前明月光，疑是地上霜。举头望明月，低头思故乡。", "关关雎鸠，在河之洲。窈窕淑女，君子好逑。"}
 
 
 def test_sanguo_by_paragraph(tmp_path):

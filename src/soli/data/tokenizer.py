@@ -1,8 +1,8 @@
 """Byte-level BPE over English and Chinese, with the special tokens that frame Soli's documents.
 
-Every string has a token sequence and comes back unchanged: the base alphabet is the 256 bytes. Digits stand alone,
-Chinese runs are split from Latin ones, and a special token written out in a user's text stays text. Reads any folder
-with a `tokenizer.json`; refuses one that is missing or broken, and a translation prompt where its tokens do not exist.
+Every string has a token sequence and is decoded unchanged: the base alphabet is the 256 bytes. Each digit is a token of
+its own, Chinese runs are split from Latin ones, and a special token's name in a user's text stays text. Reads any
+folder with a `tokenizer.json`; rejects one that is missing or broken, and a translation prompt without its tokens.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ SPECIAL_TOKENS = (
 
 SMALLEST_VOCAB = len(SPECIAL_TOKENS) + 256
 
-# One digit a piece; a Han run apart from Latin words; punctuation and spaces as in GPT-2.
-_PIECES = r"'(?:[sdmt]|ll|ve|re)|\p{Han}+| ?[\p{L}&&[^\p{Han}]]+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# What BPE never merges across: single digits, Han runs, Latin words; punctuation and spaces as in GPT-2.
+_PRE_TOKENS = r"'(?:[sdmt]|ll|ve|re)|\p{Han}+| ?[\p{L}&&[^\p{Han}]]+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte: itself where printable, else the next free code point from 256 on."""
+    """The byte of each of GPT-2's byte symbols: itself where printable, else the next free code point from 256 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
@@ -51,7 +51,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
-        """Read `folder/tokenizer.json`, and the names of bos and eos from `tokenizer_config.json` where it stands."""
+        """Read `folder/tokenizer.json`, and the names of bos and eos from `tokenizer_config.json` if there is one."""
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise SoliError(f"{folder} has no tokenizer.json: point to a model or data folder that holds one")
@@ -69,7 +69,7 @@ class Tokenizer:
             raise SoliError(f"vocab_size is {vocab_size}: it must be at least {SMALLEST_VOCAB} (bytes, special tokens)")
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(_PIECES), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+            [pre_tokenizers.Split(Regex(_PRE_TOKENS), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
         )
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
@@ -108,18 +108,18 @@ class Tokenizer:
         return self.token_id(self._eos)
 
     def token_id(self, token: str) -> int:
-        """The id of one token by its written form; an error when the vocabulary lacks it."""
+        """The id of one token by its name; an error when the vocabulary lacks it."""
         index = self._backend.token_to_id(token)
         if index is None:
             raise SoliError(f"this tokenizer has no token {token}: use a model whose tokenizer was built for the task")
         return int(index)
 
     def has_token(self, token: str) -> bool:
-        """Whether the vocabulary holds this token, by its written form."""
+        """Whether the vocabulary holds this token, by its name."""
         return self._backend.token_to_id(token) is not None
 
     def added_tokens(self) -> dict[str, int]:
-        """The tokens that stand beside the vocabulary, special or not, by their written forms."""
+        """Ids of the tokens added to the vocabulary, special or not, by name."""
         return {token.content: index for index, token in self._backend.get_added_tokens_decoder().items()}
 
     def encode(self, text: str) -> list[int]:
@@ -131,7 +131,7 @@ class Tokenizer:
         return [list(item.ids) for item in self._backend.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; special tokens are left out, broken UTF-8 shows as U+FFFD."""
+        """Text of ids; special tokens are omitted, broken UTF-8 shows as U+FFFD."""
         return str(self._backend.decode([int(i) for i in ids], skip_special_tokens=True))
 
     def token_text(self, index: int) -> str:
@@ -139,10 +139,10 @@ class Tokenizer:
         return str(self._backend.decode([int(index)], skip_special_tokens=False))
 
     def token_bytes(self, index: int) -> bytes:
-        """The UTF-8 bytes that a token stands for, which may end inside a character; none for an unknown id."""
-        written = self._backend.id_to_token(int(index)) or ""
-        if all(character in _BYTE_OF for character in written):
-            return bytes(_BYTE_OF[character] for character in written)
+        """The UTF-8 bytes of a token, which may end inside a character; none for an unknown id."""
+        symbols = self._backend.id_to_token(int(index)) or ""
+        if all(symbol in _BYTE_OF for symbol in symbols):
+            return bytes(_BYTE_OF[symbol] for symbol in symbols)
         return self.token_text(index).encode()
 
     def to_json(self) -> str:
@@ -167,7 +167,7 @@ class Tokenizer:
 
 
 def _special_names(path: Path) -> dict[str, str]:
-    """bos_token and eos_token of a tokenizer_config.json, written there as a string or as {"content": string}."""
+    """bos_token and eos_token of a tokenizer_config.json, each a string there or {"content": string}."""
     if not path.is_file():
         return {}
     try:
@@ -175,5 +175,5 @@ def _special_names(path: Path) -> dict[str, str]:
         entries = {key: config.get(key) for key in ("bos_token", "eos_token")}
     except (ValueError, AttributeError) as error:
         raise SoliError(f"{path} is not readable JSON ({error}): fetch it again") from error
-    named = {key: value.get("content") if isinstance(value, dict) else value for key, value in entries.items()}
-    return {key: value for key, value in named.items() if isinstance(value, str)}
+    names = {key: value.get("content") if isinstance(value, dict) else value for key, value in entries.items()}
+    return {key: value for key, value in names.items() if isinstance(value, str)}

@@ -4,24 +4,23 @@ from typing import Annotated
 
 import typer
 
-Temperature = Annotated[
-    float, typer.Option(help="From 0, which takes the likeliest token; higher numbers take more chances.")
-]
-TopK = Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0 from all.")]
+Temperature = Annotated[float, typer.Option(help="0 selects the most likely token; higher values sample more evenly.")]
+TopK = Annotated[int, typer.Option(help="Sample from this many most likely tokens; 0 from all.")]
 TopP = Annotated[
-    float, typer.Option(help="Sample from the likeliest tokens that hold this share of the probability; 1 from all.")
+    float, typer.Option(help="Sample from the most likely tokens that hold this share of the probability; 1 from all.")
 ]
 MinP = Annotated[
-    float, typer.Option(help="Drop tokens below this share, 0 to 1, of the likeliest one's probability; 0 drops none.")
+    float,
+    typer.Option(help="Drop tokens below this share, 0 to 1, of the most likely one's probability; 0 drops none."),
 ]
 RepetitionPenalty = Annotated[
-    float, typer.Option(help="0.1 to 10: above 1, tokens of prompt and answer come less readily; 1 is off.")
+    float, typer.Option(help="0.1 to 10: above 1, tokens of prompt and answer become less likely; 1 is off.")
 ]
 PresencePenalty = Annotated[
-    float, typer.Option(help="-2 to 2, taken from the logit of a token that the answer has already; 0 is off.")
+    float, typer.Option(help="-2 to 2, subtracted from the logit of a token that is already in the answer; 0 is off.")
 ]
 FrequencyPenalty = Annotated[
-    float, typer.Option(help="-2 to 2, taken from a token's logit each time the answer has it; 0 is off.")
+    float, typer.Option(help="-2 to 2, subtracted from a token's logit for each occurrence in the answer; 0 is off.")
 ]
 LogitBias = Annotated[
     list[str] | None,
@@ -30,9 +29,9 @@ LogitBias = Annotated[
 JsonSchema = Annotated[
     str | None, typer.Option(metavar="FILE", help="Write JSON that fits the schema in this file, or nothing.")
 ]
-Regex = Annotated[str | None, typer.Option(help="Write a text that matches this regular expression from end to end.")]
+Regex = Annotated[str | None, typer.Option(help="Write a text that matches this whole regular expression.")]
 Logprobs = Annotated[
-    int | None, typer.Option(min=0, help="Show each token's log-probability, and this many likeliest tokens.")
+    int | None, typer.Option(min=0, help="Show each token's log-probability, and this many most likely tokens.")
 ]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same text.")]
 Speculate = Annotated[

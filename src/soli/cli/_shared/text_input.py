@@ -1,4 +1,4 @@
-"""Text from a person: an argument, a file, or standard input. What cannot be text is refused in one sentence."""
+"""Text of a user: an argument, a file, or standard input. What cannot be text is a SoliError."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -8,11 +8,11 @@ from soli.errors import SoliError
 
 T = TypeVar("T")
 
-LONGEST_LINE = 65_536  # bytes; far more than any small model's positions, far less than what would fill the memory
+LONGEST_LINE = 65_536  # bytes; far more than a small model's positions, far less than would fill the memory
 
 
 def argument_lines(text: str, name: str) -> list[str]:
-    """The lines of a command-line argument; refuses an empty one and bytes that are not UTF-8."""
+    """The lines of a command-line argument; rejects an empty one and bytes that are not UTF-8."""
     try:
         size = len(text.encode("utf-8"))
     except UnicodeEncodeError:
@@ -20,12 +20,12 @@ def argument_lines(text: str, name: str) -> list[str]:
     if not text.strip():
         raise SoliError(f"{name} is empty: give some text, or - to read it from standard input")
     if size > LONGEST_LINE:
-        raise SoliError(f"{name} is {size:,} bytes long; the limit is {LONGEST_LINE:,}: give it in parts")
+        raise SoliError(f"{name} is {size:,} bytes long; the limit is {LONGEST_LINE:,}: split it")
     return text.splitlines()
 
 
 def stdin_lines(stream: BinaryIO | None = None) -> Iterator[str]:
-    """Lines of standard input without their ends, read as they are asked for; a bad one is refused by its number."""
+    """Lines of standard input without their ends, read lazily; a bad one is rejected by its number."""
     yield from _lines(stream or sys.stdin.buffer, "standard input")
 
 
@@ -53,7 +53,7 @@ def _checked(line: bytes, where: str) -> str:
 
 
 def file_texts(path: str) -> list[str]:
-    """The texts of a file, a line each, empty ones left out.
+    """The texts of a file, one per line, without empty ones.
 
     A .tsv is read as the corpus step writes it: of `source, zh, en` the two texts, of `language, source, text` the
     text.
@@ -87,7 +87,7 @@ def file_pairs(path: str) -> list[tuple[str, str, str]]:
 
 
 def evenly(items: Sequence[T], limit: int | None) -> list[T]:
-    """At most `limit` items, taken at even distances, so that every part of a file is heard."""
+    """At most `limit` items, at even distances, so that every part of a file is represented."""
     if limit is None or limit >= len(items):
         return list(items)
-    return [items[at * len(items) // limit] for at in range(limit)]
+    return [items[i * len(items) // limit] for i in range(limit)]

@@ -1,7 +1,7 @@
 """Named packages fetched by their ordinary clients (apt-get, pip, npm) and read without being installed.
 
-A download lands in a temporary folder and is renamed into the cache when whole, so an interrupted build starts again
-where it stopped. Refuses, in a sentence, a client that is not on the machine and a package that no name of it finds.
+A download goes to a temporary folder and is renamed into the cache when complete, so an interrupted build resumes where
+it stopped. A client that this machine lacks and a package that is found under none of its names are a SoliError.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Package:
 
     @property
     def title(self) -> str:
-        """The package as a person says it: `Debian cataclysm-dda-data`."""
+        """Archive and name, for messages: `Debian cataclysm-dda-data`."""
         return f"{_TITLES[self.client]} {self.names[0]}"
 
 
 _TITLES = {"apt": "Debian", "pip": "PyPI", "npm": "npm"}
-_MEND = {
+_REMEDY = {
     "apt": "run `apt-get update` once on a Debian or Ubuntu machine (its apt-get and dpkg-deb are used)",
     "pip": "check that this Python has pip and reaches a package index",
     "npm": "install npm and check that it reaches a registry",
@@ -47,20 +47,20 @@ _MEND = {
 
 
 def fetch(package: Package, cache: Path) -> Path:
-    """The package's archive in `cache`, downloaded now unless an earlier build left it there."""
+    """The package's archive in `cache`, downloaded now unless an earlier build did."""
     cache.mkdir(parents=True, exist_ok=True)
     present = [path for name in package.names for path in cache.glob(f"{_stem(name)}~*")]
     if present:
         return present[0]
-    complaints = []
+    failures = []
     for name in package.names:
         with tempfile.TemporaryDirectory(dir=cache, prefix="partial-") as folder:
-            complaint = _download(package.client, name, Path(folder))
-            found = [path for path in Path(folder).iterdir() if path.suffix in (".deb", ".whl", ".tgz")]
-            if not complaint and found:
-                return found[0].rename(cache / f"{_stem(name)}~{found[0].suffix}")
-            complaints.append(complaint or f"{name}: the client left no archive")
-    raise SoliError(f"could not fetch {package.title} ({'; '.join(complaints)}): {_MEND[package.client]}")
+            failure = _download(package.client, name, Path(folder))
+            archives = [path for path in Path(folder).iterdir() if path.suffix in (".deb", ".whl", ".tgz")]
+            if not failure and archives:
+                return archives[0].rename(cache / f"{_stem(name)}~{archives[0].suffix}")
+            failures.append(failure or f"{name}: the client wrote no archive")
+    raise SoliError(f"could not fetch {package.title} ({'; '.join(failures)}): {_REMEDY[package.client]}")
 
 
 def _stem(name: str) -> str:
@@ -68,10 +68,10 @@ def _stem(name: str) -> str:
 
 
 def _download(client: str, name: str, folder: Path) -> str:
-    """Run one client in `folder`; the last line of its complaint, or nothing when it succeeded."""
+    """Run one client in `folder`; the last line of its error output, empty when it succeeded."""
     commands = {
         "apt": ["apt-get", "download", "-q", name],
-        # A wheel is only read: it may want a newer Python than this one.
+        # A wheel is only read, so it may require a newer Python than this one.
         "pip": [
             *(sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"),
             *("--ignore-requires-python", name),
@@ -82,13 +82,13 @@ def _download(client: str, name: str, folder: Path) -> str:
     if shutil.which(command[0]) is None:
         return f"{command[0]} is not on this machine"
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_DOWNLOAD_SECONDS)
+        process = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_DOWNLOAD_SECONDS)
     except subprocess.TimeoutExpired:
-        return f"{command[0]} gave no answer in {_DOWNLOAD_SECONDS} s"
-    if done.returncode == 0:
+        return f"{command[0]} did not finish in {_DOWNLOAD_SECONDS} s"
+    if process.returncode == 0:
         return ""
-    lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-    return lines[-1] if lines else f"{command[0]} ended with code {done.returncode}"
+    lines = [line.strip() for line in (process.stderr or process.stdout).splitlines() if line.strip()]
+    return lines[-1] if lines else f"{command[0]} ended with code {process.returncode}"
 
 
 def read_members(archive: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
@@ -102,7 +102,7 @@ def read_members(archive: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
             with tarfile.open(archive, "r|gz") as stream:
                 yield from _tar_members(stream, pattern)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
-        raise SoliError(f"{archive} is not a whole package ({error}): delete it and build again") from error
+        raise SoliError(f"{archive} is not a complete package ({error}): delete it and build again") from error
 
 
 def _zip_members(archive: Path, pattern: str) -> Iterator[tuple[str, bytes]]:

@@ -14,7 +14,7 @@ from soli.recipes.nano_corpus.fetch import read_members
 from soli.recipes.nano_corpus.sources.row import SourceRow
 
 _SHORTEST = 12
-_POEM_CHARACTERS = 4_200_000  # some fall out as repeats later; the recipe sets the final amount
+_POEM_CHARACTERS = 4_200_000  # some are dropped as repeats later; the recipe sets the final amount
 _COLLECTIONS = re.compile(
     r"package/dist/(?:caocaoshiji|chuci|lunyu|nalanxingde|quantangshi|shijing|sishuwujing|songci|wudaishici|youmengying|yuanqu)/"
 )
@@ -32,7 +32,7 @@ def poems(content: bytes) -> Iterator[str]:
 
 
 def read_poetry(archives: list[Path]) -> Iterator[SourceRow]:
-    """Poems in an order drawn by hash, so that the cap cuts no age or author off."""
+    """Poems in an order drawn by hash, so that the cap excludes no age or author."""
     drawn: dict[bytes, str] = {}
     for name, content in read_members(archives[0], "package/dist/*.json"):
         if _COLLECTIONS.match(name):

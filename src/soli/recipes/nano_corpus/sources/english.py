@@ -31,7 +31,7 @@ def _prose(texts: Iterator[str]) -> Iterator[SourceRow]:
 
 
 def rst_paragraphs(source: str) -> Iterator[str]:
-    """Paragraphs and list items of a reStructuredText page that end like a sentence; tables and code are left out."""
+    """Paragraphs and list items of a reStructuredText page that end like a sentence; tables and code are omitted."""
     for block in _RST_BLOCK.split(source):
         lines = [line.strip() for line in block.splitlines()]
         if any(line.startswith(_RST_NO_PROSE) for line in lines):

@@ -38,9 +38,9 @@ def _string(content: bytes, order: str, at: int) -> str:
 
 
 def read_cataclysm(archives: list[Path]) -> Iterator[SourceRow]:
-    """The game's sentences in both translations, the mainland's first, Taiwan's turned into the mainland's words.
+    """The game's sentences in both translations, the mainland's first, Taiwan's converted to the mainland's words.
 
-    Colour tags are taken out and paragraphs parted where both sides have as many sentences.
+    Colour tags are removed and paragraphs split where both sides have as many sentences.
     """
     simplify = Simplifier("tw2sp")
     for name, content in sorted(read_members(archives[0], "*/zh_*/LC_MESSAGES/*.mo")):
@@ -58,14 +58,14 @@ def read_libreoffice(archives: list[Path]) -> Iterator[SourceRow]:
 
 
 def read_libreoffice_taiwan(archives: list[Path]) -> Iterator[SourceRow]:
-    """The same in Taiwan's words and characters, turned into the mainland's."""
+    """The same in Taiwan's words and characters, converted to the mainland's."""
     simplify = Simplifier("tw2sp")
     for zh, en, tag in read_libreoffice(archives):
         yield SourceRow(simplify(zh), en, tag)
 
 
 def read_django(archives: list[Path]) -> Iterator[SourceRow]:
-    """Django's own messages, Taiwan's turned into the mainland's words and characters."""
+    """Django's own messages, Taiwan's converted to the mainland's words and characters."""
     simplify = Simplifier("tw2sp")
     for name, content in read_members(archives[0], "*/locale/zh_Han?/LC_MESSAGES/*.mo"):
         for english, chinese in read_mo(content, name):

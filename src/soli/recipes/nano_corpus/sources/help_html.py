@@ -1,6 +1,7 @@
 """LibreOffice's help: the same HTML files in English and Chinese, aligned by the identifier of each paragraph.
 
-Paragraphs that a translator left in English are in the Chinese files too; they fall out for want of Chinese characters.
+Paragraphs that a translator left in English are in the Chinese files too; they are dropped because they have no
+Chinese characters.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def read_pairs(archives: list[Path]) -> Iterator[SourceRow]:
 
 
 def read_pairs_taiwan(archives: list[Path]) -> Iterator[SourceRow]:
-    """The same for Taiwan's translation, turned into the mainland's words and characters."""
+    """The same for Taiwan's translation, converted to the mainland's words and characters."""
     simplify = Simplifier("tw2sp")
     for zh, en, tag in read_pairs(archives):
         yield SourceRow(simplify(zh), en, tag)
@@ -58,7 +59,7 @@ def read_english(archives: list[Path]) -> Iterator[SourceRow]:
 
 
 def read_chinese(archives: list[Path]) -> Iterator[SourceRow]:
-    """Whole Chinese paragraphs, the longer ones; those left in English are no Chinese text."""
+    """Whole Chinese paragraphs, the longer ones; those left in English are not Chinese text."""
     for _, page in _pages(archives[0]):
         for text in page.values():
             if is_prose(text, _SHORTEST_ZH) and 2 * count_han(text) >= len(text):

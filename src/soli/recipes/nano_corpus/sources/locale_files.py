@@ -1,7 +1,7 @@
 """Pairs from packages that keep their texts in one file per language: JSON trees, YAML trees, lists of sentences.
 
 A text's key is its file (without the language) and its place in the tree; what has the same key in English and in
-Chinese is a pair. Texts of Taiwan are turned into the mainland's words and characters.
+Chinese is a pair. Texts of Taiwan are converted to the mainland's words and characters.
 """
 
 from __future__ import annotations
