@@ -1,4 +1,4 @@
-"""The planned memory is the real one: moments to the byte, activations within 15 % of what autograd keeps."""
+"""The planned memory is the real one: moments to the byte, activations within 15 % of what autograd saves."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from soli.config import preset
 from soli.model.transformer import Transformer
 from soli.plan import memory
-from soli.plan.memory import fitting, plan_memory
+from soli.plan.memory import describe_fit, plan_memory
 from soli.train import losses
 from soli.train.block_options import apply_block_options
 from soli.train.losses import compute_losses, count_targets
@@ -20,31 +20,32 @@ NANO = preset("nano").to_dict()
 
 
 def recipe(model: dict, sequences: int, length: int, **run: object) -> TrainSettings:
-    room = {"max_position_embeddings": max(length, 512)}
+    positions = {"max_position_embeddings": max(length, 512)}
     schedule = {"sequence_length": length, "constant_tokens": 1000}
-    return read_settings({"model": model | room, "schedule": schedule, "run": {"micro_sequences": sequences, **run}})
+    run_table = {"micro_sequences": sequences, **run}
+    return read_settings({"model": model | positions, "schedule": schedule, "run": run_table})
 
 
-def kept_bytes(wanted: TrainSettings, precision: str) -> int:
-    """Bytes of every storage that a real forward pass leaves for its backward pass, parameters not among them."""
-    model = Transformer(wanted.model, dtype=torch.float32)
+def saved_bytes(train_settings: TrainSettings, precision: str) -> int:
+    """Bytes of every storage that a real forward pass saves for its backward pass, without parameters."""
+    model = Transformer(train_settings.model, dtype=torch.float32)
     model.init_weights(torch.Generator().manual_seed(0))
     model.compute_dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     if precision == "fp8":
         use_fp8(model)
-    apply_block_options(model, wanted.run)
-    depth = wanted.model.num_nextn_predict_layers
-    window_BW = windows(wanted.run.micro_sequences, wanted.schedule.sequence_length + 1 + depth)
+    apply_block_options(model, train_settings.run)
+    depth = train_settings.model.num_nextn_predict_layers
+    window_BW = windows(train_settings.run.micro_sequences, train_settings.schedule.sequence_length + 1 + depth)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages: dict[int, torch.UntypedStorage] = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def save(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             storages[storage.data_ptr()] = storage
         return tensor
 
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
+    with saved_tensors_hooks(save, lambda tensor: tensor):
         total = compute_losses(model, window_BW, count_targets(window_BW, depth, EOS), EOS).total(0.3, 1e-4)
     assert total.isfinite()
     return sum(storage.nbytes() for storage in storages.values())
@@ -56,10 +57,10 @@ def kept_bytes(wanted: TrainSettings, precision: str) -> int:
     [(MODEL, 4, 16), (MODEL, 64, 64), (NANO, 4, 256)],
     ids=["a toy", "a toy, longer", "nano"],
 )
-def test_activations_are_what_autograd_keeps(model, sequences, length, precision):
-    wanted = recipe(model, sequences, length)
-    planned = plan_memory(wanted, precision, "cpu")
-    assert planned.activations + planned.copies == pytest.approx(kept_bytes(wanted, precision), rel=0.15)
+def test_activations_are_what_autograd_saves(model, sequences, length, precision):
+    train_settings = recipe(model, sequences, length)
+    planned = plan_memory(train_settings, precision, "cpu")
+    assert planned.activations + planned.copies == pytest.approx(saved_bytes(train_settings, precision), rel=0.15)
 
 
 @pytest.mark.parametrize(
@@ -73,40 +74,41 @@ def test_activations_are_what_autograd_keeps(model, sequences, length, precision
     ],
     ids=["dense", "no latent query, nothing shared", "two MTP modules", "scores in fp32", "fused attention"],
 )
-def test_other_shapes(change, length):
-    wanted = recipe(MODEL | change, 8, length)
-    planned = plan_memory(wanted, "bf16", "cpu")
-    assert planned.activations + planned.copies == pytest.approx(kept_bytes(wanted, "bf16"), rel=0.15)
+def test_activations_of_other_shapes(change, length):
+    train_settings = recipe(MODEL | change, 8, length)
+    planned = plan_memory(train_settings, "bf16", "cpu")
+    assert planned.activations + planned.copies == pytest.approx(saved_bytes(train_settings, "bf16"), rel=0.15)
 
 
-def test_checkpointing_keeps_the_blocks_inputs():
-    wanted = recipe(MODEL, 64, 64, activation_checkpointing=True)
-    planned = plan_memory(wanted, "bf16", "cpu")
-    assert planned.activations == pytest.approx(kept_bytes(wanted, "bf16"), rel=0.15)
+def test_checkpointing_saves_the_blocks_inputs():
+    train_settings = recipe(MODEL, 64, 64, activation_checkpointing=True)
+    planned = plan_memory(train_settings, "bf16", "cpu")
+    assert planned.activations == pytest.approx(saved_bytes(train_settings, "bf16"), rel=0.15)
     assert planned.total < plan_memory(recipe(MODEL, 64, 64), "bf16", "cpu").total
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("moments", ["fp32", "bf16"])
 def test_moments_to_the_byte(name, moments):
-    wanted, model = settings(optimizer={"name": name, "moments": moments}), tiny_model()
-    optimizer = Optimizer(model, wanted.optimizer, torch.float32)
+    train_settings = settings(optimizer={"name": name, "moments": moments})
+    model = tiny_model()
+    optimizer = Optimizer(model, train_settings.optimizer, torch.float32)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    planned = plan_memory(wanted, "fp32", "cpu")
+    planned = plan_memory(train_settings, "fp32", "cpu")
     assert planned.gradients == sum(p.grad.nbytes for p in model.parameters())
     assert planned.weights == sum(p.nbytes for p in model.state_dict().values())
     optimizer.step(1e-3)
     assert planned.moments == sum(tensor.nbytes for tensor in optimizer.state().values() if tensor.dim())
 
 
-def test_what_would_fit_fits():
-    wanted = recipe(MODEL, 64, 64)
-    full = plan_memory(wanted, "bf16", "cpu")
-    assert fitting(wanted, "bf16", "cpu", 1, full.total) == "it fits"
-    assert "run.micro_sequences=32" in fitting(wanted, "bf16", "cpu", 1, full.total - 1)
-    assert fitting(recipe(MODEL, 1, 64), "bf16", "cpu", 1, plan_memory(recipe(MODEL, 1, 64), "bf16", "cpu").states)
-    assert "such devices" in fitting(wanted, "bf16", "cpu", 1, full.states // 2)
+def test_the_suggested_options_fit():
+    train_settings = recipe(MODEL, 64, 64)
+    full = plan_memory(train_settings, "bf16", "cpu")
+    assert describe_fit(train_settings, "bf16", "cpu", 1, full.total) == "it fits"
+    assert "run.micro_sequences=32" in describe_fit(train_settings, "bf16", "cpu", 1, full.total - 1)
+    assert describe_fit(recipe(MODEL, 1, 64), "bf16", "cpu", 1, plan_memory(recipe(MODEL, 1, 64), "bf16", "cpu").states)
+    assert "such devices" in describe_fit(train_settings, "bf16", "cpu", 1, full.states // 2)
 
 
 def test_the_logits_of_a_chunk_are_the_losses():

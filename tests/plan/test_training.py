@@ -14,7 +14,7 @@ from soli.train.settings import read_settings
 from tests.train.toy import settings
 
 
-def test_the_papers_run():
+def test_the_plan_of_the_papers_run():
     plan = plan_run(read_settings(load_recipe("671b")), devices=2048, mfu=0.4, device_tflops=989)
     assert [phase.name for phase in plan.phases[:3]] == ["warm-up", "constant", "cosine"]
     assert sum(phase.tokens for phase in plan.phases[:5]) == 14_800 * 10**9
@@ -22,7 +22,7 @@ def test_the_papers_run():
     assert plan.gpu_hours == pytest.approx(plan.paper_gpu_hours, rel=0.15)  # the paper states no MFU; 0.4 is near it
 
 
-def test_a_toys_numbers_by_hand():
+def test_the_plan_of_a_toy_by_hand():
     plan = plan_run(settings(), devices=2, mfu=0.5, device_tflops=1)
     (phase,) = plan.phases
     assert (phase.name, phase.tokens, phase.steps, phase.batch_sequences) == ("constant", 12 * 128, 12, (8, 8))
@@ -76,7 +76,7 @@ def test_every_number_of_the_papers_table_is_printed(capsys):
         assert number in printed, number
 
 
-def test_the_device_at_hand_is_measured(capsys, monkeypatch):
+def test_this_device_is_measured(capsys, monkeypatch):
     monkeypatch.setattr("soli.plan.throughput.SECONDS", 0.001)
     assert main(["train", "nano-zh-en", "--dry-run", "--json", "--set", "run.device=cpu"]) == 0
     document = json.loads(capsys.readouterr().out)

@@ -62,7 +62,7 @@ def test_heldout_windows_are_spread_over_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("meta", "words"), [({"train_tokens": 5}, "meta.json says 5"), ({"dtype": "text"}, "cannot be read together")]
+    ("meta", "words"), [({"train_tokens": 5}, "meta.json has 5"), ({"dtype": "text"}, "cannot be read together")]
 )
 def test_files_that_disagree_are_refused(tmp_path, meta, words):
     with pytest.raises(SoliError, match=words):

@@ -1,8 +1,8 @@
 """How large a model is and what one token costs, from its configuration alone: parameters, bytes, cache, FLOPs.
 
 Every number falls out of one list, `weights(config)`: groups of equal tensors, how many there are and how many of them
-take part in computing one token. It is written from the paper's shapes (section 2.1), apart from the model's own code,
-and the tests hold the two together to the last parameter. No torch.
+take part in computing one token. It is written from the paper's shapes (section 2.1), independent of the model's code,
+and the tests require both to agree to the last parameter. No torch.
 
 "Activated" counts embedding and head in full, as the paper's 37 B does, and leaves out the router's selection biases,
 which rank experts but multiply nothing.
@@ -181,30 +181,30 @@ def weights(config: ModelConfig) -> list[Weights]:
     """The main model's tensors, MTP modules not among them."""
     vocabulary = (config.vocab_size, config.hidden_size)
     mixtures = config.num_moe_layers
-    found = [Weights(EMBEDDING, vocabulary, 1, 1, "high")]
-    found += _attention(config, config.num_hidden_layers)
-    found += _mlp(DENSE, config.hidden_size, config.intermediate_size, config.num_hidden_layers - mixtures)
-    found += _mixture(config, mixtures)
-    found += _norms(config, config.num_hidden_layers)
-    found += [Weights(NORMS, (config.hidden_size,), 1, 1, "high")]
+    groups = [Weights(EMBEDDING, vocabulary, 1, 1, "high")]
+    groups += _attention(config, config.num_hidden_layers)
+    groups += _mlp(DENSE, config.hidden_size, config.intermediate_size, config.num_hidden_layers - mixtures)
+    groups += _mixture(config, mixtures)
+    groups += _norms(config, config.num_hidden_layers)
+    groups += [Weights(NORMS, (config.hidden_size,), 1, 1, "high")]
     if not config.tie_word_embeddings:
-        found += [Weights(HEAD, vocabulary, 1, 1, "high")]
-    return [w for w in found if w.count]
+        groups += [Weights(HEAD, vocabulary, 1, 1, "high")]
+    return [w for w in groups if w.count]
 
 
 def mtp_weights(config: ModelConfig) -> list[Weights]:
     """What MTP modules have of their own (equations 21-23): two norms, their joint projection, a block, a norm."""
     modules, width = config.num_nextn_predict_layers, config.hidden_size
-    found = [
+    groups = [
         Weights(NORMS, (width,), 3 * modules, 3 * modules, "high"),
         Weights("joint projection", (width, 2 * width), modules, modules, "high"),
     ]
-    found += _attention(config, modules) + _norms(config, modules)
+    groups += _attention(config, modules) + _norms(config, modules)
     if config.n_routed_experts:
-        found += _mixture(config, modules)
+        groups += _mixture(config, modules)
     else:
-        found += _mlp(DENSE, width, config.intermediate_size, modules)
-    return [w for w in found if w.count]
+        groups += _mlp(DENSE, width, config.intermediate_size, modules)
+    return [w for w in groups if w.count]
 
 
 def _component(name: str, group: Iterable[Weights]) -> Component:
@@ -228,11 +228,11 @@ def _attention(config: ModelConfig, layers: int) -> list[Weights]:
         (heads * (config.qk_nope_head_dim + config.v_head_dim), latent),
         (width, heads * config.v_head_dim),
     ]
-    found = [Weights(ATTENTION, shape, layers, layers) for shape in shapes]
+    groups = [Weights(ATTENTION, shape, layers, layers) for shape in shapes]
     if config.attention_bias:
         sizes = [latent + config.qk_rope_head_dim, width] + ([] if low_rank is None else [low_rank])
-        found += [Weights(ATTENTION, (size,), layers, layers, "high") for size in sizes]
-    return found
+        groups += [Weights(ATTENTION, (size,), layers, layers, "high") for size in sizes]
+    return groups
 
 
 def _norms(config: ModelConfig, layers: int) -> list[Weights]:
@@ -253,10 +253,10 @@ def _mlp(component: str, width: int, inner: int, count: int, active: int | None 
 def _mixture(config: ModelConfig, layers: int) -> list[Weights]:
     """Equations 12-16: of the routed experts a token uses `num_experts_per_tok`, of router and shared experts all."""
     width, inner, experts = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
-    found = [Weights(ROUTER, (experts, width), layers, layers, "high")]
+    groups = [Weights(ROUTER, (experts, width), layers, layers, "high")]
     if config.topk_method == "noaux_tc":
-        found += [Weights(ROUTER, (experts,), layers, 0, "fp32")]
-    found += _mlp(ROUTED, width, inner, layers * experts, layers * config.num_experts_per_tok)
+        groups += [Weights(ROUTER, (experts,), layers, 0, "fp32")]
+    groups += _mlp(ROUTED, width, inner, layers * experts, layers * config.num_experts_per_tok)
     if config.n_shared_experts:
-        found += _mlp(SHARED, width, inner * config.n_shared_experts, layers)
-    return found
+        groups += _mlp(SHARED, width, inner * config.n_shared_experts, layers)
+    return groups

@@ -1,4 +1,4 @@
-"""`soli runs list` shows where training runs stand; `soli runs compare A B` sets them side by side at equal tokens."""
+"""`soli runs list` shows the state of training runs; `soli runs compare A B` compares them at equal tokens."""
 
 from __future__ import annotations
 
@@ -30,14 +30,13 @@ def list_runs(
     """
     from soli.train.runs import find_runs, read_metrics, summarize
 
-    found = find_runs(folder)
-    summaries = [summarize(read_metrics(run)) for run in found]
+    summaries = [summarize(read_metrics(run)) for run in find_runs(folder)]
     if as_json:
         _print_json([dataclasses.asdict(summary) for summary in summaries])
     elif summaries:
         _print_runs(summaries)
     else:
-        print(f"no runs in {folder}: soli train leaves them there")
+        print(f"no runs in {folder}: soli train writes them there")
 
 
 @app.command()
@@ -51,7 +50,7 @@ def compare(
 
     folders = [locate_run(name) for name in runs]
     if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
-        raise SoliError("soli runs compare sets different runs side by side; give two or more, each once")
+        raise SoliError("soli runs compare takes different runs; give two or more, each once")
     metrics = [read_metrics(folder) for folder in folders]
     points, names = compare_runs(metrics), _names(folders)
     if png is not None:
@@ -67,7 +66,7 @@ def compare(
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Folder names, where these tell the runs apart; else whole paths."""
+    """Folder names, where these differ; else whole paths."""
     names = [folder.resolve().name for folder in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
@@ -85,10 +84,10 @@ def _print_runs(summaries: Sequence[RunSummary]) -> None:
     for title in ("step", "M tokens", "loss", "held-out", "bits/byte", "tok/s"):
         table.add_column(title, justify="right", no_wrap=True)
     for one in summaries:
-        figures = (_figure(one.loss), _figure(one.heldout_loss), _figure(one.bits_per_byte))
-        speed = _figure(one.tokens_per_second, ",.0f")
+        numbers = (_number(one.loss), _number(one.heldout_loss), _number(one.bits_per_byte))
+        speed = _number(one.tokens_per_second, ",.0f")
         state = f"{one.state}, {stage_name(one.stage)}" if one.stage else one.state
-        table.add_row(one.folder, state, f"{one.step:,}", f"{one.tokens / 1e6:,.2f}", *figures, speed)
+        table.add_row(one.folder, state, f"{one.step:,}", f"{one.tokens / 1e6:,.2f}", *numbers, speed)
     stdout_console().print(table)
 
 
@@ -106,14 +105,14 @@ def _print_points(points: Sequence[Point], names: Sequence[str]) -> None:
         table.add_column(name, justify="right")
         table.add_column("difference", justify="right")
     for point in points:
-        row = [_figure(point.values[0])]
+        row = [_number(point.values[0])]
         for value, difference in zip(point.values[1:], point.differences[1:], strict=True):
-            row += [_figure(value), _figure(difference, "+.4f")]
+            row += [_number(value), _number(difference, "+.4f")]
         table.add_row(point.measure, "-" if point.tokens is None else f"{point.tokens / 1e6:,.2f}", *row)
     stdout_console().print(table)
 
 
-def _figure(value: float | None, spec: str = ".4f") -> str:
+def _number(value: float | None, spec: str = ".4f") -> str:
     return "-" if value is None or math.isnan(value) else format(value, spec)
 
 
@@ -122,7 +121,7 @@ def _print_json(value: Any) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """`value` with null for what JSON has no number for."""
+    """`value` with null for NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {key: _finite(one) for key, one in value.items()}
     if isinstance(value, list):

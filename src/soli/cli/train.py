@@ -17,9 +17,9 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A recipe's name, such as nano-zh-en, or its folder or TOML file.")],
     assignments: Assignments = None,
     out: Annotated[
-        Path | None, typer.Option(help="Run folder; default runs/RECIPE. A whole checkpoint in it is resumed.")
+        Path | None, typer.Option(help="Run folder; default runs/RECIPE. The last checkpoint in it is resumed.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what the run would take, and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what the run needs, and stop.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="With --dry-run: the plan and the resolved recipe as JSON.")
     ] = False,
@@ -30,7 +30,7 @@ def train(
         typer.Option(min=0.001, help="With --dry-run: a device's peak; the default is an H100's or H800's, bf16."),
     ] = 989,
     measure: Annotated[
-        bool, typer.Option("--measure/--no-measure", help="With --dry-run: time the device at hand for about a second.")
+        bool, typer.Option("--measure/--no-measure", help="With --dry-run: time this device for about a second.")
     ] = True,
     plot: Annotated[Path | None, typer.Option(help="With --dry-run: draw all schedules into this PNG file.")] = None,
 ) -> None:
@@ -65,7 +65,7 @@ def _plan(
     as_json: bool,
     plot: Path | None,
 ) -> None:
-    """Print what a run would take; draw it when `plot` says where."""
+    """Print what a run needs; with `plot`, draw its schedules into that file."""
     import dataclasses
     import json
     from importlib.util import find_spec
@@ -79,8 +79,9 @@ def _plan(
         from soli.plan.throughput import measure_device
 
         here = measure_device(settings)
-    found = (here.computes, here.kind) if here else (None, "cpu" if settings.run.device == "cpu" else "cuda")
-    plan = plan_run(settings, devices, mfu, device_tflops, *found)
+    precision = here.computes if here else None
+    kind = here.kind if here else "cpu" if settings.run.device == "cpu" else "cuda"
+    plan = plan_run(settings, devices, mfu, device_tflops, precision, kind)
     if plot is not None:
         from soli.plan.schedule_plot import save_schedule_plot
 

@@ -1,11 +1,11 @@
-"""Bytes of device memory that a run takes, from its settings alone: states, working copies, activations.
+"""Bytes of device memory that a run needs, from its settings alone: states, working copies, activations.
 
-States are fp32 masters, fp32 gradients and the optimizer's moments as the settings keep them. Activations are what
-autograd keeps between the forward and the backward pass of one micro-batch: each module's saved inputs, written down
-here from the model's code and held to it by the tests (torch's saved tensors, within 15 %). Not counted: what single
-operations need while they run, beside the two that are largest, and the allocator's waste. No torch.
+States are fp32 master weights, fp32 gradients and the optimizer's moments in the dtype of the settings. Activations are
+what autograd saves between the forward and the backward pass of one micro-batch: each module's saved inputs, derived
+from the model's code and compared with torch's saved tensors in the tests (within 15 %). Not counted: the temporaries
+of single operations, except the two largest, and the allocator's fragmentation. No torch.
 
-All sums are bytes for one token unless a name says otherwise; D hidden, H heads, N nope, R rope, V value, C latent,
+All sums are bytes per token unless a name says otherwise; D hidden, H heads, N nope, R rope, V value, C latent,
 Q query latent, F expert width, E experts, K chosen.
 """
 
@@ -30,21 +30,23 @@ from soli.analysis.parameters import (
 from soli.config import ModelConfig
 from soli.train.settings import OptimizerSettings, TrainSettings
 
-LOGITS_CHUNK, GPU_LOGITS = 512, 2**27  # tokens on a CPU, logits on a GPU that exist at once: soli.train.losses
-FP8 = 1 + 4 / 128  # a value in E4M3 and its share of a tile's scale
-SHORT = 512  # queries up to which a CPU writes attention scores out in the activations' dtype: soli.model.attention
+# As in soli.train.losses: tokens on a CPU, logits on a GPU, whose logits exist at one time.
+LOGITS_CHUNK = 512
+GPU_LOGITS = 2**27
+FP8 = 1 + 4 / 128  # bytes of a value in E4M3 with its share of a tile's scale
+SHORT = 512  # queries up to which a CPU computes attention scores in the activations' dtype: soli.model.attention
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on each device at the fullest moment."""
+    """Bytes on each device at the peak."""
 
     weights: int  # fp32 masters, router biases
     gradients: int  # fp32
     moments: int
     copies: int  # of weights in the compute precision, kept from forward to backward
-    activations: int  # that autograd keeps of one micro-batch
-    passing: int  # logits of one chunk, or one block's activations computed again: whichever is more
+    activations: int  # that autograd saves of one micro-batch
+    transient: int  # logits of one chunk, or one block's recomputed activations: whichever is larger
 
     @property
     def states(self) -> int:
@@ -52,7 +54,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        return self.states + self.copies + self.activations + self.passing
+        return self.states + self.copies + self.activations + self.transient
 
 
 def plan_memory(
@@ -60,58 +62,59 @@ def plan_memory(
 ) -> MemoryEstimate:
     """Memory of a step in `precision` (fp32, bf16, fp8) on a device of `kind` (cpu, cuda).
 
-    `length` is that of a sequence, left out the pretraining's; a micro-batch keeps its tokens but has a whole sequence.
-    Several devices share the states evenly and gather one block's copies at a time, as FSDP2 does; each has a
-    micro-batch of its own.
+    `length` is that of a sequence, by default the pretraining's; a micro-batch has the same number of tokens at any
+    length, but at least one sequence. Several devices share the states evenly and gather one block's copies at a time,
+    as FSDP2 does; each has a micro-batch of its own.
     """
     config, run = settings.model, settings.run
-    every = [*weights(config), *mtp_weights(config)]
-    trained = sum(w.total for w in every if w.storage != "fp32")
-    biases = sum(4 * w.total for w in every if w.storage == "fp32")
+    all_weights = [*weights(config), *mtp_weights(config)]
+    trained = sum(w.total for w in all_weights if w.storage != "fp32")
+    biases = sum(4 * w.total for w in all_weights if w.storage == "fp32")
     checkpointed = run.activation_checkpointing
     first = settings.schedule.sequence_length
     length = length or first
     sequences = max(1, run.micro_sequences * first // length)
-    layers = _Kept(config, precision, kind, length)
-    blocks = [layers.block(config.is_moe_layer(layer)) for layer in range(_depth(config))]
+    saved = _SavedActivations(config, precision, kind, length)
+    blocks = [saved.block(config.is_moe_layer(layer)) for layer in range(_depth(config))]
     width = {"fp32": 4, "bf16": 2, "fp8": 2}[precision]
-    kept = layers.ends() + sum([width * config.hidden_size] * len(blocks) if checkpointed else blocks)
-    again = sequences * length * max(blocks) if checkpointed else 0
+    per_token = saved.outside_blocks() + sum([width * config.hidden_size] * len(blocks) if checkpointed else blocks)
+    recomputed = sequences * length * max(blocks) if checkpointed else 0
     gathered = checkpointed or devices > 1
     return MemoryEstimate(
         weights=ceil((4 * trained + biases) / devices),
         gradients=ceil(4 * trained / devices),
-        moments=ceil(moment_bytes(every, settings.optimizer) / devices),
+        moments=ceil(moment_bytes(all_weights, settings.optimizer) / devices),
         copies=_copies(config, precision, largest=gathered),
-        activations=round(sequences * length * kept) + _head_gradients(config),
-        passing=round(max(_logits(config, width, kind), again)),
+        activations=round(sequences * length * per_token) + _head_gradients(config),
+        transient=round(max(_logits(config, width, kind), recomputed)),
     )
 
 
-def moment_bytes(every: list[Weights], optimizer: OptimizerSettings) -> int:
-    """Of AdamW two moments; of Muon one for the matrices inside blocks, two for embedding, head, routers, vectors."""
+def moment_bytes(all_weights: list[Weights], optimizer: OptimizerSettings) -> int:
+    """AdamW has two moments; Muon one for the matrices inside blocks, two for embedding, head, routers, vectors."""
     size = {"fp32": 4, "bf16": 2}[optimizer.moments]
 
     def moments(group: Weights) -> int:
-        inner = len(group.shape) == 2 and group.component not in (EMBEDDING, HEAD, ROUTER)
-        return 1 if optimizer.name == "muon" and inner else 2
+        is_inner_matrix = len(group.shape) == 2 and group.component not in (EMBEDDING, HEAD, ROUTER)
+        return 1 if optimizer.name == "muon" and is_inner_matrix else 2
 
-    return sum(size * moments(w) * w.total for w in every if w.storage != "fp32")
+    return sum(size * moments(w) * w.total for w in all_weights if w.storage != "fp32")
 
 
-class _Kept:
-    """Bytes that autograd keeps for each token, module by module."""
+class _SavedActivations:
+    """Bytes that autograd saves for each token, module by module."""
 
     def __init__(self, config: ModelConfig, precision: str, kind: str, length: int) -> None:
         self.config, self.kind, self.length = config, kind, length
-        self.fp8, self.width = precision == "fp8", 4 if precision == "fp32" else 2
+        self.fp8 = precision == "fp8"
+        self.width = 4 if precision == "fp32" else 2
 
     def block(self, mixture: bool) -> float:
-        """A block: two norms, attention, feed-forward; the sums of the residual stream keep nothing."""
+        """A block: two norms, attention, feed-forward; the sums of the residual stream save nothing."""
         D = self.config.hidden_size
         return 2 * self._norm(D) + self._attention() + (self._mixture() if mixture else self._dense())
 
-    def ends(self) -> float:
+    def outside_blocks(self) -> float:
         """Everything outside blocks: ids, angles, last norm, the losses' gradients of their hidden states, MTP."""
         config, D, modules = self.config, self.config.hidden_size, self.config.num_nextn_predict_layers
         angles = 4 * config.qk_rope_head_dim
@@ -123,7 +126,7 @@ class _Kept:
         return 4 * width + 4 + self.width * width
 
     def _input(self, width: int, readers: int) -> float:
-        """What linear layers keep of an input that `readers` of them share; in FP8 each packs its own."""
+        """What linear layers save of an input that `readers` of them share; in FP8 each quantizes its own."""
         return (readers * FP8 if self.fp8 else self.width) * width
 
     def _attention(self) -> float:
@@ -133,8 +136,8 @@ class _Kept:
         latents = self._norm(C) + self._input(C, 1)
         core = self.width * H * (2 * X + config.qk_nope_head_dim + V) + 4 * H  # fused: q, k, k and v as projected
         if self.fp8:
-            core += self.width * H * V  # its output, which the projection keeps only in FP8
-        if self.kind == "cpu" and (self.length <= SHORT or X != V):  # scores written out, a long sequence's in fp32
+            core += self.width * H * V  # its output, of which the projection saves only the FP8 values
+        if self.kind == "cpu" and (self.length <= SHORT or X != V):  # full scores, of a long sequence in fp32
             size = self.width if self.length <= SHORT else 4
             core = size * H * (2 * X + V + self.length)
         return self._input(config.hidden_size, 2) + queries + latents + core + self._input(H * V, 1)
@@ -161,12 +164,12 @@ def _depth(config: ModelConfig) -> int:
 
 
 def _head_gradients(config: ModelConfig) -> int:
-    """The head's gradient, which each loss takes in its forward pass, fp32."""
+    """The head's gradient, which each loss computes in its forward pass, fp32."""
     return 4 * (1 + config.num_nextn_predict_layers) * config.vocab_size * config.hidden_size
 
 
 def _logits(config: ModelConfig, width: int, kind: str) -> int:
-    """A chunk's logits, twice in fp32; the head's copy and one chunk's share of its gradient."""
+    """A chunk's logits, twice in fp32; the head in the compute dtype and one chunk's share of its gradient."""
     head = config.vocab_size * config.hidden_size * (4 if width == 4 else 2 * width)
     chunk = LOGITS_CHUNK if kind == "cpu" else max(LOGITS_CHUNK, GPU_LOGITS // config.vocab_size)
     return 8 * chunk * config.vocab_size + head
@@ -190,32 +193,32 @@ def _copies(config: ModelConfig, precision: str, largest: bool) -> int:
     return attention + max(dense, mixture)
 
 
-def fitting(settings: TrainSettings, precision: str, kind: str, devices: int, room: int) -> str:
-    """Whether a step fits in `room` bytes on each device, in words; where it does not, what would."""
-    taken = plan_memory(settings, precision, kind, devices)
-    if taken.total <= room:
+def describe_fit(settings: TrainSettings, precision: str, kind: str, devices: int, available: int) -> str:
+    """Whether a step fits in `available` bytes on each device, in words; where it does not, which options would."""
+    memory = plan_memory(settings, precision, kind, devices)
+    if memory.total <= available:
         return "it fits"
-    least = changed(settings, {"micro_sequences": 1, "activation_checkpointing": True})
-    wanted = -(-taken.states * devices // room)
-    if wanted > devices:
-        return f"it does not fit: weights, gradients and moments alone fill {wanted:,} such devices"
-    if plan_memory(least, precision, kind, devices).total > room:
-        return "it does not fit, not even one sequence at a time with activation checkpointing; take more devices"
+    smallest = with_run_options(settings, {"micro_sequences": 1, "activation_checkpointing": True})
+    devices_for_states = -(-memory.states * devices // available)
+    if devices_for_states > devices:
+        return f"it does not fit: weights, gradients and moments alone fill {devices_for_states:,} such devices"
+    if plan_memory(smallest, precision, kind, devices).total > available:
+        return "it does not fit, not even one sequence at a time with activation checkpointing; use more devices"
     for checkpointing in (settings.run.activation_checkpointing, True):
         micro = settings.run.micro_sequences
         while micro:
-            change: dict[str, int | bool] = {"micro_sequences": micro, "activation_checkpointing": checkpointing}
-            if plan_memory(changed(settings, change), precision, kind, devices).total <= room:
-                return f"it does not fit; it would with {_as_options(settings, change)}"
+            options: dict[str, int | bool] = {"micro_sequences": micro, "activation_checkpointing": checkpointing}
+            if plan_memory(with_run_options(settings, options), precision, kind, devices).total <= available:
+                return f"it does not fit; it would with {_as_arguments(settings, options)}"
             micro //= 2
-    raise AssertionError("the least micro-batch fits, as was seen above")
+    raise AssertionError("the smallest micro-batch fits, as was checked above")
 
 
-def changed(settings: TrainSettings, change: dict[str, int | bool]) -> TrainSettings:
+def with_run_options(settings: TrainSettings, options: dict[str, int | bool]) -> TrainSettings:
     """The settings with some fields of `run` changed."""
-    return dataclasses.replace(settings, run=dataclasses.replace(settings.run, **change))  # type: ignore[arg-type]
+    return dataclasses.replace(settings, run=dataclasses.replace(settings.run, **options))  # type: ignore[arg-type]
 
 
-def _as_options(settings: TrainSettings, change: dict[str, int | bool]) -> str:
-    new = {name: value for name, value in change.items() if value != getattr(settings.run, name)}
+def _as_arguments(settings: TrainSettings, options: dict[str, int | bool]) -> str:
+    new = {name: value for name, value in options.items() if value != getattr(settings.run, name)}
     return " ".join(f"--set run.{name}={str(value).lower()}" for name, value in new.items())

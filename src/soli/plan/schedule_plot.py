@@ -22,24 +22,24 @@ def schedule_rows(settings: TrainSettings) -> list[Row]:
     end = tokens_after(schedule, steps_before(schedule, schedule.total_tokens))
     for tokens in sorted({n * (schedule.total_tokens - 1) // (POINTS - 1) for n in range(POINTS)}):
         shape = (learning_rate(schedule, tokens), batch_sequences(schedule, tokens), schedule.sequence_length)
-        rows.append((tokens, *shape, *_balance(settings, tokens)))
+        rows.append((tokens, *shape, *_gamma_and_lambda(settings, tokens)))
     for phase in settings.extension:
         for tokens in (end, end + phase.total_tokens):
             shape = (phase.learning_rate, phase.batch_sequences, phase.sequence_length)
-            rows.append((tokens, *shape, *_balance(settings, tokens)))
+            rows.append((tokens, *shape, *_gamma_and_lambda(settings, tokens)))
         end += phase.total_tokens
     return rows
 
 
 def save_schedule_plot(path: str | Path, settings: TrainSettings) -> None:
-    """Write the curves as a PNG, one panel each; phases of the run stand as dotted lines, named at the top."""
+    """Write the curves as a PNG, one panel each; dotted lines separate the phases, which are named at the top."""
     from matplotlib.ticker import FuncFormatter
 
     titles = ("learning rate", "batch, sequences", "sequence length, tokens", "gamma", "lambda")
     forms = ("{:.3g}", "{:,.0f}", "{:,.0f}", "{:g}", "{:g}")
     figure = new_figure(9, 9)
     tokens, *curves = zip(*schedule_rows(settings), strict=True)
-    unit, letter = next(((u, name) for u, name in UNITS if tokens[-1] >= u), (1.0, ""))
+    unit, unit_name = next(((size, name) for size, name in UNITS if tokens[-1] >= size), (1.0, ""))
     axes = figure.subplots(len(titles), 1, sharex=True)
     for axis, title, form, curve in zip(axes, titles, forms, curves, strict=True):
         axis.plot([count / unit for count in tokens], curve, linewidth=1.4)
@@ -49,23 +49,24 @@ def save_schedule_plot(path: str | Path, settings: TrainSettings) -> None:
             axis.set_yticks(sorted(set(curve)))
         else:
             axis.set_ylim(0, 1.1 * max(curve) or 1)
-            least = max(curve) / 12  # a tick nearer to 0 than this would run into it
-            axis.set_yticks(sorted({0.0, *(value for value in (curve[0], max(curve), curve[-1]) if value > least)}))
+            lowest = max(curve) / 12  # the label of a lower tick would overlap that of 0
+            axis.set_yticks(sorted({0.0, *(value for value in (curve[0], max(curve), curve[-1]) if value > lowest)}))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _, form=form: form.format(value)))
         axis.grid(axis="y", linewidth=0.4, alpha=0.6)
         axis.margins(x=0.01)
     _mark_phases(axes, settings, unit)
-    axes[-1].set_xlabel(f"tokens, {letter}".rstrip(", "))
+    axes[-1].set_xlabel(f"tokens, {unit_name}".rstrip(", "))
     save_figure(figure, path)
 
 
 def _mark_phases(axes: Any, settings: TrainSettings, unit: float) -> None:
-    """A dotted line where each phase ends, and the names of those wide enough to bear one."""
-    phases, start = planned_phases(settings), 0
-    whole = sum(phase.tokens for phase in phases)
+    """A dotted line where each phase ends, and the names of those wide enough for one."""
+    phases = planned_phases(settings)
+    total = sum(phase.tokens for phase in phases)
+    start = 0
     for phase in phases:
         end = start + phase.tokens
-        if phase.tokens > 0.08 * whole:
+        if phase.tokens > 0.08 * total:
             top = axes[0].get_xaxis_transform()
             middle = (start + end) / 2 / unit
             axes[0].text(middle, 1.03, phase.name, transform=top, ha="center", fontsize=9, color="0.35")
@@ -74,5 +75,5 @@ def _mark_phases(axes: Any, settings: TrainSettings, unit: float) -> None:
         start = end
 
 
-def _balance(settings: TrainSettings, tokens: int) -> tuple[float, float]:
+def _gamma_and_lambda(settings: TrainSettings, tokens: int) -> tuple[float, float]:
     return settings.balance.gamma_at(tokens), settings.losses.mtp_weight_at(tokens)

@@ -1,7 +1,7 @@
-"""What the device at hand sustains: a model's own matrix products, timed for about a second, and a card's stated peak.
+"""The rate that this device sustains on a model's own matrix products, timed for about a second; a card's stated peak.
 
-The products are those that hold most of a training step's FLOPs, with the rows that a micro-batch gives them (a routed
-expert sees its share of the tokens), sides cut to `SIDE`. They say how fast a step could be if it were nothing else.
+The products are those with most of a training step's FLOPs, with the rows of a micro-batch (a routed expert has its
+share of the tokens) and sides of at most `MAX_SIDE`. They bound the speed of a step from above.
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ PEAKS = (
     ("RTX 4090", 165.0),
     ("RTX 3090", 71.0),
 )
-SIDE = {"cpu": 1024, "cuda": 8192}  # of a timed matrix: enough for the full rate, quickly done
-PRODUCTS, ROUNDS, SECONDS = 4, 5, 0.03  # kinds of product, times each is timed, least time of one timing
+MAX_SIDE = {"cpu": 1024, "cuda": 8192}  # of a timed matrix: enough for the full rate
+PRODUCTS = 4  # kinds of product that are timed
+ROUNDS = 5  # timings of each
+SECONDS = 0.03  # of one timing, at least
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,10 @@ class MeasuredDevice:
     name: str
     kind: str  # cpu, cuda
     threads: int | None  # of a CPU
-    computes: str  # precision of activations that the recipe comes to here
-    precision: str  # in which the products ran; FP8 is emulated in fp32
+    computes: str  # precision of activations in which the recipe trains here
+    precision: str  # in which the products were timed; FP8 is emulated in fp32
     tflops: float  # measured
-    peak_tflops: float | None  # stated by its maker for bf16, where this file knows the card
+    peak_tflops: float | None  # stated by its maker for bf16, of the cards in PEAKS
     memory: int  # bytes
 
     @property
@@ -88,14 +90,14 @@ def measure_products(settings: TrainSettings, device: torch.device, dtype: torch
     """TFLOP/s over the recipe's heaviest products, each weighted by its share of the FLOPs."""
     seconds = work = 0.0
     for rows, columns, inner, share in heaviest_products(settings):
-        m, n, k = (max(8, min(side, SIDE.get(device.type, 1024))) for side in (rows, columns, inner))
+        m, n, k = (max(8, min(side, MAX_SIDE.get(device.type, 1024))) for side in (rows, columns, inner))
         seconds += share / _rate(m, n, k, device, dtype)
         work += share
     return work / seconds / 1e12
 
 
 def heaviest_products(settings: TrainSettings) -> list[tuple[int, int, int, int]]:
-    """(rows, columns, inner side, FLOPs per token) of the matrices that most of a step's FLOPs go through."""
+    """(rows, columns, inner side, FLOPs per token) of the matrices with most of a step's FLOPs."""
     config, tokens = settings.model, settings.run.micro_sequences * settings.schedule.sequence_length
 
     def rows(group: Weights) -> int:
@@ -114,10 +116,10 @@ def _rate(rows: int, columns: int, inner: int, device: torch.device, dtype: torc
     def product() -> object:
         return torch.nn.functional.linear(x, weight)
 
-    clock = _cuda_seconds if device.type == "cuda" else _wall_seconds
-    clock(product, 2)
-    repeats = max(1, round(SECONDS / max(clock(product, 1), 1e-6)))
-    return 2 * rows * columns * inner * repeats / median(clock(product, repeats) for _ in range(ROUNDS))
+    seconds_of = _cuda_seconds if device.type == "cuda" else _wall_seconds
+    seconds_of(product, 2)
+    repeats = max(1, round(SECONDS / max(seconds_of(product, 1), 1e-6)))
+    return 2 * rows * columns * inner * repeats / median(seconds_of(product, repeats) for _ in range(ROUNDS))
 
 
 def _wall_seconds(run: Callable[[], object], repeats: int) -> float:

@@ -1,8 +1,8 @@
-"""What a run would take, from its recipe alone: phases in tokens and steps, FLOPs, memory, GPU-hours.
+"""What a run needs, from its recipe alone: phases in tokens and steps, FLOPs, memory, GPU-hours.
 
 FLOPs are three forward passes per token (one forward, two backward), MTP and causal attention included. GPU-hours are
-FLOPs over what a device sustains: its peak times the model FLOPs utilisation, MFU. Memory: soli/plan/memory.py. Needs
-no torch and no data.
+FLOPs over the rate that a device sustains: its peak times the model FLOPs utilisation, MFU. Memory:
+soli/plan/memory.py. Needs no torch and no data.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from soli.train.schedule import batch_sequences, learning_rate, steps_before, wa
 from soli.train.settings import TrainSettings
 
 PAPER_GPU_HOURS = 2_664_000  # H800, pretraining of DeepSeek-V3 without extension: arXiv 2412.19437, table 1
-PAPER_TOKENS, PAPER_PARAMETERS = 14_800_000_000_000, 671_026_419_200  # what those hours bought
-# Of a CPU core's rate on a recipe's largest matrix products, what a whole training step of nano-zh-en reaches: medians
-# of 4 rounds after one left out, processor time, one thread of an EPYC, torch 2.13. Not measured at any other shape.
+PAPER_TOKENS, PAPER_PARAMETERS = 14_800_000_000_000, 671_026_419_200  # trained in those hours
+# The share of a CPU core's rate on a recipe's largest matrix products that a training step of nano-zh-en reaches:
+# medians of 4 rounds after a warm-up, processor time, one thread of an EPYC, torch 2.13. No other shape was measured.
 STEP_SHARE = {"bf16": 0.38, "fp32": 0.62}
-RECOMPUTED = 4 / 3  # passes with activation checkpointing over passes without
+RECOMPUTATION = 4 / 3  # forward and backward passes with activation checkpointing over those without
 
 
 @dataclass(frozen=True)
 class PlannedPhase:
-    """One stretch of the run; pairs hold the value of its first step and of its last."""
+    """One phase of the run; pairs hold the value of its first step and of its last."""
 
     name: str
     tokens: int
@@ -42,11 +42,11 @@ class TrainingPlan:
     parameters: int  # MTP modules included, as in the memory
     activated: int  # of the main model
     flops: int
-    precision: str  # of activations: what the recipe says, bf16 for auto when no device was looked at
+    precision: str  # of activations: the recipe's, bf16 for auto without a device
     memory: MemoryEstimate
     extension_memory: tuple[MemoryEstimate, ...]
     gpu_hours: float
-    paper_gpu_hours: int | None  # where the recipe is the paper's own
+    paper_gpu_hours: int | None  # of the paper, where the recipe is the paper's
 
 
 def plan_run(
@@ -59,17 +59,19 @@ def plan_run(
 ) -> TrainingPlan:
     """The plan on `devices` equal devices of `device_tflops` peak TFLOP/s each, at a utilisation of `mfu`.
 
-    `precision` is what `auto` came to, and `kind` cpu or cuda, where the device is known: memory depends on both.
+    `precision` is the one that `auto` stands for, and `kind` cpu or cuda, where the device is known: memory depends on
+    both.
     """
-    wanted = settings.run.precision
-    precision = wanted if wanted != "auto" else precision or "bf16"
+    if settings.run.precision != "auto":
+        precision = settings.run.precision
+    precision = precision or "bf16"
     phases = planned_phases(settings)
-    whole, main = count(settings.model, mtp=True).total, count(settings.model)
+    main = count(settings.model)
     operations = sum(phase.tokens * training_flops(settings.model, phase.sequence_length) for phase in phases)
-    papers = main.total == PAPER_PARAMETERS and settings.schedule.total_tokens == PAPER_TOKENS
+    is_papers = main.total == PAPER_PARAMETERS and settings.schedule.total_tokens == PAPER_TOKENS
     return TrainingPlan(
         phases=phases,
-        parameters=whole,
+        parameters=count(settings.model, mtp=True).total,
         activated=main.activated,
         flops=operations,
         precision=precision,
@@ -78,18 +80,18 @@ def plan_run(
             plan_memory(settings, precision, kind, devices, phase.sequence_length) for phase in settings.extension
         ),
         gpu_hours=operations / (mfu * device_tflops * 1e12) / 3600,
-        paper_gpu_hours=PAPER_GPU_HOURS if papers else None,
+        paper_gpu_hours=PAPER_GPU_HOURS if is_papers else None,
     )
 
 
 def planned_phases(settings: TrainSettings) -> tuple[PlannedPhase, ...]:
-    """Every stretch of the run in order: pretraining's, then the extension's."""
+    """Every phase of the run in order: pretraining's, then the extension's."""
     return (*_pretraining(settings), *_extension(settings))
 
 
 def hours_here(settings: TrainSettings, operations: int, tflops: float, precision: str) -> float:
     """Hours of `operations` FLOPs on one device that measures `tflops` on matrix products in `precision`."""
-    passes = RECOMPUTED if settings.run.activation_checkpointing else 1.0
+    passes = RECOMPUTATION if settings.run.activation_checkpointing else 1.0
     return passes * operations / (STEP_SHARE[precision] * tflops * 1e12) / 3600
 
 
@@ -103,7 +105,8 @@ def _pretraining(settings: TrainSettings) -> list[PlannedPhase]:
     ]
     phases, start = [], 0
     for name, tokens in lengths:
-        end, last = start + tokens, max(start, start + tokens - 1)
+        end = start + tokens
+        last = max(start, end - 1)
         if tokens:
             steps = steps_before(schedule, end) - steps_before(schedule, start)
             batches = (batch_sequences(schedule, start), batch_sequences(schedule, last))

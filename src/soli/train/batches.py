@@ -1,9 +1,9 @@
-"""Windows of the packed corpus in an order that depends on the seed and the position alone.
+"""Windows of the packed corpus in an order that depends only on the seed and the position.
 
-The corpus is one long run of documents (`train.bin`, little-endian integers). Window n of the global order belongs to
-epoch n // windows; each epoch shifts where windows begin and permutes them, both drawn from (seed, epoch). So resuming
-needs one integer, and any number of ranks or loader workers would see the same sequence. Windows may begin and end
-inside a document: documents are packed, with no mask between them (section 4.1).
+The corpus is one long sequence of documents (`train.bin`, little-endian integers). Window n of the global order belongs
+to epoch n // windows; each epoch shifts where windows start and permutes them, both drawn from (seed, epoch). So
+resuming needs one integer, and any number of ranks or loader workers would see the same sequence. Windows may start and
+end inside a document: documents are packed, with no mask between them (section 4.1).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class PackedTokens:
 
     def __init__(self, folder: Path, split: str) -> None:
         meta, file = folder / "meta.json", folder / f"{split}.bin"
-        for needed in (meta, file):
-            if not needed.is_file():
-                raise SoliError(f"{needed} is missing; build the data first with: soli data build RECIPE")
+        for path in (meta, file):
+            if not path.is_file():
+                raise SoliError(f"{path} is missing; build the data first with: soli data build RECIPE")
         self.file = file
         try:
             self.meta: dict[str, object] = json.loads(meta.read_text(encoding="utf-8"))
@@ -36,7 +36,7 @@ class PackedTokens:
         expected = self.meta.get(f"{split}_tokens")
         if expected != len(self.ids):
             raise SoliError(
-                f"{file} holds {len(self.ids):,} tokens, but meta.json says {expected}; build the data again"
+                f"{file} holds {len(self.ids):,} tokens, but meta.json has {expected}; build the data again"
             )
 
     def windows(self, starts: np.ndarray, width: int) -> Tensor:
@@ -45,10 +45,10 @@ class PackedTokens:
 
 
 class Batches:
-    """The training order: `take(position, count)` gives windows position .. position + count - 1.
+    """The training order: `take(position, count)` returns windows position .. position + count - 1.
 
-    Consecutive windows of an epoch start `length` tokens apart and are `length + extra` wide (`extra`: the tokens that
-    only serve as targets), so every token is predicted once an epoch.
+    Consecutive windows of an epoch start `length` tokens apart and are `length + extra` wide (`extra`: tokens that
+    are targets only), so every token is predicted once an epoch.
     """
 
     def __init__(self, tokens: PackedTokens, length: int, extra: int, seed: int) -> None:
@@ -57,14 +57,14 @@ class Batches:
         if self.per_epoch < 1:
             raise SoliError(
                 f"{tokens.file} holds {len(tokens.ids):,} tokens, too few for windows of {self.width}; "
-                "shorten the sequence_length that asks for them, or give more text"
+                "reduce the sequence_length that needs them, or add text"
             )
         self._order = lru_cache(maxsize=2)(self._draw_order)
 
     def _draw_order(self, epoch: int) -> np.ndarray:
-        draw = np.random.default_rng([self.seed, epoch])
-        offset = int(draw.integers(self.length))
-        return offset + draw.permutation(self.per_epoch) * self.length
+        generator = np.random.default_rng([self.seed, epoch])
+        offset = int(generator.integers(self.length))
+        return offset + generator.permutation(self.per_epoch) * self.length
 
     def take(self, position: int, count: int) -> Tensor:
         """Windows `position` .. `position + count - 1` of the global order (int64, BW)."""
@@ -75,10 +75,11 @@ class Batches:
 def rank_slice(position: int, count: int, rank: int, world: int) -> tuple[int, int]:
     """(position, count) of one rank's share of windows `position` .. `position + count - 1`.
 
-    Shares are runs whose lengths differ by one at most; in the order of ranks they join to the whole, for any `world`.
+    Shares are contiguous and differ in length by at most one; in the order of ranks they cover the whole batch.
     """
-    first, last = rank * count // world, (rank + 1) * count // world
-    return position + first, last - first
+    first = rank * count // world
+    end = (rank + 1) * count // world
+    return position + first, end - first
 
 
 def heldout_windows(tokens: PackedTokens, length: int, extra: int, budget: int) -> Tensor:
@@ -87,8 +88,8 @@ def heldout_windows(tokens: PackedTokens, length: int, extra: int, budget: int) 
     if available < 1:
         raise SoliError(
             f"{tokens.file} holds {len(tokens.ids):,} tokens, too few for one window of {length + extra}; shorten the "
-            "sequence_length that asks for it, or hold out more text"
+            "sequence_length that needs it, or hold out more text"
         )
     count = min(available, max(1, budget // length))
-    picked = np.linspace(0, available - 1, count).round().astype(np.int64)
-    return tokens.windows(picked * length, length + extra)
+    chosen = np.linspace(0, available - 1, count).round().astype(np.int64)
+    return tokens.windows(chosen * length, length + extra)

@@ -1,8 +1,8 @@
-"""Training runs read back from their folders: what each has reached, and how several differ at equal tokens.
+"""Training runs read from their folders: what each has reached, how several differ at equal tokens, and their curves.
 
-A run is a folder with the `metrics.jsonl` that soli/train/report.py writes. A line that goes back to an earlier step
-(Soli 0.1 left such lines when it resumed) replaces what stood there; a last line without its end is still being written
-and is left out. Any other line that cannot be read is refused by number. Imports no torch.
+A run is a folder with the `metrics.jsonl` that soli/train/report.py writes. A line that returns to an earlier step
+(Soli 0.1 wrote such lines when it resumed) replaces the lines from that step on; a last line without a line break is
+still being written and is ignored. Any other line that cannot be read is rejected by number. Imports no torch.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from soli.errors import SoliError
 
 METRICS = "metrics.jsonl"
 RUNNING_SECONDS = 60.0  # a run whose metrics changed since then is running
-RECENT = 10  # steps behind the tokens per second
+RECENT = 10  # steps over which tokens per second are averaged
 
-Curve = list[tuple[int, float]]  # (tokens, value), tokens rising
+Curve = list[tuple[int, float]]  # (tokens, value), tokens increasing
 
-# What is compared; losses are in nats per token.
+# The curves that are compared; losses are in nats per token.
 MEASURES = ("loss", "MTP loss", "held-out loss", "bits per byte", "max violation")
 PANELS = {
     "loss": "nats per token",
@@ -35,7 +35,7 @@ PANELS = {
     "held-out loss": "nats per token",
     "max violation": "largest load / mean - 1, worst layer",
 }
-UNCROPPED = 0.02  # of the tokens: a panel's range is that of the values after these, where curves lie close
+CROP = 0.02  # of the tokens: the values before may exceed a panel's range, so that later ones can be distinguished
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class RunMetrics:
     folder: Path
     steps: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
-    ended: str | None  # "finished", "signal" or "time" when the last line says so; None: running, killed, or old
+    ended: str | None  # the reason in an "end" line: finished, signal, time, anomaly; None: running, killed, or old
 
     def curve(self, measure: str) -> Curve:
         """One of MEASURES over tokens; empty where the run has none. "max violation" is that of the worst layer."""
@@ -64,7 +64,7 @@ class RunMetrics:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """Where a run stands. None: not reached or not measured."""
+    """What a run has reached. None: not reached or not measured."""
 
     folder: str
     state: str  # finished, running or stopped
@@ -84,7 +84,7 @@ class Point:
 
     measure: str
     tokens: int | None  # None when no point is common
-    values: list[float | None]  # per run, in order; between two reports, the straight line
+    values: list[float | None]  # per run, in order; interpolated linearly between two reports
     differences: list[float | None]  # from the first run
 
 
@@ -128,7 +128,7 @@ def read_metrics(folder: Path) -> RunMetrics:
 
 
 def summarize(metrics: RunMetrics, now: float | None = None) -> RunSummary:
-    """Where a run stands at `now` (seconds of the epoch; default the clock)."""
+    """What a run has reached at `now` (seconds of the epoch; default the clock)."""
     steps, evaluations = metrics.steps, metrics.evaluations
     last = max([*steps[-1:], *evaluations[-1:]], key=lambda line: line["step"], default=None)
     return RunSummary(
@@ -146,7 +146,7 @@ def summarize(metrics: RunMetrics, now: float | None = None) -> RunSummary:
 
 
 def compare_runs(runs: Sequence[RunMetrics]) -> list[Point]:
-    """Each of MEASURES at the last tokens that all runs have reached, beside the first run's."""
+    """Each of MEASURES at the last tokens that all runs have reached, with the difference from the first run."""
     return [_common_point(measure, [run.curve(measure) for run in runs]) for measure in MEASURES]
 
 
@@ -167,7 +167,7 @@ def _draw_panel(axis: Any, measure: str, curves: Sequence[Curve], names: Sequenc
         values = [point[1] for point in curve]
         axis.plot(tokens, values, label=name, linewidth=1.1, marker="o" if len(curve) < 20 else "", markersize=4)
     longest = max((curve[-1][0] for curve in curves if curve), default=0)
-    later = [value for curve in curves for tokens, value in curve if tokens >= UNCROPPED * longest]
+    later = [value for curve in curves for tokens, value in curve if tokens >= CROP * longest]
     if later and max(later) > min(later):
         margin = 0.05 * (max(later) - min(later))
         axis.set_ylim(min(later) - margin, max(later) + margin)
@@ -190,11 +190,11 @@ def _interpolate(curve: Curve, tokens: int) -> float:
 
 
 def _read_line(line: str, where: str) -> dict[str, Any]:
-    """One line as a dict that has what its kind must have."""
+    """One line as a dict with the numbers that its kind requires."""
     try:
         entry = json.loads(line)
-        wanted = {"step": ("loss", "mtp", "tokens_per_second"), "evaluation": ("loss", "bits_per_byte")}
-        numbers = ("step", "tokens", "seconds", *wanted.get(entry["kind"], ()))
+        of_kind = {"step": ("loss", "mtp", "tokens_per_second"), "evaluation": ("loss", "bits_per_byte")}
+        numbers = ("step", "tokens", "seconds", *of_kind.get(entry["kind"], ()))
         wrong = [key for key in numbers if not isinstance(entry[key], int | float)]
         if entry["kind"] == "step":
             wrong += [
@@ -208,7 +208,7 @@ def _read_line(line: str, where: str) -> dict[str, Any]:
 
 
 def _state(metrics: RunMetrics, now: float) -> str:
-    """An end that was written down counts; then fresh metrics; then, for runs of an older Soli, the schedule's end."""
+    """A recorded end decides; then recent metrics; then, for runs of Soli 0.1, the end of the schedule."""
     if metrics.ended is not None:
         return "finished" if metrics.ended == "finished" else "stopped"
     if now - (metrics.folder / METRICS).stat().st_mtime < max(RUNNING_SECONDS, 2 * _longest_pause(metrics.steps)):
@@ -218,13 +218,13 @@ def _state(metrics: RunMetrics, now: float) -> str:
 
 
 def _longest_pause(steps: Sequence[dict[str, Any]]) -> float:
-    """Training seconds between two reports, the longest of the recent ones: a slow run is not a stopped one."""
+    """Seconds of training between two reports, the longest of the recent ones: a slow run has not stopped."""
     seconds = [line["seconds"] for line in steps[-RECENT:]]
     return max((later - earlier for earlier, later in itertools.pairwise(seconds)), default=0.0)
 
 
 def _total_tokens(folder: Path) -> int | None:
-    """Length of the schedule that the run began with; None when its recipe cannot be read."""
+    """Length of the schedule that the run started with; None when its recipe cannot be read."""
     from soli.train.settings import SECTIONS, read_settings
 
     try:

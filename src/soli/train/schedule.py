@@ -114,12 +114,12 @@ class ExtensionSettings(Section, section="extension"):
         return self.total_steps * self.sequence_length * self.batch_sequences
 
     def stretch(self, config: ModelConfig) -> ModelConfig:
-        """The configuration that this phase trains: YaRN set, and room for `factor` times the original context."""
+        """The configuration that this phase trains: YaRN set, and positions for `factor` times the original context."""
         yarn = self.rope_scaling
         if yarn is None:
             return config
-        room = max(config.max_position_embeddings, int(yarn.factor * yarn.original_max_position_embeddings))
-        return replace(config, {"rope_scaling": yarn.to_dict(), "max_position_embeddings": room})
+        positions = max(config.max_position_embeddings, int(yarn.factor * yarn.original_max_position_embeddings))
+        return replace(config, {"rope_scaling": yarn.to_dict(), "max_position_embeddings": positions})
 
 
 def stage_name(number: int) -> str:
@@ -176,7 +176,7 @@ def warmup_end(schedule: ScheduleSettings) -> int:
 def learning_rate(schedule: ScheduleSettings, tokens: int) -> float:
     """Rate of the step that starts after `tokens` tokens: linear warm-up, constant, cosine to the final rate, tails.
 
-    Warm-up counts the step's own tokens, so the first step does not stand still. Past the end the last phase holds.
+    Warm-up counts the step's own tokens, so the first step has a rate above 0. Past the end the last phase holds.
     """
     peak, final = schedule.learning_rate, schedule.final_learning_rate
     if tokens < warmup_end(schedule):

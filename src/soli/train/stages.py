@@ -1,8 +1,8 @@
 """The stages of a run: pretraining, number 0, then each [[extension]] phase that lengthens the context (section 4.3).
 
 A stage reads windows of its own length in an order of its own, and trains a configuration with its own YaRN; an
-extension phase holds batch and learning rate. Tokens count on through the whole run, so that gamma and lambda stay
-functions of one number. What a stage needs is built before the first step: data too short for it are refused then.
+extension phase has a constant batch and learning rate. Tokens are counted over the whole run, so that gamma and lambda
+are functions of one number. Every stage is built before the first step: data too short for it are rejected then.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def next_step(settings: TrainSettings, progress: RunProgress) -> tuple[int, floa
 
 
 def stage_tokens_left(settings: TrainSettings, progress: RunProgress) -> int:
-    """Tokens until the stage at hand ends; 0 or less when it has."""
+    """Tokens until the current stage ends; 0 or less when it has."""
     if progress.stage == 0:
         return settings.schedule.total_tokens - progress.tokens
     return progress.stage_start + settings.extension[progress.stage - 1].total_tokens - progress.tokens
@@ -79,10 +79,10 @@ def is_finished(settings: TrainSettings, progress: RunProgress) -> bool:
 
 def flops_left(settings: TrainSettings, progress: RunProgress) -> int:
     """FLOPs from here to the end of the run: a token of a longer sequence costs more."""
-    left = max(0, stage_tokens_left(settings, progress)) * token_flops(settings, progress.stage)
+    flops = max(0, stage_tokens_left(settings, progress)) * token_flops(settings, progress.stage)
     for number, phase in enumerate(settings.extension[progress.stage :], progress.stage + 1):
-        left += phase.total_tokens * token_flops(settings, number)
-    return left
+        flops += phase.total_tokens * token_flops(settings, number)
+    return flops
 
 
 def check_stage(
@@ -93,26 +93,26 @@ def check_stage(
     if number >= len(stages):
         raise SoliError(
             f"the run is in extension phase {number}, but the recipe has {len(settings.extension)}; keep the "
-            "[[extension]] phases that it has begun"
+            "[[extension]] phases that it has started"
         )
     stage = stages[number]
-    same = (trained.rope_scaling, trained.max_position_embeddings) == (
+    is_same = (trained.rope_scaling, trained.max_position_embeddings) == (
         stage.config.rope_scaling,
         stage.config.max_position_embeddings,
     )
-    if not same or progress.position * stage.length != progress.tokens - progress.stage_start:
+    if not is_same or progress.position * stage.length != progress.tokens - progress.stage_start:
         raise SoliError(
-            f"{stage_name(number)} was begun with another length or rope_scaling than the recipe's; keep those of "
-            "the stage that the run is in, or choose another --out to begin anew"
+            f"{stage_name(number)} was started with another length or rope_scaling than the recipe's; keep those of "
+            "the stage that the run is in, or choose another --out to start a new run"
         )
 
 
 @lru_cache(maxsize=16)
 def token_flops(settings: TrainSettings, number: int) -> int:
-    """FLOPs that a token of stage `number` costs, forward and backward."""
+    """FLOPs per token of stage `number`, forward and backward."""
     return training_flops(settings.model, stage_length(settings, number))
 
 
 def _seed(seed: int, number: int) -> int:
-    """Pretraining draws its order from the run's seed, each phase from one of its own."""
+    """Pretraining orders its data by the run's seed, each phase by one of its own."""
     return int(np.random.default_rng([seed, number]).integers(1 << 62)) if number else seed

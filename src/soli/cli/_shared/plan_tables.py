@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from soli.config import RopeScaling
-from soli.plan.memory import MemoryEstimate, fitting
+from soli.plan.memory import MemoryEstimate, describe_fit
 from soli.plan.training import STEP_SHARE, TrainingPlan, hours_here
 from soli.train.settings import TrainSettings
 
@@ -54,7 +54,7 @@ def _phases(plan: TrainingPlan) -> Table:
 
 
 def _constants(settings: TrainSettings, fim_rate: float) -> Lines:
-    """What the schedule says beside its phases: optimizer, ramp, balance, MTP, data, YaRN."""
+    """What the recipe sets besides its phases: optimizer, ramp, balance, MTP, data, YaRN."""
     optimizer, schedule, balance, losses = settings.optimizer, settings.schedule, settings.balance, settings.losses
     adamw = f"betas {optimizer.beta1:g} / {optimizer.beta2:g}, eps {optimizer.eps:g}"
     name = f"Muon for matrices, momentum {optimizer.momentum:g}; AdamW for the rest" if optimizer.name == "muon" else ""
@@ -92,27 +92,27 @@ def _memory(plan: TrainingPlan, settings: TrainSettings, devices: int, here: Mea
     run = settings.run
     parts = f"{scaled(plan.parameters)} with MTP modules, {scaled(plan.activated)} activated per token"
     share = "on one device" if devices == 1 else f"on each of {devices:,} devices"
-    held = {
+    sizes = {
         "weights": plan.memory.weights,
         "gradients": plan.memory.gradients,
         "moments": plan.memory.moments,
         f"{plan.precision} copies": plan.memory.copies,
         "activations": plan.memory.activations,
-        "largest operation": plan.memory.passing,
+        "largest operation": plan.memory.transient,
     }
-    listed = ", ".join(f"{name} {scaled(size, 'B')}" for name, size in held.items() if size)
+    by_kind = ", ".join(f"{name} {scaled(size, 'B')}" for name, size in sizes.items() if size)
     micro = f"micro-batch of {run.micro_sequences} x {settings.schedule.sequence_length:,} tokens in {plan.precision}"
-    recomputed = ", activations computed again" if run.activation_checkpointing else ""
+    recomputed = ", activations recomputed" if run.activation_checkpointing else ""
     lines = [
         ("parameters", parts),
         ("FLOPs", f"{plan.flops:.3g} in all: three forward passes per token"),
         ("memory", f"{scaled(plan.memory.total, 'B')} {share}, {micro}{recomputed}"),
-        ("", listed),
+        ("", by_kind),
     ]
     lines += [(f"extension {n}", _extension_memory(memory)) for n, memory in enumerate(plan.extension_memory, 1)]
     if here is not None:
-        verdict = fitting(settings, plan.precision, here.kind, devices, here.memory)
-        lines.append(("room here", f"{scaled(here.memory, 'B')}: {verdict}"))
+        verdict = describe_fit(settings, plan.precision, here.kind, devices, here.memory)
+        lines.append(("memory here", f"{scaled(here.memory, 'B')}: {verdict}"))
     return lines
 
 
@@ -141,11 +141,11 @@ def _time(
     if devices > 1:
         lines.append(("days", f"{plan.gpu_hours / devices / 24:,.1f} on {devices:,} devices"))
     if plan.paper_gpu_hours:
-        papers = f"{plan.paper_gpu_hours:,} H800-hours without extension (arXiv 2412.19437, table 1)"
-        lines.append(("the paper's", papers))
+        hours_of_paper = f"{plan.paper_gpu_hours:,} H800-hours without extension (arXiv 2412.19437, table 1)"
+        lines.append(("the paper's", hours_of_paper))
     return lines
 
 
-def _span(ends: tuple[Any, Any], form: str) -> str:
-    first, last = (format(end, form) for end in ends)
+def _span(values: tuple[Any, Any], form: str) -> str:
+    first, last = (format(value, form) for value in values)
     return first if first == last else f"{first} -> {last}"

@@ -1,4 +1,4 @@
-"""A training step in bf16 stays on its device: it reads no value back, and makes no tensor elsewhere.
+"""A training step in bf16 stays on its device: it reads no value back, and creates no tensor elsewhere.
 
 The meta device stands in for a GPU: a tensor there has no values to read, and does not mix with those of a CPU.
 """
