@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-_HOMES = {
+_MODULE_OF = {
     "load_model": "soli.checkpoint",
     "save_model": "soli.checkpoint",
     "ModelConfig": "soli.config",
@@ -31,9 +31,9 @@ __all__ = ["LLM", "ModelConfig", "SamplingParams", "SoliError", "__version__", "
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'soli' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)
 
 
 def __dir__() -> list[str]:

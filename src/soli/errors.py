@@ -1,4 +1,4 @@
-"""The one error type that a person can cause: the command line prints it as a sentence, never as a traceback."""
+"""The error of everything that a user can cause: the command line prints it as a sentence, never as a traceback."""
 
 
 class SoliError(Exception):

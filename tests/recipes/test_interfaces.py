@@ -11,8 +11,6 @@ from soli.errors import SoliError
 from soli.recipes.nano_corpus.sources import SOURCES, android, browsers, gettext, locale_files, program_texts
 from tests.recipes.archives import compiled_messages, wheel
 
-pytest.importorskip("opencc")
-
 
 def pairs(rows):
     return [(row.zh, row.en) for row in rows]

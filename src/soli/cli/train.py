@@ -68,14 +68,13 @@ def _plan(
     """Print what a run needs; with `plot`, draw its schedules into that file."""
     import dataclasses
     import json
-    from importlib.util import find_spec
 
     from soli.cli._shared.plan_tables import print_plan
     from soli.plan.training import hours_here, plan_run
     from soli.train.settings import as_recipe
 
     here = None
-    if measure and find_spec("torch") is not None:
+    if measure:
         from soli.plan.throughput import measure_device
 
         here = measure_device(settings)

@@ -40,7 +40,7 @@ class ProgressBar:
         self, title: str, total: int | None = None, unit: Unit = "items", console: Console | None = None
     ) -> None:
         self.console = console or stderr_console()
-        columns = [TextColumn("{task.description}"), *(column() for column in COLUMNS[unit])]
+        columns = [TextColumn("{task.description}", markup=False), *(column() for column in COLUMNS[unit])]
         self._bar = Progress(*columns, console=self.console, transient=True)
         self._task = self._bar.add_task(title, total=total)
         self._start_time = time.monotonic()
@@ -71,7 +71,7 @@ class ProgressBar:
 
     def rename(self, title: str) -> None:
         """Show another step."""
-        self._bar.update(self._task, description=escape(title))
+        self._bar.update(self._task, description=title)
         self._draw()
 
     def _draw(self) -> None:
