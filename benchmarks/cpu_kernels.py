@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from soli.formats import fp8
-from soli.formats.quantized import QuantizedWeight, plain
+from soli.formats.fp8 import E4M3
+from soli.formats.quantized import CODECS, QuantizedWeight, plain
 from soli.kernels import cpu
+from soli.kernels.cpu.backend import CpuBackend
 
 E, D, WIDTH, K, LAYERS, GROUP = 64, 1024, 512, 6, 4, 32
 TOKENS = 12  # of one measurement
@@ -35,22 +36,26 @@ MEMORY = "memory"
 def soli_layer(format: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """A layer of random codes; scales make hidden values of ordinary size."""
 
+    codec = CODECS[format]
+    group = GROUP if GROUP in codec.groups else codec.groups[0]
+
     def stack(rows: int, columns: int) -> QuantizedWeight:
         if format == "bf16":
             return plain((torch.randn(E, rows, columns) * columns**-0.5).bfloat16())
+        shape = (E, rows, columns)
+        size = {"fp8": 1.0, "int8": 1 / 73, "int4": 1 / 4.6}[format] * columns**-0.5
+        scale = torch.full(codec.scale_shape(shape, group), size, dtype=codec.scale_dtype)
         if format == "fp8":
-            codes = torch.randn(E, rows, columns).to(fp8.CODE_DTYPE)
-            scale = torch.full((E, *fp8.scale_shape(rows, columns)), columns**-0.5)
-            return QuantizedWeight(format, codes, scale, (E, rows, columns), fp8.BLOCK)
-        scale = torch.full((E, rows, columns // GROUP), columns**-0.5 / (73 if format == "int8" else 4.6)).half()
-        if format == "int8":
-            codes = torch.randint(-127, 128, (E, rows, columns), dtype=torch.int8)
+            values = torch.randn(shape).to(E4M3)
+        elif format == "int8":
+            values = torch.randint(-127, 128, shape, dtype=torch.int8)
         else:
-            codes = torch.randint(0, 256, (E, rows, columns // 2), dtype=torch.uint8)
-        return QuantizedWeight(format, codes, scale, (E, rows, columns), GROUP)
+            values = torch.randint(0, 256, codec.values_shape(shape), dtype=torch.uint8)
+        return QuantizedWeight(format, values, scale, shape, group)
 
     table = cpu.ExpertTable.from_stacked(stack(2 * WIDTH, D), stack(D, WIDTH))
-    return lambda x_TD, ids_TK, weights_TK: cpu.experts(x_TD, ids_TK, weights_TK, table)
+    isa = CpuBackend().isa
+    return lambda x_TD, ids_TK, weights_TK: cpu.experts(isa, x_TD, ids_TK, weights_TK, table)
 
 
 def torch_matrix(format: str, rows: int, columns: int) -> Callable[[Tensor], Tensor]:

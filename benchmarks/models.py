@@ -26,13 +26,12 @@ from typing import Any
 
 import record  # puts this tree's soli first on the path
 import torch
-from torch import Tensor
 
 from soli.checkpoint.convert import convert_checkpoint
 from soli.checkpoint.name_map import Kind, Slot, slots
 from soli.checkpoint.writer import Encoded, Target, write
 from soli.config import ModelConfig
-from soli.formats import fp8, integer
+from soli.formats.quantized import INT8, Fp8Codec, QuantizedWeight
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": dict(
@@ -56,7 +55,7 @@ FOLDERS = ("bf16", "fp8", "int8", "int4")
 GGUFS = ("gguf-bf16", "gguf-q8_0", "gguf-q4_0")
 ALL = {"tiny": FOLDERS + GGUFS, "small": FOLDERS + GGUFS, "nano": FOLDERS + GGUFS, "large": ("int4", "gguf-q4_0")}
 STD = 0.02
-CODE_STD = {4: 4.61, 8: 73.3}  # of uniform codes, so that random quantized values make weights of STD
+VALUES_STD = {"int4": 4.61, "int8": 73.3}  # of uniform codes, so that random quantized values make weights of STD
 
 
 def config(shape: str) -> ModelConfig:
@@ -107,20 +106,14 @@ def draw(slot: Slot, target: Target, generator: torch.Generator) -> Encoded:
     """A tensor's random values as `target` stores them: norms one, codes uniform, all else normal."""
     if len(slot.shape) == 1 and slot.kind is not Kind.ROUTER_BIAS:
         return torch.ones(slot.shape, dtype=target.dtype(slot))
-    quantization = target.integer(slot)
-    if quantization is None:
-        values = torch.empty(slot.shape).normal_(0.0, STD, generator=generator)
-        return fp8.pack(values) if target.quantizes(slot) else values.to(target.dtype(slot))
-    bits, group = quantization
-    rows, columns = slot.shape
-    scale_OG = torch.full((rows, columns // group), STD / CODE_STD[bits], dtype=torch.float16)
-    return integer.Packed(_codes(integer.code_shape(rows, columns, bits), bits, generator), scale_OG)
-
-
-def _codes(shape: tuple[int, int], bits: int, generator: torch.Generator) -> Tensor:
-    if bits == 8:
-        return torch.empty(shape, dtype=torch.int8).random_(-127, 128, generator=generator)
-    return torch.empty(shape, dtype=torch.uint8).random_(0, 256, generator=generator)
+    quantization = target.codec(slot)
+    if quantization is None or isinstance(quantization[0], Fp8Codec):
+        return target.encode(slot, torch.empty(slot.shape).normal_(0.0, STD, generator=generator))
+    codec, group = quantization
+    values = torch.empty(codec.values_shape(slot.shape), dtype=codec.values_dtype)
+    values.random_(*((-127, 128) if codec is INT8 else (0, 256)), generator=generator)
+    scale_OG = torch.full(codec.scale_shape(slot.shape, group), STD / VALUES_STD[codec.name], dtype=torch.float16)
+    return QuantizedWeight(codec.name, values, scale_OG, tuple(slot.shape), group)
 
 
 def tokenizer(vocab_size: int) -> Mapping[str, Any]:

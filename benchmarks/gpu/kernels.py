@@ -84,11 +84,11 @@ def fp8_experts(groups: int, m: int, n: int, k: int, repeats: int) -> dict[str, 
     x, w = torch.randn(plan.rows, k, device=at, dtype=BF16), torch.randn(groups, n, k, device=at)
     a, b = operands.tiles(x), operands.blocks(w)
     grouped = chip.seconds(
-        lambda: triton_kernels.grouped(a.codes_MK, a.scale, b.codes_MK, b.scale, plan.expert_tile, BF16), repeats
+        lambda: triton_kernels.grouped(a.values_MK, a.scale, b.values_MK, b.scale, plan.expert_tile, BF16), repeats
     )
-    g, xt = operands.tiles(torch.randn(plan.rows, n, device=at, dtype=BF16), turned=True), operands.retiled(a)
+    g, xt = operands.tiles(torch.randn(plan.rows, n, device=at, dtype=BF16), transposed=True), operands.retiled(a)
     weights = chip.seconds(
-        lambda: triton_kernels.by_expert(g.codes_MK, g.scale, xt.codes_MK, xt.scale, plan.first_tile, torch.float32),
+        lambda: triton_kernels.by_expert(g.values_MK, g.scale, xt.values_MK, xt.scale, plan.first_tile, torch.float32),
         repeats,
     )
     flops, wide = 2 * groups * m * n * k, w.to(BF16)

@@ -1,6 +1,7 @@
 """`soli convert`: every format to every other, tensor by tensor, side files along, FP8 kept bit for bit."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 
 from soli.checkpoint import load_model, save_model
 from soli.cli import main
-from soli.formats import fp8
+from soli.formats.fp8 import BLOCK, is_ue8m0
+from soli.formats.quantized import FP8, QuantizedWeight
 from tests.checkpoint.folders import all_tensors, edit_tensors, full_model, saved
 
 
@@ -53,10 +55,10 @@ def test_fp8_to_ue8m0_repacks_from_the_exact_values(tmp_path: Path) -> None:
     assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "fp8", "--ue8m0"]) == 0
     before, after = all_tensors(tmp_path / "a"), all_tensors(tmp_path / "b")
     name = "model.layers.1.mlp.experts.2.up_proj.weight"
-    values = fp8.unpack(fp8.Packed(before[name], before[name + "_scale_inv"]), torch.float32)
-    expected = fp8.pack(values, ue8m0=True)
-    assert torch.equal(after[name].float(), expected.codes_OI.float())
-    assert torch.equal(after[name + "_scale_inv"], expected.scale_PQ) and fp8.is_ue8m0(expected.scale_PQ)
+    original = QuantizedWeight("fp8", before[name], before[name + "_scale_inv"], tuple(before[name].shape), BLOCK)
+    expected = replace(FP8, ue8m0=True).quantize(original.dequantize(torch.float32))
+    assert torch.equal(after[name].float(), expected.values.float())
+    assert torch.equal(after[name + "_scale_inv"], expected.scale) and is_ue8m0(expected.scale)
 
 
 def test_mtp_copies_go_along_even_where_they_differ(tmp_path: Path) -> None:

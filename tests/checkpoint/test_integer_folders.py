@@ -12,7 +12,7 @@ from torch import Tensor
 from soli.checkpoint import load_model, open_checkpoint, save_model
 from soli.cli import main
 from soli.errors import SoliError
-from soli.formats import integer
+from soli.formats.quantized import INT4, INT8
 from soli.kernels import QuantizedExperts, QuantizedWeight
 from soli.model import Transformer
 from tests.checkpoint.folders import all_tensors, edit_json, edit_tensors, full_model, saved
@@ -63,8 +63,8 @@ def test_files_hold_codes_and_scales_of_every_linear_weight(
         head = name == "lm_head.weight" or "shared_head.head" in name
         bits = 8 if to == "int8" or head or any(part in name for part in wide) else 4
         group = 32 if bits == 4 else next(g for g in (128, 64, 32) if values.shape[1] % g == 0)
-        expected = integer.pack(values, bits, group)
-        assert torch.equal(written[name], expected.codes) and torch.equal(written[name + "_scale"], expected.scale_OG)
+        expected = (INT8 if bits == 8 else INT4).quantize(values, group)
+        assert torch.equal(written[name], expected.values) and torch.equal(written[name + "_scale"], expected.scale)
 
 
 def test_the_configuration_says_what_was_done(folders: Path) -> None:
@@ -126,7 +126,7 @@ def test_quantized_weights_stay_in_the_mapped_file(folders: Path) -> None:
     experts, kv_b = model.layers[1].mlp.experts.quantized, model.layers[1].self_attn.kv_b_proj.quantized
     assert experts is not None and kv_b is not None
     weights = [*experts.gates, *experts.ups, *experts.downs, kv_b]
-    assert len({weight.weight.untyped_storage().data_ptr() for weight in weights}) == 1
+    assert len({weight.values.untyped_storage().data_ptr() for weight in weights}) == 1
     assert {weight.format for weight in weights} == {"int4", "bf16"}
     names = set(model.state_dict())
     assert "layers.1.mlp.experts.gate_up_proj" not in names and "embed_tokens.weight" in names
@@ -168,7 +168,7 @@ def test_fp8_files_become_integers(tmp_path: Path) -> None:
     assert len(list((tmp_path / "b").glob("*.safetensors"))) > 3
     values = load_model(folder, dtype=torch.float32).layers[0].mlp.down_proj.weight
     quantized = load_model(tmp_path / "b").layers[0].mlp.down_proj.quantized
-    assert quantized is not None and torch.equal(quantized.weight, integer.pack(values, 4, 32).codes)
+    assert quantized is not None and torch.equal(quantized.values, INT4.quantize(values).values)
 
 
 def test_a_model_saves_itself_as_int4_but_not_when_quantized(folders: Path, tmp_path: Path) -> None:

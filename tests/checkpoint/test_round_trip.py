@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ import soli
 from soli.checkpoint import Checkpoint, load_model, save_model
 from soli.checkpoint.name_map import Kind, slots
 from soli.config import load_config
-from soli.formats import fp8
+from soli.formats.fp8 import is_ue8m0
+from soli.formats.quantized import FP8
 from soli.model import Transformer
 from tests.checkpoint.folders import INDEX, all_tensors, edit_json, edit_tensors, full_config, full_model, saved
 from tests.model.oracle import draw_config, draw_v2_config, make_model
@@ -24,6 +26,7 @@ DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
 def expected(model: Transformer, format: str, ue8m0: bool = False) -> dict[str, torch.Tensor]:
     """The state that comes back: rounded to the format, matrix by matrix, expert by expert; router biases untouched."""
     quantized = {slot.soli for slot in slots(model.config) if slot.kind is Kind.LINEAR}
+    codec = replace(FP8, ue8m0=ue8m0)
 
     def rounded(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name.endswith("e_score_correction_bias"):
@@ -31,9 +34,9 @@ def expected(model: Transformer, format: str, ue8m0: bool = False) -> dict[str, 
         if format != "fp8" or name not in quantized:
             return tensor.to(DTYPE[format])
         if tensor.dim() == 2:
-            return fp8.unpack(fp8.pack(tensor, ue8m0))
+            return codec.quantize(tensor).dequantize()
         halves = 2 if name.endswith("gate_up_proj") else 1
-        experts = [fp8.unpack(fp8.pack(rows, ue8m0)) for expert in tensor for rows in expert.chunk(halves)]
+        experts = [codec.quantize(rows).dequantize() for expert in tensor for rows in expert.chunk(halves)]
         return torch.stack(experts).view(tensor.shape)
 
     return {name: rounded(name, tensor.detach()) for name, tensor in model.state_dict().items()}
@@ -111,7 +114,7 @@ def test_fp8_files_have_the_official_layout(tmp_path: Path) -> None:
 
 def test_ue8m0_scales_are_powers_of_two_and_config_says_so(tmp_path: Path) -> None:
     tensors = all_tensors(saved(tmp_path / "m", format="fp8", ue8m0=True))
-    assert all(fp8.is_ue8m0(tensor) for name, tensor in tensors.items() if name.endswith("_scale_inv"))
+    assert all(is_ue8m0(tensor) for name, tensor in tensors.items() if name.endswith("_scale_inv"))
     assert load_config(tmp_path / "m").quantization_config["scale_fmt"] == "ue8m0"
 
 

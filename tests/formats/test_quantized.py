@@ -1,4 +1,4 @@
-"""QuantizedWeight against its definition, written out number by number, and what it refuses."""
+"""QuantizedWeight against its definition, number by number, and what it rejects."""
 
 from collections.abc import Callable
 from math import ceil
@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from soli.errors import SoliError
-from soli.formats import fp8
-from soli.formats.quantized import QuantizedWeight, plain
+from soli.formats.quantized import FP8, QuantizedWeight, plain
 
 
 def ints(*shape: int, low: int, high: int, dtype: torch.dtype) -> Tensor:
@@ -21,40 +20,42 @@ def scales(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("group", [32, 64])
-def test_int8_is_code_times_scale(group: int) -> None:
-    codes = ints(2, 3, 128, low=-127, high=128, dtype=torch.int8)
-    weight = QuantizedWeight("int8", codes, scales(2, 3, 128 // group), (2, 3, 128), group)
+def test_int8_is_value_times_scale(group: int) -> None:
+    values = ints(2, 3, 128, low=-127, high=128, dtype=torch.int8)
+    weight = QuantizedWeight("int8", values, scales(2, 3, 128 // group), (2, 3, 128), group)
     for e, o, i in ((0, 0, 0), (1, 2, 127), (1, 0, 63), (0, 1, 64)):
-        wanted = float(weight.weight[e, o, i]) * float(weight.scale[e, o, i // group])
-        assert float(weight.dequantize(torch.float32)[e, o, i]) == pytest.approx(wanted, rel=1e-6)
+        exact = float(weight.values[e, o, i]) * float(weight.scale[e, o, i // group])
+        assert float(weight.dequantize(torch.float32)[e, o, i]) == pytest.approx(exact, rel=1e-6)
     assert torch.equal(weight[1].dequantize(), weight.dequantize()[1])
 
 
 def test_int4_keeps_numbers_16_apart_in_one_byte() -> None:
-    codes, scale = ints(3, 32, low=0, high=256, dtype=torch.uint8), scales(3, 2)
-    written = QuantizedWeight("int4", codes, scale, (3, 64), 32).dequantize(torch.float32)
+    values, scale = ints(3, 32, low=0, high=256, dtype=torch.uint8), scales(3, 2)
+    dequantized = QuantizedWeight("int4", values, scale, (3, 64), 32).dequantize(torch.float32)
     for o in range(3):
         for i in range(64):
             run, j = divmod(i, 32)
-            byte = int(codes[o, run * 16 + j % 16])
+            byte = int(values[o, run * 16 + j % 16])
             nibble = byte >> 4 if j >= 16 else byte & 15
-            assert float(written[o, i]) == (nibble - 8) * float(scale[o, run])
+            assert float(dequantized[o, i]) == (nibble - 8) * float(scale[o, run])
 
 
-def test_fp8_is_what_the_format_says() -> None:
-    packed = fp8.pack(torch.randn(200, 150, generator=torch.Generator().manual_seed(0)))
-    weight = QuantizedWeight("fp8", packed.codes_OI, packed.scale_PQ, (200, 150), 128)
-    assert torch.equal(weight.dequantize(), fp8.unpack(packed))
+def test_fp8_is_value_times_the_scale_of_its_block() -> None:
+    weight = FP8.quantize(torch.randn(200, 150, generator=torch.Generator().manual_seed(0)))
+    scale = weight.scale.repeat_interleave(128, 0)[:200].repeat_interleave(128, 1)[:, :150]
+    assert torch.equal(weight.dequantize(), (weight.values.float() * scale).bfloat16())
+    stack = QuantizedWeight("fp8", weight.values[None], weight.scale[None], (1, 200, 150), 128)
+    assert torch.equal(stack.dequantize()[0], weight.dequantize())
     assert weight.nbytes == 200 * 150 + 4 * ceil(200 / 128) * ceil(150 / 128)
 
 
-def test_plain_weights_are_taken_as_they_are() -> None:
+def test_plain_weights_are_not_copied() -> None:
     weight = torch.randn(4, 6)
-    assert plain(weight).weight is weight and plain(weight.bfloat16()).format == "bf16"
+    assert plain(weight).values is weight and plain(weight.bfloat16()).format == "bf16"
 
 
 @pytest.mark.parametrize(
-    ("made", "said"),
+    ("construct", "message"),
     [
         (lambda: QuantizedWeight("int3", torch.zeros(4, 32), None, (4, 32), 32), "int3"),
         (lambda: QuantizedWeight("int8", torch.zeros(4, 32, dtype=torch.int8), None, (4, 32), 32), "needs its scale"),
@@ -77,6 +78,6 @@ def test_plain_weights_are_taken_as_they_are() -> None:
         (lambda: plain(torch.zeros(4, 6, dtype=torch.float64)), "float64"),
     ],
 )
-def test_what_does_not_fit_is_refused(made: Callable[[], QuantizedWeight], said: str) -> None:
-    with pytest.raises(SoliError, match=said):
-        made()
+def test_tensors_that_do_not_fit_are_rejected(construct: Callable[[], QuantizedWeight], message: str) -> None:
+    with pytest.raises(SoliError, match=message):
+        construct()

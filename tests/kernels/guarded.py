@@ -59,7 +59,7 @@ def main() -> None:
 
 def held(weight: QuantizedWeight, at_end: bool) -> QuantizedWeight:
     scale = None if weight.scale is None else guarded(weight.scale, at_end)
-    return QuantizedWeight(weight.format, guarded(weight.weight, at_end), scale, weight.shape, weight.group)
+    return QuantizedWeight(weight.format, guarded(weight.values, at_end), scale, weight.shape, weight.group)
 
 
 def check(weight: QuantizedWeight, generator: torch.Generator) -> None:

@@ -108,7 +108,7 @@ def layer(
 
 def test_experts_may_lie_anywhere(isa) -> None:
     gate_up, down = layer("int8")
-    matrices = [(half[:96].clone(), half[96:].clone()) for half in gate_up.weight]
+    matrices = [(half[:96].clone(), half[96:].clone()) for half in gate_up.values]
     scales = [(half[:96].clone(), half[96:].clone()) for half in gate_up.scale]
     gates, ups = (
         [QuantizedWeight("int8", m[i], s[i], (96, 128), 32) for m, s in zip(matrices, scales, strict=True)]
@@ -157,7 +157,7 @@ def test_the_result_is_written_whole_over_anything(isa, monkeypatch) -> None:
 def test_silu_is_exact_far_out(isa) -> None:
     """One weight of 1 everywhere: y = silu(x) * x, from where silu is 0 to where it is x."""
     one = random_weight("fp32", (1, 2, 1), 0, torch.Generator())
-    one.weight.fill_(1.0)
+    one.values.fill_(1.0)
     down = QuantizedWeight("fp32", torch.ones(1, 1, 1), None, (1, 1, 1), 0)
     x_T1 = torch.tensor([-1e30, -100.0, -88.0, -20.0, -1.0, -1e-6, 0.0, 1e-6, 0.5, 3.0, 88.0, 100.0, 1e15])[:, None]
     ids_TK = torch.zeros(len(x_T1), 1, dtype=torch.int64)

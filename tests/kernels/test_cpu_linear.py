@@ -31,7 +31,7 @@ def into_poison(isa: str, x_TI: torch.Tensor, weight: QuantizedWeight) -> torch.
     kernels, margin = library(), 64
     space = torch.full((T * O + 2 * margin,), float("nan"), dtype=x_TI.dtype)
     code = kernels.linear(
-        ISAS.index(isa), FORMATS[weight.format], O, I, weight.group, weight.weight.data_ptr(),
+        ISAS.index(isa), FORMATS[weight.format], O, I, weight.group, weight.values.data_ptr(),
         0 if weight.scale is None else weight.scale.data_ptr(), T, DTYPES[x_TI.dtype], x_TI.data_ptr(),
         space[margin:].data_ptr(), 1,
     )  # fmt: skip
@@ -142,7 +142,7 @@ def test_shapes_bias_and_nothing_at_all(isa) -> None:
     generator = torch.Generator().manual_seed(6)
     weight, bias = random_weight("fp32", (7, 12), 0, generator), torch.randn(7, generator=generator)
     x = torch.randn(2, 3, 12, generator=generator)
-    torch.testing.assert_close(linear(isa, x, weight, bias), torch.nn.functional.linear(x, weight.weight, bias))
+    torch.testing.assert_close(linear(isa, x, weight, bias), torch.nn.functional.linear(x, weight.values, bias))
     assert linear(isa, x[:0], weight).shape == (0, 3, 7)
     assert torch.equal(linear(isa, x.mT.contiguous().mT, weight), linear(isa, x, weight))
 

@@ -98,15 +98,15 @@ def test_operands_by_triton_are_those_by_torch_to_the_bit(monkeypatch) -> None: 
     x[3, :128], x[:, 140] = 0, 1e-42  # a tile of zeros, and one of denormals
     stack = torch.stack([draw(256, 640, seed=seed) for seed in range(3)])
     ways = [
-        lambda: tiles(x), lambda: tiles(x, turned=True), lambda: retiled(tiles(x)), lambda: blocks(x),
-        lambda: blocks(x, turned=True), lambda: blocks(stack), lambda: blocks(stack, turned=True),
+        lambda: tiles(x), lambda: tiles(x, transposed=True), lambda: retiled(tiles(x)), lambda: blocks(x),
+        lambda: blocks(x, transposed=True), lambda: blocks(stack), lambda: blocks(stack, transposed=True),
     ]  # fmt: skip
     plain = [way() for way in ways]
     triton_stand_in.install(monkeypatch)
     monkeypatch.setattr(operands, "_on_gpu", lambda x: True)
     for way, expected in zip(ways, plain, strict=True):
         found = way()
-        assert torch.equal(found.codes_MK.float(), expected.codes_MK.float())
+        assert torch.equal(found.values_MK.float(), expected.values_MK.float())
         assert torch.equal(found.scale, expected.scale) and found.blocks == expected.blocks
 
 
@@ -124,4 +124,4 @@ def test_each_experts_rows_begin_on_a_tile_of_their_own(counts: list[int]) -> No
 
 
 def test_a_cpu_is_told_apart() -> None:
-    assert cuda.missing(torch.device("cpu")) == "the device is cpu, not cuda"
+    assert cuda.missing_requirement(torch.device("cpu")) == "the device is cpu, not cuda"

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture(autouse=True)
 def poisoned():
     """New memory is filled with NaN; a GPU without FP8 block products skips."""
-    lacking = cuda.missing(torch.device("cuda"))
+    lacking = cuda.missing_requirement(torch.device("cuda"))
     if lacking:
         pytest.skip(lacking)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -44,10 +44,11 @@ def test_operands_are_those_of_plain_torch_to_the_bit(T: int, I: int, dtype: tor
     x = draw(T, I, seed=0).to(dtype)
     x[0, :128] = 0
     for way in (
-        tiles, blocks, lambda x: tiles(x, turned=True), lambda x: blocks(x, turned=True), lambda x: retiled(tiles(x)),
+        tiles, blocks, lambda x: tiles(x, transposed=True), lambda x: blocks(x, transposed=True),
+        lambda x: retiled(tiles(x)),
     ):  # fmt: skip
         found, plain = way(x), way(x.cpu())
-        assert torch.equal(found.codes_MK.float().cpu(), plain.codes_MK.float())
+        assert torch.equal(found.values_MK.float().cpu(), plain.values_MK.float())
         assert torch.equal(found.scale.cpu(), plain.scale)
 
 
@@ -55,9 +56,9 @@ def test_operands_are_those_of_plain_torch_to_the_bit(T: int, I: int, dtype: tor
 @pytest.mark.parametrize("second", [tiles, blocks])
 def test_product_is_that_of_the_dequantised_operands(M: int, N: int, K: int, second) -> None:  # type: ignore[no-untyped-def]
     a, b = tiles(draw(M, K, seed=0)), second(draw(N, K, seed=1))
-    wide_a = a.codes_MK.double() * a.scale.t().repeat_interleave(128, 1)
+    wide_a = a.values_MK.double() * a.scale.t().repeat_interleave(128, 1)
     steps = b.scale[:, : K // 128].repeat_interleave(128, 0) if b.blocks else b.scale.t()
-    exact = wide_a @ (b.codes_MK.double() * steps.repeat_interleave(128, 1)).t()
+    exact = wide_a @ (b.values_MK.double() * steps.repeat_interleave(128, 1)).t()
     assert off(product(a, b, torch.float32), exact) < 1e-3  # tensor cores add the products of a tile in less than fp32
     assert off(product(a, b, torch.bfloat16), exact) < 4e-3
 

@@ -50,6 +50,6 @@ def scaled(format: str, shape: tuple[int, int], generator: torch.Generator) -> Q
     """Random codes with a variance of one over the inputs, so that rows keep their size."""
     weight, factor = random_weight(format, shape, 32, generator), shape[1] ** -0.5
     if weight.scale is None:
-        return QuantizedWeight(format, (weight.weight.float() * factor).to(weight.weight.dtype), None, shape, 0)
+        return QuantizedWeight(format, (weight.values.float() * factor).to(weight.values.dtype), None, shape, 0)
     scale = (weight.scale.float() * factor).to(weight.scale.dtype)
-    return QuantizedWeight(format, weight.weight, scale, shape, weight.group)
+    return QuantizedWeight(format, weight.values, scale, shape, weight.group)

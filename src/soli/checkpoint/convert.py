@@ -11,7 +11,7 @@ from soli.checkpoint.name_map import Slot
 from soli.checkpoint.reader import Checkpoint
 from soli.checkpoint.writer import SIDE_FILES, Encoded, ProgressCallback, Target, files_beside, write
 from soli.errors import SoliError
-from soli.formats import fp8
+from soli.formats.fp8 import is_ue8m0
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ def _fetch(checkpoint: Checkpoint, slot: Slot, target: Target) -> Encoded:
         values = checkpoint.stored(slot.name)
     elif not target.quantizes(slot):
         return checkpoint.values(slot, target.dtype(slot))
-    elif target.format == "fp8" and weight.scale is not None and not (target.ue8m0 and not fp8.is_ue8m0(weight.scale)):
-        return fp8.Packed(weight.weight, weight.scale)
+    elif target.format == "fp8" and weight.scale is not None and (not target.ue8m0 or is_ue8m0(weight.scale)):
+        return weight
     else:
         values = checkpoint.values(slot, torch.float32)
     try:

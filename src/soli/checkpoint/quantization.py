@@ -17,12 +17,13 @@ from soli.checkpoint.name_map import Kind, Slot
 from soli.checkpoint.shard import TensorEntry
 from soli.config import ModelConfig
 from soli.errors import SoliError
-from soli.formats import fp8, integer
+from soli.formats.fp8 import BLOCK
+from soli.formats.quantized import CODECS
 
 FORMAT: Final = {"F8_E4M3": "fp8", "I8": "int8", "U8": "int4"}  # dtype in a file -> what it is as a weight
 FLOATS: Final = ("BF16", "F16", "F32")
 SCALES: Final = ("F32", "F8_E8M0")
-FP8: Final = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [fp8.BLOCK, fp8.BLOCK]}
+FP8: Final = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
 SOLI: Final = "soli"
 BITS: Final = {8: frozenset({"I8"}), 4: frozenset({"I8", "U8"})}  # dtypes that a folder of so many bits may hold
 
@@ -66,7 +67,7 @@ def slot_problems(slot: Slot, entries: Mapping[str, TensorEntry], announced: fro
     format = FORMAT.get(entry.dtype)
     if (format == "fp8" and slot.kind is not Kind.LINEAR) or not slot.integer:
         format = None
-    shape = (*slot.shape[:-1], slot.shape[-1] // 2) if format == "int4" else slot.shape
+    shape = CODECS[format].values_shape(slot.shape) if format is not None else slot.shape
     own_scale = {"fp8": slot.scale_name, "int8": slot.group_scale_name, "int4": slot.group_scale_name}.get(format or "")
     if entry.shape != shape:
         yield f"{entry} has shape {entry.shape}, but config.json asks for {shape}"
@@ -87,14 +88,14 @@ def slot_problems(slot: Slot, entries: Mapping[str, TensorEntry], announced: fro
 
 
 def _scale_problems(slot: Slot, scale: TensorEntry, format: str) -> Iterator[str]:
-    rows, columns = slot.shape
+    codec, columns = CODECS[format], slot.shape[1]
     if format == "fp8":
-        if scale.shape != fp8.scale_shape(rows, columns):
-            yield f"{scale} has shape {scale.shape}, but blocks of 128x128 need {fp8.scale_shape(rows, columns)}"
+        if scale.shape != codec.scale_shape(slot.shape, BLOCK):
+            yield f"{scale} has shape {scale.shape}, but blocks of 128x128 need {codec.scale_shape(slot.shape, BLOCK)}"
         elif scale.dtype not in SCALES:
             yield f"{scale} is {scale.dtype}, but scales must be one of {', '.join(SCALES)}"
         return
-    allowed = [(rows, columns // group) for group in integer.GROUPS if columns % group == 0]
+    allowed = [codec.scale_shape(slot.shape, group) for group in codec.groups if columns % group == 0]
     if scale.shape not in allowed:
         shapes = " or ".join(map(str, allowed)) or "no scales at all"
         yield f"{scale} has shape {scale.shape}, but a weight of shape {slot.shape} needs {shapes}"

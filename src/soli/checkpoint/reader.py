@@ -24,7 +24,7 @@ from soli.checkpoint.quantization import FORMAT, quantized_dtypes, slot_problems
 from soli.checkpoint.shard import TORCH_DTYPE, Shard, TensorEntry
 from soli.config import load_config
 from soli.errors import SoliError
-from soli.formats import fp8
+from soli.formats.fp8 import BLOCK, check_scale
 from soli.kernels import QuantizedWeight
 
 SINGLE: Final = "model.safetensors"
@@ -69,31 +69,27 @@ class Checkpoint:
         return self._shards[self.entries[name].file].tensor(name)
 
     def quantized(self, slot: Slot) -> QuantizedWeight | None:
-        """A slot's codes and scales, mapped from disk; None where it is not quantized. FP8 scales are checked."""
+        """A slot's values and scales, mapped from disk; None where it is not quantized. FP8 scales are checked."""
         entry = self.entries[slot.name]
         if entry.dtype not in FORMAT:
             return None
-        codes = self.stored(slot.name)
+        values = self.stored(slot.name)
         if entry.dtype != "F8_E4M3":
             scale = self.stored(slot.group_scale_name)
-            return QuantizedWeight(FORMAT[entry.dtype], codes, scale, slot.shape, slot.shape[1] // scale.shape[1])
+            return QuantizedWeight(FORMAT[entry.dtype], values, scale, slot.shape, slot.shape[1] // scale.shape[1])
         scale = self.stored(slot.scale_name).float()
         try:
-            fp8.check(fp8.Packed(codes, scale))
+            check_scale(scale)
         except SoliError as error:
             raise SoliError(f"{self.entries[slot.scale_name]}: {error}") from None
-        return QuantizedWeight("fp8", codes, scale, slot.shape, fp8.BLOCK)
+        return QuantizedWeight("fp8", values, scale, slot.shape, BLOCK)
 
     def values(self, slot: Slot, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-        """The values of a slot in `dtype` on `device`, dequantised if quantized. May be the read-only map itself."""
-        quantized = self.quantized(slot)
-        if quantized is None:
+        """The values of a slot in `dtype` on `device`, dequantized where needed. May be the read-only map itself."""
+        weight = self.quantized(slot)
+        if weight is None:
             return self.stored(slot.name).to(device, dtype)
-        quantized = quantized.to(device)
-        if quantized.format == "fp8":
-            assert quantized.scale is not None
-            return fp8.unpack(fp8.Packed(quantized.weight, quantized.scale), dtype)
-        return quantized.dequantize(dtype)
+        return weight.to(device).dequantize(dtype)
 
     def check_copies(self) -> None:
         """Read the MTP modules' copies of embedding and head and compare them with what they copy.

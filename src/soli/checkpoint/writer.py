@@ -24,11 +24,11 @@ from soli.checkpoint.reader import INDEX, SINGLE
 from soli.checkpoint.shard import FILE_DTYPE, ITEM_BYTES, encode_header
 from soli.config import ModelConfig
 from soli.errors import SoliError
-from soli.formats import HIGH_PRECISION, fp8, integer
+from soli.formats import HIGH_PRECISION
+from soli.formats.quantized import CODECS, INT8, Codec, Fp8Codec, IntegerCodec, QuantizedWeight
 
 SHARD_BYTES: Final = 5_000_000_000
 FP8_CONFIG: Final = FP8 | {"activation_scheme": "dynamic"}
-GROUP: Final = {8: 128, 4: 32}  # inputs that share a scale, by bits: docs/decisions.md says why
 
 # What rides along with the weights: tokenizer, generation defaults, model card, licence, code (copied, never run).
 SIDE_FILES: Final = ("*.json", "*.txt", "*.md", "*.model", "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
@@ -38,7 +38,7 @@ TOKENIZER_FILES: Final = (
 )  # fmt: skip
 
 Spec = tuple[str, str, tuple[int, ...]]  # name, dtype, shape: one tensor in a header
-Encoded = Tensor | fp8.Packed | integer.Packed
+Encoded = Tensor | QuantizedWeight
 Fetch = Callable[[Slot], Encoded]
 ProgressCallback = Callable[[int, int], None]  # bytes written, bytes in all
 
@@ -48,8 +48,9 @@ class Target:
     """How to write: `format` bf16, fp32, fp8, int8, int4; `shard_bytes` at most per file.
 
     `ue8m0`: FP8 scales are powers of two. `group`: inputs that share a scale in int8 or int4, 32, 64 or 128; None takes
-    `GROUP`'s. A weight whose inputs it does not divide gets the next smaller that does, and stays high where none does.
-    `wide`: parts of names in Soli, such as self_attn, whose weights have 8 bits in an int4 folder; the head always has.
+    128 for int8 and 32 for int4. A weight whose inputs it does not divide gets the next smaller that does, and stays
+    high where none does. `wide`: parts of names in Soli, such as self_attn, whose weights have 8 bits in an int4
+    folder; the head always has.
     """
 
     format: str
@@ -65,33 +66,35 @@ class Target:
             raise SoliError(f"ue8m0 scales belong to fp8 files, not to {self.format}")
         if self.shard_bytes <= 0:
             raise SoliError(f"shard_bytes is {self.shard_bytes}; it must be positive")
-        if self.group is not None and (self.bits is None or self.group not in integer.GROUPS):
+        if self.group is not None and (not self._is_integer or self.group not in INT8.groups):
             raise SoliError(f"group is {self.group} with {self.format}; int8 and int4 take groups of 32, 64 or 128")
         if self.wide and self.format != "int4":
             raise SoliError(f"wide names weights with 8 bits in an int4 folder, but the format is {self.format}")
 
     @property
-    def bits(self) -> int | None:
-        """Bits of a quantized integer; None for the other formats."""
-        return {"int8": 8, "int4": 4}.get(self.format)
+    def _is_integer(self) -> bool:
+        return isinstance(CODECS[self.format], IntegerCodec)
 
-    def integer(self, slot: Slot) -> tuple[int, int] | None:
-        """Bits and group of a slot that becomes integers; None for all others."""
-        if self.bits is None or not slot.integer:
+    def codec(self, slot: Slot) -> tuple[Codec, int] | None:
+        """The format and group of a slot that is quantized; None for all others."""
+        own = CODECS[self.format]
+        if isinstance(own, Fp8Codec) and slot.kind is Kind.LINEAR:
+            return replace(own, ue8m0=self.ue8m0), own.groups[0]
+        if not isinstance(own, IntegerCodec) or not slot.integer:
             return None
-        bits = 8 if slot.soli == HEAD or any(part in slot.soli for part in self.wide) else self.bits
-        wanted = self.group if self.group is not None and bits == self.bits else GROUP[bits]
-        group = integer.fitting_group(slot.shape[1], wanted)
-        return None if group is None else (bits, group)
+        codec = INT8 if slot.soli == HEAD or any(part in slot.soli for part in self.wide) else own
+        largest = self.group if self.group is not None and codec is own else codec.groups[0]
+        group = codec.fitting_group(slot.shape[1], largest)
+        return None if group is None else (codec, group)
 
     def quantizes(self, slot: Slot) -> bool:
-        """Whether this slot becomes codes and scales."""
-        return (self.format == "fp8" and slot.kind is Kind.LINEAR) or self.integer(slot) is not None
+        """Whether this slot becomes quantized values and scales."""
+        return self.codec(slot) is not None
 
     def left(self, slots: Sequence[Slot]) -> list[str]:
         """Modules whose weights should be quantized but stay high, because no group divides their inputs."""
         return module_patterns(
-            slot.name for slot in slots if self.bits is not None and slot.integer and not self.quantizes(slot)
+            slot.name for slot in slots if self._is_integer and slot.integer and not self.quantizes(slot)
         )
 
     def dtype(self, slot: Slot) -> torch.dtype:
@@ -100,25 +103,27 @@ class Target:
 
     def encode(self, slot: Slot, values: Tensor) -> Encoded:
         """Values of any floating dtype as this target stores them."""
-        if not self.quantizes(slot):
+        quantization = self.codec(slot)
+        if quantization is None:
             return values.to(self.dtype(slot))
-        found = self.integer(slot)
+        codec, group = quantization
         try:
-            return fp8.pack(values, self.ue8m0) if found is None else integer.pack(values, *found)
+            return codec.quantize(values, group)
         except SoliError as error:
             raise SoliError(f"tensor {slot.name}: {error}") from None
 
     def specs(self, slot: Slot) -> list[Spec]:
-        """What a slot becomes in the files: one tensor, or codes and scales."""
-        if not self.quantizes(slot):
+        """What a slot becomes in the files: one tensor, or quantized values and scales."""
+        quantization = self.codec(slot)
+        if quantization is None:
             return [(slot.name, FILE_DTYPE[self.dtype(slot)], slot.shape)]
-        rows, columns = slot.shape
-        found = self.integer(slot)
-        if found is None:
-            return [(slot.name, "F8_E4M3", slot.shape), (slot.scale_name, "F32", fp8.scale_shape(rows, columns))]
-        bits, group = found
-        codes = (slot.name, "I8" if bits == 8 else "U8", integer.code_shape(rows, columns, bits))
-        return [codes, (slot.group_scale_name, "F16", (rows, columns // group))]
+        codec, group = quantization
+        assert codec.scale_dtype is not None
+        scale_name = slot.scale_name if isinstance(codec, Fp8Codec) else slot.group_scale_name
+        return [
+            (slot.name, FILE_DTYPE[codec.values_dtype], codec.values_shape(slot.shape)),
+            (scale_name, FILE_DTYPE[codec.scale_dtype], codec.scale_shape(slot.shape, group)),
+        ]
 
     def config(self, config: ModelConfig) -> dict[str, Any]:
         """`config.json` of what is written: the dtype, and how weights are quantized if they are."""
@@ -129,10 +134,11 @@ class Target:
     def _quantization(self, config: ModelConfig) -> dict[str, Any] | None:
         if self.format == "fp8":
             return FP8_CONFIG | ({"scale_fmt": "ue8m0"} if self.ue8m0 else {})
-        if self.bits is None:
+        own = CODECS[self.format]
+        if not isinstance(own, IntegerCodec):
             return None
         high = [slot.name for slot in slots(config) if len(slot.shape) == 2 and not self.quantizes(slot)]
-        return describe_integers(self.bits, self.group or GROUP[self.bits], ["lm_head", *self.wide], high)
+        return describe_integers(own.bits, self.group or own.groups[0], ["lm_head", *self.wide], high)
 
 
 def write(
@@ -229,10 +235,9 @@ def _write_shard(file: Path, shard: Sequence[Slot], target: Target, fetch: Fetch
 
 
 def _tensors(value: Encoded) -> tuple[Tensor, ...]:
-    if isinstance(value, fp8.Packed):
-        return value.codes_OI, value.scale_PQ
-    if isinstance(value, integer.Packed):
-        return value.codes, value.scale_OG
+    if isinstance(value, QuantizedWeight):
+        assert value.scale is not None
+        return value.values, value.scale
     return (value,)
 
 

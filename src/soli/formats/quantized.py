@@ -1,74 +1,56 @@
-"""A weight in any storage format, as it lies in a file or in memory: what both seams take beside plain tensors.
+"""A weight in any storage format, in place in a file or in memory: one class, and one codec per format.
 
 Shapes: ... leading dimensions (experts), O output features, I input features, g group.
 
-    fp32, bf16   weight (..., O, I), no scale
-    fp8          weight float8_e4m3fn (..., O, I), scale fp32 (..., ceil(O/128), ceil(I/128)): code * scale
-    int8         weight int8 (..., O, I), scale float16 (..., O, I/g): code * scale
-    int4         weight uint8 (..., O, I/2), scale float16 (..., O, I/g): (nibble - 8) * scale; of each 32 neighbours
+    fp32, bf16   values (..., O, I), no scale
+    fp8          values float8_e4m3fn (..., O, I), scale fp32 (..., ceil(O/128), ceil(I/128)): value * scale
+    int8         values int8 (..., O, I), scale float16 (..., O, I/g): value * scale
+    int4         values uint8 (..., O, I/2), scale float16 (..., O, I/g): (nibble - 8) * scale; of each 32 neighbours
                  along I, byte j of 16 holds number j in its low half and number j + 16 in its high half
 
-Nothing is rearranged on loading: kernels read exactly these bytes. Refused, when the value is made: tensors whose
+Nothing is rearranged on loading: kernels read exactly these bytes. Rejected, when the object is made: tensors whose
 dtype, shape or layout is not the format's.
+
+To add a format, write its arithmetic in a file beside fp8.py and its codec here, in CODECS; kernels/cpu/native.py
+numbers the formats that the C++ kernels read, and plain torch computes the others.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from soli.errors import SoliError
-from soli.formats.fp8 import BLOCK
-
-RUN = 32  # neighbours along I that share 16 bytes in int4
-GROUPS = (32, 64, 128)  # group sizes of int8 and int4
-WEIGHT_DTYPE = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp8": torch.float8_e4m3fn,
-    "int8": torch.int8,
-    "int4": torch.uint8,
-}
-SCALE_DTYPE = {"fp8": torch.float32, "int8": torch.float16, "int4": torch.float16}
+from soli.formats import fp8, integer
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """One matrix or a stack of them: `format` is a key of WEIGHT_DTYPE, `shape` that of the weight written out,
-    `group` the inputs that share a scale (128 for fp8, 0 for fp32 and bf16). SoliError when the tensors do not fit."""
+    """One matrix or a stack of them: `format` is a key of CODECS, `shape` that of the dequantized weight, `group` the
+    inputs that share a scale (128 for fp8, 0 for fp32 and bf16). SoliError when the tensors do not fit."""
 
     format: str
-    weight: Tensor
+    values: Tensor
     scale: Tensor | None
     shape: tuple[int, ...]
     group: int
 
     def __post_init__(self) -> None:
-        if self.format not in WEIGHT_DTYPE:
-            raise SoliError(f"weight format is {self.format!r}: choose one of {', '.join(WEIGHT_DTYPE)}")
+        if self.format not in CODECS:
+            raise SoliError(f"weight format is {self.format!r}: choose one of {', '.join(CODECS)}")
         if len(self.shape) < 2:
-            raise SoliError(f"a packed weight is a matrix or a stack of them, but this shape is {tuple(self.shape)}")
-        self._check_group()
-        *leading, O, I = self.shape  # noqa: E741
-        codes = (*leading, O, I // 2 if self.format == "int4" else I)
-        self._check("weight", self.weight, codes, WEIGHT_DTYPE[self.format])
-        if self.format not in SCALE_DTYPE:
-            if self.scale is not None:
-                raise SoliError(f"a {self.format} weight has no scale, but one was given")
-            return
-        rows = -(-O // BLOCK) if self.format == "fp8" else O
-        self._check("scale", self.scale, (*leading, rows, -(-I // self.group)), SCALE_DTYPE[self.format])
-
-    def _check_group(self) -> None:
-        wanted: tuple[int, ...] = (0,)
-        if self.format in SCALE_DTYPE:
-            wanted = (BLOCK,) if self.format == "fp8" else GROUPS
-        if self.group not in wanted:
-            raise SoliError(f"{self.format} weights have groups of {' or '.join(map(str, wanted))}, not {self.group}")
-        if self.format in ("int8", "int4") and self.shape[-1] % self.group:
-            raise SoliError(f"{self.shape[-1]} input features are no multiple of the group of {self.group}")
+            raise SoliError(f"a quantized weight is a matrix or a stack of them, but this shape is {tuple(self.shape)}")
+        codec = CODECS[self.format]
+        codec.check_group(self.shape[-1], self.group)
+        self._check("weight", self.values, codec.values_shape(self.shape), codec.values_dtype)
+        if codec.scale_dtype is not None:
+            self._check("scale", self.scale, codec.scale_shape(self.shape, self.group), codec.scale_dtype)
+        elif self.scale is not None:
+            raise SoliError(f"a {self.format} weight has no scale, but one was given")
 
     def _check(self, name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         if tensor is None:
@@ -83,42 +65,135 @@ class QuantizedWeight:
     def __getitem__(self, index: int) -> QuantizedWeight:
         """One of a stack, without a copy."""
         scale = None if self.scale is None else self.scale[index]
-        return QuantizedWeight(self.format, self.weight[index], scale, tuple(self.shape[1:]), self.group)
+        return QuantizedWeight(self.format, self.values[index], scale, tuple(self.shape[1:]), self.group)
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same on `device`; itself where it is there already."""
-        if self.weight.device == torch.device(device):
+        if self.values.device == torch.device(device):
             return self
         scale = None if self.scale is None else self.scale.to(device)
-        return QuantizedWeight(self.format, self.weight.to(device), scale, self.shape, self.group)
+        return QuantizedWeight(self.format, self.values.to(device), scale, self.shape, self.group)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and scales: what one product reads."""
-        return self.weight.nbytes + (0 if self.scale is None else self.scale.nbytes)
+        """Bytes of values and scales: what one product reads."""
+        return self.values.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """The weight written out, (..., O, I): code times scale in fp32, then one rounding to `dtype`."""
-        if self.scale is None:
-            return self.weight.to(dtype)
-        if self.format == "fp8":
-            scale = self.scale.repeat_interleave(BLOCK, -2)[..., : self.shape[-2], :]
-            scale = scale.repeat_interleave(BLOCK, -1)[..., : self.shape[-1]]
-            return (self.weight.float() * scale).to(dtype)
-        codes = self.weight.float() if self.format == "int8" else _nibbles(self.weight)
-        values = codes.unflatten(-1, (-1, self.group)) * self.scale.float()[..., None]
-        return values.flatten(-2).to(dtype)
+        """The weight (..., O, I): value times scale in fp32, then one rounding to `dtype`."""
+        return CODECS[self.format].dequantize(self.values, self.scale, dtype)
+
+
+@dataclass(frozen=True)
+class Codec(ABC):
+    """One format: the dtypes and shapes of what it stores, and the way there and back. `groups` are the numbers of
+    inputs that can share a scale, the default first."""
+
+    name: str
+    values_dtype: torch.dtype
+    scale_dtype: torch.dtype | None
+    groups: tuple[int, ...]
+
+    def values_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the stored values of a weight (..., O, I)."""
+        return tuple(shape)
+
+    @abstractmethod
+    def scale_shape(self, shape: tuple[int, ...], group: int) -> tuple[int, ...]:
+        """Shape of the scales of a weight (..., O, I)."""
+
+    def check_group(self, inputs: int, group: int) -> None:
+        """SoliError for a group that the format does not have, or that does not fit so many input features."""
+        if group not in self.groups:
+            groups = " or ".join(str(group) for group in sorted(self.groups))
+            raise SoliError(f"{self.name} weights have groups of {groups}, not {group}")
+
+    @abstractmethod
+    def quantize(self, weight_OI: Tensor, group: int | None = None) -> QuantizedWeight:
+        """A matrix of any floating dtype in this format, in groups of `group` or the default. SoliError for values
+        that the format cannot hold."""
+
+    @abstractmethod
+    def dequantize(self, values: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """`QuantizedWeight.dequantize` of these tensors."""
+
+
+class PlainCodec(Codec):
+    """fp32 and bf16: a cast."""
+
+    def scale_shape(self, shape: tuple[int, ...], group: int) -> tuple[int, ...]:
+        return ()
+
+    def quantize(self, weight_OI: Tensor, group: int | None = None) -> QuantizedWeight:
+        values_OI = weight_OI.to(self.values_dtype).contiguous()
+        return QuantizedWeight(self.name, values_OI, None, tuple(weight_OI.shape), 0)
+
+    def dequantize(self, values: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return values.to(dtype)
+
+
+@dataclass(frozen=True)
+class Fp8Codec(Codec):
+    """E4M3 in 128x128 blocks; `ue8m0` makes every scale a power of two."""
+
+    ue8m0: bool = False
+
+    def scale_shape(self, shape: tuple[int, ...], group: int) -> tuple[int, ...]:
+        return (*shape[:-2], *fp8.scale_shape(*shape[-2:]))
+
+    def quantize(self, weight_OI: Tensor, group: int | None = None) -> QuantizedWeight:
+        values_OI, scale_PQ = fp8.quantize(weight_OI, self.ue8m0)
+        return QuantizedWeight(self.name, values_OI, scale_PQ, tuple(weight_OI.shape), fp8.BLOCK)
+
+    def dequantize(self, values: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        assert scale is not None
+        return fp8.dequantize(values, scale, dtype)
+
+
+@dataclass(frozen=True)
+class IntegerCodec(Codec):
+    """`bits` 8, or 4 with two values to a byte."""
+
+    bits: int
+
+    def values_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (*shape[:-1], shape[-1] * self.bits // 8)
+
+    def scale_shape(self, shape: tuple[int, ...], group: int) -> tuple[int, ...]:
+        return (*shape[:-1], shape[-1] // group)
+
+    def check_group(self, inputs: int, group: int) -> None:
+        super().check_group(inputs, group)
+        if inputs % group:
+            raise SoliError(f"{inputs} input features are no multiple of the group of {group}")
+
+    def fitting_group(self, inputs: int, largest: int) -> int | None:
+        """The largest group up to `largest` that divides `inputs`; None where none does."""
+        groups = [group for group in self.groups if group <= largest and inputs % group == 0]
+        return max(groups, default=None)
+
+    def quantize(self, weight_OI: Tensor, group: int | None = None) -> QuantizedWeight:
+        group = group or self.groups[0]
+        values_OI, scale_OG = integer.quantize(weight_OI, self.bits, group)
+        return QuantizedWeight(self.name, values_OI, scale_OG, tuple(weight_OI.shape), group)
+
+    def dequantize(self, values: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        assert scale is not None
+        return integer.dequantize(values, scale, self.bits, dtype)
+
+
+FP32: Final = PlainCodec("fp32", torch.float32, None, (0,))
+BF16: Final = PlainCodec("bf16", torch.bfloat16, None, (0,))
+FP8: Final = Fp8Codec("fp8", torch.float8_e4m3fn, torch.float32, (fp8.BLOCK,))
+# int8 gains nothing from smaller groups, int4 does: docs/formats.md.
+INT8: Final = IntegerCodec("int8", torch.int8, torch.float16, (128, 64, 32), 8)
+INT4: Final = IntegerCodec("int4", torch.uint8, torch.float16, (32, 64, 128), 4)
+CODECS: Final[dict[str, Codec]] = {codec.name: codec for codec in (FP32, BF16, FP8, INT8, INT4)}
 
 
 def plain(weight: Tensor) -> QuantizedWeight:
     """A contiguous float32 or bfloat16 tensor (..., O, I) as a QuantizedWeight, without a copy."""
-    names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-    if weight.dtype not in names:
-        raise SoliError(f"a plain weight is float32 or bfloat16, not {weight.dtype}")
-    return QuantizedWeight(names[weight.dtype], weight, None, tuple(weight.shape), 0)
-
-
-def _nibbles(weight: Tensor) -> Tensor:
-    """int4 bytes (..., I/2) to their values -8..7 in fp32 (..., I), before the scale."""
-    runs = weight.unflatten(-1, (-1, RUN // 2))
-    return (torch.cat((runs & 15, runs >> 4), dim=-1).flatten(-2).to(torch.int8) - 8).float()
+    for codec in (FP32, BF16):
+        if weight.dtype == codec.values_dtype:
+            return QuantizedWeight(codec.name, weight, None, tuple(weight.shape), 0)
+    raise SoliError(f"a plain weight is float32 or bfloat16, not {weight.dtype}")

@@ -80,7 +80,7 @@ class Dispatch(Backend):
 
     def quantized_linear(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
         for backend in self.preferred:
-            if backend.supports(x, weight.weight):
+            if backend.supports(x, weight.values):
                 return backend.quantized_linear(x, weight, bias)
         return self.fallback.quantized_linear(x, weight, bias)
 
@@ -88,7 +88,7 @@ class Dispatch(Backend):
         self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, experts: QuantizedExperts
     ) -> Tensor:
         for backend in self.preferred:
-            if backend.supports(x_TD, experts.downs[0].weight) and experts.uniform:
+            if backend.supports(x_TD, experts.downs[0].values) and experts.uniform:
                 return backend.quantized_experts(x_TD, expert_ids_TK, weights_TK, experts)
         return self.fallback.quantized_experts(x_TD, expert_ids_TK, weights_TK, experts)
 

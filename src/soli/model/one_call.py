@@ -250,7 +250,7 @@ class _Builder:
         self.packs.append((vars(linear), linear.quantized))
         if linear.quantized is None:
             return c.weight(self._tensor(linear._parameters, "weight", *self.narrow))
-        self._check(linear.quantized.weight, self.dtype, *LOW_PRECISION)
+        self._check(linear.quantized.values, self.dtype, *LOW_PRECISION)
         self.alive.append(linear.quantized)
         return c.weight(linear.quantized)
 

@@ -20,7 +20,7 @@ def use_fp8(model: Transformer) -> list[str]:
     Parameters, names and files are untouched: masters and gradients keep their dtypes. A Hopper GPU multiplies
     in FP8; every other device emulates it.
     """
-    backend = Fp8Emulation() if cuda.missing(model.embed_tokens.weight.device) else cuda.Fp8Cuda()
+    backend = Fp8Emulation() if cuda.missing_requirement(model.embed_tokens.weight.device) else cuda.Fp8Cuda()
     names = []
     for name, module in model.named_modules():
         if isinstance(module, RoutedExperts) or (isinstance(module, Linear) and not name.endswith(HIGH_PRECISION)):
@@ -31,5 +31,5 @@ def use_fp8(model: Transformer) -> list[str]:
 
 def fp8_note(device: torch.device) -> str:
     """One line on how this device multiplies in FP8, for whoever starts a run."""
-    reason = cuda.missing(device)
+    reason = cuda.missing_requirement(device)
     return f"FP8 is emulated, exactly and slowly: {reason}" if reason else "FP8 products run on the GPU"

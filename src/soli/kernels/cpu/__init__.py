@@ -30,7 +30,7 @@ PLAIN = {dtype: FORMATS[name] for dtype, name in FORMAT_NAMES.items()}
 def linear(isa: int, x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
     """x (..., I), float32 or bfloat16, times weight (O, I) transposed: (..., O) in the dtype of x."""
     scale = None if weight.scale is None else weight.scale.data_ptr()
-    return _linear(isa, x, FORMATS[weight.format], weight.shape, weight.group, weight.weight.data_ptr(), scale, bias)
+    return _linear(isa, x, FORMATS[weight.format], weight.shape, weight.group, weight.values.data_ptr(), scale, bias)
 
 
 def plain_linear(isa: int, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -85,7 +85,7 @@ class ExpertTable:
         if gate_up.format == "fp8" and F % gate_up.group:
             raise SoliError(f"stacked FP8 gate and up need a width that is a multiple of {gate_up.group}, not {F}")
         spans = _spans(gate_up), _spans(down)
-        bases = [(w.weight.data_ptr(), 0 if w.scale is None else w.scale.data_ptr()) for w in (gate_up, down)]
+        bases = [(w.values.data_ptr(), 0 if w.scale is None else w.scale.data_ptr()) for w in (gate_up, down)]
         addresses = _addresses(bases, spans, E)
         return cls((gate_up.format, gate_up.group), (down.format, down.group), (E, D, F), addresses, (gate_up, down))
 
@@ -109,7 +109,7 @@ class ExpertTable:
         if gates[0].shape != (F, D):
             raise SoliError(f"a gate of shape {gates[0].shape} does not fit a down projection of shape {(D, F)}")
         rows = [
-            [(w.weight.data_ptr(), 0 if w.scale is None else w.scale.data_ptr()) for w in part]
+            [(w.values.data_ptr(), 0 if w.scale is None else w.scale.data_ptr()) for w in part]
             for part in (gates, ups, downs)
         ]
         formats = (gates[0].format, gates[0].group), (downs[0].format, downs[0].group)
@@ -190,7 +190,7 @@ def _check_tokens(x: Tensor, width: int) -> None:
 def _spans(stack: QuantizedWeight) -> tuple[int, int]:
     """Bytes of one matrix's weight and of its scale in a stack."""
     count = max(1, stack.shape[0])
-    return stack.weight.nbytes // count, 0 if stack.scale is None else stack.scale.nbytes // count
+    return stack.values.nbytes // count, 0 if stack.scale is None else stack.scale.nbytes // count
 
 
 def _addresses(bases: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]], E: int) -> Tensor:

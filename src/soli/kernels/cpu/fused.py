@@ -53,7 +53,7 @@ def weight(matrix: QuantizedWeight | Tensor | None) -> CWeight:
     O, I = quantized.shape  # noqa: E741
     scale = 0 if quantized.scale is None else quantized.scale.data_ptr()
     layout = CLayout(native.FORMATS[quantized.format], O, I, quantized.group)
-    return CWeight(CMatrix(quantized.weight.data_ptr(), scale), layout)
+    return CWeight(CMatrix(quantized.values.data_ptr(), scale), layout)
 
 
 def set_experts(feed_forward: CFeedForward, table: ExpertTable) -> None:

@@ -28,8 +28,8 @@ from soli.kernels.fp8.operands import Operand, blocks, has_triton, product, reti
 from soli.kernels.torch_backend import count_tokens
 
 
-def missing(device: torch.device) -> str | None:
-    """What keeps this device from multiplying in FP8, in words; None when nothing does."""
+def missing_requirement(device: torch.device) -> str | None:
+    """Why this device cannot multiply in FP8, in words; None where it can."""
     if device.type != "cuda":
         return f"the device is {device.type}, not cuda"
     if not hasattr(F, "scaled_mm"):
@@ -89,9 +89,9 @@ def lay_out_rows(expert_ids_TK: Tensor, num_experts: int) -> RowLayout:
     shift_E = first_tile[:-1] * BLOCK - (counts_E.cumsum(0) - counts_E)
     row_P = torch.arange(ids_P.shape[0], device=ids_P.device) + shift_E[ids_P[order_P]]
     tile = torch.arange(rows // BLOCK, device=ids_P.device)
-    owner = torch.searchsorted(first_tile[1:], tile, right=True)
-    owner = torch.where(tile < first_tile[-1], owner, -1)
-    return RowLayout(rows, order_P, row_P, owner.to(torch.int32), first_tile.to(torch.int32))
+    expert_tile = torch.searchsorted(first_tile[1:], tile, right=True)
+    expert_tile = torch.where(tile < first_tile[-1], expert_tile, -1)
+    return RowLayout(rows, order_P, row_P, expert_tile.to(torch.int32), first_tile.to(torch.int32))
 
 
 class _Product(torch.autograd.Function):
@@ -100,16 +100,17 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor) -> Tensor:
         x = tiles(x_TI)
-        ctx.save_for_backward(x.codes_MK, x.scale, weight_OI)
-        ctx.x_shape, ctx.dtype = x_TI.shape, x_TI.dtype
-        return _cut(product(x, blocks(weight_OI), x_TI.dtype), x_TI.shape[0], weight_OI.shape[0])
+        ctx.save_for_backward(x.values_MK, x.scale, weight_OI)
+        ctx.x_shape = x_TI.shape
+        ctx.dtype = x_TI.dtype
+        return _crop(product(x, blocks(weight_OI), x_TI.dtype), x_TI.shape[0], weight_OI.shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor, Tensor]:
-        x_codes, x_scale, weight_OI = ctx.saved_tensors
-        grad_x = product(tiles(grad_TO), blocks(weight_OI, turned=True), ctx.dtype)
-        grad_weight = product(tiles(grad_TO, turned=True), retiled(Operand(x_codes, x_scale)), torch.float32)
-        return _cut(grad_x, *ctx.x_shape), _cut(grad_weight, *weight_OI.shape).to(weight_OI.dtype)
+        x_values, x_scale, weight_OI = ctx.saved_tensors
+        grad_x = product(tiles(grad_TO), blocks(weight_OI, transposed=True), ctx.dtype)
+        grad_weight = product(tiles(grad_TO, transposed=True), retiled(Operand(x_values, x_scale)), torch.float32)
+        return _crop(grad_x, *ctx.x_shape), _crop(grad_weight, *weight_OI.shape).to(weight_OI.dtype)
 
 
 class _ExpertProduct(torch.autograd.Function):
@@ -119,29 +120,32 @@ class _ExpertProduct(torch.autograd.Function):
     def forward(ctx: Any, x_UI: Tensor, weight_EOI: Tensor, layout: RowLayout) -> Tensor:
         from soli.kernels.fp8 import triton_kernels
 
-        x, weight = tiles(x_UI), blocks(weight_EOI)
-        ctx.save_for_backward(x.codes_MK, x.scale, weight_EOI)
+        x = tiles(x_UI)
+        weight = blocks(weight_EOI)
+        ctx.save_for_backward(x.values_MK, x.scale, weight_EOI)
         ctx.layout = layout
         ctx.dtype = x_UI.dtype
         return triton_kernels.grouped(
-            x.codes_MK, x.scale, weight.codes_MK, weight.scale, layout.expert_tile, x_UI.dtype
+            x.values_MK, x.scale, weight.values_MK, weight.scale, layout.expert_tile, x_UI.dtype
         )
 
     @staticmethod
     def backward(ctx: Any, grad_UO: Tensor) -> tuple[Tensor, Tensor, None]:
         from soli.kernels.fp8 import triton_kernels
 
-        x_codes, x_scale, weight_EOI = ctx.saved_tensors
-        grad, weight = tiles(grad_UO), blocks(weight_EOI, turned=True)
+        x_values, x_scale, weight_EOI = ctx.saved_tensors
+        grad = tiles(grad_UO)
+        weight = blocks(weight_EOI, transposed=True)
         grad_x = triton_kernels.grouped(
-            grad.codes_MK, grad.scale, weight.codes_MK, weight.scale, ctx.layout.expert_tile, ctx.dtype
+            grad.values_MK, grad.scale, weight.values_MK, weight.scale, ctx.layout.expert_tile, ctx.dtype
         )
-        across, x = tiles(grad_UO, turned=True), retiled(Operand(x_codes, x_scale))
+        x = retiled(Operand(x_values, x_scale))
+        grad_OU = tiles(grad_UO, transposed=True)
         grad_weight = triton_kernels.by_expert(
-            across.codes_MK, across.scale, x.codes_MK, x.scale, ctx.layout.first_tile, weight_EOI.dtype
+            grad_OU.values_MK, grad_OU.scale, x.values_MK, x.scale, ctx.layout.first_tile, weight_EOI.dtype
         )
         return grad_x, grad_weight, None
 
 
-def _cut(filled: Tensor, rows: int, columns: int) -> Tensor:
-    return filled[:rows, :columns]
+def _crop(padded: Tensor, rows: int, columns: int) -> Tensor:
+    return padded[:rows, :columns]

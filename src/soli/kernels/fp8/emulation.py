@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from soli.formats.fp8 import Packed, Tiles, pack, pack_tiles, unpack, unpack_tiles
+from soli.formats.fp8 import Tiles, dequantize, dequantize_tiles, quantize, quantize_tiles
 from soli.kernels.torch_backend import TorchBackend, by_expert, dispatch_and_combine
 
 
@@ -58,22 +58,23 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor) -> Tensor:
-        x, weight = pack_tiles(x_TI), pack(weight_OI)
-        ctx.save_for_backward(x.codes_TI, x.scale_TQ, weight.codes_OI, weight.scale_PQ)
+        x = quantize_tiles(x_TI)
+        values_OI, scale_PQ = quantize(weight_OI)
+        ctx.save_for_backward(x.values_TI, x.scale_TQ, values_OI, scale_PQ)
         ctx.dtypes = x_TI.dtype, weight_OI.dtype
-        return (unpack_tiles(x) @ unpack(weight, torch.float32).T).to(x_TI.dtype)
+        return (dequantize_tiles(x) @ dequantize(values_OI, scale_PQ, torch.float32).T).to(x_TI.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor, Tensor]:
-        x_codes, x_scale, weight_codes, weight_scale = ctx.saved_tensors
+        x_values, x_scale, weight_values, weight_scale = ctx.saved_tensors
         x_dtype, weight_dtype = ctx.dtypes
-        weight_OI = unpack(Packed(weight_codes, weight_scale), torch.float32)
+        weight_OI = dequantize(weight_values, weight_scale, torch.float32)
         grad_x_TI = _through_tiles(grad_TO) @ weight_OI
-        x_IT = _through_tiles(unpack_tiles(Tiles(x_codes, x_scale)).T)
+        x_IT = _through_tiles(dequantize_tiles(Tiles(x_values, x_scale)).T)
         grad_weight_OI = _through_tiles(grad_TO.T) @ x_IT.T
         return grad_x_TI.to(x_dtype), grad_weight_OI.to(weight_dtype)
 
 
 def _through_tiles(matrix: Tensor) -> Tensor:
-    """What is left of a matrix, in fp32, after 1x128 tiles along its rows."""
-    return unpack_tiles(pack_tiles(matrix))
+    """A matrix through 1x128 tiles along its rows and back, in fp32."""
+    return dequantize_tiles(quantize_tiles(matrix))

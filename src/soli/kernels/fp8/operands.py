@@ -1,14 +1,14 @@
-"""Matrices in FP8 as a GPU's products want them: filled up to whole tiles, the side that is summed over last.
+"""Matrices in FP8 as a GPU's products need them: padded to whole tiles, the side that is summed over last.
 
 `torch.nn.functional.scaled_mm` on Hopper (cuBLAS 12.9 and newer) takes A (M, K) by rows and B (K, N) by columns, both
 e4m3, and fp32 scales of two kinds:
 
     BlockWise1x128     one per 128 of K:   A's (M, K/128) with strides (1, M), B's (N, K/128) with strides (1, N)
-    BlockWise128x128   one per block:      B's (K/128 filled up to 4, N/128) with strides (1, K/128 filled up to 4)
+    BlockWise128x128   one per block:      B's (K/128 padded to 4, N/128) with strides (1, K/128 padded to 4)
 
-An `Operand` holds the codes (M, K) and the scales of which those are views. M and K are multiples of 128: what was
-filled up has codes 0 and changes no sum. Arithmetic is that of `formats.fp8`, to the bit; where Triton is at hand, one
-kernel does it in one pass over a GPU's memory. That kernel refuses nothing: a NaN stays one and spreads.
+An `Operand` holds the values (M, K) and the scales of which those are views. M and K are multiples of 128: padding has
+value 0 and changes no sum. Arithmetic is that of `formats.fp8`, to the bit; where Triton is available, one kernel does
+it in one pass over a GPU's memory. That kernel rejects nothing: a NaN stays one and spreads.
 
 Legend: M, K sides of an operand, T, I those of what it is made from, S stacked matrices (experts), Q tiles along K.
 """
@@ -22,57 +22,57 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from soli.formats.fp8 import BLOCK, Tiles, pack, pack_tiles, unpack_tiles
+from soli.formats.fp8 import BLOCK, Tiles, dequantize_tiles, quantize, quantize_tiles
 
-L_MULTIPLE = 4  # cuBLAS: scales of blocks lie in rows of a multiple of four
+SCALE_ROW_MULTIPLE = 4  # cuBLAS: the rows of scales of blocks have a multiple of four
 
 
 @dataclass(frozen=True)
 class Operand:
-    """Codes (M, K), or (S, M, K) of a stack; scales of tiles (Q, M), of blocks (M/128, Q filled up to 4) or a stack."""
+    """Values (M, K), or (S, M, K) of a stack; scales of tiles (Q, M), of blocks (M/128, Q padded to 4) or a stack."""
 
-    codes_MK: Tensor
+    values_MK: Tensor
     scale: Tensor
     blocks: bool = False
 
 
-def tiles(x_TI: Tensor, turned: bool = False) -> Operand:
-    """1x128 tiles along I, (M, K) = (T, I); turned: along T, (M, K) = (I, T)."""
+def tiles(x_TI: Tensor, transposed: bool = False) -> Operand:
+    """1x128 tiles along I, (M, K) = (T, I); transposed: along T, (M, K) = (I, T)."""
     if _on_gpu(x_TI):
-        from soli.kernels.fp8.triton_kernels import quantise
+        from soli.kernels.fp8 import triton_kernels
 
-        return Operand(*quantise(x_TI.contiguous(), "columns" if turned else "rows", turned))
-    quantized = pack_tiles(filled(x_TI.t() if turned else x_TI))
-    return Operand(quantized.codes_TI, quantized.scale_TQ.t().contiguous())
+        return Operand(*triton_kernels.quantize(x_TI.contiguous(), "columns" if transposed else "rows", transposed))
+    quantized = quantize_tiles(pad_to_blocks(x_TI.t() if transposed else x_TI))
+    return Operand(quantized.values_TI, quantized.scale_TQ.t().contiguous())
 
 
 def retiled(operand: Operand) -> Operand:
-    """Tiles along the other side, (M, K) to (K, M), from what the first ones kept."""
-    if _on_gpu(operand.codes_MK):
-        from soli.kernels.fp8.triton_kernels import quantise
+    """Tiles along the other side, (M, K) to (K, M), of the values and scales of the first ones."""
+    if _on_gpu(operand.values_MK):
+        from soli.kernels.fp8 import triton_kernels
 
-        return Operand(*quantise(operand.codes_MK, "columns", True, operand.scale))
-    return tiles(unpack_tiles(Tiles(operand.codes_MK, operand.scale.t())), turned=True)
+        return Operand(*triton_kernels.quantize(operand.values_MK, "columns", True, operand.scale))
+    return tiles(dequantize_tiles(Tiles(operand.values_MK, operand.scale.t())), transposed=True)
 
 
-def blocks(weight: Tensor, turned: bool = False) -> Operand:
-    """128x128 blocks of a matrix (T, I) or a stack (S, T, I); turned: the same blocks of the transpose."""
+def blocks(weight: Tensor, transposed: bool = False) -> Operand:
+    """128x128 blocks of a matrix (T, I) or a stack (S, T, I); transposed: the same blocks of the transpose."""
     if _on_gpu(weight):
-        from soli.kernels.fp8.triton_kernels import quantise
+        from soli.kernels.fp8 import triton_kernels
 
-        return Operand(*quantise(weight.contiguous(), "blocks", turned), blocks=True)
+        return Operand(*triton_kernels.quantize(weight.contiguous(), "blocks", transposed), blocks=True)
     stack = weight if weight.dim() == 3 else weight[None]
-    quantized = [pack(filled(matrix.t() if turned else matrix)) for matrix in stack]
-    codes = torch.stack([one.codes_OI for one in quantized])
-    scale = torch.stack([F.pad(one.scale_PQ, (0, -one.scale_PQ.shape[1] % L_MULTIPLE)) for one in quantized])
-    return Operand(codes, scale, blocks=True) if weight.dim() == 3 else Operand(codes[0], scale[0], blocks=True)
+    quantized = [quantize(pad_to_blocks(matrix.t() if transposed else matrix)) for matrix in stack]
+    values = torch.stack([values_MK for values_MK, _ in quantized])
+    scale = torch.stack([F.pad(scale, (0, -scale.shape[1] % SCALE_ROW_MULTIPLE)) for _, scale in quantized])
+    return Operand(values, scale, blocks=True) if weight.dim() == 3 else Operand(values[0], scale[0], blocks=True)
 
 
 def product(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
     """A B^T, (M, N), of two operands with one K; A in tiles, B in tiles or blocks. CUDA with capability 9 alone."""
     return F.scaled_mm(
-        a.codes_MK,
-        b.codes_MK.t(),
+        a.values_MK,
+        b.values_MK.t(),
         a.scale.t(),
         F.ScalingType.BlockWise1x128,
         b.scale.t(),
@@ -81,7 +81,7 @@ def product(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
     )
 
 
-def filled(matrix: Tensor) -> Tensor:
+def pad_to_blocks(matrix: Tensor) -> Tensor:
     """Zeros after the last rows and columns, up to multiples of 128."""
     rows, columns = matrix.shape
     return F.pad(matrix, (0, -columns % BLOCK, 0, -rows % BLOCK))

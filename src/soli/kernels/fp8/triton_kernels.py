@@ -1,12 +1,12 @@
-"""Triton kernels of FP8 training: quantising in one pass, and the products of all experts in one launch.
+"""Triton kernels of FP8 training: quantizing in one pass, and the products of all experts in one launch.
 
-    quantise      tiles or blocks of a matrix, as they lie or turned, optionally from an FP8 form
+    quantize      tiles or blocks of a matrix, or of its transpose, optionally from FP8 tiles
     grouped       y = a b[e]^T, row tile by row tile, each tile of 128 rows with its own expert e
     by_expert     y[e] = a b^T over the tiles of expert e: gradients of the experts' weights
 
 Sums run in fp32, and each 128 of K are promoted to it before the next, as in the paper (section 3.3.2). Operands are
-those of `fp8_operands`, sides multiples of 128. Imported only where Triton is: the interpreter in tests/kernels runs
-these very functions on a CPU.
+those of operands.py, sides multiples of 128. Imported only where Triton is: the interpreter in tests/kernels runs these
+very functions on a CPU.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ KINDS: dict[str, int] = {"rows": 0, "columns": 1, "blocks": 2}
 SIDE = 128
 
 
-def quantise(x: Tensor, kind: Kind, turned: bool, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Codes and scales of a contiguous matrix (T, I), or of a stack of them for blocks; `scale` (I/128, T) comes with
-    an x that is in FP8 tiles already. What an `Operand` needs, to the bit what plain torch gives it."""
+def quantize(x: Tensor, kind: Kind, transposed: bool, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Values and scales of a contiguous matrix (T, I), or of a stack of them for blocks, as an `Operand` holds them, to
+    the bit those of plain torch. `scale` (I/128, T) comes with an x that is in FP8 tiles already."""
     *stack, T, I = x.shape  # noqa: E741
     p, q = triton.cdiv(T, SIDE), triton.cdiv(I, SIDE)
-    outer, inner = (q, p) if turned else (p, q)
-    codes = x.new_empty((*stack, outer * SIDE, inner * SIDE), dtype=torch.float8_e4m3fn)
+    outer, inner = (q, p) if transposed else (p, q)
+    values = x.new_empty((*stack, outer * SIDE, inner * SIDE), dtype=torch.float8_e4m3fn)
     if kind == "blocks":
         scales = x.new_zeros((*stack, outer, triton.cdiv(inner, 4) * 4), dtype=torch.float32)
     else:
         scales = x.new_empty((inner, outer * SIDE), dtype=torch.float32)
     row = scales.shape[-1]
-    steps = (1, row) if turned else (row, 1)  # between blocks along T, along I
+    steps = (1, row) if transposed else (row, 1)  # between blocks along T, along I
     grid = (p, q, stack[0] if stack else 1)
-    _quantise[grid](x, scale, codes, scales, T, I, *steps, KINDS[kind], turned, scale is not None, num_warps=8)
-    return codes, scales
+    _quantize[grid](x, scale, values, scales, T, I, *steps, KINDS[kind], transposed, scale is not None, num_warps=8)
+    return values, scales
 
 
 def grouped(
@@ -68,45 +68,45 @@ def by_expert(
 
 
 @triton.jit
-def _quantise(  # type: ignore[no-untyped-def]
-    x, x_scale, codes, scale, T, I, step_p, step_q,  # noqa: E741
-    KIND: tl.constexpr, TURNED: tl.constexpr, SCALED: tl.constexpr,
+def _quantize(  # type: ignore[no-untyped-def]
+    x, x_scale, values, scale, T, I, step_p, step_q,  # noqa: E741
+    KIND: tl.constexpr, TRANSPOSED: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     p = tl.program_id(0)
     q = tl.program_id(1)
     s = tl.program_id(2).to(tl.int64)
     t = p * 128 + tl.arange(0, 128)
     i = q * 128 + tl.arange(0, 128)
-    whole_T = tl.cdiv(T, 128) * 128
-    whole_I = tl.cdiv(I, 128) * 128
+    padded_T = tl.cdiv(T, 128) * 128
+    padded_I = tl.cdiv(I, 128) * 128
     inside = (t[:, None] < T) & (i[None, :] < I)
-    values = tl.load(x + s * T * I + t[:, None].to(tl.int64) * I + i[None, :], mask=inside, other=0.0).to(tl.float32)
+    tile = tl.load(x + s * T * I + t[:, None].to(tl.int64) * I + i[None, :], mask=inside, other=0.0).to(tl.float32)
     if SCALED:
-        values = values * tl.load(x_scale + q * whole_T + t)[:, None]
+        tile = tile * tl.load(x_scale + q * padded_T + t)[:, None]
     if KIND == 0:
-        amax = tl.max(tl.abs(values), axis=1)
+        amax = tl.max(tl.abs(tile), axis=1)
     elif KIND == 1:
-        amax = tl.max(tl.abs(values), axis=0)
+        amax = tl.max(tl.abs(tile), axis=0)
     else:
-        amax = tl.max(tl.max(tl.abs(values), axis=1), axis=0)
+        amax = tl.max(tl.max(tl.abs(tile), axis=1), axis=0)
     # formats.fp8: amax / 448, not below the smallest normal number, and 1 for zeros
     step = tl.where(amax == 0.0, 1.0, tl.maximum(tl.div_rn(amax, 448.0), 1.1754943508222875e-38))
     if KIND == 0:
-        tl.store(scale + q * whole_T + t, step)
-        values = tl.div_rn(values, step[:, None])
+        tl.store(scale + q * padded_T + t, step)
+        tile = tl.div_rn(tile, step[:, None])
     elif KIND == 1:
-        tl.store(scale + p * whole_I + i, step)
-        values = tl.div_rn(values, step[None, :])
+        tl.store(scale + p * padded_I + i, step)
+        tile = tl.div_rn(tile, step[None, :])
     else:
-        per_matrix = tl.cdiv(T, 128) * step_p if not TURNED else tl.cdiv(I, 128) * step_q
+        per_matrix = tl.cdiv(T, 128) * step_p if not TRANSPOSED else tl.cdiv(I, 128) * step_q
         tl.store(scale + s * per_matrix + p * step_p + q * step_q, step)
-        values = tl.div_rn(values, step)
-    quantized = values.to(codes.dtype.element_ty)
-    at = codes + s * whole_T * whole_I
-    if TURNED:
-        tl.store(at + i[:, None].to(tl.int64) * whole_T + t[None, :], tl.trans(quantized))
+        tile = tl.div_rn(tile, step)
+    quantized = tile.to(values.dtype.element_ty)
+    at = values + s * padded_T * padded_I
+    if TRANSPOSED:
+        tl.store(at + i[:, None].to(tl.int64) * padded_T + t[None, :], tl.trans(quantized))
     else:
-        tl.store(at + t[:, None].to(tl.int64) * whole_I + i[None, :], quantized)
+        tl.store(at + t[:, None].to(tl.int64) * padded_I + i[None, :], quantized)
 
 
 @triton.jit
@@ -141,5 +141,5 @@ def _by_expert(a, a_scale, b, b_scale, y, first_tile, U, M, N):  # type: ignore[
         a_step = tl.load(a_scale + k * M + rows)
         b_step = tl.load(b_scale + k * N + columns)
         total += tl.dot(a_tile, b_tile) * a_step[:, None] * b_step[None, :]
-    place = y + e.to(tl.int64) * M * N + rows[:, None] * N + columns[None, :]
-    tl.store(place, total.to(y.dtype.element_ty))
+    at = y + e.to(tl.int64) * M * N + rows[:, None] * N + columns[None, :]
+    tl.store(at, total.to(y.dtype.element_ty))
