@@ -1,12 +1,12 @@
 """Compile the C++ kernels once per machine into a cache folder; nothing is downloaded.
 
-The cache (SOLI_CACHE, else XDG_CACHE_HOME/soli, else ~/.cache/soli) holds one library per sources, flags, compiler and
-OpenMP library. A lock keeps processes from compiling twice, a rename makes the library appear whole. `make install`
+The cache (SOLI_CACHE, else XDG_CACHE_HOME/soli, else ~/.cache/soli) has one library per sources, flags, compiler and
+OpenMP library. A lock keeps processes from compiling twice; the library appears by a rename, complete. `make install`
 runs `python -m soli.kernels.cpu`; without that the first use compiles.
 
 Threads are torch's: the library links the OpenMP runtime that torch has loaded and no other.
 
-Refused, with the reason as a BuildError: systems other than Linux, no compiler, a compiler that fails.
+A BuildError gives the reason on systems other than Linux, without a compiler, and when the compiler fails.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Final
 
 SOURCES: Final = Path(__file__).parent / "csrc"
-# No contraction: what is one rounding and what is two is written out, so that every tile size gives the same bits.
-# Nobody looks at floating-point flags or errno: without them exponentials go side by side, with the same bits.
+# No contraction: the source says what is one rounding and what is two, so every tile size gives the same bits. Nothing
+# reads floating-point flags or errno: without them exponentials are vectorized, with the same bits.
 FLAGS: Final = (
     *("-O3", "-std=c++17", "-fPIC", "-fno-exceptions", "-fno-rtti", "-DNDEBUG"),
     *("-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"),
@@ -35,9 +35,9 @@ ISA_FLAGS: Final = {
         *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vbmi", "vnni", "bf16")),
         *("-mfma", "-mf16c", "-mprefer-vector-width=512"),
     ),
-    "amx": ("-mamx-tile", "-mamx-bf16", "-mamx-int8"),  # beside avx512's; compilers before 2021 do without
+    "amx": ("-mamx-tile", "-mamx-bf16", "-mamx-int8"),  # beside avx512's; not known to compilers before 2021
 }
-COMMON: Final = ("dispatch", "experts", "forward", "latents", "linear", "portable", "struct_layouts")
+COMMON: Final = ("dispatch", "experts", "forward", "latent_attention", "linear", "portable", "struct_layouts")
 
 
 class BuildError(Exception):
@@ -56,17 +56,18 @@ def build(cache: Path | None = None) -> Path:
     version = _run([compiler, "--version"]).splitlines()[0]
     flags = [*FLAGS, *os.environ.get("SOLI_CPU_FLAGS", "").split()]
     folder = (cache or cache_folder()) / "kernels" / _key(version, str(runtime), *flags, platform.machine())
-    library, failed = folder / "soli_cpu.so", folder / "failed.txt"
+    library = folder / "soli_cpu.so"
+    failure = folder / "failed.txt"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not library.exists() and not failed.exists():
-                _compile(compiler, flags, runtime, library, failed)
+            if not library.exists() and not failure.exists():
+                _compile(compiler, flags, runtime, library, failure)
     except OSError as error:
         raise BuildError(f"{error.filename or folder}: {error.strerror}") from None
-    if failed.exists():
-        raise BuildError(f"{compiler} failed; {failed} has its messages (delete it to try again)")
+    if failure.exists():
+        raise BuildError(f"{compiler} failed; {failure} has its messages (delete it to try again)")
     return library
 
 
@@ -79,7 +80,7 @@ def find_compiler() -> str:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept."""
+    """The folder of compiled kernels and other files that can be made again."""
     if "SOLI_CACHE" in os.environ:
         return Path(os.environ["SOLI_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "soli"
@@ -87,8 +88,8 @@ def cache_folder() -> Path:
 
 def openmp_runtime() -> Path | None:
     """The OpenMP library in this process, torch's; None where torch was built without."""
-    found = openmp_runtimes()
-    return Path(found[0]) if found else None
+    runtimes = openmp_runtimes()
+    return Path(runtimes[0]) if runtimes else None
 
 
 def openmp_runtimes() -> list[str]:
@@ -105,28 +106,35 @@ def _key(*parts: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _compile(compiler: str, flags: Sequence[str], runtime: Path | None, library: Path, failed: Path) -> None:
-    """All files at once, then one link. What the compiler says when it fails is kept in `failed`."""
-    openmp = ["-fopenmp"] if runtime else []
+def _compile(compiler: str, flags: Sequence[str], runtime: Path | None, library: Path, failure: Path) -> None:
+    """Compile and link into `library`; on an error write the compiler's messages to `failure` instead."""
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        objects, running = [], []
-        for name, more in _units(compiler):
-            objects.append(f"{scratch}/{name}.o")
-            command = [compiler, *flags, *openmp, *more, "-c", str(SOURCES / f"{name}.cpp"), "-o", objects[-1]]
-            running.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-        said = [process.communicate()[0] for process in running]
-        messages = "".join(text for text, process in zip(said, running, strict=True) if process.returncode)
+        openmp = ["-fopenmp"] if runtime else []
+        objects, messages = _compile_units(compiler, [*flags, *openmp], scratch)
+        linked = f"{scratch}/soli_cpu.so"
         if not messages:
             # By its path and not as -fopenmp: the linker would take the compiler's own runtime, a second one.
-            made = f"{scratch}/soli_cpu.so"
             sanitizers = [flag for flag in flags if flag.startswith("-fsanitize")]
-            link = [compiler, "-shared", *sanitizers, "-o", made, *objects, *([str(runtime)] if runtime else [])]
-            done = subprocess.run(link, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            messages = done.stdout if done.returncode else ""
+            link = [compiler, "-shared", *sanitizers, "-o", linked, *objects, *([str(runtime)] if runtime else [])]
+            result = subprocess.run(link, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            messages = result.stdout if result.returncode else ""
         if messages:
-            failed.write_text(messages, encoding="utf-8")
+            failure.write_text(messages, encoding="utf-8")
         else:
-            os.replace(made, library)
+            os.replace(linked, library)
+
+
+def _compile_units(compiler: str, flags: Sequence[str], folder: str) -> tuple[list[str], str]:
+    """Compile all source files in parallel: the object files, and the messages of those that failed."""
+    objects: list[str] = []
+    processes: list[subprocess.Popen[str]] = []
+    for name, isa_flags in _units(compiler):
+        objects.append(f"{folder}/{name}.o")
+        command = [compiler, *flags, *isa_flags, "-c", str(SOURCES / f"{name}.cpp"), "-o", objects[-1]]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    outputs = [process.communicate()[0] for process in processes]
+    failed = [text for text, process in zip(outputs, processes, strict=True) if process.returncode]
+    return objects, "".join(failed)
 
 
 def _units(compiler: str) -> list[tuple[str, tuple[str, ...]]]:
@@ -134,16 +142,16 @@ def _units(compiler: str) -> list[tuple[str, tuple[str, ...]]]:
     if platform.machine() != "x86_64":
         return [(name, ()) for name in COMMON]
     units: dict[str, tuple[str, ...]] = dict.fromkeys(COMMON, ())
-    units |= dict.fromkeys(("avx2", "avx2_bytes", "avx2_tokens"), ISA_FLAGS["avx2"])
-    units |= dict.fromkeys(("avx512", "avx512_bf16", "avx512_tokens", "avx512_vnni"), ISA_FLAGS["avx512"])
-    if not _takes(compiler, ISA_FLAGS["amx"]):
+    units |= dict.fromkeys(("avx2", "avx2_int8", "avx2_pack_tokens"), ISA_FLAGS["avx2"])
+    units |= dict.fromkeys(("avx512", "avx512_bf16", "avx512_pack_tokens", "avx512_vnni"), ISA_FLAGS["avx512"])
+    if not _knows_flags(compiler, ISA_FLAGS["amx"]):
         return list(units.items())
-    units |= dict.fromkeys(("amx_bf16", "amx_vnni"), (*ISA_FLAGS["avx512"], *ISA_FLAGS["amx"]))
+    units |= dict.fromkeys(("amx_bf16", "amx_int8"), (*ISA_FLAGS["avx512"], *ISA_FLAGS["amx"]))
     return [(name, ("-DSOLI_AMX", *flags)) for name, flags in units.items()]
 
 
-def _takes(compiler: str, flags: Sequence[str]) -> bool:
-    """Whether the compiler knows these flags."""
+def _knows_flags(compiler: str, flags: Sequence[str]) -> bool:
+    """Whether the compiler accepts these flags."""
     command = [compiler, *flags, "-x", "c++", "-c", "/dev/null", "-o", "/dev/null"]
     return subprocess.run(command, capture_output=True).returncode == 0
 

@@ -39,7 +39,7 @@ class ErrorCode(IntEnum):
 
 @dataclass(frozen=True)
 class Library:
-    """The functions of csrc/linear.cpp, experts.cpp, latents.cpp and forward.cpp; each returns an ErrorCode."""
+    """The functions that csrc/ exports; each returns an ErrorCode."""
 
     path: Path
     best_isa: str

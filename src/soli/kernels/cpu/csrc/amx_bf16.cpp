@@ -1,233 +1,273 @@
-// The AMX kernels for bfloat16 tokens and weights in bfloat16 or FP8, as exact bfloat16 codes. A tile product adds 32 terms in
-// one order whatever its sides hold, so a single token, a column beside weights as they lie, and many, rows beside weights
-// turned into columns, get the same bits.
+// The AMX kernels for bfloat16 tokens and weights in bfloat16 or FP8, decoded to exact bfloat16. A tile product adds 32
+// terms in one order whatever its sides hold. So a single token, a column beside weights in place, and many tokens, rows
+// beside transposed weights, have the same bits.
+//
+// Template parameters: D decoder; N tokens beside a tile of weights; TOKEN_TILES and ROW_TILES of a register block.
 #include "amx.h"
-#include "avx512_band.h"
 #include "avx512_bf16.h"
+#include "avx512_row_tile.h"
 #include "scratch.h"
 
 namespace soli {
 namespace {
 
-constexpr int64_t BLOCK = 16;              // tokens of a tile
-constexpr int64_t MOST_FEW = 2, MANY = 7;  // tokens beside one tile of weights; from which weights are turned
-constexpr int64_t AHEAD = 256;  // bytes that FP8 asks for ahead; beside bfloat16 asking takes more time than it saves
+constexpr int64_t TOKEN_TILE = 16;
+constexpr int64_t MAX_COLUMNS = 2;            // tokens, one column each, beside one tile of weights
+constexpr int64_t MIN_TRANSPOSED_TOKENS = 7;  // from which weights are transposed
+constexpr int64_t PREFETCH_DISTANCE = 256;  // bytes, of FP8; beside bfloat16 prefetching takes more time than it saves
+constexpr int64_t TILE_BYTES = 1024;
 
-Row row_of(const Band& band, int64_t r) { return {band.weight[r], band.scale[r], nullptr}; }
+Row row_of(const RowTile& tile, int64_t r) { return {tile.weight[r], tile.scale[r], nullptr}; }
 
-// FP8's scales of a band's rows; sixteen rows seldom lie in two blocks.
+// FP8's scales of a tile's rows; sixteen rows are seldom in two blocks of 128.
 template <class D>
-__m512 scale_of(const Band& band, int64_t k) {
-    if (band.scale[0] == band.scale[BAND - 1]) return D::template scale<true>(row_of(band, 0), k, 0);
-    alignas(64) float all[BAND];
-    for (int64_t r = 0; r < BAND; r++)
-        _mm_store_ss(all + r, _mm512_castps512_ps128(D::template scale<true>(row_of(band, r), k, 0)));
-    return _mm512_load_ps(all);
+__m512 tile_scale(const RowTile& tile, int64_t k) {
+    if (tile.scale[0] == tile.scale[TILE_ROWS - 1]) return D::scale(row_of(tile, 0), k);
+    alignas(64) float scales[TILE_ROWS];
+    for (int64_t r = 0; r < TILE_ROWS; r++)
+        _mm_store_ss(scales + r, _mm512_castps512_ps128(D::scale(row_of(tile, r), k)));
+    return _mm512_load_ps(scales);
 }
 
-// Few tokens: tiles of weights, of two bands in turns, beside one column for each token.
+// Few tokens: tiles of weights, alternately of two row tiles, beside one column for each token. Tile registers:
 enum { COLUMNS = 0, WEIGHTS = 4, TOKEN = 6 };
 
 template <int n, int N>
-SOLI_INLINE void columns_zero() {
-    tile_zero<COLUMNS + 2 * n>(), tile_zero<COLUMNS + 2 * n + 1>();
-    if constexpr (n + 1 < N) columns_zero<n + 1, N>();
+SOLI_INLINE void zero_columns() {
+    tile_zero<COLUMNS + 2 * n>();
+    tile_zero<COLUMNS + 2 * n + 1>();
+    if constexpr (n + 1 < N) zero_columns<n + 1, N>();
 }
 
-template <int n, int N, int BANDS>
-SOLI_INLINE void columns_add(const uint16_t* x, int64_t x_stride) {
-    tile_load<TOKEN + n>(x, 4), tile_dot_bf16<COLUMNS + 2 * n, WEIGHTS, TOKEN + n>();
-    if constexpr (BANDS > 1) tile_dot_bf16<COLUMNS + 2 * n + 1, WEIGHTS + 1, TOKEN + n>();
-    if constexpr (n + 1 < N) columns_add<n + 1, N, BANDS>(x + x_stride, x_stride);
+template <int n, int N, int ROW_TILES>
+SOLI_INLINE void add_columns(const uint16_t* x, int64_t x_stride) {
+    tile_load<TOKEN + n>(x, 4);
+    tile_multiply_bf16<COLUMNS + 2 * n, WEIGHTS, TOKEN + n>();
+    if constexpr (ROW_TILES > 1) tile_multiply_bf16<COLUMNS + 2 * n + 1, WEIGHTS + 1, TOKEN + n>();
+    if constexpr (n + 1 < N) add_columns<n + 1, N, ROW_TILES>(x + x_stride, x_stride);
 }
 
 template <int n, int N>
-SOLI_INLINE void columns_take(float (*to)[BAND]) {
-    tile_store<COLUMNS + 2 * n>(to[2 * n], 4), tile_store<COLUMNS + 2 * n + 1>(to[2 * n + 1], 4);
-    if constexpr (n + 1 < N) columns_take<n + 1, N>(to);
+SOLI_INLINE void store_columns(float (*to)[TILE_ROWS]) {
+    tile_store<COLUMNS + 2 * n>(to[2 * n], 4);
+    tile_store<COLUMNS + 2 * n + 1>(to[2 * n + 1], 4);
+    if constexpr (n + 1 < N) store_columns<n + 1, N>(to);
 }
 
-// Where a band's codes from k on lie, `stride` bytes from row to row: in the file, or put on `stage`.
+// The address of a tile's weights from k on, `stride` bytes from row to row: in place, or decoded into `decoded`.
 template <class D>
-SOLI_INLINE const uint8_t* placed(const Band& band, int64_t row_bytes, int64_t k, uint16_t (*stage)[D::CHUNK],
-                                  int64_t& stride) {
-    if (!D::SCALED && band.count == BAND && band.I - k >= D::CHUNK) {
+SOLI_INLINE const uint8_t* tile_weights(const RowTile& tile, int64_t row_bytes, int64_t k,
+                                        uint16_t (*decoded)[D::CHUNK], int64_t& stride) {
+    if (!D::SCALED && tile.count == TILE_ROWS && tile.I - k >= D::CHUNK) {
         stride = row_bytes;
-        return band.weight[0] + 2 * k;
+        return tile.weight[0] + 2 * k;
     }
-    for (int64_t r = 0; r < BAND; r++) {
-        __m512i codes[D::VECS];
-        D::template codes<false>(row_of(band, r), k, band.I - k, codes);
-        for (int v = 0; v < D::VECS; v++) _mm512_store_si512(stage[r] + 32 * v, codes[v]);
+    for (int64_t r = 0; r < TILE_ROWS; r++) {
+        __m512i w[D::VECS];
+        D::template decode<false>(row_of(tile, r), k, tile.I - k, w);
+        for (int v = 0; v < D::VECS; v++) _mm512_store_si512(decoded[r] + 32 * v, w[v]);
     }
-    stride = sizeof stage[0];
-    return reinterpret_cast<const uint8_t*>(stage);
+    stride = sizeof decoded[0];
+    return reinterpret_cast<const uint8_t*>(decoded);
 }
 
-// Results of one or two bands for N tokens: sum[2 * n + band].
-template <class D, int N, int BANDS>
-void few(const Band* band, int64_t row_bytes, const uint16_t* x, int64_t x_stride, __m512* sum) {
-    alignas(64) uint16_t stage[BANDS][BAND][D::CHUNK];
-    alignas(64) float part[2 * N][BAND];
+// Results of one or two row tiles for N tokens: sum[2 * n + row tile].
+template <class D, int N, int ROW_TILES>
+void multiply_few_tokens(const RowTile* tile, int64_t row_bytes, const uint16_t* x, int64_t x_stride, __m512* sum) {
+    alignas(64) uint16_t decoded[ROW_TILES][TILE_ROWS][D::CHUNK];
+    alignas(64) float part[2 * N][TILE_ROWS];
     for (int n = 0; n < 2 * N; n++) sum[n] = _mm512_setzero_ps();
-    columns_zero<0, N>();
-    for (int64_t k = 0; k < band->I; k += D::CHUNK) {
-        for (int64_t r = 0; D::SCALED && r < BANDS * BAND; r++) D::prefetch(row_of(band[r / BAND], r % BAND), k, AHEAD);
+    zero_columns<0, N>();
+    for (int64_t k = 0; k < tile->I; k += D::CHUNK) {
+        for (int64_t r = 0; D::SCALED && r < ROW_TILES * TILE_ROWS; r++)
+            D::prefetch(row_of(tile[r / TILE_ROWS], r % TILE_ROWS), k, PREFETCH_DISTANCE);
         int64_t stride[2];
-        const uint8_t* from[2] = {placed<D>(band[0], row_bytes, k, stage[0], stride[0])};
-        if (BANDS > 1) from[1] = placed<D>(band[1], row_bytes, k, stage[BANDS - 1], stride[1]);
+        const uint8_t* weights[2] = {tile_weights<D>(tile[0], row_bytes, k, decoded[0], stride[0])};
+        if (ROW_TILES > 1) weights[1] = tile_weights<D>(tile[1], row_bytes, k, decoded[ROW_TILES - 1], stride[1]);
         for (int v = 0; v < D::VECS; v++) {
-            tile_load<WEIGHTS>(from[0] + 64 * v, stride[0]);
-            if (BANDS > 1) tile_load<WEIGHTS + 1>(from[1] + 64 * v, stride[1]);
-            columns_add<0, N, BANDS>(x + k + 32 * v, x_stride);
+            tile_load<WEIGHTS>(weights[0] + 64 * v, stride[0]);
+            if (ROW_TILES > 1) tile_load<WEIGHTS + 1>(weights[1] + 64 * v, stride[1]);
+            add_columns<0, N, ROW_TILES>(x + k + 32 * v, x_stride);
         }
         if (D::SCALED) {
-            columns_take<0, N>(part), columns_zero<0, N>();
-            for (int j = 0; j < BANDS; j++) {
-                const __m512 scale = scale_of<D>(band[j], k);
+            store_columns<0, N>(part);
+            zero_columns<0, N>();
+            for (int j = 0; j < ROW_TILES; j++) {
+                const __m512 scale = tile_scale<D>(tile[j], k);
                 for (int n = 0; n < N; n++)
                     sum[2 * n + j] = _mm512_fmadd_ps(_mm512_load_ps(part[2 * n + j]), scale, sum[2 * n + j]);
             }
         }
     }
     if (D::SCALED) return;
-    columns_take<0, N>(part);
+    store_columns<0, N>(part);
     for (int n = 0; n < 2 * N; n++) sum[n] = _mm512_load_ps(part[n]);
 }
 
-// Many tokens: rows of tokens beside columns of weights, two blocks of tokens and two bands at a time.
-enum { SUMS = 0, LEFT = 4, RIGHT = 6 };
+// Many tokens: rows of tokens beside columns of weights, two token tiles and two row tiles at a time. Tile registers:
+enum { SUMS = 0, TOKENS = 4, TRANSPOSED = 6 };
 
-// A band's codes as columns, a tile for every 32.
+// A row tile's weights as columns, a tile register for every 32 inputs.
 template <class D>
-void turn_band(const Band& band, uint8_t* to) {
-    for (int64_t k = 0; k < band.I; k += D::CHUNK) {
-        __m512i w[D::VECS][BAND], codes[D::VECS];
-        for (int64_t r = 0; r < BAND; r++) {
-            D::template codes<false>(row_of(band, r), k, band.I - k, codes);
-            for (int v = 0; v < D::VECS; v++) w[v][r] = codes[v];
+void transpose_tile(const RowTile& tile, uint8_t* to) {
+    for (int64_t k = 0; k < tile.I; k += D::CHUNK) {
+        __m512i w[D::VECS][TILE_ROWS];
+        __m512i row[D::VECS];
+        for (int64_t r = 0; r < TILE_ROWS; r++) {
+            D::template decode<false>(row_of(tile, r), k, tile.I - k, row);
+            for (int v = 0; v < D::VECS; v++) w[v][r] = row[v];
         }
-        for (int v = 0; v < D::VECS; v++, to += 1024) turn(w[v], to);
+        for (int v = 0; v < D::VECS; v++, to += TILE_BYTES) transpose(w[v], to);
     }
 }
 
-template <int BLOCKS, int BANDS>
-SOLI_INLINE void tiles_zero() {
+template <int TOKEN_TILES, int ROW_TILES>
+SOLI_INLINE void zero_sums() {
     tile_zero<SUMS>();
-    if (BANDS > 1) tile_zero<SUMS + 1>();
-    if (BLOCKS > 1) tile_zero<SUMS + 2>();
-    if (BLOCKS > 1 && BANDS > 1) tile_zero<SUMS + 3>();
+    if (ROW_TILES > 1) tile_zero<SUMS + 1>();
+    if (TOKEN_TILES > 1) tile_zero<SUMS + 2>();
+    if (TOKEN_TILES > 1 && ROW_TILES > 1) tile_zero<SUMS + 3>();
 }
 
-template <int BLOCKS, int BANDS>
-SOLI_INLINE void tiles_add(const uint8_t* x, int64_t x_bytes, const uint8_t* weights, int64_t band_bytes) {
-    tile_load<LEFT>(x, x_bytes), tile_load<RIGHT>(weights, 64), tile_dot_bf16<SUMS, LEFT, RIGHT>();
-    if (BANDS > 1) tile_load<RIGHT + 1>(weights + band_bytes, 64), tile_dot_bf16<SUMS + 1, LEFT, RIGHT + 1>();
-    if (BLOCKS > 1) tile_load<LEFT + 1>(x + BLOCK * x_bytes, x_bytes), tile_dot_bf16<SUMS + 2, LEFT + 1, RIGHT>();
-    if (BLOCKS > 1 && BANDS > 1) tile_dot_bf16<SUMS + 3, LEFT + 1, RIGHT + 1>();
+template <int TOKEN_TILES, int ROW_TILES>
+SOLI_INLINE void add_products(const uint8_t* x, int64_t x_bytes, const uint8_t* weights, int64_t row_tile_bytes) {
+    tile_load<TOKENS>(x, x_bytes);
+    tile_load<TRANSPOSED>(weights, 64);
+    tile_multiply_bf16<SUMS, TOKENS, TRANSPOSED>();
+    if (ROW_TILES > 1) {
+        tile_load<TRANSPOSED + 1>(weights + row_tile_bytes, 64);
+        tile_multiply_bf16<SUMS + 1, TOKENS, TRANSPOSED + 1>();
+    }
+    if (TOKEN_TILES > 1) {
+        tile_load<TOKENS + 1>(x + TOKEN_TILE * x_bytes, x_bytes);
+        tile_multiply_bf16<SUMS + 2, TOKENS + 1, TRANSPOSED>();
+    }
+    if (TOKEN_TILES > 1 && ROW_TILES > 1) tile_multiply_bf16<SUMS + 3, TOKENS + 1, TRANSPOSED + 1>();
 }
 
-// The sums of block i and band j as to[2 * i + j].
-using Part = float[BLOCK][BAND];
-template <int BLOCKS, int BANDS>
-SOLI_INLINE void tiles_take(Part* to) {
+// The sums of token tile i and row tile j are to[2 * i + j].
+using TileSums = float[TOKEN_TILE][TILE_ROWS];
+template <int TOKEN_TILES, int ROW_TILES>
+SOLI_INLINE void store_sums(TileSums* to) {
     tile_store<SUMS>(to[0], 64);
-    if (BANDS > 1) tile_store<SUMS + 1>(to[1], 64);
-    if (BLOCKS > 1) tile_store<SUMS + 2>(to[2], 64);
-    if (BLOCKS > 1 && BANDS > 1) tile_store<SUMS + 3>(to[3], 64);
+    if (ROW_TILES > 1) tile_store<SUMS + 1>(to[1], 64);
+    if (TOKEN_TILES > 1) tile_store<SUMS + 2>(to[2], 64);
+    if (TOKEN_TILES > 1 && ROW_TILES > 1) tile_store<SUMS + 3>(to[3], 64);
 }
 
-template <class D, int BLOCKS, int BANDS>
-void tile(const Band* band, const uint8_t* turned, const uint16_t* x, Part* sum, const uint8_t* next, int64_t step) {
-    const int64_t I = band[0].I, x_bytes = 2 * padded(I), band_bytes = BAND * x_bytes;
-    tiles_zero<BLOCKS, BANDS>();
-    alignas(64) Part part[4];
+// sum += part * scale, for one token tile and row tile.
+SOLI_INLINE void add_scaled(const TileSums& part, __m512 scale, TileSums& sum) {
+    for (int64_t n = 0; n < TOKEN_TILE; n++)
+        _mm512_store_ps(sum[n], _mm512_fmadd_ps(_mm512_load_ps(part[n]), scale, _mm512_load_ps(sum[n])));
+}
+
+// Prefetches `step_bytes` of `next` with every chunk.
+template <class D, int TOKEN_TILES, int ROW_TILES>
+void multiply_transposed(const RowTile* tile, const uint8_t* transposed, const uint16_t* x, TileSums* sum,
+                         const uint8_t* next, int64_t step_bytes) {
+    const int64_t I = tile[0].I;
+    const int64_t x_bytes = 2 * padded(I);
+    const int64_t row_tile_bytes = TILE_ROWS * x_bytes;
+    zero_sums<TOKEN_TILES, ROW_TILES>();
+    alignas(64) TileSums part[4];
     if (D::SCALED)
         for (int i = 0; i < 4; i++)
             for (auto& line : sum[i]) _mm512_store_ps(line, _mm512_setzero_ps());
-    for (int64_t k = 0; k < I; k += D::CHUNK, next += step) {
-        for (int64_t line = 0; line < step; line += 64) ask(next + line);
+    for (int64_t k = 0; k < I; k += D::CHUNK, next += step_bytes) {
+        for (int64_t line = 0; line < step_bytes; line += 64) prefetch_l2(next + line);
         for (int v = 0; v < D::VECS; v++)
-            tiles_add<BLOCKS, BANDS>(reinterpret_cast<const uint8_t*>(x + k + 32 * v), x_bytes,
-                                     turned + (k / 32 + v) * 1024, band_bytes);
+            add_products<TOKEN_TILES, ROW_TILES>(reinterpret_cast<const uint8_t*>(x + k + 32 * v), x_bytes,
+                                                 transposed + (k / 32 + v) * TILE_BYTES, row_tile_bytes);
         if (!D::SCALED) continue;
-        tiles_take<BLOCKS, BANDS>(part), tiles_zero<BLOCKS, BANDS>();
-        for (int j = 0; j < BANDS; j++) {
-            const __m512 scale = scale_of<D>(band[j], k);
-            for (int i = 0; i < BLOCKS; i++)
-                for (int64_t n = 0; n < BLOCK; n++) {
-                    float* to = sum[2 * i + j][n];
-                    _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_load_ps(part[2 * i + j][n]), scale, _mm512_load_ps(to)));
+        store_sums<TOKEN_TILES, ROW_TILES>(part);
+        zero_sums<TOKEN_TILES, ROW_TILES>();
+        for (int j = 0; j < ROW_TILES; j++) {
+            const __m512 scale = tile_scale<D>(tile[j], k);
+            for (int i = 0; i < TOKEN_TILES; i++) add_scaled(part[2 * i + j], scale, sum[2 * i + j]);
+        }
+    }
+    if (!D::SCALED) store_sums<TOKEN_TILES, ROW_TILES>(sum);
+}
+
+template <class D>
+void matmul_many_tokens(const RowBlock& rows, const uint16_t* x, int64_t tokens, float* y, int64_t y_stride) {
+    static thread_local Scratch scratch;
+    const int64_t I = rows.layout.I;
+    const int64_t P = padded(I);
+    if (!scratch.reserve(2 * TILE_ROWS * 2 * P)) __builtin_trap();
+    uint8_t* transposed = scratch.take<uint8_t>(2 * TILE_ROWS * 2 * P);
+    const int64_t token_blocks = (tokens + 2 * TOKEN_TILE - 1) / (2 * TOKEN_TILE);
+    const int64_t steps = (I + D::CHUNK - 1) / D::CHUNK;
+    const int64_t step_bytes = 2 * TILE_ROWS * rows.layout.row_bytes() / (token_blocks * steps) / 64 * 64 + 64;
+    for (int64_t r = 0; r < rows.count; r += 2 * TILE_ROWS) {
+        const bool two = rows.count - r > TILE_ROWS;
+        const RowTile tile[2] = {RowTile(rows, r), RowTile(rows, two ? r + TILE_ROWS : r)};
+        for (int j = 0; j <= two; j++) transpose_tile<D>(tile[j], transposed + j * TILE_ROWS * 2 * P);
+        const uint8_t* next = rows.weight(r + 2 * TILE_ROWS);
+        for (int64_t t = 0; t < tokens; t += 2 * TOKEN_TILE, next += step_bytes * steps) {
+            const int64_t count = tokens - t < 2 * TOKEN_TILE ? tokens - t : 2 * TOKEN_TILE;
+            alignas(64) TileSums sum[4];
+            const auto two_tiles = two ? multiply_transposed<D, 2, 2> : multiply_transposed<D, 2, 1>;
+            const auto one_tile = two ? multiply_transposed<D, 1, 2> : multiply_transposed<D, 1, 1>;
+            (count > TOKEN_TILE ? two_tiles : one_tile)(tile, transposed, x + t * P, sum, next, step_bytes);
+            for (int j = 0; j <= two; j++)
+                for (int64_t n = 0; n < count; n++) {
+                    const float* sums = sum[n / TOKEN_TILE * 2 + j][n % TOKEN_TILE];
+                    float* to = y + (t + n) * y_stride + r + j * TILE_ROWS;
+                    _mm512_mask_storeu_ps(to, tile[j].row_mask(), _mm512_load_ps(sums));
                 }
         }
     }
-    if (!D::SCALED) tiles_take<BLOCKS, BANDS>(sum);
 }
 
 template <class D>
-void many(const Rows& rows, const uint16_t* x, int64_t tokens, float* y, int64_t y_stride) {
-    static thread_local Scratch scratch;
-    const int64_t I = rows.layout.I, P = padded(I);
-    if (!scratch.reserve(2 * BAND * 2 * P)) __builtin_trap();
-    uint8_t* turned = scratch.take<uint8_t>(2 * BAND * 2 * P);
-    const int64_t pieces = (tokens + 2 * BLOCK - 1) / (2 * BLOCK), steps = (I + D::CHUNK - 1) / D::CHUNK;
-    const int64_t step = 2 * BAND * rows.layout.row_bytes() / (pieces * steps) / 64 * 64 + 64;
-    for (int64_t r = 0; r < rows.count; r += 2 * BAND) {
-        const bool two = rows.count - r > BAND;
-        const Band band[2] = {Band(rows, r), Band(rows, two ? r + BAND : r)};
-        for (int j = 0; j <= two; j++) turn_band<D>(band[j], turned + j * BAND * 2 * P);
-        const uint8_t* next = rows.weight(r + 2 * BAND);
-        for (int64_t t = 0; t < tokens; t += 2 * BLOCK, next += step * steps) {
-            const int64_t count = tokens - t < 2 * BLOCK ? tokens - t : 2 * BLOCK;
-            alignas(64) Part sum[4];
-            (count > BLOCK ? two ? tile<D, 2, 2> : tile<D, 2, 1>
-             : two ? tile<D, 1, 2>
-                           : tile<D, 1, 1>)(band, turned, x + t * P, sum, next, step);
-            for (int j = 0; j <= two; j++)
-                for (int64_t n = 0; n < count; n++)
-                    _mm512_mask_storeu_ps(y + (t + n) * y_stride + r + j * BAND, band[j].there(),
-                                          _mm512_load_ps(sum[n / BLOCK * 2 + j][n % BLOCK]));
-        }
-    }
-}
-
-template <class D>
-void dots16(const Rows& rows, const uint8_t* token, int64_t tokens, float* y, int64_t y_stride) {
-    const uint16_t* x = reinterpret_cast<const uint16_t*>(token);
+void matmul_few_tokens(const RowBlock& rows, const uint16_t* x, int64_t tokens, float* y, int64_t y_stride) {
     const int64_t stride = padded(rows.layout.I);
-    Tiles tiles;
-    if (tokens >= MANY) {
-        tiles.shape(SUMS, 4, BLOCK, 4 * BAND), tiles.shape(LEFT, 2, BLOCK, 64), tiles.shape(RIGHT, 2, 16, 4 * BAND),
-            tiles.set();
-        many<D>(rows, x, tokens, y, y_stride);
-        return;
-    }
-    tiles.shape(COLUMNS, 4, BAND, 4), tiles.shape(WEIGHTS, 2, BAND, 64), tiles.shape(TOKEN, MOST_FEW, 16, 4),
-        tiles.set();
-    for (int64_t r = 0; r < rows.count; r += 2 * BAND) {
-        const bool two = rows.count - r > BAND;
-        const Band band[2] = {Band(rows, r), Band(rows, two ? r + BAND : r)};
-        for (int64_t t = 0; t < tokens; t += MOST_FEW) {
-            const int64_t count = tokens - t < MOST_FEW ? tokens - t : MOST_FEW;
-            __m512 sum[2 * MOST_FEW];
-            (count == 1 ? two ? few<D, 1, 2> : few<D, 1, 1>
-             : two ? few<D, 2, 2>
-                        : few<D, 2, 1>)(band, rows.layout.row_bytes(), x + t * stride, stride, sum);
+    for (int64_t r = 0; r < rows.count; r += 2 * TILE_ROWS) {
+        const bool two = rows.count - r > TILE_ROWS;
+        const RowTile tile[2] = {RowTile(rows, r), RowTile(rows, two ? r + TILE_ROWS : r)};
+        const auto one_token = two ? multiply_few_tokens<D, 1, 2> : multiply_few_tokens<D, 1, 1>;
+        const auto two_tokens = two ? multiply_few_tokens<D, 2, 2> : multiply_few_tokens<D, 2, 1>;
+        for (int64_t t = 0; t < tokens; t += MAX_COLUMNS) {
+            const int64_t count = tokens - t < MAX_COLUMNS ? tokens - t : MAX_COLUMNS;
+            __m512 sum[2 * MAX_COLUMNS];
+            (count == 1 ? one_token : two_tokens)(tile, rows.layout.row_bytes(), x + t * stride, stride, sum);
             for (int j = 0; j <= two; j++)
-                for (int64_t n = 0; n < count; n++)
-                    _mm512_mask_storeu_ps(y + (t + n) * y_stride + r + j * BAND, band[j].there(), sum[2 * n + j]);
+                for (int64_t n = 0; n < count; n++) {
+                    float* to = y + (t + n) * y_stride + r + j * TILE_ROWS;
+                    _mm512_mask_storeu_ps(to, tile[j].row_mask(), sum[2 * n + j]);
+                }
         }
+    }
+}
+
+template <class D>
+void matmul(const RowBlock& rows, const uint8_t* token, int64_t tokens, float* y, int64_t y_stride) {
+    const uint16_t* x = reinterpret_cast<const uint16_t*>(token);
+    TileConfig config;
+    if (tokens >= MIN_TRANSPOSED_TOKENS) {
+        config.set_shape(SUMS, 4, TOKEN_TILE, 4 * TILE_ROWS);
+        config.set_shape(TOKENS, 2, TOKEN_TILE, 64);
+        config.set_shape(TRANSPOSED, 2, 16, 4 * TILE_ROWS);
+        config.load();
+        matmul_many_tokens<D>(rows, x, tokens, y, y_stride);
+    } else {
+        config.set_shape(COLUMNS, 4, TILE_ROWS, 4);
+        config.set_shape(WEIGHTS, 2, TILE_ROWS, 64);
+        config.set_shape(TOKEN, MAX_COLUMNS, 16, 4);
+        config.load();
+        matmul_few_tokens<D>(rows, x, tokens, y, y_stride);
     }
 }
 
 }  // namespace
 
-void dots16_bf16_tiles(const Rows& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride) {
-    dots16<Bf16>(rows, x, tokens, y, y_stride);
+void matmul_bf16_amx(const RowBlock& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride) {
+    matmul<Bf16>(rows, x, tokens, y, y_stride);
 }
 
-void dots16_fp8_tiles(const Rows& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride) {
-    dots16<Fp8>(rows, x, tokens, y, y_stride);
+void matmul_fp8_amx(const RowBlock& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride) {
+    matmul<Fp8>(rows, x, tokens, y, y_stride);
 }
 
 }  // namespace soli

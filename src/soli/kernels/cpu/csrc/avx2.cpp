@@ -1,4 +1,4 @@
-// The kernels for AVX2 with FMA and F16C: eight floats at a time, every weight widened to float32 on its way.
+// The kernels for AVX2 with FMA and F16C: eight floats at a time, every weight converted to float32 on its way.
 #include <immintrin.h>
 
 #include "avx2.h"
@@ -8,13 +8,15 @@ namespace soli {
 namespace {
 
 struct Vec {
-    static constexpr int WIDTH = 8, ROWS = 2,
-                         TOGETHER = 3;  // 4 rows x 3 tokens: sums and operands fit sixteen registers
+    static constexpr int WIDTH = 8;
+    static constexpr int ROWS = 2;  // of a register tile
+    static constexpr int TILE_TOKENS =
+        3;  // of a register tile with many tokens: 4 x 3 sums and operands fit 16 registers
     __m256 v;
 
     static Vec zero() { return {_mm256_setzero_ps()}; }
     static Vec load(const float* from) { return {_mm256_loadu_ps(from)}; }
-    static Vec all(float value) { return {_mm256_set1_ps(value)}; }
+    static Vec broadcast(float value) { return {_mm256_set1_ps(value)}; }
     void store(float* to) const { _mm256_storeu_ps(to, v); }
     static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
     static float sum(Vec a) {
@@ -32,96 +34,114 @@ struct Vec {
     }
 };
 
-#include "dots32.inc"
-#include "mix32.inc"
+#include "matmul_f32.inc"
+#include "weighted_sum_f32.inc"
 
-__m256 half_at(const uint8_t* base, int64_t index) {
-    uint16_t half;
-    __builtin_memcpy(&half, base + 2 * index, 2);
-    return _mm256_set1_ps(_cvtsh_ss(half));
+__m256 broadcast_f16(const uint8_t* base, int64_t index) {
+    uint16_t f16;
+    __builtin_memcpy(&f16, base + 2 * index, 2);
+    return _mm256_set1_ps(_cvtsh_ss(f16));
 }
 
-__m256i eight_bytes(const uint8_t* from) {
+__m256i load_8_bytes_as_32_bits(const uint8_t* from) {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
 }
 
-// Ask for a line of the rows that come next, once per line: hardware follows a row but not the jump to another.
+// Prefetches a line of the rows that come next, once per line: hardware prefetching follows a row but not the jump to
+// another.
 template <int BYTES>
-void prefetch_line(const uint8_t* weight, int64_t at, int64_t ahead) {
-    if (at % 64 < BYTES) ask(weight + at + ahead);
+void prefetch_line(const uint8_t* weight, int64_t at, int64_t distance) {
+    if (at % 64 < BYTES) prefetch_l2(weight + at + distance);
 }
 
 struct Fp32 {
-    static constexpr int STEP = 8, BYTES = 4;
+    static constexpr int STEP = 8;
+    static constexpr int BYTES = 4;
     static void decode(const Row& row, int64_t k, Vec* out) {
         out->v = _mm256_loadu_ps(reinterpret_cast<const float*>(row.weight + 4 * k));
     }
-    static void prefetch(const Row& row, int64_t k, int64_t ahead) { prefetch_line<32>(row.weight, 4 * k, ahead); }
+    static void prefetch(const Row& row, int64_t k, int64_t distance) {
+        prefetch_line<32>(row.weight, 4 * k, distance);
+    }
 };
 
 struct Bf16 {
-    static constexpr int STEP = 8, BYTES = 2;
+    static constexpr int STEP = 8;
+    static constexpr int BYTES = 2;
     static void decode(const Row& row, int64_t k, Vec* out) {
         const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row.weight + 2 * k));
         out->v = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
     }
-    static void prefetch(const Row& row, int64_t k, int64_t ahead) { prefetch_line<16>(row.weight, 2 * k, ahead); }
+    static void prefetch(const Row& row, int64_t k, int64_t distance) {
+        prefetch_line<16>(row.weight, 2 * k, distance);
+    }
 };
 
 struct Fp8 {
-    static constexpr int STEP = 16, BYTES = 1;
+    static constexpr int STEP = 16;
+    static constexpr int BYTES = 1;
     static void decode(const Row& row, int64_t k, Vec* out) {
         const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row.weight + k));
-        const __m256i code = _mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 8), all = _mm256_set1_epi16(0x7f00);
-        // A place further right the seven bits are float16's, with a bias that makes them 2^-8 of the number, small ones too.
-        const __m256i half =
-            _mm256_and_si256(_mm256_srai_epi16(code, 1), _mm256_set1_epi16(static_cast<short>(0xbf80)));
-        const __m256i nan = _mm256_cmpeq_epi16(_mm256_and_si256(code, all), all), found = _mm256_or_si256(half, nan);
+        const __m256i e4m3 = _mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 8);
+        const __m256i magnitude_mask = _mm256_set1_epi16(0x7f00);
+        // Shifted right by one bit, E4M3 is a float16 of 2^-8 the value, subnormal numbers too: the biases are 7 and 15.
+        const __m256i shifted =
+            _mm256_and_si256(_mm256_srai_epi16(e4m3, 1), _mm256_set1_epi16(static_cast<short>(0xbf80)));
+        const __m256i nan = _mm256_cmpeq_epi16(_mm256_and_si256(e4m3, magnitude_mask), magnitude_mask);
+        const __m256i f16 = _mm256_or_si256(shifted, nan);
         float scale;
         __builtin_memcpy(&scale, row.scale + k / 128 * 4, 4);
-        const __m256 each = _mm256_set1_ps(scale * 256.0f);
-        out[0].v = _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(found)), each);
-        out[1].v = _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(found, 1)), each);
+        const __m256 factor = _mm256_set1_ps(scale * 256.0f);
+        out[0].v = _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(f16)), factor);
+        out[1].v = _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(f16, 1)), factor);
     }
-    static void prefetch(const Row& row, int64_t k, int64_t ahead) { prefetch_line<16>(row.weight, k, ahead); }
+    static void prefetch(const Row& row, int64_t k, int64_t distance) { prefetch_line<16>(row.weight, k, distance); }
 };
 
 struct Int8 {
-    static constexpr int STEP = 32, BYTES = 1;
+    static constexpr int STEP = 32;
+    static constexpr int BYTES = 1;
     static void decode(const Row& row, int64_t k, Vec* out) {
-        const __m256 scale = half_at(row.scale, k / row.group);
+        const __m256 scale = broadcast_f16(row.scale, k / row.group);
         for (int v = 0; v < 4; v++) {
-            const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row.weight + k + 8 * v));
-            out[v].v = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes)), scale);
+            const __m128i values = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row.weight + k + 8 * v));
+            out[v].v = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(values)), scale);
         }
     }
-    static void prefetch(const Row& row, int64_t k, int64_t ahead) { prefetch_line<32>(row.weight, k, ahead); }
+    static void prefetch(const Row& row, int64_t k, int64_t distance) { prefetch_line<32>(row.weight, k, distance); }
 };
 
+// A run of 16 bytes holds 32 inputs: the low nibbles the first 16, the high nibbles the others (diagram: int8_tokens.h).
 struct Int4 {
-    static constexpr int STEP = 32, BYTES = 1;
+    static constexpr int STEP = 32;
+    static constexpr int BYTES = 1;
     static void decode(const Row& row, int64_t k, Vec* out) {
-        const __m256 scale = half_at(row.scale, k / row.group), minus8 = _mm256_mul_ps(scale, _mm256_set1_ps(-8.0f));
+        const __m256 scale = broadcast_f16(row.scale, k / row.group);
+        const __m256 minus_8 = _mm256_mul_ps(scale, _mm256_set1_ps(-8.0f));
         for (int v = 0; v < 2; v++) {
-            const __m256i bytes = eight_bytes(row.weight + k / 2 + 8 * v);
-            const __m256i low = _mm256_and_si256(bytes, _mm256_set1_epi32(15)), high = _mm256_srli_epi32(bytes, 4);
-            out[v].v = _mm256_fmadd_ps(_mm256_cvtepi32_ps(low), scale, minus8);  // exact up to the one rounding of fma
-            out[v + 2].v = _mm256_fmadd_ps(_mm256_cvtepi32_ps(high), scale, minus8);
+            const __m256i bytes = load_8_bytes_as_32_bits(row.weight + k / 2 + 8 * v);
+            const __m256i low = _mm256_and_si256(bytes, _mm256_set1_epi32(15));
+            const __m256i high = _mm256_srli_epi32(bytes, 4);
+            out[v].v = _mm256_fmadd_ps(_mm256_cvtepi32_ps(low), scale, minus_8);  // one rounding, as of value * scale
+            out[v + 2].v = _mm256_fmadd_ps(_mm256_cvtepi32_ps(high), scale, minus_8);
         }
     }
-    static void prefetch(const Row& row, int64_t k, int64_t ahead) { prefetch_line<16>(row.weight, k / 2, ahead); }
+    static void prefetch(const Row& row, int64_t k, int64_t distance) {
+        prefetch_line<16>(row.weight, k / 2, distance);
+    }
 };
 
 }  // namespace
 
 const Kernels AVX2 = {
     "avx2",
-    {dots32<Fp32>, dots32<Bf16>, dots32<Fp8>, dots32<Int8>, dots32<Int4>},
-    {nullptr, nullptr, nullptr, dots16_int8_avx2, dots16_int4_avx2},
-    put16_bytes,
+    {matmul_f32<Fp32>, matmul_f32<Bf16>, matmul_f32<Fp8>, matmul_f32<Int8>, matmul_f32<Int4>},
+    {nullptr, nullptr, nullptr, matmul_int8_avx2, matmul_int4_avx2},
+    pack_token_int8,
     silu_mul,
-    {mix32<Fp32>, mix32<Bf16>, mix32<Fp8>, mix32<Int8>, mix32<Int4>},
-    soften,
+    {weighted_sum_f32<Fp32>, weighted_sum_f32<Bf16>, weighted_sum_f32<Fp8>, weighted_sum_f32<Int8>,
+     weighted_sum_f32<Int4>},
+    exp_scores,
 };
 
 }  // namespace soli

@@ -1,39 +1,48 @@
-// The AVX-512 kernels for bfloat16 tokens and weights in bfloat16 or FP8: either becomes exact bfloat16 codes, multiplied
-// 32 at a time by vdpbf16ps with float32 sums; each block's sum is then multiplied by the block's scale. Scales and codes
-// are never rounded.
+// The AVX-512 kernels for bfloat16 tokens and weights in bfloat16 or FP8: both are decoded to exact bfloat16, and
+// vdpbf16ps multiplies 32 at a time with float32 sums; each FP8 block's sum is then multiplied by the block's scale. Neither
+// weights nor scales are rounded.
+//
+// Template parameters: D decoder, R rows and N tokens of a register tile.
 #include "avx512_bf16.h"
 #include "scratch.h"
 
 namespace soli {
 namespace {
 
+constexpr int64_t TILE_ROWS = 4;
+constexpr int64_t ONE_TOKEN_ROWS = 8;      // of a tile for a single token
+constexpr int64_t MIN_DECODED_TOKENS = 8;  // from which an FP8 row is decoded once for all
+
+// Large bfloat16 matrices are read one row after another, without prefetching: hardware follows a single stream from memory
+// faster (Zen 4: 30 GB/s a core) than it answers prefetches (22). More tokens take longer over a row than reading it does,
+// and smaller matrices are likely in a cache.
+constexpr int64_t MIN_STREAMED_BYTES = 1 << 18;
+constexpr int64_t MAX_STREAMED_TOKENS = 3;
+
 __m512 dot(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 
-// One row after another, so that nothing need be asked for: hardware follows a single stream from memory faster (Zen 4: 30
-// GB/s a core) than it answers what is asked for (22). More tokens take longer over a row than reading it does, and smaller
-// matrices are likely in a cache.
-constexpr int64_t STREAM = 1 << 18, STREAM_TOKENS = 3;  // bytes; tokens
-
 template <class D>
-struct Streamed : D {
+struct WithoutPrefetch : D {
     static void prefetch(const Row&, int64_t, int64_t) {}
 };
 
-// Format D with its codes unpacked before: the same numbers in the same order, so the same bits.
+// Format D, decoded before: the same numbers in the same order, so the same bits.
 template <class D>
-struct Unpacked : Streamed<D> {
+struct Decoded : WithoutPrefetch<D> {
     template <bool FULL>
-    static void codes(const Row& row, int64_t k, int64_t, __m512i* out) {
-        for (int v = 0; v < D::VECS; v++) out[v] = _mm512_loadu_si512(row.codes + k + 32 * v);
+    static void decode(const Row& row, int64_t k, int64_t, __m512i* out) {
+        for (int v = 0; v < D::VECS; v++) out[v] = _mm512_loadu_si512(row.decoded + k + 32 * v);
     }
 };
 
+// Adds one chunk of inputs from k on.
 template <class D, int R, int N, bool FULL>
-inline void step(const Row* row, int64_t k, int64_t left, const uint16_t* x, int64_t x_stride, __m512 (*sum)[N]) {
+inline void add_chunk(const Row* row, int64_t k, int64_t remaining, const uint16_t* x, int64_t x_stride,
+                      __m512 (*sum)[N]) {
     for (int r = 0; r < R; r++) {
         __m512i w[D::VECS];
-        D::template codes<FULL>(row[r], k, left, w);
-        const __m512 scale = D::template scale<FULL>(row[r], k, left);
+        D::template decode<FULL>(row[r], k, remaining, w);
+        const __m512 scale = D::scale(row[r], k);
         for (int n = 0; n < N; n++) {
             const uint16_t* token = x + n * x_stride + k;
             __m512 part = D::SCALED ? _mm512_setzero_ps() : sum[r][n];
@@ -44,87 +53,98 @@ inline void step(const Row* row, int64_t k, int64_t left, const uint16_t* x, int
 }
 
 template <class D, int R, int N>
-void tile(const Row* row, const Layout& layout, const uint16_t* x, int64_t x_stride, float* y, int64_t y_stride) {
-    const int64_t I = layout.I, whole = I / D::CHUNK * D::CHUNK;
-    // What is asked for ahead: the next band of rows, or with short rows the one after it, so that it comes in time.
-    const int64_t bands = layout.row_bytes() < 1024 ? 2 : 1, ahead = layout.row_bytes() * bands * R;
-    for (int r = 0; D::SCALED && r < R; r++) prefetch_line<64>(row[r].scale, 0, layout.scale_bytes() * bands * R);
+void register_tile(const Row* row, const Layout& layout, const uint16_t* x, int64_t x_stride, float* y,
+                   int64_t y_stride) {
+    const int64_t I = layout.I;
+    const int64_t full_chunks_end = I / D::CHUNK * D::CHUNK;
+    // Prefetches the next tile of rows, or with short rows the one after it, so that it comes in time.
+    const int64_t tiles_ahead = layout.row_bytes() < 1024 ? 2 : 1;
+    const int64_t distance = layout.row_bytes() * tiles_ahead * R;
+    for (int r = 0; D::SCALED && r < R; r++) prefetch_line<64>(row[r].scale, 0, layout.scale_bytes() * tiles_ahead * R);
     __m512 sum[R][N];
     for (int r = 0; r < R; r++)
         for (int n = 0; n < N; n++) sum[r][n] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < whole; k += D::CHUNK) {
-        step<D, R, N, true>(row, k, D::CHUNK, x, x_stride, sum);
-        for (int r = 0; r < R; r++) D::prefetch(row[r], k, ahead);
+    for (int64_t k = 0; k < full_chunks_end; k += D::CHUNK) {
+        add_chunk<D, R, N, true>(row, k, D::CHUNK, x, x_stride, sum);
+        for (int r = 0; r < R; r++) D::prefetch(row[r], k, distance);
     }
-    if (whole < I) step<D, R, N, false>(row, whole, I - whole, x, x_stride, sum);
+    if (full_chunks_end < I) add_chunk<D, R, N, false>(row, full_chunks_end, I - full_chunks_end, x, x_stride, sum);
     for (int r = 0; r < R; r++)
         for (int n = 0; n < N; n++) y[n * y_stride + r] = _mm512_reduce_add_ps(sum[r][n]);
 }
 
 // R rows for all tokens.
 template <class D, int R>
-void band(const Row* row, const Layout& layout, const uint16_t* x, int64_t tokens, float* y, int64_t y_stride) {
+void all_tokens(const Row* row, const Layout& layout, const uint16_t* x, int64_t tokens, float* y, int64_t y_stride) {
     const int64_t stride = padded(layout.I);
     for (; tokens >= 4; tokens -= 4, x += 4 * stride, y += 4 * y_stride)
-        tile<D, R, 4>(row, layout, x, stride, y, y_stride);
-    if (tokens == 3) tile<D, R, 3>(row, layout, x, stride, y, y_stride);
-    if (tokens == 2) tile<D, R, 2>(row, layout, x, stride, y, y_stride);
-    if (tokens == 1) tile<D, R, 1>(row, layout, x, stride, y, y_stride);
+        register_tile<D, R, 4>(row, layout, x, stride, y, y_stride);
+    if (tokens == 3) register_tile<D, R, 3>(row, layout, x, stride, y, y_stride);
+    if (tokens == 2) register_tile<D, R, 2>(row, layout, x, stride, y, y_stride);
+    if (tokens == 1) register_tile<D, R, 1>(row, layout, x, stride, y, y_stride);
 }
 
-constexpr int64_t BAND = 4, UNPACK_FROM = 8;  // rows at a time; tokens from which a row is unpacked once for all
-
 template <class D>
-void unpack(Row* row, int64_t count, int64_t I, uint16_t* codes) {
+void decode_rows(Row* row, int64_t count, int64_t I, uint16_t* decoded) {
     for (int64_t r = 0; r < count; r++) {
-        uint16_t* to = codes + r * padded(I);
+        uint16_t* to = decoded + r * padded(I);
         for (int64_t k = 0; k < I; k += D::CHUNK) {
             __m512i w[D::VECS];
-            D::template codes<false>(row[r], k, I - k, w);
+            D::template decode<false>(row[r], k, I - k, w);
             for (int v = 0; v < D::VECS; v++) _mm512_storeu_si512(to + k + 32 * v, w[v]);
         }
-        row[r].codes = to;
+        row[r].decoded = to;
     }
 }
 
 template <class D>
-void dots16(const Rows& rows, const uint8_t* token, int64_t tokens, float* y, int64_t y_stride) {
+void stream_rows(const RowBlock& rows, const uint16_t* x, int64_t tokens, float* y, int64_t y_stride) {
+    for (int64_t r = 0; r < rows.count; r++) {
+        const Row row = {rows.weight(r), rows.scale(r), nullptr};
+        all_tokens<WithoutPrefetch<D>, 1>(&row, rows.layout, x, tokens, y + r, y_stride);
+    }
+}
+
+template <class D>
+void matmul_bf16(const RowBlock& rows, const uint8_t* token, int64_t tokens, float* y, int64_t y_stride) {
     const uint16_t* x = reinterpret_cast<const uint16_t*>(token);
     static thread_local Scratch scratch;
     const Layout& layout = rows.layout;
-    uint16_t* codes = nullptr;
-    if (D::SCALED && tokens >= UNPACK_FROM && scratch.reserve(BAND * padded(layout.I) * 2))
-        codes = scratch.take<uint16_t>(BAND * padded(layout.I));
-    if (!D::SCALED && tokens <= STREAM_TOKENS && layout.O * layout.row_bytes() >= STREAM) {
-        for (int64_t r = 0; r < rows.count; r++) {
-            const Row row = {rows.weight(r), rows.scale(r), nullptr};
-            band<Streamed<D>, 1>(&row, layout, x, tokens, y + r, y_stride);
-        }
-        return;
-    }
+    uint16_t* decoded = nullptr;
+    if (D::SCALED && tokens >= MIN_DECODED_TOKENS && scratch.reserve(TILE_ROWS * padded(layout.I) * 2))
+        decoded = scratch.take<uint16_t>(TILE_ROWS * padded(layout.I));
+    if (!D::SCALED && tokens <= MAX_STREAMED_TOKENS && layout.O * layout.row_bytes() >= MIN_STREAMED_BYTES)
+        return stream_rows<D>(rows, x, tokens, y, y_stride);
     for (int64_t r = 0; r < rows.count;) {
-        const int64_t count = rows.count - r >= 8 && tokens == 1 ? 8 : rows.count - r >= BAND ? BAND : 1;
-        Row row[8];
+        const int64_t remaining = rows.count - r;
+        const int64_t count = remaining >= ONE_TOKEN_ROWS && tokens == 1 ? ONE_TOKEN_ROWS
+                              : remaining >= TILE_ROWS                   ? TILE_ROWS
+                                                                         : 1;
+        Row row[ONE_TOKEN_ROWS];
         for (int64_t i = 0; i < count; i++) row[i] = {rows.weight(r + i), rows.scale(r + i), nullptr};
-        if (count == 8) tile<D, 8, 1>(row, layout, x, 0, y + r, y_stride);
-        else if (codes) {
-            unpack<D>(row, count, layout.I, codes);
-            if (count == BAND) band<Unpacked<D>, BAND>(row, layout, x, tokens, y + r, y_stride);
-            else band<Unpacked<D>, 1>(row, layout, x, tokens, y + r, y_stride);
-        } else if (count == BAND) band<D, BAND>(row, layout, x, tokens, y + r, y_stride);
-        else band<D, 1>(row, layout, x, tokens, y + r, y_stride);
+        if (count == ONE_TOKEN_ROWS) {
+            register_tile<D, ONE_TOKEN_ROWS, 1>(row, layout, x, 0, y + r, y_stride);
+        } else if (decoded) {
+            decode_rows<D>(row, count, layout.I, decoded);
+            if (count == TILE_ROWS) all_tokens<Decoded<D>, TILE_ROWS>(row, layout, x, tokens, y + r, y_stride);
+            else all_tokens<Decoded<D>, 1>(row, layout, x, tokens, y + r, y_stride);
+        } else if (count == TILE_ROWS) {
+            all_tokens<D, TILE_ROWS>(row, layout, x, tokens, y + r, y_stride);
+        } else {
+            all_tokens<D, 1>(row, layout, x, tokens, y + r, y_stride);
+        }
         r += count;
     }
 }
 
 }  // namespace
 
-void dots16_bf16(const Rows& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride) {
-    dots16<Bf16>(rows, x, tokens, y, y_stride);
+void matmul_bf16_avx512(const RowBlock& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride) {
+    matmul_bf16<Bf16>(rows, x, tokens, y, y_stride);
 }
 
-void dots16_fp8(const Rows& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride) {
-    dots16<Fp8>(rows, x, tokens, y, y_stride);
+void matmul_fp8_avx512(const RowBlock& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride) {
+    matmul_bf16<Fp8>(rows, x, tokens, y, y_stride);
 }
 
 }  // namespace soli

@@ -11,41 +11,48 @@
 namespace soli {
 namespace {
 
-struct Registers {
+// The CPUID instruction.
+struct CpuId {
     unsigned a, b, c, d;
-    Registers(unsigned leaf, unsigned sub) : a(0), b(0), c(0), d(0) { __get_cpuid_count(leaf, sub, &a, &b, &c, &d); }
+    CpuId(unsigned leaf, unsigned subleaf) : a(0), b(0), c(0), d(0) {
+        __get_cpuid_count(leaf, subleaf, &a, &b, &c, &d);
+    }
 };
 
-bool has(unsigned word, int bit) { return word >> bit & 1; }
+bool has_bit(unsigned word, int bit) { return word >> bit & 1; }
 
 // Registers that the operating system saves: XCR0 bits 1, 2 (SSE, AVX), 5, 6, 7 (AVX-512) and 17, 18 (tiles).
-unsigned saved() {
-    if (!has(Registers(1, 0).c, 27)) return 0;
+unsigned saved_registers() {
+    if (!has_bit(CpuId(1, 0).c, 27)) return 0;
     unsigned low, high;
     __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     return low;
 }
 
 bool has_avx2() {
-    const Registers one(1, 0), seven(7, 0);
-    return (saved() & 0x6) == 0x6 && has(one.c, 12) && has(one.c, 29) && has(seven.b, 5);  // FMA, F16C, AVX2
+    const CpuId leaf1(1, 0);
+    const CpuId leaf7(7, 0);
+    return (saved_registers() & 0x6) == 0x6 && has_bit(leaf1.c, 12) && has_bit(leaf1.c, 29) &&
+           has_bit(leaf7.b, 5);  // FMA, F16C, AVX2
 }
 
 // F, DQ, BW, VL, VBMI, VNNI and BF16 together: Zen 4, Sapphire Rapids and later.
 bool has_avx512() {
-    const Registers seven(7, 0), more(7, 1);
-    return has_avx2() && (saved() & 0xe6) == 0xe6 && has(seven.b, 16) && has(seven.b, 17) && has(seven.b, 30) &&
-           has(seven.b, 31) && has(seven.c, 1) && has(seven.c, 11) && has(more.a, 5);
+    const CpuId leaf7(7, 0);
+    const CpuId leaf7_1(7, 1);
+    return has_avx2() && (saved_registers() & 0xe6) == 0xe6 && has_bit(leaf7.b, 16) && has_bit(leaf7.b, 17) &&
+           has_bit(leaf7.b, 30) && has_bit(leaf7.b, 31) && has_bit(leaf7.c, 1) && has_bit(leaf7.c, 11) &&
+           has_bit(leaf7_1.a, 5);
 }
 
-// TILE, BF16 and INT8, with Linux's leave: a process must ask before it uses tiles, because they make its signal frames
-// larger than some stacks.
+// TILE, BF16 and INT8, and Linux's permission, which a process must request before it uses tiles, because they make its
+// signal frames larger than some stacks.
 bool has_amx() {
 #ifdef SOLI_AMX
-    const unsigned bits = Registers(7, 0).d;
+    const unsigned bits = CpuId(7, 0).d;
     constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
-    return has_avx512() && has(bits, 22) && has(bits, 24) && has(bits, 25) && (saved() & 0x60000) == 0x60000 &&
-           syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+    return has_avx512() && has_bit(bits, 22) && has_bit(bits, 24) && has_bit(bits, 25) &&
+           (saved_registers() & 0x60000) == 0x60000 && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
 #else
     return false;
 #endif

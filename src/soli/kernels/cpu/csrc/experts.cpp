@@ -1,11 +1,12 @@
 // All routed experts of a layer in one call: y_t = sum_k w_tk * down_e(silu(gate_e x_t) * up_e x_t), equation 12.
 //
-// Tokens are counted and sorted by expert. Then, with a barrier between the steps:
-//   1. gate and up rows of every chosen expert, and silu(gate) * up, into one hidden row per pair of token and expert;
+// Pairs of token and expert are sorted by expert. Then, with a barrier between the steps:
+//   1. gate and up rows of every chosen expert, and silu(gate) * up, into one hidden row per pair;
 //   2. hidden rows into the form that the down kernel reads;
-//   3. down rows, times the gate weight, added into y in ascending order of experts.
-// Step 3 shares out rows of y, so no two threads add to one number, and a token's sum has the same order in any batch.
-// Accumulation is float32 throughout; with bfloat16 tokens the hidden row is rounded to bfloat16 once, as torch does.
+//   3. down rows, times the router's weight, added into y in ascending order of experts.
+// A work item of step 3 is a block of rows of y, so no two threads add to one number, and a token's sum has the same order
+// in any batch. Accumulation is float32 throughout; with bfloat16 tokens the hidden row is rounded to bfloat16 once, as
+// torch does.
 //
 // Shapes: T tokens, D hidden, E experts, F expert width, K chosen, P = T * K pairs of token and expert.
 #include "experts.h"
@@ -13,37 +14,50 @@
 namespace soli {
 namespace {
 
-int run(const Experts& layer, int64_t dtype, int64_t threads, int64_t T, const void* x, const int64_t* ids,
-        const float* weights, void* y) {
+constexpr int64_t MAX_SCRATCH = 128 << 20;  // bytes; longer batches are computed in parts
+constexpr int64_t MIN_PART = 64;            // tokens
+
+int run_experts(const Experts& layer, int64_t dtype, int64_t threads, int64_t T, const void* x, const int64_t* ids,
+                const float* weights, void* y) {
     static thread_local Scratch scratch;
-    const int64_t D = layer.in.I, F = layer.in.O, P = T * layer.K, size = dtype == FLOAT ? 4 : 2;
-    Tokens in(layer.isa, layer.in, dtype), out(layer.isa, layer.out, dtype);
-    const size_t wanted = Pairs::bytes(layer.E, P) + in.bytes(P) + out.bytes(P) + Scratch::bytes<float>(P * F) +
-                          Scratch::bytes<float>(T * D);
-    if (!scratch.reserve(wanted)) return NO_MEMORY;
-    Pairs pairs(scratch, layer.E, P);
-    pairs.sort(layer.E, layer.K, P, ids, weights);
-    const int64_t most = down_rows(D, T, P, pairs.experts, threads);
-    in.data = scratch.take<uint8_t>(in.bytes(P)), out.data = scratch.take<uint8_t>(out.bytes(P));
-    float *hidden = scratch.take<float>(P * F), *sum = scratch.take<float>(T * D);
-    const int64_t span = stretch(F, T, 4), blocks = (F + span - 1) / span;
+    const int64_t D = layer.in.I;
+    const int64_t F = layer.in.O;
+    const int64_t P = T * layer.K;
+    Activations in(layer.isa, layer.in, dtype);
+    Activations out(layer.isa, layer.out, dtype);
+    const size_t bytes = ExpertPairs::bytes(layer.E, P) + in.bytes(P) + out.bytes(P) + Scratch::bytes<float>(P * F) +
+                         Scratch::bytes<float>(T * D);
+    if (!scratch.reserve(bytes)) return NO_MEMORY;
+    ExpertPairs pairs(scratch, layer.E, P);
+    pairs.sort_by_expert(layer.E, layer.K, P, ids, weights);
+    in.data = scratch.take<uint8_t>(in.bytes(P));
+    out.data = scratch.take<uint8_t>(out.bytes(P));
+    float* hidden = scratch.take<float>(P * F);
+    float* sum = scratch.take<float>(T * D);
+    const int64_t down_rows = down_rows_per_item(D, T, P, pairs.active_count, threads);
+    const int64_t gate_rows = rows_per_item(F, T, 4);
+    const int64_t gate_blocks = (F + gate_rows - 1) / gate_rows;
+    const int64_t gate_items = pairs.active_count * gate_blocks;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for
-        for (int64_t p = 0; p < P; p++) in.put(p, static_cast<const uint8_t*>(x) + pairs.token[p] * D * size, dtype);
-#pragma omp for schedule(dynamic, at_once(pairs.experts* blocks, T, 3 * threads))
-        for (int64_t piece = 0; piece < pairs.experts * blocks; piece++) {
-            const int64_t e = pairs.chosen[piece / blocks];
-            hidden_rows(layer, e, in, pairs.start[e], pairs.start[e + 1], piece % blocks * span, span, hidden);
+        for (int64_t p = 0; p < P; p++)
+            in.pack(p, static_cast<const uint8_t*>(x) + pairs.token[p] * D * dtype_bytes(dtype), dtype);
+#pragma omp for schedule(dynamic, omp_chunk(gate_items, T, 3 * threads))
+        for (int64_t item = 0; item < gate_items; item++) {
+            const int64_t e = pairs.active[item / gate_blocks];
+            const int64_t row = item % gate_blocks * gate_rows;
+            gate_up(layer, e, in, pairs.start[e], pairs.start[e + 1], row, gate_rows, hidden);
         }
 #pragma omp for
-        for (int64_t p = 0; p < P; p++) out.put(p, hidden + p * F, FLOAT);
+        for (int64_t p = 0; p < P; p++) out.pack(p, hidden + p * F, FLOAT32);
 #pragma omp for schedule(dynamic)
-        for (int64_t row = 0; row < D; row += most) {
-            const int64_t rows = std::min(most, D - row);
+        for (int64_t row = 0; row < D; row += down_rows) {
+            const int64_t rows = std::min(down_rows, D - row);
             for (int64_t t = 0; t < T; t++) std::fill(sum + t * D + row, sum + t * D + row + rows, 0.0f);
-            for (int64_t i = 0; i < pairs.experts; i++) add_rows(layer, pairs.chosen[i], out, pairs, row, most, sum);
-            for (int64_t t = 0; t < T; t++) write_out(sum + t * D + row, rows, y, t * D + row, dtype);
+            for (int64_t i = 0; i < pairs.active_count; i++)
+                down_and_combine(layer, pairs.active[i], out, pairs, row, down_rows, sum);
+            for (int64_t t = 0; t < T; t++) store_as(dtype, sum + t * D + row, rows, y, t * D + row);
         }
     }
     return NO_ERROR;
@@ -58,17 +72,18 @@ extern "C" int soli_experts(int64_t isa, int64_t in_format, int64_t in_group, in
                             const void* x, const int64_t* ids, const float* weights, void* y, int64_t threads) {
     for (int64_t p = 0; p < T * K; p++)
         if (ids[p] < 0 || ids[p] >= E) return BAD_EXPERT_ID;
-    const Experts layer = {
-        kernels(isa), E, K, {in_format, F, D, in_group}, {out_format, D, F, out_group}, table, table + E,
-        table + 2 * E};
-    // Scratch stays below 128 MiB; parts of a batch do not change a token's bits.
-    const int64_t per_token = K * (8 * padded(F) + 4 * padded(D)) + 4 * D,
-                  most = std::max<int64_t>(64, (128 << 20) / per_token);
-    const int64_t bytes = D * (dtype == FLOAT ? 4 : 2);
-    for (int64_t t = 0; t < T; t += most) {
-        const int failed = run(layer, dtype, threads, std::min(most, T - t), static_cast<const uint8_t*>(x) + t * bytes,
-                               ids + t * K, weights + t * K, static_cast<uint8_t*>(y) + t * bytes);
-        if (failed) return failed;
+    const Layout in = {in_format, F, D, in_group};
+    const Layout out = {out_format, D, F, out_group};
+    const Experts layer = {kernels(isa), E, K, in, out, table, table + E, table + 2 * E};
+    const int64_t scratch_per_token = K * (8 * padded(F) + 4 * padded(D)) + 4 * D;
+    const int64_t part = std::max<int64_t>(MIN_PART, MAX_SCRATCH / scratch_per_token);
+    const int64_t token_bytes = D * dtype_bytes(dtype);
+    for (int64_t t = 0; t < T; t += part) {
+        const uint8_t* part_x = static_cast<const uint8_t*>(x) + t * token_bytes;
+        uint8_t* part_y = static_cast<uint8_t*>(y) + t * token_bytes;
+        const int error =
+            run_experts(layer, dtype, threads, std::min(part, T - t), part_x, ids + t * K, weights + t * K, part_y);
+        if (error) return error;
     }
     return NO_ERROR;
 }

@@ -1,5 +1,5 @@
-// One call for the tokens of some requests, one of each or many: from rows or token ids through all layers and the norm after
-// them, and to the logits of those that want them, by one team of threads.
+// The fused forward: from hidden states or token ids through all layers and the norm after them, and to the logits of the
+// tokens that get some, by one team of threads. Decode tokens of many sequences and prefill chunks come in one batch.
 #include "forward_attention.h"
 #include "forward_feed_forward.h"
 #include "forward_head.h"
@@ -7,93 +7,99 @@
 namespace soli {
 namespace {
 
-void start_row(const ForwardPass& pass, int64_t pairs, int64_t t) {
-    const ForwardArgs& call = pass.call;
-    call.x.copy((call.token_ids ? call.token_ids[t] : t) * call.D, call.D, pass.x + t * call.D);
+// Row t of the residual stream, and the cosines and sines of its rotary pairs.
+void embed_token(const ForwardState& state, int64_t pairs, int64_t t) {
+    const ForwardArgs& args = state.args;
+    args.x.copy((args.token_ids ? args.token_ids[t] : t) * args.D, args.D, state.x + t * args.D);
     for (int64_t i = 0; i < pairs; i++) {
-        const float angle = static_cast<float>(call.positions[t]) * call.frequencies[i];
-        pass.cos[t * pairs + i] = std::cos(angle) * static_cast<float>(call.cos_sin_scale);
-        pass.sin[t * pairs + i] = std::sin(angle) * static_cast<float>(call.cos_sin_scale);
+        const float angle = static_cast<float>(args.positions[t]) * args.frequencies[i];
+        state.cos[t * pairs + i] = std::cos(angle) * static_cast<float>(args.cos_sin_scale);
+        state.sin[t * pairs + i] = std::sin(angle) * static_cast<float>(args.cos_sin_scale);
     }
 }
 
-void finish_row(const ForwardPass& pass, int64_t t) {
-    float* row = pass.x + t * pass.call.D;
-    normed(pass.call.norm, row, pass.call.D, row);
-    write_out(row, pass.call.D, pass.call.y, t * pass.call.D, pass.call.dtype);
+void store_final_norm(const ForwardState& state, int64_t t) {
+    const ForwardArgs& args = state.args;
+    float* x = state.x + t * args.D;
+    rms_norm(args.norm, x, args.D, x);
+    store_as(args.dtype, x, args.D, args.y, t * args.D);
 }
 
-// The decisions of the next layer that has a router.
-Routings after(const Routings& now, const Router& router, int64_t T) {
-    const int64_t E = T * router.E(), K = E ? T * router.K : 0, G = E ? T * router.G : 0;
-    return {now.ids + K, now.weights + K, now.scores + E, now.biased + E, now.groups + G};
+// Where the decisions after this router's are stored; a dense layer has none.
+Routings next_routings(const Routings& current, const Router& router, int64_t T) {
+    const int64_t scores = T * router.E();
+    const int64_t ids = scores ? T * router.K : 0;
+    const int64_t groups = scores ? T * router.G : 0;
+    return {current.ids + ids, current.weights + ids, current.scores + scores, current.biased + scores,
+            current.groups + groups};
 }
 
-// Where each row's latent is kept; false when a slot lies in no page, or the chunks are not the rows after the singles.
-bool find_slots(const ForwardArgs& call, int64_t* slots) {
-    if (!readable(call.block_table, call.blocks_per_sequence, call.lengths, call.num_decode_tokens, call.block_count,
-                  call.block_size))
-        return false;
-    for (int64_t t = 0; t < call.num_decode_tokens; t++) {
-        const int64_t place = call.lengths[t] - 1;
-        slots[t] = call.block_table[t * call.blocks_per_sequence + place / call.block_size] * call.block_size +
-                   place % call.block_size;
+// The slot that each token's latent is written to; false when a slot is outside the KV blocks, or the chunks are not the
+// tokens after the decode tokens.
+bool assign_slots(const ForwardArgs& args, int64_t* slots) {
+    const int64_t W = args.blocks_per_sequence;
+    const int64_t S = args.block_size;
+    if (!all_slots_exist(args.block_table, W, args.lengths, args.num_decode_tokens, args.block_count, S)) return false;
+    for (int64_t t = 0; t < args.num_decode_tokens; t++) {
+        const int64_t position = args.lengths[t] - 1;
+        slots[t] = args.block_table[t * W + position / S] * S + position % S;
     }
-    int64_t t = call.num_decode_tokens;
-    for (const PrefillChunk* chunk = call.chunks; chunk < call.chunks + call.chunk_count; chunk++) {
-        if (chunk->start != t || chunk->stop <= t || chunk->stop > call.T || chunk->first_position < 0) return false;
-        const int64_t places = chunk->first_position + chunk->stop - t;
-        for (int64_t i = 0; i < places; i++)
-            if (chunk->slots[i] < 0 || chunk->slots[i] >= call.block_count * call.block_size) return false;
+    int64_t t = args.num_decode_tokens;
+    for (const PrefillChunk* chunk = args.chunks; chunk < args.chunks + args.chunk_count; chunk++) {
+        if (chunk->start != t || chunk->stop <= t || chunk->stop > args.T || chunk->first_position < 0) return false;
+        const int64_t positions = chunk->first_position + chunk->stop - t;
+        for (int64_t i = 0; i < positions; i++)
+            if (chunk->slots[i] < 0 || chunk->slots[i] >= args.block_count * S) return false;
         for (; t < chunk->stop; t++) slots[t] = chunk->slots[chunk->first_position + t - chunk->start];
     }
-    return t == call.T;
+    return t == args.T;
 }
 
-size_t most_used(const ForwardPass& pass) {
-    size_t most = HeadStep(pass, {nullptr}).used;
-    for (const Layer* layer = pass.call.layers; layer < pass.call.layers + pass.call.layer_count; layer++)
-        most = std::max({most, AttentionStep(pass, layer->attention, nullptr, {nullptr}).used,
-                         FeedForwardStep(pass, layer->feed_forward, {}, nullptr, {nullptr}).used});
-    return most;
+// Bytes that the arena needs: of the step that takes most.
+size_t arena_bytes(const ForwardState& state) {
+    size_t bytes = HeadStep(state, {nullptr}).used;
+    for (const Layer* layer = state.args.layers; layer < state.args.layers + state.args.layer_count; layer++)
+        bytes = std::max({bytes, AttentionStep(state, layer->attention, nullptr, {nullptr}).used,
+                          FeedForwardStep(state, layer->feed_forward, {}, nullptr, {nullptr}).used});
+    return bytes;
 }
 
 }  // namespace
 
-// Writes the rows' latents into the pages, the routers' decisions, and y. Returns 0; 2 when there is no memory for the
-// scratch; 3 when a row has a slot that lies in no page; 4 for more rows than MAX_TOKENS; 5 for a word that does not exist.
-extern "C" int soli_forward(const ForwardArgs* given) {
+// Writes the tokens' latents into the KV blocks, the routers' decisions, y and the logits. Returns an ErrorCode.
+extern "C" int soli_forward(const ForwardArgs* arguments) {
     static thread_local Scratch scratch;
-    const ForwardArgs& call = *given;
+    const ForwardArgs& args = *arguments;
     int64_t slots[MAX_TOKENS];
-    if (call.T > MAX_TOKENS) return TOO_MANY_TOKENS;
-    if (!find_slots(call, slots)) return BAD_SLOT;
-    for (int64_t t = 0; t < call.T && call.token_ids; t++)
-        if (call.token_ids[t] < 0 || call.token_ids[t] >= call.vocab_size) return BAD_TOKEN_ID;
-    const int64_t pairs = call.layer_count ? call.layers->attention.R / 2 : 0;
-    ForwardPass pass = {call, kernels(call.isa), nullptr, nullptr, nullptr, slots};
-    const size_t used = most_used(pass), rows = Scratch::bytes<float>(call.T * call.D),
-                 turns = Scratch::bytes<float>(call.T * pairs);
-    if (!scratch.reserve(rows + 2 * turns + used)) return NO_MEMORY;
-    pass.x = scratch.take<float>(call.T * call.D);
-    pass.cos = scratch.take<float>(call.T * pairs), pass.sin = scratch.take<float>(call.T * pairs);
-    const Area area = {scratch.take<uint8_t>(used)};
-#pragma omp parallel num_threads(call.threads) if (call.threads > 1)
+    if (args.T > MAX_TOKENS) return TOO_MANY_TOKENS;
+    if (!assign_slots(args, slots)) return BAD_SLOT;
+    for (int64_t t = 0; t < args.T && args.token_ids; t++)
+        if (args.token_ids[t] < 0 || args.token_ids[t] >= args.vocab_size) return BAD_TOKEN_ID;
+    const int64_t pairs = args.layer_count ? args.layers->attention.R / 2 : 0;
+    ForwardState state = {args, kernels(args.isa), nullptr, nullptr, nullptr, slots};
+    const size_t step_bytes = arena_bytes(state);
+    const size_t x_bytes = Scratch::bytes<float>(args.T * args.D);
+    const size_t rope_bytes = Scratch::bytes<float>(args.T * pairs);
+    if (!scratch.reserve(x_bytes + 2 * rope_bytes + step_bytes)) return NO_MEMORY;
+    state.x = scratch.take<float>(args.T * args.D);
+    state.cos = scratch.take<float>(args.T * pairs);
+    state.sin = scratch.take<float>(args.T * pairs);
+    const Arena arena = {scratch.take<uint8_t>(step_bytes)};
+#pragma omp parallel num_threads(args.threads) if (args.threads > 1)
     {
 #pragma omp for
-        for (int64_t t = 0; t < call.T; t++) start_row(pass, pairs, t);
-        Routings decisions = call.routings;
-        for (int64_t i = 0; i < call.layer_count; i++) {
-            const Layer& layer = call.layers[i];
-            AttentionStep(pass, layer.attention, call.kv_blocks[i], area).run();
-            FeedForwardStep(pass, layer.feed_forward, decisions, call.masked_experts ? call.masked_experts[i] : nullptr,
-                            area)
-                .run();
-            decisions = after(decisions, layer.feed_forward.router, call.T);
+        for (int64_t t = 0; t < args.T; t++) embed_token(state, pairs, t);
+        Routings routings = args.routings;
+        for (int64_t i = 0; i < args.layer_count; i++) {
+            const Layer& layer = args.layers[i];
+            const uint8_t* masked_experts = args.masked_experts ? args.masked_experts[i] : nullptr;
+            AttentionStep(state, layer.attention, args.kv_blocks[i], arena).run();
+            FeedForwardStep(state, layer.feed_forward, routings, masked_experts, arena).run();
+            routings = next_routings(routings, layer.feed_forward.router, args.T);
         }
 #pragma omp for
-        for (int64_t t = 0; t < call.T; t++) finish_row(pass, t);
-        if (call.logit_count) HeadStep(pass, area).run();
+        for (int64_t t = 0; t < args.T; t++) store_final_norm(state, t);
+        if (args.logit_count) HeadStep(state, arena).run();
     }
     return NO_ERROR;
 }

@@ -1,13 +1,12 @@
-// One pass of T rows, a token each, through a run of layers: what Python hands over, and what the steps share.
+// What the steps of the fused forward share: T tokens through all layers by one team of threads.
 //
-// Each struct from Vector to Call has the same fields in src/soli/kernels/cpu/fused.py. Weights stay where they are, in any
-// format; between products everything is float32: rows are rounded only into the tokens of a bfloat16 product, into the
-// cache, and on leaving. Every thread of the team runs every step and shares its loops; a step's buffers lie in one area
-// that each thread lays out for itself, at the same addresses. What is small is done by every thread for itself where
-// there are fewer rows than threads, and loops are shared out beforehand: both take less time than waiting for each other.
+// Weights stay in place, in any format. Between products everything is float32: numbers are rounded only as inputs of a
+// bfloat16 product, into the cache and in the result. Every thread of the team runs every step and takes its share of the
+// step's loops; a step's buffers are in one arena, which each thread lays out for itself, at the same addresses. Where
+// there are fewer tokens than threads, every thread does what is small for itself, and loops have static schedules: both
+// take less time than a barrier or a shared counter.
 //
-// Shapes: T rows, D hidden, H heads, N nope, R rotary and V value width, C latent, X = C + R, L query latent, E experts,
-// K chosen, G groups, F width of a feed-forward network, W words of the vocabulary.
+// Shapes: see forward_args.h.
 #pragma once
 #ifdef _OPENMP
 #include <omp.h>
@@ -15,55 +14,59 @@
 
 #include "experts.h"
 #include "forward_args.h"
-#include "latents.h"
+#include "latent_attention.h"
 
 namespace soli {
-
 namespace {
 
 // Memory handed out in order; without a base it only counts.
-struct Area {
+struct Arena {
     uint8_t* base;
     size_t used = 0;
 
     template <class V>
     V* take(int64_t count) {
-        V* part = reinterpret_cast<V*>(base + used);
+        V* values = reinterpret_cast<V*>(base + used);
         used += Scratch::bytes<V>(count);
-        return part;
+        return values;
     }
 };
 
 // What all layers share.
-struct ForwardPass {
-    const ForwardArgs& call;
+struct ForwardState {
+    const ForwardArgs& args;
     const Kernels& isa;
-    float *x, *cos, *sin;  // (T, D) the rows between layers; (T, R / 2)
-    int64_t* slots;        // (T) of the flattened pages: where each row's latent is kept
+    float* x;          // (T, D) the residual stream
+    float *cos, *sin;  // (T, R / 2)
+    int64_t* slots;    // (T) slot of the flattened KV blocks that each token's latent is written to
 
-    bool alone() const { return call.T < call.threads; }  // every thread does what is small for itself
+    // Whether every thread does the small steps for itself, with buffers of its own.
+    bool replicates_small_steps() const { return args.T < args.threads; }
 
-    // Memory for what each_row makes: of its own for every thread that works alone.
+    // Memory for the results of for_each_token.
     template <class V>
-    V* made(Area& area, int64_t count) const {
-        return alone() ? own<V>(area, count) : area.take<V>(count);
+    V* take_for_tokens(Arena& arena, int64_t count) const {
+        return replicates_small_steps() ? take_per_thread<V>(arena, count) : arena.take<V>(count);
+    }
+    void take_for_tokens(Arena& arena, Activations& activations, int64_t count) const {
+        activations.data = take_for_tokens<uint8_t>(arena, activations.bytes(count));
     }
 
-    // Memory of its own for every thread.
+    // Memory that each thread has for itself.
     template <class V>
-    V* own(Area& area, int64_t count) const {
-        const int64_t each = Scratch::bytes<V>(count) / sizeof(V);
-        return area.take<V>(each * call.threads) + each * thread();
+    V* take_per_thread(Arena& arena, int64_t count) const {
+        const int64_t per_thread = Scratch::bytes<V>(count) / sizeof(V);
+        return arena.take<V>(per_thread * args.threads) + per_thread * thread();
     }
 
-    // Calls run(t) for each row; then all rows are done, as far as this thread can see.
+    // Calls run(t) for each token; afterwards this thread sees the results of all.
     template <class Run>
-    void each_row(Run run) const {
-        if (alone()) {
-            for (int64_t t = 0; t < call.T; t++) run(t);
+    void for_each_token(Run run) const {
+        if (replicates_small_steps()) {
+            for (int64_t t = 0; t < args.T; t++) run(t);
         } else {
 #pragma omp for
-            for (int64_t t = 0; t < call.T; t++) run(t);
+            for (int64_t t = 0; t < args.T; t++) run(t);
         }
     }
 
@@ -75,46 +78,49 @@ struct ForwardPass {
 #endif
     }
 
-    Tokens tokens(const Weight& weight) const { return Tokens(isa, weight.layout, call.dtype); }
+    Activations activations(const Weight& weight) const { return Activations(isa, weight.layout, args.dtype); }
 };
 
-inline void take(Area& area, Tokens& tokens, int64_t count) { tokens.data = area.take<uint8_t>(tokens.bytes(count)); }
-
-inline void take_made(const ForwardPass& pass, Area& area, Tokens& tokens, int64_t count) {
-    tokens.data = pass.made<uint8_t>(area, tokens.bytes(count));
+inline void take(Arena& arena, Activations& activations, int64_t count) {
+    activations.data = arena.take<uint8_t>(activations.bytes(count));
 }
 
-// y = x / sqrt(mean(x^2) + eps) * weight. Sixteen sums, so that the compiler may add side by side.
-inline void normed(const Norm& norm, const float* x, int64_t n, float* y) {
-    float lanes[16] = {}, sum = 0;
+// y = x / sqrt(mean(x^2) + eps) * weight. Sixteen partial sums, so that the compiler may use vectors.
+inline void rms_norm(const Norm& norm, const float* x, int64_t n, float* y) {
+    float lanes[16] = {};
+    float sum = 0;
     int64_t i = 0;
     for (; i + 16 <= n; i += 16)
         for (int64_t j = 0; j < 16; j++) lanes[j] += x[i + j] * x[i + j];
     for (; i < n; i++) lanes[0] += x[i] * x[i];
     for (float lane : lanes) sum += lane;
     const float factor = 1.0f / std::sqrt(sum / static_cast<float>(n) + static_cast<float>(norm.eps));
-    if (norm.weight.dtype == FLOAT) {
+    if (norm.weight.dtype == FLOAT32) {
         const float* weight = static_cast<const float*>(norm.weight.data);
         for (i = 0; i < n; i++) y[i] = x[i] * factor * weight[i];
     } else {
         const uint16_t* weight = static_cast<const uint16_t*>(norm.weight.data);
-        for (i = 0; i < n; i++) y[i] = x[i] * factor * widened(weight[i]);
+        for (i = 0; i < n; i++) y[i] = x[i] * factor * float_from_bf16(weight[i]);
     }
 }
 
-// Calls run(first, count) for each portion of T rows that a product takes at once.
+// Calls run(first, count) for each block of T tokens.
 template <class Run>
-void portions(int64_t T, Run run) {
-    for (int64_t t = 0; t < T; t += TOKENS) run(t, std::min(TOKENS, T - t));
+void for_each_token_block(int64_t T, Run run) {
+    for (int64_t t = 0; t < T; t += TOKEN_BLOCK) run(t, std::min(TOKEN_BLOCK, T - t));
 }
 
-inline int64_t blocks(int64_t rows) { return (rows + ROWS - 1) / ROWS; }
+inline int64_t row_blocks(int64_t rows) { return (rows + ROW_BLOCK - 1) / ROW_BLOCK; }
 
-// Rows of one block of a matrix for all T tokens: y (T, O).
-inline void product(const Weight& weight, const Tokens& tokens, int64_t T, int64_t block, const Vector& bias,
-                    float* y) {
-    const int64_t O = weight.layout.O, row = block * ROWS, rows = std::min(ROWS, O - row);
-    portions(T, [&](int64_t t, int64_t count) { tokens.dots(weight.matrix, row, rows, t, count, y + t * O + row, O); });
+// Block `block` of the rows of y (T, O) = weight x + bias.
+inline void multiply_row_block(const Weight& weight, const Activations& x, int64_t T, int64_t block, const Vector& bias,
+                               float* y) {
+    const int64_t O = weight.layout.O;
+    const int64_t row = block * ROW_BLOCK;
+    const int64_t rows = std::min(ROW_BLOCK, O - row);
+    for_each_token_block(T, [&](int64_t t, int64_t count) {
+        x.multiply(weight.matrix, row, rows, t, count, y + t * O + row, O);
+    });
     for (int64_t t = 0; t < T && bias.data; t++)
         for (int64_t r = row; r < row + rows; r++) y[t * O + r] += bias[r];
 }

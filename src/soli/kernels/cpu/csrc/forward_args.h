@@ -19,13 +19,14 @@ struct Vector {
     int64_t dtype;
 
     float operator[](int64_t i) const {
-        return dtype == FLOAT ? static_cast<const float*>(data)[i] : widened(static_cast<const uint16_t*>(data)[i]);
+        return dtype == FLOAT32 ? static_cast<const float*>(data)[i]
+                                : float_from_bf16(static_cast<const uint16_t*>(data)[i]);
     }
     // n numbers from `at` on.
     void copy(int64_t at, int64_t n, float* to) const {
-        if (dtype == FLOAT) std::copy_n(static_cast<const float*>(data) + at, n, to);
+        if (dtype == FLOAT32) std::copy_n(static_cast<const float*>(data) + at, n, to);
         else
-            for (int64_t i = 0; i < n; i++) to[i] = widened(static_cast<const uint16_t*>(data)[at + i]);
+            for (int64_t i = 0; i < n; i++) to[i] = float_from_bf16(static_cast<const uint16_t*>(data)[at + i]);
     }
 };
 

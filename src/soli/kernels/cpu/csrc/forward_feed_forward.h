@@ -1,125 +1,163 @@
-// The feed-forward part of one layer for T rows: x += network(norm x), a dense network or routed and shared experts
-// (equation 12). What every row goes through is one expert that all rows chose with weight one.
+// The feed-forward network of one layer for T tokens: x += network(norm x), a dense network, or routed and shared experts
+// (equation 12). The dense network and the shared experts are one expert that all tokens chose with weight one.
+//
+// Shapes: T tokens, D hidden, E experts, F width, K chosen, P = T * K pairs of token and expert.
 #pragma once
 #include "forward_router.h"
 
 namespace soli {
 namespace {
 
-constexpr int64_t CROWD = 64;  // rows beyond which routing is worth sharing out
+constexpr int64_t ROUTE_ALONE = 64;  // tokens up to which one thread routes all
 
 class FeedForwardStep {
 public:
-    FeedForwardStep(const ForwardPass& pass, const FeedForward& f, const Routings& decisions, const uint8_t* muted,
-                    Area area)
-        : pass(pass),
-          call(pass.call),
+    FeedForwardStep(const ForwardState& state, const FeedForward& f, const Routings& routings,
+                    const uint8_t* masked_experts, Arena arena)
+        : state(state),
+          args(state.args),
           f(f),
-          decisions(decisions),
-          muted(muted),
-          T(call.T),
+          routings(routings),
+          masked_experts(masked_experts),
+          T(args.T),
           E(f.router.E()),
           P(E ? T * f.router.K : 0),
-          all{pass.isa, 1, 1, f.gate.layout, f.down.layout, &f.gate.matrix, &f.up.matrix, &f.down.matrix},
-          some{pass.isa, E, f.router.K, f.expert_in, f.expert_out, f.experts, f.experts + E, f.experts + 2 * E},
-          router_in(pass.isa, f.router.weight.layout, FLOAT),
-          all_in(pass.isa, all.in, call.dtype),
-          all_out(pass.isa, all.out, call.dtype),
-          row_in(pass.isa, some.in, call.dtype),
-          some_in(row_in),
-          some_out(pass.isa, some.out, call.dtype),
-          everyone(area, 1, T),
-          pairs(area, E, P) {
-        take_made(pass, area, router_in, T), take_made(pass, area, all_in, T), take_made(pass, area, row_in, T);
-        take(area, all_out, T), take(area, some_in, P), take(area, some_out, P);
-        row = pass.own<float>(area, call.D), logits = area.take<float>(T * E), experts = area.take<int64_t>(1);
-        all_hidden = area.take<float>(T * all.in.O), some_hidden = area.take<float>(P * some.in.O);
-        used = area.used;
+          shared{state.isa, 1, 1, f.gate.layout, f.down.layout, &f.gate.matrix, &f.up.matrix, &f.down.matrix},
+          routed{state.isa, E, f.router.K, f.expert_in, f.expert_out, f.experts, f.experts + E, f.experts + 2 * E},
+          router_input(state.isa, f.router.weight.layout, FLOAT32),
+          shared_input(state.isa, shared.in, args.dtype),
+          shared_hidden(state.isa, shared.out, args.dtype),
+          expert_input(state.isa, routed.in, args.dtype),
+          routed_input(expert_input),
+          routed_hidden(state.isa, routed.out, args.dtype),
+          shared_pairs(arena, 1, T),
+          routed_pairs(arena, E, P) {
+        state.take_for_tokens(arena, router_input, T);
+        state.take_for_tokens(arena, shared_input, T);
+        state.take_for_tokens(arena, expert_input, T);
+        take(arena, shared_hidden, T);
+        take(arena, routed_input, P);
+        take(arena, routed_hidden, P);
+        normed = state.take_per_thread<float>(arena, args.D);
+        logits = arena.take<float>(T * E);
+        active_count = arena.take<int64_t>(1);
+        shared_values = arena.take<float>(T * shared.in.O);
+        routed_values = arena.take<float>(P * routed.in.O);
+        used = arena.used;
     }
 
     size_t used;
 
     void run() {
-        pass.each_row([&](int64_t t) { begin(t); });
-        const int64_t some_spans = spans(some.in.O);
+        state.for_each_token([&](int64_t t) { norm_input(t); });
+        // Without a barrier after it: the router does not read the shared experts' hidden rows.
 #pragma omp for schedule(static) nowait
-        for (int64_t i = 0; i < spans(all.in.O); i++) hidden(all, 0, all_in, 0, T, i, all_hidden, all_out);
+        for (int64_t i = 0; i < spans(shared.in.O); i++)
+            gate_up_span(shared, 0, shared_input, 0, T, i, shared_values, shared_hidden);
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < blocks(E); i++) product(f.router.weight, router_in, T, i, {}, logits);
-        if (T > CROWD) {
-#pragma omp for schedule(static)
-            for (int64_t t = 0; t < T; t++)
-                if (E) decide(f.router, logits + t * E, muted, t, decisions);
-#pragma omp single
-            sort();
-#pragma omp for schedule(static)
-            for (int64_t p = 0; p < P; p++) seat(p);
-        } else {
-#pragma omp single
-            choose();
-        }
-        everyone.experts = all.in.O > 0, pairs.experts = *experts;
-        const int64_t pieces = pairs.experts * some_spans, down = down_rows(call.D, T, P, pairs.experts, call.threads);
-#pragma omp for schedule(dynamic, at_once(pieces, T, 3 * call.threads))  // experts have different numbers of rows
-        for (int64_t i = 0; i < pieces; i++) {
-            const int64_t e = pairs.chosen[i / some_spans];
-            hidden(some, e, some_in, pairs.start[e], pairs.start[e + 1], i % some_spans, some_hidden, some_out);
-        }
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < call.D; row += down) {
-            for (int64_t i = 0; i < pairs.experts; i++)
-                add_rows(some, pairs.chosen[i], some_out, pairs, row, down, pass.x);
-            if (everyone.experts) add_rows(all, 0, all_out, everyone, row, down, pass.x);
-        }
+        for (int64_t i = 0; i < row_blocks(E); i++) multiply_row_block(f.router.weight, router_input, T, i, {}, logits);
+        route_tokens();
+        // `active_count` is written by one thread; the pairs' arrays are shared, these fields are not.
+        shared_pairs.active_count = shared.in.O > 0;
+        routed_pairs.active_count = *active_count;
+        gate_up_routed();
+        down_and_combine_all();
     }
 
 private:
-    // The row, normed, for the first products.
-    void begin(int64_t t) {
-        normed(f.norm, pass.x + t * call.D, call.D, row);
-        if (all.in.O) all_in.put(t, row, FLOAT);
-        if (E) router_in.put(t, row, FLOAT), row_in.put(t, row, FLOAT);
+    void norm_input(int64_t t) {
+        rms_norm(f.norm, state.x + t * args.D, args.D, normed);
+        if (shared.in.O) shared_input.pack(t, normed, FLOAT32);
+        if (E) {
+            router_input.pack(t, normed, FLOAT32);
+            expert_input.pack(t, normed, FLOAT32);
+        }
+    }
+
+    // Routes every token, and copies tokens into the order of their experts.
+    void route_tokens() {
+        if (T > ROUTE_ALONE) {
+#pragma omp for schedule(static)
+            for (int64_t t = 0; t < T; t++)
+                if (E) route(f.router, logits + t * E, masked_experts, t, routings);
+#pragma omp single
+            sort_pairs();
+#pragma omp for schedule(static)
+            for (int64_t p = 0; p < P; p++) copy_token(p);
+        } else {
+#pragma omp single
+            route_alone();
+        }
+    }
+
+    void route_alone() {
+        for (int64_t t = 0; t < T && E; t++) route(f.router, logits + t * E, masked_experts, t, routings);
+        sort_pairs();
+        for (int64_t p = 0; p < P; p++) copy_token(p);
+    }
+
+    void sort_pairs() {
+        shared_pairs.assign_all(T);
+        routed_pairs.sort_by_expert(E, f.router.K, P, routings.ids, routings.weights);
+        *active_count = routed_pairs.active_count;
+    }
+
+    void copy_token(int64_t p) {
+        const int64_t bytes = expert_input.token_bytes();
+        std::memcpy(routed_input.data + p * bytes, expert_input.data + routed_pairs.token[p] * bytes, bytes);
+    }
+
+    void gate_up_routed() {
+        const int64_t expert_spans = spans(routed.in.O);
+        const int64_t items = routed_pairs.active_count * expert_spans;
+        // Dynamic: experts have different numbers of tokens.
+#pragma omp for schedule(dynamic, omp_chunk(items, T, 3 * args.threads))
+        for (int64_t i = 0; i < items; i++) {
+            const int64_t e = routed_pairs.active[i / expert_spans];
+            gate_up_span(routed, e, routed_input, routed_pairs.start[e], routed_pairs.start[e + 1], i % expert_spans,
+                         routed_values, routed_hidden);
+        }
+    }
+
+    void down_and_combine_all() {
+        const int64_t rows = down_rows_per_item(args.D, T, P, routed_pairs.active_count, args.threads);
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < args.D; row += rows) {
+            for (int64_t i = 0; i < routed_pairs.active_count; i++)
+                down_and_combine(routed, routed_pairs.active[i], routed_hidden, routed_pairs, row, rows, state.x);
+            if (shared_pairs.active_count) down_and_combine(shared, 0, shared_hidden, shared_pairs, row, rows, state.x);
+        }
     }
 
     static int64_t spans(int64_t F) { return (F + STEP - 1) / STEP; }
 
-    // STEP hidden values of each pair of one expert, made and put ready for the down product.
-    void hidden(const Experts& layer, int64_t e, const Tokens& in, int64_t begin, int64_t end, int64_t span,
-                float* values, Tokens& out) {
-        const int64_t F = layer.in.O, first = span * STEP, last = std::min(F, first + STEP);
-        const int64_t most = end - begin < FEW ? STEP : ROWS;
-        for (int64_t at = first; at < last; at += most) hidden_rows(layer, e, in, begin, end, at, most, values);
-        for (int64_t p = begin; p < end; p++) out.put_part(p, first, values + p * F + first, last - first);
+    // STEP hidden values of each pair of one expert, computed and packed for the down product.
+    void gate_up_span(const Experts& layer, int64_t e, const Activations& in, int64_t begin, int64_t end, int64_t span,
+                      float* values, Activations& hidden) {
+        const int64_t F = layer.in.O;
+        const int64_t first = span * STEP;
+        const int64_t last = std::min(F, first + STEP);
+        const int64_t rows = end - begin < FEW_TOKENS ? STEP : ROW_BLOCK;
+        for (int64_t at = first; at < last; at += rows) gate_up(layer, e, in, begin, end, at, rows, values);
+        for (int64_t p = begin; p < end; p++) hidden.pack_part(p, first, values + p * F + first, last - first);
     }
 
-    // The routers' decisions, and the rows in the order of their experts.
-    void choose() {
-        for (int64_t t = 0; t < T && E; t++) decide(f.router, logits + t * E, muted, t, decisions);
-        sort();
-        for (int64_t p = 0; p < P; p++) seat(p);
-    }
-
-    void sort() {
-        everyone.everyone(T), pairs.sort(E, f.router.K, P, decisions.ids, decisions.weights);
-        *experts = pairs.experts;
-    }
-
-    void seat(int64_t p) {
-        const int64_t bytes = row_in.token_bytes();
-        std::memcpy(some_in.data + p * bytes, row_in.data + pairs.token[p] * bytes, bytes);
-    }
-
-    const ForwardPass& pass;
-    const ForwardArgs& call;
+    const ForwardState& state;
+    const ForwardArgs& args;
     const FeedForward& f;
-    const Routings& decisions;
-    const uint8_t* muted;
+    const Routings& routings;
+    const uint8_t* masked_experts;
     const int64_t T, E, P;
-    const Experts all, some;
-    Tokens router_in, all_in, all_out, row_in, some_in, some_out;
-    Pairs everyone, pairs;
-    float *row, *logits, *all_hidden, *some_hidden;
-    int64_t* experts;  // how many were chosen: `pairs` is each thread's own, its arrays are not
+    const Experts shared, routed;
+    Activations router_input, shared_input, shared_hidden;
+    Activations expert_input;  // in the order of tokens; then, in the order of experts,
+    Activations routed_input, routed_hidden;
+    ExpertPairs shared_pairs, routed_pairs;
+    float* normed;          // (D) of this thread
+    float* logits;          // (T, E)
+    float* shared_values;   // (T, F)
+    float* routed_values;   // (P, F)
+    int64_t* active_count;  // of routed_pairs
 };
 
 }  // namespace

@@ -1,4 +1,6 @@
-// From rows to logits: the head, for those rows that want them, after the last norm.
+// From hidden states to logits: the head, after the last norm, for the tokens that get logits.
+//
+// Shapes: T tokens, N of them with logits, D hidden, V vocabulary.
 #pragma once
 #include "forward.h"
 
@@ -7,37 +9,41 @@ namespace {
 
 class HeadStep {
 public:
-    HeadStep(const ForwardPass& pass, Area area) : call(pass.call), N(call.logit_count), in(pass.tokens(call.head)) {
-        take(area, in, N);
-        used = area.used;
+    HeadStep(const ForwardState& state, Arena arena)
+        : args(state.args),
+          N(args.logit_count),
+          V(args.vocab_size),
+          x(state.activations(args.head)) {
+        take(arena, x, N);
+        used = arena.used;
     }
 
     size_t used;
 
     void run() {
-        const int64_t size = call.dtype == FLOAT ? 4 : 2, pieces = blocks(call.vocab_size);
+        const int64_t token_bytes = args.D * dtype_bytes(args.dtype);
+        const int64_t items = row_blocks(V);
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < N; n++)
-            in.put(n, static_cast<const uint8_t*>(call.y) + call.logit_indices[n] * call.D * size, call.dtype);
-#pragma omp for schedule(dynamic, at_once(pieces, N, 8 * call.threads))
-        for (int64_t i = 0; i < pieces; i++) {
-            product(call.head, in, N, i, {}, call.logits);
-            if (call.dtype == HALF) round(i * ROWS, std::min(call.vocab_size, (i + 1) * ROWS));
+            x.pack(n, static_cast<const uint8_t*>(args.y) + args.logit_indices[n] * token_bytes, args.dtype);
+#pragma omp for schedule(dynamic, omp_chunk(items, N, 8 * args.threads))
+        for (int64_t item = 0; item < items; item++) {
+            multiply_row_block(args.head, x, N, item, {}, args.logits);
+            if (args.dtype == BFLOAT16) round_to_bf16(item * ROW_BLOCK, std::min(V, (item + 1) * ROW_BLOCK));
         }
     }
 
 private:
-    // The logits of some words, as a result of bfloat16 has them.
-    void round(int64_t first, int64_t last) {
+    // Logits first ... last - 1 of every token, as a bfloat16 product returns them.
+    void round_to_bf16(int64_t first, int64_t last) {
         for (int64_t n = 0; n < N; n++)
-            for (float* at = call.logits + n * call.vocab_size + first; at < call.logits + n * call.vocab_size + last;
-                 at++)
-                *at = widened(narrowed(*at));
+            for (float* logit = args.logits + n * V + first; logit < args.logits + n * V + last; logit++)
+                *logit = float_from_bf16(bf16_from_float(*logit));
     }
 
-    const ForwardArgs& call;
-    const int64_t N;
-    Tokens in;
+    const ForwardArgs& args;
+    const int64_t N, V;
+    Activations x;
 };
 
 }  // namespace

@@ -1,114 +1,135 @@
-// Attention of many tokens of one text, expanded (paper equations 5-11): keys and values are written out from the latents,
-// a block of slots at a time and one head after another, and all of the head's queries meet the block before the next.
+// Attention of many tokens of one sequence, expanded (paper equations 5-11): keys and values are computed from the latents,
+// a tile of slots at a time and one head after another, and all of the head's queries attend to the tile before the next.
 //
-// A running softmax takes the blocks in order (Latents::join), so a query has the same bits whatever part of the text is
-// read with it. Where the processor has bfloat16 products, keys and queries of bfloat16 rows are rounded to that.
+// A running softmax merges the tiles in order (merge_softmax), so a query has the same bits whatever part of the sequence
+// is read with it. Where the processor has bfloat16 products, keys and queries of a bfloat16 model are rounded to that.
+//
+// Shapes: see forward_args.h; Q prefill tokens, the last of the T; a key has N + R numbers.
 #pragma once
 #include "forward.h"
 
 namespace soli {
 namespace {
 
-constexpr int64_t QUERIES = 64;  // that meet a block together
+constexpr int64_t QUERY_TILE = 64;
 
-class PromptStep {
+class PrefillAttention {
 public:
-    // Queries of the rows from call.num_decode_tokens on, head by head: put() them, then run() the pieces in any order.
-    PromptStep(const ForwardPass& pass, const Attention& a, const void* pages, float* heads, Area& area)
-        : pass(pass),
-          call(pass.call),
+    // First pack_query() of each prefill token and head; then attend() to the items in any order.
+    PrefillAttention(const ForwardState& state, const Attention& a, const void* kv_blocks, float* heads, Arena& arena)
+        : state(state),
+          args(state.args),
           a(a),
-          R(call.T - call.num_decode_tokens),
-          W(a.N + a.R),
+          Q(args.T - args.num_decode_tokens),
+          key_width(a.N + a.R),
           C(a.C()),
           X(a.X()),
-          pages(pages),
+          kv_blocks(kv_blocks),
           heads(heads),
-          key{call.dtype == HALF && pass.isa.dots16[BF16] ? BF16 : FP32, BLOCK, W, 0},
-          queries(pass.isa, key, call.dtype),
-          latents(pass.tokens(a.kv_b)) {
-        if (!R) return;
-        // Few pieces are cut by queries too; each then writes out the keys for itself.
-        const int64_t pieces = a.H * call.chunk_count, wanted = 2 * call.threads;
-        parts = pieces >= wanted ? 1 : (wanted + pieces - 1) / pieces;
-        take(area, queries, R * a.H);
-        latents.data = pass.own<uint8_t>(area, latents.bytes(BLOCK));
-        keys = pass.own<float>(area, BLOCK * W), values = pass.own<float>(area, BLOCK * a.V);
-        narrow = pass.own<uint16_t>(area, key.format == BF16 ? BLOCK * W : 0);
-        sums = pass.own<float>(area, R * padded(a.V)), softs = pass.own<Soft>(area, R);
-        scores = pass.own<float>(area, QUERIES * BLOCK);
+          key_layout{args.dtype == BFLOAT16 && state.isa.matmul_bf16[BF16] ? BF16 : FP32, SLOT_TILE, key_width, 0},
+          queries(state.isa, key_layout, args.dtype),
+          latents(state.activations(a.kv_b)) {
+        if (!Q) return;
+        // Few items are cut by queries too; each then computes the keys for itself.
+        const int64_t head_items = a.H * args.chunk_count;
+        const int64_t enough_items = 2 * args.threads;
+        query_parts = head_items >= enough_items ? 1 : (enough_items + head_items - 1) / head_items;
+        take(arena, queries, Q * a.H);
+        latents.data = state.take_per_thread<uint8_t>(arena, latents.bytes(SLOT_TILE));
+        keys = state.take_per_thread<float>(arena, SLOT_TILE * key_width);
+        values = state.take_per_thread<float>(arena, SLOT_TILE * a.V);
+        bf16_keys = state.take_per_thread<uint16_t>(arena, key_layout.format == BF16 ? SLOT_TILE * key_width : 0);
+        outputs = state.take_per_thread<float>(arena, Q * padded(a.V));
+        softmax = state.take_per_thread<SoftmaxState>(arena, Q);
+        scores = state.take_per_thread<float>(arena, QUERY_TILE * SLOT_TILE);
     }
 
-    void put(int64_t t, int64_t head, const float* query) {
-        queries.put(head * R + t - call.num_decode_tokens, query, FLOAT);
+    void pack_query(int64_t t, int64_t head, const float* query) {
+        queries.pack(head * Q + t - args.num_decode_tokens, query, FLOAT32);
     }
 
-    int64_t pieces() const { return R ? call.chunk_count * parts * a.H : 0; }
+    int64_t items() const { return Q ? args.chunk_count * query_parts * a.H : 0; }
 
-    void run(int64_t piece) const {
-        const PrefillChunk& chunk = call.chunks[piece / a.H / parts];
-        const int64_t count = chunk.stop - chunk.start, span = (count + parts - 1) / parts, head = piece % a.H;
-        const int64_t begin = piece / a.H % parts * span, end = std::min(count, begin + span);
-        std::fill(sums, sums + std::max<int64_t>(0, end - begin) * padded(a.V), 0.0f);
-        for (int64_t at = 0; at < chunk.first_position + end && begin < end; at += BLOCK) {
-            const int64_t slots = std::min(BLOCK, chunk.first_position + end - at);
-            write_out_block(chunk.slots + at, slots, head);
-            for (int64_t i = begin; i < end; i += QUERIES) meet(chunk, head, begin, i, std::min(QUERIES, end - i), at);
+    // Work item: a chunk, a part of its queries and a head.
+    void attend(int64_t item) const {
+        const PrefillChunk& chunk = args.chunks[item / a.H / query_parts];
+        const int64_t head = item % a.H;
+        const int64_t count = chunk.stop - chunk.start;
+        const int64_t span = (count + query_parts - 1) / query_parts;
+        const int64_t begin = item / a.H % query_parts * span;
+        const int64_t end = std::min(count, begin + span);
+        std::fill(outputs, outputs + std::max<int64_t>(0, end - begin) * padded(a.V), 0.0f);
+        for (int64_t at = 0; at < chunk.first_position + end && begin < end; at += SLOT_TILE) {
+            const int64_t slots = std::min(SLOT_TILE, chunk.first_position + end - at);
+            expand_keys_values(chunk.slots + at, slots, head);
+            for (int64_t i = begin; i < end; i += QUERY_TILE)
+                attend_tile(chunk, head, begin, i, std::min(QUERY_TILE, end - i), at);
         }
         for (int64_t i = begin; i < end; i++) {
-            const float* from = sums + (i - begin) * padded(a.V);
+            const float* output = outputs + (i - begin) * padded(a.V);
             float* to = heads + ((chunk.start + i) * a.H + head) * a.V;
-            for (int64_t v = 0; v < a.V; v++) to[v] = from[v] / softs[i - begin].sum;
+            for (int64_t v = 0; v < a.V; v++) to[v] = output[v] / softmax[i - begin].sum;
         }
     }
 
 private:
-    // One head's keys and values of some slots.
-    void write_out_block(const int64_t* slots, int64_t count, int64_t head) const {
-        Tokens in = latents;
-        const int64_t size = call.dtype == FLOAT ? 4 : 2, row = head * (a.N + a.V);
+    // One head's keys and values of `count` slots: kv_b times their latents, and their rotary keys.
+    void expand_keys_values(const int64_t* slots, int64_t count, int64_t head) const {
+        Activations input = latents;
+        const int64_t slot_bytes = X * dtype_bytes(args.dtype);
+        const int64_t row = head * (a.N + a.V);
         for (int64_t i = 0; i < count; i++) {
-            const uint8_t* slot = static_cast<const uint8_t*>(pages) + slots[i] * X * size;
-            in.put(i, slot, call.dtype);
-            for (int64_t r = 0; r < a.R; r++) keys[i * W + a.N + r] = Vector{slot, call.dtype}[C + r];
+            const uint8_t* slot = static_cast<const uint8_t*>(kv_blocks) + slots[i] * slot_bytes;
+            input.pack(i, slot, args.dtype);
+            for (int64_t r = 0; r < a.R; r++) keys[i * key_width + a.N + r] = Vector{slot, args.dtype}[C + r];
         }
-        in.dots(a.kv_b.matrix, row, a.N, 0, count, keys, W);
-        in.dots(a.kv_b.matrix, row + a.N, a.V, 0, count, values, a.V);
-        for (int64_t i = 0; i < count * W && key.format == BF16; i++) narrow[i] = narrowed(keys[i]);
+        input.multiply(a.kv_b.matrix, row, a.N, 0, count, keys, key_width);
+        input.multiply(a.kv_b.matrix, row + a.N, a.V, 0, count, values, a.V);
+        for (int64_t i = 0; i < count * key_width && key_layout.format == BF16; i++)
+            bf16_keys[i] = bf16_from_float(keys[i]);
     }
 
-    // Queries i ... i + count of the chunk, of which `begin` is the piece's first, and the slots from `at` on.
-    void meet(const PrefillChunk& chunk, int64_t head, int64_t begin, int64_t i, int64_t count, int64_t at) const {
-        const auto seen = [&](int64_t query) { return std::min(BLOCK, chunk.first_position + query + 1 - at); };
-        const int64_t most = seen(i + count - 1), stride = padded(a.V);
-        if (most <= 0) return;
-        const Matrix matrix = {key.format == BF16 ? static_cast<const void*>(narrow) : keys, nullptr};
-        queries.dots(matrix, 0, most, head * R + chunk.start - call.num_decode_tokens + i, count, scores, BLOCK);
+    // Queries i ... i + count - 1 of the chunk, of which `begin` is the item's first, and the tile of slots from `at` on.
+    void attend_tile(const PrefillChunk& chunk, int64_t head, int64_t begin, int64_t i, int64_t count,
+                     int64_t at) const {
+        // Causal mask: how many slots of the tile a query attends to; zero or less for one before the tile.
+        const auto visible = [&](int64_t query) { return std::min(SLOT_TILE, chunk.first_position + query + 1 - at); };
+        const int64_t max_slots = visible(i + count - 1);
+        if (max_slots <= 0) return;
+        const int64_t stride = padded(a.V);
+        const int64_t first_query = head * Q + chunk.start - args.num_decode_tokens + i;
+        const Matrix key_matrix = {key_layout.format == BF16 ? static_cast<const void*>(bf16_keys) : keys, nullptr};
+        queries.multiply(key_matrix, 0, max_slots, first_query, count, scores, SLOT_TILE);
         for (int64_t n = 0; n < count; n++) {
-            const int64_t slots = std::max<int64_t>(0, seen(i + n)), place = i + n - begin;
-            float* share = scores + n * BLOCK;
-            std::fill(share + slots, share + most, 0.0f);
+            const int64_t slots = std::max<int64_t>(0, visible(i + n));
+            const int64_t query = i + n - begin;
+            float* exponentials = scores + n * SLOT_TILE;
+            std::fill(exponentials + slots, exponentials + max_slots, 0.0f);
             if (!slots) continue;
-            const Soft soft = pass.isa.soften(share, slots, static_cast<float>(a.scale));
-            if (at == 0) softs[place] = soft;
-            else join(soft, softs[place], share, slots, sums + place * stride, a.V);
+            const SoftmaxState tile = state.isa.exp_scores(exponentials, slots, static_cast<float>(a.scale));
+            if (at == 0) softmax[query] = tile;
+            else merge_softmax(tile, softmax[query], exponentials, slots, outputs + query * stride, a.V);
         }
-        const Rows rows = {{values, nullptr}, {FP32, BLOCK, a.V, 0}, 0, most};
-        pass.isa.mix[FP32](rows, a.V, scores, BLOCK, count, sums + (i - begin) * stride, stride);
+        const RowBlock value_rows = {{values, nullptr}, {FP32, SLOT_TILE, a.V, 0}, 0, max_slots};
+        state.isa.weighted_sum[FP32](value_rows, a.V, scores, SLOT_TILE, count, outputs + (i - begin) * stride, stride);
     }
 
-    const ForwardPass& pass;
-    const ForwardArgs& call;
+    const ForwardState& state;
+    const ForwardArgs& args;
     const Attention& a;
-    const int64_t R, W, C, X;
-    const void* pages;
+    const int64_t Q, key_width, C, X;
+    const void* kv_blocks;
     float* heads;  // (T, H, V)
-    const Layout key;
-    Tokens queries, latents;
-    int64_t parts = 1;
-    float *keys = nullptr, *values = nullptr, *sums = nullptr, *scores = nullptr;
-    uint16_t* narrow = nullptr;
-    Soft* softs = nullptr;
+    const Layout key_layout;
+    Activations queries;  // (H, Q)
+    Activations latents;  // (SLOT_TILE) of this thread, as all below
+    int64_t query_parts = 1;
+    float* keys = nullptr;            // (SLOT_TILE, N + R)
+    uint16_t* bf16_keys = nullptr;    // the same, where products are bfloat16
+    float* values = nullptr;          // (SLOT_TILE, V)
+    float* scores = nullptr;          // (QUERY_TILE, SLOT_TILE)
+    float* outputs = nullptr;         // (Q, padded(V))
+    SoftmaxState* softmax = nullptr;  // (Q)
 };
 
 }  // namespace

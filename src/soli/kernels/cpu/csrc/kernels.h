@@ -1,10 +1,12 @@
-// What the drivers (linear.cpp, experts.cpp) and the instruction sets (portable.cpp, avx2.cpp, avx512.cpp) agree on.
+// What the seams (linear.cpp, experts.cpp, latent_attention.cpp, forward.cpp) and the instruction sets (portable.cpp,
+// avx2.cpp, avx512.cpp, amx_*.cpp) agree on.
 //
 // Every output is one dot product of one weight row with one token, and each kernel adds its terms up in an order that
-// depends on the length of the row alone: never on how many tokens or rows are computed beside it. So a token gets the
-// same bits alone and in any company, and from any number of threads.
+// depends on the length of the row alone: never on how many tokens or rows are computed beside it. So results are
+// batch-invariant: a token has the same bits alone and in any batch, and with any number of threads.
 //
-// Names: O output features (rows of a weight), I input features, T tokens.
+// Names: O output features (rows of a weight), I input features, T tokens; t a token, r a row, k an input, n a token of a
+// tile, v a vector, g a quantization group.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -15,8 +17,10 @@
 
 namespace soli {
 
-enum Format { FP32, BF16, FP8, INT8, INT4, FORMATS };  // the order of FORMATS in native.py
-enum Dtype { FLOAT, HALF };                            // activations: float32, bfloat16
+enum Format { FP32, BF16, FP8, INT8, INT4, FORMATS };  // of weights: the order of FORMATS in native.py
+enum Dtype { FLOAT32, BFLOAT16 };                      // of activations: the order of DTYPES in native.py
+
+SOLI_INLINE int64_t dtype_bytes(int64_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
 // What a function of the library returns.
 enum ErrorCode {
@@ -28,17 +32,17 @@ enum ErrorCode {
     BAD_TOKEN_ID,     // a token id is not in the vocabulary
 };
 
-// One matrix as it lies in memory; `scale` is null for FP32 and BF16.
+// The addresses of one matrix; `scale` is null for FP32 and BF16.
 struct Matrix {
     const void* weight;
     const void* scale;
 };
 
-// Activations are padded with zeros to whole steps of the widest kernel, so that only weights have ragged ends.
+// Activations are padded with zeros to whole steps of the widest kernel, so only rows of weights end inside a step.
 constexpr int64_t STEP = 128;
 SOLI_INLINE int64_t padded(int64_t I) { return (I + STEP - 1) / STEP * STEP; }
 
-// What all matrices of a stack share.
+// What all matrices of a stack have in common.
 struct Layout {
     int64_t format, O, I, group;
 
@@ -48,18 +52,18 @@ struct Layout {
     }
     SOLI_INLINE int64_t scale_bytes() const {  // of one row (INT8, INT4) or of 128 rows (FP8)
         if (format == FP8) return 4 * ((I + 127) / 128);
-        return whole() ? 2 * (I / group) : 0;
+        return is_integer() ? 2 * (I / group) : 0;
     }
-    SOLI_INLINE bool whole() const { return format == INT8 || format == INT4; }  // weights are whole numbers
-    // Of one token for dots16: bfloat16 numbers; beside whole weights codes, four sums of 32 codes and a scale per STEP.
-    SOLI_INLINE int64_t token16_bytes() const {
+    SOLI_INLINE bool is_integer() const { return format == INT8 || format == INT4; }
+    // Of one token for matmul_bf16: bfloat16 numbers; beside integer weights an Int8Token (int8_tokens.h).
+    SOLI_INLINE int64_t bf16_token_bytes() const {
         const int64_t P = padded(I);
-        return whole() ? (P + P / 8 + P / 32 + 63) / 64 * 64 : 2 * P;
+        return is_integer() ? (P + P / 8 + P / 32 + 63) / 64 * 64 : 2 * P;
     }
 };
 
-// The rows first ... first + count of a matrix.
-struct Rows {
+// Rows first ... first + count - 1 of a matrix.
+struct RowBlock {
     Matrix matrix;
     Layout layout;
     int64_t first, count;
@@ -68,41 +72,43 @@ struct Rows {
         return static_cast<const uint8_t*>(matrix.weight) + (first + row) * layout.row_bytes();
     }
     SOLI_INLINE const uint8_t* scale(int64_t row) const {
-        const int64_t at = layout.format == FP8 ? (first + row) / 128 : first + row;
-        return static_cast<const uint8_t*>(matrix.scale) + at * layout.scale_bytes();
+        const int64_t scale_row = layout.format == FP8 ? (first + row) / 128 : first + row;
+        return static_cast<const uint8_t*>(matrix.scale) + scale_row * layout.scale_bytes();
     }
 };
 
-// Ask for a line that will be read soon. Into the second-level cache: Zen 4 then reads up to three times as fast as when it
-// has to make room in the first.
-SOLI_INLINE void ask(const uint8_t* line) { __builtin_prefetch(line, 0, 2); }
+// Prefetch a line into the second-level cache: Zen 4 then reads up to three times as fast as when it has to make room in
+// the first.
+SOLI_INLINE void prefetch_l2(const uint8_t* line) { __builtin_prefetch(line, 0, 2); }
 
-constexpr int64_t LEAST_AHEAD = 8192;  // bytes: what is asked for nearer than this comes late
+constexpr int64_t MIN_PREFETCH_DISTANCE = 8192;  // bytes; what is prefetched from nearer comes late
 
-// y[t * y_stride + r] = rows[r] . x[t], for `tokens` tokens and all rows; tokens are padded(I) floats or token16_bytes().
-using Dots32 = void (*)(const Rows& rows, const float* x, int64_t tokens, float* y, int64_t y_stride);
-using Dots16 = void (*)(const Rows& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride);
+// y[t * y_stride + r] = rows[r] . x[t] for `tokens` tokens and all rows; a token has padded(I) floats, or
+// bf16_token_bytes().
+using MatmulF32 = void (*)(const RowBlock& rows, const float* x, int64_t tokens, float* y, int64_t y_stride);
+using MatmulBf16 = void (*)(const RowBlock& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride);
 
-// y[t * y_stride + i] += sum over r of p[t * p_stride + r] * rows[r][i], for the first `columns` numbers of each row, row
+// y[t * y_stride + i] += sum over r of p[t * p_stride + r] * rows[r][i] for the first `columns` numbers of each row, row
 // after row; y has padded(columns) numbers per token.
-using Mix = void (*)(const Rows& rows, int64_t columns, const float* p, int64_t p_stride, int64_t tokens, float* y,
-                     int64_t y_stride);
+using WeightedSum = void (*)(const RowBlock& rows, int64_t columns, const float* p, int64_t p_stride, int64_t tokens,
+                             float* y, int64_t y_stride);
 
-// What a softmax over several parts must know of one part: its largest value, and the sum of the exponentials above it.
-struct Soft {
-    float most, sum;
+// Of a softmax over several blocks, what one block contributes: its largest value, and the sum of exp(value - max).
+struct SoftmaxState {
+    float max, sum;
 };
 
-// One instruction set. `dots16` is null where there is no bfloat16 product: bfloat16 tokens are then widened.
+// One instruction set. `matmul_bf16` is null where there is no bfloat16 product: bfloat16 tokens then become float32.
 struct Kernels {
     const char* name;
-    Dots32 dots32[FORMATS];
-    Dots16 dots16[FORMATS];
-    // STEP numbers, from `at` on, of a token as dots16 wants it.
-    void (*put16)(const Layout& layout, const uint16_t* x, uint8_t* token, int64_t at);
+    MatmulF32 matmul_f32[FORMATS];
+    MatmulBf16 matmul_bf16[FORMATS];
+    // STEP numbers of a bfloat16 token, from `at` on, as matmul_bf16 takes them.
+    void (*pack_token)(const Layout& layout, const uint16_t* x, uint8_t* token, int64_t at);
     void (*silu_mul)(const float* gate, const float* up, float* out, int64_t n);
-    Mix mix[FORMATS];
-    Soft (*soften)(float* values, int64_t n, float scale);  // in place: exp(scale * value - most)
+    WeightedSum weighted_sum[FORMATS];
+    // In place: exp(scale * value - max).
+    SoftmaxState (*exp_scores)(float* values, int64_t n, float scale);
 };
 
 extern const Kernels PORTABLE, AVX2, AVX512, AMX;
@@ -120,11 +126,12 @@ SOLI_INLINE uint32_t as_bits(float value) {
     return bits;
 }
 
-SOLI_INLINE float widened(uint16_t bfloat16) { return as_float(static_cast<uint32_t>(bfloat16) << 16); }
+SOLI_INLINE float float_from_bf16(uint16_t bf16) { return as_float(static_cast<uint32_t>(bf16) << 16); }
 
-// float32 to bfloat16, to nearest even; NaN stays NaN.
-SOLI_INLINE uint16_t narrowed(float value) {
-    const uint32_t bits = as_bits(value), rounded = bits + 0x7fff + (bits >> 16 & 1);
+// To nearest even; NaN stays NaN.
+SOLI_INLINE uint16_t bf16_from_float(float value) {
+    const uint32_t bits = as_bits(value);
+    const uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
     return static_cast<uint16_t>(value == value ? rounded >> 16 : bits >> 16 | 0x40);
 }
 

@@ -1,7 +1,7 @@
-// y = x W^T: the linear seam. Rows of W are shared out in small blocks; each block is read once for up to TOKENS tokens.
+// y = x W^T: the linear seam. A work item is a block of rows of W, which is read once for up to TOKEN_BLOCK tokens.
 #include <algorithm>
 
-#include "driver.h"
+#include "activations.h"
 
 namespace soli {
 
@@ -11,22 +11,22 @@ extern "C" int soli_linear(int64_t isa, int64_t format, int64_t O, int64_t I, in
     static thread_local Scratch scratch;
     const Layout layout = {format, O, I, group};
     const Matrix matrix = {weight, scale};
-    Tokens tokens(kernels(isa), layout, dtype);
+    Activations tokens(kernels(isa), layout, dtype);
     if (!scratch.reserve(tokens.bytes(T))) return NO_MEMORY;
     tokens.data = scratch.take<uint8_t>(tokens.bytes(T));
-    const int64_t size = dtype == FLOAT ? 4 : 2;
+    const int64_t x_bytes = I * dtype_bytes(dtype);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for
-        for (int64_t t = 0; t < T; t++) tokens.put(t, static_cast<const uint8_t*>(x) + t * I * size, dtype);
-#pragma omp for schedule(dynamic, at_once((O + ROWS - 1) / ROWS, T, 8 * threads))
-        for (int64_t row = 0; row < O; row += ROWS) {
-            alignas(64) float tile[TOKENS * ROWS];
-            const int64_t rows = std::min(ROWS, O - row);
-            for (int64_t t = 0; t < T; t += TOKENS) {
-                const int64_t count = std::min(TOKENS, T - t);
-                tokens.dots(matrix, row, rows, t, count, tile, ROWS);
-                for (int64_t i = 0; i < count; i++) write_out(tile + i * ROWS, rows, y, (t + i) * O + row, dtype);
+        for (int64_t t = 0; t < T; t++) tokens.pack(t, static_cast<const uint8_t*>(x) + t * x_bytes, dtype);
+#pragma omp for schedule(dynamic, omp_chunk((O + ROW_BLOCK - 1) / ROW_BLOCK, T, 8 * threads))
+        for (int64_t row = 0; row < O; row += ROW_BLOCK) {
+            alignas(64) float tile[TOKEN_BLOCK * ROW_BLOCK];
+            const int64_t rows = std::min(ROW_BLOCK, O - row);
+            for (int64_t t = 0; t < T; t += TOKEN_BLOCK) {
+                const int64_t count = std::min(TOKEN_BLOCK, T - t);
+                tokens.multiply(matrix, row, rows, t, count, tile, ROW_BLOCK);
+                for (int64_t i = 0; i < count; i++) store_as(dtype, tile + i * ROW_BLOCK, rows, y, (t + i) * O + row);
             }
         }
     }

@@ -1,4 +1,4 @@
-// The kernels for any machine: plain C++ on eight floats at a time, which every compiler turns into what it has.
+// The kernels for any machine: plain C++ on eight floats at a time, which a compiler maps to the vectors that it knows.
 #include "kernels.h"
 #include "scratch.h"
 
@@ -6,7 +6,9 @@ namespace soli {
 namespace {
 
 struct Vec {
-    static constexpr int WIDTH = 8, ROWS = 2, TOGETHER = 2;
+    static constexpr int WIDTH = 8;
+    static constexpr int ROWS = 2;         // of a register tile
+    static constexpr int TILE_TOKENS = 2;  // of a register tile with many tokens
     float lane[WIDTH];
 
     static Vec zero() { return {}; }
@@ -15,7 +17,7 @@ struct Vec {
         __builtin_memcpy(v.lane, from, sizeof v.lane);
         return v;
     }
-    static Vec all(float value) {
+    static Vec broadcast(float value) {
         Vec v;
         for (int i = 0; i < WIDTH; i++) v.lane[i] = value;
         return v;
@@ -34,8 +36,8 @@ struct Vec {
     }
 };
 
-#include "dots32.inc"
-#include "mix32.inc"
+#include "matmul_f32.inc"
+#include "weighted_sum_f32.inc"
 
 float float_at(const uint8_t* base, int64_t index) {
     float value;
@@ -43,18 +45,20 @@ float float_at(const uint8_t* base, int64_t index) {
     return value;
 }
 
-float half_at(const uint8_t* base, int64_t index) {
-    uint16_t half;
-    __builtin_memcpy(&half, base + 2 * index, 2);
-    const uint32_t sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu;
-    // The same trick as for E4M3: exponent and mantissa moved into place are 2^112 too small.
+float float_from_f16_at(const uint8_t* base, int64_t index) {
+    uint16_t f16;
+    __builtin_memcpy(&f16, base + 2 * index, 2);
+    const uint32_t sign = (f16 & 0x8000u) << 16;
+    const uint32_t magnitude = f16 & 0x7fffu;
+    // Shifted into float32's place, exponent and mantissa are 2^112 too small; 0x7c00 and more are infinity and NaN.
     const float value =
         magnitude >= 0x7c00 ? as_float(0x7f800000u | magnitude << 13) : as_float(magnitude << 13) * 0x1p112f;
     return as_float(as_bits(value) | sign);
 }
 
 struct Fp32 {
-    static constexpr int STEP = 8, BYTES = 4;
+    static constexpr int STEP = 8;
+    static constexpr int BYTES = 4;
     static void decode(const Row& row, int64_t k, Vec* out) {
         __builtin_memcpy(out->lane, row.weight + 4 * k, sizeof out->lane);
     }
@@ -62,43 +66,49 @@ struct Fp32 {
 };
 
 struct Bf16 {
-    static constexpr int STEP = 8, BYTES = 2;
+    static constexpr int STEP = 8;
+    static constexpr int BYTES = 2;
     static void decode(const Row& row, int64_t k, Vec* out) {
         uint16_t bits[STEP];
         __builtin_memcpy(bits, row.weight + 2 * k, sizeof bits);
-        for (int i = 0; i < STEP; i++) out->lane[i] = widened(bits[i]);
+        for (int i = 0; i < STEP; i++) out->lane[i] = float_from_bf16(bits[i]);
     }
     static void prefetch(const Row&, int64_t, int64_t) {}
 };
 
 struct Fp8 {
-    static constexpr int STEP = 8, BYTES = 1;
+    static constexpr int STEP = 8;
+    static constexpr int BYTES = 1;
     static void decode(const Row& row, int64_t k, Vec* out) {
         const float scale = float_at(row.scale, k / 128);
         for (int i = 0; i < STEP; i++) {
-            const uint32_t code = row.weight[k + i], magnitude = code & 127;
-            // The seven bits lie like the head of a float32 with another bias; below 8 they are a whole number of 2^-9.
+            const uint32_t e4m3 = row.weight[k + i];
+            const uint32_t magnitude = e4m3 & 127;
+            // E4M3 has the bit order of a float32 with another exponent bias; below 8 it is subnormal, in units of 2^-9.
             const float number = magnitude < 8 ? magnitude * 0x1p-9f : as_float((magnitude << 20) + (120u << 23));
             const float value = magnitude == 127 ? __builtin_nanf("") : number;
-            out->lane[i] = (code & 128 ? -value : value) * scale;
+            out->lane[i] = (e4m3 & 128 ? -value : value) * scale;
         }
     }
     static void prefetch(const Row&, int64_t, int64_t) {}
 };
 
 struct Int8 {
-    static constexpr int STEP = 8, BYTES = 1;
+    static constexpr int STEP = 8;
+    static constexpr int BYTES = 1;
     static void decode(const Row& row, int64_t k, Vec* out) {
-        const float scale = half_at(row.scale, k / row.group);
+        const float scale = float_from_f16_at(row.scale, k / row.group);
         for (int i = 0; i < STEP; i++) out->lane[i] = static_cast<int8_t>(row.weight[k + i]) * scale;
     }
     static void prefetch(const Row&, int64_t, int64_t) {}
 };
 
-struct Int4 {  // rows are whole runs of 32: nothing is ragged, and BYTES is never used
-    static constexpr int STEP = 32, BYTES = 1;
+// A run of 16 bytes holds 32 inputs: the low nibbles the first 16, the high nibbles the others (diagram: int8_tokens.h).
+struct Int4 {
+    static constexpr int STEP = 32;
+    static constexpr int BYTES = 1;  // not used: rows are a multiple of 32
     static void decode(const Row& row, int64_t k, Vec* out) {
-        const float scale = half_at(row.scale, k / row.group);
+        const float scale = float_from_f16_at(row.scale, k / row.group);
         const uint8_t* run = row.weight + k / 2;
         for (int i = 0; i < STEP / 2; i++) {
             out[i / 8].lane[i % 8] = ((run[i] & 15) - 8) * scale;
@@ -111,8 +121,14 @@ struct Int4 {  // rows are whole runs of 32: nothing is ragged, and BYTES is nev
 }  // namespace
 
 const Kernels PORTABLE = {
-    "portable", {dots32<Fp32>, dots32<Bf16>, dots32<Fp8>, dots32<Int8>, dots32<Int4>}, {},     nullptr,
-    silu_mul,   {mix32<Fp32>, mix32<Bf16>, mix32<Fp8>, mix32<Int8>, mix32<Int4>},      soften,
+    "portable",
+    {matmul_f32<Fp32>, matmul_f32<Bf16>, matmul_f32<Fp8>, matmul_f32<Int8>, matmul_f32<Int4>},
+    {},       // no bfloat16 products
+    nullptr,  // and no tokens packed for them
+    silu_mul,
+    {weighted_sum_f32<Fp32>, weighted_sum_f32<Bf16>, weighted_sum_f32<Fp8>, weighted_sum_f32<Int8>,
+     weighted_sum_f32<Int4>},
+    exp_scores,
 };
 
 }  // namespace soli

@@ -6,11 +6,11 @@
 namespace soli {
 namespace {  // one copy per file: a copy shared by all could be the one compiled for AVX-512
 
-// Kept, because a fresh large block would cost a page fault for every 4 KiB.
+// Reused, because a fresh large block would cost a page fault for every 4 KiB.
 class Scratch {
 public:
     ~Scratch() { std::free(base_); }
-    // Start over with room for `bytes`; null when there is no memory.
+    // Start over with `bytes` of memory; false when there is not so much.
     bool reserve(size_t bytes) {
         used_ = 0;
         if (bytes <= size_) return true;
@@ -20,12 +20,12 @@ public:
         if (!base_) size_ = 0;
         return base_ != nullptr;
     }
-    // The next `count` values, on a cache line of their own.
+    // The next `count` values, aligned to a cache line.
     template <class V>
     V* take(size_t count) {
-        V* part = reinterpret_cast<V*>(base_ + used_);
+        V* values = reinterpret_cast<V*>(base_ + used_);
         used_ += bytes<V>(count);
-        return part;
+        return values;
     }
     template <class V>
     static size_t bytes(size_t count) {
@@ -34,7 +34,8 @@ public:
 
 private:
     uint8_t* base_ = nullptr;
-    size_t size_ = 0, used_ = 0;
+    size_t size_ = 0;
+    size_t used_ = 0;
 };
 
 }  // namespace
