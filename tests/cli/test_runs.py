@@ -1,4 +1,4 @@
-"""`soli runs`: tables, JSON, the picture, and what it refuses."""
+"""`soli runs`: tables, JSON, the picture, and what it rejects."""
 
 import json
 
@@ -39,9 +39,9 @@ def test_compare(folder, capsys):
 
 def test_compare_as_json(folder, capsys):
     assert main(["runs", "compare", "a", "b", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["runs"] == ["runs/a", "runs/b"]
-    loss = found["points"][0]
+    comparison = json.loads(capsys.readouterr().out)
+    assert comparison["runs"] == ["runs/a", "runs/b"]
+    loss = comparison["points"][0]
     assert loss == {"measure": "loss", "tokens": 256, "values": [3.0, 3.25], "differences": [0.0, 0.25]}
 
 
@@ -57,5 +57,5 @@ def test_compare_as_json(folder, capsys):
 )
 def test_bad_input_is_one_sentence(folder, capsys, arguments, words):
     assert main(["runs", *arguments]) == 1
-    said = capsys.readouterr().err
-    assert words in said and said.startswith("soli: ") and said.count("\n") == 1
+    message = capsys.readouterr().err
+    assert words in message and message.startswith("soli: ") and message.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The order of the data depends on the seed and the position alone."""
+"""The order of the data depends only on the seed and the position."""
 
 import json
 
@@ -21,7 +21,7 @@ def packed(folder, count=1000, **meta):
 def test_any_split_of_positions_gives_the_same_windows(tmp_path):
     whole = Batches(packed(tmp_path), 16, 2, seed=3).take(0, 150)
     other = Batches(PackedTokens(tmp_path, "train"), 16, 2, seed=3)
-    assert torch.equal(whole[140:], other.take(140, 10))  # asked for first: nothing depends on what was read before
+    assert torch.equal(whole[140:], other.take(140, 10))  # read first: the order does not depend on earlier reads
     assert torch.equal(whole[:70], torch.cat([other.take(n, 7) for n in range(0, 70, 7)]))
 
 
@@ -41,7 +41,7 @@ def test_any_number_of_ranks_takes_the_same_windows(tmp_path, world):
     )
 
 
-def test_windows_are_runs_of_the_file_and_an_epoch_predicts_each_target_once(tmp_path):
+def test_windows_are_contiguous_in_the_file_and_an_epoch_predicts_each_target_once(tmp_path):
     batches = Batches(packed(tmp_path), 16, 2, seed=3)
     epoch = batches.take(0, batches.per_epoch)
     assert torch.equal(epoch, epoch[:, :1] + torch.arange(18))
@@ -64,7 +64,7 @@ def test_heldout_windows_are_spread_over_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("meta", "words"), [({"train_tokens": 5}, "meta.json has 5"), ({"dtype": "text"}, "cannot be read together")]
 )
-def test_files_that_disagree_are_refused(tmp_path, meta, words):
+def test_files_that_disagree_are_rejected(tmp_path, meta, words):
     with pytest.raises(SoliError, match=words):
         packed(tmp_path, **meta)
 

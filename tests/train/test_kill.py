@@ -1,6 +1,6 @@
-"""A run killed with SIGKILL, again and again, at moments that nobody chose, ends as one that was never stopped.
+"""A run killed with SIGKILL repeatedly, at random moments, ends as one that was never stopped.
 
-Each sitting is forked from a server that has torch and soli imported, so that dying costs little.
+Each session is forked from a server that has torch and soli imported, so that starting one is cheap.
 """
 
 import json
@@ -21,7 +21,7 @@ from soli.train.trainer import train
 from tests.train.toy import settings, write_data
 
 SERVER = multiprocessing.get_context("forkserver")
-MOST = 10**6  # steps: no sitting comes to this end
+MANY = 10**6  # steps: no session reaches this end
 RUN = {"save_every": 1, "device": "cpu"}
 
 
@@ -31,14 +31,14 @@ def recipe(steps: int) -> dict:
     return as_recipe(settings(run=RUN, eval=evaluation, schedule={"constant_tokens": 128 * steps}), {})
 
 
-def sit(steps: int, data: Path, run: Path) -> None:
-    """One sitting of a run, in a process of its own."""
-    torch.set_num_threads(1)  # bit for bit holds at one number of threads
+def train_session(steps: int, data: Path, run: Path) -> None:
+    """One session of a run, in a process of its own."""
+    torch.set_num_threads(1)  # results are bit-identical only at one number of threads
     train(prepare(read_settings(recipe(steps)), {}, data, run))
 
 
 def start(steps: int, data: Path, run: Path) -> multiprocessing.Process:
-    process = SERVER.Process(target=sit, args=(steps, data, run))
+    process = SERVER.Process(target=train_session, args=(steps, data, run))
     process.start()
     return process
 
@@ -49,17 +49,17 @@ def finish(steps: int, data: Path, run: Path) -> None:
     assert process.exitcode == 0
 
 
-def saved(run: Path) -> int:
-    """The step of the last whole checkpoint."""
-    found = checkpoints(run)
-    return int(found[-1].name.removeprefix("step-")) if found else 0
+def saved_step(run: Path) -> int:
+    """The step of the last complete checkpoint; 0 without one."""
+    saved = checkpoints(run)
+    return int(saved[-1].name.removeprefix("step-")) if saved else 0
 
 
 def kill(process: multiprocessing.Process, delay: float, run: Path, saving: bool) -> None:
-    """Kill after `delay` seconds; `saving`: then in the middle of a save, after one that this sitting finished."""
-    before = saved(run)
+    """Kill after `delay` seconds; `saving`: then during a save, after one that this session completed."""
+    before = saved_step(run)
     time.sleep(delay)
-    while saving and not (saved(run) > before and any((run / "checkpoints").glob(".step-*"))):
+    while saving and not (saved_step(run) > before and any((run / "checkpoints").glob(".step-*"))):
         time.sleep(0.0002)
         assert process.exitcode is None
     process.kill()
@@ -67,8 +67,8 @@ def kill(process: multiprocessing.Process, delay: float, run: Path, saving: bool
     assert process.exitcode == -signal.SIGKILL
 
 
-def told(run: Path) -> list[tuple[str, int, float]]:
-    """(kind, step, loss) of every line of metrics.jsonl but the last, which tells of the end."""
+def recorded(run: Path) -> list[tuple[str, int, float]]:
+    """(kind, step, loss) of every line of metrics.jsonl but the last, which records the end."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [(line["kind"], line["step"], line["loss"]) for line in lines[:-1]]
 
@@ -85,20 +85,21 @@ def test_a_run_killed_at_random_moments_ends_as_one_never_stopped(tmp_path, kill
     server_is_up = SERVER.Process()
     server_is_up.start()
     server_is_up.join()
-    began, process = time.monotonic(), start(MOST, data, cut)
+    start_time = time.monotonic()
+    process = start(MANY, data, cut)
     kill(process, 0, cut, saving=True)
-    longest, draw = 1.5 * (time.monotonic() - began), random.Random(kills)
+    longest, draw = 1.5 * (time.monotonic() - start_time), random.Random(kills)
     reached = []
     for n in range(1, kills):
-        kill(start(MOST, data, cut), draw.uniform(0, longest), cut, saving=n % 2 == 0)
-        reached.append(saved(cut))
-    assert reached == sorted(reached) and reached[-1] > 0  # no sitting lost what one before it had saved
+        kill(start(MANY, data, cut), draw.uniform(0, longest), cut, saving=n % 2 == 0)
+        reached.append(saved_step(cut))
+    assert reached == sorted(reached) and reached[-1] > 0  # no session lost what an earlier one had saved
     steps = reached[-1] + 3
     finish(steps, data, cut)
     finish(steps, data, whole)
     first, second = state(whole), state(cut)
     assert first.keys() == second.keys()
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
-    assert told(cut) == told(whole)
-    assert [step for kind, step, _ in told(cut) if kind == "step"] == list(range(1, steps + 1))
+    assert recorded(cut) == recorded(whole)
+    assert [step for kind, step, _ in recorded(cut) if kind == "step"] == list(range(1, steps + 1))
     assert not list((cut / "checkpoints").glob(".*"))

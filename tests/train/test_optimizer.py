@@ -1,4 +1,4 @@
-"""Which parameters decay, what Muon's update is, and that the state survives as named tensors."""
+"""Which parameters decay, what Muon's update is, and that the state round-trips as named tensors."""
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ def test_the_gradient_is_clipped_to_the_norm():
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_state_goes_through_named_tensors(name):
+def test_state_round_trips_through_named_tensors(name):
     model, optimizer = stepped(name)
     optimizer.step(0.01)
     other_model, other = stepped(name, seed=5)
@@ -85,20 +85,20 @@ def test_state_goes_through_named_tensors(name):
         assert torch.equal(a, b), key
 
 
-def test_state_of_another_model_is_refused_by_name():
+def test_state_of_another_model_is_rejected_by_name():
     _, optimizer = stepped("adamw")
     optimizer.step(0.01)
     state = optimizer.state()
-    gone = next(key for key in state if key.startswith("norm.weight"))
+    missing = next(key for key in state if key.startswith("norm.weight"))
     with pytest.raises(SoliError, match="ghost"):
-        stepped("adamw")[1].load_state({**state, "ghost|exp_avg": state[gone]})
+        stepped("adamw")[1].load_state({**state, "ghost|exp_avg": state[missing]})
     with pytest.raises(SoliError, match=r"nothing for norm\.weight"):
         stepped("adamw")[1].load_state({k: v for k, v in state.items() if not k.startswith("norm.weight|")})
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_moves_nothing(name, value):
+def test_a_gradient_that_is_not_finite_changes_nothing(name, value):
     model, optimizer = stepped(name)
     model.layers[1].mlp.experts.down_proj.grad[3, 0, 0] = value
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -108,7 +108,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(name, value):
     assert not optimizer.state()
 
 
-def test_finite_gradients_whose_norm_overflows_are_refused():
+def test_finite_gradients_whose_norm_overflows_are_rejected():
     model, optimizer = stepped("adamw")
     model.norm.weight.grad.fill_(3e38)
     with pytest.raises(SoliError, match="norm is not finite"):
@@ -116,7 +116,7 @@ def test_finite_gradients_whose_norm_overflows_are_refused():
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_bf16_moments_are_kept_so_and_lead_nearly_where_fp32_ones_do(name):
+def test_bf16_moments_are_stored_so_and_give_nearly_the_updates_of_fp32(name):
     states = {}
     for moments in ("fp32", "bf16"):
         model, optimizer = stepped(name, moments=moments)
@@ -127,17 +127,17 @@ def test_bf16_moments_are_kept_so_and_lead_nearly_where_fp32_ones_do(name):
             optimizer.step(0.01)
             if step == 0:
                 states[moments, "first"] = model.layers[0].mlp.up_proj.weight.detach().clone()
-        kept = {value.dtype for value in optimizer.state().values() if value.dim()}
-        assert kept == {torch.float32 if moments == "fp32" else torch.bfloat16}
+        dtypes = {value.dtype for value in optimizer.state().values() if value.dim()}
+        assert dtypes == {torch.float32 if moments == "fp32" else torch.bfloat16}
         states[moments, "moved"] = model.layers[0].mlp.up_proj.weight.detach() - start
-    # The first step meets no rounded moment; later ones differ by bfloat16's rounding, 2^-8 of a moment.
+    # The first step uses no rounded moment; later ones differ by bfloat16's rounding, 2^-8 of a moment.
     torch.testing.assert_close(states["bf16", "first"], states["fp32", "first"], rtol=1e-5, atol=1e-7)
-    off = (states["bf16", "moved"] - states["fp32", "moved"]).norm() / states["fp32", "moved"].norm()
-    assert 0 < off < 0.01
+    error = (states["bf16", "moved"] - states["fp32", "moved"]).norm() / states["fp32", "moved"].norm()
+    assert 0 < error < 0.01
 
 
 @pytest.mark.parametrize(("before", "after"), [("fp32", "bf16"), ("bf16", "fp32")])
-def test_kept_moments_take_the_dtype_that_the_recipe_says(before, after):
+def test_resumed_moments_get_the_dtype_of_the_recipe(before, after):
     _, first = stepped("muon", moments=before)
     first.step(0.01)
     _, second = stepped("muon", moments=after)

@@ -1,4 +1,4 @@
-"""FP8 training: which modules take part, and that the loss follows that of wider arithmetic."""
+"""FP8 training: which modules take part, and that the loss follows that of higher precision."""
 
 import pytest
 import torch
@@ -26,23 +26,23 @@ def test_all_but_the_listed_modules_multiply_in_fp8():
 
 
 def test_fp8_touches_no_parameter_and_no_other_model():
-    plain, quantised = tiny_model(), tiny_model()
-    before = {name: p.clone() for name, p in quantised.state_dict().items()}
+    plain, quantized = tiny_model(), tiny_model()
+    before = {name: p.clone() for name, p in quantized.state_dict().items()}
     ids = torch.arange(12)[None]
     expected = plain(ids)
-    use_fp8(quantised)
-    assert not torch.equal(quantised(ids), expected) and torch.equal(plain(ids), expected)
-    assert all(torch.equal(before[name], p) for name, p in quantised.state_dict().items())
+    use_fp8(quantized)
+    assert not torch.equal(quantized(ids), expected) and torch.equal(plain(ids), expected)
+    assert all(torch.equal(before[name], p) for name, p in quantized.state_dict().items())
 
 
 def test_the_loss_of_fp8_follows_that_of_bf16_and_fp32(tmp_path, data):
     last = {}
     for precision in ("fp32", "bf16", "fp8"):
-        wanted = settings(run={"precision": precision}, schedule={"learning_rate": 3e-3})
-        run = prepare(wanted, {}, data, tmp_path / precision)
+        train_settings = settings(run={"precision": precision}, schedule={"learning_rate": 3e-3})
+        run = prepare(train_settings, {}, data, tmp_path / precision)
         losses = [take_step(run).loss for _ in range(40)]
         last[precision] = sum(losses[-10:]) / 10
         assert losses[0] - losses[-1] > 1  # it learns
     assert last["fp8"] != last["bf16"]
-    for wide in ("fp32", "bf16"):
-        assert abs(last["fp8"] / last[wide] - 1) < 0.02
+    for high in ("fp32", "bf16"):
+        assert abs(last["fp8"] / last[high] - 1) < 0.02

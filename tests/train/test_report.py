@@ -1,4 +1,4 @@
-"""What a run says and records: each step once however often it is resumed, events, the view and the plain lines."""
+"""What a run reports: each step once however often it is resumed, events, the view and the plain lines."""
 
 import io
 import json
@@ -18,14 +18,14 @@ from soli.train.setup import prepare
 from soli.train.trainer import train
 from tests.train.toy import settings, write_data
 
-FIGURES = {"loss": 3.25, "mtp": 4.5, "balance": 2.0, "lr": 1e-3, "norm": 0.5, "tokens_per_second": 1234.0}
+METRICS = {"loss": 3.25, "mtp": 4.5, "balance": 2.0, "lr": 1e-3, "norm": 0.5, "tokens_per_second": 1234.0}
 
 
 def lines(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_run_resumed_from_an_earlier_checkpoint_tells_each_step_once(tmp_path):
+def test_a_run_resumed_from_an_earlier_checkpoint_records_each_step_once(tmp_path):
     data, run = write_data(tmp_path / "data"), tmp_path / "run"
     train(prepare(settings(), {}, data, run))
     whole = lines(run)
@@ -37,12 +37,12 @@ def test_a_run_resumed_from_an_earlier_checkpoint_tells_each_step_once(tmp_path)
     resumed = prepare(settings(), {}, data, run)
     assert 0 < resumed.progress.step < 12
     train(resumed)
-    told = [(line["kind"], line["step"], line.get("loss")) for line in lines(run)]
-    assert told == [(line["kind"], line["step"], line.get("loss")) for line in whole]
+    recorded = [(line["kind"], line["step"], line.get("loss")) for line in lines(run)]
+    assert recorded == [(line["kind"], line["step"], line.get("loss")) for line in whole]
     assert summarize(read_metrics(run)).state == "finished"
 
 
-def test_a_file_that_needs_no_cut_is_left_as_it_is(tmp_path):
+def test_a_file_without_stale_lines_is_not_rewritten(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"kind":"step","step":2, "text":"a\u2028b"}\n', encoding="utf-8")
     before = file.stat().st_ino, file.read_bytes()
@@ -55,8 +55,8 @@ def test_a_file_that_needs_no_cut_is_left_as_it_is(tmp_path):
 def test_event_files_hold_the_numbers_of_metrics(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     data = write_data(tmp_path / "data")
-    wanted = settings(run={"tensorboard": True}, schedule={"constant_tokens": 128 * 4})
-    train(prepare(wanted, {}, data, tmp_path / "run"))
+    train_settings = settings(run={"tensorboard": True}, schedule={"constant_tokens": 128 * 4})
+    train(prepare(train_settings, {}, data, tmp_path / "run"))
     events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     expected = {}
@@ -69,7 +69,7 @@ def test_event_files_hold_the_numbers_of_metrics(tmp_path):
         assert [(event.step, event.value) for event in events.Scalars(tag)] == points
 
 
-def test_tensorboard_asked_for_and_missing_is_one_sentence(tmp_path, monkeypatch):
+def test_missing_tensorboard_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(SoliError, match=r"pip install tensorboard$"):
         MetricsFile(tmp_path, 0, tensorboard=True)
@@ -84,13 +84,13 @@ def test_lines_in_a_pipe_and_a_view_on_a_terminal(tmp_path, terminal):
     loads = {"layers.1": ExpertLoad(0.5, 0.875, 0), "mtp.0": ExpertLoad(9.0, 0.5, 3)}
     with RunReport(tmp_path, 2_000_000, RunProgress(), console) as report:
         report.evaluation(RunProgress(9, 900_000), Evaluation(3.0, 1.75, 0.5), [("one", "yi")], 2.0)
-        report.step(RunProgress(10, 1_000_000), FIGURES, loads, log=True)
-        report.step(RunProgress(11, 1_100_000), FIGURES, loads, log=False)
-    said = out.getvalue()
-    assert "held-out at step 9: loss 3.0000  1.7500 bits/byte  mtp hits 50.0 %  (2.0 s)" in said
+        report.step(RunProgress(10, 1_000_000), METRICS, loads, log=True)
+        report.step(RunProgress(11, 1_100_000), METRICS, loads, log=False)
+    output = out.getvalue()
+    assert "held-out at step 9: loss 3.0000  1.7500 bits/byte  mtp hits 50.0 %  (2.0 s)" in output
     line = "loss 3.2500  mtp 4.5000  lr 1.00e-03  norm 0.50  violation 9.00  dead 3    1,234 tok/s"
-    assert (line in said) is not terminal
-    assert ("step 11" in said and "bits/byte 1.7500" in said and "▪▪▪" in said) is terminal
+    assert (line in output) is not terminal
+    assert ("step 11" in output and "bits/byte 1.7500" in output and "▪▪▪" in output) is terminal
     assert [entry["step"] for entry in lines(tmp_path)] == [9, 10]
 
 
@@ -98,7 +98,7 @@ def test_bars_and_the_worst_layers():
     assert bar(0.0) == " " * WIDTH and bar(0.5) == "█" * 5 + " " * 5 and bar(7.0) == "█" * WIDTH
     assert bar(0.0125) == "▏" + " " * (WIDTH - 1)
     view, out = LiveView(total=100), io.StringIO()
-    view.update(RunProgress(1, 10), FIGURES, {f"layers.{n}": ExpertLoad(n / 10, 1.0, 0) for n in range(20)}, "0:01:00")
+    view.update(RunProgress(1, 10), METRICS, {f"layers.{n}": ExpertLoad(n / 10, 1.0, 0) for n in range(20)}, "0:01:00")
     Console(file=out, width=120).print(view)
     assert f"worst {MAX_LAYERS} of 20 layers" in out.getvalue()
     assert "layers.19" in out.getvalue() and "layers.7 " not in out.getvalue()

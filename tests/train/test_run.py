@@ -1,4 +1,4 @@
-"""Whole runs of a toy: they learn, stop, resume bit for bit, and refuse what does not belong together."""
+"""Whole runs of a toy: they learn, stop, resume bit for bit, and reject what does not belong together."""
 
 import json
 import os
@@ -42,15 +42,16 @@ def assert_equal_state(a: Path, b: Path) -> None:
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_loss_falls(tmp_path, data, optimizer, precision):
-    wanted = settings(optimizer={"name": optimizer}, run={"precision": precision}, schedule={"learning_rate": 1e-2})
-    run = prepare(wanted, {}, data, tmp_path)
+    sections = {"optimizer": {"name": optimizer}, "run": {"precision": precision}, "schedule": {"learning_rate": 1e-2}}
+    train_settings = settings(**sections)
+    run = prepare(train_settings, {}, data, tmp_path)
     steps = [take_step(run) for _ in range(40)]
-    assert steps[0].loss == pytest.approx(5.66, abs=0.3)  # ln 288: knows nothing
+    assert steps[0].loss == pytest.approx(5.66, abs=0.3)  # ln 288: nothing is learned yet
     assert steps[-1].loss < 2.6 and steps[-1].mtp < 3.6
     assert all(p.dtype == torch.float32 for p in run.model.parameters())
 
 
-def test_a_run_leaves_metrics_recipe_and_checkpoints(tmp_path, data):
+def test_a_run_writes_metrics_recipe_and_checkpoints(tmp_path, data):
     assert train(prepare(settings(), {"folder": "x"}, data, tmp_path)) == "finished"
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(1, 13))
@@ -68,9 +69,10 @@ RAMP = {"batch_sequences_start": 3, "batch_ramp_tokens": 128 * 6}
 @pytest.mark.parametrize(("optimizer", "schedule"), [("adamw", {}), ("muon", {}), ("adamw", RAMP)])
 @pytest.mark.parametrize("moments", ["fp32", "bf16"])
 def test_a_stopped_run_resumes_bit_for_bit(tmp_path, data, optimizer, schedule, moments, monkeypatch):
-    wanted = settings(optimizer={"name": optimizer, "moments": moments}, schedule=schedule)
-    train(prepare(wanted, {}, data, tmp_path / "whole"))
-    interrupted, taken = prepare(wanted, {}, data, tmp_path / "cut"), []
+    train_settings = settings(optimizer={"name": optimizer, "moments": moments}, schedule=schedule)
+    train(prepare(train_settings, {}, data, tmp_path / "whole"))
+    interrupted = prepare(train_settings, {}, data, tmp_path / "cut")
+    taken = []
 
     def step_then_term(run):
         taken.append(take_step(run))
@@ -81,14 +83,16 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path, data, optimizer, schedule, 
     monkeypatch.setattr(trainer, "take_step", step_then_term)
     assert train(interrupted) == "signal"
     monkeypatch.undo()
-    resumed = prepare(wanted, {}, data, tmp_path / "cut")
+    resumed = prepare(train_settings, {}, data, tmp_path / "cut")
     assert resumed.progress.step == 5
     assert train(resumed) == "finished"
     assert_equal_state(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_a_save_that_fails_ends_the_run_and_older_checkpoints_stay(tmp_path, data, monkeypatch):
-    run, limits, taken = prepare(settings(run={"keep": 1}), {}, data, tmp_path), resource.getrlimit(RLIMIT_FSIZE), []
+def test_a_failed_save_ends_the_run_and_older_checkpoints_remain(tmp_path, data, monkeypatch):
+    run = prepare(settings(run={"keep": 1}), {}, data, tmp_path)
+    limits = resource.getrlimit(RLIMIT_FSIZE)
+    taken = []
 
     def step_on_a_full_disk(run):
         taken.append(take_step(run))
@@ -109,7 +113,7 @@ def test_a_save_that_fails_ends_the_run_and_older_checkpoints_stay(tmp_path, dat
     assert train(prepare(settings(), {}, data, tmp_path)) == "finished"
 
 
-def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path, data):
+def test_a_checkpoint_of_another_model_is_rejected_by_name(tmp_path, data):
     train(prepare(settings(), {}, data, tmp_path))
     last = checkpoints(tmp_path)[-1]
     with pytest.raises(SoliError, match=r"model/.* is of shape"):
@@ -120,16 +124,16 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path, data):
         load_weights(last, tiny_model(num_nextn_predict_layers=0))
 
 
-def test_a_half_written_checkpoint_is_ignored_and_swept_away(tmp_path, data):
+def test_an_incomplete_checkpoint_is_ignored_and_removed(tmp_path, data):
     train(prepare(settings(), {}, data, tmp_path))
-    torn = tmp_path / "checkpoints" / ".step-00000099"
-    shutil.copytree(checkpoints(tmp_path)[-1], torn)
-    (torn / "optimizer.safetensors").unlink()
+    incomplete = tmp_path / "checkpoints" / ".step-00000099"
+    shutil.copytree(checkpoints(tmp_path)[-1], incomplete)
+    (incomplete / "optimizer.safetensors").unlink()
     longer = settings(schedule={"constant_tokens": 128 * 16})
     run = prepare(longer, {}, data, tmp_path)
     assert run.progress.step == 12
     train(run)
-    assert not torn.exists() and checkpoints(tmp_path)[-1].name == "step-00000016"
+    assert not incomplete.exists() and checkpoints(tmp_path)[-1].name == "step-00000016"
 
 
 def test_a_time_limit_saves_and_stops(tmp_path, data):
@@ -140,24 +144,24 @@ def test_a_time_limit_saves_and_stops(tmp_path, data):
 def test_the_best_checkpoint_outlives_the_latest(tmp_path, data, monkeypatch):
     real, losses = trainer.evaluate, iter([3.0, 1.0, 2.0, 2.5])
 
-    def graded(*args):
+    def evaluate_with_losses(*args):
         return type(real(*args))(next(losses), 1.0, 0.5)
 
-    monkeypatch.setattr(trainer, "evaluate", graded)
+    monkeypatch.setattr(trainer, "evaluate", evaluate_with_losses)
     train(prepare(settings(run={"keep": 1}, schedule={"constant_tokens": 128 * 16}), {}, data, tmp_path))
     assert [path.name for path in checkpoints(tmp_path)] == ["step-00000008", "step-00000016"]
     assert best_checkpoint(tmp_path).name == "step-00000008"
 
 
-def test_nan_names_the_step_and_leaves_the_weights(tmp_path, data):
+def test_nan_names_the_step_and_changes_no_weight(tmp_path, data):
     run = prepare(settings(), {}, data, tmp_path)
     take_step(run)
     with torch.no_grad():
         run.model.norm.weight[0] = float("nan")
-    kept = run.model.lm_head.weight.detach().clone()
+    before = run.model.lm_head.weight.detach().clone()
     with pytest.raises(SoliError, match="at step 2"):
         take_step(run)
-    assert torch.equal(kept, run.model.lm_head.weight)
+    assert torch.equal(before, run.model.lm_head.weight)
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_with_nothing_saved(tmp_path, data):
@@ -179,13 +183,13 @@ def test_a_gradient_that_is_not_finite_ends_the_run_with_nothing_saved(tmp_path,
         ({"optimizer": {"name": "muon"}}, r"optimizer\.name"),
     ],
 )
-def test_another_recipe_may_not_take_a_run_over(tmp_path, data, change, words):
+def test_a_run_is_not_resumed_by_another_recipe(tmp_path, data, change, words):
     train(prepare(settings(), {}, data, tmp_path))
     with pytest.raises(SoliError, match=words):
         prepare(settings(**change), {}, data, tmp_path)
 
 
-def test_data_built_anew_may_not_go_on_under_an_old_run(tmp_path, data):
+def test_a_run_is_not_resumed_with_rebuilt_data(tmp_path, data):
     changed = tmp_path / "data"
     shutil.copytree(data, changed)
     train(prepare(settings(), {}, changed, tmp_path / "run"))
@@ -195,7 +199,7 @@ def test_data_built_anew_may_not_go_on_under_an_old_run(tmp_path, data):
         prepare(settings(), {}, changed, tmp_path / "run")
 
 
-def test_data_packed_with_another_fim_rate_are_refused(tmp_path, data):
+def test_data_packed_with_another_fim_rate_are_rejected(tmp_path, data):
     changed = tmp_path / "data"
     shutil.copytree(data, changed)
     meta = json.loads((changed / "meta.json").read_text())
@@ -205,12 +209,12 @@ def test_data_packed_with_another_fim_rate_are_refused(tmp_path, data):
     prepare(settings(), {"fim_rate": 0.0}, changed, tmp_path / "run")
 
 
-def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path, data):
+def test_a_vocabulary_larger_than_the_model_is_rejected(tmp_path, data):
     with pytest.raises(SoliError, match=r"model\.vocab_size=272"):
         prepare(settings(model={"vocab_size": 100}), {}, data, tmp_path)
 
 
-def test_a_device_that_is_not_there_is_refused(tmp_path, data):
+def test_a_device_that_is_not_there_is_rejected(tmp_path, data):
     with pytest.raises(SoliError, match="this machine lacks"):
         prepare(settings(run={"device": "cuda:77"}), {}, data, tmp_path)
 

@@ -31,7 +31,7 @@ PAPER = ScheduleSettings(
 @pytest.mark.parametrize(
     ("tokens", "rate"),
     [
-        (0, 2.2e-4 / 2000),  # the first step does not stand still
+        (0, 2.2e-4 / 2000),  # the first step has a rate above 0
         (999 * 4096 * 15360, 1.1e-4),
         (PAPER.warmup_tokens, 2.2e-4),
         (10 * TRILLION - 1, 2.2e-4),
@@ -51,13 +51,13 @@ def test_total_is_the_papers():
     assert PAPER.total_tokens == 14.8 * TRILLION
 
 
-def test_the_batch_does_not_move_the_curve():
+def test_the_batch_does_not_change_the_curve():
     other = ScheduleSettings(**{**vars(PAPER), "batch_sequences": 3072})
     for tokens in (11 * TRILLION, 13 * TRILLION):
         assert learning_rate(other, tokens) == learning_rate(PAPER, tokens)
 
 
-def test_cosine_falls_all_the_way():
+def test_cosine_falls_throughout():
     rates = [learning_rate(PAPER, 10 * TRILLION + n * 43 * 10**9) for n in range(100)]
     assert rates == sorted(rates, reverse=True) and math.isclose(rates[25], 2.2e-5 + 1.98e-4 * (1 + math.sqrt(0.5)) / 2)
 

@@ -1,4 +1,4 @@
-"""A recipe is refused by section and key, before anything is built."""
+"""A recipe is rejected by section and field, before anything is built."""
 
 import json
 import math
@@ -35,7 +35,7 @@ from tests.train.toy import RECIPE, settings
     ],
 )
 def test_a_bad_field_is_named(section, key, value, words):
-    with pytest.raises(SoliError) as refusal:
+    with pytest.raises(SoliError) as rejection:
         read_settings(
             {
                 **RECIPE,
@@ -43,7 +43,7 @@ def test_a_bad_field_is_named(section, key, value, words):
                 **({"model": {"preset": "nano", key: value}} if section == "model" else {}),
             }
         )
-    assert words in str(refusal.value)
+    assert words in str(rejection.value)
 
 
 def test_an_unknown_section_is_named():
@@ -51,7 +51,7 @@ def test_an_unknown_section_is_named():
         read_settings({**RECIPE, "scedule": {}})
 
 
-def test_a_recipe_without_tokens_is_refused():
+def test_a_recipe_without_tokens_is_rejected():
     with pytest.raises(SoliError, match="no tokens to train on"):
         settings(schedule={"constant_tokens": 0})
 
@@ -82,6 +82,6 @@ def test_a_bad_extension_is_named(change, words):
     good = read_settings({**RECIPE, "extension": [phase]})
     assert good.extension[0].total_steps == 2
     assert read_settings(json.loads(json.dumps(as_recipe(good, {})))) == good
-    with pytest.raises(SoliError) as refusal:
+    with pytest.raises(SoliError) as rejection:
         read_settings({**RECIPE, "extension": [{**phase, **change}]})
-    assert words in str(refusal.value)
+    assert words in str(rejection.value)

@@ -1,4 +1,4 @@
-"""A state saved by two processes, a shard each, is read by one, and the reverse."""
+"""A state saved by two processes, a shard each, is read by one, and vice versa."""
 
 import multiprocessing
 from pathlib import Path
@@ -43,7 +43,7 @@ def whole(model, optimizer) -> dict[str, torch.Tensor]:
 def save_and_load(rank: int, folder: Path) -> None:
     """One of two processes: saves its shards, then reads what a single process saved."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     model, optimizer = stepped(0, sharded=True)
     assert isinstance(model.lm_head.weight, DTensor)
     with CheckpointSaver(folder / "two", keep=1) as saver:
@@ -56,7 +56,7 @@ def save_and_load(rank: int, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_write_what_one_reads_and_the_reverse(tmp_path):
+def test_two_processes_write_what_one_reads_and_vice_versa(tmp_path):
     SERVER.set_forkserver_preload(["soli.train.trainer", "tests.train.toy"])
     model, optimizer = stepped(0)
     with CheckpointSaver(tmp_path / "one", keep=1) as saver:

@@ -1,4 +1,4 @@
-"""Extension phases: a run goes through them all, resumes bit for bit at every boundary, and exports what it became."""
+"""Extension phases: a run trains them all, resumes bit for bit at every boundary, and exports the last one."""
 
 import json
 import os
@@ -47,15 +47,15 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, data):
-    """A run never stopped, with all its checkpoints."""
+    """An uninterrupted run, with all its checkpoints."""
     folder = tmp_path_factory.mktemp("whole")
     assert train(prepare(extended(run={"save_every": 1, "keep": 20}), {}, data, folder)) == "finished"
     return folder
 
 
-def test_a_run_goes_through_every_phase(whole):
-    found = [read_progress(path) for path in checkpoints(whole)]
-    assert [(p.step, p.stage) for p in found] == [
+def test_a_run_trains_every_phase(whole):
+    saved = [read_progress(path) for path in checkpoints(whole)]
+    assert [(p.step, p.stage) for p in saved] == [
         *((n, 0) for n in (1, 2, 3, 4)),
         (5, 1),
         (6, 1),
@@ -63,8 +63,8 @@ def test_a_run_goes_through_every_phase(whole):
         (8, 2),
         (9, 2),
     ]
-    assert [p.tokens for p in found[3:]] == [512, 640, 768, 896, 1024, 1152]  # the run's, not the stage's
-    assert [p.position for p in found[3:]] == [32, 2, 4, 6, 1, 2]  # each stage has an order of its own
+    assert [p.tokens for p in saved[3:]] == [512, 640, 768, 896, 1024, 1152]  # the run's, not the stage's
+    assert [p.position for p in saved[3:]] == [32, 2, 4, 6, 1, 2]  # each stage has an order of its own
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [line["lr"] for line in lines if line["kind"] == "step"] == [3e-3] * 4 + [1e-3] * 3 + [5e-4] * 2
     evaluated = [(line["step"], line["stage"]) for line in lines if line["kind"] == "evaluation"]
@@ -76,10 +76,10 @@ def test_a_run_goes_through_every_phase(whole):
 @pytest.mark.parametrize("step", range(1, LAST))
 def test_resuming_is_bit_for_bit_in_every_stage_and_between_them(tmp_path, data, whole, step, monkeypatch):
     def step_then_term(run):
-        taken = take_step(run)
+        result = take_step(run)
         if run.progress.step == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return taken
+        return result
 
     monkeypatch.setattr(trainer, "take_step", step_then_term)
     assert train(prepare(extended(), {}, data, tmp_path)) == "signal"
@@ -133,19 +133,19 @@ def test_export_carries_the_last_phases_yarn(tmp_path, whole):
     assert exported.layers[0].self_attn.scale == fresh.layers[0].self_attn.scale
 
 
-def test_the_best_is_sought_in_the_last_stage_and_every_stages_end_is_kept(tmp_path, data, monkeypatch):
+def test_the_best_checkpoint_is_of_the_last_stage_and_every_stages_last_one_stays(tmp_path, data, monkeypatch):
     real, losses = trainer.evaluate, iter([1.0, 3.0, 2.5, 2.6])
 
-    def graded(*args):
+    def evaluate_with_losses(*args):
         return type(real(*args))(next(losses), 1.0, 0.5)
 
-    monkeypatch.setattr(trainer, "evaluate", graded)
+    monkeypatch.setattr(trainer, "evaluate", evaluate_with_losses)
     train(prepare(extended(run={"keep": 1, "save_every": 4}), {}, data, tmp_path))
     assert best_checkpoint(tmp_path).name == "step-00000008"
     assert [path.name[-1] for path in checkpoints(tmp_path)] == ["4", "7", "8", "9"]
 
 
-def test_a_finished_run_takes_on_phases_given_later(tmp_path, data, whole):
+def test_a_finished_run_continues_with_phases_added_later(tmp_path, data, whole):
     assert train(prepare(extended([]), {}, data, tmp_path)) == "finished"
     assert train(prepare(extended(), {}, data, tmp_path)) == "finished"
     assert_equal_state(whole, tmp_path)
@@ -155,19 +155,19 @@ def test_a_finished_run_takes_on_phases_given_later(tmp_path, data, whole):
     ("phases", "words"),
     [
         (PHASES[:1], "is in extension phase 2, but the recipe has 1"),
-        ([PHASES[0], {**PHASES[1], "sequence_length": 64}], "extension 2 was begun with another length"),
-        ([PHASES[0], {**PHASES[1], "rope_scaling": yarn(8)}], "extension 2 was begun with another length"),
+        ([PHASES[0], {**PHASES[1], "sequence_length": 64}], "extension 2 was started with another length"),
+        ([PHASES[0], {**PHASES[1], "rope_scaling": yarn(8)}], "extension 2 was started with another length"),
     ],
 )
-def test_a_stage_goes_on_as_it_was_begun(data, whole, phases, words):
+def test_a_stage_continues_with_the_settings_it_started_with(data, whole, phases, words):
     with pytest.raises(SoliError, match=words):
         prepare(extended(phases), {}, data, whole)
 
 
-def test_data_too_short_for_a_later_phase_are_refused_before_the_first_step(tmp_path, data):
+def test_data_too_short_for_a_later_phase_are_rejected_before_the_first_step(tmp_path, data):
     long = {**PHASES[1], "sequence_length": 4096, "rope_scaling": yarn(64), "tokens": 4096}
     with pytest.raises(
-        SoliError, match=r"train\.bin holds .* too few for windows of 4098; shorten the sequence_length"
+        SoliError, match=r"train\.bin holds .* too few for windows of 4098; reduce the sequence_length"
     ):
         prepare(extended([PHASES[0], long]), {}, data, tmp_path / "run")
     with pytest.raises(SoliError, match=r"valid\.bin holds .* too few for one window of 514"):
@@ -175,8 +175,9 @@ def test_data_too_short_for_a_later_phase_are_refused_before_the_first_step(tmp_
     assert not (tmp_path / "run").exists()
 
 
-def test_the_work_left_weighs_long_sequences_more():
-    wanted, ends = extended(), [RunProgress(tokens=512), RunProgress(tokens=896, stage=1, stage_start=512)]
-    left = [flops_left(wanted, end) for end in (RunProgress(), *ends)]
+def test_the_remaining_work_weighs_long_sequences_more():
+    train_settings = extended()
+    ends = [RunProgress(tokens=512), RunProgress(tokens=896, stage=1, stage_start=512)]
+    left = [flops_left(train_settings, end) for end in (RunProgress(), *ends)]
     assert left[0] > left[1] > left[2] > 0 and (left[1] - left[2]) / 384 > (left[0] - left[1]) / 512
-    assert flops_left(wanted, RunProgress(tokens=1152, stage=2, stage_start=896)) == 0
+    assert flops_left(train_settings, RunProgress(tokens=1152, stage=2, stage_start=896)) == 0

@@ -45,7 +45,7 @@ RECIPE = {
 
 
 def tiny_model(seed: int = 0, **changes: object) -> Transformer:
-    """A drawn model whose router scores are spread out, so that no two experts tie."""
+    """A model with random weights whose router scores are spread out, so that no two experts tie."""
     model = Transformer(ModelConfig.from_dict(MODEL | changes), dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     model.init_weights(generator)
@@ -60,7 +60,7 @@ def settings(**sections: dict[str, object]) -> TrainSettings:
 
 
 def windows(rows: int, width: int, seed: int = 0, vocab: int = 288) -> torch.Tensor:
-    """Random ids (BW) in which documents end now and then."""
+    """Random ids (BW) in which a tenth of the tokens end a document."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, vocab, (rows, width), generator=generator)
     ends = torch.rand(rows, width, generator=generator) < 0.1
@@ -68,7 +68,7 @@ def windows(rows: int, width: int, seed: int = 0, vocab: int = 288) -> torch.Ten
 
 
 def write_data(folder: Path) -> Path:
-    """A data folder as the data step leaves it: sentences of digits that count upwards."""
+    """A data folder as `soli data build` writes it: sentences of digits that count upwards."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = ["".join(str((start + n) % 10) for n in range(12)) for start in range(10)]
     tokenizer = Tokenizer.train(texts, 272)

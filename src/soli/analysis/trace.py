@@ -23,6 +23,8 @@ from torch import Tensor
 from soli.errors import SoliError
 
 RUNNER_UPS = 2  # per token and layer
+NAMES = ("selected", "promoted_by_bias", "demoted_by_bias", "runner_ups")  # in JSON
+NAMES_IN_0_1 = ("players", "let_in", "kept_out", "near_misses")  # old name
 
 
 class RoutingDecision(Protocol):
@@ -160,7 +162,7 @@ def read_trace(source: str | Path | Sequence[dict[str, Any]]) -> list[TokenTrace
     """A trace read back from JSON: a file of `soli translate --experts --json` or `soli generate --experts --json`, or
     its list of tokens. SoliError when it is none.
 
-    Soli 0.1 named the same fields differently: `players`, `let_in`, `kept_out`, `near_misses`. Both are read.
+    Traces of Soli 0.1, which have other names for the same fields, are read as well.
     """
     tokens: Any = source
     if isinstance(source, str | Path):
@@ -177,11 +179,7 @@ def read_trace(source: str | Path | Sequence[dict[str, Any]]) -> list[TokenTrace
 
 
 def _read_layer(layer: dict[str, Any]) -> LayerTrace:
-    is_old = "players" in layer
-    selected, demoted, runner_ups = (
-        ("players", "kept_out", "near_misses") if is_old else ("selected", "demoted_by_bias", "runner_ups")
-    )
-    promoted = "let_in" if is_old else "promoted_by_bias"
+    selected, promoted, demoted, runner_ups = NAMES_IN_0_1 if "players" in layer else NAMES
     return LayerTrace(
         layer["layer"],
         tuple(

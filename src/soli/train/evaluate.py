@@ -1,7 +1,7 @@
 """Held-out text: nats per token, bits per byte, accuracy of multi-token prediction, and sample translations.
 
-Bits per byte = nats of all predicted tokens / ln 2 / UTF-8 bytes those tokens stand for. Special tokens count in the
-numerator and stand for no byte. Nothing here changes the model: no gradient, no load counted towards the bias.
+Bits per byte = nats of all predicted tokens / ln 2 / UTF-8 bytes that those tokens encode. Special tokens count in the
+numerator and encode no byte. Nothing here changes the model: no gradient, no load counted towards the bias.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Evaluation:
 
 
 def bytes_per_token(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
-    """UTF-8 bytes that each token id stands for (float64, V); 0 for special tokens."""
+    """UTF-8 bytes that each token id encodes (float64, V); 0 for special tokens."""
     lengths = [len(tokenizer.token_bytes(i)) if tokenizer.decode([i]) else 0 for i in range(vocab_size)]
     return torch.tensor(lengths, dtype=torch.float64)
 
@@ -42,20 +42,24 @@ def evaluate(model: Transformer, window_BW: Tensor, bytes_V: Tensor, micro: int,
     device = model.embed_tokens.weight.device
     depths = len(model.mtp)
     length = window_BW.shape[1] - 1 - depths
-    nats, bytes_read, right, judged = 0.0, 0.0, 0, 0
+    nats = 0.0
+    text_bytes = 0.0
+    correct = 0
+    targets = 0
     for part_BW in window_BW.split(micro):
         ids_BW = part_BW.to(device)
         backbone = model.backbone(ids_BW[:, :length])
         nats += float(token_nll(backbone.hidden_BTD, model.lm_head.weight, ids_BW[:, 1 : 1 + length]).double().sum())
-        bytes_read += float(bytes_V[part_BW[:, 1 : 1 + length]].sum())
+        text_bytes += float(bytes_V[part_BW[:, 1 : 1 + length]].sum())
         if depths:
             step = model.mtp_step(0, backbone.hidden_BTD, ids_BW[:, 1 : 1 + length])
             mask_BT = mtp_mask(ids_BW, 0, length, eos_id)
             hit_BT = model.head(step.hidden_BTD).argmax(-1) == ids_BW[:, 2 : 2 + length]
-            right, judged = right + int((hit_BT & mask_BT).sum()), judged + int(mask_BT.sum())
+            correct += int((hit_BT & mask_BT).sum())
+            targets += int(mask_BT.sum())
     loss = nats / (window_BW.shape[0] * length)
-    bits = nats / math.log(2) / bytes_read if bytes_read else math.nan
-    return Evaluation(loss, bits, right / judged if judged else None)
+    bits = nats / math.log(2) / text_bytes if text_bytes else math.nan
+    return Evaluation(loss, bits, correct / targets if targets else None)
 
 
 def translate_samples(

@@ -1,10 +1,10 @@
 """The three losses: next token, multi-token prediction (eqs. 24-25), sequence-wise balance (eqs. 17-20).
 
 Each is a sum over this micro-batch divided by a count over the whole optimizer step, so that gradients do not depend on
-how the step is cut (trap 8). Cross entropy is computed in fp32 from logits in the model's dtype, a chunk of tokens at a
-time; its gradient is taken in the same pass, so at most one chunk of logits exists.
+how the step is split (trap 8). Cross entropy is computed in fp32 from logits in the model's dtype, a chunk of tokens at
+a time; its gradient is computed together with it, so at most one chunk of logits exists.
 
-Shapes: B sequences, T tokens, D hidden, V vocabulary, E experts, K chosen, W = T + 1 + MTP depth (a window).
+Shapes: B sequences, T tokens, D hidden, V vocabulary, E experts, K selected, W = T + 1 + MTP depth (a window).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 from soli.model.router import Routing
 from soli.model.transformer import Transformer
 
-CHUNK = 512  # tokens: fp32 logits of a 6 k vocabulary then stay near the cache; larger is slower on a CPU
-GPU_LOGITS = 2**27  # on a GPU a chunk has this many fp32 logits (0.5 GiB): small chunks would leave most of it idle
+CHUNK = 512  # tokens: fp32 logits of a 6 k vocabulary then fit in a CPU's cache; larger is slower
+GPU_LOGITS = 2**27  # on a GPU a chunk has this many fp32 logits (0.5 GiB): smaller ones would not occupy it
 
 
 @dataclass(frozen=True)
@@ -46,20 +46,21 @@ class Losses:
         return loss + mtp_weight * torch.stack(self.mtp).mean() if self.mtp else loss
 
     def parts(self) -> Tensor:
-        """Next token, mean over MTP depths (0 without any), balance: (3,), for the record."""
+        """Next token, mean over MTP depths (0 without any), balance: (3,), detached, for the report."""
         mtp = torch.stack(self.mtp).mean() if self.mtp else torch.zeros_like(self.next_token)
         return torch.stack((self.next_token, mtp, self.balance)).detach()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """sum_t w_t * -log softmax(hidden_t @ head^T)[target_t], and its gradients, never all logits at once."""
+    """sum_t w_t * -log softmax(hidden_t @ head^T)[target_t], and its gradients, a chunk of logits at a time."""
 
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, head_VD: Tensor, target_T: Tensor, w_T: Tensor) -> Tensor:
         weight_VD = head_VD.to(hidden_TD.dtype)
-        grad_h, grad_w = torch.empty_like(hidden_TD), torch.zeros_like(head_VD, dtype=torch.float32)
+        grad_h = torch.empty_like(hidden_TD)
+        grad_w = torch.zeros_like(head_VD, dtype=torch.float32)
         total = hidden_TD.new_zeros((), dtype=torch.float32)
-        chunk = _chunk(head_VD)
+        chunk = _chunk_size(head_VD)
         for start in range(0, hidden_TD.shape[0], chunk):
             part = slice(start, start + chunk)
             h, target, w = hidden_TD[part], target_T[part, None], w_T[part, None]
@@ -77,15 +78,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_h * grad.to(grad_h.dtype), grad_w * grad.to(grad_w.dtype), None, None
 
 
-def _chunk(head_VD: Tensor) -> int:
-    """Tokens whose logits are made at once."""
+def _chunk_size(head_VD: Tensor) -> int:
+    """Tokens whose logits exist at one time."""
     return CHUNK if head_VD.device.type == "cpu" else max(CHUNK, GPU_LOGITS // head_VD.shape[0])
 
 
 def cross_entropy(hidden_BTD: Tensor, head_VD: Tensor, target_BT: Tensor, weight_BT: Tensor) -> Tensor:
     """Sum over tokens of weight * negative log likelihood (nats, fp32) of `target` under softmax(hidden @ head^T).
 
-    With gradients on, the cost of the backward pass is paid here. Differentiable in `hidden` and `head` only.
+    With gradients enabled they are computed here, not in the backward pass. Differentiable in `hidden` and `head` only.
     """
     hidden_TD, target_T, weight_T = hidden_BTD.flatten(0, -2), target_BT.flatten(), weight_BT.flatten().float()
     if torch.is_grad_enabled():
@@ -95,8 +96,10 @@ def cross_entropy(hidden_BTD: Tensor, head_VD: Tensor, target_BT: Tensor, weight
 
 @torch.no_grad()
 def token_nll(hidden_BTD: Tensor, head_VD: Tensor, target_BT: Tensor) -> Tensor:
-    """Negative log likelihood of each target in nats (fp32, BT). For measuring; no gradient."""
-    weight_VD, parts, chunk = head_VD.to(hidden_BTD.dtype), [], _chunk(head_VD)
+    """Negative log likelihood of each target in nats (fp32, BT), without gradient."""
+    weight_VD = head_VD.to(hidden_BTD.dtype)
+    chunk = _chunk_size(head_VD)
+    parts = []
     for h, target in zip(hidden_BTD.flatten(0, -2).split(chunk), target_BT.flatten().split(chunk), strict=True):
         logp = torch.log_softmax((h @ weight_VD.t()).float(), dim=-1)
         parts.append(-logp.gather(1, target[:, None])[:, 0])
@@ -107,7 +110,7 @@ def mtp_mask(window_BW: Tensor, depth: int, length: int, eos_id: int) -> Tensor:
     """Which of the `length` positions predict their target `depth + 2` tokens ahead inside one document (bool, BT).
 
     Position i, depth 0 first: the target is token i + 2 + depth; it is masked when any of tokens i + 1 .. i + 1 + depth
-    ends the document, for then it lies in the next one (trap 9).
+    ends the document, because the target then belongs to the next one (trap 9).
     """
     ends_BW = window_BW == eos_id
     crossed_BT = torch.zeros_like(ends_BW[:, :length])
@@ -131,13 +134,13 @@ def sequence_balance(routing: Routing, sequences: int) -> Tensor:
     """
     scores_BTE = routing.scores_TE.view(sequences, -1, routing.scores_TE.shape[-1])
     _, length, experts = scores_BTE.shape
-    chosen = routing.expert_ids_TK.shape[-1]
-    top_BTK = scores_BTE.detach().topk(chosen, dim=-1, sorted=False).indices
+    selected = routing.expert_ids_TK.shape[-1]
+    top_BTK = scores_BTE.detach().topk(selected, dim=-1, sorted=False).indices
     count_BE = torch.zeros_like(scores_BTE[:, 0]).scatter_add_(
         1, top_BTK.flatten(1), torch.ones_like(top_BTK, dtype=scores_BTE.dtype).flatten(1)
     )
     mean_BE = (scores_BTE / (scores_BTE.sum(-1, keepdim=True) + 1e-20)).mean(dim=1)
-    return (count_BE * mean_BE).sum() * (experts / (chosen * length))
+    return (count_BE * mean_BE).sum() * (experts / (selected * length))
 
 
 def compute_losses(model: Transformer, window_BW: Tensor, totals: StepTotals, eos_id: int) -> Losses:
@@ -147,18 +150,20 @@ def compute_losses(model: Transformer, window_BW: Tensor, totals: StepTotals, eo
     head_VD = model.lm_head.weight
     backbone = model.backbone(window_BW[:, :length])
     target_BT = window_BW[:, 1 : 1 + length]
-    even_BT = torch.full(target_BT.shape, 1 / totals.tokens, device=window_BW.device)
-    next_token = cross_entropy(backbone.hidden_BTD, head_VD, target_BT, even_BT)
-    routing, mtp, hidden_BTD = list(backbone.routing), [], backbone.hidden_BTD
+    weight_BT = torch.full(target_BT.shape, 1 / totals.tokens, device=window_BW.device)
+    next_token = cross_entropy(backbone.hidden_BTD, head_VD, target_BT, weight_BT)
+    routing = list(backbone.routing)
+    mtp = []
+    hidden_BTD = backbone.hidden_BTD
     for depth in range(depths):
         step = model.mtp_step(depth, hidden_BTD, window_BW[:, 1 + depth : 1 + depth + length])
         target_BT = window_BW[:, 2 + depth : 2 + depth + length]
         weight_BT = mtp_mask(window_BW, depth, length, eos_id) / totals.mtp_tokens[depth]
         mtp.append(cross_entropy(step.hidden_BTD, head_VD, target_BT, weight_BT))
-        routing, hidden_BTD = [*routing, *step.routing], step.hidden_BTD
+        routing += step.routing
+        hidden_BTD = step.hidden_BTD
     zero = torch.zeros((), device=window_BW.device)
     balance = sum((sequence_balance(layer, window_BW.shape[0]) for layer in routing), zero) / totals.sequences
     counts = [layer.counts_E() for layer in routing]
-    return Losses(
-        next_token, tuple(mtp), balance, torch.stack(counts) if counts else torch.zeros(0, 0, dtype=torch.int64)
-    )
+    counts_LE = torch.stack(counts) if counts else torch.zeros(0, 0, dtype=torch.int64)
+    return Losses(next_token, tuple(mtp), balance, counts_LE)
