@@ -1,10 +1,11 @@
-"""Regenerates the pictures in docs/images: `python tools/screenshots.py`. Needs playwright and chromium.
+"""Regenerates the pictures in docs/images: `python tools/screenshots.py`. Needs playwright, pillow and chromium.
 
 The pictures of nano show `soli serve nano` at work; the one at DeepSeek-V3's size shows made-up decisions (real routers
 with random weights, see tests/serve/page/giant.py), since nobody has V3 at hand. Fonts: fonts-texgyre, fonts-inter and
 fonts-noto-cjk from Debian.
 """
 
+import io
 import json
 import re
 import shutil
@@ -17,11 +18,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
 LARGEST = 300_000  # bytes
+FRAME_MS, LAST_FRAME_MS = 250, 2000  # of the moving picture
+SEEK = """at => {
+  const slider = document.querySelector("#seek");
+  slider.value = at;
+  slider.dispatchEvent(new Event("input", {bubbles: true}));
+}"""
 TEA = 17  # the place of 茶 in its translation: what the bias changed is seen in three layers
 HEARD_BEFORE = (
     "The old man walked slowly to the river.", "Please close the window, it is cold.", "我们明天早上八点出发。",
@@ -83,6 +91,10 @@ def save(page: Page, name: str, height: int | None = None) -> None:
     path = IMAGES / name
     page.screenshot(path=path, full_page=height is not None, clip=clip)  # type: ignore[arg-type]
     page.context.close()
+    check_size(path)
+
+
+def check_size(path: Path) -> None:
     if path.stat().st_size > LARGEST:
         sys.exit(f"{path} has {path.stat().st_size} bytes, more than {LARGEST}")
     print(f"{path.relative_to(ROOT)}  {path.stat().st_size // 1000} kB")
@@ -94,6 +106,25 @@ def road(browser: Browser, url: str) -> None:
     wait_for(page, 19)
     page.locator(".token").nth(TEA).click()
     save(page, "page-road.png", 1290)
+
+
+def moving(browser: Browser, url: str) -> None:
+    """The page token by token, as an animated WebP: one frame per token, whatever this machine's speed."""
+    options = {"viewport": {"width": 1200, "height": 565}, "color_scheme": "dark", "reduced_motion": "reduce"}
+    page = opened(browser, url, **options)
+    page.click("#run")
+    wait_for(page, 19)
+    frames = []
+    for at in range(1, 20):
+        page.evaluate(SEEK, at)
+        page.wait_for_timeout(300)
+        with Image.open(io.BytesIO(page.screenshot())) as picture:
+            frames.append(picture.convert("RGB").resize((960, 452), Image.Resampling.LANCZOS))
+    page.context.close()
+    path = IMAGES / "page-nano.webp"
+    durations = [*[FRAME_MS] * (len(frames) - 1), LAST_FRAME_MS]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0, quality=60, method=4)
+    check_size(path)
 
 
 def live(browser: Browser, url: str) -> None:
@@ -157,7 +188,7 @@ def main() -> None:
     IMAGES.mkdir(exist_ok=True)
     with sync_playwright() as playwright, nano() as url:
         browser = playwright.chromium.launch(executable_path=chromium)
-        for picture in (live, road, compared, masked, phone):
+        for picture in (moving, live, road, compared, masked, phone):
             picture(browser, url)
         giant(browser)
 
