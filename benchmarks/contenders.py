@@ -126,7 +126,7 @@ def engine_requests(text_model: TextModel, work: dict[str, int]) -> Callable[...
         return [numbers[event.request] for event in events if event.token is not None]
 
     def run(question: str, warm: bool, rate: float = 0.0, count: int = 0, seed: int = 0) -> Any:
-        now = warmed(Work(**work), warm)
+        now = warm_up_work(Work(**work), warm)
         at = arrivals(rate, count, random.Random(seed)) if question == "load" else [0.0] * now.batch
         prompts = random_ids(len(at), now.prompt, text_model.model.config.vocab_size)
 
@@ -152,7 +152,7 @@ def single_request(text_model: TextModel, work: dict[str, int]) -> Callable[[str
         return stream(engine, Request(tuple(random_ids(1, prompt, vocab)[0]), new))
 
     def run(question: str, warm: bool) -> float:
-        now = warmed(Work(**work), warm)
+        now = warm_up_work(Work(**work), warm)
         if question == "resident":
             return peak_mib()
         if question == "prefill":
@@ -208,10 +208,10 @@ def build_transformers(folder: Path, work: dict[str, int]) -> Callable[[str, boo
             speeds = {}
             for name in IMPLEMENTATIONS:
                 model.set_experts_implementation(name)
-                speeds[name] = max(once(question, warmed(Work(**work), True)) for _ in range(2))
+                speeds[name] = max(once(question, warm_up_work(Work(**work), True)) for _ in range(2))
             fastest[question] = max(speeds, key=lambda name: speeds[name])
         model.set_experts_implementation(fastest[question])
-        return once(question, warmed(Work(**work), warm))
+        return once(question, warm_up_work(Work(**work), warm))
 
     return run
 
@@ -238,7 +238,7 @@ def llama_cpp(lab: Lab, file: Path, work: Work) -> Iterator[Ask]:
 
     def run(question: str, warm: bool) -> float:
         nonlocal resident
-        now = warmed(work, warm)
+        now = warm_up_work(work, warm)
         threads = ["-t", str(lab.threads)]
         if question == "resident":
             return resident
@@ -290,7 +290,7 @@ def vllm(lab: Lab, folder: Path, work: Work) -> Iterator[Ask]:
 
         def run(question: str, warm: bool, **more: float) -> Any:
             assert process.stdin is not None
-            process.stdin.write(json.dumps({"question": question, **asdict(warmed(work, warm)), **more}) + "\n")
+            process.stdin.write(json.dumps({"question": question, **asdict(warm_up_work(work, warm)), **more}) + "\n")
             process.stdin.flush()
             return answer(process)["value"]
 
@@ -322,7 +322,7 @@ def build_memory() -> Callable[[str, bool], float]:
     return lambda question, warm: block.nbytes / statistics.median(seconds(block.sum) for _ in range(7)) / 1e9
 
 
-def warmed(work: Work, warm: bool) -> Work:
+def warm_up_work(work: Work, warm: bool) -> Work:
     """A warm-up's work: fewer new tokens of the same kind."""
     return replace(work, new=min(work.new, 16)) if warm else work
 

@@ -95,6 +95,7 @@ LINES = (
 )
 ROWS = (*dict.fromkeys(line.row for line in LINES), "sparse", "training")
 Rows = list[dict[str, Any]]
+Measurements = Mapping[str, Sequence[quiet.Measurement]]  # by contender, one per round
 
 
 def open_contender(lab: Lab, shape: str, name: str, work: Work) -> AbstractContextManager[Ask]:
@@ -103,7 +104,7 @@ def open_contender(lab: Lab, shape: str, name: str, work: Work) -> AbstractConte
         return contenders.memory(lab)
     who, kind = name.rsplit(" ", 1)
     kind = f"gguf-{kind}" if who == "llama.cpp" else kind
-    path = models.place(lab.folder, shape, kind)
+    path = models.model_path(lab.folder, shape, kind)
     opens = {
         "soli": contenders.soli,
         "llama.cpp": contenders.llama_cpp,
@@ -147,8 +148,8 @@ def measure_row(lab: Lab, lines: Sequence[Line], asks: Mapping[str, Ask], rounds
             continue
         sides[name] = partial(_turn, asks[name], question, first == "large")
     fewer = {RESIDENT: 1, "batch": max(1, rounds // 2)}
-    taken = quiet.interleaved(sides, fewer.get(question, rounds), limit)
-    return [row for line in lines if line.soli in taken for row in line_rows(lab, line, taken)]
+    measurements = quiet.interleaved(sides, fewer.get(question, rounds), limit)
+    return [row for line in lines if line.soli in measurements for row in line_rows(lab, line, measurements)]
 
 
 def _turn(ask: Ask, question: str, again: bool) -> float:
@@ -158,31 +159,31 @@ def _turn(ask: Ask, question: str, again: bool) -> float:
     return ask(question, False)
 
 
-def line_rows(lab: Lab, line: Line, taken: Mapping[str, Sequence[quiet.Taken]]) -> Iterator[dict[str, Any]]:
+def line_rows(lab: Lab, line: Line, measurements: Measurements) -> Iterator[dict[str, Any]]:
     """A line beside its peers, and where it is compared with the memory or a file, another for that."""
-    what, soli = f"{SAID[line.question]}, {SAID[line.shape]}, {line.kind}", quiet.values(taken[line.soli])
+    what, soli = f"{SAID[line.question]}, {SAID[line.shape]}, {line.kind}", quiet.values(measurements[line.soli])
     unit = "MiB" if line.question == RESIDENT else "tokens/s"
-    peers = {name: quiet.values(taken[name]) for name in line.peers if name in taken}
-    folder = models.place(lab.folder, line.shape, line.kind)
+    peers = {name: quiet.values(measurements[name]) for name in line.peers if name in measurements}
+    folder = models.model_path(lab.folder, line.shape, line.kind)
     if FILE in line.against:
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2**20
-        yield judged(what, unit, soli, {FILE: [size]} | peers, line, taken)
+        yield judge(what, unit, soli, {FILE: [size]} | peers, line, measurements)
         return
     if peers or set(line.against) != {MEMORY}:
-        yield judged(what, unit, soli, peers, line, taken)
-    if MEMORY in line.against and MEMORY in taken:
+        yield judge(what, unit, soli, peers, line, measurements)
+    if MEMORY in line.against and MEMORY in measurements:
         size = bytes_per_token(folder)
-        allowed = {MEMORY: [1e9 * speed / size for speed in quiet.values(taken[MEMORY])]}
-        yield judged(f"{what}, beside memory bandwidth", unit, soli, allowed, line, taken)
+        bandwidth_limit = {MEMORY: [1e9 * speed / size for speed in quiet.values(measurements[MEMORY])]}
+        yield judge(f"{what}, beside memory bandwidth", unit, soli, bandwidth_limit, line, measurements)
 
 
-def judged(
+def judge(
     what: str,
     unit: str,
     soli: Sequence[float],
     peers: Mapping[str, Sequence[float]],
     line: Line,
-    taken: Mapping[str, Sequence[quiet.Taken]],
+    measurements: Measurements,
 ) -> dict[str, Any]:
     """A row of results, with its aims that concern these peers and whether each is reached."""
     row = record.row(what, unit, soli, peers)
@@ -195,7 +196,7 @@ def judged(
         else:
             continue
         aims.append({"against": name, "at_least": round(least, 3), "reached": reached, "met": reached >= least})
-    shares = [quiet.most(taken[name]) for name in (line.soli, *peers) if name in taken]
+    shares = [quiet.most(measurements[name]) for name in (line.soli, *peers) if name in measurements]
     others = max((share for share in shares if share is not None), default=None)
     others = None if others is None else round(others, 3)
     return row | {"row": line.row, "aims": aims, "rounds": len(soli), "others": others}
@@ -231,7 +232,7 @@ def measure_sparse(lab: Lab, work: Work, rounds: int, limit: float) -> Rows:
         for ask in asks.values():
             ask("decode", True)
         sides = {name: lambda ask=ask: ask("decode", False) for name, ask in asks.items()}
-        taken = quiet.interleaved(sides, rounds, limit)
+        measurements = quiet.interleaved(sides, rounds, limit)
     few, middle, many = str(experts[0]), str(experts[len(experts) // 2]), str(experts[-1])
     rows = []
     for soli, peer, what in (
@@ -239,8 +240,8 @@ def measure_sparse(lab: Lab, work: Work, rounds: int, limit: float) -> Rows:
         (middle, "dense", f"decode, mixture of {middle} experts beside a dense model of as many activated parameters"),
     ):
         line = Line("sparse", "decode", soli, (peer,), {peer: ALIKE})
-        values = {name: quiet.values(measurements) for name, measurements in taken.items()}
-        row = judged(what, "tokens/s", values[soli], {peer: values[peer]}, line, taken)
+        values = {name: quiet.values(one) for name, one in measurements.items()}
+        row = judge(what, "tokens/s", values[soli], {peer: values[peer]}, line, measurements)
         rows.append(row | {"row": "sparse"})
     return rows
 
@@ -249,7 +250,7 @@ def measure_training(lab: Lab, rounds: int, limit: float) -> Rows:
     """Whole training steps of tiny, as train_step.py takes them, by wall time."""
     import train_step
 
-    folder = models.place(lab.folder, "tiny", "bf16")
+    folder = models.model_path(lab.folder, "tiny", "bf16")
     if not folder.exists():
         record.progress(f"without training: {folder} is not there")
         return []
@@ -267,12 +268,13 @@ def measure_training(lab: Lab, rounds: int, limit: float) -> Rows:
         if max(first.values()) - min(first.values()) > 0.02:
             sys.exit(f"the first losses differ, {first}: nothing was recorded")
         sides = {name: lambda ask=ask: ask()[0] for name, ask in asks.items()}
-        taken = quiet.interleaved(sides, rounds, limit)
+        measurements = quiet.interleaved(sides, rounds, limit)
     what = f"training step, tiny, bf16 over fp32 masters, {train_step.SEQUENCES} x {train_step.LENGTH} tokens"
     line = Line("training", "step", "", tuple(names[1:]), {BEST: 1.5})
-    peers = {name: quiet.values(taken[name]) for name in names[1:]}
-    taken = taken | {line.soli: taken["soli"]}
-    return [judged(what, "tokens/s", quiet.values(taken["soli"]), peers, line, taken) | {"row": "training"}]
+    peers = {name: quiet.values(measurements[name]) for name in names[1:]}
+    measurements = measurements | {line.soli: measurements["soli"]}
+    row = judge(what, "tokens/s", quiet.values(measurements["soli"]), peers, line, measurements)
+    return [row | {"row": "training"}]
 
 
 def measure(lab: Lab, rows: Sequence[str], work: Work, rounds: int, limit: float) -> Iterator[Rows]:

@@ -60,7 +60,7 @@ class Contender:
     name: str
     bytes: int
     translates: bool
-    spoken: TextModel
+    text_model: TextModel
     nats: float = 0.0
     kl: float = 0.0
     same: int = 0
@@ -71,33 +71,35 @@ def build(model: str, folder: Path, formats: Sequence[tuple[str, Target, bool]] 
     """The model in every format, the one that the others are compared with first."""
     contenders = []
     for number, (name, target, translates) in enumerate(formats):
-        at = folder / str(number)
-        convert_checkpoint(model, at, target)
+        path = folder / str(number)
+        convert_checkpoint(model, path, target)
         as_it_runs = name.endswith(IN_BF16)
         dtype = torch.bfloat16 if as_it_runs else torch.float32
-        loaded = load_model(at, dtype=dtype, mtp=False, quantized=as_it_runs)
-        size = sum(file.stat().st_size for file in at.glob("*.safetensors"))
-        contenders.append(Contender(name, size, translates, text_model(loaded, Tokenizer.from_folder(at), at)))
+        network = load_model(path, dtype=dtype, mtp=False, quantized=as_it_runs)
+        size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+        contenders.append(Contender(name, size, translates, text_model(network, Tokenizer.from_folder(path), path)))
         record.progress(f"written as {name}")
     return contenders
 
 
 def weight_error(exact: Contender, other: Contender) -> float:
     """Root mean square error over all weights that differ, relative to theirs."""
-    theirs, missed, size = other.spoken.model.state_dict(), 0.0, 0.0
-    for name, values in exact.spoken.model.state_dict().items():
-        lost = float((theirs[name] - values).double().square().sum())
-        missed, size = missed + lost, size + (float(values.double().square().sum()) if lost else 0.0)
-    return (missed / size) ** 0.5 if size else 0.0
+    quantized = other.text_model.model.state_dict()
+    error = size = 0.0
+    for name, values in exact.text_model.model.state_dict().items():
+        squares = float((quantized[name] - values).double().square().sum())
+        error += squares
+        size += float(values.double().square().sum()) if squares else 0.0
+    return (error / size) ** 0.5 if size else 0.0
 
 
-def batches(spoken: TextModel, texts: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(text_model: TextModel, texts: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
     """Token ids (B, T), filled up with zeros, and which of the T - 1 predictions count, texts of like length together.
 
     As in `soli eval` every token of a text and its end counts, given the tokens that begin a document.
     """
-    parts = sorted((part for text in texts for part in document_parts(spoken, text, end=True)), key=len)
-    skip = (len(spoken.text_prefix) or 1) - 1
+    parts = sorted((part for text in texts for part in document_parts(text_model, text, end=True)), key=len)
+    skip = (len(text_model.text_prefix) or 1) - 1
     for start in range(0, len(parts), BATCH):
         rows = [torch.tensor(part) for part in parts[start : start + BATCH]]
         width = max(len(row) for row in rows)
@@ -107,20 +109,20 @@ def batches(spoken: TextModel, texts: Sequence[str]) -> Iterator[tuple[Tensor, T
 
 
 @torch.no_grad()
-def read(contenders: Sequence[Contender], texts: Sequence[str]) -> int:
-    """Let every contender read the texts beside bf16, adding up what it counts. Returns how many tokens were read."""
+def score(contenders: Sequence[Contender], texts: Sequence[str]) -> int:
+    """Score the texts with every contender beside bf16, adding up its counts. Returns the number of tokens."""
     tokens = 0
-    for ids_BT, counts_BT in batches(contenders[0].spoken, texts):
+    for ids_BT, counts_BT in batches(contenders[0].text_model, texts):
         exact_NV = None
         target_N1 = ids_BT[:, 1:][counts_BT][:, None]
         for contender in contenders:
-            log_NV = contender.spoken.model(ids_BT)[:, :-1][counts_BT].float().log_softmax(dim=-1)
+            log_NV = contender.text_model.model(ids_BT)[:, :-1][counts_BT].float().log_softmax(dim=-1)
             exact_NV = log_NV if exact_NV is None else exact_NV
             contender.nats -= float(log_NV.gather(1, target_N1).double().sum())
             contender.kl += float((exact_NV.exp() * (exact_NV - log_NV)).sum(dim=1).double().sum())
             contender.same += int((log_NV.argmax(dim=1) == exact_NV.argmax(dim=1)).sum())
         tokens += len(target_N1)
-        record.progress(f"{tokens:,} tokens read")
+        record.progress(f"{tokens:,} tokens scored")
     return tokens
 
 
@@ -176,11 +178,11 @@ def main() -> None:
     pairs = evenly(file_pairs(str(arguments.data / "heldout.tsv")), arguments.pairs)
     with tempfile.TemporaryDirectory() as folder:
         contenders = build(arguments.model, Path(folder), (*FORMATS, *COMPUTED))
-        tokens = read(contenders, texts)
+        tokens = score(contenders, texts)
         for contender in contenders:
             for to in ("zh", "en") if contender.translates and pairs else ():
                 direction = "en-zh" if to == "zh" else "zh-en"
-                contender.chrf[direction] = evaluate_direction(contender.spoken, pairs, to, 64).overall.chrf
+                contender.chrf[direction] = evaluate_direction(contender.text_model, pairs, to, 64).overall.chrf
             record.progress(f"{contender.name}: chrF {contender.chrf}")
         size = sum(len(text.encode()) for text in texts)
         rows = [row(contender, contenders[0], tokens, size) for contender in contenders]

@@ -159,8 +159,8 @@ def main() -> None:
                     sides[f"transformers {name}"] = stack.enter_context(record.alone(build, folder, dtype, name))
                 for batch, names in IMPLEMENTATIONS.items():
                     record.progress(f"{dtype}, batch {batch}")
-                    chosen = {name: sides[name] for name in ("soli", *(f"transformers {n}" for n in names))}
-                    rows += compare(chosen, draw_prompts(batch, vocab), dtype, arguments.rounds)
+                    contenders = {name: sides[name] for name in ("soli", *(f"transformers {n}" for n in names))}
+                    rows += compare(contenders, draw_prompts(batch, vocab), dtype, arguments.rounds)
     size = {"model": arguments.model, "prompt": PROMPT, "new": NEW, "rounds": arguments.rounds}
     record.finish("generate", size | {"same_float32_tokens": True}, rows)  # check_same would have ended the run
 

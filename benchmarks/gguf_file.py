@@ -143,8 +143,8 @@ def _encoded(entry: Entry) -> np.ndarray:
 def _random(entry: Entry, rng: np.random.Generator) -> np.ndarray:
     """Norms one, quantised blocks of random codes under one scale, all else normal; weights of deviation 0.02."""
     if entry.type not in BLOCK:
-        drawn = np.ones(entry.shape) if "norm" in entry.name else rng.normal(0, 0.02, entry.shape)
-        return drawn.astype(np.float32 if entry.type == Type.F32 else np.float16)
+        values = np.ones(entry.shape) if "norm" in entry.name else rng.normal(0, 0.02, entry.shape)
+        return values.astype(np.float32 if entry.type == Type.F32 else np.float16)
     blocks = np.empty((int(np.prod(entry.shape)) // 32, 2 + BLOCK[entry.type]), np.uint8)
     blocks[:, :2] = np.frombuffer(np.float16(SCALE[entry.type]).tobytes(), np.uint8)
     blocks[:, 2:] = np.frombuffer(rng.bytes(blocks[:, 2:].size), np.uint8).reshape(len(blocks), -1)
@@ -190,13 +190,13 @@ def _write_tokens(writer: Any, folder: Path | None, config: ModelConfig) -> None
         tokenizer = models.tokenizer(config.vocab_size)
     else:
         tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    words = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
+    vocabulary = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
     special = {token["content"] for token in tokenizer["added_tokens"]}
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list(words)
-    writer.add_token_types([3 if word in special else 1 for word in words])
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([3 if token in special else 1 for token in vocabulary])
     writer.add_token_merges(merges)
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from contenders import Absent, Lab, Work, random_ids, warmed
+from contenders import Absent, Lab, Work, random_ids, warm_up_work
 
 from soli.serve.load_generator import TokenTimes, arrivals
 
@@ -40,7 +40,7 @@ def llama_server(lab: Lab, file: Path, work: Work, vocab: int) -> Iterator[Any]:
             wait_until_ready(process, port)
 
             def run(question: str, warm: bool, rate: float, count: int, seed: int) -> TokenTimes:
-                now = warmed(work, warm)
+                now = warm_up_work(work, warm)
                 due = arrivals(rate, count, random.Random(seed))
                 return send(port, due, random_ids(count, now.prompt, vocab), now.new)
 
@@ -70,7 +70,7 @@ def wait_until_ready(process: subprocess.Popen[bytes], port: int) -> None:
 
 
 def send(port: int, at: list[float], prompts: list[list[int]], new: int) -> TokenTimes:
-    """Send every prompt when it is due; when each one's tokens came."""
+    """Send every prompt when it is due; when each one's tokens arrive."""
     times: TokenTimes = [[] for _ in at]
     start = time.perf_counter()
 
@@ -81,8 +81,8 @@ def send(port: int, at: list[float], prompts: list[list[int]], new: int) -> Toke
         connection.request("POST", "/completion", json.dumps(body), {"Content-Type": "application/json"})
         for line in connection.getresponse():
             if line.startswith(b"data: "):
-                came = len(json.loads(line[6:])["tokens"])
-                times[number] += came * [time.perf_counter() - start - at[number]]
+                new_tokens = len(json.loads(line[6:])["tokens"])
+                times[number] += new_tokens * [time.perf_counter() - start - at[number]]
 
     threads = [threading.Thread(target=request, args=(number,)) for number in range(len(at))]
     for thread in threads:

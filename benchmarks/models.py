@@ -63,7 +63,7 @@ def config(shape: str) -> ModelConfig:
     return ModelConfig.from_dict({"model_type": "deepseek_v3", "first_k_dense_replace": 1, **SHAPES[shape]})
 
 
-def place(lab: Path, shape: str, kind: str) -> Path:
+def model_path(lab: Path, shape: str, kind: str) -> Path:
     """Where a model lies: the folder SHAPE or SHAPE-int8, or the file SHAPE-q8_0.gguf."""
     if kind in GGUFS:
         return lab / "models" / f"{shape}-{kind.removeprefix('gguf-')}.gguf"
@@ -72,7 +72,7 @@ def place(lab: Path, shape: str, kind: str) -> Path:
 
 def make(lab: Path, shape: str, kind: str) -> Path:
     """Make one model unless it is there, and before it the bf16 folder that it is made from."""
-    path = place(lab, shape, kind)
+    path = model_path(lab, shape, kind)
     if path.exists():
         return path
     record.progress(f"writing {path}")
@@ -94,12 +94,13 @@ def write_random(folder: Path, config: ModelConfig, target: Target) -> None:
     """A folder of random weights and a tokenizer. Memory: one tensor."""
     generator = torch.Generator().manual_seed(0)
     with tempfile.TemporaryDirectory() as holder:
-        beside = Path(holder) / "tokenizer.json"
-        beside.write_text(json.dumps(tokenizer(config.vocab_size)), encoding="utf-8")
+        tokenizer_file = Path(holder) / "tokenizer.json"
+        tokenizer_file.write_text(json.dumps(tokenizer(config.vocab_size)), encoding="utf-8")
         names = Path(holder) / "tokenizer_config.json"
         tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<eos>"}
         names.write_text(json.dumps(tokenizer_config), encoding="utf-8")
-        write(folder, config, slots(config), target, lambda slot: draw(slot, target, generator), [beside, names])
+        extra = [tokenizer_file, names]
+        write(folder, config, slots(config), target, lambda slot: draw(slot, target, generator), extra)
 
 
 def draw(slot: Slot, target: Target, generator: torch.Generator) -> Encoded:
@@ -124,14 +125,14 @@ def tokenizer(vocab_size: int) -> Mapping[str, Any]:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = ["<bos>", "<eos>", *letters]
-    merges = [(first, second) for first in letters for second in letters][: vocab_size - len(words)]
-    words += [first + second for first, second in merges]
-    assert len(words) == vocab_size, vocab_size
-    bpe = Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, merges))
+    vocabulary = ["<bos>", "<eos>", *letters]
+    merges = [(first, second) for first in letters for second in letters][: vocab_size - len(vocabulary)]
+    vocabulary += [first + second for first, second in merges]
+    assert len(vocabulary) == vocab_size, vocab_size
+    bpe = Tokenizer(models.BPE({token: index for index, token in enumerate(vocabulary)}, merges))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    bpe.add_special_tokens([AddedToken(word, special=True) for word in words[:2]])
+    bpe.add_special_tokens([AddedToken(token, special=True) for token in vocabulary[:2]])
     return json.loads(bpe.to_str())
 
 

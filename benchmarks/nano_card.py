@@ -59,8 +59,8 @@ def draw_curve(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], f
     at = [s["tokens"] / 1e6 for s in steps]
     left.plot(at, [s["loss"] for s in steps], label="next token", color="#2b6cb0", lw=1)
     left.plot(at, [s["mtp"] for s in steps], label="one further (MTP)", color="#c05621", lw=1)
-    held = [e for e in evaluations if "loss" in e]
-    left.plot([e["tokens"] / 1e6 for e in held], [e["loss"] for e in held], "k.-", label="held-out")
+    heldout = [e for e in evaluations if "loss" in e]
+    left.plot([e["tokens"] / 1e6 for e in heldout], [e["loss"] for e in heldout], "k.-", label="held-out")
     left.set(xlabel="million tokens", ylabel="nats per token", title="Loss")
     left.legend()
     for layer in steps[-1]["load"]:
@@ -140,28 +140,32 @@ def utilisation(run: Path, settings: TrainSettings, steps: list[dict[str, Any]])
     }
 
 
-def chosen_tokens(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], save_every: int) -> int:
+def exported_tokens(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], save_every: int) -> int:
     """Tokens that the exported checkpoint had seen: of those saved, that with the lowest held-out loss."""
     saved = [e for e in evaluations if "loss" in e and (e["step"] % save_every == 0 or e["step"] == steps[-1]["step"])]
     return int(min(saved, key=lambda e: e["loss"])["tokens"])
 
 
 def summarise(
-    measured: dict[str, Any], steps: list[dict[str, Any]], seen: int, model_bytes: int, training: dict[str, Any]
+    measurements: dict[str, Any],
+    steps: list[dict[str, Any]],
+    tokens_seen: int,
+    model_bytes: int,
+    training: dict[str, Any],
 ) -> dict[str, Any]:
     """What benchmarks/results/nano.json holds; the README's table reads `figures`."""
-    scores, last = measured["eval"], steps[-1]
+    scores, last = measurements["eval"], steps[-1]
     return {
         "hardware": record.hardware(),
         "figures": {
             **quality(scores),
-            "tokens_seen": seen,
+            "tokens_seen": tokens_seen,
             "tokens_run": last["tokens"],
             "hours": float(f"{last['seconds'] / 3600:.3g}"),
             "bytes": model_bytes,
         },
         "training": training,
-        "preferences": measured["preferences"],
+        "preferences": measurements["preferences"],
         "eval": scores,
     }
 
@@ -171,11 +175,11 @@ def card(result: dict[str, Any], steps: list[dict[str, Any]], data: Path) -> str
     figures, scores = result["figures"], result["eval"]
     sources = json.loads((data / "meta.json").read_text(encoding="utf-8"))
     names = sorted(sources["sources"], key=lambda name: -sources["sources"][name]["tokens"])
-    counted, training = soli_json("count", "nano"), result["training"]
+    parameter_counts, training = soli_json("count", "nano"), result["training"]
     flop = training["flops_per_token"] * figures["tokens_run"]
     fill = {
-        "total": f"{counted['total'] / 1e6:.1f}",
-        "activated": f"{counted['activated'] / 1e6:.1f}",
+        "total": f"{parameter_counts['total'] / 1e6:.1f}",
+        "activated": f"{parameter_counts['activated'] / 1e6:.1f}",
         "tokens_seen": f"{figures['tokens_seen'] / 1e6:.1f}",
         "tokens_run": f"{figures['tokens_run'] / 1e6:.1f}",
         "took": record.duration(figures["hours"]),
@@ -262,10 +266,10 @@ def main() -> None:
     steps, evaluations = read_metrics(arguments.run)
     settings = read_recipe(arguments.run)
     training = utilisation(arguments.run, settings, steps)
-    seen = chosen_tokens(steps, evaluations, settings.run.save_every)
+    tokens_seen = exported_tokens(steps, evaluations, settings.run.save_every)
     draw_curve(steps, evaluations, MODEL / "curve.png")
-    measured = measure(arguments.data)
-    result = summarise(measured, steps, seen, (MODEL / "model.safetensors").stat().st_size, training)
+    measurements = measure(arguments.data)
+    result = summarise(measurements, steps, tokens_seen, (MODEL / "model.safetensors").stat().st_size, training)
     if arguments.before:
         tokens = {"tokens_seen": arguments.before_tokens}
         result["before"] = {**quality(score(str(arguments.before), arguments.data)), **tokens}

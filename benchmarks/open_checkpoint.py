@@ -89,9 +89,9 @@ def open_once(reader: str, folder: Path) -> dict[str, float]:
     else:
         opens = open_with_safetensors
     before, start = resident_mib(), time.process_time()
-    opened = opens(folder)
+    checkpoint = opens(folder)
     seconds, mib = time.process_time() - start, resident_mib() - before
-    tensors = len(opened.entries) if reader == "soli" else sum(len(file.keys()) for file in opened)
+    tensors = len(checkpoint.entries) if reader == "soli" else sum(len(file.keys()) for file in checkpoint)
     return {"seconds": seconds, "mib": mib, "tensors": tensors}
 
 
@@ -116,14 +116,14 @@ def child(*arguments: str) -> str:
 def child_seconds(*arguments: str) -> Callable[[], float]:
     """The processor time of a new Python, from its start to its end."""
 
-    def used() -> float:
-        spent = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return spent.ru_utime + spent.ru_stime
+    def child_time() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
 
     def run() -> float:
-        before = used()
+        before = child_time()
         child(*arguments)
-        return used() - before
+        return child_time() - before
 
     return run
 
@@ -161,10 +161,10 @@ def measure_start_up(folder: Path, rounds: int) -> list[dict[str, Any]]:
         "import torch": child_seconds("-c", "import torch"),
     }
     seconds = record.interleaved(starts, rounds)
-    counted = {"transformers on the meta device": seconds["count by transformers"]}
+    count_peers = {"transformers on the meta device": seconds["count by transformers"]}
     helped = {"transformers --help": seconds["help of transformers"], "import torch": seconds["import torch"]}
     return [
-        record.row("soli count deepseek-v3, from start to end", "s", seconds["count"], counted),
+        record.row("soli count deepseek-v3, from start to end", "s", seconds["count"], count_peers),
         record.row("soli --help, from start to end", "s", seconds["help"], helped),
     ]
 

@@ -1,8 +1,8 @@
-"""How much of a shared machine others took while something was measured, and measuring again when it was too much.
+"""How much of a shared machine other processes took during a measurement, and repeating it when that was too much.
 
-Busy and stolen time of all processors come from /proc/stat; what this process and all that it started used, the dead
-included, from /proc/PID/stat. The difference is what others took, as a share of all processors; a hypervisor's theft
-counts as others. Without /proc the share is None and nothing is measured again.
+Busy and stolen time of all processors come from /proc/stat; the time of this process and its descendants, ended ones
+included, from /proc/PID/stat. The difference is what other processes took, as a share of all processors; time stolen by
+a hypervisor counts too. Without /proc the share is None and nothing is repeated.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ LIMIT, TRIES, PATIENCE = 0.05, 3, 30.0  # share of others, measurements at most,
 
 
 @dataclass(frozen=True)
-class Taken:
-    """A measured value, and the share of the machine that others had meanwhile."""
+class Measurement:
+    """A measured value, and the share of the machine that other processes took meanwhile."""
 
     value: Any
     others: float | None
 
 
-def busy() -> float | None:
+def busy_seconds() -> float | None:
     """Seconds that all processors together have worked since the start, stolen ones included."""
     if not (PROC / "stat").exists():
         return None
@@ -38,7 +38,7 @@ def busy() -> float | None:
     return (user + nice + system + irq + soft + steal) / TICKS
 
 
-def ours() -> float:
+def own_seconds() -> float:
     """Seconds of processor time that this process and those below it have used, ended ones included."""
     parents: dict[int, int] = {}
     used: dict[int, float] = {}
@@ -55,56 +55,58 @@ def ours() -> float:
     return sum(used[pid] for pid in own if pid in used)
 
 
-def watched(run: Callable[[], Any]) -> Taken:
-    """Run and say how much others took."""
-    before, own, start = busy(), ours(), time.perf_counter()
+def measure(run: Callable[[], Any]) -> Measurement:
+    """One run, with the share that other processes took."""
+    before, own, start = busy_seconds(), own_seconds(), time.perf_counter()
     value = run()
-    seconds, after = time.perf_counter() - start, busy()
+    seconds, after = time.perf_counter() - start, busy_seconds()
     if before is None or after is None:
-        return Taken(value, None)
-    others = (after - before) - (ours() - own)
-    return Taken(value, max(0.0, others / (seconds * (os.cpu_count() or 1))))
+        return Measurement(value, None)
+    others = (after - before) - (own_seconds() - own)
+    return Measurement(value, max(0.0, others / (seconds * (os.cpu_count() or 1))))
 
 
-def patiently(run: Callable[[], Any], limit: float = LIMIT) -> Taken:
-    """The first of TRIES runs in which others took no more than `limit`, else the least disturbed of them."""
-    tries: list[Taken] = []
+def measure_quietly(run: Callable[[], Any], limit: float = LIMIT) -> Measurement:
+    """The first of TRIES runs in which other processes took no more than `limit`, else the least disturbed."""
+    tries: list[Measurement] = []
     while len(tries) < TRIES:
-        tries.append(watched(run))
+        tries.append(measure(run))
         if tries[-1].others is None or tries[-1].others <= limit:
             return tries[-1]
         if len(tries) < TRIES:
             wait_for_quiet(limit)
-    return min(tries, key=lambda taken: taken.others or 0.0)
+    return min(tries, key=lambda measurement: measurement.others or 0.0)
 
 
 def wait_for_quiet(limit: float, patience: float = PATIENCE) -> None:
-    """Until others take no more than `limit` for a second, but no longer than `patience` seconds."""
+    """Until other processes take no more than `limit` for a second, for at most `patience` seconds."""
     until = time.perf_counter() + patience
-    while time.perf_counter() < until and (watched(lambda: time.sleep(1.0) or 0.0).others or 0.0) > limit:
+    while time.perf_counter() < until and (measure(lambda: time.sleep(1.0) or 0.0).others or 0.0) > limit:
         pass
 
 
 def interleaved(
     contenders: Mapping[str, Callable[[], Any]], rounds: int, limit: float = LIMIT
-) -> dict[str, list[Taken]]:
-    """What each contender gave in each round: all take their turn in every round, in an order drawn anew. Warming up is
-    the caller's."""
-    taken: dict[str, list[Taken]] = {name: [] for name in contenders}
+) -> dict[str, list[Measurement]]:
+    """What each contender returned in each round: all take their turn in every round, in an order drawn anew.
+
+    Warming up is up to the caller.
+    """
+    measurements: dict[str, list[Measurement]] = {name: [] for name in contenders}
     order = list(contenders)
     for number in range(rounds):
         random.Random(number).shuffle(order)
         for name in order:
-            taken[name].append(patiently(contenders[name], limit))
+            measurements[name].append(measure_quietly(contenders[name], limit))
         record.progress(f"round {number + 1} of {rounds}")
-    return taken
+    return measurements
 
 
-def values(taken: Sequence[Taken]) -> list[Any]:
-    return [one.value for one in taken]
+def values(measurements: Sequence[Measurement]) -> list[Any]:
+    return [measurement.value for measurement in measurements]
 
 
-def most(taken: Sequence[Taken]) -> float | None:
-    """The largest share that others had."""
-    known = [one.others for one in taken if one.others is not None]
-    return max(known) if known else None
+def most(measurements: Sequence[Measurement]) -> float | None:
+    """The largest share that other processes took."""
+    shares = [measurement.others for measurement in measurements if measurement.others is not None]
+    return max(shares, default=None)

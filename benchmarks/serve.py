@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 from typing import Any
@@ -53,7 +53,7 @@ def open_loaded(lab: Lab, name: str, work: Work) -> AbstractContextManager[Any]:
     """A contender that answers "load"."""
     if not name.startswith("llama.cpp"):
         return cpu.open_contender(lab, "small", name, work)
-    path = models.place(lab.folder, "small", f"gguf-{name.split()[1]}")
+    path = models.model_path(lab.folder, "small", f"gguf-{name.split()[1]}")
     return llama_server(lab, path, work, models.SHAPES["small"]["vocab_size"])
 
 
@@ -74,8 +74,9 @@ def under_load(
         for rate in rates:
             record.progress(f"load, {rate:g} requests per second")
             turns = {name: turn(ask, rate, count) for name, ask in asks.items()}
-            taken = quiet.interleaved(turns, rounds, limit)
-            yield [row for kind in kinds if f"soli {kind}" in taken for row in load_rows(kind, rate, taken)]
+            measurements = quiet.interleaved(turns, rounds, limit)
+            present = [kind for kind in kinds if f"soli {kind}" in measurements]
+            yield [row for kind in present for row in load_rows(kind, rate, measurements)]
 
 
 def turn(ask: Callable[..., TokenTimes], rate: float, count: int) -> Callable[[], dict[str, float]]:
@@ -96,14 +97,14 @@ def figures(times: TokenTimes) -> dict[str, float]:
     }
 
 
-def load_rows(kind: str, rate: float, taken: Mapping[str, Sequence[quiet.Taken]]) -> Iterator[dict[str, Any]]:
+def load_rows(kind: str, rate: float, measurements: cpu.Measurements) -> Iterator[dict[str, Any]]:
     """Four rows: each figure of one kind of weights at one rate, beside the peers."""
     line = cpu.Line("small", "load", kind, PEERS[kind])
-    peers = [name for name in PEERS[kind] if name in taken]
-    for figure in quiet.values(taken[line.soli])[0]:
-        values = {name: [one[figure] for one in quiet.values(taken[name])] for name in (line.soli, *peers)}
+    peers = [name for name in PEERS[kind] if name in measurements]
+    for figure in quiet.values(measurements[line.soli])[0]:
+        values = {name: [one[figure] for one in quiet.values(measurements[name])] for name in (line.soli, *peers)}
         what = f"{rate:g} requests a second, {cpu.SAID['small']}, {kind}: {figure.replace('first', 'first token')}"
-        row = cpu.judged(what, "ms", values[line.soli], {name: values[name] for name in peers}, line, taken)
+        row = cpu.judge(what, "ms", values[line.soli], {name: values[name] for name in peers}, line, measurements)
         yield row | {"row": "load", "rate": rate, "figure": figure}
 
 

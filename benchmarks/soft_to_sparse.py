@@ -34,14 +34,14 @@ def build() -> dict[str, nn.Module]:
     torch.manual_seed(0)
     textbook, shared = steps.Textbook(WIDTH, WIDTH, EXPERTS), nn.Linear(WIDTH, WIDTH)
     all_of_them = steps.SOFTMAX | {"num_experts_per_tok": EXPERTS}
-    chosen = {"num_experts_per_tok": CHOSEN}
+    selected = {"num_experts_per_tok": CHOSEN}
     return {
         "0. textbook: every expert, summed": textbook,
         "1. Soli's dispatch, all by softmax": steps.Sparse(textbook, **all_of_them),
-        "2. top 4 of 32": steps.Sparse(textbook, **(steps.TOP_2 | chosen)),
-        "3. sigmoid gates, normalised": steps.Sparse(textbook, **(steps.SIGMOID | chosen)),
-        "4. a shared expert": steps.WithShared(textbook, shared, **(steps.SIGMOID | chosen)),
-        "5. the balancing bias": steps.WithShared(textbook, shared, **(steps.BIASED | chosen)),
+        "2. top 4 of 32": steps.Sparse(textbook, **(steps.TOP_2 | selected)),
+        "3. sigmoid gates, normalised": steps.Sparse(textbook, **(steps.SIGMOID | selected)),
+        "4. a shared expert": steps.WithShared(textbook, shared, **(steps.SIGMOID | selected)),
+        "5. the balancing bias": steps.WithShared(textbook, shared, **(steps.BIASED | selected)),
         "6. Soli's MoE: 16 of 128 SwiGLU, 1/4 size": steps.fine_grained(WIDTH, EXPERTS, CHOSEN, EXPERT_WIDTH, CUT),
     }
 

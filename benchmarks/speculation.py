@@ -51,10 +51,10 @@ def build(dtype: str, speculate: bool) -> Callable[[int], Any]:
             for event in engine.step():
                 if event.token is not None:
                     tokens[event.request].append(event.token)
-        took = time.process_time() - start
+        seconds = time.process_time() - start
         stats = engine.stats()
         accepted = stats.accepted / stats.drafted if stats.drafted else 0.0
-        return list(tokens.values()), sum(map(len, tokens.values())) / took, accepted
+        return list(tokens.values()), sum(map(len, tokens.values())) / seconds, accepted
 
     return answer
 

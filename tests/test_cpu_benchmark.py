@@ -65,7 +65,7 @@ def test_streamed_random_models_are_whole(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_bytes_per_token_are_those_of_the_activated_weights(lab: Path) -> None:
-    folder = models.place(lab, "tiny", "bf16")
+    folder = models.model_path(lab, "tiny", "bf16")
     config = soli.config.load_config(folder)
     activated = sum(group.activated for group in weights(config)) - config.vocab_size * config.hidden_size
     biases = config.num_moe_layers * config.n_routed_experts
@@ -74,8 +74,9 @@ def test_bytes_per_token_are_those_of_the_activated_weights(lab: Path) -> None:
 
 def test_aims_are_judged_against_the_peer_they_name() -> None:
     line = cpu.Line("small", "decode", "int8", ("a", "b"), {"a": 1.25, cpu.BEST: 0.5, "memory": 0.85})
-    taken = {"soli int8": [quiet.Taken(12.0, 0.01)], "a": [quiet.Taken(10.0, 0.02)], "b": [quiet.Taken(20.0, 0.07)]}
-    row = cpu.judged("x", "tokens/s", [12.0], {"a": [10.0], "b": [20.0]}, line, taken)
+    recorded = {"soli int8": (12.0, 0.01), "a": (10.0, 0.02), "b": (20.0, 0.07)}
+    measurements = {name: [quiet.Measurement(*pair)] for name, pair in recorded.items()}
+    row = cpu.judge("x", "tokens/s", [12.0], {"a": [10.0], "b": [20.0]}, line, measurements)
     assert [(aim["against"], aim["reached"], aim["met"]) for aim in row["aims"]] == [
         ("a", 1.2, False),
         (cpu.BEST, 0.6, True),
@@ -98,15 +99,15 @@ def test_time_of_children_is_ours_and_of_strangers_is_not(tmp_path: Path, monkey
     process(tmp_path, 999_001, os.getpid(), (16, 0, 0, 0))
     process(tmp_path, 999_002, 999_001, (32, 0, 0, 0))
     process(tmp_path, 999_003, 1, (64, 0, 0, 0))
-    assert quiet.ours() == 63
-    assert quiet.busy() == 66
+    assert quiet.own_seconds() == 63
+    assert quiet.busy_seconds() == 66
 
 
 def test_a_disturbed_measurement_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    def after(*shares: float) -> quiet.Taken:
-        measurements = iter(quiet.Taken(float(number), share) for number, share in enumerate(shares))
-        monkeypatch.setattr(quiet, "watched", lambda run: next(measurements))
-        return quiet.patiently(lambda: 0.0)
+    def after(*shares: float) -> quiet.Measurement:
+        measurements = iter(quiet.Measurement(float(number), share) for number, share in enumerate(shares))
+        monkeypatch.setattr(quiet, "measure", lambda run: next(measurements))
+        return quiet.measure_quietly(lambda: 0.0)
 
     monkeypatch.setattr(quiet, "wait_for_quiet", lambda limit: None)
     assert after(0.04).value == 0

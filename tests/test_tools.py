@@ -14,8 +14,8 @@ import lint_words  # noqa: E402
 
 WORDS = [
     lint_words.Word("value", "found", "matches"),
-    lint_words.Word("name", "ask_ahead", "prefetch"),
-    lint_words.Word("phrase", "written out", "dequantized"),
+    lint_words.Word("name", "ask_ahead", "prefetch"),  # old name
+    lint_words.Word("phrase", "written out", "dequantized"),  # old name
 ]
 
 
@@ -26,14 +26,14 @@ WORDS = [
         ("a.py", "def f(found: int) -> int:\n    return found\n", [1]),
         ("a.py", "for found, x in []:\n    pass\n", [1]),
         ("a.py", "names_found = 1\nx.found = 2\n", []),
-        ("a.py", "import b\n\nb.ask_ahead()\n", [3]),
+        ("a.py", "import b\n\nb.ask_ahead()\n", [3]),  # old name
         ("a.py", "ask_ahead_of = 1\n", []),
         ("a.py", "# weights are Written\n# out here\n", [1]),
         ("a.py", "found = 1  # old name\n", []),
         ("a.cpp", "const Row* found = nullptr;\n", [1]),
         ("a.cpp", "void f(int found, long n) {\n", [1]),
         ("a.cpp", "// written\n// out\nask_ahead(p);\n", [1, 3]),
-        ("a.md", "It is written out.\n", [1]),
+        ("a.md", "It is written out.\n", [1]),  # old name
     ],
 )
 def test_rejected_words_are_seen_where_they_count(name: str, text: str, lines: list[int]) -> None:

@@ -33,10 +33,10 @@ def output(command: str, model: str | None) -> str:
 
 def refreshed(block: re.Match[str], model: str | None) -> str:
     """The block with fresh output."""
-    shown = block["output"].splitlines()
+    old_lines = block["output"].splitlines()
     lines = output(block["command"], model).splitlines()
-    if "..." in shown:
-        lines = [*lines[: shown.index("...")], "..."]
+    if "..." in old_lines:
+        lines = [*lines[: old_lines.index("...")], "..."]
     return "\n".join(["```", f"$ {block['command']}", *lines, "```"])
 
 

@@ -81,9 +81,9 @@ def on_heldout(run: Run) -> dict[str, Any]:
 
 def missing(file: Path, names: list[str], seeds: int, tokens: int) -> Iterator[tuple[str, int]]:
     """(arm, seed) still to be trained, every arm of one seed before the next seed begins."""
-    finished = {(line["arm"], line["seed"], line["budget"]) for line in read_lines(file)}
+    finished_runs = {(line["arm"], line["seed"], line["budget"]) for line in read_lines(file)}
     for seed in range(seeds):
-        yield from ((name, seed) for name in names if (name, seed, tokens) not in finished)
+        yield from ((name, seed) for name in names if (name, seed, tokens) not in finished_runs)
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -109,9 +109,10 @@ def print_arms(names: list[str], tokens: int) -> None:
     print(f"{'arm':<13}{'total':>11}{'activated':>11}{'tokens':>11}{'TFLOP':>8}  what")
     for name in names:
         settings = arm_settings(name, tokens)
-        counted, length = count(settings.model), settings.schedule.total_tokens
+        size = count(settings.model)
+        length = settings.schedule.total_tokens
         cost = length * flops_per_token(settings) / 1e12
-        print(f"{name:<13}{counted.total:>11,}{counted.activated:>11,}{length:>11,}{cost:>8.1f}  {ARMS[name].what}")
+        print(f"{name:<13}{size.total:>11,}{size.activated:>11,}{length:>11,}{cost:>8.1f}  {ARMS[name].what}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -79,8 +79,8 @@ def summarise(runs: RunsByArm) -> dict[str, Any]:
 def describe(arm: str, budget: int) -> dict[str, Any]:
     """What an arm is and costs."""
     settings = arm_settings(arm, budget)
-    counted, tokens = count(settings.model), settings.schedule.total_tokens
-    sizes = {"parameters": counted.total, "activated": counted.activated, "tokens": tokens}
+    parameters, tokens = count(settings.model), settings.schedule.total_tokens
+    sizes = {"parameters": parameters.total, "activated": parameters.activated, "tokens": tokens}
     changes = dict(ARMS[arm].changes)
     return {"what": ARMS[arm].what, "changes": changes, **sizes, "flops": tokens * flops_per_token(settings)}
 

@@ -32,10 +32,10 @@ def mla_decode(batch: int, context: int, heads: int, repeats: int) -> dict[str, 
     at = chip.device()
     query = torch.randn(batch, 1, heads, 576, device=at, dtype=BF16)
     latent = torch.randn(batch, 1, context, 576, device=at, dtype=BF16)
-    seen = torch.ones(batch, 1, 1, context, dtype=torch.bool, device=at)
-    took = chip.seconds(lambda: attend(query, latent, latent[..., :512], seen, 0.135), repeats)
+    mask = torch.ones(batch, 1, 1, context, dtype=torch.bool, device=at)
+    seconds = chip.seconds(lambda: attend(query, latent, latent[..., :512], mask, 0.135), repeats)
     bytes_, flops = latent.nbytes, 2 * batch * heads * context * (576 + 512)
-    return {"ms": took * 1e3, "gb_s": bytes_ / took / 1e9, "tflops": flops / took / 1e12}
+    return {"ms": seconds * 1e3, "gb_s": bytes_ / seconds / 1e9, "tflops": flops / seconds / 1e12}
 
 
 def mla_prefill(
@@ -66,12 +66,12 @@ def fp8_gemm(m: int, n: int, k: int, repeats: int) -> dict[str, Any]:
     at = chip.device()
     x, w = torch.randn(m, k, device=at, dtype=BF16), torch.randn(n, k, device=at)
     a, b = operands.tiles(x), operands.blocks(w)
-    took = chip.seconds(lambda: operands.product(a, b, BF16), repeats)
+    seconds = chip.seconds(lambda: operands.product(a, b, BF16), repeats)
     packing = chip.seconds(lambda: operands.tiles(x), repeats)
     wide = w.to(BF16)
     bf16 = chip.seconds(lambda: F.linear(x, wide), repeats)
     bytes_ = m * k + n * k + 2 * m * n
-    return {"ms": took * 1e3, "tflops": 2 * m * n * k / took / 1e12, "gb_s": bytes_ / took / 1e9,
+    return {"ms": seconds * 1e3, "tflops": 2 * m * n * k / seconds / 1e12, "gb_s": bytes_ / seconds / 1e9,
             "quantise_x_gb_s": 3 * m * k / packing / 1e9, "bf16_ms": bf16 * 1e3}  # fmt: skip
 
 

@@ -46,11 +46,11 @@ def measure(data: Path, sequences: int, switches: list[str], tiny: bool) -> dict
         nonlocal loss
         loss = take_step(run).loss
 
-    took = chip.seconds(step, 2 if tiny else STEPS)
+    seconds = chip.seconds(step, 2 if tiny else STEPS)
     tokens = settings.schedule.batch_sequences * settings.schedule.sequence_length
     flops = training_flops(settings.model, settings.schedule.sequence_length)
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-    return {"ms": took * 1e3, "tokens_s": tokens / took, "tflops": tokens * flops / took / 1e12, "loss": loss,
+    return {"ms": seconds * 1e3, "tokens_s": tokens / seconds, "tflops": tokens * flops / seconds / 1e12, "loss": loss,
             "first_steps_s": started, "peak_gib": peak}  # fmt: skip
 
 

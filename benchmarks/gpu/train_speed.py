@@ -103,11 +103,11 @@ def measure(
     width = length + 1 + config.num_nextn_predict_layers
     windows = iter(torch.randint(3, config.vocab_size, (repeats + 3, sequences, width), device=at))
     step(next(windows)), step(next(windows))
-    took = chip.seconds(lambda: step(next(windows)), repeats)
+    seconds = chip.seconds(lambda: step(next(windows)), repeats)
     flops_per_step = 3 * flops(config, length).prefill * sequences * length
     peak = torch.cuda.max_memory_allocated() / 2**30 if at.type == "cuda" else 0.0
-    return {"ms": took * 1e3, "tokens_s": sequences * length / took, "tflops": flops_per_step / took / 1e12,
-            "mfu": flops_per_step / took / NOMINAL, "peak_gib": peak}  # fmt: skip
+    return {"ms": seconds * 1e3, "tokens_s": sequences * length / seconds, "tflops": flops_per_step / seconds / 1e12,
+            "mfu": flops_per_step / seconds / NOMINAL, "peak_gib": peak}  # fmt: skip
 
 
 def main() -> None:

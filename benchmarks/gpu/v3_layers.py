@@ -35,36 +35,36 @@ def shape(tiny: bool) -> ModelConfig:
 
 def decode(model: Transformer, batch: int, context: int, ceiling: dict[str, Any], repeats: int) -> dict[str, Any]:
     """One token for each of `batch` sequences that have `context` tokens in the cache."""
-    config, at = model.config, model.embed_tokens.weight.device
+    config, device = model.config, model.embed_tokens.weight.device
     cache, dtype = LatentCache.whole_rows([context + 1] * batch), model.embed_tokens.weight.dtype
-    filled = cache.begin(range(batch), [0] * batch, [context] * batch, at).slots_T
+    filled = cache.begin(range(batch), [0] * batch, [context] * batch, device).slots_T
     for layer in range(config.num_hidden_layers):
         width = config.kv_lora_rank + config.qk_rope_head_dim
-        cache.write(layer, filled, torch.randn(batch * context, width, device=at, dtype=dtype))
-    ids = torch.randint(0, config.vocab_size, (1, batch), device=at)
-    now = cache.begin(range(batch), [context] * batch, [1] * batch, at)
-    place = now.positions_T[None]
-    chosen = sum(int((layer.counts_E() > 0).sum()) for layer in model.backbone(ids, place, now).routing)
-    took = chip.seconds(lambda: model.head(model.backbone(ids, place, now).hidden_BTD), repeats)
-    apart = ("mlp.experts.", "embed_tokens")  # counted by what is chosen; one row a token
-    weights = sum(p.nbytes for name, p in model.named_parameters() if not any(part in name for part in apart))
+        cache.write(layer, filled, torch.randn(batch * context, width, device=device, dtype=dtype))
+    ids = torch.randint(0, config.vocab_size, (1, batch), device=device)
+    now = cache.begin(range(batch), [context] * batch, [1] * batch, device)
+    positions = now.positions_T[None]
+    activated = sum(int((layer.counts_E() > 0).sum()) for layer in model.backbone(ids, positions, now).routing)
+    seconds = chip.seconds(lambda: model.head(model.backbone(ids, positions, now).hidden_BTD), repeats)
+    separate = ("mlp.experts.", "embed_tokens")  # counted by what is activated; one row a token
+    weights = sum(p.nbytes for name, p in model.named_parameters() if not any(part in name for part in separate))
     moe = next(layer.mlp for layer in model.layers if isinstance(layer.mlp, MoE))
     expert = moe.experts.gate_up_proj[0].nbytes + moe.experts.down_proj[0].nbytes
-    bytes_ = weights + chosen * expert + cache.nbytes()
+    bytes_ = weights + activated * expert + cache.nbytes()
     floor = bytes_ / (ceiling["copy_gb_s"] * 1e9)
-    return {"ms": took * 1e3, "tokens_s": batch / took, "experts_touched": chosen, "gb": bytes_ / 1e9,
-            "share_of_memory_ceiling": floor / took}  # fmt: skip
+    return {"ms": seconds * 1e3, "tokens_s": batch / seconds, "experts_touched": activated, "gb": bytes_ / 1e9,
+            "share_of_memory_ceiling": floor / seconds}  # fmt: skip
 
 
 def prefill(model: Transformer, batch: int, length: int, ceiling: dict[str, Any], repeats: int) -> dict[str, Any]:
     """Read `batch` prompts of `length` tokens from nothing."""
-    config, at = model.config, model.embed_tokens.weight.device
-    ids = torch.randint(0, config.vocab_size, (batch, length), device=at)
-    took = chip.seconds(lambda: model.head(model.backbone(ids).hidden_BTD[:, -1]), repeats)
+    config, device = model.config, model.embed_tokens.weight.device
+    ids = torch.randint(0, config.vocab_size, (batch, length), device=device)
+    seconds = chip.seconds(lambda: model.head(model.backbone(ids).hidden_BTD[:, -1]), repeats)
     head = 2 * batch * (length - 1) * model.lm_head.weight.numel()  # only the last token goes through it
     flops_done = batch * length * flops(config, length).prefill - head
-    return {"ms": took * 1e3, "tokens_s": batch * length / took, "tflops": flops_done / took / 1e12,
-            "share_of_bf16_ceiling": flops_done / took / (ceiling["bf16_tflops"] * 1e12)}  # fmt: skip
+    return {"ms": seconds * 1e3, "tokens_s": batch * length / seconds, "tflops": flops_done / seconds / 1e12,
+            "share_of_bf16_ceiling": flops_done / seconds / (ceiling["bf16_tflops"] * 1e12)}  # fmt: skip
 
 
 def main() -> None:
@@ -72,9 +72,9 @@ def main() -> None:
     tiny, repeats = arguments.tiny, 2 if arguments.tiny else 10
     chip.require_gpu(tiny)
     ceiling = chip.ceilings(tiny)
-    config, at = shape(tiny), chip.device()
-    model = Transformer(config, device=at, dtype=torch.bfloat16)
-    model.init_weights(torch.Generator(at).manual_seed(0))
+    config, device = shape(tiny), chip.device()
+    model = Transformer(config, device=device, dtype=torch.bfloat16)
+    model.init_weights(torch.Generator(device).manual_seed(0))
     rows = []
     with torch.inference_mode():
         for batch, context in [(2, 20)] if tiny else [(1, 4096), (8, 4096), (32, 4096), (128, 4096)]:

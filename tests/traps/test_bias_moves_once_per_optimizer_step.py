@@ -17,16 +17,16 @@ def biases(model):
 
 
 def test_one_step_moves_every_layer_by_gamma_whatever_the_micro_batch(tmp_path):
-    data, seen = write_data(tmp_path / "data"), []
+    data, biases_by_run = write_data(tmp_path / "data"), []
     for micro in (8, 2):
         run = prepare(settings(run={"micro_sequences": micro}), {}, data, tmp_path / f"run{micro}")
         step = take_step(run)
         assert int(step.counts_LE.sum()) == 2 * 2 * 8 * 16  # layers (one of them MTP) x chosen x sequences x tokens
-        seen.append(biases(run.model))
-        for bias_E, counts_E in zip(seen[-1], step.counts_LE, strict=True):
+        biases_by_run.append(biases(run.model))
+        for bias_E, counts_E in zip(biases_by_run[-1], step.counts_LE, strict=True):
             assert torch.equal(bias_E, 0.01 * torch.sign(counts_E.float().mean() - counts_E))
-    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
-    assert all(bias.any() for bias in seen[0])
+    assert all(torch.equal(a, b) for a, b in zip(*biases_by_run, strict=True))
+    assert all(bias.any() for bias in biases_by_run[0])
 
 
 def test_counters_are_zeroed_each_step(tmp_path):
