@@ -40,7 +40,6 @@ KNOWN_IN_CYCLES: set[str] = {
     "soli.model.transformer",
 }
 KNOWN_REPEATED_CLASSES: set[str] = {
-    "Packed",
     "Read",
     "_Answer",
     "_Product",
