@@ -31,7 +31,7 @@ SEEK = """at => {
   slider.dispatchEvent(new Event("input", {bubbles: true}));
 }"""
 TEA = 17  # the place of 茶 in its translation: what the bias changed is seen in three layers
-HEARD_BEFORE = (
+WARM_UP_TEXTS = (
     "The old man walked slowly to the river.", "Please close the window, it is cold.", "我们明天早上八点出发。",
     "The train leaves at 10:45.", "他把书放在桌子上。", "In 1998 the city had 200 schools.",
 )  # fmt: skip
@@ -47,7 +47,7 @@ def nano() -> Iterator[str]:
         assert server.stderr is not None
         address = re.search(r"http://[\d.:]+", next(line for line in server.stderr if "http://" in line))
         assert address is not None
-        for text in HEARD_BEFORE:
+        for text in WARM_UP_TEXTS:
             translate(address[0], text)
         yield address[0]
         server.terminate()
@@ -76,7 +76,7 @@ def opened(browser: Browser, url: str, **options: Any) -> Page:
 
 
 def wait_for(page: Page, at: int) -> None:
-    """Until at least `at` tokens have been played."""
+    """Until at least `at` tokens have been shown."""
     while int(re.findall(r"\d+", page.inner_text("#at"))[0]) < at:
         page.wait_for_timeout(10)
 
@@ -100,7 +100,7 @@ def check_size(path: Path) -> None:
     print(f"{path.relative_to(ROOT)}  {path.stat().st_size // 1000} kB")
 
 
-def road(browser: Browser, url: str) -> None:
+def token_path(browser: Browser, url: str) -> None:
     page = opened(browser, url, color_scheme="light")
     page.click("#run")
     wait_for(page, 19)
@@ -188,7 +188,7 @@ def main() -> None:
     IMAGES.mkdir(exist_ok=True)
     with sync_playwright() as playwright, nano() as url:
         browser = playwright.chromium.launch(executable_path=chromium)
-        for picture in (moving, live, road, compared, masked, phone):
+        for picture in (moving, live, token_path, compared, masked, phone):
             picture(browser, url)
         giant(browser)
 
