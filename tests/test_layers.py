@@ -36,17 +36,13 @@ KNOWN_IN_CYCLES: set[str] = {
     "soli.engine.distribution",
     "soli.engine.penalties",
     "soli.engine.sampler",
-    "soli.model.one_call",
-    "soli.model.transformer",
 }
 KNOWN_REPEATED_CLASSES: set[str] = {
     "Read",
     "_Answer",
     "_Product",
 }
-KNOWN_FORBIDDEN: set[str] = {
-    "soli.model.one_call -> soli.kernels.cpu",
-}
+KNOWN_FORBIDDEN: set[str] = set()
 
 
 class Import(NamedTuple):

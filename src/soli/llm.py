@@ -12,14 +12,19 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from pathlib import Path
 from typing import TypedDict, Unpack
 
+from soli.data.tokenizer import Tokenizer
 from soli.engine.async_engine import AsyncEngine, Events
 from soli.engine.constraint import ConstraintSpec
 from soli.engine.engine import Engine
 from soli.engine.request import Answer, EngineLimits, EngineStats, Event, Request, checked
+from soli.engine.runner import RunnerName
 from soli.engine.sampler import GREEDY, SamplingParams
-from soli.engine.text_model import open_text_model
+from soli.engine.text_model import TextModel, open_text_model, text_model
+from soli.errors import SoliError
+from soli.model.transformer import Transformer
 
 NEW_TOKENS = 256  # unless max_new_tokens says otherwise, within the model's positions
 
@@ -40,15 +45,25 @@ class Options(TypedDict, total=False):
 class LLM:
     """A loaded model with its engine.
 
-    `model`: a folder, or "nano"; `device`, `dtype`: as `open_text_model` says; `limits`: what the engine may take.
+    `model`: a folder, "nano", or a Transformer with its `tokenizer`; a Transformer may be hooked, patched or trained on
+    between requests. `device`, `dtype`: of a folder, as `open_text_model` says. `limits`: what the engine may take.
+    `runner`: "eager" calls the modules one after another; "fused" computes all layers in one C++ call, or is a
+    SoliError; "auto" is fused where it can be.
     """
 
     def __init__(
-        self, model: str, *, device: str = "cpu", dtype: str = "auto", limits: EngineLimits | None = None
+        self,
+        model: str | Path | Transformer,
+        *,
+        tokenizer: Tokenizer | None = None,
+        device: str = "cpu",
+        dtype: str = "auto",
+        limits: EngineLimits | None = None,
+        runner: RunnerName = "auto",
     ) -> None:
         limits = limits or EngineLimits()
-        self.text_model = open_text_model(model, device, dtype, mtp=limits.speculate)
-        self.engine = AsyncEngine(Engine(self.text_model, limits))
+        self.text_model = _text_model(model, tokenizer, device, dtype, limits.speculate)
+        self.engine = AsyncEngine(Engine(self.text_model, limits, runner=runner))
         self._at_once = max(1, limits.max_waiting)
 
     def generate(
@@ -121,3 +136,17 @@ class LLM:
     ) -> Iterator[Request]:
         for prompt in [prompts] if isinstance(prompts, str) else prompts:
             yield self.request(prompt, sampling, **options)
+
+
+def _text_model(
+    model: str | Path | Transformer, tokenizer: Tokenizer | None, device: str, dtype: str, mtp: bool
+) -> TextModel:
+    if isinstance(model, Transformer):
+        if tokenizer is None:
+            raise SoliError("a Transformer needs its tokenizer: give tokenizer=soli.data.tokenizer.Tokenizer")
+        return text_model(model, tokenizer)
+    if not isinstance(model, str | Path):
+        raise SoliError(f"model is a {type(model).__name__}: give a folder, nano, or a soli.model.Transformer")
+    if tokenizer is not None:
+        raise SoliError("a folder has its own tokenizer: give tokenizer= with a Transformer alone")
+    return open_text_model(str(model), device, dtype, mtp)

@@ -143,7 +143,7 @@ def test_an_error_ends_the_requests_of_its_step_alone(monkeypatch):
     bad, good = requests(2, seed=3)
     tested.add(bad), tested.add(good)
     with monkeypatch.context() as patched:
-        patched.setattr(TEXT_MODEL.model, "read", lambda *_: 1 / 0)
+        patched.setattr(tested._runner.active, "forward", lambda *_: 1 / 0)
         [event] = tested.step()
     assert event.finish_reason == "error" and "ZeroDivisionError" in event.error
     events = [event for _ in range(60) for event in tested.step()]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from soli.engine.runner import FusedRunner
 from soli.formats.quantized import QuantizedWeight
 from soli.kernels import cpu
 from soli.kernels.backend import QuantizedExperts
@@ -18,9 +19,9 @@ from soli.kernels.cpu.native import ISAS
 from soli.model import Transformer
 from soli.model.layers import Linear
 from soli.model.moe import RoutedExperts
+from tests.engine.paged import Paged
+from tests.engine.quantized import quantized_model
 from tests.kernels.weights import DTYPES, FORMATS, inputs, random_weight
-from tests.model.paged import Paged
-from tests.model.quantized import quantized_model
 
 ISA = ISAS.index(sys.argv[1])
 PAGE = mmap.PAGESIZE
@@ -107,9 +108,10 @@ def check_layers(format: str, at_end: bool) -> None:
             if lying:
                 hold(model, at_end)
                 cache._layers = {layer: guarded(pages, at_end) for layer, pages in cache._layers.items()}
-            found.append([cache.read(model, ids_BT, [0], at)[-1].hidden_BTD for at in (0, 3)])
+            runner = FusedRunner(model, drafts=True)
+            found.append([cache.read(runner, ids_BT, [0], at)[-1].hidden_BTD for at in (0, 3)])
             now = cache.begin([0], [6], [10])
-            read = model.read(torch.arange(87, 97), now.positions_T, now, [0, 9])
+            read = runner.forward(torch.arange(87, 97), now.positions_T, now, [0, 9])
             found[-1] += [read.hidden_TD, read.logits_NV]
         assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 

@@ -16,7 +16,7 @@ def literal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> 
 
 @pytest.mark.parametrize("short", [0, 512], ids=["fused", "materialised scores"])
 def test_keys_of_192_and_values_of_128(short: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "SHORT", short)
+    monkeypatch.setattr(attention, "MAX_EXPLICIT_QUERIES", short)
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(2, 3, 10, 192, generator=generator) for _ in range(2))
     v = torch.randn(2, 3, 10, 128, generator=generator)

@@ -7,12 +7,13 @@ from soli.engine.latent_cache import blocks_for
 from soli.engine.request import EngineLimits, Refused, Request
 from soli.engine.text_model import TextModel
 from soli.model.moe import MoE
+from soli.model.transformer import find_mixture
 
 
 def mixture_layers(text_model: TextModel) -> dict[int, MoE]:
     """The main model's mixture layers by their number."""
-    layers = enumerate(text_model.model.layers)
-    return {at: block.mlp for at, block in layers if isinstance(block.mlp, MoE)}
+    mixtures = {layer: find_mixture(block) for layer, block in enumerate(text_model.model.layers)}
+    return {layer: mixture for layer, mixture in mixtures.items() if mixture is not None}
 
 
 def check(request: Request, text_model: TextModel, limits: EngineLimits, block_count: int) -> None:
@@ -40,6 +41,8 @@ def check(request: Request, text_model: TextModel, limits: EngineLimits, block_c
             f"{together}, but the cache of {limits.cache_bytes} bytes holds {block_count} blocks of "
             f"{limits.block_size} tokens: shorten the text, ask for fewer tokens or give the engine more cache_bytes",
         )
+    if not request.masked_experts:
+        return
     masked_experts: dict[int, set[int]] = {}
     for layer, expert in request.masked_experts:
         masked_experts.setdefault(layer, set()).add(expert)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from soli.engine.latent_cache import FEW, LatentCache
+from soli.engine.runner import Runner
 from soli.engine.sampler import SamplerState
 from soli.engine.scheduler import Task
 from soli.engine.speculate import Draft, propose
@@ -39,7 +40,7 @@ class Drafter:
     def __init__(self, model: Transformer, cache: LatentCache) -> None:
         self._model, self._cache = model, cache
 
-    def follow(self, parts: Sequence[Followed], hidden_TD: Tensor) -> dict[int, Draft]:
+    def follow(self, runner: Runner, parts: Sequence[Followed], hidden_TD: Tensor) -> dict[int, Draft]:
         """Reads what the main model has read; drafts by the number of their task, for those that want one."""
         if not parts:
             return {}
@@ -49,18 +50,17 @@ class Drafter:
         now = self._cache.begin([part.task.row for part in parts], starts, counts, device)
         following = [token for part in parts for token in part.task.ids[part.start + 1 :][: part.count]]
         rows = [row for part in parts for row in range(part.row, part.row + part.count)]
-        backbone = self._model.mtp_step(
-            0,
-            hidden_TD[torch.tensor(rows, device=device)][None],
-            torch.tensor([following], dtype=torch.int64).to(device),
-            now.positions_T[None],
+        output = runner.draft(
+            hidden_TD[torch.tensor(rows, device=device)],
+            torch.tensor(following, dtype=torch.int64).to(device),
+            now.positions_T,
             now,
         )
         ends = [end - 1 for end, part in zip(accumulate(counts), parts, strict=True) if part.state is not None]
         wanting = [(part.task.number, part.state) for part in parts if part.state is not None]
         if not wanting:
             return {}
-        logits_BV = self._model.head(backbone.hidden_BTD[0, torch.tensor(ends, device=device)])
+        logits_BV = self._model.head(output.hidden_BTD[0, torch.tensor(ends, device=device)])
         drafts = propose(logits_BV, [state for _, state in wanting])
         # Where no draft can be made, decoding goes on without one and meets what is wrong itself.
         return {number: draft for (number, _), draft in zip(wanting, drafts, strict=True) if isinstance(draft, Draft)}

@@ -24,6 +24,7 @@ from soli.engine.detokenizer import TextStream, token_text
 from soli.engine.drafter import Drafter, Followed
 from soli.engine.latent_cache import LatentCache, bytes_per_token
 from soli.engine.request import EngineLimits, EngineStats, Event, FinishReason, QueueFull, Request, Usage
+from soli.engine.runner import ModelRunner, RunnerName
 from soli.engine.sampler import Drawn, SamplerState, sample
 from soli.engine.scheduler import Read, Scheduler, Task
 from soli.engine.speculate import Draft, Verified, verify
@@ -59,7 +60,9 @@ class _Answer(Task):
 class Engine:
     """`limits.cache_bytes` bounds the latent cache; pages take memory as they are first used."""
 
-    def __init__(self, text_model: TextModel, limits: EngineLimits | None = None) -> None:
+    def __init__(
+        self, text_model: TextModel, limits: EngineLimits | None = None, *, runner: RunnerName = "auto"
+    ) -> None:
         self.text_model, self.limits = text_model, limits or EngineLimits()
         model = self._model = text_model.model
         self._device = model.embed_tokens.weight.device
@@ -75,7 +78,10 @@ class Engine:
         self._pages = BlockManager(pages)
         self._cache = LatentCache(pages, self.limits.block_size, self.limits.max_running, text_model.positions)
         self._scheduler = Scheduler(self._cache, self._pages, self.limits, self.limits.speculate)
-        self._drafter = self._make_drafter() if self.limits.speculate else None
+        if self.limits.speculate and not len(model.mtp):
+            raise SoliError("this model has no MTP module to draft with: turn speculation off")
+        self._runner = ModelRunner(model, runner, drafts=self.limits.speculate)
+        self._drafter = Drafter(model, self._cache) if self.limits.speculate else None
         self._answers: dict[int, _Answer] = {}
         self._ended: list[Event] = []  # told with the next step
         self._constraints: Constraints | None = None
@@ -112,6 +118,8 @@ class Engine:
     def step(self) -> list[Event]:
         """One pass, and what it brought."""
         events, self._ended = self._ended, []
+        if self._scheduler.waiting and self._scheduler.places:
+            events += self._follow_model()
         reads = self._scheduler.plan()
         if not reads:
             return events
@@ -144,10 +152,15 @@ class Engine:
             expert_load=tuple(map(tuple, self._load_LE.tolist())),
         )
 
-    def _make_drafter(self) -> Drafter:
-        if not len(self._model.mtp):
-            raise SoliError("this model has no MTP module to draft with: turn speculation off")
-        return Drafter(self._model, self._cache)
+    def _follow_model(self) -> list[Event]:
+        """See whether the model has changed; where no runner is left for it, what waits ends with the reason."""
+        try:
+            if self._runner.update():
+                self._scheduler.forget_latents()
+        except SoliError as error:
+            waiting = [self._answers[task.number] for task in self._scheduler.waiting]
+            return [self._end(answer, "error", error=str(error)) for answer in waiting]
+        return []
 
     def _state(self, request: Request) -> SamplerState:
         vocab, constraint = self._model.config.vocab_size, None
@@ -163,7 +176,8 @@ class Engine:
         now = self._cache.begin([read.task.row for read in reads], [read.start for read in reads], counts, self._device)
         ids_T = torch.tensor([token for read in reads for token in read.tokens]).to(self._device)
         ends = list(accumulate(counts))
-        made = self._model.read(ids_T, now.positions_T, now, self._wanted(reads, ends), self._muted(reads))
+        logit_indices, masks = self._wanted(reads, ends), self._muted(reads)
+        made = self._runner.active.forward(ids_T, now.positions_T, now, logit_indices, masks)
         self._count(reads, made.routing)
         drawn = self._draw(reads, made.logits_NV)
         events: list[Event] = []
@@ -207,7 +221,7 @@ class Engine:
         return found
 
     def _draft(self, drafter: Drafter, followed: Sequence[Followed], hidden_TD: Tensor) -> None:
-        drafts = drafter.follow(followed, hidden_TD)
+        drafts = drafter.follow(self._runner.active, followed, hidden_TD)
         for part in followed:
             self._scheduler.publish(part.task)
             draft = drafts.get(part.task.number)
@@ -276,7 +290,7 @@ class Engine:
     def _count(self, reads: Sequence[Read], layers: Sequence[Routing]) -> None:
         for read in reads:
             self._prompt_tokens += max(0, min(len(read.task.request.prompt_ids) - read.start, read.count))
-        if layers:
+        if len(layers) == len(self._load_LE) > 0:  # a layer may have been replaced since
             self._load_LE += count_choices(layers).cpu()
 
     def _new_routing(

@@ -61,7 +61,7 @@ class LatentCache:
             )
         row_B, start_B = np.array(rows, dtype=np.int64), np.array(starts, dtype=np.int64)
         if max(counts) == 1:  # decoding: as below, for less
-            return self._pass(row_B, start_B, len(row_B), last, [], device, min(starts) == 0)
+            return self._pass(row_B, start_B, len(row_B), last, [], device)
         count_B = np.array(counts, dtype=np.int64)
         end_B = start_B + count_B  # positions
         stop_B = np.cumsum(count_B)  # tokens of the pass
@@ -75,7 +75,7 @@ class LatentCache:
                 slots_S = _tensor(self._slots(row, np.arange(end)), device)
                 chunks.append(PrefillChunk(int(stop - (end - start)), int(stop), int(start), slots_S))
         longest = int(position_T[:num_decode_tokens].max(initial=0)) + 1
-        return self._pass(row_T, position_T, num_decode_tokens, longest, chunks, device, True)
+        return self._pass(row_T, position_T, num_decode_tokens, longest, chunks, device)
 
     def _pass(
         self,
@@ -85,7 +85,6 @@ class LatentCache:
         longest: int,
         chunks: Sequence[PrefillChunk],
         device: str | torch.device,
-        begins: bool,
     ) -> "CachePass":
         """Tokens by row and position, the first `num_decode_tokens` of them queries by
         themselves, over up to `longest` slots."""
@@ -98,10 +97,9 @@ class LatentCache:
             table_BM=_tensor(self.tables_RM[row_T[:num_decode_tokens], :most], device),
             lengths_B=_tensor((position_T[:num_decode_tokens] + 1).astype(np.int32), device),
             chunks=chunks,
-            begins=begins,
         )
 
-    def pages(self, layer: int, width: int, like: Tensor) -> Tensor:
+    def kv_blocks(self, layer: int, width: int, like: Tensor) -> Tensor:
         """A layer's pages (P, S, width), made when first asked for, in the dtype and on the device of `like`."""
         if layer not in self._layers:
             self._layers[layer] = like.new_empty(self.block_count, self.block_size, width)
@@ -113,9 +111,9 @@ class LatentCache:
 
     def write(self, layer: int, slots_T: Tensor, entries_TX: Tensor) -> Tensor:
         """Stores one layer's entries in their slots; returns all its pages, (P, S, X)."""
-        pages_PSX = self.pages(layer, entries_TX.shape[1], entries_TX)
-        pages_PSX.flatten(0, 1).index_copy_(0, slots_T, entries_TX)
-        return pages_PSX
+        kv_PSX = self.kv_blocks(layer, entries_TX.shape[1], entries_TX)
+        kv_PSX.flatten(0, 1).index_copy_(0, slots_T, entries_TX)
+        return kv_PSX
 
     def nbytes(self) -> int:
         """Bytes of the pages, empty slots included."""
@@ -137,16 +135,15 @@ class CachePass:
     table_BM: Tensor
     lengths_B: Tensor
     chunks: Sequence[PrefillChunk]
-    begins: bool
 
     @cached_property
     def slots_T(self) -> Tensor:
         """Where each token of the pass is written, int64."""
         return self.cache.slots(self.rows_T, self.positions_T)
 
-    def pages(self, layer: int, width: int, like: Tensor) -> Tensor:
+    def kv_blocks(self, layer: int, width: int, like: Tensor) -> Tensor:
         """A layer's pages, for whoever writes them himself."""
-        return self.cache.pages(layer, width, like)
+        return self.cache.kv_blocks(layer, width, like)
 
     def write(self, layer: int, entries_TX: Tensor) -> Tensor:
         """Stores the pass's entries of one layer; returns its pages."""

@@ -32,6 +32,7 @@ class Task:
     pages: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)  # of the whole pages of `ids`, as far as they were needed
     published: int = 0
+    weights_version: int = 0  # of the weights that its latents are made with, or were when it began
     ran: bool = False
 
     @property
@@ -64,6 +65,7 @@ class Scheduler:
     def __init__(self, cache: LatentCache, pool: BlockManager, limits: EngineLimits, drafting: bool = False) -> None:
         # What the MTP module keeps of a token depends on the token after it as well.
         self._beyond = int(drafting)
+        self._weights_version = 0
         self.waiting: deque[Task] = deque()
         self.running: list[Task] = []  # the oldest first
         self.preemptions = 0
@@ -75,6 +77,11 @@ class Scheduler:
     def places(self) -> int:
         """How many more could run beside those that do."""
         return len(self._rows)
+
+    def forget_latents(self) -> None:
+        """The model has changed: latents computed until now are of no use to requests that begin from now on."""
+        self._weights_version += 1
+        self._pool.forget()
 
     def plan(self) -> list[Read]:
         """What the next step reads, a few tokens of one task before many; [] when nothing runs. Whoever reads it tells
@@ -122,6 +129,8 @@ class Scheduler:
         if not self.waiting or not self._rows:
             return False
         task = self.waiting[0]
+        if task.weights_version != self._weights_version:
+            task.weights_version, task.keys = self._weights_version, []
         found = self._known_prefix(task)
         needed = blocks_for(len(task.ids) + len(task.drafts) + 1, self._limits.block_size) - len(found)
         if needed > self._pool.available - self._pool.kept(found):
@@ -179,7 +188,7 @@ class Scheduler:
     def _extend_keys(self, task: Task, pages: int) -> None:
         size = self._limits.block_size
         for index in range(len(task.keys), pages):
-            parent = task.keys[index - 1] if index else _root(task.request)
+            parent = task.keys[index - 1] if index else _root(task)
             task.keys.append(block_key(parent, task.ids[index * size : (index + 1) * size + self._beyond]))
 
 
@@ -190,6 +199,7 @@ def _portion(task: Task, budget: int) -> int:
     return task.left - len(task.drafts) - 1 if cut else count
 
 
-def _root(request: Request) -> bytes:
-    """What the latents of a text depend on besides its tokens: the masked experts."""
-    return np.asarray(sorted(request.masked_experts), dtype=np.int64).tobytes()
+def _root(task: Task) -> bytes:
+    """What the latents of a text depend on besides its tokens: the weights when it began, and the masked experts."""
+    masked = np.asarray(sorted(task.request.masked_experts), dtype=np.int64)
+    return task.weights_version.to_bytes(8) + masked.tobytes()

@@ -2,13 +2,13 @@
 
 Shapes: B batch, T queries, S cache slots, D hidden, H heads, C latent, N nope width, R rotary width, V value width.
 
-What is cached per token is one latent of C values and one rotated key of R values, shared by all heads. Two ways give
-the same output: *expanded* writes out keys (N+R wide) and values (V wide) for every head, best when there are many
-queries; *absorbed* folds the up-projections into query and output and attends over the latents themselves, best when
-one query meets a long cache.
+What is cached per token is one latent of C values and one rotated key of R values, shared by all heads. Two forms give
+the same output: *expanded* computes keys (N+R values) and values (V) for every head, best with many queries; *absorbed*
+folds the up-projections into query and output and attends to the latents themselves, best when one query attends to a
+long cache.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,14 +19,14 @@ from torch.nn import functional as F
 from soli import kernels
 from soli.config import ModelConfig
 from soli.kernels.torch_backend import needs_float32
-from soli.model.layers import Device, Linear, RMSNorm
+from soli.model.layers import Device, Linear, RMSNorm, is_plain
 from soli.model.rope import rotate, softmax_scale
 
 
 @dataclass(frozen=True)
 class PrefillChunk:
-    """Tokens start..stop-1 of a flat pass: one text's, at positions from `first` on. `slots_S`: where in the flattened
-    pages its positions lie, from 0 to that of its last token."""
+    """Tokens start..stop-1 of a step, all of one text, at positions from `first` on. `slots_S`: the slot, in the
+    flattened KV blocks, of each position from 0 to that of the last token."""
 
     start: int
     stop: int
@@ -35,11 +35,11 @@ class PrefillChunk:
 
 
 class Cache(Protocol):
-    """Where latents live between calls, for one pass over new tokens of several texts. The engine owns it.
+    """Latents of earlier tokens, and the new tokens of one step: T tokens of several texts, batch and time flattened.
 
-    The first `num_decode_tokens` tokens of the pass are queries by themselves: token b attends to the first
-    `lengths_B[b]` (int32) slots of the pages in `table_BM[b]` (int32); its own is the last of them. Several may be of
-    one text. The rest are `chunks`, in order. Batch and time of the pass are flattened to T tokens.
+    The first `num_decode_tokens` tokens are queries by themselves: token b attends to the first `lengths_B[b]` (int32)
+    slots of the KV blocks in `table_BM[b]` (int32); its own is the last of them. Several may be of one text. The rest
+    are `chunks`, in order. P KV blocks have S slots each.
     """
 
     @property
@@ -50,41 +50,36 @@ class Cache(Protocol):
     def lengths_B(self) -> Tensor: ...
     @property
     def chunks(self) -> Sequence[PrefillChunk]: ...
-    @property
-    def begins(self) -> bool:
-        """Whether a text begins in this pass, or has many tokens in it."""
-        ...
-
-    def pages(self, layer: int, width: int, like: Tensor) -> Tensor:
-        """The layer's pages (P, S, width), contiguous, in the dtype and on the device of `like`."""
+    def kv_blocks(self, layer: int, width: int, like: Tensor) -> Tensor:
+        """The layer's KV blocks (P, S, width), contiguous, in the dtype and on the device of `like`."""
         ...
 
     def write(self, layer: int, entries_TX: Tensor) -> Tensor:
-        """Store each token's latent and rotated key, X = C + R values; return the layer's pages, (P, S, X)."""
+        """Store each token's latent and rotated key, X = C + R values; return the layer's KV blocks, (P, S, X)."""
         ...
 
 
-SHORT = 512  # queries up to which a CPU is faster (about twice) with the scores written out than with the fused kernel
+# Up to so many queries a CPU computes the whole matrix of scores about twice as fast as torch's fused kernel.
+MAX_EXPLICIT_QUERIES = 512
+MAX_FUSED_HEAD = 256  # values per head that a GPU's fused kernels take
 
-WIDE = 256  # the widest head that a GPU's fused kernels take
 
-
-def attend(q_BHTX: Tensor, k_BHSX: Tensor, v_BHSV: Tensor, seen_B1TS: Tensor | None, scale: float) -> Tensor:
-    """Softmax attention, (B, H, T, V). Without ``seen`` it is causal with T = S. Softmax in float32.
+def attend(q_BHTX: Tensor, k_BHSX: Tensor, v_BHSV: Tensor, mask_B1TS: Tensor | None, scale: float) -> Tensor:
+    """Softmax attention, (B, H, T, V). Where `mask` is true a query attends; without it, causal with T = S. Softmax in
+    float32.
 
     Keys are wider than values (192 against 128 in V3): torch picks a fused backend that takes it.
     """
     T, width = q_BHTX.shape[2:]
     if needs_float32(q_BHTX):
-        wide = q_BHTX.float(), k_BHSX.float(), v_BHSV.float()
-        return attend(*wide, seen_B1TS, scale).to(q_BHTX.dtype)
-    if (q_BHTX.is_cuda and width <= WIDE) or T > SHORT:
+        return attend(q_BHTX.float(), k_BHSX.float(), v_BHSV.float(), mask_B1TS, scale).to(q_BHTX.dtype)
+    if (q_BHTX.is_cuda and width <= MAX_FUSED_HEAD) or T > MAX_EXPLICIT_QUERIES:
         return F.scaled_dot_product_attention(
-            q_BHTX, k_BHSX, v_BHSV, attn_mask=seen_B1TS, is_causal=seen_B1TS is None, scale=scale
+            q_BHTX, k_BHSX, v_BHSV, attn_mask=mask_B1TS, is_causal=mask_B1TS is None, scale=scale
         )
-    if seen_B1TS is None:
-        seen_B1TS = torch.ones(T, T, dtype=torch.bool, device=q_BHTX.device).tril()
-    bias_B1TS = torch.zeros_like(seen_B1TS, dtype=q_BHTX.dtype).masked_fill_(~seen_B1TS, float("-inf"))
+    if mask_B1TS is None:
+        mask_B1TS = torch.ones(T, T, dtype=torch.bool, device=q_BHTX.device).tril()
+    bias_B1TS = torch.zeros_like(mask_B1TS, dtype=q_BHTX.dtype).masked_fill_(~mask_B1TS, float("-inf"))
     scores_BHTS = (q_BHTX * scale) @ k_BHSX.transpose(2, 3) + bias_B1TS
     # torch's softmax is float32 inside: bfloat16 gets the bits of casting there and back, for a third of the time.
     return scores_BHTS.softmax(dim=-1) @ v_BHSV
@@ -118,31 +113,31 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = Linear(self.C, self.H * (self.N + self.V), *at)
         self.o_proj = Linear(self.H * self.V, D, *at, bias=bias)
 
-    def forward(
-        self, x_BTD: Tensor, cos_sin: tuple[Tensor, Tensor], positions_BT: Tensor, cache: Cache | None = None
-    ) -> Tensor:
+    def forward(self, x_BTD: Tensor, cos_sin: tuple[Tensor, Tensor], cache: Cache | None = None) -> Tensor:
         """Attend causally: over the T tokens given, or with a cache over every earlier token of each text."""
         q_nope_BTHN, q_rope_BTHR = self._queries(x_BTD, cos_sin)
         latent_BTC, rope_BTR = self._latents(x_BTD, cos_sin)
         if cache is None:
             heads_BTHV = self._expanded(q_nope_BTHN, q_rope_BTHR, latent_BTC, rope_BTR, None)
         else:
-            pages_PSX = cache.write(self.layer, torch.cat((latent_BTC, rope_BTR), dim=-1).flatten(0, 1))
-            heads_THV = self._cached(q_nope_BTHN.flatten(0, 1), q_rope_BTHR.flatten(0, 1), pages_PSX, cache)
+            kv_PSX = cache.write(self.layer, torch.cat((latent_BTC, rope_BTR), dim=-1).flatten(0, 1))
+            heads_THV = self._cached(q_nope_BTHN.flatten(0, 1), q_rope_BTHR.flatten(0, 1), kv_PSX, cache)
             heads_BTHV = heads_THV.unflatten(0, x_BTD.shape[:2])
         return self.o_proj(heads_BTHV.flatten(2))
 
-    def _cached(self, q_nope_THN: Tensor, q_rope_THR: Tensor, pages_PSX: Tensor, cache: Cache) -> Tensor:
-        """Single queries the absorbed way, chunks the expanded way: (T, H, V)."""
-        parts, n = [], cache.num_decode_tokens
-        if n:
-            parts.append(self._absorbed(q_nope_THN[:n], q_rope_THR[:n], pages_PSX, cache))
-        for chunk in cache.chunks:
-            tokens, slots_1SX = slice(chunk.start, chunk.stop), pages_PSX.flatten(0, 1)[chunk.slots_S][None]
-            latent_1SC, rope_1SR = slots_1SX.split((self.C, self.R), dim=-1)
-            seen_1TS = None if chunk.first == 0 else _seen(chunk)
-            queries = q_nope_THN[None, tokens], q_rope_THR[None, tokens]
-            parts.append(self._expanded(*queries, latent_1SC, rope_1SR, seen_1TS)[0])
+    def _cached(self, q_nope_THN: Tensor, q_rope_THR: Tensor, kv_PSX: Tensor, cache: Cache) -> Tensor:
+        """Absorbed attention of decode tokens, expanded attention of chunks: (T, H, V)."""
+        parts, n, chunks = [], cache.num_decode_tokens, [*cache.chunks]
+        if n and is_plain(self.kv_b_proj):
+            parts.append(self._absorbed(q_nope_THN[:n], q_rope_THR[:n], kv_PSX, cache))
+        elif n:  # the absorbed form has the weight alone, which is not all that this module computes
+            chunks = [*_decode_chunks(cache, kv_PSX.shape[1]), *chunks]
+        for chunk in chunks:
+            tokens = slice(chunk.start, chunk.stop)
+            latent_1SC, rope_1SR = kv_PSX.flatten(0, 1)[chunk.slots_S][None].split((self.C, self.R), dim=-1)
+            mask_1TS = None if chunk.first == 0 else _causal_mask(chunk)
+            q_nope_1THN, q_rope_1THR = q_nope_THN[None, tokens], q_rope_THR[None, tokens]
+            parts.append(self._expanded(q_nope_1THN, q_rope_1THR, latent_1SC, rope_1SR, mask_1TS)[0])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _queries(self, x_BTD: Tensor, cos_sin: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -156,28 +151,35 @@ class LatentAttention(nn.Module):
         return self.kv_a_layernorm(latent_BTC), rope_BTR
 
     def _expanded(
-        self, q_nope_BTHN: Tensor, q_rope_BTHR: Tensor, latent_BSC: Tensor, rope_BSR: Tensor, seen_BTS: Tensor | None
+        self, q_nope_BTHN: Tensor, q_rope_BTHR: Tensor, latent_BSC: Tensor, rope_BSR: Tensor, mask_BTS: Tensor | None
     ) -> Tensor:
         kv_BSHX = self.kv_b_proj(latent_BSC).unflatten(-1, (self.H, -1))
         k_nope_BSHN, v_BSHV = kv_BSHX.split((self.N, self.V), dim=-1)
         rope_BSHR = rope_BSR[:, :, None].expand(-1, -1, self.H, -1)
         q = torch.cat((q_nope_BTHN, q_rope_BTHR), dim=-1).transpose(1, 2)
         k = torch.cat((k_nope_BSHN, rope_BSHR), dim=-1).transpose(1, 2)
-        mask = None if seen_BTS is None else seen_BTS[:, None]
+        mask = None if mask_BTS is None else mask_BTS[:, None]
         return attend(q, k, v_BSHV.transpose(1, 2), mask, self.scale).transpose(1, 2)
 
-    def _absorbed(self, q_nope_THN: Tensor, q_rope_THR: Tensor, pages_PSX: Tensor, cache: Cache) -> Tensor:
+    def _absorbed(self, q_nope_THN: Tensor, q_rope_THR: Tensor, kv_PSX: Tensor, cache: Cache) -> Tensor:
         up_HXC = self.kv_b_proj.dense(q_nope_THN.dtype).unflatten(0, (self.H, -1))
         up_k_HNC, up_v_HVC = up_HXC.split((self.N, self.V), dim=1)
         q_THC = torch.einsum("thn,hnc->thc", q_nope_THN, up_k_HNC)
         q_THX = torch.cat((q_THC, q_rope_THR), dim=-1)
         mixed_THC = self.backend.latent_decode(
-            q_THX, pages_PSX, cache.table_BM, cache.lengths_B, latent=self.C, scale=self.scale
+            q_THX, kv_PSX, cache.table_BM, cache.lengths_B, latent=self.C, scale=self.scale
         )
         return torch.einsum("thc,hvc->thv", mixed_THC, up_v_HVC)
 
 
-def _seen(chunk: PrefillChunk) -> Tensor:
-    """Which slots each of the chunk's queries may attend to: (1, T, S)."""
+def _decode_chunks(cache: Cache, block_size: int) -> Iterator[PrefillChunk]:
+    """Each decode token as a chunk of its own."""
+    slots_BS = (cache.table_BM.long()[..., None] * block_size + torch.arange(block_size).to(cache.table_BM)).flatten(1)
+    for token, length in enumerate(cache.lengths_B.tolist()):
+        yield PrefillChunk(token, token + 1, length - 1, slots_BS[token, :length])
+
+
+def _causal_mask(chunk: PrefillChunk) -> Tensor:
+    """Which slots each of the chunk's queries attends to: (1, T, S)."""
     slots_S = torch.arange(len(chunk.slots_S), device=chunk.slots_S.device)
     return (slots_S <= slots_S[chunk.first :, None])[None]

@@ -70,6 +70,12 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+def is_plain(linear: nn.Module) -> bool:
+    """Whether `linear` multiplies with its weight and does nothing else: no hooks, no other `forward`, no subclass."""
+    hooked = linear._forward_hooks or linear._forward_pre_hooks
+    return type(linear) is Linear and not hooked and "forward" not in vars(linear)
+
+
 def set_backend(model: nn.Module, backend: kernels.Backend) -> None:
     """Compute every part of `model` that goes through the seam with `backend`."""
     for module in model.modules():

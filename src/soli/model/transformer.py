@@ -12,10 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from soli.config import ModelConfig
-from soli.model import one_call
 from soli.model.attention import Cache, LatentAttention
 from soli.model.layers import MLP, Device, Linear, RMSNorm
 from soli.model.moe import MoE
@@ -24,20 +22,10 @@ from soli.model.router import Routing
 
 
 @dataclass(frozen=True)
-class Read:
-    """One pass over a cache: logits (N, V) of the tokens that were asked for, float32; T tokens' normed hidden states,
-    and what each router decided, in layer order."""
-
-    logits_NV: Tensor
-    hidden_TD: Tensor
-    routing: Sequence[Routing]
-
-
-@dataclass(frozen=True)
 class BackboneOutput:
-    """One pass: what the head reads, and what each router decided, in layer order."""
+    """Hidden states after the final norm, which the head takes, and what each router decided, in layer order."""
 
-    hidden_BTD: Tensor  # after the final norm
+    hidden_BTD: Tensor
     routing: Sequence[Routing]
 
 
@@ -59,11 +47,11 @@ class Block(nn.Module):
         self,
         x_BTD: Tensor,
         cos_sin: tuple[Tensor, Tensor],
-        positions_BT: Tensor,
-        cache: Cache | None,
+        cache: Cache | None = None,
         masked_TE: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_sin, positions_BT, cache)
+        """`masked_TE`: bool, the experts that must not be selected."""
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_sin, cache)
         normed_BTD = self.post_attention_layernorm(x_BTD)
         if isinstance(self.mlp, MoE):
             y_BTD, routing = self.mlp(normed_BTD, masked_TE)
@@ -83,14 +71,20 @@ class MTPModule(nn.Module):
         self.block = Block(config, layer, device, dtype)
         self.norm = RMSNorm(D, eps, device, dtype)  # shared_head.norm in the files
 
+    block: Block
+
     def forward(
-        self, embedding_BTD: Tensor, hidden_BTD: Tensor, cos_sin: tuple[Tensor, Tensor], at: Tensor, cache: Cache | None
+        self,
+        embedding_BTD: Tensor,
+        hidden_BTD: Tensor,
+        cos_sin: tuple[Tensor, Tensor],
+        cache: Cache | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        x_BTD, routing = self.block(self.join(embedding_BTD, hidden_BTD), cos_sin, at, cache)
+        x_BTD, routing = self.block(self.join(embedding_BTD, hidden_BTD), cos_sin, cache)
         return self.norm(x_BTD), routing
 
     def join(self, embedding_BTD: Tensor, hidden_BTD: Tensor) -> Tensor:
-        """What the block reads."""
+        """The block's input (B, T, D)."""
         # differs: equation 21 prints [hidden; embedding]; the released weights want [embedding; hidden].
         return self.eh_proj(torch.cat((self.enorm(embedding_BTD), self.hnorm(hidden_BTD)), dim=-1))
 
@@ -131,7 +125,7 @@ class Transformer(nn.Module):
                 moe.gate.e_score_correction_bias.zero_()
 
     def reposition(self, config: ModelConfig) -> None:
-        """Turn to the context and YaRN of `config`, which differs in these alone: rope and softmax scales."""
+        """Take the context length and YaRN of `config`, which differs in these alone: rope and softmax scales."""
         self.config, self.rope = config, Rope(config)
         for module in self.modules():
             if isinstance(module, LatentAttention):
@@ -145,6 +139,10 @@ class Transformer(nn.Module):
         """Normed hidden states (..., D) to logits (..., V), in the dtype of the hidden state."""
         return self.lm_head(hidden_BTD)
 
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids (...) to rows of the embedding (..., D), in the dtype of activations."""
+        return self.embed_tokens(ids).to(self.compute_dtype or self.embed_tokens.weight.dtype)
+
     def backbone(
         self,
         input_ids_BT: Tensor,
@@ -152,39 +150,17 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         masked_experts: Mapping[int, Tensor] | None = None,
     ) -> BackboneOutput:
-        """Run the main layers. With a cache, positions say where in its text each token stands; without, they are
-        0..T-1. `masked_experts`: for layers by number, bool (B*T, E), which experts must not play for which tokens."""
-        at_BT, x_BTD = _places(input_ids_BT, positions_BT), self._embed(input_ids_BT)
-        plan = self._plan(x_BTD, at_BT, cache, masked_experts)
-        if plan is not None:
-            return BackboneOutput(*plan.run(x_BTD))
-        cos_sin, routing = self.rope(at_BT), []
+        """Run the main layers. `positions_BT`: of each token in its text, 0..T-1 by default; a cache needs them.
+        `masked_experts`: for layers by number, bool (B*T, E), the experts that must not be selected for a token."""
+        x_BTD = self.embed(input_ids_BT)
+        cos_sin = self.rope(_positions(input_ids_BT) if positions_BT is None else positions_BT)
+        masks = masked_experts or {}
+        routing = []
         for layer, block in enumerate(self.layers):
-            x_BTD, decision = block(x_BTD, cos_sin, at_BT, cache, masked_experts.get(layer) if masked_experts else None)
+            x_BTD, decision = block(x_BTD, cos_sin, cache, masks.get(layer))
             if decision is not None:
                 routing.append(decision)
         return BackboneOutput(self.norm(x_BTD), tuple(routing))
-
-    def read(
-        self,
-        ids_T: Tensor,
-        positions_T: Tensor,
-        cache: Cache,
-        ends: Sequence[int],
-        masked_experts: Mapping[int, Tensor] | None = None,
-    ) -> Read:
-        """``backbone`` over the new tokens of some texts, one text after the other, and the logits after the tokens
-        `ends`: rounded to the dtype of the hidden states, as ``head`` gives them."""
-        weight = self.embed_tokens.weight.detach()
-        if self.compute_dtype in (None, weight.dtype):
-            plan = self._plan(weight, positions_T, cache, masked_experts)
-            found = plan.read(ids_T, ends) if plan is not None else None
-            if found is not None:
-                return Read(*found)
-        backbone = self.backbone(ids_T[None], positions_T[None], cache, masked_experts)
-        hidden_TD = backbone.hidden_BTD[0]
-        logits_NV = self.head(hidden_TD[torch.tensor(ends, dtype=torch.int64, device=hidden_TD.device)])
-        return Read(logits_NV.float(), hidden_TD, backbone.routing)
 
     def mtp_step(
         self,
@@ -196,34 +172,26 @@ class Transformer(nn.Module):
     ) -> BackboneOutput:
         """Run MTP module ``depth`` (0 first): from the normed hidden state at i and token i+1+depth to a hidden state
         whose head predicts token i+2+depth. Deeper modules take the normed output of the one before."""
-        at_BT, x_BTD, module = _places(next_ids_BT, positions_BT), self._embed(next_ids_BT), self.mtp[depth]
-        assert isinstance(module, MTPModule)
-        plan = one_call.plan((module.block,), module.norm, self.rope, x_BTD, at_BT, cache)
-        if plan is not None:
-            return BackboneOutput(*plan.run(module.join(x_BTD, hidden_BTD)))
-        hidden, decision = module(x_BTD, hidden_BTD, self.rope(at_BT), at_BT, cache)
-        return BackboneOutput(hidden, () if decision is None else (decision,))
+        cos_sin = self.rope(_positions(next_ids_BT) if positions_BT is None else positions_BT)
+        output_BTD, decision = self.mtp[depth](self.embed(next_ids_BT), hidden_BTD, cos_sin, cache)
+        return BackboneOutput(output_BTD, () if decision is None else (decision,))
 
     def moe_layers(self) -> Iterator[tuple[str, MoE]]:
         """Every mixture layer with its name, ``layers.3`` or ``mtp.0``, in the order of their routings."""
         blocks: list[tuple[str, nn.Module]] = [(f"layers.{i}", block) for i, block in enumerate(self.layers)]
         blocks += [(f"mtp.{k}", module.get_submodule("block")) for k, module in enumerate(self.mtp)]
         for name, block in blocks:
-            if isinstance(block.mlp, MoE):
-                yield name, block.mlp
-
-    def _plan(
-        self, like: Tensor, positions: Tensor, cache: Cache | None, masked_experts: Mapping[int, Tensor] | None
-    ) -> one_call.Plan | None:
-        ends = self.embed_tokens, self.lm_head
-        return one_call.plan(self.layers, self.norm, self.rope, like, positions, cache, masked_experts, ends)
-
-    def _embed(self, ids_BT: Tensor) -> Tensor:
-        return F.embedding(ids_BT, self.embed_tokens.weight).to(self.compute_dtype or self.embed_tokens.weight.dtype)
+            mixture = find_mixture(block)
+            if mixture is not None:
+                yield name, mixture
 
 
-def _places(ids_BT: Tensor, positions_BT: Tensor | None) -> Tensor:
-    """The positions of tokens: 0 ... T-1 where nothing else is said."""
-    if positions_BT is not None:
-        return positions_BT
+
+def find_mixture(block: nn.Module) -> MoE | None:
+    """The mixture layer of a block, which may be wrapped; None in a dense block."""
+    return next((module for module in block.modules() if isinstance(module, MoE)), None)
+
+
+def _positions(ids_BT: Tensor) -> Tensor:
+    """0 ... T-1 in every row."""
     return torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)

@@ -30,7 +30,8 @@ def apply_block_options(model: Transformer, settings: RunSettings) -> None:
     if settings.compile:
         _require_compiler()
         for _, mixture in model.moe_layers():
-            mixture.experts.forward = torch.compiler.disable(mixture.experts.forward)  # type: ignore[method-assign]
+            uncompiled = torch.compiler.disable(mixture.experts.forward)
+            mixture.experts.forward = _equal_in_inference(uncompiled)  # type: ignore[method-assign]
     for block in blocks(model):
         if settings.compile:
             block.forward = _when_training(torch.compile(block.forward, backend=BACKEND), block.forward)
@@ -54,7 +55,13 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def _when_training(wrapped: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:
     """`wrapped` where gradients are enabled, else `forward`: decoding has too many shapes to compile."""
-    return lambda *args: wrapped(*args) if torch.is_grad_enabled() else forward(*args)
+    return _equal_in_inference(lambda *args: wrapped(*args) if torch.is_grad_enabled() else forward(*args))
+
+
+def _equal_in_inference(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a `forward` that computes what the module's own does, so that the engine may still run it in C++."""
+    forward.equal_in_inference = True  # type: ignore[attr-defined]
+    return forward
 
 
 def _require_compiler() -> None:

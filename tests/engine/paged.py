@@ -5,32 +5,35 @@ from collections.abc import Sequence
 import torch
 
 from soli.engine.latent_cache import CachePass, LatentCache, blocks_for
+from soli.engine.runner import Runner
 from soli.model import BackboneOutput, Transformer
 
 
 class Paged(LatentCache):
-    """`rows` texts of up to `slots` slots on pages of S. What was never written is NaN."""
+    """`rows` texts of up to `slots` slots in KV blocks of S. What was never written is NaN."""
 
     def __init__(self, model: Transformer, rows: int, slots: int, S: int, seed: int = 0) -> None:
         each = blocks_for(slots, S)
         super().__init__(rows * each + 1, S, rows, slots)
         order = torch.randperm(rows * each + 1, generator=torch.Generator().manual_seed(seed))
         self.tables_RM[:] = order[1:].view(rows, each).numpy()
+        self.has_mtp = len(model.mtp) > 0
         width = model.config.kv_lora_rank + model.config.qk_rope_head_dim
         for layer in range(model.config.num_hidden_layers + len(model.mtp)):
-            self.pages(layer, width, model.embed_tokens.weight).fill_(float("nan"))
+            self.kv_blocks(layer, width, model.embed_tokens.weight).fill_(float("nan"))
 
     def tokens(self, rows: Sequence[int], at: int, count: int) -> CachePass:
-        """The pass that reads `count` tokens of each of `rows` from position `at`."""
+        """The step that reads `count` tokens of each of `rows` from position `at`."""
         places = [at + t for _ in rows for t in range(count)]
         return self.begin([row for row in rows for _ in range(count)], places, [1] * len(places))
 
-    def read(self, model: Transformer, ids_BT: torch.Tensor, rows: Sequence[int], at: int) -> list[BackboneOutput]:
+    def read(self, runner: Runner, ids_BT: torch.Tensor, rows: Sequence[int], at: int) -> list[BackboneOutput]:
         """Tokens (B, T) of these rows from position `at`: the backbone, and the MTP module if there is one."""
         B, T = ids_BT.shape
         now = self.tokens(rows, at, T)
-        outputs = [model.backbone(ids_BT, now.positions_T.view(B, T), now)]
-        if len(model.mtp):
-            after = model.mtp_step(0, outputs[0].hidden_BTD, (ids_BT + 1) % 97, now.positions_T.view(B, T), now)
-            outputs.append(after)
+        main = runner.forward(ids_BT.flatten().contiguous(), now.positions_T, now, [])
+        outputs = [BackboneOutput(main.hidden_TD.view(B, T, -1), main.routing)]
+        if self.has_mtp:
+            draft = runner.draft(main.hidden_TD, (ids_BT.flatten() + 1) % 97, now.positions_T, now)
+            outputs.append(BackboneOutput(draft.hidden_BTD.view(B, T, -1), draft.routing))
         return outputs

@@ -1,0 +1,146 @@
+"""What a model's answers depend on, recorded so that a change can be seen before the next request.
+
+`ModelState` compares modules, hooks, methods, attributes and tensors with those at its creation. A tensor that was
+written in place is known by PyTorch's version counter: writes through `.data` pass it by, as they do autograd.
+`modification` names the first module that does not compute what the classes of soli.model compute.
+"""
+
+from collections.abc import Callable, Iterator
+from enum import Enum
+from types import FunctionType
+from typing import Final
+
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from soli.model.attention import LatentAttention
+from soli.model.layers import MLP, Linear, RMSNorm
+from soli.model.moe import MoE, RoutedExperts
+from soli.model.router import Router
+from soli.model.transformer import Block, MTPModule, Transformer
+
+OWN_CLASSES: Final[tuple[type[nn.Module], ...]] = (
+    Transformer, Block, MTPModule, LatentAttention, MoE, RoutedExperts, Router, MLP, Linear, RMSNorm,
+    nn.Embedding, nn.ModuleList,
+)  # fmt: skip
+
+
+class Change(Enum):
+    """NONE, VALUES (tensors were written in place), or STRUCTURE (anything else)."""
+
+    NONE = 0
+    VALUES = 1
+    STRUCTURE = 2
+
+
+class ModelState:
+    """The state of `model` at creation. It keeps everything alive, so that nothing else can take an address or id."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [*model.modules()]
+        self._attributes = [dict(vars(module)) for module in self._modules]
+        self._members = [
+            members for module in self._modules for members in (module._modules, module._parameters, module._buffers)
+        ]
+        self._tensors = [*_tensors(self._modules)]
+        # The version counter does not exist for tensors that were made under torch.inference_mode.
+        self._counts_versions = not any(tensor.is_inference() for tensor in self._tensors)
+        self._member_ids = self._ids()
+        self._keep_alive = [member for members in self._members for member in members.values()]
+        self._addresses = self._current_addresses()
+        self._versions = self._current_versions()
+        self._hooks = _hooks(self._modules)
+        self._methods = _class_methods()
+
+    def change(self) -> Change:
+        """What is no longer as it was. Tensors without a version counter count as written."""
+        if self._structure_changed():
+            return Change.STRUCTURE
+        return Change.NONE if self._counts_versions and self._versions == self._current_versions() else Change.VALUES
+
+    def accept_values(self) -> None:
+        """Take the tensors' present values as the ones to compare with."""
+        self._versions = self._current_versions()
+
+    def _structure_changed(self) -> bool:
+        try:
+            same_attributes = self._attributes == [vars(module) for module in self._modules]
+        except RuntimeError:  # a tensor as a plain attribute was replaced: it has no single truth value
+            return True
+        return not (
+            same_attributes
+            and self._member_ids == self._ids()
+            and self._addresses == self._current_addresses()
+            and self._hooks == _hooks(self._modules)
+            and self._methods == _class_methods()
+        )
+
+    def _ids(self) -> list[int]:
+        return [id(member) for members in self._members for member in members.values()]
+
+    def _current_addresses(self) -> list[int]:
+        return [tensor.data_ptr() for tensor in self._tensors]
+
+    def _current_versions(self) -> list[int]:
+        return [tensor._version for tensor in self._tensors] if self._counts_versions else []
+
+
+def modification(model: nn.Module) -> str | None:
+    """The first module that computes something else than its class in soli.model does, and how; None without one."""
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return "every module has a global forward hook"
+    if _class_methods() != ORIGINAL_METHODS:
+        return f"a method of {_patched_class()} was replaced"
+    for name, module in model.named_modules():
+        difference = _difference(module)
+        if difference is not None:
+            return f"{name or 'the model itself'} {difference}"
+    return None
+
+
+def _difference(module: nn.Module) -> str | None:
+    kind = type(module)
+    if kind not in OWN_CLASSES:
+        return f"is a {kind.__name__}, not one of the classes of soli.model"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "has a forward hook"
+    for name, value in vars(module).items():
+        if isinstance(getattr(kind, name, None), FunctionType) and not getattr(value, "equal_in_inference", False):
+            return f"has its own {name}()"
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None and type(tensor) not in (Tensor, nn.Parameter):
+            return f"has a {type(tensor).__name__} as its {name}"
+    return None
+
+
+def _tensors(modules: list[nn.Module]) -> Iterator[Tensor]:
+    for module in modules:
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            # Only plain tensors have an address; a sharded or fake one is known by its identity.
+            if tensor is not None and type(tensor) in (Tensor, nn.Parameter):
+                yield tensor
+
+
+def _hooks(modules: list[nn.Module]) -> list[Callable[..., object]]:
+    """All forward hooks, global ones included."""
+    hooks = [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
+    for module in modules:
+        if module._forward_hooks:
+            hooks.append(module._forward_hooks)
+        if module._forward_pre_hooks:
+            hooks.append(module._forward_pre_hooks)
+    return [hook for registered in hooks for hook in registered.values()]
+
+
+def _class_methods() -> list[object]:
+    return [member for kind in OWN_CLASSES for member in vars(kind).values() if type(member) is FunctionType]
+
+
+def _patched_class() -> str:
+    for kind in OWN_CLASSES:
+        if any(type(member) is FunctionType and member not in ORIGINAL_METHODS for member in vars(kind).values()):
+            return kind.__name__
+    return "a class"
+
+
+ORIGINAL_METHODS: Final = _class_methods()
