@@ -34,7 +34,7 @@ MEMORY = "memory"
 
 
 def soli_layer(format: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """A layer of random codes; scales make hidden values of ordinary size."""
+    """A layer of random quantized values; the scales keep the hidden values' variance near 1."""
 
     codec = CODECS[format]
     group = GROUP if GROUP in codec.groups else codec.groups[0]
@@ -64,8 +64,9 @@ def torch_matrix(format: str, rows: int, columns: int) -> Callable[[Tensor], Ten
         weight = (torch.randn(rows, columns) * columns**-0.5).bfloat16()
         return lambda x: torch.mm(x, weight.T)
     if format == "int8":
-        codes, scale = torch.randint(-127, 128, (rows, columns), dtype=torch.int8), torch.rand(rows).bfloat16() / 2000
-        return lambda x: torch._weight_int8pack_mm(x, codes, scale)
+        values = torch.randint(-127, 128, (rows, columns), dtype=torch.int8)
+        scale = torch.rand(rows).bfloat16() / 2000
+        return lambda x: torch._weight_int8pack_mm(x, values, scale)
     nibbles = torch.randint(0, 16, (rows, columns), dtype=torch.int32)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles, 2)
     scale = (torch.rand(columns // GROUP, rows, 2) / 100).bfloat16()
@@ -73,7 +74,7 @@ def torch_matrix(format: str, rows: int, columns: int) -> Callable[[Tensor], Ten
 
 
 def torch_layer(format: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """One product per matrix of each expert that was chosen, and the sum."""
+    """One product per matrix of each selected expert, and the sum."""
     experts = [(torch_matrix(format, 2 * WIDTH, D), torch_matrix(format, D, WIDTH)) for _ in range(E)]
 
     def run(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:

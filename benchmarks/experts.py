@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from soli import kernels
 
-# T tokens, D hidden, F expert width, E experts, K chosen
+# T tokens, D hidden, F expert width, E experts, K selected
 SHAPES = {
     "nano": {"T": 4096, "D": 256, "F": 128, "E": 32, "K": 4},
     "V3-like": {"T": 512, "D": 512, "F": 256, "E": 64, "K": 6},
@@ -36,7 +36,7 @@ Experts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def dense(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
-    """Every expert for every token; an expert that was not chosen weighs 0."""
+    """Every expert for every token; an expert that was not selected has weight 0."""
     weights_TE = torch.zeros(x_TD.shape[0], down_EDF.shape[0], dtype=weights_TK.dtype)
     weights_TE = weights_TE.scatter(1, ids_TK, weights_TK).to(x_TD.dtype)
     gate_TEF, up_TEF = torch.einsum("td,efd->tef", x_TD, gate_up_E2FD).chunk(2, dim=-1)
@@ -92,9 +92,9 @@ def build(contender: str, name: str, dtype: str) -> Callable[[bool], Any]:
 
 
 def check_same(sides: Mapping[str, Callable[[bool], Any]], tolerance: float) -> None:
-    wanted_TD = sides["soli"](True)
+    expected_TD = sides["soli"](True)
     for name, side in sides.items():
-        error = abs(side(True) - wanted_TD).max() / abs(wanted_TD).max()
+        error = abs(side(True) - expected_TD).max() / abs(expected_TD).max()
         if error > tolerance:
             sys.exit(f"{name} differs from soli by {error:.1e} of the largest output: nothing was recorded")
 

@@ -68,8 +68,8 @@ def fp8_gemm(m: int, n: int, k: int, repeats: int) -> dict[str, Any]:
     a, b = operands.tiles(x), operands.blocks(w)
     seconds = chip.seconds(lambda: operands.product(a, b, BF16), repeats)
     packing = chip.seconds(lambda: operands.tiles(x), repeats)
-    wide = w.to(BF16)
-    bf16 = chip.seconds(lambda: F.linear(x, wide), repeats)
+    w_bf16 = w.to(BF16)
+    bf16 = chip.seconds(lambda: F.linear(x, w_bf16), repeats)
     bytes_ = m * k + n * k + 2 * m * n
     return {"ms": seconds * 1e3, "tflops": 2 * m * n * k / seconds / 1e12, "gb_s": bytes_ / seconds / 1e9,
             "quantise_x_gb_s": 3 * m * k / packing / 1e9, "bf16_ms": bf16 * 1e3}  # fmt: skip
@@ -80,20 +80,19 @@ def fp8_experts(groups: int, m: int, n: int, k: int, repeats: int) -> dict[str, 
 
     at = chip.device()
     ids = torch.arange(groups, device=at).repeat_interleave(m)[:, None]
-    plan = cuda.lay_out_rows(ids, groups)
-    x, w = torch.randn(plan.rows, k, device=at, dtype=BF16), torch.randn(groups, n, k, device=at)
+    layout = cuda.lay_out_rows(ids, groups)
+    x, w = torch.randn(layout.rows, k, device=at, dtype=BF16), torch.randn(groups, n, k, device=at)
     a, b = operands.tiles(x), operands.blocks(w)
     grouped = chip.seconds(
-        lambda: triton_kernels.grouped(a.values_MK, a.scale, b.values_MK, b.scale, plan.expert_tile, BF16), repeats
+        lambda: triton_kernels.grouped(a.values_MK, a.scale, b.values_MK, b.scale, layout.expert_tile, BF16), repeats
     )
-    g, xt = operands.tiles(torch.randn(plan.rows, n, device=at, dtype=BF16), transposed=True), operands.retiled(a)
-    weights = chip.seconds(
-        lambda: triton_kernels.by_expert(g.values_MK, g.scale, xt.values_MK, xt.scale, plan.first_tile, torch.float32),
-        repeats,
-    )
-    flops, wide = 2 * groups * m * n * k, w.to(BF16)
+    g, xt = operands.tiles(torch.randn(layout.rows, n, device=at, dtype=BF16), transposed=True), operands.retiled(a)
+    sides = g.values_MK, g.scale, xt.values_MK, xt.scale
+    weights = chip.seconds(lambda: triton_kernels.by_expert(*sides, layout.first_tile, torch.float32), repeats)
+    flops = 2 * groups * m * n * k
+    w_bf16 = w.to(BF16)
     ends = torch.arange(1, groups + 1, device=at, dtype=torch.int32) * m
-    bf16 = chip.seconds(lambda: F.grouped_mm(x[: groups * m], wide.transpose(1, 2), offs=ends), repeats)
+    bf16 = chip.seconds(lambda: F.grouped_mm(x[: groups * m], w_bf16.transpose(1, 2), offs=ends), repeats)
     return {"tflops": flops / grouped / 1e12, "weight_gradient_tflops": flops / weights / 1e12,
             "bf16_grouped_mm_tflops": flops / bf16 / 1e12}  # fmt: skip
 

@@ -24,7 +24,7 @@ WIDTHS = {
 
 
 def quantized_model(format: str, dtype: torch.dtype, seed: int = 0) -> Transformer:
-    """Every matrix but the router and the embedding quantized, with random codes."""
+    """Every matrix but the router and the embedding quantized, with random values."""
     generator = torch.Generator().manual_seed(seed)
     model = Transformer(ModelConfig.from_dict(BASE | WIDTHS)).eval()
     model.init_weights(generator)
@@ -47,7 +47,7 @@ def drawn(format: str, module: nn.Linear, generator: torch.Generator) -> Quantiz
 
 
 def scaled(format: str, shape: tuple[int, int], generator: torch.Generator) -> QuantizedWeight:
-    """Random codes with a variance of one over the inputs, so that rows keep their size."""
+    """Random quantized values with a variance of one over the inputs, so that rows keep their size."""
     weight, factor = random_weight(format, shape, 32, generator), shape[1] ** -0.5
     if weight.scale is None:
         return QuantizedWeight(format, (weight.values.float() * factor).to(weight.values.dtype), None, shape, 0)

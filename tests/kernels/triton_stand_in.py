@@ -1,6 +1,6 @@
 """As much of Triton as Soli's kernels use, in plain torch on a CPU: a program at a time, every access checked.
 
-It is no proof that a kernel compiles; it shows that what the kernel says, index by index, is what is meant.
+It does not prove that a kernel compiles; it checks every index that the kernel computes.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class Kernel:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*arguments: object, num_warps: int = 4, num_stages: int = 3) -> None:
-            given = [pointer(one) if isinstance(one, Tensor) else one for one in arguments]
-            for place in itertools.product(*map(range, grid)):
-                _program[:] = [*place, 0, 0][:3]
-                self.function(*given)
+            pointers = [pointer(value) if isinstance(value, Tensor) else value for value in arguments]
+            for program in itertools.product(*map(range, grid)):
+                _program[:] = [*program, 0, 0][:3]
+                self.function(*pointers)
 
         return launch
 
@@ -59,12 +59,12 @@ def load(where: Pointer, mask: Tensor | None = None, other: float = 0.0) -> Tens
 def store(where: Pointer, value: Tensor) -> None:
     assert ((where.offsets >= 0) & (where.offsets < where.memory.numel())).all(), "write outside"
     assert value.dtype == where.memory.dtype and value.shape == where.offsets.shape
-    assert where.offsets.unique().numel() == where.offsets.numel(), "two values for one place"
+    assert where.offsets.unique().numel() == where.offsets.numel(), "two values for one address"
     where.memory[where.offsets] = value
 
 
 def install(monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    """Let `import triton` find this until the test ends."""
+    """Make `import triton` import this module until the test ends."""
     triton, language = ModuleType("triton"), ModuleType("triton.language")
     triton.__spec__ = ModuleSpec("triton", None)
     triton.jit, triton.language = Kernel, language

@@ -86,8 +86,8 @@ class QuantizedWeight:
 
 @dataclass(frozen=True)
 class Codec(ABC):
-    """One format: the dtypes and shapes of what it stores, and the way there and back. `groups` are the numbers of
-    inputs that can share a scale, the default first."""
+    """One format: the dtypes and shapes that it stores, and how to quantize and dequantize. `groups` are the numbers
+    of inputs that can share a scale, the default first."""
 
     name: str
     values_dtype: torch.dtype

@@ -5,7 +5,7 @@ that the hardware does better, and say in `supports` which tensors it can read. 
 `Dispatch.preferred` (dispatch.py), where it is tried for every call before torch, or give it to chosen modules of a
 model, `module.backend = MyBackend()`, as FP8 training does. Test it against reference.py.
 
-Shapes: T tokens, D hidden, E experts, F expert width, K chosen; B rows, H heads, P blocks of S slots, M blocks of a
+Shapes: T tokens, D hidden, E experts, F expert width, K selected; B rows, H heads, P blocks of S slots, M blocks of a
 row, X = C latent + R rotary width.
 """
 

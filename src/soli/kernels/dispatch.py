@@ -5,7 +5,7 @@ whose tensors they cannot read, or that need a gradient, still go to torch). SOL
 the C++ kernels. Both are read once, when `default_backend` is first called. Dispatch depends on dtypes, devices and
 sizes alone, so the same call always has the same result.
 
-Shapes: T tokens, D hidden, E experts, F expert width, K chosen; B rows, H heads, P blocks of S slots, M blocks of a
+Shapes: T tokens, D hidden, E experts, F expert width, K selected; B rows, H heads, P blocks of S slots, M blocks of a
 row, X = C latent + R rotary width.
 """
 
@@ -95,12 +95,10 @@ class Dispatch(Backend):
     def latent_decode(
         self, q_BHX: Tensor, blocks_PSX: Tensor, table_BM: Tensor, lengths_B: Tensor, *, latent: int, scale: float
     ) -> Tensor:
-        chosen = self.fallback
         for backend in self.preferred:
             if blocks_PSX.dtype == q_BHX.dtype and backend.supports(q_BHX, blocks_PSX):
-                chosen = backend
-                break
-        return chosen.latent_decode(q_BHX, blocks_PSX, table_BM, lengths_B, latent=latent, scale=scale)
+                return backend.latent_decode(q_BHX, blocks_PSX, table_BM, lengths_B, latent=latent, scale=scale)
+        return self.fallback.latent_decode(q_BHX, blocks_PSX, table_BM, lengths_B, latent=latent, scale=scale)
 
     def fused(self, x: Tensor) -> CpuBackend | None:
         """The C++ backend, where it may compute a whole forward pass of activations like `x`."""
@@ -112,5 +110,5 @@ class Dispatch(Backend):
 
 @cache
 def default_backend() -> Dispatch:
-    """What every module of a model starts with: `Dispatch.from_environment()`, made once."""
+    """The backend of every new module: `Dispatch.from_environment()`, made once."""
     return Dispatch.from_environment()

@@ -1,6 +1,6 @@
 """The oracle of the seam: each operation by its definition, in plain torch. Slow on purpose; every backend equals it.
 
-Shapes: T tokens, D hidden, E experts, F expert width, K chosen; B rows, H heads, P blocks of S slots, M blocks of a
+Shapes: T tokens, D hidden, E experts, F expert width, K selected; B rows, H heads, P blocks of S slots, M blocks of a
 row, X = C latent + R rotary width.
 """
 

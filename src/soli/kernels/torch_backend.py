@@ -8,8 +8,8 @@ is deterministic.
 Quantized weights: a matrix is dequantized in the dtype of the input just before its product and freed after it, so
 memory holds one matrix beside the quantized ones. No gradient reaches a quantized weight.
 
-Shapes: T tokens, D hidden, E experts, F expert width, K chosen, P = T*K pairs of token and expert; in latent_decode as
-in reference.py, with L the slots of the longest table.
+Shapes: T tokens, D hidden, E experts, F expert width, K selected, P = T*K pairs of token and expert; in latent_decode
+as in reference.py, with L the slots of the longest table.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ The experts of a layer are one Triton launch per product where all sides are mul
 and each expert's rows padded to 128, so that no tile spans two; nothing is read back to the host. Else they are one
 `scaled_mm` per selected expert. Tensor cores add up to 128 products in less than fp32; sums of those are fp32.
 
-Shapes: T rows (tokens), I input and O output features, K chosen, P = T*K pairs, U rows of all experts' tiles.
+Shapes: T rows (tokens), I input and O output features, K selected, P = T*K pairs, U rows of all experts' tiles.
 """
 
 from __future__ import annotations

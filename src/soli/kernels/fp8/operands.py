@@ -10,7 +10,7 @@ An `Operand` holds the values (M, K) and the scales of which those are views. M 
 value 0 and changes no sum. Arithmetic is that of `formats.fp8`, to the bit; where Triton is available, one kernel does
 it in one pass over a GPU's memory. That kernel rejects nothing: a NaN stays one and spreads.
 
-Legend: M, K sides of an operand, T, I those of what it is made from, S stacked matrices (experts), Q tiles along K.
+Legend: M, K sides of an operand, T, I those of its source, S stacked matrices (experts), Q tiles along K.
 """
 
 from __future__ import annotations
