@@ -38,7 +38,6 @@ KNOWN_IN_CYCLES: set[str] = {
     "soli.engine.sampler",
 }
 KNOWN_REPEATED_CLASSES: set[str] = {
-    "Read",
     "_Answer",
     "_Product",
 }
