@@ -68,6 +68,14 @@ def test_an_unwritable_output_is_named(recipe):
     assert isinstance(result.exception, SoliError) and "choose another --out" in str(result.exception)
 
 
+def test_a_recipe_for_your_own_texts_is_not_built(tmp_path):
+    result = CliRunner().invoke(app, ["build", "671b", "--out", str(tmp_path / "out")])
+    assert "names no corpus to build: pack texts of your own with `soli data pack`" in str(result.exception)
+    result = CliRunner().invoke(app, ["build", "nano-zh-en", "--set", "data.corpus=nano_corpse"])
+    assert str(result.exception).endswith("which is no corpus step; did you mean nano_corpus?")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_error_is_one_sentence(tmp_path):
     command = [sys.executable, "-m", "soli", "data", "inspect", str(tmp_path)]
     process = subprocess.run(command, capture_output=True, text=True)
