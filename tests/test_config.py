@@ -120,6 +120,7 @@ def test_moe_layers():
         ({"num_local_experts": 8}, ["n_routed_experts", "256", "num_local_experts", "8"]),
         ({"hidden_size": -1}, ["hidden_size", "-1", "above 0"]),
         ({"hidden_size": 7168.5}, ["hidden_size", "7168.5", "whole number"]),
+        ({"hidden_size": 7168.0}, ["hidden_size", "7168.0", "whole number"]),
         ({"hidden_size": True}, ["hidden_size", "True", "whole number"]),
         ({"hidden_size": "7168"}, ["hidden_size", "'7168'", "whole number"]),
         ({"eos_token_id": []}, ["eos_token_id", "[]", "whole number"]),

@@ -82,7 +82,7 @@ ONLY_VALUES = {"mlp_bias": False, "use_mla": True, "qk_layernorm": False, "parti
 
 
 @dataclass(frozen=True)
-class ModelConfig(Section, section=""):
+class ModelConfig(Section, section="", exact_integers=True):
     """A model's shape and routing, in Hugging Face names; defaults are those of `deepseek_v3` files that omit a field.
 
     Sizes count elements. Raises SoliError at construction for an impossible value.

@@ -15,7 +15,7 @@ ONLY_VALUES = {"attention_factor": None, "truncate": True, "partial_rotary_facto
 
 
 @dataclass(frozen=True)
-class RopeScaling(Section, section="rope_scaling"):
+class RopeScaling(Section, section="rope_scaling", exact_integers=True):
     """YaRN (arXiv 2309.00071): `original_max_position_embeddings` stretched by `factor`.
 
     Absent `mscale` and `mscale_all_dim` mean 1 and 0, as in the released code: cos and sin carry 0.1 ln(factor) + 1.

@@ -67,16 +67,20 @@ class Section:
     """Base of a frozen dataclass that is one section of a configuration, called `section` in messages."""
 
     section: ClassVar[str]
+    exact_integers: ClassVar[bool]  # 1e6 is no int: for JSON, where writers of integers write integers
 
-    def __init_subclass__(cls, section: str | None = None) -> None:
-        if section is not None:
-            cls.section = section
+    def __init_subclass__(cls, section: str, exact_integers: bool = False) -> None:
+        cls.section = section
+        cls.exact_integers = exact_integers
 
     def __post_init__(self) -> None:
         prefix = f"{self.section}." if self.section else ""
         for name, annotation in annotations_of(type(self)).items():  # type: ignore[arg-type]
-            value = convert(f"{prefix}{name}", getattr(self, name), annotation)
-            object.__setattr__(self, name, value)
+            value = getattr(self, name)
+            converted = convert(f"{prefix}{name}", value, annotation)
+            if self.exact_integers and isinstance(value, float) and isinstance(converted, int):
+                reject(f"{prefix}{name}", value, f"it must be {describe(annotation)}")
+            object.__setattr__(self, name, converted)
 
     @classmethod
     def from_dict(cls, table: Any) -> Self:
