@@ -24,7 +24,7 @@ demo: $(VENV)/.soli ## install, then translate a sentence offline with the bundl
 	@$(BIN)/soli translate "He drank a cup of tea." --experts
 	@printf '%s\n' '' 'soli: installed in $(VENV). To go on:' '' \
 		'  . $(VENV)/bin/activate' \
-		'  soli translate "今天天气很好。"    # Chinese to English, English to Chinese' \
+		'  soli translate "他是我的朋友。"    # Chinese to English, English to Chinese' \
 		'  soli serve                       # an OpenAI-compatible API, and a page that shows the routing live' \
 		'  soli count deepseek-v3           # parameters, bytes, cache and FLOPs; soli doctor shows this machine'
 
