@@ -45,8 +45,8 @@ FORMATS = (
     ("int4", Target("int4"), True),
     ("int4 --group 64", Target("int4", group=64), False),
     ("int4 --group 128", Target("int4", group=128), False),
-    ("int4 --wide self_attn", Target("int4", wide=("self_attn",)), False),
-    ("int4 --wide self_attn --wide shared_experts", Target("int4", wide=("self_attn", "shared_experts")), True),
+    ("int4 --wide self_attn", Target("int4", int8_modules=("self_attn",)), False),
+    ("int4 --wide self_attn --wide shared_experts", Target("int4", int8_modules=("self_attn", "shared_experts")), True),
 )
 IN_BF16 = ", in bf16"
 COMPUTED = tuple((f"{name}{IN_BF16}", Target(name), False) for name in ("bf16", "int8", "int4"))

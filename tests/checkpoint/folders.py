@@ -60,8 +60,8 @@ def edit_json(file: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def weight_map(folder: Path) -> dict[str, str]:
-    found: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
-    return found
+    shard_of: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+    return shard_of
 
 
 def all_tensors(folder: Path) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""`soli convert`: every format to every other, tensor by tensor, side files along, FP8 kept bit for bit."""
+"""`soli convert`: every format to every other, tensor by tensor, with side files; FP8 stays bit for bit."""
 
 import json
 from dataclasses import replace
@@ -31,11 +31,11 @@ def test_converting_fp32_is_saving_in_that_format(to: str, tmp_path: Path, capsy
     assert same_files(tmp_path / "b", tmp_path / "c")
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
-    said = capsys.readouterr()
-    assert f"as {to}" in said.out and said.err == ""
+    output = capsys.readouterr()
+    assert f"as {to}" in output.out and output.err == ""
 
 
-def test_fp8_to_bf16_holds_what_fp8_meant(tmp_path: Path) -> None:
+def test_fp8_to_bf16_has_the_dequantized_values(tmp_path: Path) -> None:
     saved(tmp_path / "a", format="fp8")
     assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "bf16"]) == 0
     ours, theirs = load_model(tmp_path / "a").state_dict(), load_model(tmp_path / "b").state_dict()
@@ -50,7 +50,7 @@ def test_fp8_to_fp8_changes_no_bit(tmp_path: Path) -> None:
     assert same_files(tmp_path / "a", tmp_path / "b")
 
 
-def test_fp8_to_ue8m0_repacks_from_the_exact_values(tmp_path: Path) -> None:
+def test_fp8_to_ue8m0_quantizes_the_exact_values_again(tmp_path: Path) -> None:
     saved(tmp_path / "a", format="fp8")
     assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "fp8", "--ue8m0"]) == 0
     before, after = all_tensors(tmp_path / "a"), all_tensors(tmp_path / "b")
@@ -61,21 +61,21 @@ def test_fp8_to_ue8m0_repacks_from_the_exact_values(tmp_path: Path) -> None:
     assert torch.equal(after[name + "_scale_inv"], expected.scale) and is_ue8m0(expected.scale)
 
 
-def test_mtp_copies_go_along_even_where_they_differ(tmp_path: Path) -> None:
+def test_mtp_copies_are_converted_even_where_they_differ(tmp_path: Path) -> None:
     folder = saved(tmp_path / "a", format="fp32")
     name = "model.layers.2.embed_tokens.weight"
-    edit_tensors(folder / "model.safetensors", lambda held: held[name].add_(1))
+    edit_tensors(folder / "model.safetensors", lambda tensors: tensors[name].add_(1))
     assert main(["convert", str(folder), str(tmp_path / "b"), "--to", "bf16"]) == 0
     assert torch.equal(all_tensors(tmp_path / "b")[name], all_tensors(folder)[name].bfloat16())
 
 
-def test_side_files_come_along_and_weights_of_others_do_not(tmp_path: Path) -> None:
+def test_side_files_are_copied_and_other_weight_files_are_not(tmp_path: Path) -> None:
     folder = saved(tmp_path / "a", shard_bytes=60_000)
-    kept = {"tokenizer.json", "generation_config.json", "README.md", "LICENSE", "modeling_x.py", "vocab.txt"}
-    for name in kept | {"pytorch_model.bin", "notes.pdf"}:
+    copied = {"tokenizer.json", "generation_config.json", "README.md", "LICENSE", "modeling_x.py", "vocab.txt"}
+    for name in copied | {"pytorch_model.bin", "notes.pdf"}:
         (folder / name).write_text("{}")
     assert main(["convert", str(folder), str(tmp_path / "b"), "--to", "fp8"]) == 0
-    assert {file.name for file in (tmp_path / "b").iterdir()} == kept | {"config.json", "model.safetensors"}
+    assert {file.name for file in (tmp_path / "b").iterdir()} == copied | {"config.json", "model.safetensors"}
 
 
 def test_json_for_programs(tmp_path: Path, capsys) -> None:
@@ -92,9 +92,9 @@ def test_json_for_programs(tmp_path: Path, capsys) -> None:
 def test_a_note_about_dropped_mtp_goes_to_stderr(tmp_path: Path, capsys) -> None:
     folder = saved(tmp_path / "a")
 
-    def drop(held: dict[str, torch.Tensor]) -> None:
-        for name in [name for name in held if name.startswith("model.layers.2.")]:
-            del held[name]
+    def drop(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith("model.layers.2.")]:
+            del tensors[name]
 
     edit_tensors(folder / "model.safetensors", drop)
     assert main(["convert", str(folder), str(tmp_path / "b"), "--to", "fp8"]) == 0
@@ -103,10 +103,8 @@ def test_a_note_about_dropped_mtp_goes_to_stderr(tmp_path: Path, capsys) -> None
     load_model(tmp_path / "b")
 
 
-def test_the_bar_is_drawn_on_stderr_when_work_lasts(tmp_path: Path, capsys, monkeypatch) -> None:
-    from soli.cli import convert
-
-    monkeypatch.setattr(convert, "PATIENCE", -1.0)
+def test_progress_leaves_standard_output_to_the_result(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("soli.cli._shared.progress.DELAY_SECONDS", -1.0)
     saved(tmp_path / "a")
     assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "fp8", "--json"]) == 0
     json.loads(capsys.readouterr().out)
@@ -119,18 +117,18 @@ def test_wrong_usage(arguments: list[str], status: int, tmp_path: Path, capsys) 
     assert capsys.readouterr().err and not (tmp_path / "b").exists()
 
 
-def test_a_source_that_is_not_there_or_a_taken_destination(tmp_path: Path, capsys) -> None:
+def test_a_missing_source_or_an_existing_destination(tmp_path: Path, capsys) -> None:
     assert main(["convert", str(tmp_path / "no"), str(tmp_path / "b"), "--to", "bf16"]) == 1
     saved(tmp_path / "a")
     assert main(["convert", str(tmp_path / "a"), str(tmp_path / "a"), "--to", "bf16"]) == 1
-    assert "no such folder" in (said := capsys.readouterr().err) and "not empty" in said
+    assert "no such folder" in (message := capsys.readouterr().err) and "not empty" in message
 
 
 def test_fp16_files_are_read(tmp_path: Path) -> None:
     save_model(full_model(), tmp_path / "a", "fp32")
 
-    def halve(held: dict[str, torch.Tensor]) -> None:
-        held.update({name: tensor.half() for name, tensor in held.items() if tensor.dim() == 2})
+    def halve(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.update({name: tensor.half() for name, tensor in tensors.items() if tensor.dim() == 2})
 
     edit_tensors(tmp_path / "a" / "model.safetensors", halve)
     assert load_model(tmp_path / "a").embed_tokens.weight.dtype == torch.float16

@@ -1,4 +1,4 @@
-"""int8 and int4 folders: written, described, mapped, computed with, turned back; and FP8 files used as they lie."""
+"""int8 and int4 folders: written, described, mapped, computed with, converted back; and FP8 files used as stored."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from soli.kernels import QuantizedExperts, QuantizedWeight
 from soli.model import Transformer
 from tests.checkpoint.folders import all_tensors, edit_json, edit_tensors, full_model, saved
 
-# Inputs that groups divide, but for o_proj (4 heads of 12) and the experts' down projection (48 wide).
+# Inputs that groups divide, except those of o_proj (4 heads of 12) and of the experts' down projection (48).
 SIZES = {
     "hidden_size": 128,
     "intermediate_size": 64,
@@ -48,11 +48,11 @@ def outputs(model: Transformer) -> tuple[Tensor, Tensor]:
     return model.head(hidden), model.head(model.mtp_step(0, hidden, IDS).hidden_BTD)
 
 
-@pytest.mark.parametrize("to, wide", [("int8", ()), ("int4", ()), ("int4", ("self_attn", "shared_experts"))])
-def test_files_hold_codes_and_scales_of_every_linear_weight(
-    to: str, wide: tuple[str, ...], folders: Path, tmp_path: Path
+@pytest.mark.parametrize("to, int8_modules", [("int8", ()), ("int4", ()), ("int4", ("self_attn", "shared_experts"))])
+def test_files_hold_values_and_scales_of_every_linear_weight(
+    to: str, int8_modules: tuple[str, ...], folders: Path, tmp_path: Path
 ) -> None:
-    options = [word for name in wide for word in ("--wide", name)]
+    options = [argument for name in int8_modules for argument in ("--int8", name)]
     assert main(["convert", str(folders / "fp32"), str(tmp_path / "m"), "--to", to, *options]) == 0
     written, original = all_tensors(tmp_path / "m"), all_tensors(folders / "fp32")
     for name, values in original.items():
@@ -61,15 +61,15 @@ def test_files_hold_codes_and_scales_of_every_linear_weight(
             assert written[name].dtype in (torch.bfloat16, torch.float32) and name + "_scale" not in written
             continue
         head = name == "lm_head.weight" or "shared_head.head" in name
-        bits = 8 if to == "int8" or head or any(part in name for part in wide) else 4
+        bits = 8 if to == "int8" or head or any(part in name for part in int8_modules) else 4
         group = 32 if bits == 4 else next(g for g in (128, 64, 32) if values.shape[1] % g == 0)
         expected = (INT8 if bits == 8 else INT4).quantize(values, group)
         assert torch.equal(written[name], expected.values) and torch.equal(written[name + "_scale"], expected.scale)
 
 
-def test_the_configuration_says_what_was_done(folders: Path) -> None:
-    said = json.loads((folders / "int4" / "config.json").read_text())["quantization_config"]
-    assert said == {
+def test_the_configuration_describes_the_quantization(folders: Path) -> None:
+    described = json.loads((folders / "int4" / "config.json").read_text())["quantization_config"]
+    assert described == {
         "quant_method": "soli",
         "bits": 4,
         "group_size": 32,
@@ -87,38 +87,38 @@ def test_the_configuration_says_what_was_done(folders: Path) -> None:
     }
 
 
-def test_weights_that_no_group_divides_are_listed_to_the_person(folders: Path, tmp_path: Path, capsys) -> None:
+def test_weights_that_no_group_divides_are_listed(folders: Path, tmp_path: Path, capsys) -> None:
     assert main(["convert", str(folders / "fp32"), str(tmp_path / "m"), "--to", "int8", "--json"]) == 0
-    said = capsys.readouterr()
-    assert json.loads(said.out)["format"] == "int8"
-    assert said.err.splitlines() == [
+    output = capsys.readouterr()
+    assert json.loads(output.out)["format"] == "int8"
+    assert output.err.splitlines() == [
         f"model.layers.*.{name} stays bf16: no group of 32, 64 or 128 divides its inputs"
         for name in ("self_attn.o_proj", "mlp.shared_experts.down_proj", "mlp.experts.*.down_proj")
     ]
 
 
 @pytest.mark.parametrize("to", ["int8", "int4"])
-def test_quantized_weights_compute_what_they_are_written_out(to: str, folders: Path) -> None:
+def test_quantized_weights_compute_what_dequantized_ones_do(to: str, folders: Path) -> None:
     quantized, dense = (load_model(folders / to, dtype=torch.float32, quantized=keep) for keep in (None, False))
     for ours, theirs in zip(outputs(quantized), outputs(dense), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("to", ["int8", "int4"])
-def test_in_bf16_quantized_weights_are_as_near_the_truth_as_written_out(to: str, folders: Path) -> None:
-    """Not equal: written out, a weight is rounded to bf16 first; as it lies, tokens may be rounded to 8 bits (AVX-512);
-    and either way may tip a token to another expert."""
+def test_in_bf16_quantized_weights_are_as_exact_as_dequantized_ones(to: str, folders: Path) -> None:
+    """Not equal: a dequantized weight is rounded to bf16 first; with a quantized one, tokens may be rounded to 8 bits
+    (AVX-512); and either may move a token to another expert."""
     exact = outputs(load_model(folders / to, dtype=torch.float32))[0]
     models = (load_model(folders / to, dtype=torch.bfloat16, quantized=keep) for keep in (None, False))
     ours, theirs = (float((outputs(model)[0].float() - exact).square().mean(-1).median().sqrt()) for model in models)
     assert 0 < ours < 3 * theirs and theirs < 0.1 * float(exact.square().mean().sqrt())
 
 
-def test_less_is_lost_with_more_bits(folders: Path) -> None:
+def test_more_bits_lose_less(folders: Path) -> None:
     exact = outputs(load_model(folders / "fp32"))[0]
-    lost = {to: float((outputs(load_model(folders / to, dtype=torch.float32))[0] - exact).norm() / exact.norm())
+    errors = {to: float((outputs(load_model(folders / to, dtype=torch.float32))[0] - exact).norm() / exact.norm())
             for to in ("int8", "int4")}  # fmt: skip
-    assert 0 < lost["int8"] < 0.03 and lost["int8"] * 4 < lost["int4"] < 0.5
+    assert 0 < errors["int8"] < 0.03 and errors["int8"] * 4 < errors["int4"] < 0.5
 
 
 def test_quantized_weights_stay_in_the_mapped_file(folders: Path) -> None:
@@ -134,7 +134,7 @@ def test_quantized_weights_stay_in_the_mapped_file(folders: Path) -> None:
 
 
 @pytest.mark.parametrize("sizes", [{}, SIZES | {"hidden_size": 264}])
-def test_fp8_files_compute_as_they_lie(sizes: dict[str, int], tmp_path: Path) -> None:
+def test_fp8_files_compute_as_stored(sizes: dict[str, int], tmp_path: Path) -> None:
     """Also where an expert's width is no multiple of a block's side, so that gate and up share no row of blocks."""
     save_model(full_model(**sizes), tmp_path / "m", "fp8", shard_bytes=60_000)
     quantized, dense = (load_model(tmp_path / "m", dtype=torch.float32, quantized=keep) for keep in (True, None))
@@ -152,7 +152,7 @@ def test_quantized_false_and_true_change_nothing_where_nothing_is_quantized(tmp_
     assert all(torch.equal(states[0][name], state[name]) for state in states for name in states[0])
 
 
-def test_integers_turn_back_into_floats_and_into_nothing_else(folders: Path, tmp_path: Path, capsys) -> None:
+def test_integers_are_converted_only_to_floats(folders: Path, tmp_path: Path, capsys) -> None:
     assert main(["convert", str(folders / "int4"), str(tmp_path / "m"), "--to", "fp32"]) == 0
     assert "quantization_config" not in json.loads((tmp_path / "m" / "config.json").read_text())
     ours, theirs = all_tensors(tmp_path / "m"), load_model(folders / "int4", dtype=torch.float32, quantized=False)
@@ -180,7 +180,7 @@ def test_a_model_saves_itself_as_int4_but_not_when_quantized(folders: Path, tmp_
 
 
 @pytest.mark.parametrize("options", [["--to", "bf16", "--group", "32"], ["--to", "int4", "--group", "48"],
-                                     ["--to", "int8", "--wide", "self_attn"]])  # fmt: skip
+                                     ["--to", "int8", "--int8", "self_attn"]])  # fmt: skip
 def test_options_that_do_not_go_together(options: list[str], folders: Path, tmp_path: Path, capsys) -> None:
     assert main(["convert", str(folders / "fp32"), str(tmp_path / "m"), *options]) == 1
     assert capsys.readouterr().err.startswith("soli: ") and not (tmp_path / "m").exists()
@@ -188,31 +188,32 @@ def test_options_that_do_not_go_together(options: list[str], folders: Path, tmp_
 
 def test_the_group_can_be_chosen(folders: Path, tmp_path: Path) -> None:
     assert main(["convert", str(folders / "fp32"), str(tmp_path / "m"), "--to", "int4", "--group", "128"]) == 0
-    held = all_tensors(tmp_path / "m")
-    assert held[EXPERT + "_scale"].shape == (48, 1) and held["model.layers.0.mlp.down_proj.weight_scale"].shape[1] == 1
+    tensors = all_tensors(tmp_path / "m")
+    assert tensors[EXPERT + "_scale"].shape == (48, 1)
+    assert tensors["model.layers.0.mlp.down_proj.weight_scale"].shape[1] == 1
 
 
 def edited(name: str, make: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:
-    def edit(held: dict[str, Tensor]) -> None:
-        held[name] = make(held[name])
+    def edit(tensors: dict[str, Tensor]) -> None:
+        tensors[name] = make(tensors[name])
 
     return lambda folder: edit_tensors(folder / "model.safetensors", edit)
 
 
 def quantization(**changes: object) -> Callable[[Path], None]:
-    return lambda folder: edit_json(folder / "config.json", lambda said: said["quantization_config"].update(changes))
+    return lambda folder: edit_json(folder / "config.json", lambda d: d["quantization_config"].update(changes))
 
 
 def dropped(name: str) -> Callable[[Path], None]:
-    return lambda folder: edit_tensors(folder / "model.safetensors", lambda held: held.pop(name))
+    return lambda folder: edit_tensors(folder / "model.safetensors", lambda tensors: tensors.pop(name))
 
 
 DAMAGES = {
     "missing scale": (dropped(EXPERT + "_scale"), (EXPERT, "_scale are missing")),
-    "scale without a weight": (edited(EXPERT, lambda t: torch.zeros(48, 128)), (EXPERT, "F32", "no use")),
+    "scale without a weight": (edited(EXPERT, lambda t: torch.zeros(48, 128)), (EXPERT, "F32", "needs none")),
     "scale of a wrong shape": (edited(EXPERT + "_scale", lambda t: t[:, :3].clone()), (EXPERT, "(48, 3)", "(48, 4)")),
     "scale of a wrong dtype": (edited(EXPERT + "_scale", Tensor.float), (EXPERT, "F32", "F16")),
-    "codes of a wrong shape": (edited(EXPERT, lambda t: t[:, :50].clone()), (EXPERT, "(48, 50)", "(48, 64)")),
+    "values of a wrong shape": (edited(EXPERT, lambda t: t[:, :50].clone()), (EXPERT, "(48, 50)", "(48, 64)")),
     "a quantized norm": (edited("model.norm.weight", Tensor.char), ("model.norm.weight", "I8")),
     "a quantized router": (edited("model.layers.1.mlp.gate.weight", Tensor.char), ("mlp.gate.weight", "I8")),
     "4 bits in an 8-bit folder": (quantization(bits=8), ("int4", "quantization_config")),
@@ -227,14 +228,14 @@ DAMAGES = {
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damage_is_an_error_that_names_file_and_tensor(name: str, folders: Path, tmp_path: Path) -> None:
     shutil.copytree(folders / "int4", tmp_path / "m")
-    do, says = DAMAGES[name]
-    do(tmp_path / "m")
+    damage, words = DAMAGES[name]
+    damage(tmp_path / "m")
     with pytest.raises(SoliError) as raised:
         load_model(tmp_path / "m")
-    assert all(part in str(raised.value) for part in says), str(raised.value)
+    assert all(word in str(raised.value) for word in words), str(raised.value)
 
 
-def test_what_is_quantized_can_be_asked_for(folders: Path) -> None:
+def test_a_checkpoint_returns_quantized_slots(folders: Path) -> None:
     checkpoint = open_checkpoint(folders / "int8")
     slot = next(slot for slot in checkpoint.slots if slot.name == EXPERT)
     quantized = checkpoint.quantized(slot)

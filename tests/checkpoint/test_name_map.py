@@ -66,22 +66,22 @@ OFFICIAL = {  # of DeepSeek-V3's index: name -> (shape, shape of weight_scale_in
 
 
 def test_the_official_index() -> None:
-    found = {slot.name: slot for slot in slots(preset("deepseek-v3"))}
+    by_name = {slot.name: slot for slot in slots(preset("deepseek-v3"))}
 
     def layout(slot: Slot) -> tuple[tuple[int, ...], tuple[int, int] | None]:
         return slot.shape, scale_shape(*slot.shape) if slot.kind is Kind.LINEAR else None
 
-    assert {name: layout(found[name]) for name in OFFICIAL} == OFFICIAL
-    specs = [spec for slot in found.values() for spec in Target("fp8").specs(slot)]
+    assert {name: layout(by_name[name]) for name in OFFICIAL} == OFFICIAL
+    specs = [spec for slot in by_name.values() for spec in Target("fp8").specs(slot)]
     assert len(specs) == 91_991
     assert sum(prod(shape) * ITEM_BYTES[dtype] for _, dtype, shape in specs) == 688_574_839_360  # of all 163 shards
 
 
 def test_experts_are_stacked_gate_first_then_up() -> None:
     config = full_config()
-    found = {slot.name: slot for slot in slots(config)}
+    by_name = {slot.name: slot for slot in slots(config)}
     width = config.moe_intermediate_size
     for tail, stack, row in (("gate", "gate_up", 0), ("up", "gate_up", width), ("down", "down", 0)):
-        slot = found[f"model.layers.1.mlp.experts.3.{tail}_proj.weight"]
+        slot = by_name[f"model.layers.1.mlp.experts.3.{tail}_proj.weight"]
         assert (slot.soli, slot.expert, slot.first_row) == (f"layers.1.mlp.experts.{stack}_proj", 3, row)
-    assert found["model.layers.2.mlp.experts.0.up_proj.weight"].soli == "mtp.0.block.mlp.experts.gate_up_proj"
+    assert by_name["model.layers.2.mlp.experts.0.up_proj.weight"].soli == "mtp.0.block.mlp.experts.gate_up_proj"

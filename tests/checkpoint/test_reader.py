@@ -1,4 +1,4 @@
-"""Opening costs nothing, mapped tensors are right, old and empty buffers are passed over, random bytes never crash."""
+"""Opening reads no weights, mapped tensors are right, old and empty buffers are ignored, random bytes never crash."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from soli.errors import SoliError
 from tests.checkpoint.folders import edit_tensors, full_config, saved
 
 
-def test_a_hundred_gigabytes_open_at_once(tmp_path: Path) -> None:
+def test_a_hundred_gigabytes_open_in_no_time(tmp_path: Path) -> None:
     """A sparse file of zeros: nothing but its header is on the disk, and nothing else may be read."""
     config = full_config(vocab_size=1 << 20, hidden_size=8192, num_nextn_predict_layers=0)
     head, offsets, size = encode_header((slot.name, "F32", slot.shape) for slot in slots(config))
@@ -60,7 +60,7 @@ def test_unaligned_tensors_are_read(tmp_path: Path) -> None:
     assert torch.equal(Shard(file).tensor("b"), values)
 
 
-def test_old_rotary_buffers_and_empty_tensors_are_passed_over(tmp_path: Path) -> None:
+def test_old_rotary_buffers_and_empty_tensors_are_ignored(tmp_path: Path) -> None:
     folder = saved(tmp_path / "m")
     old = {
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
@@ -74,7 +74,7 @@ def test_old_rotary_buffers_and_empty_tensors_are_passed_over(tmp_path: Path) ->
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=200), length=st.integers(0, 2**64 - 1) | st.none())
-def test_random_bytes_are_refused_in_a_sentence(data: bytes, length: int | None, tmp_path: Path) -> None:
+def test_random_bytes_are_rejected_in_a_sentence(data: bytes, length: int | None, tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
     file.write_bytes((len(data) if length is None else length).to_bytes(8, "little") + data)
     with pytest.raises(SoliError, match=r"x\.safetensors"):
@@ -87,7 +87,7 @@ FIELDS = st.fixed_dictionaries({}, optional={"dtype": JSON | st.just("F32"), "sh
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(header=st.dictionaries(st.text(max_size=5), FIELDS | JSON, min_size=1, max_size=3) | JSON)
-def test_random_headers_are_refused_in_a_sentence(header: object, tmp_path: Path) -> None:
+def test_random_headers_are_rejected_in_a_sentence(header: object, tmp_path: Path) -> None:
     text = json.dumps(header).encode()
     file = tmp_path / "x.safetensors"
     file.write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 16)
@@ -98,23 +98,23 @@ def test_random_headers_are_refused_in_a_sentence(header: object, tmp_path: Path
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_flipped_byte_of_a_header_never_gives_other_shapes(data: st.DataObject, tmp_path_factory) -> None:
-    """Flip one byte: the folder is refused, or the byte did not matter (a space, a comment in __metadata__)."""
+    """Flip one byte: the folder is rejected, or the byte did not matter (a space, a comment in __metadata__)."""
     folder = tmp_path_factory.getbasetemp() / "flipped"
     if not folder.exists():
         saved(folder, format="fp8")
     file = folder / "model.safetensors"
-    sound = file.read_bytes()
-    place = data.draw(st.integers(0, 8 + int.from_bytes(sound[:8], "little") - 1))
-    byte = data.draw(st.integers(0, 255).filter(lambda value: value != sound[place]))
+    original = file.read_bytes()
+    position = data.draw(st.integers(0, 8 + int.from_bytes(original[:8], "little") - 1))
+    byte = data.draw(st.integers(0, 255).filter(lambda value: value != original[position]))
     shapes = {name: (entry.dtype, entry.shape) for name, entry in Checkpoint(folder).entries.items()}
     try:
-        file.write_bytes(sound[:place] + bytes([byte]) + sound[place + 1 :])
-        found = {name: (entry.dtype, entry.shape) for name, entry in Checkpoint(folder).entries.items()}
-        assert found == shapes
+        file.write_bytes(original[:position] + bytes([byte]) + original[position + 1 :])
+        damaged = {name: (entry.dtype, entry.shape) for name, entry in Checkpoint(folder).entries.items()}
+        assert damaged == shapes
     except SoliError:
         pass
     finally:
-        file.write_bytes(sound)
+        file.write_bytes(original)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_a_flipped_byte_of_a_header_never_gives_other_shapes(data: st.DataObject
         ("deepseek-v3", "preset"),
     ],
 )
-def test_names_that_are_no_folder(name: str, says: str) -> None:
+def test_names_without_a_folder(name: str, says: str) -> None:
     with pytest.raises(SoliError, match=says):
         open_checkpoint(name)
 

@@ -1,4 +1,4 @@
-"""What Soli writes, Soli and the safetensors library read back: every format, single and sharded, ragged sides, MTP."""
+"""Soli and the safetensors library read back what Soli writes: every format, sharded or not, ragged sides, MTP."""
 
 import json
 import warnings
@@ -62,7 +62,7 @@ def test_save_then_load(format: str, shard_bytes: int, ue8m0: bool, tmp_path: Pa
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 10**6), v2=st.booleans(), mtp=st.integers(0, 2), format=st.sampled_from(sorted(DTYPE)))
-def test_any_configuration_survives(seed: int, v2: bool, mtp: int, format: str, tmp_path_factory) -> None:
+def test_any_configuration_round_trips(seed: int, v2: bool, mtp: int, format: str, tmp_path_factory) -> None:
     config = draw_v2_config(seed) if v2 else draw_config(seed, num_nextn_predict_layers=mtp)
     model = make_model(config)
     folder = tmp_path_factory.mktemp("any") / "m"
@@ -131,7 +131,7 @@ def test_scales_stored_as_e8m0_are_read(tmp_path: Path) -> None:
     assert same(dict(load_model(folder).state_dict()), dict(before))
 
 
-def test_mtp_modules_carry_copies_unless_told_otherwise(tmp_path: Path) -> None:
+def test_mtp_modules_carry_copies_unless_switched_off(tmp_path: Path) -> None:
     full, slim = all_tensors(saved(tmp_path / "a")), all_tensors(saved(tmp_path / "b", mtp_copies=False))
     copies = {"model.layers.2.embed_tokens.weight", "model.layers.2.shared_head.head.weight"}
     assert full.keys() - slim.keys() == copies
@@ -139,7 +139,7 @@ def test_mtp_modules_carry_copies_unless_told_otherwise(tmp_path: Path) -> None:
     assert same(dict(load_model(tmp_path / "a").state_dict()), dict(load_model(tmp_path / "b").state_dict()))
 
 
-def test_a_copy_that_differs_is_refused_unless_mtp_is_left_out(tmp_path: Path) -> None:
+def test_a_copy_that_differs_is_rejected_unless_mtp_is_left_out(tmp_path: Path) -> None:
     folder = saved(tmp_path / "m")
     edit_tensors(folder / "model.safetensors", lambda t: t["model.layers.2.shared_head.head.weight"].add_(1))
     with pytest.raises(soli.SoliError, match=r"model\.safetensors: tensor model\.layers\.2\.shared_head\.head\.weight"):
@@ -147,7 +147,7 @@ def test_a_copy_that_differs_is_refused_unless_mtp_is_left_out(tmp_path: Path) -
     assert len(load_model(folder, mtp=False).mtp) == 0
 
 
-def test_a_folder_whose_mtp_was_dropped_loads_without_and_says_so(tmp_path: Path) -> None:
+def test_a_folder_whose_mtp_was_dropped_loads_without_and_warns(tmp_path: Path) -> None:
     folder = saved(tmp_path / "m")
 
     def drop(tensors: dict[str, torch.Tensor]) -> None:
@@ -190,7 +190,7 @@ def test_unknown_config_fields_come_back_and_old_ones_do_not(tmp_path: Path) -> 
     assert "quantization_config" not in config and "dtype" not in config
 
 
-def test_a_loaded_model_does_not_lean_on_its_files(tmp_path: Path) -> None:
+def test_a_loaded_model_does_not_depend_on_its_files(tmp_path: Path) -> None:
     folder = saved(tmp_path / "m")
     model = load_model(folder)
     (folder / "model.safetensors").write_bytes(b"gone")

@@ -1,4 +1,4 @@
-"""Files change hands: saved by Soli and loaded by transformers, and the reverse."""
+"""Files saved by Soli are loaded by transformers, and vice versa."""
 
 from pathlib import Path
 

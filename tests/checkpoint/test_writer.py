@@ -1,4 +1,4 @@
-"""A write is whole or it is nothing: interrupts, full disks, folders that are taken, values that do not fit."""
+"""A write is complete or leaves nothing: interrupts, full disks, existing folders, values out of range."""
 
 import weakref
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 
 from soli.checkpoint import load_model, save_model, writer
 from soli.checkpoint.name_map import Slot, slots
-from soli.checkpoint.save import part
+from soli.checkpoint.save import slot_view
 from soli.checkpoint.writer import Target
 from soli.errors import SoliError
 from soli.model import Transformer
@@ -16,7 +16,7 @@ from tests.checkpoint.folders import full_config, full_model, saved
 
 
 class Interrupted(BaseException):
-    """Stands for KeyboardInterrupt, which pytest keeps for itself."""
+    """Stands for KeyboardInterrupt, which pytest handles itself."""
 
 
 @pytest.mark.parametrize("raised", [Interrupted, OSError(28, "No space left on device"), MemoryError])
@@ -49,7 +49,7 @@ def test_the_folder_appears_only_at_the_end(tmp_path: Path, monkeypatch) -> None
     ]
 
 
-def test_a_folder_that_holds_something_is_never_written_over(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_empty_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     saved(tmp_path / "m")  # an empty one may be filled
     before = (tmp_path / "m" / "model.safetensors").read_bytes()
@@ -60,11 +60,11 @@ def test_a_folder_that_holds_something_is_never_written_over(tmp_path: Path) -> 
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == before
 
 
-def test_parents_are_made(tmp_path: Path) -> None:
+def test_parent_folders_are_created(tmp_path: Path) -> None:
     assert load_model(saved(tmp_path / "a" / "b" / "m")).config.vocab_size == 97
 
 
-def test_too_little_room_is_found_before_writing(tmp_path: Path, monkeypatch) -> None:
+def test_too_little_disk_space_is_detected_before_writing(tmp_path: Path, monkeypatch) -> None:
     usage = writer.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(SoliError, match=r"are free"):
@@ -81,7 +81,7 @@ def test_values_that_fp8_cannot_hold_name_their_tensor(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_without_weights_is_refused(tmp_path: Path) -> None:
+def test_a_model_without_weights_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(SoliError, match="meta device"):
         save_model(Transformer(full_config(), device="meta"), tmp_path / "m")
 
@@ -94,13 +94,13 @@ def test_a_model_without_weights_is_refused(tmp_path: Path) -> None:
         ({"format": "bf16", "shard_bytes": 0}, "shard_bytes"),
     ],
 )
-def test_targets_that_cannot_be(arguments: dict, says: str) -> None:
+def test_impossible_targets(arguments: dict, says: str) -> None:
     with pytest.raises(SoliError, match=says):
         Target(**arguments)
 
 
 @pytest.mark.parametrize("format", ["fp8", "int8", "int4"])
-def test_one_tensor_at_a_time(format: str, tmp_path: Path) -> None:
+def test_memory_holds_one_tensor_at_a_time(format: str, tmp_path: Path) -> None:
     """When a tensor is asked for, at most the one before it is still in memory."""
     alive: list[weakref.ref] = []
     model, target = full_model(), Target(format)
@@ -108,7 +108,7 @@ def test_one_tensor_at_a_time(format: str, tmp_path: Path) -> None:
 
     def fetch(slot: Slot) -> writer.Encoded:
         assert sum(ref() is not None for ref in alive) <= 1
-        values = part(state, slot).clone()
+        values = slot_view(state, slot).clone()
         encoded = target.encode(slot, values)
         alive.append(weakref.ref(encoded))
         return encoded
@@ -117,7 +117,7 @@ def test_one_tensor_at_a_time(format: str, tmp_path: Path) -> None:
     assert len(alive) > 30
 
 
-def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
+def test_the_tokenizer_is_copied(tmp_path: Path) -> None:
     (tmp_path / "t").mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json", "chat_template.jinja", "notes.txt"):
         (tmp_path / "t" / name).write_text("{}")

@@ -1,4 +1,4 @@
-"""Rewrite a folder in another format, tensor by tensor, without building the model; MTP modules go along."""
+"""Rewrite a folder in another format, tensor by tensor, MTP modules included, without building the model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from soli.formats.fp8 import is_ue8m0
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was done: tensors of the model (scales not counted), bytes in source and destination, notes for a person."""
+    """Tensors of the model (scales not counted), bytes in source and destination, notes for the user."""
 
     tensors: int
     bytes_read: int
@@ -25,14 +25,15 @@ class Conversion:
 
 
 def convert_checkpoint(
-    source: str | Path, folder: str | Path, target: Target, progress: ProgressCallback = lambda done, total: None
+    source: str | Path, folder: str | Path, target: Target, progress: ProgressCallback = lambda written, total: None
 ) -> Conversion:
-    """Write the folder `source` anew as `target` in the new folder `folder`, tokenizer, model card and the like
-    included.
+    """Write the folder `source` as `target` to the new folder `folder`, with tokenizer, model card and the like.
 
-    FP8 to FP8 keeps codes and scales bit for bit, unless `ue8m0` asks for powers of two that the scales are not.
-    int8 and int4 are made from high precision or FP8, and turn into bf16 or fp32 alone: quantized twice they would lose
-    twice. Memory: one tensor. Raises SoliError naming file and tensor; nothing is left at `folder` then.
+    FP8 to FP8 keeps values and scales bit for bit, unless `ue8m0` asks for powers of two that the scales are not.
+    int8 and int4 are made from high precision or FP8, and are converted only to bf16 or fp32: quantized twice they
+    would lose precision twice. Memory: one tensor.
+
+    Raises SoliError naming file and tensor; nothing is left at `folder` then.
     """
     checkpoint = open_checkpoint(source)
     if checkpoint.quantized_dtypes & {"I8", "U8"} and target.format not in ("bf16", "fp32"):
@@ -40,16 +41,19 @@ def convert_checkpoint(
             f"{source}: its weights are quantized as integers already and would lose precision again as "
             f"{target.format}; convert the folder that it was made from"
         )
-    wanted = [slot for slot in checkpoint.slots if checkpoint.holds(slot)]
+    stored_slots = [slot for slot in checkpoint.slots if checkpoint.holds(slot)]
 
     def fetch(slot: Slot) -> Encoded:
         return _fetch(checkpoint, slot, target)
 
     side_files = files_beside(checkpoint.folder, SIDE_FILES)
-    written = write(Path(folder), checkpoint.config, wanted, target, fetch, side_files, progress)
-    read = sum(entry.end - entry.start for entry in checkpoint.entries.values())
-    left = [f"{name} stays bf16: no group of 32, 64 or 128 divides its inputs" for name in target.left(wanted)]
-    return Conversion(len(wanted), read, written, [*checkpoint.notes, *left])
+    bytes_written = write(Path(folder), checkpoint.config, stored_slots, target, fetch, side_files, progress)
+    bytes_read = sum(entry.end - entry.start for entry in checkpoint.entries.values())
+    notes = [
+        f"{name} stays bf16: no group of 32, 64 or 128 divides its inputs"
+        for name in target.unquantized_modules(stored_slots)
+    ]
+    return Conversion(len(stored_slots), bytes_read, bytes_written, [*checkpoint.notes, *notes])
 
 
 def _fetch(checkpoint: Checkpoint, slot: Slot, target: Target) -> Encoded:

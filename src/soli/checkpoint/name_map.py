@@ -3,9 +3,9 @@
 A `NameRow` is one line of the map. `slots(config)` unrolls the rows over layers, experts and MTP modules into `Slot`s:
 each is one tensor of the files, with its shape and its place in Soli. Nothing here looks at a file or needs torch.
 
-Two things differ between the sides. Experts lie one by one in files and stacked in Soli: `gate_up_proj` (E, 2F, D) with
-the gate's rows first, `down_proj` (E, D, F). And MTP module k is HF layer L+k with copies of embedding and head, which
-Soli shares with the main model.
+The two sides differ in two things. Experts are separate tensors in files and stacked in Soli: `gate_up_proj` (E, 2F, D)
+with the gate's rows first, `down_proj` (E, D, F). And MTP module k is HF layer L+k with copies of embedding and head,
+which Soli shares with the main model.
 """
 
 from dataclasses import dataclass
@@ -63,17 +63,17 @@ class Slot:
 
     @property
     def scale_name(self) -> str:
-        """Name of the FP8 scales that lie beside this weight."""
+        """Name of the FP8 scales of this weight."""
         return self.name + SCALE_SUFFIX
 
     @property
     def group_scale_name(self) -> str:
-        """Name of the int8 or int4 scales that lie beside this weight."""
+        """Name of the int8 or int4 scales of this weight."""
         return self.name + GROUP_SCALE_SUFFIX
 
     @property
     def integer(self) -> bool:
-        """Whether int8 and int4 pack this weight: the linear ones, and a head that is not the embedding as well."""
+        """Whether int8 and int4 quantize this weight: the linear ones, and a head that is not the embedding."""
         return self.kind is Kind.LINEAR or self.soli == HEAD
 
 
@@ -134,7 +134,7 @@ MTP: Final = (  # beside the rows of a block; eh_proj carries no scale in the of
     NameRow("model.layers.{i}.shared_head.head.weight", "embed_tokens.weight", ("V", "D"), HIGH, "tied", copy=True),
 )
 
-# Buffers that old exports wrote and every reader computes anew: known, and left where they are.
+# Buffers that old exports wrote and every reader recomputes: known, and ignored.
 IGNORED: Final = ("model.layers.*.self_attn.rotary_emb.inv_freq",)
 
 
@@ -144,12 +144,18 @@ def slots(config: ModelConfig) -> tuple[Slot, ...]:
 
     def unroll(rows: tuple[NameRow, ...], layer: int | None = None, block: str = "", k: int = 0) -> list[Slot]:
         hf, soli = (f"model.layers.{layer}.", f"{block}.") if block else ("", "")
-        found = []
-        for row in rows:
-            if row.when in facts:
-                names = hf + row.hf.format(i=layer), soli + row.soli.format(k=k)
-                found.append(Slot(names[0], _shape(row, dims), row.kind, names[1], layer, copy=row.copy))
-        return found
+        return [
+            Slot(
+                hf + row.hf.format(i=layer),
+                _shape(row, dims),
+                row.kind,
+                soli + row.soli.format(k=k),
+                layer,
+                copy=row.copy,
+            )
+            for row in rows
+            if row.when in facts
+        ]
 
     def unroll_block(layer: int, block: str, moe: bool) -> list[Slot]:
         if not moe:
@@ -157,24 +163,26 @@ def slots(config: ModelConfig) -> tuple[Slot, ...]:
         return unroll(BLOCK + MOE, layer, block) + _experts(config.n_routed_experts or 0, dims, layer, block)
 
     depth = config.num_hidden_layers
-    found = unroll(TOP[:1])
+    unrolled = unroll(TOP[:1])
     for layer in range(depth):
-        found += unroll_block(layer, f"layers.{layer}", config.is_moe_layer(layer))
+        unrolled += unroll_block(layer, f"layers.{layer}", config.is_moe_layer(layer))
     for k in range(config.num_nextn_predict_layers):
-        found += unroll(MTP, depth + k, k=k) + unroll_block(depth + k, f"mtp.{k}.block", bool(config.n_routed_experts))
-    return tuple(found + unroll(TOP[1:]))
+        unrolled += unroll(MTP, depth + k, k=k)
+        unrolled += unroll_block(depth + k, f"mtp.{k}.block", bool(config.n_routed_experts))
+    return tuple(unrolled + unroll(TOP[1:]))
 
 
 def _experts(count: int, dims: dict[str, int], layer: int, block: str) -> list[Slot]:
-    found = []
+    unrolled = []
     for expert in range(count):
-        filled: dict[str, int] = {}
+        rows_of: dict[str, int] = {}  # filled so far, by tensor of Soli
         for row in EXPERT:
-            shape, first_row = _shape(row, dims), filled.get(row.soli, 0)
-            filled[row.soli] = first_row + shape[0]
+            shape = _shape(row, dims)
+            first_row = rows_of.get(row.soli, 0)
+            rows_of[row.soli] = first_row + shape[0]
             name = f"model.layers.{layer}.{row.hf.format(e=expert)}"
-            found.append(Slot(name, shape, row.kind, f"{block}.{row.soli}", layer, expert, first_row))
-    return found
+            unrolled.append(Slot(name, shape, row.kind, f"{block}.{row.soli}", layer, expert, first_row))
+    return unrolled
 
 
 def _shape(row: NameRow, dims: dict[str, int]) -> tuple[int, ...]:

@@ -1,11 +1,11 @@
-"""Open a Hugging Face folder: find its shards, check every tensor against the configuration, then read what is touched.
+"""Open a Hugging Face folder: find its shards, check every tensor against the configuration, then read what is used.
 
 Only `config.json`, the index and the headers are read to open, so 100 GB open as fast as 100 MB. Before the first
 value is used every tensor has the presence, shape and dtype that the configuration asks for, every quantized weight its
-scales, and the index agrees with the shards; the first thing that is wrong is an error naming file and tensor.
+scales, and the index agrees with the shards; the first problem is an error naming file and tensor.
 Pickled files are never opened.
 
-A folder that lacks *all* tensors of the MTP modules (many exports drop them) opens without them and says so in `notes`;
+A folder without *any* tensor of the MTP modules (many exports drop them) opens without them, with an entry in `notes`;
 one that lacks some of them is broken.
 """
 
@@ -33,10 +33,10 @@ PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 class Checkpoint:
-    """An open folder. `config` says what it holds, `slots` every tensor of it, `notes` what a person should know."""
+    """An open folder: its `config`, every tensor of it as `slots`, and `notes` for the user."""
 
     def __init__(self, folder: Path, mtp: bool = True) -> None:
-        """Open and check `folder`; with `mtp` false the MTP modules are checked and then left out.
+        """Open and check `folder`; with `mtp` false the MTP modules are checked and then ignored.
 
         Raises SoliError naming file and tensor.
         """
@@ -48,7 +48,7 @@ class Checkpoint:
         self.notes: tuple[str, ...] = ()
         if self._lacks_mtp():
             if mtp:
-                self.notes = (f"{folder} holds no MTP module though config.json asks for one: it is used without",)
+                self.notes = (f"{folder} holds no MTP module though config.json has one: the model is used without",)
             self.config = replace(self.config, num_nextn_predict_layers=0)
         _raise_first(self._problems(slots(self.config)))
         if not mtp:
@@ -57,15 +57,15 @@ class Checkpoint:
 
     @property
     def natural_dtype(self) -> torch.dtype:
-        """The dtype of the tensors that are not quantized, told by the embedding: bf16 for FP8 files."""
+        """The dtype of the tensors that are not quantized, which is the embedding's: bf16 for FP8 files."""
         return TORCH_DTYPE[self.entries["model.embed_tokens.weight"].dtype]
 
     def holds(self, slot: Slot) -> bool:
-        """Whether the files hold this slot themselves; only copies may be absent."""
+        """Whether the files have this slot; only copies may be absent."""
         return slot.name in self.entries
 
     def stored(self, name: str) -> Tensor:
-        """A tensor as it is in its file, mapped from disk and read-only."""
+        """A tensor as stored, mapped from disk and read-only."""
         return self._shards[self.entries[name].file].tensor(name)
 
     def quantized(self, slot: Slot) -> QuantizedWeight | None:
@@ -92,15 +92,15 @@ class Checkpoint:
         return weight.to(device).dequantize(dtype)
 
     def check_copies(self) -> None:
-        """Read the MTP modules' copies of embedding and head and compare them with what they copy.
+        """Read the MTP modules' copies of embedding and head and compare them with the originals.
 
-        Soli has one table for both; a copy that differs would be silently lost, so it is an error naming it.
+        Soli has one table for both; a copy that differs would be lost silently, so it is an error naming it.
         """
-        own = {slot.soli: slot.name for slot in self.slots if not slot.copy}
+        originals = {slot.soli: slot.name for slot in self.slots if not slot.copy}
         for slot in self.slots:
             if not slot.copy or not self.holds(slot):
                 continue
-            original = own[slot.soli]
+            original = originals[slot.soli]
             if not self._equal(slot.name, original):
                 raise SoliError(
                     f"{self.entries[slot.name]} should repeat {original} but differs from it; "
@@ -126,7 +126,7 @@ class Checkpoint:
             if self.holds(slot):
                 yield from slot_problems(slot, self.entries, self.quantized_dtypes)
             elif not slot.copy:
-                where = f"{_listing(self.folder)}: tensor {slot.name}"
+                where = f"{_index_or_single(self.folder)}: tensor {slot.name}"
                 yield f"{where} of shape {slot.shape} is missing, though config.json asks for it"
         for name, entry in self.entries.items():
             ignored = 0 in entry.shape or any(fnmatchcase(name, pattern) for pattern in IGNORED)
@@ -135,13 +135,13 @@ class Checkpoint:
 
 
 def _raise_first(problems: Iterable[str]) -> None:
-    found = list(problems)
-    if found:
-        more = f" (and {len(found) - 1:,} more problems in this folder)" if len(found) > 1 else ""
-        raise SoliError(found[0] + more)
+    sentences = list(problems)
+    if sentences:
+        more = f" (and {len(sentences) - 1:,} more problems in this folder)" if len(sentences) > 1 else ""
+        raise SoliError(sentences[0] + more)
 
 
-def _listing(folder: Path) -> Path:
+def _index_or_single(folder: Path) -> Path:
     return folder / INDEX if (folder / INDEX).exists() else folder / SINGLE
 
 
@@ -159,20 +159,20 @@ def _open_shards(folder: Path) -> dict[Path, Shard]:
             "fetch the model's safetensors files"
         )
     if any(folder.glob("*.safetensors")):
-        raise SoliError(f"{folder}: holds safetensors files but no {INDEX} that says what they are; fetch it too")
+        raise SoliError(f"{folder}: holds safetensors files but no {INDEX}; fetch it too")
     raise SoliError(f"{folder}: holds no weights, neither {SINGLE} nor {INDEX}")
 
 
 def _read_index(index: Path) -> dict[str, str]:
     try:
         weight_map: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = set(weight_map.values())  # as few as there are shards, where tensors are many
-        plain = all(isinstance(file, str) and file and Path(file).name == file for file in files)
+        files = set(weight_map.values())  # one per shard, where tensors are many
+        are_plain_names = all(isinstance(file, str) and file and Path(file).name == file for file in files)
     except OSError as error:
         raise SoliError(f"{index}: cannot be read ({error.strerror or error})") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise SoliError(f"{index}: is damaged, it has no JSON object weight_map") from None
-    if not plain:
+    if not are_plain_names:
         raise SoliError(f"{index}: names a shard that is not a plain file name beside it")
     return weight_map
 
@@ -190,16 +190,16 @@ def _open_indexed(folder: Path, weight_map: Mapping[str, str]) -> dict[Path, Sha
 
 
 def _index_problems(folder: Path, weight_map: Mapping[str, str], shards: Mapping[Path, Shard]) -> Iterable[str]:
-    found: dict[str, TensorEntry] = {}
+    entries: dict[str, TensorEntry] = {}
     for shard in shards.values():
         for name, entry in shard.entries.items():
-            if name in found:
-                yield f"{entry} is also in {found[name].file.name}; a tensor may be in one shard only"
-            found[name] = entry
+            if name in entries:
+                yield f"{entry} is also in {entries[name].file.name}; a tensor may be in one shard only"
+            entries[name] = entry
             if name not in weight_map:
                 yield f"{entry} is not in {INDEX}"
     named = {shard_file.name: shard.entries for shard_file, shard in shards.items()}
     for name, file in weight_map.items():
         if name not in named[file]:
-            place = f"it is in {found[name].file.name}" if name in found else "no shard holds it"
-            yield f"{folder / file}: tensor {name} is not there, though {INDEX} says so; {place}"
+            where = f"it is in {entries[name].file.name}" if name in entries else "no shard holds it"
+            yield f"{folder / file}: tensor {name} is not there, though {INDEX} lists it; {where}"

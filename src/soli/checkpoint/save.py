@@ -26,8 +26,8 @@ def save_model(
 
     `tokenizer_from` is a folder whose tokenizer files are copied. MTP modules carry copies of embedding and head, as
     the official files do, unless `mtp_copies` is false; other programs may need them, Soli does not. Router biases
-    are fp32 in every format. Memory beyond the model: one tensor. Raises SoliError for a folder that holds something,
-    a model without weights or with quantized ones, and values that the format cannot hold; nothing is left on the disk
+    are fp32 in every format. Memory beyond the model: one tensor. Raises SoliError for a folder that is not empty, a
+    model without weights or with quantized ones, and values that the format cannot hold; nothing is left on the disk
     then.
     """
     target = Target(format, ue8m0, shard_bytes)
@@ -37,19 +37,19 @@ def save_model(
         raise SoliError(f"this model has shapes but no weights ({empty} is on the meta device); load it from a folder")
     if is_quantized(model):
         raise SoliError(
-            "this model computes with quantized weights, which are not written again; copy its folder, rewrite it with "
+            "this model computes with quantized weights, which are not saved; copy its folder, rewrite it with "
             "soli convert, or load it with quantized=False"
         )
-    wanted = [slot for slot in slots(model.config) if not slot.copy or (mtp_copies and slot.layer is not None)]
+    written_slots = [slot for slot in slots(model.config) if not slot.copy or (mtp_copies and slot.layer is not None)]
 
     def fetch(slot: Slot) -> Encoded:
-        return target.encode(slot, part(state, slot))
+        return target.encode(slot, slot_view(state, slot))
 
-    side_files = files_beside(_existing(tokenizer_from), TOKENIZER_FILES) if tokenizer_from is not None else []
-    write(Path(folder), model.config, wanted, target, fetch, side_files)
+    side_files = files_beside(_existing_folder(tokenizer_from), TOKENIZER_FILES) if tokenizer_from is not None else []
+    write(Path(folder), model.config, written_slots, target, fetch, side_files)
 
 
-def part(state: Mapping[str, Tensor], slot: Slot) -> Tensor:
+def slot_view(state: Mapping[str, Tensor], slot: Slot) -> Tensor:
     """The view of a Soli state dict that one file tensor fills: a whole tensor, or rows of one expert in a stack."""
     tensor = state[slot.soli]
     if slot.expert is None:
@@ -62,7 +62,7 @@ def is_quantized(model: Transformer) -> bool:
     return any(getattr(module, "quantized", None) is not None for module in model.modules())
 
 
-def _existing(folder: str | Path) -> Path:
+def _existing_folder(folder: str | Path) -> Path:
     if not Path(folder).is_dir():
         raise SoliError(f"{folder}: there is no such folder to take a tokenizer from")
     return Path(folder)

@@ -2,9 +2,9 @@
 
     8 bytes: length n, little endian | n bytes: JSON {name: {dtype, shape, data_offsets}} | data
 
-Opening reads the header alone; data is mapped at the first touch and read by the system page by page. The bytes are
-never run or unpickled. Refused: a header that is no such JSON, a tensor whose bytes overlap another's, leave a gap,
-do not match its dtype and shape or lie past the end of the file (a download that broke off).
+Opening reads the header alone; data is mapped at the first access and read by the system page by page. The bytes are
+never executed or unpickled. Rejected: a header that is no such JSON, a tensor whose bytes overlap another's, leave a
+gap, do not match its dtype and shape or exceed the file (an incomplete download).
 """
 
 import json
@@ -42,7 +42,7 @@ HEADER_LIMIT: Final = 100_000_000  # bytes; the safetensors library's own limit
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies: bytes `start` to `end` of `file`, counted from the file's first byte."""
+    """The place of one tensor: bytes `start` to `end` of `file`, counted from the file's first byte."""
 
     file: Path
     name: str
@@ -56,7 +56,7 @@ class TensorEntry:
 
 
 class Shard:
-    """A safetensors file, open for reading: `entries` are its tensors by name, `metadata` whatever else it says."""
+    """A safetensors file, open for reading: `entries` are its tensors by name, `metadata` the rest of its header."""
 
     def __init__(self, file: Path) -> None:
         """Read and check the header. Raises SoliError naming the file and, where there is one, the tensor."""
@@ -67,7 +67,7 @@ class Shard:
             raise SoliError(f"{file}: cannot be read ({error.strerror or error})") from None
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor as stored, mapped and read-only: writing to it would end the process, so copy it first."""
+        """A tensor as stored, mapped and read-only: writing to it would crash the process, so copy it first."""
         entry = self.entries[name]
         data = self._bytes[entry.start : entry.end]
         if entry.start % ITEM_BYTES[entry.dtype]:
@@ -123,8 +123,8 @@ def _parse_header(file: Path, text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = dict(pairs)
         if len(names) < len(pairs):
-            twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
-            raise SoliError(f"{file}: tensor {twice} is listed twice in the header")
+            repeated = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+            raise SoliError(f"{file}: tensor {repeated} is listed twice in the header")
         return names
 
     try:
@@ -139,10 +139,10 @@ def _parse_header(file: Path, text: bytes) -> dict[str, Any]:
 def _entry(file: Path, name: str, fields: Any, base: int) -> TensorEntry:
     try:
         dtype, shape, (start, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
-        whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))
+        is_valid = all(type(n) is int and n >= 0 for n in (*shape, start, end))
     except (TypeError, KeyError, ValueError):
-        whole = False
-    if not whole:
+        is_valid = False
+    if not is_valid:
         raise SoliError(f"{file}: tensor {name} has a damaged header entry")
     if dtype not in ITEM_BYTES:
         raise SoliError(f"{file}: tensor {name} has dtype {dtype!r}, which is not known")
@@ -158,7 +158,7 @@ def _check_layout(file: Path, entries: dict[str, TensorEntry], base: int, size: 
         if entry.end > size:
             raise SoliError(f"{entry} ends at byte {entry.end}, but the file is cut short at {size}; fetch it again")
         if entry.start != end:
-            raise SoliError(f"{entry} begins at byte {entry.start}, where {end} was due: the header is damaged")
+            raise SoliError(f"{entry} begins at byte {entry.start} instead of {end}: the header is damaged")
         end = entry.end
     if end != size:
         raise SoliError(f"{file}: holds {size - end} bytes after its last tensor: it is damaged")

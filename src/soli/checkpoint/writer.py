@@ -1,8 +1,8 @@
-"""Write a Hugging Face folder, tensor by tensor, and give it its name only when it is whole.
+"""Write a Hugging Face folder, tensor by tensor, and give it its name only when it is complete.
 
-Shards are laid out from the configuration alone, so that memory holds one tensor at a time, never a shard or the
-model. Everything goes into a hidden folder beside the destination, which is renamed at the end: who finds the
-destination finds all of it, and an interrupted write leaves none. A folder that holds anything is never written over.
+Shards are planned from the configuration alone, so that memory holds one tensor at a time, never a shard or the model.
+Everything is written to a hidden folder beside the destination, which is renamed at the end: the destination is either
+complete or not there. A folder that is not empty is never overwritten.
 """
 
 import json
@@ -30,7 +30,7 @@ from soli.formats.quantized import CODECS, INT8, Codec, Fp8Codec, IntegerCodec, 
 SHARD_BYTES: Final = 5_000_000_000
 FP8_CONFIG: Final = FP8 | {"activation_scheme": "dynamic"}
 
-# What rides along with the weights: tokenizer, generation defaults, model card, licence, code (copied, never run).
+# Copied with the weights: tokenizer, generation defaults, model card, licence, code (which is never run).
 SIDE_FILES: Final = ("*.json", "*.txt", "*.md", "*.model", "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
 TOKENIZER_FILES: Final = (
     "tokenizer*", "tokenization*.py", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
@@ -48,16 +48,16 @@ class Target:
     """How to write: `format` bf16, fp32, fp8, int8, int4; `shard_bytes` at most per file.
 
     `ue8m0`: FP8 scales are powers of two. `group`: inputs that share a scale in int8 or int4, 32, 64 or 128; None takes
-    128 for int8 and 32 for int4. A weight whose inputs it does not divide gets the next smaller that does, and stays
-    high where none does. `wide`: parts of names in Soli, such as self_attn, whose weights have 8 bits in an int4
-    folder; the head always has.
+    128 for int8 and 32 for int4. A weight whose inputs it does not divide gets the next smaller that does, and keeps
+    high precision where none does. `int8_modules`: parts of names in Soli, such as self_attn, whose weights have 8 bits
+    in an int4 folder; the head always has.
     """
 
     format: str
     ue8m0: bool = False
     shard_bytes: int = SHARD_BYTES
     group: int | None = None
-    wide: tuple[str, ...] = ()
+    int8_modules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.format not in HIGH_PRECISION:
@@ -68,8 +68,8 @@ class Target:
             raise SoliError(f"shard_bytes is {self.shard_bytes}; it must be positive")
         if self.group is not None and (not self._is_integer or self.group not in INT8.groups):
             raise SoliError(f"group is {self.group} with {self.format}; int8 and int4 take groups of 32, 64 or 128")
-        if self.wide and self.format != "int4":
-            raise SoliError(f"wide names weights with 8 bits in an int4 folder, but the format is {self.format}")
+        if self.int8_modules and self.format != "int4":
+            raise SoliError(f"int8_modules are weights with 8 bits in an int4 folder, but the format is {self.format}")
 
     @property
     def _is_integer(self) -> bool:
@@ -77,13 +77,13 @@ class Target:
 
     def codec(self, slot: Slot) -> tuple[Codec, int] | None:
         """The format and group of a slot that is quantized; None for all others."""
-        own = CODECS[self.format]
-        if isinstance(own, Fp8Codec) and slot.kind is Kind.LINEAR:
-            return replace(own, ue8m0=self.ue8m0), own.groups[0]
-        if not isinstance(own, IntegerCodec) or not slot.integer:
+        default = CODECS[self.format]
+        if isinstance(default, Fp8Codec) and slot.kind is Kind.LINEAR:
+            return replace(default, ue8m0=self.ue8m0), default.groups[0]
+        if not isinstance(default, IntegerCodec) or not slot.integer:
             return None
-        codec = INT8 if slot.soli == HEAD or any(part in slot.soli for part in self.wide) else own
-        largest = self.group if self.group is not None and codec is own else codec.groups[0]
+        codec = INT8 if slot.soli == HEAD or any(part in slot.soli for part in self.int8_modules) else default
+        largest = self.group if self.group is not None and codec is default else codec.groups[0]
         group = codec.fitting_group(slot.shape[1], largest)
         return None if group is None else (codec, group)
 
@@ -91,8 +91,8 @@ class Target:
         """Whether this slot becomes quantized values and scales."""
         return self.codec(slot) is not None
 
-    def left(self, slots: Sequence[Slot]) -> list[str]:
-        """Modules whose weights should be quantized but stay high, because no group divides their inputs."""
+    def unquantized_modules(self, slots: Sequence[Slot]) -> list[str]:
+        """Modules whose weights keep high precision because no group divides their inputs."""
         return module_patterns(
             slot.name for slot in slots if self._is_integer and slot.integer and not self.quantizes(slot)
         )
@@ -134,38 +134,38 @@ class Target:
     def _quantization(self, config: ModelConfig) -> dict[str, Any] | None:
         if self.format == "fp8":
             return FP8_CONFIG | ({"scale_fmt": "ue8m0"} if self.ue8m0 else {})
-        own = CODECS[self.format]
-        if not isinstance(own, IntegerCodec):
+        default = CODECS[self.format]
+        if not isinstance(default, IntegerCodec):
             return None
         high = [slot.name for slot in slots(config) if len(slot.shape) == 2 and not self.quantizes(slot)]
-        return describe_integers(own.bits, self.group or own.groups[0], ["lm_head", *self.wide], high)
+        return describe_integers(default.bits, self.group or default.groups[0], ["lm_head", *self.int8_modules], high)
 
 
 def write(
     folder: Path,
     config: ModelConfig,
-    wanted: Sequence[Slot],
+    slots_to_write: Sequence[Slot],
     target: Target,
     fetch: Fetch,
     side_files: Sequence[Path] = (),
-    progress: ProgressCallback = lambda done, total: None,
+    progress: ProgressCallback = lambda written, total: None,
 ) -> int:
-    """Write the slots `wanted` of a model to the new folder `folder`, each as `fetch` gives it. Returns the bytes of
+    """Write slots of a model to the new folder `folder`, each with the value that `fetch` returns. Returns the bytes of
     all tensors.
 
-    Raises SoliError when the folder holds something, the disk lacks room, or writing fails; nothing is left then.
+    Raises SoliError when the folder is not empty, the disk lacks space, or writing fails; nothing is left then.
     """
-    shards = _plan(wanted, target)
+    shards = _split_into_shards(slots_to_write, target)
     total = sum(_bytes(spec) for shard in shards for slot in shard for spec in target.specs(slot))
     with _new_folder(folder, total) as partial:
         names = [SINGLE] if len(shards) == 1 else [
             f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
         ]  # fmt: skip
-        done = 0
+        written = 0
         for name, shard in zip(names, shards, strict=True):
-            for written in _write_shard(partial / name, shard, target, fetch):
-                done += written
-                progress(done, total)
+            for size in _write_shard(partial / name, shard, target, fetch):
+                written += size
+                progress(written, total)
         if len(shards) > 1:
             write_json(partial / INDEX, _index(names, shards, target, total))
         for file in side_files:
@@ -175,13 +175,13 @@ def write(
 
 
 def files_beside(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """Files of `folder` that match `patterns`, without the configuration and the index, which are written anew."""
-    found = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
-    return sorted(file for file in found if file.name != "config.json" and not file.name.endswith(".index.json"))
+    """Files of `folder` that match `patterns`, without the configuration and the index, which are rewritten."""
+    files = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
+    return sorted(file for file in files if file.name != "config.json" and not file.name.endswith(".index.json"))
 
 
 @contextmanager
-def _new_folder(folder: Path, need: int) -> Iterator[Path]:
+def _new_folder(folder: Path, size: int) -> Iterator[Path]:
     """A hidden folder to fill, renamed to `folder` on success and removed on any failure, an interrupt included."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SoliError(f"{folder}: is there already and not empty; choose a new folder")
@@ -189,8 +189,8 @@ def _new_folder(folder: Path, need: int) -> Iterator[Path]:
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(partial.parent).free
-        if need > free:
-            raise SoliError(f"{folder}: needs {need / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free on that disk")
+        if size > free:
+            raise SoliError(f"{folder}: needs {size / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free on that disk")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         yield partial
@@ -203,8 +203,8 @@ def _new_folder(folder: Path, need: int) -> Iterator[Path]:
         raise
 
 
-def _plan(slots: Sequence[Slot], target: Target) -> list[list[Slot]]:
-    """Slots in order, cut into shards; a weight and its scales share one."""
+def _split_into_shards(slots: Sequence[Slot], target: Target) -> list[list[Slot]]:
+    """Slots in order, split into shards; a weight and its scales share one."""
     shards: list[list[Slot]] = [[]]
     filled = 0
     for slot in slots:
@@ -218,17 +218,17 @@ def _plan(slots: Sequence[Slot], target: Target) -> list[list[Slot]]:
 
 
 def _write_shard(file: Path, shard: Sequence[Slot], target: Target, fetch: Fetch) -> Iterator[int]:
-    """Write one file, yielding the bytes of each slot as it is done."""
+    """Write one file, yielding the bytes of each slot when it is written."""
     head, offsets, size = encode_header(spec for slot in shard for spec in target.specs(slot))
     with file.open("wb") as stream:
         stream.write(head)
         stream.truncate(size)
         for slot in shard:
             value = fetch(slot)
-            for (name, dtype, shape), part in zip(target.specs(slot), _tensors(value), strict=True):
-                assert (FILE_DTYPE[part.dtype], tuple(part.shape)) == (dtype, shape), name
+            for (name, dtype, shape), tensor in zip(target.specs(slot), _tensors(value), strict=True):
+                assert (FILE_DTYPE[tensor.dtype], tuple(tensor.shape)) == (dtype, shape), name
                 stream.seek(offsets[name])
-                _write_bytes(stream, part)
+                _write_bytes(stream, tensor)
             yield sum(_bytes(spec) for spec in target.specs(slot))
         stream.flush()
         os.fsync(stream.fileno())

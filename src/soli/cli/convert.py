@@ -8,12 +8,13 @@ import typer
 
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Model folder in Hugging Face layout, or nano.")],
-    destination: Annotated[str, typer.Argument(metavar="DST", help="New folder; it appears when it is whole.")],
+    destination: Annotated[str, typer.Argument(metavar="DST", help="New folder; it appears when it is complete.")],
     to: Annotated[str, typer.Option(help="bf16, fp32, fp8 (128x128 blocks, as the official files), int8 or int4.")],
     ue8m0: Annotated[bool, typer.Option("--ue8m0", help="Round FP8 scales up to powers of two.")] = False,
     group: Annotated[int | None, typer.Option(help="int8, int4: inputs that share a scale, 32, 64 or 128.")] = None,
-    wide: Annotated[
-        list[str] | None, typer.Option(help="int4: give 8 bits to weights of this name, such as self_attn; repeatable.")
+    int8: Annotated[
+        list[str] | None,
+        typer.Option("--int8", "--wide", help="int4: 8 bits for weights of this name, such as self_attn; repeatable."),
     ] = None,
     shard_gb: Annotated[float, typer.Option(help="Largest size of one file, in GB.")] = 5.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -24,14 +25,14 @@ def convert(
     from soli.cli._shared.console import stderr_console
     from soli.cli._shared.progress import ProgressBar
 
-    target = Target(to, ue8m0, int(shard_gb * 1e9), group, tuple(wide or ()))
+    target = Target(to, ue8m0, int(shard_gb * 1e9), group, tuple(int8 or ()))
     with ProgressBar(f"writing {to}", unit="bytes") as bar:
-        done = convert_checkpoint(source, destination, target, bar.update)
-    for note in done.notes:
+        conversion = convert_checkpoint(source, destination, target, bar.update)
+    for note in conversion.notes:
         stderr_console().print(note, soft_wrap=True, markup=False)
     if as_json:
-        facts = {"folder": destination, "format": to, "ue8m0": ue8m0, "tensors": done.tensors}
-        print(json.dumps(facts | {"bytes_read": done.bytes_read, "bytes_written": done.bytes_written}))
+        result = {"folder": destination, "format": to, "ue8m0": ue8m0, "tensors": conversion.tensors}
+        print(json.dumps(result | {"bytes_read": conversion.bytes_read, "bytes_written": conversion.bytes_written}))
     else:
-        sizes = f"{done.bytes_read / 1e6:,.1f} MB to {done.bytes_written / 1e6:,.1f} MB"
-        print(f"{destination}: {done.tensors:,} tensors as {to}, {sizes}")
+        sizes = f"{conversion.bytes_read / 1e6:,.1f} MB to {conversion.bytes_written / 1e6:,.1f} MB"
+        print(f"{destination}: {conversion.tensors:,} tensors as {to}, {sizes}")
