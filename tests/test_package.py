@@ -1,5 +1,6 @@
 """What is installed: the wheel holds recipes and the bundled model, and `import soli` finds the package anywhere."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,10 @@ ROOT = Path(soli.__file__).parents[2]
 
 
 def run(*command: object, cwd: Path | None = None) -> str:
-    return subprocess.run([str(c) for c in command], check=True, capture_output=True, text=True, cwd=cwd).stdout
+    """What a command prints, without the PYTHONPATH that these tests may run under."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    arguments = [str(argument) for argument in command]
+    return subprocess.run(arguments, check=True, capture_output=True, text=True, cwd=cwd, env=environment).stdout
 
 
 @pytest.fixture(scope="module")
