@@ -12,8 +12,8 @@ row, X = C latent + R rotary width.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from functools import cache, cached_property
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Final
 
 from torch import Tensor
@@ -37,29 +37,25 @@ class Dispatch(Backend):
 
     forced_backend: str | None = None
     isa: str | None = None
+    preferred: tuple[Backend, ...] = field(init=False, repr=False, compare=False)  # tried before `fallback`, in order
+    fallback: Backend = field(init=False, repr=False, compare=False)  # supports every call
 
     def __post_init__(self) -> None:
         if self.forced_backend is not None and self.forced_backend not in NAMES:
             raise SoliError(
                 f"SOLI_KERNELS is {self.forced_backend!r}: choose one of {', '.join(NAMES)}, or leave it unset"
             )
+        cpu = CpuBackend(self.isa, forced=self.forced_backend == "cpu")
+        preferred = () if self.forced_backend in ("reference", "torch") else (cpu,)
+        fallback = ReferenceBackend() if self.forced_backend == "reference" else TorchBackend()
+        # Not cached properties: torch.compile cannot trace their lock.
+        object.__setattr__(self, "preferred", preferred)
+        object.__setattr__(self, "fallback", fallback)
 
     @classmethod
     def from_environment(cls) -> Dispatch:
         """What SOLI_KERNELS and SOLI_CPU_ISA say now."""
         return cls(os.environ.get("SOLI_KERNELS") or None, os.environ.get("SOLI_CPU_ISA") or None)
-
-    @cached_property
-    def preferred(self) -> tuple[Backend, ...]:
-        """The backends that are tried before `fallback`, in order."""
-        if self.forced_backend in ("reference", "torch"):
-            return ()
-        return (CpuBackend(self.isa, forced=self.forced_backend == "cpu"),)
-
-    @cached_property
-    def fallback(self) -> Backend:
-        """The backend that supports every call."""
-        return ReferenceBackend() if self.forced_backend == "reference" else TorchBackend()
 
     def supports(self, x: Tensor, weight: Tensor) -> bool:
         return True
