@@ -92,7 +92,7 @@ def test_the_shipped_recipe_is_the_papers_table():
     assert [PAPER_RECIPE.losses.mtp_weight_at(t) for t in (0, 10 * T - 1, 10 * T)] == [0.3, 0.3, 0.1]
     phases = [(e.sequence_length, e.batch_sequences, e.total_steps) for e in PAPER_RECIPE.extension]
     assert phases == [(32768, 1920, 1000), (131072, 480, 1000)]
-    assert PAPER_RECIPE.extension[1].stretch(PAPER_RECIPE.model).max_position_embeddings == 163840
+    assert PAPER_RECIPE.extension[1].extend_context(PAPER_RECIPE.model).max_position_embeddings == 163840
 
 
 def test_the_ramp_grows_in_whole_steps():

@@ -89,7 +89,7 @@ class Flops:
 
 @dataclass(frozen=True)
 class Count:
-    """The parameters of a model. `components` add up to `total`; MTP modules are among them only when asked for.
+    """The parameters of a model. `components` add up to `total`; MTP modules are among them only with `mtp`.
 
     `mtp_own` parameters belong to the MTP modules alone; `mtp_files` also counts the copies of embedding and head that
     the released files repeat for each module; `mtp_activated` of its own take part when each looks one token further.

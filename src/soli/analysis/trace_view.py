@@ -2,7 +2,7 @@
 
 A cell reads ` 15▆41% +19▂12% -7 ~22`: expert 15 carries 41 % of the routed weight; 19 was promoted by the router's
 bias; 7 was demoted by it; 22 was the first runner-up. Layers that do not fit the width go into a further table below.
-Colour comes from the console and says nothing that the signs do not say.
+Colour comes from the console and repeats what the signs show.
 """
 
 import re

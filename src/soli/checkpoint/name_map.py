@@ -118,13 +118,13 @@ MOE: Final = (
     NameRow("mlp.shared_experts.down_proj.weight", "mlp.shared_experts.down_proj.weight", ("D", "F*S"), when="shared"),
 )
 
-EXPERT: Final = (  # gate and up share a stack: the second of two rows with one Soli name begins where the first ended
+EXPERT: Final = (  # gate and up share a stack: the second of two rows with one Soli name starts where the first ends
     NameRow("mlp.experts.{e}.gate_proj.weight", "mlp.experts.gate_up_proj", ("F", "D")),
     NameRow("mlp.experts.{e}.up_proj.weight", "mlp.experts.gate_up_proj", ("F", "D")),
     NameRow("mlp.experts.{e}.down_proj.weight", "mlp.experts.down_proj", ("D", "F")),
 )
 
-MTP: Final = (  # beside the rows of a block; eh_proj carries no scale in the official index, it stays high
+MTP: Final = (  # besides the rows of a block; eh_proj has no scale in the official index: it has high precision
     NameRow("model.layers.{i}.embed_tokens.weight", "embed_tokens.weight", ("V", "D"), HIGH, copy=True),
     NameRow("model.layers.{i}.enorm.weight", "mtp.{k}.enorm.weight", ("D",), HIGH),
     NameRow("model.layers.{i}.hnorm.weight", "mtp.{k}.hnorm.weight", ("D",), HIGH),

@@ -47,7 +47,7 @@ def train(
     if (as_json or plot) and not dry_run:
         raise typer.BadParameter("--json and --plot go with --dry-run")
     if dry_run:
-        _plan(settings, data, devices, mfu, device_tflops, measure, as_json, plot)
+        _dry_run(settings, data, devices, mfu, device_tflops, measure, as_json, plot)
         return
     from soli.train.setup import prepare
     from soli.train.trainer import train as run_training
@@ -55,7 +55,7 @@ def train(
     run_training(prepare(settings, data, folder, out or Path("runs") / path.parent.name))
 
 
-def _plan(
+def _dry_run(
     settings: TrainSettings,
     data: dict[str, Any],
     devices: int,

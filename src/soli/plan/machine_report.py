@@ -80,7 +80,7 @@ def _kernels() -> tuple[str, str]:
         return "torch", library
     backend = Dispatch.from_environment()
     if backend.forced_backend in ("reference", "torch"):
-        return backend.forced_backend, "SOLI_KERNELS asks for it"
+        return backend.forced_backend, "set by SOLI_KERNELS"
     return native.ISAS[native.isa_number(backend.isa, library.best_isa)], str(library.path)
 
 

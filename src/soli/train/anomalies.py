@@ -1,5 +1,5 @@
 """Detection of anomalies: a step whose loss or gradient is not finite, or jumps, stops the run, is skipped, or is
-reported, as the recipe says.
+reported, as the recipe specifies.
 
 A spike is a loss, or a norm of the gradient before clipping, above
 
@@ -78,7 +78,7 @@ def detect_anomaly(
 
 
 def stop_if_required(anomaly: Anomaly, progress: RunProgress) -> None:
-    """TrainingStopped where the recipe says so, or where the step would be the tenth skipped one in a row."""
+    """TrainingStopped where the recipe requires it, or where the step would be the tenth skipped one in a row."""
     too_many = anomaly.action == "skip" and progress.skipped_in_row + 1 >= MAX_SKIPS
     if anomaly.action != "stop" and not too_many:
         return

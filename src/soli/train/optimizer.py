@@ -1,9 +1,9 @@
-"""AdamW with the paper's constants (section 4.2), and Muon for the matrices when the recipe says so.
+"""AdamW with the paper's constants (section 4.2), and Muon for the matrices if the recipe selects it.
 
 Weight decay is decoupled and spares every vector: norms and biases. Muon (Jordan et al. 2024) replaces a matrix's
 momentum by the nearest semi-orthogonal matrix, scaled by 0.2 sqrt(max(rows, columns)) so that AdamW's learning rate and
 decay fit it (Moonlight, arXiv 2502.16982, eq. 4). Embedding, head, routers and vectors stay with AdamW. Moments are
-fp32, or bf16 when the recipe says so.
+stored in fp32, or in bf16 if the recipe selects it.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ class Optimizer:
             part_of[p].state[p][moment] = value.to(p.device, dtype, copy=True)
         for p, name in self.names.items():
             if tensors and p not in part_of[p].state:
-                raise SoliError(f"the optimizer state has nothing for {name}; the run was begun with another recipe")
+                raise SoliError(f"the optimizer state has nothing for {name}; the run was started with another recipe")
 
     def _entries(self) -> Iterator[tuple[Any, str, Tensor]]:
         for part in self.parts:

@@ -84,7 +84,7 @@ class ScheduleSettings(Section, section="schedule"):
 
 @dataclass(frozen=True)
 class ExtensionSettings(Section, section="extension"):
-    """A phase after pretraining that lengthens the context (section 4.3): constant rate and batch, YaRN set anew.
+    """A phase after pretraining that lengthens the context (section 4.3): constant rate and batch, its own YaRN.
 
     `rope_scaling` None leaves the model's positions as they are. Its length is given in steps or in tokens.
     """
@@ -103,7 +103,7 @@ class ExtensionSettings(Section, section="extension"):
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the phase, the last one whole."""
+        """Optimizer steps of the phase; the last one is never partial."""
         if self.steps is not None:
             return self.steps
         return math.ceil((self.tokens or 0) / (self.sequence_length * self.batch_sequences))
@@ -113,7 +113,7 @@ class ExtensionSettings(Section, section="extension"):
         """Tokens of the phase in whole steps."""
         return self.total_steps * self.sequence_length * self.batch_sequences
 
-    def stretch(self, config: ModelConfig) -> ModelConfig:
+    def extend_context(self, config: ModelConfig) -> ModelConfig:
         """The configuration that this phase trains: YaRN set, and positions for `factor` times the original context."""
         yarn = self.rope_scaling
         if yarn is None:

@@ -45,7 +45,7 @@ class BalanceSettings(Section, section="balance"):
     """Bias speed gamma and its end; alpha, the sequence-wise loss's weight (sections 2.1.2 and 4.2)."""
 
     gamma: NonNegativeFloat = 1e-3
-    gamma_tokens: int | None = None  # after this many tokens the bias stands still; None: never
+    gamma_tokens: int | None = None  # after this many tokens the bias is constant; None: never
     alpha: NonNegativeFloat = 1e-4
 
     def gamma_at(self, tokens: int) -> float:
@@ -76,12 +76,12 @@ class RunSettings(Section, section="run"):
     device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"  # of activations; fp8: bf16 and products in E4M3
     micro_sequences: PositiveInt = 16  # sequences in one forward pass; a step adds up the gradients of several
-    activation_checkpointing: bool = False  # keep the blocks' inputs alone, and run each forward again for its backward
+    activation_checkpointing: bool = False  # save only the blocks' inputs, and recompute each forward for its backward
     compile: bool = False  # torch.compile for the blocks' forward and backward, all but the routed experts
     cuda_graph: bool = False  # on a GPU: launch a step's forward and backward as one, where it is one micro-batch
     log_every: PositiveInt = 10  # steps
     save_every: NonNegativeInt = 200  # steps; 0 saves at the end alone
-    keep: PositiveInt = 2  # checkpoints kept, beside the best
+    keep: PositiveInt = 2  # latest checkpoints that are kept, besides the best
     max_minutes: float | None = None  # stop then, with the state saved; a later run resumes
     tensorboard: bool = False  # write event files beside metrics.jsonl, for the package tensorboard
     on_nan: Literal["stop", "skip"] = "stop"  # a step whose loss or gradient is not finite
@@ -106,7 +106,7 @@ class EvalSettings(Section, section="eval"):
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Everything `soli train` reads, beside the `data` section, which stays as the data step left it."""
+    """Everything `soli train` reads, except the `data` section, which belongs to the corpus step."""
 
     model: ModelConfig
     optimizer: OptimizerSettings
@@ -121,7 +121,7 @@ class TrainSettings:
         config = self.model
         _require_positions("schedule", self.schedule.sequence_length, config)
         for phase in self.extension:
-            config = phase.stretch(config)
+            config = phase.extend_context(config)
             _require_positions("extension", phase.sequence_length, config)
 
     @property

@@ -193,5 +193,5 @@ def _store_recipe(folder: Path, recipe: dict[str, Any]) -> None:
         if old != new and section in before:
             field = f"data whose {key}" if section == "packed" else f"{section}.{key}"
             raise SoliError(
-                f"{folder} was begun with {field} = {old!r}, not {new!r}; choose another --out to start a new run"
+                f"{folder} was started with {field} = {old!r}, not {new!r}; choose another --out to start a new run"
             )

@@ -39,7 +39,7 @@ def build_stages(settings: TrainSettings, train: PackedTokens, valid: PackedToke
     extra = 1 + config.num_nextn_predict_layers
     for number in range(1 + len(settings.extension)):
         if number:
-            config = settings.extension[number - 1].stretch(config)
+            config = settings.extension[number - 1].extend_context(config)
         length = stage_length(settings, number)
         stage = Stage(
             config=config,
