@@ -38,7 +38,7 @@ def test_a_forced_backend_is_shown(capsys, monkeypatch):
     if isinstance(native.library_or_reason(), str):
         pytest.skip("no C++ kernels here")
     for name, value, text in (
-        ("SOLI_KERNELS", "torch", "torch: SOLI"),
+        ("SOLI_KERNELS", "torch", "torch: set by SOLI"),
         ("SOLI_CPU_ISA", "portable", "C++ for portable"),
     ):
         with monkeypatch.context() as patch:
