@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from soli.errors import SoliError
-from soli.formats.quantized import FP8, QuantizedWeight, plain
+from soli.formats.quantized import BF16, FP8, QuantizedWeight, plain
 
 
 def ints(*shape: int, low: int, high: int, dtype: torch.dtype) -> Tensor:
@@ -52,6 +52,11 @@ def test_fp8_is_value_times_the_scale_of_its_block() -> None:
 def test_plain_weights_are_not_copied() -> None:
     weight = torch.randn(4, 6)
     assert plain(weight).values is weight and plain(weight.bfloat16()).format == "bf16"
+
+
+def test_plain_formats_are_casts() -> None:
+    weight = torch.randn(4, 6, dtype=torch.float64)
+    assert torch.equal(BF16.quantize(weight).dequantize(torch.float32), weight.bfloat16().float())
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ numbers the formats that the C++ kernels read, and plain torch computes the othe
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Final
 
@@ -85,9 +84,12 @@ class QuantizedWeight:
 
 
 @dataclass(frozen=True)
-class Codec(ABC):
+class Codec:
     """One format: the dtypes and shapes that it stores, and how to quantize and dequantize. `groups` are the numbers
-    of inputs that can share a scale, the default first."""
+    of inputs that can share a scale, the default first.
+
+    This class is fp32 and bf16, which are casts; the formats with scales derive from it.
+    """
 
     name: str
     values_dtype: torch.dtype
@@ -98,9 +100,9 @@ class Codec(ABC):
         """Shape of the stored values of a weight (..., O, I)."""
         return tuple(shape)
 
-    @abstractmethod
     def scale_shape(self, shape: tuple[int, ...], group: int) -> tuple[int, ...]:
         """Shape of the scales of a weight (..., O, I)."""
+        return ()
 
     def check_group(self, inputs: int, group: int) -> None:
         """SoliError for a group that the format does not have, or that does not fit so many input features."""
@@ -108,27 +110,13 @@ class Codec(ABC):
             groups = " or ".join(str(group) for group in sorted(self.groups))
             raise SoliError(f"{self.name} weights have groups of {groups}, not {group}")
 
-    @abstractmethod
     def quantize(self, weight_OI: Tensor, group: int | None = None) -> QuantizedWeight:
         """A matrix of any floating dtype in this format, in groups of `group` or the default. SoliError for values
         that the format cannot hold."""
+        return plain(weight_OI.to(self.values_dtype).contiguous())
 
-    @abstractmethod
     def dequantize(self, values: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
         """`QuantizedWeight.dequantize` of these tensors."""
-
-
-class PlainCodec(Codec):
-    """fp32 and bf16: a cast."""
-
-    def scale_shape(self, shape: tuple[int, ...], group: int) -> tuple[int, ...]:
-        return ()
-
-    def quantize(self, weight_OI: Tensor, group: int | None = None) -> QuantizedWeight:
-        values_OI = weight_OI.to(self.values_dtype).contiguous()
-        return QuantizedWeight(self.name, values_OI, None, tuple(weight_OI.shape), 0)
-
-    def dequantize(self, values: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
         return values.to(dtype)
 
 
@@ -182,8 +170,8 @@ class IntegerCodec(Codec):
         return integer.dequantize(values, scale, self.bits, dtype)
 
 
-FP32: Final = PlainCodec("fp32", torch.float32, None, (0,))
-BF16: Final = PlainCodec("bf16", torch.bfloat16, None, (0,))
+FP32: Final = Codec("fp32", torch.float32, None, (0,))
+BF16: Final = Codec("bf16", torch.bfloat16, None, (0,))
 FP8: Final = Fp8Codec("fp8", torch.float8_e4m3fn, torch.float32, (fp8.BLOCK,))
 # int8 gains nothing from smaller groups, int4 does: docs/formats.md.
 INT8: Final = IntegerCodec("int8", torch.int8, torch.float16, (128, 64, 32), 8)
