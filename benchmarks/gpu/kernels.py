@@ -4,8 +4,8 @@ mla decode    one absorbed query per sequence over a bf16 latent cache, 128 head
               (FlashMLA: 3,000 GB/s where memory bounds it, 660 TFLOP/s where arithmetic does, H800)
 mla prefill   causal attention with keys of 192 and values of 128, by each of torch's backends
               (FlashAttention 4: 634 TFLOP/s, H100)
-fp8 gemm      1x128 by 128x128 scales, quantised beforehand (DeepGEMM: up to 1,550 TFLOP/s, H800)
-fp8 experts   the same for contiguous groups, one per expert; and what quantising the input costs
+fp8 gemm      1x128 by 128x128 scales, quantized beforehand (DeepGEMM: up to 1,550 TFLOP/s, H800)
+fp8 experts   the same for contiguous groups, one per expert; and what quantizing the input costs
 
 python benchmarks/gpu/kernels.py
 """

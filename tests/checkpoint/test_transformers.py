@@ -55,7 +55,7 @@ def test_bf16_files_hold_the_same_weights_for_both(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ue8m0", [False, True])
-def test_fp8_files_with_mtp_are_dequantised_alike(ue8m0: bool, tmp_path: Path, monkeypatch) -> None:
+def test_fp8_files_with_mtp_are_dequantized_alike(ue8m0: bool, tmp_path: Path, monkeypatch) -> None:
     """transformers skips the MTP layer and unpacks FP8 by its own code; whole blocks, for it stretches ragged ones."""
     # It asks for accelerate, which the CPU does not need.
     monkeypatch.setattr("transformers.quantizers.quantizer_finegrained_fp8.is_accelerate_available", lambda: True)

@@ -1,4 +1,4 @@
-"""The fast experts against the token-by-token reference, over shapes drawn at random."""
+"""The default backend's experts against the token-by-token reference, over random shapes."""
 
 import torch
 from hypothesis import given, settings
@@ -10,10 +10,11 @@ from soli.kernels import default_backend, reference
 @settings(max_examples=40, deadline=None)
 @given(
     T=st.integers(1, 9), E=st.integers(1, 7), D=st.integers(1, 17), F=st.integers(1, 13),
-    K=st.integers(1, 7), seed=st.integers(0, 99), half=st.booleans(),
+    K=st.integers(1, 7), seed=st.integers(0, 99), bf16=st.booleans(),
 )  # fmt: skip
-def test_equals_the_reference(T: int, E: int, D: int, F: int, K: int, seed: int, half: bool) -> None:
-    K, dtype = min(K, E), torch.bfloat16 if half else torch.float64
+def test_equals_the_reference(T: int, E: int, D: int, F: int, K: int, seed: int, bf16: bool) -> None:
+    K = min(K, E)
+    dtype = torch.bfloat16 if bf16 else torch.float64
     generator = torch.Generator().manual_seed(seed)
     x_TD = torch.randn(T, D, generator=generator).to(dtype)
     gate_up = torch.randn(E, 2 * F, D, generator=generator).to(dtype)
@@ -23,7 +24,7 @@ def test_equals_the_reference(T: int, E: int, D: int, F: int, K: int, seed: int,
     exact = reference.experts(x_TD.double(), ids_TK, weights_TK.double(), gate_up.double(), down.double())
     y_TD = default_backend().experts(x_TD, ids_TK, weights_TK, gate_up, down)
     assert y_TD.dtype == dtype
-    bound = 0.03 if half else 1e-6
+    bound = 0.03 if bf16 else 1e-6
     assert (y_TD.double() - exact).abs().max() <= bound * exact.abs().max().clamp_min(1.0)
 
 

@@ -54,7 +54,7 @@ def test_operands_are_those_of_plain_torch_to_the_bit(T: int, I: int, dtype: tor
 
 @pytest.mark.parametrize(("M", "N", "K"), [(128, 128, 128), (256, 640, 384), (4096, 2048, 7168)])
 @pytest.mark.parametrize("second", [tiles, blocks])
-def test_product_is_that_of_the_dequantised_operands(M: int, N: int, K: int, second) -> None:  # type: ignore[no-untyped-def]
+def test_product_is_that_of_the_dequantized_operands(M: int, N: int, K: int, second) -> None:  # type: ignore[no-untyped-def]
     a, b = tiles(draw(M, K, seed=0)), second(draw(N, K, seed=1))
     exact_a = a.values_MK.double() * a.scale.t().repeat_interleave(128, 1)
     steps = b.scale[:, : K // 128].repeat_interleave(128, 0) if b.blocks else b.scale.t()

@@ -38,7 +38,7 @@ def draw(*shape: int, seed: int) -> Tensor:
 
 @settings(max_examples=12, deadline=None)
 @given(T=st.integers(1, 150), I=st.integers(1, 150), O=st.integers(1, 150), seed=st.integers(0, 99))
-def test_three_products_equal_those_of_the_quantised_operands(T: int, I: int, O: int, seed: int):  # noqa: E741
+def test_three_products_equal_those_of_the_quantized_operands(T: int, I: int, O: int, seed: int):  # noqa: E741
     x, w, grad = draw(T, I, seed=seed), draw(O, I, seed=seed + 1), draw(T, O, seed=seed + 2)
     x.requires_grad_(), w.requires_grad_()
     y = EMULATION.linear(x, w)

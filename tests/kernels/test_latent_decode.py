@@ -67,10 +67,11 @@ def exact(q_HX: Tensor, row_LX: Tensor, C: int, scale: float) -> Tensor:
 @settings(weights.SETTINGS, max_examples=40)
 @given(
     lengths=st.lists(st.integers(1, 300), min_size=1, max_size=4), H=st.integers(1, 21), C=st.integers(1, 150),
-    R=st.integers(0, 40), S=st.sampled_from((1, 3, 16, 400)), half=st.booleans(), seed=st.integers(0, 99),
+    R=st.integers(0, 40), S=st.sampled_from((1, 3, 16, 400)), bf16=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_is_the_attention_within_the_bound(isa, lengths, H, C, R, S, half, seed) -> None:
-    generator, dtype = torch.Generator().manual_seed(seed), torch.bfloat16 if half else torch.float32
+def test_is_the_attention_within_the_bound(isa, lengths, H, C, R, S, bf16, seed) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    dtype = torch.bfloat16 if bf16 else torch.float32
     rows = [torch.randn(length, C + R, generator=generator).to(dtype) for length in lengths]
     q_BHX, scale = torch.randn(len(rows), H, C + R, generator=generator).to(dtype), 2.0 * (C + R) ** -0.5
     y_BHC = into_poison(isa, q_BHX, in_blocks(rows, S, generator), C, scale)

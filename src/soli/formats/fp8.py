@@ -1,14 +1,13 @@
-"""The arithmetic of FP8 weights as in the official DeepSeek-V3 files: E4M3 values, one fp32 scale per 128x128
-block.
+"""The arithmetic of FP8 weights as in the official DeepSeek-V3 files: E4M3 values, a scale per 128x128 block.
 
     scale = amax(block) / 448        value = e4m3(block / scale)        weight = value * scale
 
 A matrix whose sides are no multiples of 128 is padded with zeros to whole blocks and cropped again. `ue8m0` rounds
-every scale up to a power of two, as in DeepSeek-V3.1. Arithmetic is fp32; the cast to E4M3 rounds to nearest even.
+every scale up to a power of two, as in DeepSeek-V3.1. Scales and arithmetic are fp32; the cast to E4M3 rounds to
+nearest even.
 
 Error, for a weight w in a block of scale s: |w - dequantize(quantize(w))| <= max(2^-4 |w|, 2^-10 s), within fp32
-rounding.
-Rejected: NaN, infinity, and magnitudes above 2^127, which rounding could carry past the end of fp32.
+rounding. Rejected: NaN, infinity, and magnitudes above 2^127, which rounding could carry past the end of fp32.
 
 Activations and gradients in FP8 training (paper, section 3.3) have one scale per 1x128 tile of a row instead: the same
 arithmetic and the same error, but nothing is rejected: a NaN or an infinity makes its whole tile NaN.

@@ -4,7 +4,7 @@
     grad_x = grad_y w    grad_y in 1x128 tiles along O,      the same blocks
     grad_w = grad_y^T x  both in tiles of 128 along tokens, x requantized from the saved FP8 form
 
-Operands are quantised, dequantised and multiplied in fp32, so every product is what FP8 hardware with fp32 accumulation
+Operands are quantized, dequantized and multiplied in fp32, so every product is what FP8 hardware with fp32 accumulation
 gives up to the order of the sum; results are rounded once to the dtype of x, the weight's gradient to that of the
 weight (fp32 masters). What is saved for the backward pass is saved in FP8. Every device can run this emulation: it
 shows what FP8 does to a loss and saves no time. `cuda.py` is the same on FP8 hardware.
