@@ -109,11 +109,11 @@ def test_agrees_with_the_file_layout_to_the_last_byte(config):
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_activated_is_total_less_the_experts_that_rest(config):
+def test_activated_is_total_less_the_experts_that_are_not_selected(config):
     counted = count(config)
-    idle = config.n_routed_experts - config.num_experts_per_tok if config.n_routed_experts else 0
+    unselected = config.n_routed_experts - config.num_experts_per_tok if config.n_routed_experts else 0
     expert = 3 * config.hidden_size * config.moe_intermediate_size
-    assert counted.total - counted.activated == config.num_moe_layers * idle * expert + counted.router_biases
+    assert counted.total - counted.activated == config.num_moe_layers * unselected * expert + counted.router_biases
 
 
 def test_flops_of_nano_by_hand():
@@ -127,7 +127,7 @@ def test_flops_of_nano_by_hand():
     assert (f.decode, f.prefill) == (f.matmul + f.attention_decode, f.matmul + f.attention_prefill)
 
 
-def test_flops_of_mtp_add_a_module_and_a_pass_of_the_head():
+def test_flops_of_mtp_add_a_module_and_the_head_again():
     config = preset("nano")
     norms = 5 * 256 + 128 + 64
     extra = flops(config, 1, mtp=True).matmul - flops(config, 1).matmul
