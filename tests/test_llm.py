@@ -11,9 +11,9 @@ from soli.errors import SoliError
 
 @pytest.fixture(scope="module")
 def llm():
-    made = soli.LLM("nano")
-    yield made
-    made.close()
+    nano = soli.LLM("nano")
+    yield nano
+    nano.close()
 
 
 def test_many_prompts_are_answered_in_order_and_as_one_alone(llm):
@@ -25,7 +25,7 @@ def test_many_prompts_are_answered_in_order_and_as_one_alone(llm):
     assert [answer.prompt_ids for answer in answers] == [tuple(llm.text_model.text_prompt(p)) for p in prompts]
 
 
-def test_streams_and_event_loops_say_the_same(llm):
+def test_streams_and_event_loops_give_the_same_text(llm):
     [whole] = llm.generate("The river", max_new_tokens=8, logprobs=2, trace=True)
     pieces = [event.text for event in llm.stream("The river", max_new_tokens=8)]
     assert "".join(pieces) == whole.text and len(pieces) >= 8

@@ -14,10 +14,10 @@ from tests.serve.tiny_server import TEMPLATE
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    made = tiny_folder(tmp_path_factory.mktemp("chat"))
-    with open(f"{made}/chat_template.jinja", "w", encoding="utf-8") as file:
+    path = tiny_folder(tmp_path_factory.mktemp("chat"))
+    with open(f"{path}/chat_template.jinja", "w", encoding="utf-8") as file:
         file.write(TEMPLATE)
-    return made
+    return path
 
 
 def talk(monkeypatch, capsys, folder, lines, *options):
@@ -33,8 +33,8 @@ def test_each_line_gets_an_answer_and_reset_forgets(monkeypatch, capsys, folder)
     assert len(answers) >= 3
     llm, template = chat.opened(folder, "cpu", "auto")
     conversation = chat.Conversation(llm, template, GREEDY, 6, None)
-    said = ["".join(answer for _, answer in conversation.say(line)) for line in ("hello", "the cat")]
-    assert out == f"{said[0]}\n{said[1]}\n{said[0]}\n"
+    answers = ["".join(answer for _, answer in conversation.say(line)) for line in ("hello", "the cat")]
+    assert out == f"{answers[0]}\n{answers[1]}\n{answers[0]}\n"
     assert [turn["role"] for turn in conversation.messages] == ["user", "assistant"] * 2
     prompts = [template.render([{"role": "user", "content": "hello"}])[0], template.render(conversation.messages)[0]]
     assert len(prompts[1]) > len(prompts[0])
@@ -80,7 +80,7 @@ def test_unknown_commands_and_long_conversations_are_said(monkeypatch, capsys, f
     assert status == 1 and "positions" in err
 
 
-def test_folders_without_a_template_are_refused(capsys):
+def test_folders_without_a_template_are_rejected(capsys):
     assert main(["chat"]) == 1
-    said = capsys.readouterr().err
-    assert "nano has no chat template" in said and "soli translate" in said
+    message = capsys.readouterr().err
+    assert "nano has no chat template" in message and "soli translate" in message

@@ -56,16 +56,16 @@ def test_lines_from_standard_input_are_those_translated_one_by_one(run, folder):
 
 def test_translate_json_with_experts(run, folder):
     _, out, _ = run("translate", "hello 猫", "--to", "zh", "--model", folder, *SHORT, "--json", "--experts")
-    found = json.loads(out)
-    assert (found["source"], found["to"], found["finish_reason"], found["new_tokens"]) == (
+    result = json.loads(out)
+    assert (result["source"], result["to"], result["finish_reason"], result["new_tokens"]) == (
         "hello 猫",
         "zh",
         "length",
         6,
     )
-    tokens = found["experts"]
-    assert [token["part"] for token in tokens].count("answer") == 5, "the last token was drawn and never read"
-    assert len(tokens) == found["prompt_tokens"] + 5
+    tokens = result["experts"]
+    assert [token["part"] for token in tokens].count("answer") == 5, "the last token was sampled and never read"
+    assert len(tokens) == result["prompt_tokens"] + 5
     layer = tokens[3]["layers"][0]
     assert len(layer["selected"]) == 3 and len(layer["groups"]) == 2
     assert set(layer["selected"][0]) == {"expert", "weight", "affinity", "biased", "promoted_by_bias"}
@@ -80,12 +80,12 @@ def test_experts_come_after_the_translation_and_plain(run, folder):
     assert "affinity" in detail and "missed by" in detail
 
 
-def test_generate_streams_the_continuation_and_stops_where_told(run, folder):
+def test_generate_streams_the_continuation_and_stops_at_the_stop_text(run, folder):
     sampled = ["--temperature", "1", "--seed", "4", "--max-new-tokens", "20"]
     status, out, _ = run("generate", folder, "the cat", *sampled)
     assert status == 0 and out == run("generate", folder, "-", *sampled, stdin=b"the cat\n")[1]
-    found = json.loads(run("generate", folder, "the cat", *sampled, "--json")[1])
-    assert found["text"] + "\n" == out and found["new_tokens"] == 20
+    result = json.loads(run("generate", folder, "the cat", *sampled, "--json")[1])
+    assert result["text"] + "\n" == out and result["new_tokens"] == 20
     stop = out.strip()[3:5]
     cut = json.loads(run("generate", folder, "the cat", *sampled, "--stop", stop, "--json")[1])
     assert cut["text"] == out[: out.find(stop)] and cut["finish_reason"] == "stop"
@@ -93,21 +93,21 @@ def test_generate_streams_the_continuation_and_stops_where_told(run, folder):
 
 
 def test_generate_takes_penalties_bias_and_filters(run, folder):
-    def found(*options: str) -> dict:
+    def result(*options: str) -> dict:
         return json.loads(run("generate", folder, "the cat", *SHORT, "--json", "--logprobs", "2", *options)[1])
 
-    plain = found()
+    plain = result()
     tokens = [one["token"] for one in plain["logprobs"]]
     assert len(tokens) == plain["new_tokens"] == 6
     assert all(one["top"][0]["token"] == one["token"] and len(one["top"]) == 2 for one in plain["logprobs"])
     assert all(one["top"][0]["logprob"] >= one["top"][1]["logprob"] for one in plain["logprobs"])
     second = plain["logprobs"][0]["top"][1]["token"]
-    biased = found("--logit-bias", f"{tokens[0]}=-100", "--logit-bias", f"{second}=100")
+    biased = result("--logit-bias", f"{tokens[0]}=-100", "--logit-bias", f"{second}=100")
     assert {one["token"] for one in biased["logprobs"]} == {second}
     assert biased["logprobs"][0]["top"] == plain["logprobs"][0]["top"], "log-probabilities are the model's own"
-    repelled = found("--frequency-penalty", "2", "--presence-penalty", "2", "--repetition-penalty", "9")
+    repelled = result("--frequency-penalty", "2", "--presence-penalty", "2", "--repetition-penalty", "9")
     assert len({one["token"] for one in repelled["logprobs"]}) == 6
-    assert found("--temperature", "9", "--min-p", "1")["logprobs"] == plain["logprobs"]
+    assert result("--temperature", "9", "--min-p", "1")["logprobs"] == plain["logprobs"]
 
 
 def test_generate_shows_log_probabilities_after_the_text(run, folder):
@@ -124,11 +124,11 @@ def test_generate_keeps_to_a_schema_or_an_expression(run, folder, tmp_path):
         '{"type": "object", "properties": {"名": {"enum": ["猫", 7]}}, "required": ["名"]}', encoding="utf-8"
     )
     sampled = ["--temperature", "1", "--seed", "2", "--max-new-tokens", "80", "--json"]
-    done = json.loads(run("generate", folder, "the cat", "--regex", "(cat|猫)-[0-9]{3}", *sampled)[1])
-    assert re.fullmatch("(cat|猫)-[0-9]{3}", done["text"]) and done["finish_reason"] == "stop"
+    result = json.loads(run("generate", folder, "the cat", "--regex", "(cat|猫)-[0-9]{3}", *sampled)[1])
+    assert re.fullmatch("(cat|猫)-[0-9]{3}", result["text"]) and result["finish_reason"] == "stop"
     bias = ["--logit-bias", f"{tiny_token(folder, '}')}=100"]
-    done = json.loads(run("generate", folder, "the cat", "--json-schema", str(schema), *bias, *sampled)[1])
-    assert json.loads(done["text"])["名"] in ("猫", 7) and done["finish_reason"] == "stop"
+    result = json.loads(run("generate", folder, "the cat", "--json-schema", str(schema), *bias, *sampled)[1])
+    assert json.loads(result["text"])["名"] in ("猫", 7) and result["finish_reason"] == "stop"
     refused(run("generate", folder, "x", "--regex", "(", *SHORT), "unclosed group")
     refused(run("generate", folder, "x", "--regex", "a", "--json-schema", str(schema)), "one of them")
     refused(run("generate", folder, "x", "--json-schema", str(tmp_path / "none.json")), "none.json")
@@ -141,7 +141,7 @@ def test_generate_keeps_to_a_schema_or_an_expression(run, folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--min-p", "2"], "min_p is 2.0"),
         (["--repetition-penalty", "0"], "repetition_penalty is 0.0"),
@@ -155,8 +155,8 @@ def test_generate_keeps_to_a_schema_or_an_expression(run, folder, tmp_path):
         (["--logit-bias", "999999=1"], "vocabulary ends"),
     ],
 )
-def test_bad_sampling_values_get_a_sentence(run, folder, options, said):
-    refused(run("generate", folder, "the cat", *options), said)
+def test_bad_sampling_values_get_a_sentence(run, folder, options, message):
+    refused(run("generate", folder, "the cat", *options), message)
 
 
 def test_bad_text_gets_a_sentence(run, folder):
@@ -194,9 +194,9 @@ def test_routing_as_table_json_and_picture(run, folder, corpus, tmp_path):
     status, out, _ = run("routing", corpus, "--model", folder, "--permutations", "200", "--png", str(png))
     assert status == 0 and "14 Chinese" in out and "14 English" in out and "max violation" in out
     assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    found = json.loads(run("routing", corpus, "--model", folder, "--permutations", "200", "--json")[1])
-    assert len(found["loads"]) == 2 and len(found["loads"][0]["share"]) == 16 and len(found["preferences"]) == 32
-    assert {"p", "prefers", "chinese", "english", "log2_ratio"} <= set(found["preferences"][0])
+    result = json.loads(run("routing", corpus, "--model", folder, "--permutations", "200", "--json")[1])
+    assert len(result["loads"]) == 2 and len(result["loads"][0]["share"]) == 16 and len(result["preferences"]) == 32
+    assert {"p", "prefers", "chinese", "english", "log2_ratio"} <= set(result["preferences"][0])
     few = run("routing", corpus, "--model", folder, "--limit", "8")[1]
     assert "too few texts" in few
 
@@ -205,10 +205,10 @@ def test_eval_as_table_and_json(run, folder, corpus):
     arguments = ["eval", folder, "--pairs", corpus, "--text", corpus, "--limit", "4"]
     status, out, _ = run(*arguments)
     assert status == 0 and "chrF" in out and "MTP acceptance" in out and "bits per byte" in out
-    found = json.loads(run(*arguments, "--json")[1])
-    assert found["directions"]["en-zh"]["overall"]["count"] == 4
-    assert set(found["directions"]["zh-en"]["by_source"]) == {"web"}
-    assert found["on_text"]["bits_per_byte"]["all"] > 0 and 0 <= found["on_pairs"]["mtp_acceptance"] <= 1
+    result = json.loads(run(*arguments, "--json")[1])
+    assert result["directions"]["en-zh"]["overall"]["count"] == 4
+    assert set(result["directions"]["zh-en"]["by_source"]) == {"web"}
+    assert result["on_text"]["bits_per_byte"]["all"] > 0 and 0 <= result["on_pairs"]["mtp_acceptance"] <= 1
 
 
 def test_bad_files_get_a_sentence(run, folder, tmp_path):

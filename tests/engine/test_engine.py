@@ -22,15 +22,16 @@ A_TOKEN = bytes_per_token(TEXT_MODEL.model.config, 3, torch.float32)
 
 
 def engine(pages: int = 200, block_size: int = 4, **limits: object) -> Engine:
-    given = {"max_running": 16, "tokens_per_step": 32, **limits}
-    return Engine(TEXT_MODEL, EngineLimits(cache_bytes=pages * block_size * A_TOKEN, block_size=block_size, **given))
+    settings = {"max_running": 16, "tokens_per_step": 32, **limits}
+    return Engine(TEXT_MODEL, EngineLimits(cache_bytes=pages * block_size * A_TOKEN, block_size=block_size, **settings))
 
 
-def requests(count: int, seed: int = 0, **given: object) -> list[Request]:
+def requests(count: int, seed: int = 0, **options: object) -> list[Request]:
     random_ = random.Random(seed)
     lengths = [random_.randint(1, 60) for _ in range(count)]
     return [
-        Request(tuple(random_.randrange(3, VOCAB) for _ in range(n)), random_.randint(1, 30), **given) for n in lengths
+        Request(tuple(random_.randrange(3, VOCAB) for _ in range(length)), random_.randint(1, 30), **options)
+        for length in lengths
     ]
 
 
@@ -64,53 +65,53 @@ def lone(request: Request) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("limits", [{}, {"pages": 60}, {"pages": 26, "tokens_per_step": 16}, {"max_running": 3}])
 def test_answers_are_those_of_a_request_alone(limits):
-    wanted = requests(24)
+    batch = requests(24)
     arrivals: dict[int, list[Request]] = {}
-    for number, request in enumerate(wanted):
+    for number, request in enumerate(batch):
         arrivals.setdefault(3 * (number // 2), []).append(request)
     tested = engine(**limits)
-    found = run(tested, arrivals)
-    assert [ids(found[number]) for number in range(24)] == [lone(request) for request in wanted]
+    events_by_request = run(tested, arrivals)
+    assert [ids(events_by_request[number]) for number in range(24)] == [lone(request) for request in batch]
     assert (tested.stats().preemptions > 0) == (limits.get("pages", 200) < 100)
-    for number, request in enumerate(wanted):
-        usage = found[number][-1].usage
-        assert (usage.prompt, usage.completion) == (len(request.prompt_ids), len(ids(found[number])))
+    for number, request in enumerate(batch):
+        usage = events_by_request[number][-1].usage
+        assert (usage.prompt, usage.completion) == (len(request.prompt_ids), len(ids(events_by_request[number])))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_model(kind):
     model = tiny_text_model(kind)
-    wanted = requests(6, seed=1)
-    found = run(Engine(model, EngineLimits(cache_bytes=2**20, block_size=4, tokens_per_step=24)), wanted)
-    whole = [continuation(model.model, one.prompt_ids, one.max_new_tokens).ids for one in wanted]
-    assert [ids(found[number]) for number in range(6)] == whole
+    batch = requests(6, seed=1)
+    events_by_request = run(Engine(model, EngineLimits(cache_bytes=2**20, block_size=4, tokens_per_step=24)), batch)
+    whole = [continuation(model.model, one.prompt_ids, one.max_new_tokens).ids for one in batch]
+    assert [ids(events_by_request[number]) for number in range(6)] == whole
 
 
-def test_seeds_hold_among_others_and_over_preemptions():
-    wanted = [
+def test_seeds_hold_beside_others_and_over_preemptions():
+    batch = [
         Request(request.prompt_ids, request.max_new_tokens, SamplingParams(1.2, top_k=20, seed=number))
         for number, request in enumerate(requests(16, seed=2))
     ]
     tested = engine(pages=26)
-    found = run(tested, wanted)
+    events_by_request = run(tested, batch)
     assert tested.stats().preemptions > 0
-    assert [ids(found[number]) for number in range(16)] == [lone(request) for request in wanted]
+    assert [ids(events_by_request[number]) for number in range(16)] == [lone(request) for request in batch]
 
 
 def test_a_prefix_that_is_known_is_not_read_again():
     prefix = tuple(range(10, 51))
-    wanted = [Request((*prefix, 60 + n), 8) for n in range(3)]
+    batch = [Request((*prefix, 60 + n), 8) for n in range(3)]
     tested = engine()
-    first = run(tested, wanted[:1])
+    first = run(tested, batch[:1])
     read = tested.stats().prompt_tokens
-    rest = run(tested, wanted[1:])
-    found = first | rest
-    assert [ids(found[number]) for number in range(3)] == [lone(request) for request in wanted]
-    assert [found[number][-1].usage.cached for number in range(3)] == [0, 40, 40]
+    rest = run(tested, batch[1:])
+    events_by_request = first | rest
+    assert [ids(events_by_request[number]) for number in range(3)] == [lone(request) for request in batch]
+    assert [events_by_request[number][-1].usage.cached for number in range(3)] == [0, 40, 40]
     assert tested.stats().prefix_hit_tokens == 80
     assert (read, tested.stats().prompt_tokens) == (42, 42 + 2 + 2)
-    masked_experts = Request(wanted[0].prompt_ids, 4, masked_experts=frozenset({(1, 3)}))
-    assert run(tested, [masked_experts])[3][-1].usage.cached == 0, "other experts played for these latents"
+    masked_experts = Request(batch[0].prompt_ids, 4, masked_experts=frozenset({(1, 3)}))
+    assert run(tested, [masked_experts])[3][-1].usage.cached == 0, "other experts computed these latents"
 
 
 def test_a_long_prompt_never_stalls_the_others():
@@ -166,15 +167,15 @@ def test_stop_tokens_and_stop_strings_end_an_answer():
 
 
 def test_a_trace_is_that_of_one_forward_even_over_preemptions():
-    wanted = requests(8, seed=4, trace=True)
+    batch = requests(8, seed=4, trace=True)
     tested = engine(pages=26)
-    found = run(tested, wanted)
+    events_by_request = run(tested, batch)
     assert tested.stats().preemptions > 0
-    for number, request in enumerate(wanted):
-        read = [*request.prompt_ids, *ids(found[number])][:-1]
+    for number, request in enumerate(batch):
+        read = [*request.prompt_ids, *ids(events_by_request[number])][:-1]
         with torch.no_grad():
             whole = TEXT_MODEL.model.backbone(torch.tensor([read])).routing
-        parts = zip(*(event.routing for event in found[number] if event.routing), strict=True)
+        parts = zip(*(event.routing for event in events_by_request[number] if event.routing), strict=True)
         for mine, layer in zip(map(join_routing, parts), whole, strict=True):
             assert torch.equal(mine.expert_ids_TK, layer.expert_ids_TK)
             torch.testing.assert_close(mine.weights_TK, layer.weights_TK)
@@ -196,7 +197,7 @@ def test_a_masked_expert_is_not_selected_and_other_requests_are_not_masked():
 
 
 @pytest.mark.parametrize(
-    ("request_", "said"),
+    ("request_", "message"),
     [
         (Request((), 3), "the prompt is empty"),
         (Request((5, 330), 3), "vocabulary ends at 329"),
@@ -209,9 +210,9 @@ def test_a_masked_expert_is_not_selected_and_other_requests_are_not_masked():
         (Request((5,), 1, SamplingParams(logit_bias={330: 1.0})), "logit_bias names token 330"),
     ],
 )
-def test_what_could_never_run_is_refused_at_once(request_, said):
+def test_what_could_never_run_is_rejected_at_once(request_, message):
     tested = engine(pages=10)
-    with pytest.raises(SoliError, match=said):
+    with pytest.raises(SoliError, match=message):
         tested.add(request_)
     assert not tested.has_work
 
@@ -241,13 +242,13 @@ def test_a_constraint_holds_for_its_request_alone():
     assert ids(both[0]) == lone(plain)
 
 
-def test_figures_count_what_happened():
-    wanted = requests(5, seed=6)
+def test_statistics_count_tokens_and_events():
+    batch = requests(5, seed=6)
     tested = engine()
-    found = run(tested, wanted)
+    events_by_request = run(tested, batch)
     stats = tested.stats()
-    assert stats.prompt_tokens == sum(len(request.prompt_ids) for request in wanted)
-    assert stats.completion_tokens == sum(len(ids(events)) for events in found.values())
-    read = stats.prompt_tokens + stats.completion_tokens - len(wanted)
+    assert stats.prompt_tokens == sum(len(request.prompt_ids) for request in batch)
+    assert stats.completion_tokens == sum(len(ids(events)) for events in events_by_request.values())
+    read = stats.prompt_tokens + stats.completion_tokens - len(batch)
     assert [sum(layer) for layer in stats.expert_load] == [3 * read] * 2
     assert 0 < stats.cache_bytes <= 200 * 4 * A_TOKEN

@@ -15,60 +15,62 @@ A_TOKEN = 4 * 24 * 4  # three layers and the MTP module's, 16 + 8 values, float3
 
 
 def engine(pages: int = 200, **limits: object) -> Engine:
-    given = {"max_running": 16, "tokens_per_step": 40, "block_size": 4, "speculate": True, **limits}
-    return Engine(TEXT_MODEL, EngineLimits(cache_bytes=pages * 4 * A_TOKEN, **given))
+    settings = {"max_running": 16, "tokens_per_step": 40, "block_size": 4, "speculate": True, **limits}
+    return Engine(TEXT_MODEL, EngineLimits(cache_bytes=pages * 4 * A_TOKEN, **settings))
 
 
 @pytest.mark.parametrize("limits", [{}, {"pages": 40}, {"pages": 30, "tokens_per_step": 16}])
 def test_greedy_text_is_that_without_drafts(limits):
-    wanted = requests(16, seed=11)
+    batch = requests(16, seed=11)
     tested = engine(**limits)
-    found = run(tested, {3 * n: [request] for n, request in enumerate(wanted)})
-    assert [ids(found[number]) for number in range(16)] == [lone(request) for request in wanted]
+    events_by_request = run(tested, {3 * n: [request] for n, request in enumerate(batch)})
+    assert [ids(events_by_request[number]) for number in range(16)] == [lone(request) for request in batch]
     stats = tested.stats()
-    assert 0 < stats.accepted < stats.drafted and stats.completion_tokens == sum(len(ids(found[n])) for n in found)
-    assert stats.drafted == sum(found[n][-1].usage.drafted for n in found)
+    assert 0 < stats.accepted < stats.drafted
+    assert stats.completion_tokens == sum(len(ids(events)) for events in events_by_request.values())
+    assert stats.drafted == sum(events_by_request[n][-1].usage.drafted for n in events_by_request)
     assert (stats.preemptions > 0) == (limits.get("pages", 200) < 100)
 
 
-def test_a_seed_gives_the_same_text_alone_in_company_and_preempted():
-    wanted = [
+def test_a_seed_gives_the_same_text_alone_beside_others_and_preempted():
+    batch = [
         Request(one.prompt_ids, one.max_new_tokens, SamplingParams(0.8, top_k=5, seed=n))
         for n, one in enumerate(requests(12, seed=12))
     ]
-    alone = [ids(run(engine(), [request])[0]) for request in wanted]
+    alone = [ids(run(engine(), [request])[0]) for request in batch]
     for limits in ({}, {"pages": 30}):
         tested = engine(**limits)
-        found = run(tested, wanted)
-        assert [ids(found[number]) for number in range(12)] == alone
+        events_by_request = run(tested, batch)
+        assert [ids(events_by_request[number]) for number in range(12)] == alone
     assert tested.stats().preemptions > 0
 
 
-def test_shared_pages_hold_the_modules_latents_too():
+def test_shared_blocks_hold_the_modules_latents_too():
     prefix = tuple(range(10, 50))
-    wanted = [Request((*prefix, 60 + n, 70), 20) for n in range(2)]
-    apart = [run(engine(), [request])[0] for request in wanted]
+    batch = [Request((*prefix, 60 + n, 70), 20) for n in range(2)]
+    apart = [run(engine(), [request])[0] for request in batch]
     tested = engine()
-    together = run(tested, wanted[:1]) | run(tested, wanted[1:])
+    together = run(tested, batch[:1]) | run(tested, batch[1:])
     for number in range(2):
         assert ids(together[number]) == ids(apart[number])
         # Other latents would give other drafts.
         assert together[number][-1].usage.accepted == apart[number][-1].usage.accepted
-    assert together[1][-1].usage.cached == 40 - 4 * (wanted[1].prompt_ids[40] != wanted[0].prompt_ids[40])
+    assert together[1][-1].usage.cached == 40 - 4 * (batch[1].prompt_ids[40] != batch[0].prompt_ids[40])
 
 
-def test_a_trace_holds_no_draft_that_was_refused():
+def test_a_trace_holds_no_draft_that_was_rejected():
     [request] = [Request(tuple(range(20, 40)), 16, trace=True)]
     tested = engine()
     [events] = run(tested, [request]).values()
     read = [*request.prompt_ids, *ids(events)]
     with torch.no_grad():
         whole = TEXT_MODEL.model.backbone(torch.tensor([read])).routing[0]
-    told = torch.cat([event.routing[0].expert_ids_TK for event in events if event.routing])
-    assert len(told) in (len(read) - 1, len(read)) and torch.equal(told, whole.expert_ids_TK[: len(told)])
+    traced_TK = torch.cat([event.routing[0].expert_ids_TK for event in events if event.routing])
+    assert len(traced_TK) in (len(read) - 1, len(read))
+    assert torch.equal(traced_TK, whole.expert_ids_TK[: len(traced_TK)])
 
 
-def test_the_model_in_the_box_gains_tokens():
+def test_the_bundled_model_gains_tokens():
     model = open_text_model("nano", mtp=True)
     prompt = tuple(model.tokenizer.translation_prompt("Open the file and save it under another name.", "zh"))
     request = Request(prompt, 24, stop_ids=model.stop_ids)

@@ -33,13 +33,13 @@ def test_load():
 
 def test_a_planted_preference_is_found_and_only_that():
     counts, tokens, languages = texts(np.random.default_rng(0), 120, lean=1.0)
-    found = language_preference(NAMES, counts, tokens, languages, permutations=500)
-    assert (found[0].layer, found[0].expert, found[0].prefers) == ("layers.1", 0, "zh")
-    assert found[0].p == pytest.approx(1 / 501)
-    assert found[0].log2_ratio > 0.5
+    preferences = language_preference(NAMES, counts, tokens, languages, permutations=500)
+    assert (preferences[0].layer, preferences[0].expert, preferences[0].prefers) == ("layers.1", 0, "zh")
+    assert preferences[0].p == pytest.approx(1 / 501)
+    assert preferences[0].log2_ratio > 0.5
     chinese = [i for i, language in enumerate(languages) if language == "zh"]
-    assert found[0].chinese == pytest.approx(counts[chinese, 0, 0].sum() / tokens[chinese].sum())
-    assert all(one.prefers != "zh" for one in found[1:]) and all(one.prefers is None for one in found[8:])
+    assert preferences[0].chinese == pytest.approx(counts[chinese, 0, 0].sum() / tokens[chinese].sum())
+    assert all(one.prefers != "zh" for one in preferences[1:]) and all(one.prefers is None for one in preferences[8:])
 
 
 def test_texts_with_favourites_of_their_own_are_not_taken_for_a_preference():
@@ -47,8 +47,8 @@ def test_texts_with_favourites_of_their_own_are_not_taken_for_a_preference():
     called = naive = 0
     for seed in range(20):
         counts, tokens, languages = texts(np.random.default_rng(seed), 60, wobble=25.0)
-        found = language_preference(NAMES, counts, tokens, languages, permutations=300, seed=seed)
-        called += any(one.prefers for one in found)
+        preferences = language_preference(NAMES, counts, tokens, languages, permutations=300, seed=seed)
+        called += any(one.prefers for one in preferences)
         zh = np.array([language == "zh" for language in languages])
         pooled = counts.sum(axis=0) / tokens.sum()
         difference = counts[zh].sum(axis=0) / tokens[zh].sum() - counts[~zh].sum(axis=0) / tokens[~zh].sum()
@@ -73,6 +73,6 @@ def test_too_few_texts_of_a_language_give_no_answer():
 def test_an_expert_that_nobody_uses_divides_by_no_zero():
     counts, tokens, languages = texts(np.random.default_rng(3), 40)
     counts[:, 1, 5] = 0
-    found = language_preference(NAMES, counts, tokens, languages, permutations=200)
-    assert (found[13].t, found[13].p, found[13].prefers) == (0.0, 1.0, None)
-    assert all(np.isfinite([one.t for one in found]))
+    preferences = language_preference(NAMES, counts, tokens, languages, permutations=200)
+    assert (preferences[13].t, preferences[13].p, preferences[13].prefers) == (0.0, 1.0, None)
+    assert all(np.isfinite([one.t for one in preferences]))

@@ -30,22 +30,22 @@ def test_lines_come_back_in_order_in_any_window_and_batch():
 
 def test_a_translation_is_the_greedy_continuation_of_its_prompt():
     ours = tiny_text_model()
-    [found] = Translator(ours, to="en").translate(["猫 坐\t在"])
+    [translation] = Translator(ours, to="en").translate(["猫 坐\t在"])
     prompt = ours.tokenizer.translation_prompt("猫 坐 在", "en")
     expected = continuation(ours.model, prompt, 32 + 3 * len(prompt), stop_ids={1})
-    assert found.answer.prompt_ids == tuple(prompt) and found.answer.ids == expected.ids
-    assert found.text == one_line(ours.tokenizer.decode(expected.ids))
+    assert translation.answer.prompt_ids == tuple(prompt) and translation.answer.ids == expected.ids
+    assert translation.text == one_line(ours.tokenizer.decode(expected.ids))
 
 
-def test_what_stands_before_a_bad_line_is_translated():
-    done = []
+def test_what_comes_before_a_bad_line_is_translated():
+    translations = []
     with pytest.raises(SoliError, match=r"line 3 has .* tokens, but the model has 96 positions"):
         for one in Translator(tiny_text_model(), max_new_tokens=2).translate(["the", "cat", "mat " * 100, "sat"]):
-            done.append(one)
-    assert [one.source for one in done] == ["the", "cat"]
+            translations.append(one)
+    assert [one.source for one in translations] == ["the", "cat"]
 
 
-def test_more_new_tokens_than_fit_are_refused():
+def test_more_new_tokens_than_fit_are_rejected():
     with pytest.raises(SoliError, match="lower max_new_tokens to 9"):
         list(Translator(tiny_text_model(), max_new_tokens=96).translate(["the"]))
 

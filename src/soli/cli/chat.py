@@ -87,19 +87,20 @@ class Conversation:
         """Pieces of (reasoning, answer) to the next thing a person says. SoliError when the model has no room left."""
         from soli.chat.reasoning import ReasoningSplitter
 
-        asked = [*self.messages, {"role": "user", "content": text}]
-        ids, thinking = self._template.render(asked)
+        messages = [*self.messages, {"role": "user", "content": text}]
+        ids, thinking = self._template.render(messages)
         limit = self._llm.text_model.room(ids, "the conversation")
         limit = limit if self._limit is None else min(limit, self._limit)
-        split, said = ReasoningSplitter(thinking), ""
+        splitter = ReasoningSplitter(thinking)
+        answer_text = ""
         try:
             for event in self._llm.stream(ids, self._sampling, max_new_tokens=limit):
-                thought, answer = split.push(event.text, event.finish_reason is not None)
-                said += answer
+                thought, answer = splitter.push(event.text, event.finish_reason is not None)
+                answer_text += answer
                 yield thought, answer
         finally:
-            if said:
-                self.messages = [*asked, {"role": "assistant", "content": said}]
+            if answer_text:
+                self.messages = [*messages, {"role": "assistant", "content": answer_text}]
 
 
 def _lines() -> Iterator[str]:

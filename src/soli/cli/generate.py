@@ -19,7 +19,7 @@ MOST_NEW_TOKENS = 256
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="A model folder; nano is the model in the box.")],
+    model: Annotated[str, typer.Argument(help="A model folder; nano is the bundled model.")],
     prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = 0,

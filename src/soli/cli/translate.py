@@ -1,4 +1,4 @@
-"""`soli translate TEXT`: English to Chinese or back with the model in the box; `-` reads lines from stdin."""
+"""`soli translate TEXT`: English to Chinese or back with the bundled model; `-` reads lines from stdin."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def translate(
     text: Annotated[str, typer.Argument(help="What to translate; - reads standard input, a line each.")],
     to: Annotated[str | None, typer.Option(help="en or zh; by default whichever the text is not in.")] = None,
-    model: Annotated[str, typer.Option(help="A model folder; nano is the model in the box.")] = "nano",
+    model: Annotated[str, typer.Option(help="A model folder; nano is the bundled model.")] = "nano",
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = 0,
     top_p: options.TopP = 1.0,

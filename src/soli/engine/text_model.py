@@ -62,10 +62,10 @@ class TextModel:
 
 
 def open_text_model(name_or_folder: str, device: str = "cpu", dtype: str = "auto", mtp: bool = False) -> TextModel:
-    """Loads a folder, or "nano", the model in the box; its MTP modules only when `mtp`.
+    """Loads a folder, or "nano", the bundled model; its MTP modules only when `mtp`.
 
     dtype "auto": float32 for weight files of up to 512 MB, where rounding is then out of the way; else that of the
-    files. "as-is": that of the files, and FP8 weights stay as they lie in them, mapped from disk.
+    files. "as-is": that of the files, and FP8 weights stay as stored, mapped from disk.
     """
     if dtype not in ("auto", "as-is", *DTYPES):
         raise SoliError(f"dtype is {dtype!r}: choose auto, as-is, {' or '.join(DTYPES)}")
@@ -108,8 +108,8 @@ def _text_prefix(model: Transformer, tokenizer: Tokenizer, folder: Path | None) 
     if tokenizer.has_token("<|text|>"):
         return (tokenizer.bos_id, tokenizer.token_id("<|text|>"))
     bos = model.config.bos_token_id
-    wanted = _json(folder, "tokenizer_config.json").get("add_bos_token", True)
-    return (bos,) if wanted and bos is not None else ()
+    add_bos = _json(folder, "tokenizer_config.json").get("add_bos_token", True)
+    return (bos,) if add_bos and bos is not None else ()
 
 
 def _json(folder: Path | None, name: str) -> dict:

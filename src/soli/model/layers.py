@@ -35,7 +35,7 @@ class Linear(nn.Linear):
         self.quantized = weight
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weight (out, in) in `dtype`, written out if it is quantized."""
+        """The weight (out, in) in `dtype`, dequantized if it is quantized."""
         return self.weight.to(dtype) if self.quantized is None else self.quantized.dequantize(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
