@@ -86,3 +86,10 @@ def test_the_lazy_names_are_the_objects_of_their_modules():
     assert set(soli.__all__) <= set(dir(soli))
     with pytest.raises(AttributeError, match="no attribute 'lode_model'"):
         _ = soli.lode_model
+
+
+def test_the_changelog_begins_with_this_version():
+    headings = [
+        line for line in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").splitlines() if line.startswith("## ")
+    ]
+    assert headings[0].split()[1] == soli.__version__
