@@ -10,6 +10,7 @@ import typer
 
 from soli.analysis import parameters
 from soli.assignments import parse_assignments
+from soli.cli._shared.units import scaled
 from soli.config import ModelConfig, replace, resolve
 from soli.errors import SoliError
 
@@ -132,11 +133,3 @@ def _costs(
         )
         lines.append(("MTP", f"{scaled(counted.mtp_files)} more in files: {own}"))
     return lines
-
-
-def scaled(value: float, unit: str = "") -> str:
-    """671026419200 -> "671.0 B"; bytes and FLOPs take SI prefixes, "689.4 GB"."""
-    prefixes = ("", "k", "M", "G") if unit else ("", "K", "M", "B")
-    power = min(3, max(0, (len(str(round(value))) - 1) // 3))
-    number = f"{value / 1000**power:,.1f}" if power else f"{value:.0f}"
-    return f"{number} {prefixes[power]}{unit}".rstrip()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from soli.cli._shared.units import scaled
 from soli.config import RopeScaling
 from soli.plan.memory import MemoryEstimate, describe_fit
 from soli.plan.training import STEP_SHARE, TrainingPlan, hours_here
@@ -87,8 +88,6 @@ def _yarn(yarn: RopeScaling) -> str:
 
 
 def _memory(plan: TrainingPlan, settings: TrainSettings, devices: int, here: MeasuredDevice | None) -> Lines:
-    from soli.cli.count import scaled
-
     run = settings.run
     parts = f"{scaled(plan.parameters)} with MTP modules, {scaled(plan.activated)} activated per token"
     share = "on one device" if devices == 1 else f"on each of {devices:,} devices"
@@ -117,8 +116,6 @@ def _memory(plan: TrainingPlan, settings: TrainSettings, devices: int, here: Mea
 
 
 def _extension_memory(memory: MemoryEstimate) -> str:
-    from soli.cli.count import scaled
-
     return f"{scaled(memory.total, 'B')} on each, activations {scaled(memory.activations, 'B')}"
 
 
