@@ -60,14 +60,14 @@ class Headline(NamedTuple):
 
 
 HEADLINES = (
-    Headline("generate", "decode, nano, bfloat16, batch 1", "decode, bundled model, bf16", "transformers batched_mm"),
+    Headline("generate", "decode, nano, bfloat16, batch 1", "decode, 17 M, bf16", "transformers batched_mm"),
     Headline(
-        "generate", "decode, nano, bfloat16, batch 16", "decode, bundled model, bf16, batch 16",
+        "generate", "decode, nano, bfloat16, batch 16", "decode, 17 M, bf16, batch 16",
         "transformers grouped_mm",
     ),
     Headline(
         "train_step", "training step, nano, bf16 over fp32 masters, 16 x 256 tokens",
-        "training step, bundled model", "transformers eager",
+        "training step, 17 M, bf16", "transformers eager",
     ),
     Headline("cpu_avx2", "decode, small (1.2 B), int8", "decode, 1.2 B, int8, AVX2", "llama.cpp q8_0"),
     Headline("cpu_avx2", "prefill, small (1.2 B), int4", "prefill, 1.2 B, int4, AVX2", "llama.cpp q4_0"),
