@@ -1,8 +1,8 @@
 """Byte-level BPE over English and Chinese, with the special tokens that frame Soli's documents.
 
-Every string has a token sequence and is decoded unchanged: the base alphabet is the 256 bytes. Each digit is a token of
-its own, Chinese runs are split from Latin ones, and a special token's name in a user's text stays text. Reads any
-folder with a `tokenizer.json`; rejects one that is missing or broken, and a translation prompt without its tokens.
+Every string has a token sequence and is decoded unchanged: the base alphabet is the 256 bytes. A new tokenizer splits
+text as DeepSeek-V3's does, and a special token's name in a user's text stays text. Reads any folder with a
+`tokenizer.json`; rejects one that is missing or broken, and a translation prompt without its tokens.
 """
 
 from __future__ import annotations
@@ -26,8 +26,14 @@ SPECIAL_TOKENS = (
 
 SMALLEST_VOCAB = len(SPECIAL_TOKENS) + 256
 
-# What BPE never merges across: single digits, Han runs, Latin words; punctuation and spaces as in GPT-2.
-_PRE_TOKENS = r"'(?:[sdmt]|ll|ve|re)|\p{Han}+| ?[\p{L}&&[^\p{Han}]]+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# DeepSeek-V3's pre-tokenization (its tokenizer.json; "deepseek-v3" in llama.cpp), applied one after another: what BPE
+# never merges across are runs of up to three digits, runs of Chinese and kana, words, punctuation, line breaks, spaces.
+PRE_TOKENS = (
+    r"\p{N}{1,3}",
+    r"[一-龥぀-ゟ゠-ヿ]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -69,7 +75,10 @@ class Tokenizer:
             raise SoliError(f"vocab_size is {vocab_size}: it must be at least {SMALLEST_VOCAB} (bytes, special tokens)")
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(_PRE_TOKENS), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+            [
+                *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PRE_TOKENS),
+                pre_tokenizers.ByteLevel(False, use_regex=False),
+            ]
         )
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
