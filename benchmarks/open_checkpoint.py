@@ -1,7 +1,7 @@
 """Time and memory to open a whole DeepSeek-V3, and the start-up time of the verbs that need no weights.
 
 The folder has every tensor of the official FP8 files, MTP module included, at its true shape: 689 GB in sparse files,
-which take no room on the disk. Soli reads the headers and checks presence, shape, dtype and scales of every tensor
+which take no space on the disk. Soli reads the headers and checks presence, shape, dtype and scales of every tensor
 against config.json; the peer, safetensors' safe_open, reads the headers and checks their layout alone. The peer of
 `soli count` is the same count from transformers' model on the meta device. Each opening and start is a new process.
 

@@ -1,4 +1,4 @@
-"""The ablations: arms that are equal where they say so, runs that go on where they stopped, two steps of one arm."""
+"""The ablations: arms that are equal where they claim to be, runs that resume, two steps of one arm."""
 
 import json
 import sys

@@ -32,7 +32,7 @@ def test_arrivals_are_as_many_as_asked_for_on_average() -> None:
 
 
 class Toy:
-    """An engine that gives each running request a token in a step of 2 ms, and the clock that says so."""
+    """An engine that gives each running request a token in a step of 2 ms, and its clock."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -52,9 +52,9 @@ class Toy:
     def step(self) -> list[int]:
         assert self.left, "a step with nothing to do"
         self.now += 0.002
-        came = list(self.left)
+        numbers = list(self.left)
         self.left = {number: left - 1 for number, left in self.left.items() if left > 1}
-        return came
+        return numbers
 
 
 def test_requests_wait_for_their_time_and_all_get_their_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
