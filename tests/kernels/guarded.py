@@ -1,4 +1,4 @@
-"""Run by test_cpu_build.py with an instruction set: every kernel, on weights between pages that may not be touched."""
+"""Run by test_cpu_build.py with an instruction set: every kernel, on tensors between guard pages."""
 
 import ctypes
 import mmap
@@ -29,7 +29,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def guarded(tensor: Tensor, at_end: bool) -> Tensor:
-    """A copy whose last byte (or first) lies at a page that may not be read."""
+    """A copy that ends (or begins) at a guard page, which ends the process when it is read."""
     pages = -(-tensor.nbytes // PAGE)
     area = mmap.mmap(-1, (pages + 2) * PAGE)
     base = ctypes.addressof(ctypes.c_char.from_buffer(area))
@@ -55,76 +55,80 @@ def main() -> None:
             check_layers(format, at_end)
     for width in (1, 24, 31, 80, 145):
         check_latents(width, generator)
-    print("read nothing that it should not")
+    print("no read outside a tensor")
 
 
-def held(weight: QuantizedWeight, at_end: bool) -> QuantizedWeight:
+def guarded_weight(weight: QuantizedWeight, at_end: bool) -> QuantizedWeight:
     scale = None if weight.scale is None else guarded(weight.scale, at_end)
     return QuantizedWeight(weight.format, guarded(weight.values, at_end), scale, weight.shape, weight.group)
 
 
 def check(weight: QuantizedWeight, generator: torch.Generator) -> None:
-    for lying in (held(weight, True), held(weight, False)):
+    for at_end in (True, False):
+        copy = guarded_weight(weight, at_end)
         for dtype in DTYPES:
             for tokens in (1, 2, 9):
                 x_TI = torch.randn(tokens, weight.shape[1], generator=generator).to(dtype)
-                assert torch.equal(cpu.linear(ISA, x_TI, lying), cpu.linear(ISA, x_TI, weight))
+                assert torch.equal(cpu.linear(ISA, x_TI, copy), cpu.linear(ISA, x_TI, weight))
 
 
 def check_experts(format: str, at_end: bool, generator: torch.Generator) -> None:
-    """Three experts of width 128 over tokens of width 96, of which the last is nobody's choice."""
+    """Three experts of width 128 over tokens of width 96, of which the last is not chosen."""
     gate_up, down = (random_weight(format, shape, 32, generator) for shape in ((3, 256, 96), (3, 96, 128)))
-    lying = cpu.ExpertTable.from_stacked(held(gate_up, at_end), held(down, at_end))
+    table = cpu.ExpertTable.from_stacked(guarded_weight(gate_up, at_end), guarded_weight(down, at_end))
     for dtype in DTYPES:
         for tokens in (1, 40):
             x_TD = torch.randn(tokens, 96, generator=generator).to(dtype)
             ids_TK = torch.arange(2 * tokens).view(tokens, 2) % 2
             inputs = x_TD, ids_TK, torch.rand(tokens, 2, generator=generator)
             expected = cpu.experts(ISA, *inputs, cpu.ExpertTable.from_stacked(gate_up, down))
-            assert torch.equal(cpu.experts(ISA, *inputs, lying), expected)
+            assert torch.equal(cpu.experts(ISA, *inputs, table), expected)
 
 
 def check_latents(width: int, generator: torch.Generator) -> None:
-    """Two pages of five slots, in either order; of the second one three slots are read."""
+    """Two KV blocks of five slots, in either order; of the second one three slots are read."""
     for dtype in DTYPES:
-        pages_PSX = torch.randn(2, 5, width, generator=generator).to(dtype)
+        blocks_PSX = torch.randn(2, 5, width, generator=generator).to(dtype)
         q_BHX = torch.randn(2, 3, width, generator=generator).to(dtype)
         table_BM = torch.tensor([[0, 1], [1, 0]], dtype=torch.int32)
-        lengths_B, latent = torch.tensor([8, 8], dtype=torch.int32), -(-width * 2 // 3)
-        expected = cpu.latent_decode(ISA, q_BHX, pages_PSX, table_BM, lengths_B, latent=latent, scale=0.5)
+        lengths_B = torch.tensor([8, 8], dtype=torch.int32)
+        latent = -(-width * 2 // 3)
+        expected = cpu.latent_decode(ISA, q_BHX, blocks_PSX, table_BM, lengths_B, latent=latent, scale=0.5)
         for at_end in (True, False):
-            inputs = (guarded(tensor, at_end) for tensor in (q_BHX, pages_PSX, table_BM, lengths_B))
+            inputs = (guarded(tensor, at_end) for tensor in (q_BHX, blocks_PSX, table_BM, lengths_B))
             assert torch.equal(cpu.latent_decode(ISA, *inputs, latent=latent, scale=0.5), expected)
 
 
 @torch.inference_mode()
 def check_layers(format: str, at_end: bool) -> None:
-    """Passes of single tokens and of a prompt, from ids to logits: all weights, and the pages of the cache."""
+    """Forward passes of decode tokens and of a prompt, from ids to logits: all weights and the cache's KV blocks."""
     ids_BT = torch.arange(3)[None]
     for dtype in DTYPES if format != "fp32" else DTYPES[:1]:
-        model, found = quantized_model(format, dtype), []
-        for lying in (False, True):
+        model = quantized_model(format, dtype)
+        outputs: list[list[Tensor]] = []
+        for with_guards in (False, True):
             cache = Paged(model, 1, 16, 4)
-            if lying:
-                hold(model, at_end)
+            if with_guards:
+                guard_weights(model, at_end)
                 cache._layers = {layer: guarded(pages, at_end) for layer, pages in cache._layers.items()}
             runner = FusedRunner(model, drafts=True)
-            found.append([cache.read(runner, ids_BT, [0], at)[-1].hidden_BTD for at in (0, 3)])
+            outputs.append([cache.read(runner, ids_BT, [0], at)[-1].hidden_BTD for at in (0, 3)])
             now = cache.begin([0], [6], [10])
-            read = runner.forward(torch.arange(87, 97), now.positions_T, now, [0, 9])
-            found[-1] += [read.hidden_TD, read.logits_NV]
-        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+            output = runner.forward(torch.arange(87, 97), now.positions_T, now, [0, 9])
+            outputs[-1] += [output.hidden_TD, output.logits_NV]
+        assert all(torch.equal(one, other) for one, other in zip(*outputs, strict=True))
 
 
-def hold(model: Transformer, at_end: bool) -> None:
+def guard_weights(model: Transformer, at_end: bool) -> None:
     embedding = model.embed_tokens
     embedding.weight = torch.nn.Parameter(guarded(embedding.weight, at_end), False)
     for module in model.modules():
         if isinstance(module, Linear) and module.quantized is not None:
-            module.set_quantized(held(module.quantized, at_end))
+            module.set_quantized(guarded_weight(module.quantized, at_end))
         elif isinstance(module, RoutedExperts) and module.quantized is not None:
             parts = (module.quantized.gates, module.quantized.ups, module.quantized.downs)
-            module.set_quantized(QuantizedExperts(*(tuple(held(weight, at_end) for weight in part) for part in parts)))
+            copies = (tuple(guarded_weight(weight, at_end) for weight in part) for part in parts)
+            module.set_quantized(QuantizedExperts(*copies))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def linear(isa: str, x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tenso
 
 
 def into_poison(isa: str, x_TI: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
-    """cpu.linear into memory full of NaN; what lies around the result must stay as it was."""
+    """cpu.linear into memory full of NaN; what is around the result must stay as it was."""
     (T, I), O = x_TI.shape, weight.shape[0]  # noqa: E741
     kernels, margin = library(), 64
     space = torch.full((T * O + 2 * margin,), float("nan"), dtype=x_TI.dtype)
@@ -58,7 +58,7 @@ def test_is_the_product_within_the_bound(isa, format, T, O, I, group, half, seed
 
 
 @pytest.mark.parametrize("format", weights.FORMATS)
-def test_many_tokens_and_rows_have_the_bits_of_each_alone(isa, format) -> None:
+def test_many_tokens_have_the_bits_of_each_alone(isa, format) -> None:
     generator = torch.Generator().manual_seed(3)
     weight = random_weight(format, (70, 384), 32, generator)
     for dtype in weights.DTYPES:
@@ -69,7 +69,7 @@ def test_many_tokens_and_rows_have_the_bits_of_each_alone(isa, format) -> None:
 
 
 @pytest.mark.parametrize("format", ("int8", "int4"))
-def test_tokens_in_8_bits_of_any_size_and_numbers_that_are_none(isa, format) -> None:
+def test_8_bit_tokens_of_any_magnitude_and_with_nan_or_infinity(isa, format) -> None:
     generator = torch.Generator().manual_seed(8)
     weight = random_weight(format, (20, 256), 128, generator)
     x_TI = torch.randn(5, 256, generator=generator) * torch.tensor([1e-30, 1e-36, 1.0, 1e30, 0.0])[:, None]
@@ -96,41 +96,41 @@ def test_any_number_of_tokens_has_the_bits_of_each_alone(isa, format, group) -> 
 
 @pytest.mark.parametrize("format", ("int8", "int4"))
 @pytest.mark.parametrize("group", (32, 64, 128))
-def test_bytes_have_the_same_bits_on_every_instruction_set_that_multiplies_them(format, group) -> None:
+def test_8_bit_products_have_the_same_bits_on_every_instruction_set(format, group) -> None:
     sets = [isa for isa in weights.isas() if weights.rounds_tokens(isa, format, torch.bfloat16)]
     if len(sets) < 2:
-        pytest.skip(f"this processor has {len(sets)} instruction set that multiplies bytes, not two")
+        pytest.skip(f"this processor has {len(sets)} instruction set that has 8-bit products, not two")
     generator = torch.Generator().manual_seed(11)
     weight = random_weight(format, (37, 640), group, generator)
     x_TI = torch.randn(41, 640, generator=generator).bfloat16()
-    found = []
-    for isa in sets:
-        found += [linear(isa, x_TI, weight), linear(isa, x_TI[:2].contiguous(), weight)]
-    for many, few in zip(found[2::2], found[3::2], strict=True):
-        assert torch.equal(many, found[0]) and torch.equal(few, found[1])
+    many_tokens = [linear(isa, x_TI, weight) for isa in sets]
+    few_tokens = [linear(isa, x_TI[:2].contiguous(), weight) for isa in sets]
+    assert all(torch.equal(y_TO, many_tokens[0]) for y_TO in many_tokens)
+    assert all(torch.equal(y_TO, few_tokens[0]) for y_TO in few_tokens)
 
 
 def test_threads_do_not_change_a_bit(isa) -> None:
     generator = torch.Generator().manual_seed(4)
     weight, x = random_weight("int4", (200, 128), 64, generator), torch.randn(5, 128, generator=generator).bfloat16()
-    found, threads = [], torch.get_num_threads()
+    threads = torch.get_num_threads()
+    results = []
     try:
         for number in (1, 2, 3):
             torch.set_num_threads(number)
-            found.append(linear(isa, x, weight))
+            results.append(linear(isa, x, weight))
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-def test_every_fp8_code_is_read_as_torch_reads_it(isa) -> None:
-    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)[:, None].contiguous()
-    weight = QuantizedWeight("fp8", codes, torch.ones(2, 1), (256, 1), 128)
+def test_every_fp8_value_is_decoded_as_torch_decodes_it(isa) -> None:
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)[:, None].contiguous()
+    weight = QuantizedWeight("fp8", values, torch.ones(2, 1), (256, 1), 128)
     for dtype in weights.DTYPES:
-        np.testing.assert_array_equal(linear(isa, torch.ones(1, dtype=dtype), weight).float(), codes.float()[:, 0])
+        np.testing.assert_array_equal(linear(isa, torch.ones(1, dtype=dtype), weight).float(), values.float()[:, 0])
 
 
-def test_nan_in_a_token_stays_with_that_token(isa) -> None:
+def test_nan_in_a_token_changes_no_other_token(isa) -> None:
     generator = torch.Generator().manual_seed(5)
     weight, x_TI = random_weight("bf16", (33, 70), 0, generator), torch.randn(6, 70, generator=generator)
     x_TI[2, 69] = float("nan")
@@ -138,7 +138,7 @@ def test_nan_in_a_token_stays_with_that_token(isa) -> None:
     assert y_TO[2].isnan().all() and not y_TO[[0, 1, 3, 4, 5]].isnan().any()
 
 
-def test_shapes_bias_and_nothing_at_all(isa) -> None:
+def test_leading_shapes_bias_no_tokens_and_strides(isa) -> None:
     generator = torch.Generator().manual_seed(6)
     weight, bias = random_weight("fp32", (7, 12), 0, generator), torch.randn(7, generator=generator)
     x = torch.randn(2, 3, 12, generator=generator)
@@ -147,7 +147,7 @@ def test_shapes_bias_and_nothing_at_all(isa) -> None:
     assert torch.equal(linear(isa, x.mT.contiguous().mT, weight), linear(isa, x, weight))
 
 
-def test_what_cannot_be_computed_is_refused() -> None:
+def test_a_wrong_dtype_width_or_instruction_set_is_rejected() -> None:
     weight = random_weight("fp32", (7, 12), 0, torch.Generator())
     with pytest.raises(ValueError, match="float64"):
         linear("portable", torch.zeros(12, dtype=torch.float64), weight)

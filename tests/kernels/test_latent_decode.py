@@ -137,7 +137,7 @@ def test_a_slot_in_no_block_is_rejected(block, length) -> None:
 @needs_kernels
 def test_tensors_that_do_not_fit_are_rejected() -> None:
     table_BM, lengths_B = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
-    with pytest.raises(ValueError, match=r"pages torch.bfloat16 .* do not fit"):
+    with pytest.raises(ValueError, match=r"blocks torch.bfloat16 .* do not fit"):
         blocks_PSX = torch.zeros(5, 16, 24, dtype=torch.bfloat16)
         cpu.latent_decode(0, torch.zeros(1, 2, 24), blocks_PSX, table_BM, lengths_B, latent=16, scale=1.0)
     with pytest.raises(ValueError, match=r"table torch.int64 .* do not fit"):

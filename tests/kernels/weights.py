@@ -1,4 +1,4 @@
-"""Weights of random codes for the tests of the C++ kernels, the instruction sets to test, and their bounds."""
+"""Weights of random values for the tests of the C++ kernels, the instruction sets to test, and their bounds."""
 
 from functools import cache
 
@@ -13,7 +13,7 @@ from soli.kernels.cpu.native import available_isas, library
 
 needs_kernels = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
 
-#: |y - exact| <= BOUND[dtype of the tokens] * sum |x| |w|, for every format: codes and scales are taken exactly, so
+#: |y - exact| <= BOUND[dtype of the tokens] * sum |x| |w|, for every format: values and scales are exact, so
 #: what is left is float32 sums, and for bfloat16 tokens the one rounding of the result (2^-8 of it). `exact` is of
 #: tokens `as_multiplied`.
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8 + 1e-5}
@@ -24,8 +24,8 @@ FORMATS = ("fp32", "bf16", "fp8", "int8", "int4")
 
 @cache
 def isas() -> tuple[str, ...]:
-    found = library()
-    return available_isas(found.best_isa) if found else ()
+    kernels = library()
+    return available_isas(kernels.best_isa) if kernels else ()
 
 
 def rounds_tokens(isa: str, format: str, dtype: torch.dtype) -> bool:
@@ -34,38 +34,38 @@ def rounds_tokens(isa: str, format: str, dtype: torch.dtype) -> bool:
 
 
 def as_multiplied(x: Tensor, isa: str, format: str) -> Tensor:
-    """Tokens (..., I) as the kernel takes them: in 8 bits, -127 ... 127 times largest / 127 for each 128 numbers, where
-    `rounds_tokens`, and else as they are."""
+    """Tokens (..., I) as the kernel multiplies them: where `rounds_tokens`, in 8 bits, -127 ... 127 times max / 127 for
+    each 128 numbers; else unchanged."""
     if not rounds_tokens(isa, format, x.dtype):
         return x
     parts = []
     for part in x.float().split(128, dim=-1):
-        most = part.abs().amax(-1, keepdim=True).clamp(min=2.0**-100)
-        parts.append((part * (127 / most)).round() * (most / 127))
+        largest = part.abs().amax(-1, keepdim=True).clamp(min=2.0**-100)
+        parts.append((part * (127 / largest)).round() * (largest / 127))
     return torch.cat(parts, -1)
 
 
-def inputs(format: str, wanted: int, group: int) -> int:
-    """`wanted` input features, or the next number that the format can hold."""
-    return -(-wanted // group) * group if format in ("int8", "int4") else wanted
+def inputs(format: str, width: int, group: int) -> int:
+    """`width` input features, or the next number that the format allows."""
+    return -(-width // group) * group if format in ("int8", "int4") else width
 
 
 def random_weight(format: str, shape: tuple[int, ...], group: int, generator: torch.Generator) -> QuantizedWeight:
-    """Any codes that the format has, with scales between 0.5 and 1.5 of the size that makes the weight's variance 1."""
+    """Any values that the format has, with scales of 0.5 to 1.5 times what makes the weight's variance 1."""
     if format in ("fp32", "bf16"):
         return plain(torch.randn(shape, generator=generator).to(torch.float32 if format == "fp32" else torch.bfloat16))
     *leading, O, I = shape  # noqa: E741
     if format == "fp8":
-        codes = torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
-        codes[codes & 127 == 127] = 0  # the two NaN
+        values = torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
+        values[values & 127 == 127] = 0  # the two NaN
         scale = _scales((*leading, -(-O // 128), -(-I // 128)), 1 / 64, generator)
-        return QuantizedWeight(format, codes.view(torch.float8_e4m3fn), scale, shape, 128)
+        return QuantizedWeight(format, values.view(torch.float8_e4m3fn), scale, shape, 128)
     scale = _scales((*leading, O, I // group), 1 / (73 if format == "int8" else 4.6), generator).half()
     if format == "int8":
-        codes = torch.randint(-127, 128, shape, generator=generator).to(torch.int8)
+        values = torch.randint(-127, 128, shape, generator=generator).to(torch.int8)
     else:
-        codes = torch.randint(0, 256, (*leading, O, I // 2), generator=generator).to(torch.uint8)
-    return QuantizedWeight(format, codes, scale, shape, group)
+        values = torch.randint(0, 256, (*leading, O, I // 2), generator=generator).to(torch.uint8)
+    return QuantizedWeight(format, values, scale, shape, group)
 
 
 def _scales(shape: tuple[int, ...], size: float, generator: torch.Generator) -> Tensor:

@@ -1,13 +1,15 @@
-"""The seams in C++: weights of every format multiplied as they lie, and attention over paged latents, for inference.
+"""The seams in C++: products with weights of every format in place, and attention over latents in KV blocks.
 
-Numerics: activations are float32 or bfloat16 and results have their dtype; every dot product is summed in float32, in
-an order that depends on its length alone, so a token's result has the same bits alone and in any batch, with any number
-of threads. bfloat16 tokens meet bfloat16 products where the processor has them (AVX-512 BF16), and beside int8 and int4
-weights products of bytes, tokens rounded to 8 bits (AVX2 and later); elsewhere float32 ones.
-No gradient is recorded. `isa`: the instruction set by its number in `native.ISAS`.
+For inference: no gradient is recorded. Numerics: activations are float32 or bfloat16 and results have their dtype.
+Every dot product is summed in float32, in an order that depends on its length alone, so results are batch-invariant: a
+token's result has the same bits alone and in any batch, with any number of threads. bfloat16 tokens use bfloat16
+products where the processor has them (AVX-512 BF16), and beside int8 and int4 weights products of bytes, with tokens
+rounded to 8 bits (AVX2 and later); elsewhere float32 products.
 
-Shapes: T tokens, D hidden, E experts, F expert width, K chosen, O output and I input features; B rows, H heads, P pages
-of S slots, M pages of a row, X = C latent + R rotary width.
+`isa`: the instruction set by its number in `native.ISAS`.
+
+Shapes: T tokens, D hidden, E experts, F expert width, K chosen, O output and I input features; B sequences, H heads, P
+KV blocks of S slots, M blocks of a table's row, X = C latent + R rotary width.
 """
 
 from __future__ import annotations
@@ -29,13 +31,12 @@ PLAIN = {dtype: FORMATS[name] for dtype, name in FORMAT_NAMES.items()}
 
 def linear(isa: int, x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
     """x (..., I), float32 or bfloat16, times weight (O, I) transposed: (..., O) in the dtype of x."""
-    scale = None if weight.scale is None else weight.scale.data_ptr()
-    return _linear(isa, x, FORMATS[weight.format], weight.shape, weight.group, weight.values.data_ptr(), scale, bias)
+    return _linear(isa, x, FORMATS[weight.format], weight.shape, weight.group, *_matrix_address(weight), bias)
 
 
 def plain_linear(isa: int, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The same for a contiguous float32 or bfloat16 matrix, with little before the call: small products are many."""
-    return _linear(isa, x, PLAIN[weight.dtype], weight.shape, 0, weight.data_ptr(), None, bias)
+    """The same for a contiguous float32 or bfloat16 matrix, with little overhead: small products are many."""
+    return _linear(isa, x, PLAIN[weight.dtype], weight.shape, 0, weight.data_ptr(), 0, bias)
 
 
 def _linear(
@@ -45,7 +46,7 @@ def _linear(
     shape: Sequence[int],
     group: int,
     weight: int,
-    scale: int | None,
+    scale: int,
     bias: Tensor | None,
 ) -> Tensor:
     O, I = shape  # noqa: E741
@@ -53,7 +54,7 @@ def _linear(
     if not x.is_contiguous():
         x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], O))
-    kernels = loaded()
+    kernels = require_library()
     code = kernels.linear(
         isa, format, O, I, group, weight, scale,
         y.numel() // max(O, 1), DTYPES[x.dtype], x.data_ptr(), y.data_ptr(), torch.get_num_threads(),
@@ -84,16 +85,16 @@ class ExpertTable:
             raise SoliError(f"gate and up of shape {gate_up.shape} do not fit a down projection of shape {down.shape}")
         if gate_up.format == "fp8" and F % gate_up.group:
             raise SoliError(f"stacked FP8 gate and up need a width that is a multiple of {gate_up.group}, not {F}")
-        spans = _spans(gate_up), _spans(down)
-        bases = [(w.values.data_ptr(), 0 if w.scale is None else w.scale.data_ptr()) for w in (gate_up, down)]
-        addresses = _addresses(bases, spans, E)
+        bases = [_matrix_address(stack) for stack in (gate_up, down)]
+        addresses = _addresses(bases, (_matrix_bytes(gate_up), _matrix_bytes(down)), E)
         return cls((gate_up.format, gate_up.group), (down.format, down.group), (E, D, F), addresses, (gate_up, down))
 
     @classmethod
     def from_plain(cls, gate_up_E2FD: Tensor, down_EDF: Tensor) -> ExpertTable:
         """Of stacked float32 or bfloat16 tensors, which the caller keeps alive."""
         if gate_up_E2FD.is_contiguous() and down_EDF.is_contiguous():
-            dtypes, shapes = (gate_up_E2FD.dtype, down_EDF.dtype), (gate_up_E2FD.shape, down_EDF.shape)
+            dtypes = gate_up_E2FD.dtype, down_EDF.dtype
+            shapes = gate_up_E2FD.shape, down_EDF.shape
             return _plain_table(gate_up_E2FD.data_ptr(), down_EDF.data_ptr(), *dtypes, *shapes)
         raise SoliError("stacked experts must be contiguous")
 
@@ -101,35 +102,33 @@ class ExpertTable:
     def from_matrices(
         cls, gates: Sequence[QuantizedWeight], ups: Sequence[QuantizedWeight], downs: Sequence[QuantizedWeight]
     ) -> ExpertTable:
-        """Of matrices that lie apart, as in a file's pages: one gate, up and down for each expert."""
+        """Of separate matrices, as in a mapped file: one gate, up and down for each expert."""
         D, F = downs[0].shape
         kinds = [{(w.format, w.group, w.shape) for w in part} for part in ((*gates, *ups), downs)]
         if len(gates) != len(downs) or len(ups) != len(downs) or any(len(kind) != 1 for kind in kinds):
             raise SoliError("the experts of a layer must have the same number, shape, format and group everywhere")
         if gates[0].shape != (F, D):
             raise SoliError(f"a gate of shape {gates[0].shape} does not fit a down projection of shape {(D, F)}")
-        rows = [
-            [(w.values.data_ptr(), 0 if w.scale is None else w.scale.data_ptr()) for w in part]
-            for part in (gates, ups, downs)
-        ]
+        addresses = [[_matrix_address(matrix) for matrix in part] for part in (gates, ups, downs)]
         formats = (gates[0].format, gates[0].group), (downs[0].format, downs[0].group)
-        return cls(*formats, (len(downs), D, F), torch.tensor(rows, dtype=torch.int64), (*gates, *ups, *downs))
+        return cls(*formats, (len(downs), D, F), torch.tensor(addresses, dtype=torch.int64), (*gates, *ups, *downs))
 
 
 def experts(isa: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, table: ExpertTable) -> Tensor:
     """Equation 12's routed part for T tokens: (T, D), int64 (T, K), (T, K) to (T, D) in the dtype of x.
 
-    A token's experts are summed in ascending order. IndexError for an id that is no expert's.
+    A token's experts are summed in ascending order. IndexError for an id outside 0 ... E - 1.
     """
     E, D, F = table.shape
     _check_tokens(x_TD, D)
     T, K = expert_ids_TK.shape
     if x_TD.shape[0] != T or weights_TK.shape != (T, K) or expert_ids_TK.dtype != torch.int64:
-        raise ValueError(f"{x_TD.shape[0]} tokens, choices {(T, K)}, weights {tuple(weights_TK.shape)} do not fit")
+        raise ValueError(f"{x_TD.shape[0]} tokens, expert ids {(T, K)}, weights {tuple(weights_TK.shape)} do not fit")
     x_TD, ids_TK, weights_TK = x_TD.contiguous(), expert_ids_TK.contiguous(), weights_TK.float().contiguous()
     y_TD = torch.empty_like(x_TD)
-    kernels = loaded()
-    (in_format, in_group), (out_format, out_group) = table.gate_up, table.down
+    kernels = require_library()
+    in_format, in_group = table.gate_up
+    out_format, out_group = table.down
     code = kernels.experts(
         isa, FORMATS[in_format], in_group, FORMATS[out_format], out_group,
         E, D, F, table.addresses_3E2.data_ptr(), T, K, DTYPES[x_TD.dtype], x_TD.data_ptr(), ids_TK.data_ptr(),
@@ -140,26 +139,21 @@ def experts(isa: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, t
 
 
 def latent_decode(
-    isa: int, q_BHX: Tensor, pages_PSX: Tensor, table_BM: Tensor, lengths_B: Tensor, *, latent: int, scale: float
+    isa: int, q_BHX: Tensor, blocks_PSX: Tensor, table_BM: Tensor, lengths_B: Tensor, *, latent: int, scale: float
 ) -> Tensor:
-    """Attention of one query per row over paged latents, as `reference.latent_decode`; table and lengths are int32.
+    """Attention of one query per sequence over latents in blocks, as `reference.latent_decode`; table, lengths int32.
 
-    A row's bits depend on its query and slots alone: neither on the other rows nor on where its pages lie or how large
-    they are. IndexError for a row without a slot, or with one that lies in no page.
+    A row's bits depend on its query and slots alone: neither on the other rows nor on which blocks its slots are in or
+    how large these are. IndexError for a row without a slot, or with one outside the blocks.
     """
-    (B, H, X), (P, S, width) = q_BHX.shape, pages_PSX.shape
+    B, H, X = q_BHX.shape
+    P, S, width = blocks_PSX.shape
     _check_tokens(q_BHX, width)
-    fits = table_BM.dtype == lengths_B.dtype == torch.int32 and table_BM.shape[:1] == lengths_B.shape == (B,)
-    if not fits or pages_PSX.dtype != q_BHX.dtype or not pages_PSX.is_contiguous() or not 0 < latent <= X:
-        raise ValueError(
-            f"queries {q_BHX.dtype} {tuple(q_BHX.shape)}, pages {pages_PSX.dtype} {tuple(pages_PSX.shape)}, table "
-            f"{table_BM.dtype} {tuple(table_BM.shape)}, lengths {lengths_B.dtype} {tuple(lengths_B.shape)} do not fit"
-        )
+    _check_blocks(q_BHX, blocks_PSX, table_BM, lengths_B, latent)
     q_BHX, table_BM, lengths_B = q_BHX.contiguous(), table_BM.contiguous(), lengths_B.contiguous()
     y_BHC = q_BHX.new_empty(B, H, latent)
-    kernels = loaded()
-    code = kernels.latent_decode(
-        isa, DTYPES[q_BHX.dtype], B, H, X, latent, q_BHX.data_ptr(), pages_PSX.data_ptr(),
+    code = require_library().latent_decode(
+        isa, DTYPES[q_BHX.dtype], B, H, X, latent, q_BHX.data_ptr(), blocks_PSX.data_ptr(),
         P, S, table_BM.data_ptr(), table_BM.shape[1], lengths_B.data_ptr(), scale, y_BHC.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
@@ -172,12 +166,12 @@ def available() -> bool:
     return library() is not None
 
 
-def loaded() -> Library:
+def require_library() -> Library:
     """The compiled kernels; SoliError where they are missing."""
-    found = library()
-    if found is None:
+    kernels = library()
+    if kernels is None:
         raise SoliError("the C++ kernels are missing on this machine; `soli doctor` says why")
-    return found
+    return kernels
 
 
 def _check_tokens(x: Tensor, width: int) -> None:
@@ -187,28 +181,46 @@ def _check_tokens(x: Tensor, width: int) -> None:
         raise ValueError(f"tokens of width {x.shape[-1]} do not fit a weight of {width} input features")
 
 
-def _spans(stack: QuantizedWeight) -> tuple[int, int]:
-    """Bytes of one matrix's weight and of its scale in a stack."""
+def _check_blocks(q_BHX: Tensor, blocks_PSX: Tensor, table_BM: Tensor, lengths_B: Tensor, latent: int) -> None:
+    B, _, X = q_BHX.shape
+    indices_fit = table_BM.dtype == lengths_B.dtype == torch.int32 and table_BM.shape[:1] == lengths_B.shape == (B,)
+    blocks_fit = blocks_PSX.dtype == q_BHX.dtype and blocks_PSX.is_contiguous() and 0 < latent <= X
+    if not indices_fit or not blocks_fit:
+        raise ValueError(
+            f"queries {q_BHX.dtype} {tuple(q_BHX.shape)}, blocks {blocks_PSX.dtype} {tuple(blocks_PSX.shape)}, table "
+            f"{table_BM.dtype} {tuple(table_BM.shape)}, lengths {lengths_B.dtype} {tuple(lengths_B.shape)} do not fit"
+        )
+
+
+def _matrix_address(weight: QuantizedWeight) -> tuple[int, int]:
+    """Of its values and of its scale; 0 without a scale."""
+    return weight.values.data_ptr(), 0 if weight.scale is None else weight.scale.data_ptr()
+
+
+def _matrix_bytes(stack: QuantizedWeight) -> tuple[int, int]:
+    """Bytes of one matrix's values and of its scale in a stack."""
     count = max(1, stack.shape[0])
     return stack.values.nbytes // count, 0 if stack.scale is None else stack.scale.nbytes // count
 
 
-def _addresses(bases: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]], E: int) -> Tensor:
-    """(3, E, 2) from where both stacks begin and how far apart their matrices lie; up is gate's second half."""
-    (gate_up, down), (gate_up_span, down_span) = bases, spans
-    half = tuple(span // 2 for span in gate_up_span)
-    starts = torch.tensor([gate_up, [b + h for b, h in zip(gate_up, half, strict=True)], down])
-    return starts[:, None] + torch.tensor([gate_up_span, gate_up_span, down_span])[:, None] * torch.arange(E)[:, None]
+def _addresses(bases: Sequence[tuple[int, int]], strides: Sequence[tuple[int, int]], E: int) -> Tensor:
+    """(3, E, 2) from the addresses of both stacks and the bytes of a matrix in each; up is gate's second half."""
+    gate_up, down = bases
+    gate_up_stride, down_stride = strides
+    up = [base + stride // 2 for base, stride in zip(gate_up, gate_up_stride, strict=True)]
+    first_32 = torch.tensor([gate_up, up, down])
+    stride_32 = torch.tensor([gate_up_stride, gate_up_stride, down_stride])
+    return first_32[:, None] + stride_32[:, None] * torch.arange(E)[:, None]
 
 
 @lru_cache(maxsize=4096)
 def _plain_table(
     gate_up: int, down: int, in_dtype: torch.dtype, out_dtype: torch.dtype, in_shape: torch.Size, out_shape: torch.Size
 ) -> ExpertTable:
-    """A table from addresses and shapes alone, so nothing in it goes stale; decoding asks for it at every token."""
+    """A table from addresses and shapes alone, so nothing in it goes stale; decoding needs it for every token."""
     E, D, F = out_shape
     if in_shape != (E, 2 * F, D):
         raise SoliError(f"gate and up of shape {tuple(in_shape)} do not fit a down projection of shape {(E, D, F)}")
-    spans = (2 * F * D * in_dtype.itemsize, 0), (D * F * out_dtype.itemsize, 0)
+    strides = (2 * F * D * in_dtype.itemsize, 0), (D * F * out_dtype.itemsize, 0)
     formats = (FORMAT_NAMES[in_dtype], 0), (FORMAT_NAMES[out_dtype], 0)
-    return ExpertTable(*formats, (E, D, F), _addresses([(gate_up, 0), (down, 0)], spans, E), ())
+    return ExpertTable(*formats, (E, D, F), _addresses([(gate_up, 0), (down, 0)], strides, E), ())

@@ -35,7 +35,7 @@ class CpuBackend(Backend):
     @cached_property
     def isa(self) -> int:
         """The instruction set as `native.ISAS` numbers it. SoliError where it, or the library, is missing."""
-        return cpu.native.isa_number(self._isa_name, cpu.loaded().best_isa)
+        return cpu.native.isa_number(self._isa_name, cpu.require_library().best_isa)
 
     def supports(self, x: Tensor, weight: Tensor) -> bool:
         """Whether these are real CPU tensors that the kernels can read, and no gradient is needed."""

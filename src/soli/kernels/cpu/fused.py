@@ -1,4 +1,4 @@
-"""The fused forward: up to MAX_TOKENS tokens through all layers, or from ids to logits, in one C++ call.
+"""The fused forward: up to MAX_TOKENS tokens through all layers, or from ids to logits, in C++ at once.
 
 A `CLayer` is a table of addresses: weights stay in place, in any of the five formats. Numerics: float32 between
 products; hidden states are rounded to bfloat16 only as inputs of a product, into the cache and in the result. Results

@@ -1,6 +1,6 @@
-// The tile registers of AMX: eight, of up to 16 rows of 64 bytes. A tile product adds A (rows, k) times B (k, columns) to a
-// third tile. Here A holds rows of tokens or of weights, in place. B holds columns, four bytes of each side by side
-// (two bfloat16 or four int8 values); for a single column that is a token in place.
+// The tile registers of AMX: eight, of up to 16 rows of 64 bytes. A tile product adds A (rows, k) times B (k, columns)
+// to a third tile. Here A holds rows of tokens or of weights, in place. B holds columns, four bytes of each side by
+// side (two bfloat16 or four int8 values); for a single column that is a token in place.
 //
 // Written as assembly, because a compiler may move a store past the load of a tile that reads it.
 #pragma once

@@ -1,6 +1,6 @@
 // The AMX kernels for bfloat16 tokens and weights in bfloat16 or FP8, decoded to exact bfloat16. A tile product adds 32
-// terms in one order whatever its sides hold. So a single token, a column beside weights in place, and many tokens, rows
-// beside transposed weights, have the same bits.
+// terms in one order whatever its sides hold. So a single token, a column beside weights in place, and many tokens,
+// rows beside transposed weights, have the same bits.
 //
 // Template parameters: D decoder; N tokens beside a tile of weights; TOKEN_TILES and ROW_TILES of a register block.
 #include "amx.h"

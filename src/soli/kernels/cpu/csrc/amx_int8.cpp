@@ -1,5 +1,5 @@
-// The AMX kernels for bfloat16 tokens and weights in int8 or int4: few tokens as with AVX-512, many by tiles, with the same
-// bits, since a group's sum is exact in both.
+// The AMX kernels for bfloat16 tokens and weights in int8 or int4: few tokens as with AVX-512, many by tiles, with the
+// same bits, since a group's sum is exact in both.
 #include "amx.h"
 #include "avx512_vnni.h"
 

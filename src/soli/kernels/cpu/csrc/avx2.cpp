@@ -84,7 +84,8 @@ struct Fp8 {
         const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row.weight + k));
         const __m256i e4m3 = _mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 8);
         const __m256i magnitude_mask = _mm256_set1_epi16(0x7f00);
-        // Shifted right by one bit, E4M3 is a float16 of 2^-8 the value, subnormal numbers too: the biases are 7 and 15.
+        // Shifted right by one bit, E4M3 is a float16 of 2^-8 the value, subnormal numbers too: the biases are 7 and
+        // 15.
         const __m256i shifted =
             _mm256_and_si256(_mm256_srai_epi16(e4m3, 1), _mm256_set1_epi16(static_cast<short>(0xbf80)));
         const __m256i nan = _mm256_cmpeq_epi16(_mm256_and_si256(e4m3, magnitude_mask), magnitude_mask);
@@ -111,7 +112,8 @@ struct Int8 {
     static void prefetch(const Row& row, int64_t k, int64_t distance) { prefetch_line<32>(row.weight, k, distance); }
 };
 
-// A run of 16 bytes holds 32 inputs: the low nibbles the first 16, the high nibbles the others (diagram: int8_tokens.h).
+// A run of 16 bytes holds 32 inputs: the low nibbles the first 16, the high nibbles the others (diagram:
+// int8_tokens.h).
 struct Int4 {
     static constexpr int STEP = 32;
     static constexpr int BYTES = 1;

@@ -1,9 +1,9 @@
 // The AVX2 kernels for bfloat16 tokens and weights in int8 or int4: vpmaddubsw multiplies 32 bytes at a time.
 //
-// It adds two products of an unsigned and a signed byte into 16 bits. Those hold eight such sums of nibbles
-// (16 * 15 * 127 = 30,480), and of bytes not even one. So many tokens are multiplied with int8 as two planes of nibbles,
-// 16 * high + low, and few tokens with the weights' magnitudes, with their signs moved over to the token
-// (2 * 128 * 127 = 32,512).
+// It adds two products of an unsigned and a signed byte into 16 bits. Those hold eight such sums of nibbles (16 * 15 *
+// 127 = 30,480), and of bytes not even one. So many tokens are multiplied with int8 as two planes of nibbles, 16 * high
+// + low, and few tokens with the weights' magnitudes, with their signs moved over to the token (2 * 128 * 127 =
+// 32,512).
 //
 // Names: G quantization group, n a token of N, r a row of the tile, C inputs of one step.
 #include "avx2.h"
@@ -31,7 +31,8 @@ SOLI_INLINE __m256i low_nibbles(__m256i v) { return _mm256_and_si256(v, _mm256_s
 
 SOLI_INLINE __m256i high_nibbles(__m256i v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
 
-// sum + product, at this point: otherwise GCC computes all products first, for a tree of sums, and runs out of registers.
+// sum + product, at this point: otherwise GCC computes all products first, for a tree of sums, and runs out of
+// registers.
 SOLI_INLINE __m256i add_in_order(__m256i sum, __m256i product) {
     sum = _mm256_add_epi16(sum, product);
     __asm__("" : "+x"(sum));
@@ -90,8 +91,8 @@ void transpose_scales(const RowTile& tile, int64_t groups, float* to) {
 
 // Few tokens: along the inputs.
 
-// The products of one row with N tokens, C inputs from k on: part[n][r]. Of int4 the first 128 bits belong to another run
-// of 32 than the last; without FULL there is one run left.
+// The products of one row with N tokens, C inputs from k on: part[n][r]. Of int4 the first 128 bits belong to another
+// run of 32 than the last; without FULL there is one run left.
 template <int64_t FORMAT, int C, int N, bool FULL>
 SOLI_INLINE void multiply(const uint8_t* row, int64_t k, const uint8_t* x, int64_t stride, __m256i (*part)[TILE_ROWS],
                           int r) {
@@ -170,8 +171,8 @@ void multiply_few_tokens(const RowTile& tile, const float* scales, const uint8_t
 
 // Many tokens: along the rows of a transposed tile.
 
-// Transposes eight rows of eight units of four bytes; units are UNIT_BYTES apart, the first four at to[0], the others at
-// to[1].
+// Transposes eight rows of eight units of four bytes; units are UNIT_BYTES apart, the first four at to[0], the others
+// at to[1].
 SOLI_INLINE void transpose(const __m256i* a, uint8_t* const* to) {
     __m256i b[8];  // b[4 q + u]: in 128 bits i unit 4 i + u of rows 4 q ... 4 q + 3
     for (int q = 0; q < 2; q++) {
@@ -193,8 +194,8 @@ SOLI_INLINE void transpose(const __m256i* a, uint8_t* const* to) {
         }
 }
 
-// Eight rows for many tokens: to[UNIT_BYTES * unit + 4 * row]. Each 32 inputs are eight units; of int4 four of the run's
-// first half, then four of its second.
+// Eight rows for many tokens: to[UNIT_BYTES * unit + 4 * row]. Each 32 inputs are eight units; of int4 four of the
+// run's first half, then four of its second.
 template <int64_t FORMAT>
 void transpose_tile(const RowTile& tile, uint8_t* to) {
     constexpr int64_t RUN_BYTES = 8 * UNIT_BYTES;

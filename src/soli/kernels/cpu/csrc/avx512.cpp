@@ -1,5 +1,5 @@
-// The kernels for AVX-512 with BF16, VNNI and VBMI (Zen 4, Sapphire Rapids and later), for float32 tokens: sixteen floats at a
-// time. Those for bfloat16 tokens are in avx512_bf16.cpp and avx512_vnni.cpp.
+// The kernels for AVX-512 with BF16, VNNI and VBMI (Zen 4, Sapphire Rapids and later), for float32 tokens: sixteen
+// floats at a time. Those for bfloat16 tokens are in avx512_bf16.cpp and avx512_vnni.cpp.
 #include "avx512.h"
 #include "scratch.h"
 
@@ -91,7 +91,8 @@ struct Int8 {
     static void prefetch(const Row& row, int64_t k, int64_t distance) { prefetch_line<32>(row.weight, k, distance); }
 };
 
-// A run of 16 bytes holds 32 inputs: the low nibbles the first 16, the high nibbles the others (diagram: int8_tokens.h).
+// A run of 16 bytes holds 32 inputs: the low nibbles the first 16, the high nibbles the others (diagram:
+// int8_tokens.h).
 struct Int4 {
     static constexpr int STEP = 32;
     static constexpr int BYTES = 1;

@@ -1,6 +1,6 @@
 // The AVX-512 kernels for bfloat16 tokens and weights in bfloat16 or FP8: both are decoded to exact bfloat16, and
-// vdpbf16ps multiplies 32 at a time with float32 sums; each FP8 block's sum is then multiplied by the block's scale. Neither
-// weights nor scales are rounded.
+// vdpbf16ps multiplies 32 at a time with float32 sums; each FP8 block's sum is then multiplied by the block's scale.
+// Neither weights nor scales are rounded.
 //
 // Template parameters: D decoder, R rows and N tokens of a register tile.
 #include "avx512_bf16.h"
@@ -13,9 +13,9 @@ constexpr int64_t TILE_ROWS = 4;
 constexpr int64_t ONE_TOKEN_ROWS = 8;      // of a tile for a single token
 constexpr int64_t MIN_DECODED_TOKENS = 8;  // from which an FP8 row is decoded once for all
 
-// Large bfloat16 matrices are read one row after another, without prefetching: hardware follows a single stream from memory
-// faster (Zen 4: 30 GB/s a core) than it answers prefetches (22). More tokens take longer over a row than reading it does,
-// and smaller matrices are likely in a cache.
+// Large bfloat16 matrices are read one row after another, without prefetching: hardware follows a single stream from
+// memory faster (Zen 4: 30 GB/s a core) than it answers prefetches (22). More tokens take longer over a row than
+// reading it does, and smaller matrices are likely in a cache.
 constexpr int64_t MIN_STREAMED_BYTES = 1 << 18;
 constexpr int64_t MAX_STREAMED_TOKENS = 3;
 

@@ -1,8 +1,8 @@
 // Weights in bfloat16 and FP8, decoded to bfloat16, for the two files that multiply them: avx512_bf16.cpp and
 // amx_bf16.cpp.
 //
-// An FP8 byte becomes a bfloat16 by looking up its upper and its lower byte and interleaving the two, which works within
-// 16 bytes: pack_token puts tokens into the order that comes out.
+// An FP8 byte becomes a bfloat16 by looking up its upper and its lower byte and interleaving the two, which works
+// within 16 bytes: pack_token puts tokens into the order that comes out.
 #pragma once
 #include "avx512.h"
 
@@ -43,8 +43,8 @@ constexpr uint16_t bf16_from_e4m3(int magnitude) {
     return magnitude < 8 ? bf16_bits(magnitude, -9) : bf16_bits(8 + (magnitude & 7), (magnitude >> 3) - 10);
 }
 
-// Upper and lower byte of the bfloat16 of each seven-bit magnitude. Computed by the compiler: code of this file that ran
-// on loading would stop a processor without AVX-512.
+// Upper and lower byte of the bfloat16 of each seven-bit magnitude. Computed by the compiler: code of this file that
+// ran on loading would stop a processor without AVX-512.
 struct ByteTable {
     alignas(64) uint8_t upper[128], lower[128];
     constexpr explicit ByteTable(uint16_t (*bf16)(int)) : upper(), lower() {

@@ -1,9 +1,12 @@
-// int8 and int4 weights beside tokens of 8 bits (int8_tokens.h), for the two files that multiply them: avx512_vnni.cpp and
-// amx_int8.cpp.
+// int8 and int4 weights beside tokens of 8 bits (int8_tokens.h), for the two files that multiply them: avx512_vnni.cpp
+// and amx_int8.cpp.
 //
-// Values are multiplied in units of four. A run of 32 int4 inputs gives one vector of first halves and one of second ones
-// (diagram: int8_tokens.h), and int8 in groups below 128 is put into the same order: lanes 4 i ... 4 i + 3 of both vectors
-// belong to inputs 32 i ... 32 i + 31.
+// Values are multiplied in units of four, one lane of 32 bits each. int4's nibbles (diagram: int8_tokens.h), and int8
+// in groups below 128, give two vectors whose lanes belong to these of 128 inputs:
+//     lanes        0-3      4-7     8-11    12-15
+//     vector 0    0-15    32-47    64-79   96-111    first halves of the runs of 32
+//     vector 1   16-31    48-63    80-95  112-127    second halves
+// so a group of 32 is the same four lanes of both. int8 in groups of 128 stays in its order: 0-63, then 64-127.
 //
 // Names: G quantization group, n a token of N, r a row of the tile, g a group.
 #pragma once
@@ -88,8 +91,8 @@ SOLI_INLINE __m512i add_lanes_of_4(__m512i a, __m512i b, __m512i c, __m512i d) {
     return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
 }
 
-// From sums with four rows to a vector, eight rows in `upper` and eight in `lower`, to one vector of sixteen rows for each
-// group.
+// From sums with four rows to a vector, eight rows in `upper` and eight in `lower`, to one vector of sixteen rows for
+// each group.
 template <int G>
 SOLI_INLINE void sums_by_group(const __m512i* upper, const __m512i* lower, __m512i* out) {
     constexpr int FIRST = G == 64 ? 0x88 : 0x44;
@@ -112,8 +115,8 @@ SOLI_INLINE void sums_by_group(const __m512i* upper, const __m512i* lower, __m51
     if (G == 128) out[0] = _mm512_add_epi32(out[0], out[1]);
 }
 
-// The exact sums of N tokens' products with 128 weights of eight rows: to[2 * n] and to[2 * n + 1] hold four rows each, side
-// by side in each 128 bits. Prefetches at `distance`.
+// The exact sums of N tokens' products with 128 weights of eight rows: to[2 * n] and to[2 * n + 1] hold four rows each,
+// side by side in each 128 bits. Prefetches at `distance`.
 template <int64_t FORMAT, int G, int N, bool FULL>
 SOLI_INLINE void multiply(const uint8_t* const* rows, int64_t k, int64_t remaining, int64_t distance, const uint8_t* x,
                           int64_t stride, __m512i* to) {

@@ -4,9 +4,9 @@
 //   1. gate and up rows of every chosen expert, and silu(gate) * up, into one hidden row per pair;
 //   2. hidden rows into the form that the down kernel reads;
 //   3. down rows, times the router's weight, added into y in ascending order of experts.
-// A work item of step 3 is a block of rows of y, so no two threads add to one number, and a token's sum has the same order
-// in any batch. Accumulation is float32 throughout; with bfloat16 tokens the hidden row is rounded to bfloat16 once, as
-// torch does.
+// A work item of step 3 is a block of rows of y, so no two threads add to one number, and a token's sum has the same
+// order in any batch. Accumulation is float32 throughout; with bfloat16 tokens the hidden row is rounded to bfloat16
+// once, as torch does.
 //
 // Shapes: T tokens, D hidden, E experts, F expert width, K chosen, P = T * K pairs of token and expert.
 #include "experts.h"

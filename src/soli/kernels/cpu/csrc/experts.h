@@ -69,7 +69,8 @@ struct ExpertPairs {
     }
 };
 
-// hidden (P, F) = silu(gate x) * (up x) for the pairs begin ... end - 1 of expert e, in up to max_rows rows from `row` on.
+// hidden (P, F) = silu(gate x) * (up x) for the pairs begin ... end - 1 of expert e, in up to max_rows rows from `row`
+// on.
 void gate_up(const Experts& layer, int64_t e, const Activations& x, int64_t begin, int64_t end, int64_t row,
              int64_t max_rows, float* hidden) {
     alignas(64) float gate[TOKEN_BLOCK * ROW_BLOCK], up[TOKEN_BLOCK * ROW_BLOCK];
@@ -84,8 +85,8 @@ void gate_up(const Experts& layer, int64_t e, const Activations& x, int64_t begi
     }
 }
 
-// Rows of y that one work item of the down product adds to, where P pairs belong to `experts` experts: more rows where an
-// expert has few tokens.
+// Rows of y that one work item of the down product adds to, where P pairs belong to `experts` experts: more rows where
+// an expert has few tokens.
 int64_t down_rows_per_item(int64_t D, int64_t T, int64_t P, int64_t experts, int64_t threads) {
     return rows_per_item(D, experts ? P / experts : T, T < FEW_TOKENS ? threads : 4 * threads);
 }

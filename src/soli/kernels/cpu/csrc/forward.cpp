@@ -1,5 +1,6 @@
-// The fused forward: from hidden states or token ids through all layers and the norm after them, and to the logits of the
-// tokens that get some, by one team of threads. Decode tokens of many sequences and prefill chunks come in one batch.
+// The fused forward: from hidden states or token ids through all layers and the norm after them, and to the logits of
+// the tokens that get some, by one team of threads. Decode tokens of many sequences and prefill chunks come in one
+// batch.
 #include "forward_attention.h"
 #include "forward_feed_forward.h"
 #include "forward_head.h"
@@ -34,8 +35,8 @@ Routings next_routings(const Routings& current, const Router& router, int64_t T)
             current.groups + groups};
 }
 
-// The slot that each token's latent is written to; false when a slot is outside the KV blocks, or the chunks are not the
-// tokens after the decode tokens.
+// The slot that each token's latent is written to; false when a slot is outside the KV blocks, or the chunks are not
+// the tokens after the decode tokens.
 bool assign_slots(const ForwardArgs& args, int64_t* slots) {
     const int64_t W = args.blocks_per_sequence;
     const int64_t S = args.block_size;

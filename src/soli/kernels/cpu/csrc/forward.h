@@ -1,10 +1,10 @@
 // What the steps of the fused forward share: T tokens through all layers by one team of threads.
 //
 // Weights stay in place, in any format. Between products everything is float32: numbers are rounded only as inputs of a
-// bfloat16 product, into the cache and in the result. Every thread of the team runs every step and takes its share of the
-// step's loops; a step's buffers are in one arena, which each thread lays out for itself, at the same addresses. Where
-// there are fewer tokens than threads, every thread does what is small for itself, and loops have static schedules: both
-// take less time than a barrier or a shared counter.
+// bfloat16 product, into the cache and in the result. Every thread of the team runs every step and takes its share of
+// the step's loops; a step's buffers are in one arena, which each thread lays out for itself, at the same addresses.
+// Where there are fewer tokens than threads, every thread does what is small for itself, and loops have static
+// schedules: both take less time than a barrier or a shared counter.
 //
 // Shapes: see forward_args.h.
 #pragma once

@@ -89,8 +89,8 @@ struct Layer {
     FeedForward feed_forward;
 };
 
-// Tokens start ... stop - 1 of the batch: consecutive tokens of one sequence, the first at `first_position`. `slots`: for
-// each position of the sequence up to the last token's, its slot in the flattened KV blocks.
+// Tokens start ... stop - 1 of the batch: consecutive tokens of one sequence, the first at `first_position`. `slots`:
+// for each position of the sequence up to the last token's, its slot in the flattened KV blocks.
 struct PrefillChunk {
     int64_t start, stop, first_position;
     const int64_t* slots;

@@ -1,5 +1,5 @@
-// The feed-forward network of one layer for T tokens: x += network(norm x), a dense network, or routed and shared experts
-// (equation 12). The dense network and the shared experts are one expert that all tokens chose with weight one.
+// The feed-forward network of one layer for T tokens: x += network(norm x), a dense network, or routed and shared
+// experts (equation 12). The dense network and the shared experts are one expert that all tokens chose with weight one.
 //
 // Shapes: T tokens, D hidden, E experts, F width, K chosen, P = T * K pairs of token and expert.
 #pragma once

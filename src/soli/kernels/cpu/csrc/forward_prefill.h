@@ -1,8 +1,10 @@
-// Attention of many tokens of one sequence, expanded (paper equations 5-11): keys and values are computed from the latents,
-// a tile of slots at a time and one head after another, and all of the head's queries attend to the tile before the next.
+// Attention of many tokens of one sequence, expanded (paper equations 5-11): keys and values are computed from the
+// latents, a tile of slots at a time and one head after another, and all of the head's queries attend to the tile
+// before the next.
 //
-// A running softmax merges the tiles in order (merge_softmax), so a query has the same bits whatever part of the sequence
-// is read with it. Where the processor has bfloat16 products, keys and queries of a bfloat16 model are rounded to that.
+// A running softmax merges the tiles in order (merge_softmax), so a query has the same bits whatever part of the
+// sequence is read with it. Where the processor has bfloat16 products, keys and queries of a bfloat16 model are rounded
+// to that.
 //
 // Shapes: see forward_args.h; Q prefill tokens, the last of the T; a key has N + R numbers.
 #pragma once
@@ -89,7 +91,8 @@ private:
             bf16_keys[i] = bf16_from_float(keys[i]);
     }
 
-    // Queries i ... i + count - 1 of the chunk, of which `begin` is the item's first, and the tile of slots from `at` on.
+    // Queries i ... i + count - 1 of the chunk, of which `begin` is the item's first, and the tile of slots from `at`
+    // on.
     void attend_tile(const PrefillChunk& chunk, int64_t head, int64_t begin, int64_t i, int64_t count,
                      int64_t at) const {
         // Causal mask: how many slots of the tile a query attends to; zero or less for one before the tile.

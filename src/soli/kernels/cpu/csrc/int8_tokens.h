@@ -1,9 +1,9 @@
 // What the instruction sets share that multiply int8 and int4 weights with tokens of 8 bits: avx2_int8.cpp,
 // avx512_vnni.h.
 //
-// Tokens are rounded to 8 bits, with a scale for each 128 numbers: x = value * scale, scale = max / 127, value in
-// -127 ... 127. Where one side of the product must be unsigned, weights count from their lowest value, w + 128 or w + 8,
-// and `corrections`, stored with the token, take the difference back. The sum of a group is an integer and exact, in any
+// Tokens are rounded to 8 bits, with a scale for each 128 numbers: x = value * scale, scale = max / 127, value in -127
+// ... 127. Where one side of the product must be unsigned, weights count from their lowest value, w + 128 or w + 8, and
+// `corrections`, stored with the token, take the difference back. The sum of a group is an integer and exact, in any
 // order; then
 //     y = fma(sum of group g, weight's scale * token's scale, y)      for g = 0, 1, ...
 // so a single token, whose products run along the inputs, and many, whose products run along the rows, have the same
@@ -38,8 +38,8 @@ struct Int8Token {
           scales(reinterpret_cast<float*>(values + padded + padded / 8)) {}
 };
 
-// Quantizes 128 bfloat16 numbers, of which `max` is the largest magnitude: value = round(x * factor), x = value * scale.
-// A max that is not finite makes the scale NaN; one below 2^-100 makes it 0.
+// Quantizes 128 bfloat16 numbers, of which `max` is the largest magnitude: value = round(x * factor), x = value *
+// scale. A max that is not finite makes the scale NaN; one below 2^-100 makes it 0.
 struct TokenScale {
     float factor;
     float scale;

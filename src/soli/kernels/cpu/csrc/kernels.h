@@ -5,8 +5,8 @@
 // depends on the length of the row alone: never on how many tokens or rows are computed beside it. So results are
 // batch-invariant: a token has the same bits alone and in any batch, and with any number of threads.
 //
-// Names: O output features (rows of a weight), I input features, T tokens; t a token, r a row, k an input, n a token of a
-// tile, v a vector, g a quantization group.
+// Names: O output features (rows of a weight), I input features, T tokens; t a token, r a row, k an input, n a token of
+// a tile, v a vector, g a quantization group.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -77,8 +77,8 @@ struct RowBlock {
     }
 };
 
-// Prefetch a line into the second-level cache: Zen 4 then reads up to three times as fast as when it has to make room in
-// the first.
+// Prefetch a line into the second-level cache: Zen 4 then reads up to three times as fast as when it has to make room
+// in the first.
 SOLI_INLINE void prefetch_l2(const uint8_t* line) { __builtin_prefetch(line, 0, 2); }
 
 constexpr int64_t MIN_PREFETCH_DISTANCE = 8192;  // bytes; what is prefetched from nearer comes late
@@ -88,8 +88,8 @@ constexpr int64_t MIN_PREFETCH_DISTANCE = 8192;  // bytes; what is prefetched fr
 using MatmulF32 = void (*)(const RowBlock& rows, const float* x, int64_t tokens, float* y, int64_t y_stride);
 using MatmulBf16 = void (*)(const RowBlock& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride);
 
-// y[t * y_stride + i] += sum over r of p[t * p_stride + r] * rows[r][i] for the first `columns` numbers of each row, row
-// after row; y has padded(columns) numbers per token.
+// y[t * y_stride + i] += sum over r of p[t * p_stride + r] * rows[r][i] for the first `columns` numbers of each row,
+// row after row; y has padded(columns) numbers per token.
 using WeightedSum = void (*)(const RowBlock& rows, int64_t columns, const float* p, int64_t p_stride, int64_t tokens,
                              float* y, int64_t y_stride);
 

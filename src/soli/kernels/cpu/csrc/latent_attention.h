@@ -1,10 +1,11 @@
 // Attention of one query per sequence over the latent cache in KV blocks: absorbed MLA (DeepSeek-V2 report, section
-// 2.1.2). All heads share one key per slot, the latent and the rotated key side by side; the value is the latent itself.
+// 2.1.2). All heads share one key per slot, the latent and the rotated key side by side; the value is the latent
+// itself.
 //
 // The slots of a sequence are cut into at most MAX_SPLITS splits. A split is a work item and goes through its slots in
-// tiles with a running softmax: a tile's latents stay in the second-level cache while all heads read them. Where tiles and
-// splits end depends on the sequence's length alone; KV blocks only say where slots are. So results are batch-invariant,
-// with blocks of any size and any number of threads.
+// tiles with a running softmax: a tile's latents stay in the second-level cache while all heads read them. Where tiles
+// and splits end depends on the sequence's length alone; KV blocks only say where slots are. So results are
+// batch-invariant, with blocks of any size and any number of threads.
 //
 // Shapes: B sequences, H heads, P KV blocks of S slots, W blocks of a block table's row, X = C latent + R rotary width.
 #pragma once

@@ -84,7 +84,8 @@ struct Fp8 {
         for (int i = 0; i < STEP; i++) {
             const uint32_t e4m3 = row.weight[k + i];
             const uint32_t magnitude = e4m3 & 127;
-            // E4M3 has the bit order of a float32 with another exponent bias; below 8 it is subnormal, in units of 2^-9.
+            // E4M3 has the bit order of a float32 with another exponent bias; below 8 it is subnormal, in units of
+            // 2^-9.
             const float number = magnitude < 8 ? magnitude * 0x1p-9f : as_float((magnitude << 20) + (120u << 23));
             const float value = magnitude == 127 ? __builtin_nanf("") : number;
             out->lane[i] = (e4m3 & 128 ? -value : value) * scale;
@@ -103,7 +104,8 @@ struct Int8 {
     static void prefetch(const Row&, int64_t, int64_t) {}
 };
 
-// A run of 16 bytes holds 32 inputs: the low nibbles the first 16, the high nibbles the others (diagram: int8_tokens.h).
+// A run of 16 bytes holds 32 inputs: the low nibbles the first 16, the high nibbles the others (diagram:
+// int8_tokens.h).
 struct Int4 {
     static constexpr int STEP = 32;
     static constexpr int BYTES = 1;  // not used: rows are a multiple of 32

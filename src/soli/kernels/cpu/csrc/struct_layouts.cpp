@@ -1,4 +1,5 @@
-// Size and field hash of each struct that Python fills in, so that structs.py cannot differ from forward_args.h unnoticed.
+// Size and field hash of each struct that Python fills in, so that structs.py cannot differ from forward_args.h
+// unnoticed.
 #include <cstddef>
 
 #include "forward_args.h"
