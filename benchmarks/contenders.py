@@ -123,7 +123,7 @@ def engine_requests(text_model: TextModel, work: dict[str, int]) -> Callable[...
         for event in events:
             if event.finish_reason == "error":
                 raise RuntimeError(event.error)
-        return [numbers[event.request] for event in events if event.token is not None]
+        return [numbers[event.request_id] for event in events if event.token is not None]
 
     def run(question: str, warm: bool, rate: float = 0.0, count: int = 0, seed: int = 0) -> Any:
         now = warm_up_work(Work(**work), warm)

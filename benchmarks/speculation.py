@@ -50,7 +50,7 @@ def build(dtype: str, speculate: bool) -> Callable[[int], Any]:
         while engine.has_work:
             for event in engine.step():
                 if event.token is not None:
-                    tokens[event.request].append(event.token)
+                    tokens[event.request_id].append(event.token)
         seconds = time.process_time() - start
         stats = engine.stats()
         accepted = stats.accepted / stats.drafted if stats.drafted else 0.0

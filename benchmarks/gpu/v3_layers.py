@@ -37,15 +37,15 @@ def decode(model: Transformer, batch: int, context: int, ceiling: dict[str, Any]
     """One token for each of `batch` sequences that have `context` tokens in the cache."""
     config, device = model.config, model.embed_tokens.weight.device
     cache, dtype = LatentCache.whole_rows([context + 1] * batch), model.embed_tokens.weight.dtype
-    filled = cache.begin(range(batch), [0] * batch, [context] * batch, device).slots_T
+    filled = cache.step(range(batch), [0] * batch, [context] * batch, device).slots_T
     for layer in range(config.num_hidden_layers):
         width = config.kv_lora_rank + config.qk_rope_head_dim
         cache.write(layer, filled, torch.randn(batch * context, width, device=device, dtype=dtype))
     ids = torch.randint(0, config.vocab_size, (1, batch), device=device)
-    now = cache.begin(range(batch), [context] * batch, [1] * batch, device)
-    positions = now.positions_T[None]
-    activated = sum(int((layer.counts_E() > 0).sum()) for layer in model.backbone(ids, positions, now).routing)
-    seconds = chip.seconds(lambda: model.head(model.backbone(ids, positions, now).hidden_BTD), repeats)
+    step = cache.step(range(batch), [context] * batch, [1] * batch, device)
+    positions = step.positions_T[None]
+    activated = sum(int((layer.counts_E() > 0).sum()) for layer in model.backbone(ids, positions, step).routing)
+    seconds = chip.seconds(lambda: model.head(model.backbone(ids, positions, step).hidden_BTD), repeats)
     separate = ("mlp.experts.", "embed_tokens")  # counted by what is activated; one row a token
     weights = sum(p.nbytes for name, p in model.named_parameters() if not any(part in name for part in separate))
     moe = next(layer.mlp for layer in model.layers if isinstance(layer.mlp, MoE))

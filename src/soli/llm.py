@@ -3,8 +3,8 @@
     llm = soli.LLM("nano")
     [answer] = llm.generate("Good morning", soli.SamplingParams(temperature=0.7, seed=1), max_new_tokens=40)
 
-All that is asked at the same time, in one call or in several, is computed together by one engine (soli/engine). Raises
-SoliError for what the engine refuses, before anything is computed for that request.
+Requests of the same time, in one call or in several, are computed together by one engine (soli/engine). SoliError for a
+request that the engine rejects, before anything is computed for it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Prompt = str | Sequence[int]
 
 
 class Options(TypedDict, total=False):
-    """What may be said about a request beside how it samples; soli.engine.request.Request tells what each means."""
+    """Options of a request besides its sampling; soli.engine.request.Request describes each."""
 
     max_new_tokens: int
     stop: Sequence[str]
@@ -46,7 +46,7 @@ class LLM:
     """A loaded model with its engine.
 
     `model`: a folder, "nano", or a Transformer with its `tokenizer`; a Transformer may be hooked, patched or trained on
-    between requests. `device`, `dtype`: of a folder, as `open_text_model` says. `limits`: what the engine may take.
+    between requests. `device`, `dtype`: of a folder, as `open_text_model` says. `limits`: memory and batch sizes.
     `runner`: "eager" calls the modules one after another; "fused" computes all layers in one C++ call, or is a
     SoliError; "auto" is fused where it can be.
     """
@@ -64,29 +64,29 @@ class LLM:
         limits = limits or EngineLimits()
         self.text_model = _text_model(model, tokenizer, device, dtype, limits.speculate)
         self.engine = AsyncEngine(Engine(self.text_model, limits, runner=runner))
-        self._at_once = max(1, limits.max_waiting)
+        self._max_pending = max(1, limits.max_waiting)
 
     def generate(
         self, prompts: str | Sequence[Prompt], sampling: SamplingParams = GREEDY, **options: Unpack[Options]
     ) -> list[Answer]:
-        """Answers to one text or many prompts, in their order. A text is begun as the model's documents begin; tokens
-        are taken as they are."""
+        """Answers to one text or many prompts, in their order. A text gets the beginning of the model's documents;
+        token ids are used unchanged."""
         answers: list[Answer] = []
-        underway: deque[tuple[Request, Events]] = deque()
+        pending: deque[tuple[Request, Events]] = deque()
         for request in self._requests(prompts, sampling, options):
-            if len(underway) == self._at_once:
-                answers.append(Answer.from_events(*underway.popleft()))
-            underway.append((request, self.engine.open(request)))
-        return answers + [Answer.from_events(request, events) for request, events in underway]
+            if len(pending) == self._max_pending:
+                answers.append(Answer.from_events(*pending.popleft()))
+            pending.append((request, self.engine.open(request)))
+        return answers + [Answer.from_events(request, events) for request, events in pending]
 
     async def generate_async(
         self, prompts: str | Sequence[Prompt], sampling: SamplingParams = GREEDY, **options: Unpack[Options]
     ) -> list[Answer]:
         """`generate` for an event loop."""
-        places = asyncio.Semaphore(self._at_once)
+        slots = asyncio.Semaphore(self._max_pending)
 
         async def one(request: Request) -> Answer:
-            async with places:
+            async with slots:
                 return Answer.from_events(request, [event async for event in await self.engine.submit(request)])
 
         tasks = [asyncio.ensure_future(one(request)) for request in self._requests(prompts, sampling, options)]
@@ -97,7 +97,7 @@ class LLM:
                 task.cancel()
 
     def stream(self, prompt: Prompt, sampling: SamplingParams = GREEDY, **options: Unpack[Options]) -> Iterator[Event]:
-        """One answer's events as they come, `event.text` a piece of text each. Left before its end, it is cancelled."""
+        """One answer's events as they come, each with `event.text`. Closed before its end, it is cancelled."""
         yield from map(checked, self.engine.open(self.request(prompt, sampling, **options)))
 
     async def stream_async(
@@ -124,11 +124,11 @@ class LLM:
         )
 
     def stats(self) -> EngineStats:
-        """What the engine did so far."""
+        """The engine's metrics."""
         return self.engine.stats()
 
     def close(self) -> None:
-        """Ends the engine's thread; the model goes when this object does. Nothing is answered any more."""
+        """End the engine's thread; later requests are rejected. The model is freed with this object."""
         self.engine.close()
 
     def _requests(

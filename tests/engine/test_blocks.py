@@ -1,4 +1,4 @@
-"""The page pool: no page is lost or given twice, and what is found is what was published."""
+"""The block manager: no block is lost or allocated twice, and what is found under a key is what was registered."""
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -6,86 +6,86 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from soli.engine.blocks import BlockManager, block_key
 
-PAGES = 5
+BLOCKS = 5
 
 
-class Pool(RuleBasedStateMachine):
-    """A model of the pool: who owns what, and which content each page holds."""
+class BlockManagerMachine(RuleBasedStateMachine):
+    """A model of the manager: the references, and the content of each block."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = BlockManager(PAGES)
-        self.owned: list[int] = []  # a page once per owner
-        self.holds: dict[int, bytes] = {}
+        self.manager = BlockManager(BLOCKS)
+        self.references: list[int] = []  # a block once per reference
+        self.content: dict[int, bytes] = {}
 
     @rule()
-    def take(self) -> None:
-        page = self.pool.take()
-        if page is None:
-            assert set(self.owned) == set(range(PAGES)), "a page without an owner was not given"
+    def allocate(self) -> None:
+        block = self.manager.allocate()
+        if block is None:
+            assert set(self.references) == set(range(BLOCKS)), "a block without a reference was not allocated"
             return
-        assert page not in self.owned, "a page that somebody owns was given away"
-        self.owned.append(page)
-        self.holds.pop(page, None)
+        assert block not in self.references, "a referenced block was allocated again"
+        self.references.append(block)
+        self.content.pop(block, None)
 
-    @precondition(lambda self: self.owned)
+    @precondition(lambda self: self.references)
     @rule(data=st.data(), content=st.integers(0, 3))
-    def publish(self, data: st.DataObject, content: int) -> None:
-        page = data.draw(st.sampled_from(self.owned))
-        if page in self.holds:
+    def register(self, data: st.DataObject, content: int) -> None:
+        block = data.draw(st.sampled_from(self.references))
+        if block in self.content:
             return
         key = block_key(b"", [content])
-        self.pool.publish(page, key)
-        if key not in self.holds.values():
-            self.holds[page] = key
+        self.manager.register(block, key)
+        if key not in self.content.values():
+            self.content[block] = key
 
     @rule(content=st.integers(0, 3))
-    def find(self, content: int) -> None:
+    def acquire(self, content: int) -> None:
         key = block_key(b"", [content])
-        page = self.pool.find(key)
-        if page is None:
-            assert key not in self.holds.values()
+        block = self.manager.acquire(key)
+        if block is None:
+            assert key not in self.content.values()
             return
-        assert self.holds[page] == key
-        self.owned.append(page)
+        assert self.content[block] == key
+        self.references.append(block)
 
-    @precondition(lambda self: self.owned)
+    @precondition(lambda self: self.references)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
-        page = data.draw(st.sampled_from(self.owned))
-        self.owned.remove(page)
-        self.pool.release(page)
+        block = data.draw(st.sampled_from(self.references))
+        self.references.remove(block)
+        self.manager.release(block)
 
     @rule()
-    def forget(self) -> None:
-        self.pool.forget()
-        self.holds.clear()
+    def clear(self) -> None:
+        self.manager.clear_prefix_cache()
+        self.content.clear()
 
     @invariant()
     def counts_agree(self) -> None:
-        assert self.pool.used == len(set(self.owned))
-        assert self.pool.available == PAGES - len(set(self.owned))
-        unowned = [key for page, key in self.holds.items() if page not in self.owned]
-        assert self.pool.kept([block_key(b"", [content]) for content in range(4)]) == len(unowned)
+        assert self.manager.used == len(set(self.references))
+        assert self.manager.available == BLOCKS - len(set(self.references))
+        unreferenced = [key for block, key in self.content.items() if block not in self.references]
+        assert self.manager.count_evictable([block_key(b"", [content]) for content in range(4)]) == len(unreferenced)
 
 
-TestPool = Pool.TestCase
-TestPool.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestBlockManager = BlockManagerMachine.TestCase
+TestBlockManager.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
-def test_the_longest_unused_page_goes_first() -> None:
-    pool, keys = BlockManager(3), [block_key(b"", [n]) for n in range(3)]
-    pages = [pool.take() for _ in range(3)]
-    for page, key in zip(pages, keys, strict=True):
-        pool.publish(page, key)
-    for page in pages:
-        pool.release(page)
-    pool.release(pool.find(keys[0]))  # used again, so the second is now the oldest
-    assert pool.take() == pages[1]
-    assert pool.find(keys[1]) is None and pool.find(keys[0]) == pages[0]
+def test_the_least_recently_used_block_is_evicted_first() -> None:
+    manager, keys = BlockManager(3), [block_key(b"", [n]) for n in range(3)]
+    blocks = [manager.allocate() for _ in range(3)]
+    for block, key in zip(blocks, keys, strict=True):
+        manager.register(block, key)
+    for block in blocks:
+        manager.release(block)
+    manager.release(manager.acquire(keys[0]))  # used again, so the second is step the oldest
+    assert manager.allocate() == blocks[1]
+    assert manager.acquire(keys[1]) is None and manager.acquire(keys[0]) == blocks[0]
 
 
 def test_a_key_stands_for_everything_before_it() -> None:
     first, other = block_key(b"", [1, 2]), block_key(b"", [2, 1])
     assert block_key(first, [3, 4]) != block_key(other, [3, 4]) != block_key(b"", [1, 2, 3, 4])
-    assert block_key(b"mute", [1, 2]) != first == block_key(b"", (1, 2))
+    assert block_key(b"masked", [1, 2]) != first == block_key(b"", (1, 2))

@@ -21,9 +21,10 @@ VOCAB, POSITIONS = 330, 96
 A_TOKEN = bytes_per_token(TEXT_MODEL.model.config, 3, torch.float32)
 
 
-def engine(pages: int = 200, block_size: int = 4, **limits: object) -> Engine:
+def engine(blocks: int = 200, block_size: int = 4, **limits: object) -> Engine:
     settings = {"max_running": 16, "tokens_per_step": 32, **limits}
-    return Engine(TEXT_MODEL, EngineLimits(cache_bytes=pages * block_size * A_TOKEN, block_size=block_size, **settings))
+    cache_bytes = blocks * block_size * A_TOKEN
+    return Engine(TEXT_MODEL, EngineLimits(cache_bytes=cache_bytes, block_size=block_size, **settings))
 
 
 def requests(count: int, seed: int = 0, **options: object) -> list[Request]:
@@ -44,7 +45,7 @@ def run(engine: Engine, arrivals: dict[int, list[Request]] | list[Request]) -> d
         for request in arrivals.pop(step, []):
             events[engine.add(request)] = []
         for event in engine.step():
-            events[event.request].append(event)
+            events[event.request_id].append(event)
         assert engine.stats().blocks_used <= engine.stats().blocks_total
         step += 1
         assert step < 5000, "the engine does not come to an end"
@@ -63,7 +64,7 @@ def lone(request: Request) -> tuple[int, ...]:
     return continuation(model, request.prompt_ids, limit, request.sampling, request.stop_ids).ids
 
 
-@pytest.mark.parametrize("limits", [{}, {"pages": 60}, {"pages": 26, "tokens_per_step": 16}, {"max_running": 3}])
+@pytest.mark.parametrize("limits", [{}, {"blocks": 60}, {"blocks": 26, "tokens_per_step": 16}, {"max_running": 3}])
 def test_answers_are_those_of_a_request_alone(limits):
     batch = requests(24)
     arrivals: dict[int, list[Request]] = {}
@@ -72,7 +73,7 @@ def test_answers_are_those_of_a_request_alone(limits):
     tested = engine(**limits)
     events_by_request = run(tested, arrivals)
     assert [ids(events_by_request[number]) for number in range(24)] == [lone(request) for request in batch]
-    assert (tested.stats().preemptions > 0) == (limits.get("pages", 200) < 100)
+    assert (tested.stats().preemptions > 0) == (limits.get("blocks", 200) < 100)
     for number, request in enumerate(batch):
         usage = events_by_request[number][-1].usage
         assert (usage.prompt, usage.completion) == (len(request.prompt_ids), len(ids(events_by_request[number])))
@@ -92,7 +93,7 @@ def test_seeds_hold_beside_others_and_over_preemptions():
         Request(request.prompt_ids, request.max_new_tokens, SamplingParams(1.2, top_k=20, seed=number))
         for number, request in enumerate(requests(16, seed=2))
     ]
-    tested = engine(pages=26)
+    tested = engine(blocks=26)
     events_by_request = run(tested, batch)
     assert tested.stats().preemptions > 0
     assert [ids(events_by_request[number]) for number in range(16)] == [lone(request) for request in batch]
@@ -121,22 +122,23 @@ def test_a_long_prompt_never_stalls_the_others():
     tested.add(Request(tuple(range(3, 73)), 2))
     for _ in range(5):
         events = tested.step()
-        assert any(event.request == 0 and event.token is not None for event in events), "a decoding request had to wait"
-    assert sum(event.request == 1 for event in tested.step()) == 1
+        tokens = [event.token for event in events if event.request_id == 0 and event.token is not None]
+        assert tokens, "a decoding request had to wait"
+    assert sum(event.request_id == 1 for event in tested.step()) == 1
 
 
-def test_cancelling_frees_pages_before_the_next_step():
-    tested = engine(pages=12, prefix_sharing=False)
+def test_cancelling_frees_blocks_before_the_next_step():
+    tested = engine(blocks=12, prefix_sharing=False)
     numbers = [tested.add(Request(tuple(range(3, 23)), 10)) for _ in range(4)]
     tested.step()
     used = tested.stats().blocks_used
     tested.cancel(numbers[0]), tested.cancel(numbers[3])  # one that runs, one that waits
     assert tested.stats().blocks_used < used
     events = tested.step()
-    assert {event.request for event in events if event.finish_reason == "cancelled"} == {numbers[0], numbers[3]}
+    assert {event.request_id for event in events if event.finish_reason == "cancelled"} == {numbers[0], numbers[3]}
     tested.cancel(numbers[0])
     while tested.has_work:
-        assert all(event.request in numbers[1:3] for event in tested.step())
+        assert all(event.request_id in numbers[1:3] for event in tested.step())
 
 
 def test_an_error_ends_the_requests_of_its_step_alone(monkeypatch):
@@ -168,7 +170,7 @@ def test_stop_tokens_and_stop_strings_end_an_answer():
 
 def test_a_trace_is_that_of_one_forward_even_over_preemptions():
     batch = requests(8, seed=4, trace=True)
-    tested = engine(pages=26)
+    tested = engine(blocks=26)
     events_by_request = run(tested, batch)
     assert tested.stats().preemptions > 0
     for number, request in enumerate(batch):
@@ -211,7 +213,7 @@ def test_a_masked_expert_is_not_selected_and_other_requests_are_not_masked():
     ],
 )
 def test_what_could_never_run_is_rejected_at_once(request_, message):
-    tested = engine(pages=10)
+    tested = engine(blocks=10)
     with pytest.raises(SoliError, match=message):
         tested.add(request_)
     assert not tested.has_work
@@ -230,7 +232,7 @@ def test_who_comes_while_there_are_places_does_not_count_as_waiting():
     tested.add(Request((5,), 3)), tested.add(Request((6,), 3))  # no step between them
     with pytest.raises(QueueFull, match="0 requests wait"):
         tested.add(Request((7,), 3))
-    assert {event.request for event in tested.step()} == {0, 1}
+    assert {event.request_id for event in tested.step()} == {0, 1}
 
 
 def test_a_constraint_holds_for_its_request_alone():

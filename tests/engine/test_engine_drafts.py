@@ -1,4 +1,4 @@
-"""Speculation in the engine: greedy text unchanged, seeds hold, drafts counted, pages carry the module's latents."""
+"""Speculation in the engine: greedy text unchanged, seeds hold, drafts counted, KV blocks hold the module's latents."""
 
 import pytest
 import torch
@@ -14,12 +14,12 @@ from tests.engine.tiny import tiny_model, tiny_tokenizer
 A_TOKEN = 4 * 24 * 4  # three layers and the MTP module's, 16 + 8 values, float32
 
 
-def engine(pages: int = 200, **limits: object) -> Engine:
+def engine(blocks: int = 200, **limits: object) -> Engine:
     settings = {"max_running": 16, "tokens_per_step": 40, "block_size": 4, "speculate": True, **limits}
-    return Engine(TEXT_MODEL, EngineLimits(cache_bytes=pages * 4 * A_TOKEN, **settings))
+    return Engine(TEXT_MODEL, EngineLimits(cache_bytes=blocks * 4 * A_TOKEN, **settings))
 
 
-@pytest.mark.parametrize("limits", [{}, {"pages": 40}, {"pages": 30, "tokens_per_step": 16}])
+@pytest.mark.parametrize("limits", [{}, {"blocks": 40}, {"blocks": 30, "tokens_per_step": 16}])
 def test_greedy_text_is_that_without_drafts(limits):
     batch = requests(16, seed=11)
     tested = engine(**limits)
@@ -29,7 +29,7 @@ def test_greedy_text_is_that_without_drafts(limits):
     assert 0 < stats.accepted < stats.drafted
     assert stats.completion_tokens == sum(len(ids(events)) for events in events_by_request.values())
     assert stats.drafted == sum(events_by_request[n][-1].usage.drafted for n in events_by_request)
-    assert (stats.preemptions > 0) == (limits.get("pages", 200) < 100)
+    assert (stats.preemptions > 0) == (limits.get("blocks", 200) < 100)
 
 
 def test_a_seed_gives_the_same_text_alone_beside_others_and_preempted():
@@ -38,7 +38,7 @@ def test_a_seed_gives_the_same_text_alone_beside_others_and_preempted():
         for n, one in enumerate(requests(12, seed=12))
     ]
     alone = [ids(run(engine(), [request])[0]) for request in batch]
-    for limits in ({}, {"pages": 30}):
+    for limits in ({}, {"blocks": 30}):
         tested = engine(**limits)
         events_by_request = run(tested, batch)
         assert [ids(events_by_request[number]) for number in range(12)] == alone

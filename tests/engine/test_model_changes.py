@@ -1,5 +1,5 @@
-"""A model that is hooked, patched, trained or replaced in part between requests answers as it is now, on a CPU and with
-a prefix cache."""
+"""A model that is hooked, patched, trained or replaced in part between requests answers as it then is, on a CPU with a
+prefix cache."""
 
 import copy
 import logging
@@ -121,7 +121,7 @@ def test_a_change_while_others_run_leaves_no_stale_prefix(model) -> None:
     second = engine.add(Request(PROMPT, 8))  # while the first one continues, on latents of both
     events = []
     while engine.has_work:
-        events += [event for event in engine.step() if event.request == second]
+        events += [event for event in engine.step() if event.request_id == second]
     assert events[-1].usage.cached == 0
     again = run(engine, [Request(PROMPT, 8)])
     assert again[2][-1].usage.cached == 36
@@ -237,9 +237,9 @@ def test_a_subclassed_up_projection_works_with_a_cache(model) -> None:
     for cut in ((12,), (5, 1, 1, 5)):
         cache, parts, at = LatentCache.whole_rows([12]), [], 0
         for count in cut:
-            now = cache.begin([0], [at], [count])
+            step = cache.step([0], [at], [count])
             with torch.inference_mode():
-                output = EagerRunner(model).forward(torch.arange(at, at + count), now.positions_T, now, [])
+                output = EagerRunner(model).forward(torch.arange(at, at + count), step.positions_T, step, [])
             parts.append(output.hidden_TD)
             at += count
         hidden.append(torch.cat(parts))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from soli import kernels
 from soli.engine import layer_table
-from soli.engine.latent_cache import FEW, LatentCache
+from soli.engine.latent_cache import MAX_ABSORBED_TOKENS, LatentCache
 from soli.engine.layer_table import Unsupported
 from soli.engine.runner import EagerRunner, FusedRunner, ModelRunner, Runner
 from soli.kernels import Dispatch, QuantizedExperts
@@ -61,8 +61,8 @@ def read(model: Transformer, cache: Paged, ids_BT: Tensor, eager: bool = False) 
     return outputs
 
 
-def assert_same(found: list[BackboneOutput], expected: list[BackboneOutput], bound: float) -> None:
-    for one, other in zip(found, expected, strict=True):
+def assert_same(outputs: list[BackboneOutput], expected: list[BackboneOutput], bound: float) -> None:
+    for one, other in zip(outputs, expected, strict=True):
         torch.testing.assert_close(one.hidden_BTD.float(), other.hidden_BTD.float(), rtol=0, atol=bound)
         for decision, plain in zip(one.routing, other.routing, strict=True):
             assert torch.equal(decision.expert_ids_TK, plain.expert_ids_TK)
@@ -83,8 +83,8 @@ def test_is_what_torch_computes_and_leaves_the_same_latents(isa, kind, changes) 
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) / 4)
     fast, plain = Paged(model, 3, 20, 3), Paged(model, 3, 20, 3)
     assert_same(read(model, fast, ids_BT), read(model, plain, ids_BT, eager=True), 2e-5)
-    for layer, pages_PSX in plain._layers.items():
-        torch.testing.assert_close(fast._layers[layer], pages_PSX, rtol=0, atol=2e-5, equal_nan=True)
+    for layer, kv_PSX in plain._layers.items():
+        torch.testing.assert_close(fast._layers[layer], kv_PSX, rtol=0, atol=2e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("format", weights.FORMATS)
@@ -105,10 +105,10 @@ def test_bfloat16_rows_are_nearer_to_float32_than_torchs(isa, format) -> None:
         model.layers = model.layers[1:2]
     exact = read(wide, Paged(wide, 3, 20, 4), ids_BT, eager=True)[0]
     for eager in (False, True):
-        found = read(narrow, Paged(narrow, 3, 20, 4), ids_BT, eager)[0]
-        same = (found.routing[0].expert_ids_TK == exact.routing[0].expert_ids_TK).all(dim=1)
+        output = read(narrow, Paged(narrow, 3, 20, 4), ids_BT, eager)[0]
+        same = (output.routing[0].expert_ids_TK == exact.routing[0].expert_ids_TK).all(dim=1)
         assert same.float().mean() > 0.5
-        error[eager] = (found.hidden_BTD.float() - exact.hidden_BTD).flatten(0, 1)[same].square().mean().sqrt()
+        error[eager] = (output.hidden_BTD.float() - exact.hidden_BTD).flatten(0, 1)[same].square().mean().sqrt()
     if weights.rounds_tokens(isa, format, torch.bfloat16):  # to 8 bits, which torch does not
         assert error[False] < 0.03
     else:
@@ -131,9 +131,9 @@ def test_a_row_has_the_same_bits_in_any_company_and_with_any_threads(isa, dtype)
             at = sum(STEPS[:number])
             for t in range(count):  # one by one
                 alone = cache.read(runner_of(model), ids_BT[row : row + 1, at + t : at + t + 1], [row], at + t)
-                for found in together:
+                for outputs in together:
                     for step, one in enumerate(alone):
-                        other, place = found[2 * number + step], row * count + t
+                        other, place = outputs[2 * number + step], row * count + t
                         assert torch.equal(one.hidden_BTD[0, 0], other.hidden_BTD[row, t])
                         assert torch.equal(one.routing[0].weights_TK[0], other.routing[0].weights_TK[place])
 
@@ -144,9 +144,9 @@ def read_texts(
     """Hidden states (B, T, D) of whole texts, read `cut` tokens of each at a time."""
     cache, parts, at, runner = Paged(model, 9, 80, 16, seed=3), [], 0, runner_of(model, eager)
     for count in cut:
-        now = cache.begin(rows, [at] * len(rows), [count] * len(rows))
+        step = cache.step(rows, [at] * len(rows), [count] * len(rows))
         ids_T = ids_BT[:, at : at + count].flatten().contiguous()
-        parts.append(runner.forward(ids_T, now.positions_T, now, []).hidden_TD.view(len(rows), count, -1))
+        parts.append(runner.forward(ids_T, step.positions_T, step, []).hidden_TD.view(len(rows), count, -1))
         at += count
     return torch.cat(parts, dim=1)
 
@@ -159,15 +159,15 @@ def texts(B: int, T: int = 70) -> Tensor:
 @pytest.mark.parametrize("cut", [(70,), (7, 1, 62)])
 def test_prompts_are_what_torch_computes(isa, format, cut) -> None:
     model, ids_BT = quantized_model(format, torch.float32), texts(2)
-    found, plain = (read_texts(model, cut, ids_BT, (0, 1), eager) for eager in (False, True))
-    torch.testing.assert_close(found, plain, rtol=0, atol=1e-4)
+    fused, plain = (read_texts(model, cut, ids_BT, (0, 1), eager) for eager in (False, True))
+    torch.testing.assert_close(fused, plain, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompts_of_every_kind_of_model(isa, kind) -> None:
     model, ids_BT = tiny_model(kind), texts(3)
-    found, plain = (read_texts(model, (70,), ids_BT, (0, 1, 2), eager) for eager in (False, True))
-    torch.testing.assert_close(found, plain, rtol=0, atol=2e-5)
+    fused, plain = (read_texts(model, (70,), ids_BT, (0, 1, 2), eager) for eager in (False, True))
+    torch.testing.assert_close(fused, plain, rtol=0, atol=2e-5)
 
 
 def test_bfloat16_prompts_are_nearer_to_float32_than_torchs(isa) -> None:
@@ -202,20 +202,20 @@ def test_a_prompt_has_the_same_bits_however_it_is_cut_and_in_any_company(isa, dt
 def test_a_prompt_reads_what_decoding_wrote_and_the_other_way_round(isa) -> None:
     model, ids_BT = tiny_model("v3"), texts(2)
     cut = (1, 3, 40, 2, 24)
-    found, plain = (read_texts(model, cut, ids_BT, (0, 1), eager) for eager in (False, True))
-    torch.testing.assert_close(found, plain, rtol=0, atol=2e-5)
+    fused, plain = (read_texts(model, cut, ids_BT, (0, 1), eager) for eager in (False, True))
+    torch.testing.assert_close(fused, plain, rtol=0, atol=2e-5)
 
 
-def test_a_chunk_that_leads_past_the_pages_is_refused() -> None:
+def test_a_chunk_that_leads_past_the_blocks_is_rejected() -> None:
     model, ids_BT = tiny_model("v3"), texts(1)[:, :9]
-    now, runner = Paged(model, 1, 20, 4).begin([0], [0], [9]), FusedRunner(model)
+    step, runner = Paged(model, 1, 20, 4).step([0], [0], [9]), FusedRunner(model)
 
     def run(**changes: object) -> None:
-        chunk = dataclasses.replace(now.chunks[0], **changes)
-        runner.forward(ids_BT[0], now.positions_T, dataclasses.replace(now, chunks=[chunk]), [])
+        chunk = dataclasses.replace(step.chunks[0], **changes)
+        runner.forward(ids_BT[0], step.positions_T, dataclasses.replace(step, chunks=[chunk]), [])
 
     run()
-    slots_S = now.chunks[0].slots_S
+    slots_S = step.chunks[0].slots_S
     for wrong in (-1, 6 * 4):
         with pytest.raises(IndexError, match="does not lead to as many slots"):
             run(slots_S=torch.cat((slots_S[:-1], torch.tensor([wrong]))))
@@ -228,11 +228,11 @@ def test_a_chunk_that_leads_past_the_pages_is_refused() -> None:
 
 @pytest.mark.parametrize("chunk", [False, True])
 def test_a_step_may_have_more_tokens_than_fit_into_a_call(chunk: bool, monkeypatch) -> None:
-    model, tokens, hidden = tiny_model("v3"), FEW + 1 if chunk else 65, []
+    model, tokens, hidden = tiny_model("v3"), MAX_ABSORBED_TOKENS + 1 if chunk else 65, []
     for runner in (EagerRunner(model), FusedRunner(model)):
         cache = LatentCache(100, 16, 1, 96)
-        now = cache.begin([0], [0], [tokens]) if chunk else cache.begin([0] * tokens, range(tokens), [1] * tokens)
-        hidden.append(runner.forward(torch.arange(tokens), now.positions_T, now, [0]).hidden_TD)
+        step = cache.step([0], [0], [tokens]) if chunk else cache.step([0] * tokens, range(tokens), [1] * tokens)
+        hidden.append(runner.forward(torch.arange(tokens), step.positions_T, step, [0]).hidden_TD)
     torch.testing.assert_close(hidden[1], hidden[0], rtol=0, atol=2e-5)
 
 
@@ -289,11 +289,12 @@ def test_weights_that_were_changed_replaced_or_moved_are_seen() -> None:
 
 def test_a_masked_expert_is_not_selected(isa) -> None:
     model, ids_BT = tiny_model("v3"), drawn_ids(2)[:, :1]
-    now, runner = Paged(model, 2, 20, 4).tokens([0, 1], 0, 1), FusedRunner(model)
+    step, runner = Paged(model, 2, 20, 4).tokens([0, 1], 0, 1), FusedRunner(model)
     masked_TE = torch.zeros(2, 16, dtype=torch.bool)
 
     def chosen() -> list[list[int]]:
-        first, second = runner.forward(ids_BT.flatten().contiguous(), now.positions_T, now, [], {2: masked_TE}).routing
+        output = runner.forward(ids_BT.flatten().contiguous(), step.positions_T, step, [], {2: masked_TE})
+        first, second = output.routing
         assert first.biased_TE.isfinite().all() and torch.equal(second.biased_TE.isinf(), masked_TE)
         return second.expert_ids_TK.tolist()
 
@@ -309,8 +310,8 @@ def test_a_masked_expert_is_not_selected_in_a_prompt(isa) -> None:
     masked_TE[::2, :5] = True
 
     def output(runner: Runner) -> BackboneOutput:
-        now = Paged(model, 1, 80, 16).begin([0], [0], [40])
-        forward = runner.forward(ids_BT[0], now.positions_T, now, [], {2: masked_TE})
+        step = Paged(model, 1, 80, 16).step([0], [0], [40])
+        forward = runner.forward(ids_BT[0], step.positions_T, step, [], {2: masked_TE})
         return BackboneOutput(forward.hidden_TD, forward.routing)
 
     fused = output(FusedRunner(model))
@@ -321,10 +322,10 @@ def test_a_masked_expert_is_not_selected_in_a_prompt(isa) -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     model, ids_BT = tiny_model("v3"), torch.tensor([[3]])
-    now, runner = Paged(model, 1, 20, 4).tokens([0], 0, 1), FusedRunner(model)
+    step, runner = Paged(model, 1, 20, 4).tokens([0], 0, 1), FusedRunner(model)
 
     def run(**changes: Tensor) -> None:
-        runner.forward(ids_BT[0], now.positions_T, dataclasses.replace(now, **changes), [])
+        runner.forward(ids_BT[0], step.positions_T, dataclasses.replace(step, **changes), [])
 
     for table, length in (([[-1]], 1), ([[99]], 1), ([[0]], 5), ([[0]], 0)):
         with pytest.raises(IndexError, match="does not lead to as many slots"):
@@ -333,7 +334,7 @@ def test_what_does_not_fit_is_refused() -> None:
         run(table_BM=torch.zeros(1, 1, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"torch.int32 \(1, 1\) is no contiguous torch.int32 \(0, 1\)"):
         run(lengths_B=torch.ones(0, dtype=torch.int32))
-    now.cache._layers[1] = now.cache._layers[1].bfloat16()
+    step.cache._layers[1] = step.cache._layers[1].bfloat16()
     with pytest.raises(ValueError, match=r"torch.bfloat16 .* is no contiguous torch.float32"):
         run()
 
@@ -350,14 +351,14 @@ def test_embedding_and_head_in_the_call_have_the_bits_of_those_in_torch(isa, for
     for apart in (False, True):
         cache = Paged(model, 3, 80, 16)
         for starts, counts, ends in (((0, 0, 0), (2, 3, 30), (1, 4, 34)), ((2, 3, 30), (1, 1, 1), (0, 2))):
-            now = cache.begin(range(3), starts, counts)
+            step = cache.step(range(3), starts, counts)
             ids_T = torch.cat(
                 [ids_BT[row, at : at + n] for row, (at, n) in enumerate(zip(starts, counts, strict=True))]
             )
             if apart:
-                output = runner._forward_layers(ids_T, now.positions_T, now, ends, None)
+                output = runner._forward_layers(ids_T, step.positions_T, step, ends, None)
             else:
-                output = runner.forward(ids_T, now.positions_T, now, ends)
+                output = runner.forward(ids_T, step.positions_T, step, ends)
             outputs.append((output.logits_NV, output.hidden_TD, *(layer.weights_TK for layer in output.routing)))
     for one, other in zip(outputs[:2], outputs[2:], strict=True):
         assert all(map(torch.equal, one, other)) and one[0].dtype == torch.float32
@@ -367,8 +368,8 @@ def test_a_head_that_is_not_for_the_call_goes_to_torch() -> None:
     model, ids_T = copy.deepcopy(tiny_model("v3")), texts(1)[0, :3]
 
     def logits() -> tuple[Tensor, bool]:
-        runner, now = FusedRunner(model), Paged(model, 1, 20, 4).begin([0], [0], [3])
-        return runner.forward(ids_T, now.positions_T, now, [2]).logits_NV, runner._embedding_and_head is None
+        runner, step = FusedRunner(model), Paged(model, 1, 20, 4).step([0], [0], [3])
+        return runner.forward(ids_T, step.positions_T, step, [2]).logits_NV, runner._embedding_and_head is None
 
     whole, apart = logits()
     assert not apart
@@ -383,8 +384,8 @@ def test_token_ids_and_logit_indices_that_do_not_exist_are_rejected() -> None:
     runner = FusedRunner(model)
 
     def run(ids: list[int], logit_indices: list[int]) -> None:
-        now = Paged(model, 1, 20, 4).begin([0], [0], [len(ids)])
-        runner.forward(torch.tensor(ids), now.positions_T, now, logit_indices)
+        step = Paged(model, 1, 20, 4).step([0], [0], [len(ids)])
+        runner.forward(torch.tensor(ids), step.positions_T, step, logit_indices)
 
     run([0, 96], [0, 1])
     for wrong in (-1, 97):

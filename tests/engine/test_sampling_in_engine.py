@@ -27,10 +27,10 @@ def answers(text_model: TextModel, requests: list[Request], limits: EngineLimits
     found: dict[int, list] = {engine.add(request): [[], [], ""] for request in requests}
     while engine.has_work:
         for event in engine.step():
-            tokens, logprobs, _ = found[event.request]
+            tokens, logprobs, _ = found[event.request_id]
             tokens += [] if event.token is None else [event.token]
             logprobs += [] if event.logprob is None else [round(event.logprob.logprob, 3)]
-            found[event.request][2] += event.text
+            found[event.request_id][2] += event.text
             assert event.finish_reason in (None, "stop", "length"), event.error
     return list(found.values()), engine.stats().preemptions
 

@@ -1,7 +1,8 @@
-"""The scheduler over random arrivals, cancellations and budgets: no page leaks, none is given twice, nobody starves.
+"""The scheduler over random arrivals, cancellations and budgets: no block leaks, none is allocated twice, no request
+starves.
 
-No model: a step "reads" what was planned and draws a token from a small alphabet, so that prefixes are often shared.
-What a page should hold is kept beside the scheduler, written as a model would write it, and compared when it is found.
+No model: a step "computes" what was scheduled and samples from a small alphabet, so that prefixes are often shared.
+What a block should contain is recorded beside the scheduler, as a model would write it, and compared when it is used.
 """
 
 import random
@@ -14,120 +15,121 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from soli.engine.blocks import BlockManager
 from soli.engine.latent_cache import LatentCache, blocks_for
 from soli.engine.request import EngineLimits, Request
-from soli.engine.scheduler import Scheduler, Task
+from soli.engine.scheduler import Scheduler, SequenceState
 
-SIZE = 2  # tokens a page
+SIZE = 2  # tokens a block
 POSITIONS = 24
 
 
 class Serving(RuleBasedStateMachine):
-    """Requests come, are read, answered and cancelled, as the engine would do it."""
+    """Requests arrive, are computed, answered and cancelled, as the engine does it."""
 
     @initialize(
-        pages=st.integers(blocks_for(POSITIONS, SIZE), 30),
+        blocks=st.integers(blocks_for(POSITIONS, SIZE), 30),
         running=st.integers(1, 5),
         step=st.integers(5, 14),
         sharing=st.booleans(),
         drafting=st.booleans(),
     )
-    def begin(self, pages: int, running: int, step: int, sharing: bool, drafting: bool) -> None:
+    def begin(self, blocks: int, running: int, step: int, sharing: bool, drafting: bool) -> None:
         self.limits = EngineLimits(
             cache_bytes=1, max_running=running, tokens_per_step=step, block_size=SIZE, prefix_sharing=sharing
         )
-        self.pool, self.drafting = BlockManager(pages), drafting
-        self.cache = LatentCache(pages, SIZE, running, POSITIONS)
-        self.scheduler = Scheduler(self.cache, self.pool, self.limits, drafting)
-        self.alive: list[Task] = []
+        self.manager, self.drafting = BlockManager(blocks), drafting
+        self.cache = LatentCache(blocks, SIZE, running, POSITIONS)
+        self.scheduler = Scheduler(self.cache, self.manager, self.limits, drafting)
+        self.alive: list[SequenceState] = []
         self.slots: dict[int, tuple[int, ...]] = {}  # what was written where: all tokens up to and with its own
-        self.number = 0
+        self.next_id = 0
         self.idle = 0
 
     @rule(data=st.data())
-    def ask(self, data: st.DataObject) -> None:
+    def add(self, data: st.DataObject) -> None:
         prompt = tuple(data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=POSITIONS - 2)))
         new = data.draw(st.integers(1, POSITIONS - len(prompt)))
-        task = Task(self.number, Request(prompt, new, trace=data.draw(st.booleans())), list(prompt))
-        self.number += 1
-        self.alive.append(task)
-        self.scheduler.waiting.append(task)
+        sequence = SequenceState(self.next_id, Request(prompt, new, trace=data.draw(st.booleans())), list(prompt))
+        self.next_id += 1
+        self.alive.append(sequence)
+        self.scheduler.waiting.append(sequence)
 
     @precondition(lambda self: self.alive)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        task = data.draw(st.sampled_from(self.alive))
-        self.alive.remove(task)
-        self.scheduler.remove(task)
+        sequence = data.draw(st.sampled_from(self.alive))
+        self.alive.remove(sequence)
+        self.scheduler.remove(sequence)
 
     @rule(seed=st.integers(0, 2**20))
     def step(self, seed: int) -> None:
         luck = random.Random(seed)
-        oldest = min(self.alive, key=lambda task: task.number, default=None)
-        before = None if oldest is None else (len(oldest.ids), oldest.read)
-        reads = self.scheduler.plan()
-        assert sum(read.count for read in reads) <= self.limits.tokens_per_step
-        assert len({read.task for read in reads}) == len(reads) and all(read.count > 0 for read in reads)
+        oldest = min(self.alive, key=lambda sequence: sequence.request_id, default=None)
+        before = None if oldest is None else (len(oldest.ids), oldest.computed)
+        parts = self.scheduler.schedule()
+        assert sum(part.count for part in parts) <= self.limits.tokens_per_step
+        assert len({part.sequence for part in parts}) == len(parts) and all(part.count > 0 for part in parts)
         if oldest is not None:
-            assert any(read.task is oldest for read in reads), "the oldest request had to wait"
-        for read in reads:
-            self._read(read.task, read.start, read.tokens)
-        for read in reads:
-            self._answer(read.task, read.count, read.last, luck)
+            assert any(part.sequence is oldest for part in parts), "the oldest request had to wait"
+        for part in parts:
+            self._read(part.sequence, part.start, part.tokens)
+        for part in parts:
+            self._answer(part.sequence, part.count, part.is_last, luck)
         if oldest in self.alive:
-            assert (len(oldest.ids), oldest.read) > before
+            assert (len(oldest.ids), oldest.computed) > before
 
-    def _slot(self, task: Task, position: int) -> int:
-        return task.pages[position // SIZE] * SIZE + position % SIZE
+    def _slot(self, sequence: SequenceState, position: int) -> int:
+        return sequence.blocks[position // SIZE] * SIZE + position % SIZE
 
-    def _read(self, task: Task, start: int, tokens: list[int]) -> None:
-        text = [*task.ids[:start], *tokens]
+    def _read(self, sequence: SequenceState, start: int, tokens: list[int]) -> None:
+        text = [*sequence.ids[:start], *tokens]
         for position in range(start):
-            assert self.slots[self._slot(task, position)] == tuple(text[: position + 1]), "another text's latents"
+            assert self.slots[self._slot(sequence, position)] == tuple(text[: position + 1]), "another text's latents"
         for position in range(start, len(text)):
-            self.slots[self._slot(task, position)] = tuple(text[: position + 1])
+            self.slots[self._slot(sequence, position)] = tuple(text[: position + 1])
 
-    def _answer(self, task: Task, count: int, last: bool, luck: random.Random) -> None:
-        drafts, stays = task.drafts, count
+    def _answer(self, sequence: SequenceState, count: int, last: bool, luck: random.Random) -> None:
+        drafts, computed = sequence.drafts, count
         if last:
-            kept = bool(drafts) and luck.random() < 0.5
-            new = [*drafts, luck.randint(0, 1)] if kept else [luck.choice([0, 1])]
-            stays -= len(drafts) if not kept else 0
-            task.drafts = []
-        self.scheduler.advance(task, stays)
+            accepted = bool(drafts) and luck.random() < 0.5
+            new = [*drafts, luck.randint(0, 1)] if accepted else [luck.choice([0, 1])]
+            computed -= len(drafts) if not accepted else 0
+            sequence.drafts = []
+        self.scheduler.advance(sequence, computed)
         if last:
-            room = len(task.request.prompt_ids) + task.request.max_new_tokens - len(task.ids)
-            task.ids += new[:room]
-            if room <= len(new):
-                self.alive.remove(task)
-                self.scheduler.remove(task)
+            remaining = len(sequence.request.prompt_ids) + sequence.request.max_new_tokens - len(sequence.ids)
+            sequence.ids += new[:remaining]
+            if remaining <= len(new):
+                self.alive.remove(sequence)
+                self.scheduler.remove(sequence)
                 return
-            if self.drafting and room - len(new) > 1:
-                task.drafts = [luck.randint(0, 1)]
-        self.scheduler.publish(task)
+            if self.drafting and remaining - len(new) > 1:
+                sequence.drafts = [luck.randint(0, 1)]
+        self.scheduler.register_full_blocks(sequence)
 
     @invariant()
-    def pages_are_where_they_should_be(self) -> None:
-        if not hasattr(self, "pool"):
+    def blocks_are_where_they_should_be(self) -> None:
+        if not hasattr(self, "manager"):
             return
         running = self.scheduler.running
-        owned = {page for task in running for page in task.pages}
-        assert self.pool.used == len(owned) and self.pool.available == self.pool.pages - len(owned)
-        assert sorted(running, key=lambda task: task.number) == running
-        assert len({task.row for task in running}) == len(running) <= self.limits.max_running
-        for task in running:
-            assert self.cache.tables_RM[task.row, : len(task.pages)].tolist() == task.pages
-            assert len(task.pages) >= blocks_for(task.read, SIZE)
+        referenced = {block for sequence in running for block in sequence.blocks}
+        assert self.manager.used == len(referenced)
+        assert self.manager.available == self.manager.block_count - len(referenced)
+        assert sorted(running, key=lambda sequence: sequence.request_id) == running
+        assert len({sequence.row for sequence in running}) == len(running) <= self.limits.max_running
+        for sequence in running:
+            assert self.cache.block_tables_RM[sequence.row, : len(sequence.blocks)].tolist() == sequence.blocks
+            assert len(sequence.blocks) >= blocks_for(sequence.computed, SIZE)
         assert set(self.alive) == {*running, *self.scheduler.waiting}
-        assert all(task.row == -1 and not task.pages for task in self.scheduler.waiting)
+        assert all(sequence.row == -1 and not sequence.blocks for sequence in self.scheduler.waiting)
 
     def teardown(self) -> None:
-        if not hasattr(self, "pool"):
+        if not hasattr(self, "manager"):
             return
         luck, steps = random.Random(0), 0
         while self.alive:
             self.step(luck.randrange(2**20))
             steps += 1
             assert steps < 2000, "it does not come to an end"
-        assert self.pool.used == 0
+        assert self.manager.used == 0
 
 
 TestServing = Serving.TestCase
@@ -143,9 +145,9 @@ def test_serving_at_length() -> None:
 
 @given(st.integers(1, 20), st.integers(0, 3), st.integers(1, 20))
 def test_drafts_and_the_token_before_them_are_read_together(tokens: int, drafts: int, budget: int) -> None:
-    from soli.engine.scheduler import _portion
+    from soli.engine.scheduler import _token_count
 
-    task = Task(0, Request((0,) * tokens, 9), [0] * tokens, [1] * drafts)
-    count = _portion(task, budget)
+    sequence = SequenceState(0, Request((0,) * tokens, 9), [0] * tokens, [1] * drafts)
+    count = _token_count(sequence, budget)
     assert 0 <= count <= min(budget, tokens + drafts)
     assert count == tokens + drafts or count <= tokens - 1 or drafts == 0

@@ -30,9 +30,9 @@ ALL = {
 KINDS = [{"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.8}, ALL]
 
 
-def dense(found: Distribution, size: int = V) -> np.ndarray:
+def dense(actual: Distribution, size: int = V) -> np.ndarray:
     shares = np.zeros(size)
-    shares[found.tokens_K] = found.probabilities_K
+    shares[actual.tokens_K] = actual.probabilities_K
     return shares
 
 
@@ -47,12 +47,12 @@ def test_the_rule_gives_the_model_s_distribution_exactly(target_V, guess_V, para
         state.accept(token)
     p = distribution(state.processed(target_V), state.params)
     q = distribution(state.processed(guess_V), state.params)
-    found = np.zeros(V)
+    actual = np.zeros(V)
     for token in range(V):
         keep = min(1.0, p.probability(token) / q.probability(token)) if q.probability(token) else 0.0
-        found[token] += q.probability(token) * keep
-        found += q.probability(token) * (1 - keep) * dense(remainder(p, q))
-    np.testing.assert_allclose(found, dense(p), atol=1e-12)
+        actual[token] += q.probability(token) * keep
+        actual += q.probability(token) * (1 - keep) * dense(remainder(p, q))
+    np.testing.assert_allclose(actual, dense(p), atol=1e-12)
 
 
 class Fixed(SamplerState):
@@ -72,21 +72,21 @@ def test_verify_applies_the_rule(params):
     state = Fixed(SamplingParams(**params), [1], V)
     state.accept(2)
     q = distribution(state.processed(guess_V.numpy()), state.params)
-    found = np.zeros(V)
+    actual = np.zeros(V)
     for token, share in zip(q.tokens_K.tolist(), q.probabilities_K.tolist(), strict=True):
-        kept, replaced = 0, np.zeros(V)
+        accepted, replaced = 0, np.zeros(V)
         for point in range(points):
             at = (point + 0.5) / points
             state.numbers = {0: 0.5, TEST: at, REPLACE: 0.5}
-            kept += verify(target_KV, [Draft(token, q)], state).kept
+            accepted += verify(target_KV, [Draft(token, q)], state).accepted_drafts
             state.numbers = {0: 0.5, TEST: 1.0, REPLACE: at}  # a test that fails wherever one may fail
-            done = verify(target_KV, [Draft(token, q)], state)
-            if done.kept == 0:
-                replaced[done.drawn[0].token] += 1 / points
-        found[token] += share * kept / points
-        found += share * (1 - kept / points) * replaced
+            verified = verify(target_KV, [Draft(token, q)], state)
+            if verified.accepted_drafts == 0:
+                replaced[verified.tokens[0].token] += 1 / points
+        actual[token] += share * accepted / points
+        actual += share * (1 - accepted / points) * replaced
     np.testing.assert_allclose(
-        found, dense(distribution(state.processed(target_KV[0].numpy()), state.params)), atol=0.01
+        actual, dense(distribution(state.processed(target_KV[0].numpy()), state.params)), atol=0.01
     )
     assert state.position == 1
 
@@ -127,7 +127,7 @@ def speculated(
         state.rollback(len(drafts))
         guesses = tuple(draft.token for draft in drafts)
         rows = [row((text + guesses[:place])[:3]) for place in range(len(drafts) + 1)]
-        for drawn in verify(model[rows], drafts, state).drawn:
+        for drawn in verify(model[rows], drafts, state).tokens:
             text += (drawn.token,)
             state.accept(drawn.token)
     return text[:new]
@@ -140,10 +140,10 @@ def check_frequencies(counts: Counter, expected: dict, runs: int) -> None:
     cells = [(counts[text], share * runs) for text, share in large.items()]
     cells.append((runs - sum(seen for seen, _ in cells), max(runs - sum(share for _, share in cells), 1e-9)))
     if cells[-1][1] < 5:
-        (seen, wanted), (more, rest) = cells[-2:]
-        cells[-2:] = [(seen + more, wanted + rest)]
+        (seen, expected_count), (more, rest) = cells[-2:]
+        cells[-2:] = [(seen + more, expected_count + rest)]
     free = len(cells) - 1
-    statistic = sum((seen - wanted) ** 2 / wanted for seen, wanted in cells)
+    statistic = sum((seen - expected_count) ** 2 / expected_count for seen, expected_count in cells)
     # Wilson and Hilferty 1931: the chi-square quantile from the normal one, here 3.719 for 1 - 1e-4.
     assert statistic < free * (1 - 2 / (9 * free) + 3.719 * math.sqrt(2 / (9 * free))) ** 3
 
@@ -177,17 +177,18 @@ def test_drafts_like_the_model_are_always_kept():
         drafts += propose(rows[place][None], [state])
         state.accept(drafts[-1].token)
     state.rollback(2)
-    done = verify(rows, drafts, state, logprobs=2)
-    assert done.kept == 2 and [drawn.token for drawn in done.drawn[:2]] == [draft.token for draft in drafts]
-    assert len(done.drawn) == 3 and len(done.drawn[2].logprob.top) == 2
+    verified = verify(rows, drafts, state, logprobs=2)
+    assert verified.accepted_drafts == 2
+    assert [drawn.token for drawn in verified.tokens[:2]] == [draft.token for draft in drafts]
+    assert len(verified.tokens) == 3 and len(verified.tokens[2].logprob.top) == 2
 
 
 def test_a_stop_token_ends_the_drafts():
     state = SamplerState(SamplingParams(), [], V)
     rows = torch.eye(V)[[1, 2, 3]]
     drafts = propose(rows[:2], [state, state])
-    assert [one.token for one in verify(rows, drafts, state).drawn] == [1, 2, 3]
-    assert [one.token for one in verify(rows, drafts, state, stop_ids={2}).drawn] == [1, 2]
+    assert [one.token for one in verify(rows, drafts, state).tokens] == [1, 2, 3]
+    assert [one.token for one in verify(rows, drafts, state, stop_ids={2}).tokens] == [1, 2]
     assert state.position == 0
 
 
@@ -196,8 +197,8 @@ def test_logits_that_are_not_finite_end_the_request_after_what_was_good():
     rows = torch.eye(V)[[1, 2]]
     [draft] = propose(rows[:1], [state])
     rows[1, 0] = float("nan")
-    kept, error = verify(rows, [draft], state).drawn
-    assert kept.token == 1 and isinstance(error, SoliError)
+    accepted, error = verify(rows, [draft], state).tokens
+    assert accepted.token == 1 and isinstance(error, SoliError)
     assert isinstance(propose(rows[1:], [state])[0], SoliError)
 
 
@@ -218,17 +219,17 @@ def read(text: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
 def nano_text(state: SamplerState, prompt: tuple[int, ...], new: int) -> tuple[list[int], int]:
     """nano with one draft per pass; the new tokens and how many were drafts."""
     [first] = sample(read(prompt)[0][1:], [state])
-    ids, kept = [first.token], 0
+    ids, accepted = [first.token], 0
     state.accept(first.token)
     while len(ids) < new and not state.finished and ids[-1] not in NANO.stop_ids:
         [draft] = propose(read((*prompt, *ids))[1], [state])
-        done = verify(read((*prompt, *ids, draft.token))[0], [draft], state, NANO.stop_ids)
-        kept += done.kept
-        for drawn in done.drawn:
+        verified = verify(read((*prompt, *ids, draft.token))[0], [draft], state, NANO.stop_ids)
+        accepted += verified.accepted_drafts
+        for drawn in verified.tokens:
             assert not isinstance(drawn, SoliError), drawn
             ids.append(drawn.token)
             state.accept(drawn.token)
-    return ids[:new], kept
+    return ids[:new], accepted
 
 
 @pytest.mark.parametrize("params", [{}, {"repetition_penalty": 1.3, "frequency_penalty": 0.8}])
@@ -236,10 +237,10 @@ def test_nano_writes_the_same_greedily_with_its_own_drafts(params):
     total = 0
     for text in ("The weather is fine today.", "You can use this knife to cut wood.", "Please open the file."):
         prompt, sampling = tuple(NANO.tokenizer.translation_prompt(text, "zh")), SamplingParams(**params)
-        ids, kept = nano_text(SamplerState(sampling, prompt, VOCAB), prompt, 16)
+        ids, accepted = nano_text(SamplerState(sampling, prompt, VOCAB), prompt, 16)
         alone = continuation(NANO.model, prompt, 16, sampling, NANO.stop_ids)
         assert [token for token in ids if token not in NANO.stop_ids] == list(alone.ids)
-        total += kept
+        total += accepted
     assert total >= 6
 
 
@@ -247,11 +248,11 @@ def test_nano_s_sampled_texts_come_as_often_as_without_drafts():
     params = {"temperature": 1.2, "top_k": 3, "min_p": 0.02, "repetition_penalty": 1.2, "presence_penalty": 0.5}
     runs, new = 600, 3
     counts: Counter = Counter()
-    kept = 0
+    accepted = 0
     for seed in range(runs):
         ids, drafts = nano_text(SamplerState(SamplingParams(seed=seed, **params), PROMPT, VOCAB), PROMPT, new)
         counts[tuple(ids)] += 1
-        kept += drafts
+        accepted += drafts
     expected: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(new):
         longer = {}
@@ -262,11 +263,11 @@ def test_nano_s_sampled_texts_come_as_often_as_without_drafts():
             state = SamplerState(SamplingParams(**params), PROMPT, VOCAB)
             for token in text:
                 state.accept(token)
-            found = distribution(state.processed(read(PROMPT + text)[0][1].numpy()), state.params)
-            for token, probability in zip(found.tokens_K.tolist(), found.probabilities_K.tolist(), strict=True):
+            actual = distribution(state.processed(read(PROMPT + text)[0][1].numpy()), state.params)
+            for token, probability in zip(actual.tokens_K.tolist(), actual.probabilities_K.tolist(), strict=True):
                 longer[(*text, token)] = share * probability
         expected = longer
-    assert kept > runs / 10
+    assert accepted > runs / 10
     check_frequencies(counts, expected, runs)
 
 
@@ -281,5 +282,5 @@ def test_nano_s_constrained_texts_keep_to_the_constraint():
         [drawn] = sample(read((*PROMPT, *ids))[0][1:], [greedy])
         ids.append(drawn.token)
         greedy.accept(drawn.token)
-    found, kept = nano_text(SamplerState(SamplingParams(), PROMPT, VOCAB, constraints.open(spec)), PROMPT, 60)
-    assert found == ids and kept > 0
+    actual, accepted = nano_text(SamplerState(SamplingParams(), PROMPT, VOCAB, constraints.open(spec)), PROMPT, 60)
+    assert actual == ids and accepted > 0

@@ -110,11 +110,11 @@ def check_layers(format: str, at_end: bool) -> None:
             cache = Paged(model, 1, 16, 4)
             if with_guards:
                 guard_weights(model, at_end)
-                cache._layers = {layer: guarded(pages, at_end) for layer, pages in cache._layers.items()}
+                cache._layers = {layer: guarded(blocks_PSX, at_end) for layer, blocks_PSX in cache._layers.items()}
             runner = FusedRunner(model, drafts=True)
             outputs.append([cache.read(runner, ids_BT, [0], at)[-1].hidden_BTD for at in (0, 3)])
-            now = cache.begin([0], [6], [10])
-            output = runner.forward(torch.arange(87, 97), now.positions_T, now, [0, 9])
+            step = cache.step([0], [6], [10])
+            output = runner.forward(torch.arange(87, 97), step.positions_T, step, [0, 9])
             outputs[-1] += [output.hidden_TD, output.logits_NV]
         assert all(torch.equal(one, other) for one, other in zip(*outputs, strict=True))
 

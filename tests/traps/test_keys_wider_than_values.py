@@ -31,8 +31,8 @@ def test_absorbed_decoding_equals_one_expanded_forward(config) -> None:  # type:
     cache = LatentCache.whole_rows([12, 12], block_size=4)
 
     def forward(start: int, stop: int) -> torch.Tensor:
-        now = cache.begin([0, 1], [start, start], [stop - start] * 2)
-        hidden_1TD = model.backbone(ids[:, start:stop].reshape(1, -1), now.positions_T[None], now).hidden_BTD
+        step = cache.step([0, 1], [start, start], [stop - start] * 2)
+        hidden_1TD = model.backbone(ids[:, start:stop].reshape(1, -1), step.positions_T[None], step).hidden_BTD
         return hidden_1TD.unflatten(1, (2, -1))[0]
 
     with torch.no_grad():

@@ -1,9 +1,9 @@
-"""Who owns which page of the latent cache: owners counted, and whole pages kept for prompts that begin alike.
+"""The KV blocks of the latent cache: reference counts, and a prefix cache of full blocks for prompts that begin alike.
 
-A page is free, owned (by one request, or by several that share a prefix), or kept: owned by nobody, its content still
-known by its key and of use to the next prompt that begins with the same tokens. A page that is needed is taken from the
-free ones first, then from the kept ones, the longest unused first. A key stands for all tokens from the first to the
-page's last, so a page is found only behind the pages before it.
+A block is free, referenced (by one sequence, or by several that share a prefix), or evictable: referenced by nobody,
+its content still registered under its key and reused by the next prompt that begins with the same tokens. Allocation
+takes free blocks first, then evicts the least recently used ones. A key stands for all tokens from the first to the
+block's last, so a block is found only behind the blocks before it.
 """
 
 import hashlib
@@ -14,88 +14,88 @@ import numpy as np
 
 
 class BlockManager:
-    """`pages` pages. A page may be owned several times, and each owner releases it once."""
+    """`block_count` blocks. Each reference to a block is released once."""
 
-    def __init__(self, pages: int) -> None:
-        self.pages = pages
-        self._free = list(range(pages - 1, -1, -1))
-        self._owners = [0] * pages
-        self._keys: list[bytes | None] = [None] * pages
-        self._known: dict[bytes, int] = {}
-        self._kept: OrderedDict[int, None] = OrderedDict()  # the longest unused first
+    def __init__(self, block_count: int) -> None:
+        self.block_count = block_count
+        self._free = list(range(block_count - 1, -1, -1))
+        self._reference_counts = [0] * block_count
+        self._keys: list[bytes | None] = [None] * block_count
+        self._blocks_by_key: dict[bytes, int] = {}
+        self._evictable: OrderedDict[int, None] = OrderedDict()  # the least recently used first
 
     @property
     def available(self) -> int:
-        """Pages that `take` could give now."""
-        return len(self._free) + len(self._kept)
+        """Blocks that `allocate` could give now."""
+        return len(self._free) + len(self._evictable)
 
     @property
     def used(self) -> int:
-        """Pages with an owner."""
-        return self.pages - self.available
+        """Blocks with a reference."""
+        return self.block_count - self.available
 
-    def take(self) -> int | None:
-        """A page of one's own, its content unknown; None when every page has an owner."""
+    def allocate(self) -> int | None:
+        """A block with one reference and undefined content; None when every block is referenced."""
         if self._free:
-            page = self._free.pop()
-        elif self._kept:
-            page, _ = self._kept.popitem(last=False)
-            self._forget(page)
+            block = self._free.pop()
+        elif self._evictable:
+            block, _ = self._evictable.popitem(last=False)
+            self._unregister(block)
         else:
             return None
-        self._owners[page] = 1
-        return page
+        self._reference_counts[block] = 1
+        return block
 
-    def find(self, key: bytes) -> int | None:
-        """The page of this content, now owned once more; None when it is not there."""
-        page = self._known.get(key)
-        if page is not None:
-            self._kept.pop(page, None)
-            self._owners[page] += 1
-        return page
+    def acquire(self, key: bytes) -> int | None:
+        """The block registered under `key`, with one reference more; None without one."""
+        block = self._blocks_by_key.get(key)
+        if block is not None:
+            self._evictable.pop(block, None)
+            self._reference_counts[block] += 1
+        return block
 
-    def known(self, keys: Sequence[bytes]) -> int:
-        """How many of these pages, from the first on, could be found."""
-        return next((at for at, key in enumerate(keys) if key not in self._known), len(keys))
+    def count_registered(self, keys: Sequence[bytes]) -> int:
+        """How many of these keys, from the first on, have a block."""
+        return next((at for at, key in enumerate(keys) if key not in self._blocks_by_key), len(keys))
 
-    def kept(self, keys: Sequence[bytes]) -> int:
-        """How many of these pages are there without an owner: owning them makes so many unavailable."""
-        return sum(self._known.get(key) in self._kept for key in keys)
+    def count_evictable(self, keys: Sequence[bytes]) -> int:
+        """How many of these keys have a block without a reference: acquiring them makes so many unavailable."""
+        return sum(self._blocks_by_key.get(key) in self._evictable for key in keys)
 
-    def publish(self, page: int, key: bytes) -> None:
-        """The page, full now, holds this content. Where another page already does, this one stays unknown."""
-        if key not in self._known:
-            self._known[key] = page
-            self._keys[page] = key
+    def register(self, block: int, key: bytes) -> None:
+        """The block is full and has this content. Where another block already has it, this one stays unregistered."""
+        if key not in self._blocks_by_key:
+            self._blocks_by_key[key] = block
+            self._keys[block] = key
 
-    def release(self, page: int) -> None:
-        """One owner less; a page without owners is kept if its content is known, else free."""
-        if self._owners[page] < 1:
-            raise ValueError(f"page {page} has no owner to release it")
-        self._owners[page] -= 1
-        if self._owners[page] == 0:
-            if self._keys[page] is None:
-                self._free.append(page)
+    def release(self, block: int) -> None:
+        """One reference less; a block without references is evictable if it is registered, else free."""
+        if self._reference_counts[block] < 1:
+            raise ValueError(f"block {block} has no reference to release")
+        self._reference_counts[block] -= 1
+        if self._reference_counts[block] == 0:
+            if self._keys[block] is None:
+                self._free.append(block)
             else:
-                self._kept[page] = None
+                self._evictable[block] = None
 
-    def forget(self) -> None:
-        """Nothing kept is of use any more; pages with owners stay theirs."""
-        for page in self._kept:
-            self._forget(page)
-            self._free.append(page)
-        self._kept.clear()
-        for page in [*self._known.values()]:
-            self._forget(page)
+    def clear_prefix_cache(self) -> None:
+        """Unregister every block; referenced blocks stay referenced."""
+        for block in self._evictable:
+            self._unregister(block)
+            self._free.append(block)
+        self._evictable.clear()
+        for block in [*self._blocks_by_key.values()]:
+            self._unregister(block)
 
-    def _forget(self, page: int) -> None:
-        key = self._keys[page]
+    def _unregister(self, block: int) -> None:
+        key = self._keys[block]
         if key is not None:
-            del self._known[key]
-            self._keys[page] = None
+            del self._blocks_by_key[key]
+            self._keys[block] = None
 
 
 def block_key(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """The key of a page that follows `parent` (the key of the page before it; b"" and whatever else the content depends
-    on for the first) and holds these tokens. 256 bits of BLAKE2: two contents never meet by accident."""
+    """The key of a block that follows `parent` (the key of the block before it; for the first, whatever the content
+    depends on besides tokens) and holds these tokens. 256 bits of BLAKE2: no accidental collisions."""
     return hashlib.blake2b(parent + np.asarray(tokens, dtype=np.int64).tobytes(), digest_size=32).digest()

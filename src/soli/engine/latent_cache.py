@@ -1,12 +1,12 @@
 """The latent cache of multi-head latent attention: what a token leaves behind for later tokens to attend to.
 
 DeepSeek-V3 keeps, per token and layer, the compressed latent c_t^KV and the decoupled rotary key k_t^R (eqs. 1 and
-3): X = kv_lora_rank + qk_rope_head_dim values instead of a key and a value per head. They lie in pages of S tokens. A
-row is one text; its table says which page holds its positions 0..S-1, which the next S, and so on. A pass reads new
-tokens of some rows, one row after the other, as one flat sequence of T tokens. Who owns which page is decided by
-pages.py; here they are only written and found.
+3): X = kv_lora_rank + qk_rope_head_dim values instead of a key and a value per head. They are stored in KV blocks of S
+tokens. A row is one text; its block table names the block of its positions 0..S-1, of the next S, and so on. A step has
+new tokens of some rows, one row after the other, as one flat sequence of T tokens. blocks.py decides which row has
+which block; here they are only written and addressed.
 
-Shapes: B rows of a pass, T its tokens, P pages, M pages a row may have.
+Shapes: B rows of a step, T its tokens, P KV blocks, M blocks that a row may have.
 """
 
 from collections.abc import Sequence
@@ -25,49 +25,52 @@ from soli.errors import SoliError
 from soli.model.attention import PrefillChunk
 
 CPU = torch.device("cpu")
-FEW = 4  # tokens of one text: up to here each is a query of its own, beyond they are read as a chunk
+# Up to so many new tokens of one text are queries by themselves (absorbed attention); more are a chunk (expanded).
+MAX_ABSORBED_TOKENS = 4
 
 
 class LatentCache:
-    """`block_count` blocks of `block_size` tokens a layer, and page tables for `rows` rows of up to `positions` tokens.
+    """`block_count` KV blocks of `block_size` tokens in each layer, and block tables for `rows` rows of up to
+    `positions` tokens.
 
-    A layer's pages are allocated when it first writes, in the dtype and on the device of what it writes; on a CPU they
-    take memory as they fill. Refuses positions past the end of a table.
+    A layer's blocks are allocated when it first writes, in the dtype and on the device of what it writes; on a CPU they
+    take memory as they fill. SoliError for positions past the end of a table.
     """
 
     def __init__(self, block_count: int, block_size: int, rows: int, positions: int) -> None:
-        self.block_count, self.block_size, self.positions = block_count, block_size, positions
-        self.tables_RM = np.zeros((rows, blocks_for(positions, block_size)), dtype=np.int32)
+        self.block_count, self.block_size = block_count, block_size
+        self.positions = positions
+        self.block_tables_RM = np.zeros((rows, blocks_for(positions, block_size)), dtype=np.int32)
         self._layers: dict[int, Tensor] = {}
 
     @classmethod
     def whole_rows(cls, lengths: Sequence[int], block_size: int = 64) -> "LatentCache":
-        """A cache in which row r owns pages for `lengths[r]` positions from the start."""
+        """A cache in which row r has blocks for `lengths[r]` positions from the start."""
         needed = [blocks_for(length, block_size) for length in lengths]
         cache = cls(sum(needed), block_size, len(lengths), max(lengths, default=0))
         for row, (end, count) in enumerate(zip(np.cumsum(needed), needed, strict=True)):
-            cache.tables_RM[row, :count] = np.arange(end - count, end)
+            cache.block_tables_RM[row, :count] = np.arange(end - count, end)
         return cache
 
-    def begin(
+    def step(
         self, rows: Sequence[int], starts: Sequence[int], counts: Sequence[int], device: str | torch.device = "cpu"
-    ) -> "CachePass":
-        """The pass that reads `counts[b]` tokens of `rows[b]` from position `starts[b]`; give counts up to FEW first:
-        their tokens are single queries, each with its own length."""
+    ) -> "CacheStep":
+        """The step with `counts[b]` tokens of `rows[b]` from position `starts[b]`. Counts up to MAX_ABSORBED_TOKENS
+        come first: their tokens are queries by themselves, each with its own length."""
         last = max(map(add, starts, counts))
         if last > self.positions:
             raise SoliError(
                 f"position {last - 1} is past the {self.positions} positions of this cache: use a shorter text"
             )
         row_B, start_B = np.array(rows, dtype=np.int64), np.array(starts, dtype=np.int64)
-        if max(counts) == 1:  # decoding: as below, for less
-            return self._pass(row_B, start_B, len(row_B), last, [], device)
+        if max(counts) == 1:  # decoding alone: the result of the general case, in less time
+            return self._step(row_B, start_B, len(row_B), last, [], device)
         count_B = np.array(counts, dtype=np.int64)
         end_B = start_B + count_B  # positions
-        stop_B = np.cumsum(count_B)  # tokens of the pass
+        stop_B = np.cumsum(count_B)  # tokens of the step
         position_T = np.arange(stop_B[-1]) - np.repeat(stop_B - end_B, count_B)
         row_T = np.repeat(row_B, count_B)
-        many = np.flatnonzero(count_B > FEW)
+        many = np.flatnonzero(count_B > MAX_ABSORBED_TOKENS)
         num_decode_tokens = int(stop_B[many[0]] - count_B[many[0]]) if len(many) else int(stop_B[-1])
         chunks = []
         for row, start, end, stop in zip(row_B, start_B, end_B, stop_B, strict=True):
@@ -75,9 +78,9 @@ class LatentCache:
                 slots_S = _tensor(self._slots(row, np.arange(end)), device)
                 chunks.append(PrefillChunk(int(stop - (end - start)), int(stop), int(start), slots_S))
         longest = int(position_T[:num_decode_tokens].max(initial=0)) + 1
-        return self._pass(row_T, position_T, num_decode_tokens, longest, chunks, device)
+        return self._step(row_T, position_T, num_decode_tokens, longest, chunks, device)
 
-    def _pass(
+    def _step(
         self,
         row_T: NDArray[np.int64],
         position_T: NDArray[np.int64],
@@ -85,52 +88,51 @@ class LatentCache:
         longest: int,
         chunks: Sequence[PrefillChunk],
         device: str | torch.device,
-    ) -> "CachePass":
-        """Tokens by row and position, the first `num_decode_tokens` of them queries by
-        themselves, over up to `longest` slots."""
-        most = blocks_for(longest, self.block_size)
-        return CachePass(
+    ) -> "CacheStep":
+        """Tokens by row and position; the first `num_decode_tokens` attend to up to `longest` slots."""
+        table_width = blocks_for(longest, self.block_size)
+        return CacheStep(
             cache=self,
             positions_T=_tensor(position_T, device),
             rows_T=row_T,
             num_decode_tokens=num_decode_tokens,
-            table_BM=_tensor(self.tables_RM[row_T[:num_decode_tokens], :most], device),
+            table_BM=_tensor(self.block_tables_RM[row_T[:num_decode_tokens], :table_width], device),
             lengths_B=_tensor((position_T[:num_decode_tokens] + 1).astype(np.int32), device),
             chunks=chunks,
         )
 
     def kv_blocks(self, layer: int, width: int, like: Tensor) -> Tensor:
-        """A layer's pages (P, S, width), made when first asked for, in the dtype and on the device of `like`."""
+        """A layer's blocks (P, S, width), allocated at the first call, in the dtype and on the device of `like`."""
         if layer not in self._layers:
             self._layers[layer] = like.new_empty(self.block_count, self.block_size, width)
         return self._layers[layer]
 
     def slots(self, row_T: NDArray[np.int64], position_T: Tensor) -> Tensor:
-        """Where tokens lie in the flattened pages: (T,), on the device of their positions."""
+        """The slots of tokens in the flattened blocks: (T,), on the device of their positions."""
         return torch.from_numpy(self._slots(row_T, position_T.cpu().numpy())).to(position_T.device)
 
     def write(self, layer: int, slots_T: Tensor, entries_TX: Tensor) -> Tensor:
-        """Stores one layer's entries in their slots; returns all its pages, (P, S, X)."""
+        """Store one layer's entries in their slots; all its blocks, (P, S, X)."""
         kv_PSX = self.kv_blocks(layer, entries_TX.shape[1], entries_TX)
         kv_PSX.flatten(0, 1).index_copy_(0, slots_T, entries_TX)
         return kv_PSX
 
     def nbytes(self) -> int:
-        """Bytes of the pages, empty slots included."""
-        return sum(pages.numel() * pages.element_size() for pages in self._layers.values())
+        """Bytes of the allocated blocks, empty slots included."""
+        return sum(blocks_PSX.nbytes for blocks_PSX in self._layers.values())
 
     def _slots(self, row_T: NDArray[np.int64], position_T: NDArray[np.int64]) -> NDArray[np.int64]:
-        page_T, inside_T = np.divmod(position_T, self.block_size)
-        return self.tables_RM[row_T, page_T].astype(np.int64) * self.block_size + inside_T
+        index_T, offset_T = np.divmod(position_T, self.block_size)
+        return self.block_tables_RM[row_T, index_T].astype(np.int64) * self.block_size + offset_T
 
 
 @dataclass(frozen=True)
-class CachePass:
-    """One pass over new tokens, as attention sees the cache (`soli.model.attention.Cache`)."""
+class CacheStep:
+    """The new tokens of one step, as attention sees the cache (`soli.model.attention.Cache`)."""
 
     cache: LatentCache
     positions_T: Tensor  # int64
-    rows_T: NDArray[np.int64]  # whose each token is
+    rows_T: NDArray[np.int64]  # the row of each token
     num_decode_tokens: int
     table_BM: Tensor
     lengths_B: Tensor
@@ -138,15 +140,15 @@ class CachePass:
 
     @cached_property
     def slots_T(self) -> Tensor:
-        """Where each token of the pass is written, int64."""
+        """The slot that each token is written to, int64."""
         return self.cache.slots(self.rows_T, self.positions_T)
 
     def kv_blocks(self, layer: int, width: int, like: Tensor) -> Tensor:
-        """A layer's pages, for whoever writes them himself."""
+        """A layer's blocks, for a forward pass that writes to them itself."""
         return self.cache.kv_blocks(layer, width, like)
 
     def write(self, layer: int, entries_TX: Tensor) -> Tensor:
-        """Stores the pass's entries of one layer; returns its pages."""
+        """Store the step's entries of one layer; its blocks."""
         return self.cache.write(layer, self.slots_T, entries_TX)
 
 
@@ -156,10 +158,10 @@ def _tensor(array: NDArray[Any], device: str | torch.device) -> Tensor:
 
 
 def blocks_for(tokens: int, block_size: int) -> int:
-    """How many pages hold so many tokens."""
+    """How many blocks hold so many tokens."""
     return -(-tokens // block_size)
 
 
 def bytes_per_token(config: ModelConfig, layers: int, dtype: torch.dtype) -> int:
-    """What one token takes in the cache of so many layers: 576 values a layer in V3 (DeepSeek-V2 report, table 1)."""
+    """Bytes of one token in the cache of so many layers: 576 values a layer in V3 (DeepSeek-V2 report, table 1)."""
     return layers * (config.kv_lora_rank + config.qk_rope_head_dim) * dtype.itemsize

@@ -49,7 +49,7 @@ def stream(engine: Engine, request: Request) -> Iterator[Event]:
     try:
         while True:
             for event in engine.step():
-                if event.request == request_id:
+                if event.request_id == request_id:
                     yield checked(event)
                     if event.finish_reason is not None:
                         return
@@ -95,10 +95,10 @@ def answer_all(
                 break
             completed = 0
             for event in engine.step():
-                if event.request in running:
-                    running[event.request].append(event)
+                if event.request_id in running:
+                    running[event.request_id].append(event)
                     if event.finish_reason is not None:
-                        del running[event.request]
+                        del running[event.request_id]
                         completed += 1
             if completed and on_answer is not None:
                 on_answer(completed)

@@ -18,10 +18,10 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 @dataclass(frozen=True)
 class Request:
-    """What one caller wants.
+    """A prompt to continue.
 
-    `stop`: strings, found across token borders, that end the text and are no part of it. `logprobs`: None for none, k
-    for the drawn token's and the k likeliest. `trace`: the routing of every token that is read, the prompt's included.
+    `stop`: strings that end the text and are no part of it, also across token borders. `logprobs`: None for none, k for
+    the sampled token's and the k likeliest. `trace`: the routing of every token that is computed, of the prompt too.
     `masked_experts`: (layer, expert) pairs that must not be selected; layers are numbered as in the files.
     `constraint`: what the whole text must be; it ends where nothing else can follow.
     """
@@ -39,7 +39,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a request took, in tokens. `cached`: of the prompt, found in the cache and not read again."""
+    """Tokens of a request. `cached`: of the prompt, in the prefix cache and not computed again."""
 
     prompt: int
     completion: int
@@ -50,14 +50,14 @@ class Usage:
 
 @dataclass(frozen=True)
 class Event:
-    """What one step brought to one request.
+    """The progress of one request in one step.
 
-    `token` None: only held-back text, routing of a part of the prompt, or the end. `text`: whole characters that no
-    stop string can take back; often "". `routing`: of the tokens read in this step, one Routing per MoE layer of the
-    main model. The last event has `finish_reason` and `usage`; with "error" also `error`, one sentence.
+    `token` None: only text that was held back, routing of a part of the prompt, or the end. `text`: whole characters
+    that no stop string can include any more; often "". `routing`: of the tokens of this step, one Routing per MoE layer
+    of the main model. The last event has `finish_reason` and `usage`; with "error" also `error`, one sentence.
     """
 
-    request: int
+    request_id: int
     token: int | None = None
     text: str = ""
     logprob: TokenLogprob | None = None
@@ -107,8 +107,8 @@ def checked(event: Event) -> Event:
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """What the engine may take. `cache_bytes` is never passed; `tokens_per_step` bounds what one step reads, so that a
-    long prompt delays the next token of the others by no more than that. `prefix_sharing`: keep the pages of
+    """The engine's memory and batch sizes. `cache_bytes`: at most, of the latent cache. `tokens_per_step`: at most, so
+    that a long prompt delays the next token of the others by no more than that. `prefix_sharing`: keep the KV blocks of
     prompts for later ones that begin alike. `speculate`: draft with the model's MTP module; measured to be slower on
     CPUs (benchmarks/speculation.py)."""
 
@@ -127,13 +127,13 @@ class EngineLimits:
         if self.tokens_per_step < self.max_running:
             raise SoliError(
                 f"the engine's tokens_per_step is {self.tokens_per_step}, but each of {self.max_running} running "
-                f"requests reads a token in a step: give {self.max_running} or more"
+                f"requests has a token in a step: give {self.max_running} or more"
             )
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """How the engine stands; counts of tokens and events are since its start."""
+    """The engine's metrics; counts of tokens and events are since its start."""
 
     running: int
     waiting: int
@@ -147,15 +147,15 @@ class EngineStats:
     preemptions: int
     drafted: int
     accepted: int
-    expert_load: tuple[tuple[int, ...], ...]  # per MoE layer, how often each expert was chosen
+    expert_load: tuple[tuple[int, ...], ...]  # per MoE layer, how often each expert was selected
 
 
 class QueueFull(SoliError):
-    """As many requests wait as may: come back later."""
+    """As many requests wait as may: try again later."""
 
 
-class Refused(SoliError):
-    """A request that can never run. `field`: what of the Request is to blame; `too_long`: for the model's positions."""
+class RejectedRequest(SoliError):
+    """A request that can never run. `field`: the one to blame; `too_long`: for the model's positions."""
 
     def __init__(self, field: str, message: str, too_long: bool = False) -> None:
         super().__init__(message)

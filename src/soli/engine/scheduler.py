@@ -1,10 +1,10 @@
-"""Which requests a step reads, and how many tokens of each: continuous batching over a bounded cache.
+"""Which sequences a step computes, and how many tokens of each: continuous batching over a bounded cache.
 
-Requests run in the order of their arrival. A step reads one token of every request that is decoding, then parts of
-prompts (chunked prefill) up to `tokens_per_step`, then lets in the next that wait, as long as there is a place and
-their tokens fit into the pages that are left. Pages are taken as tokens need them; when none is left, the youngest
-request gives its own back, goes to the head of the queue and is read again later (preemption by recomputation). The
-oldest can always go on, so every request ends.
+Sequences run in the order of their arrival. A step has one token of every sequence that is decoding, then parts of
+prompts (chunked prefill) up to `tokens_per_step`, then admits the next that wait, as long as there is a free slot and
+their tokens fit into the available KV blocks. Blocks are allocated as tokens need them; when none is left, the youngest
+sequence releases its own, goes to the head of the queue and is computed again later (preemption by recomputation). The
+oldest can always continue, so every request ends.
 """
 
 from collections import deque
@@ -13,193 +13,204 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from soli.engine.blocks import BlockManager, block_key
-from soli.engine.latent_cache import FEW, LatentCache, blocks_for
+from soli.engine.latent_cache import MAX_ABSORBED_TOKENS, LatentCache, blocks_for
 from soli.engine.request import EngineLimits, Request
 
 
 @dataclass(eq=False)
-class Task:
-    """A request under way. `ids`: prompt and answer; the first `read` of them have their latents in the cache. `drafts`
-    are guesses at what follows, read together with the last of `ids`."""
+class SequenceState:
+    """A request under way. `ids`: prompt and answer; the first `computed` of them have their latents in the cache.
+    `drafts`: guesses at what follows, computed together with the last of `ids`."""
 
-    number: int
+    request_id: int
     request: Request
     ids: list[int]
     drafts: list[int] = field(default_factory=list)
-    read: int = 0
-    cached: int = 0  # tokens of the prompt that the cache already held when the request first ran
-    row: int = -1  # of the page tables, while it runs
-    pages: list[int] = field(default_factory=list)
-    keys: list[bytes] = field(default_factory=list)  # of the whole pages of `ids`, as far as they were needed
-    published: int = 0
-    weights_version: int = 0  # of the weights that its latents are made with, or were when it began
-    ran: bool = False
+    computed: int = 0
+    cached: int = 0  # tokens of the prompt that the prefix cache held when the sequence first ran
+    row: int = -1  # of the block tables, while it runs
+    blocks: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)  # of the full blocks of `ids`, as far as they were needed
+    registered: int = 0  # blocks that are in the prefix cache
+    has_run: bool = False
+    weights_version: int = 0  # of the weights when it was last admitted
 
     @property
-    def left(self) -> int:
-        """Tokens to be read before the next can be drawn, drafts among them."""
-        return len(self.ids) + len(self.drafts) - self.read
+    def remaining(self) -> int:
+        """Tokens to compute before the next can be sampled, drafts among them."""
+        return len(self.ids) + len(self.drafts) - self.computed
 
 
 @dataclass(frozen=True)
-class Read:
-    """A part of a step: `count` tokens of a task from position `start` on, those of `ids` and then the drafts."""
+class ScheduledTokens:
+    """A part of a step: `count` tokens of a sequence from position `start` on, those of `ids` and then the drafts."""
 
-    task: Task
+    sequence: SequenceState
     start: int
     count: int
 
     @property
     def tokens(self) -> list[int]:
-        return (self.task.ids[self.start :] + self.task.drafts)[: self.count]
+        return (self.sequence.ids[self.start :] + self.sequence.drafts)[: self.count]
 
     @property
-    def last(self) -> bool:
-        """Whether nothing is left to read after it, so that tokens can be drawn."""
-        return self.start + self.count == len(self.task.ids) + len(self.task.drafts)
+    def is_last(self) -> bool:
+        """Whether nothing remains to compute after it, so that tokens can be sampled."""
+        return self.start + self.count == len(self.sequence.ids) + len(self.sequence.drafts)
 
 
 class Scheduler:
-    """Decides over `cache` and `pool`, which no one else may touch."""
+    """Decides over `cache` and `block_manager`, which nothing else may change."""
 
-    def __init__(self, cache: LatentCache, pool: BlockManager, limits: EngineLimits, drafting: bool = False) -> None:
-        # What the MTP module keeps of a token depends on the token after it as well.
-        self._beyond = int(drafting)
-        self._weights_version = 0
-        self.waiting: deque[Task] = deque()
-        self.running: list[Task] = []  # the oldest first
+    def __init__(
+        self, cache: LatentCache, block_manager: BlockManager, limits: EngineLimits, drafting: bool = False
+    ) -> None:
+        self.waiting: deque[SequenceState] = deque()
+        self.running: list[SequenceState] = []  # the oldest first
         self.preemptions = 0
         self.prefix_hit_tokens = 0
-        self._cache, self._pool, self._limits = cache, pool, limits
-        self._rows = list(range(limits.max_running - 1, -1, -1))
+        # The MTP module's latent of a token depends on the token after it as well.
+        self._lookahead = int(drafting)
+        self._weights_version = 0
+        self._cache, self._block_manager, self._limits = cache, block_manager, limits
+        self._free_rows = list(range(limits.max_running - 1, -1, -1))
 
     @property
-    def places(self) -> int:
-        """How many more could run beside those that do."""
-        return len(self._rows)
+    def free_slots(self) -> int:
+        """How many more sequences could run."""
+        return len(self._free_rows)
 
     def forget_latents(self) -> None:
-        """The model has changed: latents computed until now are of no use to requests that begin from now on."""
+        """The model has changed: latents computed until now are of no use to sequences admitted from now on."""
         self._weights_version += 1
-        self._pool.forget()
+        self._block_manager.clear_prefix_cache()
 
-    def plan(self) -> list[Read]:
-        """What the next step reads, a few tokens of one task before many; [] when nothing runs. Whoever reads it tells
-        `advance`."""
-        counts: dict[Task, int] = {}
+    def schedule(self) -> list[ScheduledTokens]:
+        """The next step, decode tokens before chunks; [] when nothing runs. `advance` is told what was computed."""
+        counts: dict[SequenceState, int] = {}
         budget = self._limits.tokens_per_step
-        for chunks in (False, True):
-            for task in [task for task in self.running if (task.left > FEW) == chunks]:
-                count = _portion(task, budget)
-                if task.row >= 0 and count and self._make_room(task, count, counts):
-                    counts[task] = count
-                    budget -= count
+        decoding = [sequence for sequence in self.running if sequence.remaining <= MAX_ABSORBED_TOKENS]
+        prefilling = [sequence for sequence in self.running if sequence.remaining > MAX_ABSORBED_TOKENS]
+        for sequence in decoding + prefilling:
+            count = _token_count(sequence, budget)
+            if sequence.row >= 0 and count and self._allocate(sequence, count, counts):
+                counts[sequence] = count
+                budget -= count
         while budget and self._admit():
-            task = self.running[-1]
-            count = _portion(task, budget)
-            if not count or not self._make_room(task, count, counts):
+            sequence = self.running[-1]
+            count = _token_count(sequence, budget)
+            if not count or not self._allocate(sequence, count, counts):
                 break
-            counts[task] = count
+            counts[sequence] = count
             budget -= count
-        reads = (Read(task, task.read, count) for task, count in counts.items())
-        return sorted(reads, key=lambda read: read.count > FEW)
+        parts = (ScheduledTokens(sequence, sequence.computed, count) for sequence, count in counts.items())
+        return sorted(parts, key=lambda part: part.count > MAX_ABSORBED_TOKENS)
 
-    def advance(self, task: Task, tokens: int) -> None:
-        """So many more of the task's `ids` have their latents in the cache."""
-        task.read += tokens
+    def advance(self, sequence: SequenceState, tokens: int) -> None:
+        """So many more of the sequence's `ids` have their latents in the cache."""
+        sequence.computed += tokens
 
-    def publish(self, task: Task) -> None:
-        """Pages of the task that are full now can be found by later requests."""
+    def register_full_blocks(self, sequence: SequenceState) -> None:
+        """Put the sequence's blocks that are full by now into the prefix cache."""
         if self._limits.prefix_sharing:
-            whole = min(task.read, len(task.ids) - self._beyond) // self._limits.block_size
-            self._extend_keys(task, whole)
-            for index in range(task.published, whole):
-                self._pool.publish(task.pages[index], task.keys[index])
-            task.published = max(task.published, whole)
+            full = min(sequence.computed, len(sequence.ids) - self._lookahead) // self._limits.block_size
+            self._extend_keys(sequence, full)
+            for index in range(sequence.registered, full):
+                self._block_manager.register(sequence.blocks[index], sequence.keys[index])
+            sequence.registered = max(sequence.registered, full)
 
-    def remove(self, task: Task) -> None:
-        """The request has ended: its place and its pages are free."""
-        if task.row >= 0:
-            self._stop(task)
+    def remove(self, sequence: SequenceState) -> None:
+        """The request has ended: free its slot and its blocks."""
+        if sequence.row >= 0:
+            self._stop(sequence)
         else:
-            self.waiting.remove(task)
+            self.waiting.remove(sequence)
 
     def _admit(self) -> bool:
-        """Lets in the first that waits, if there is a place and its tokens, and one more, would fit now."""
-        if not self.waiting or not self._rows:
+        """Run the first that waits, if there is a free slot and its tokens, and one more, would fit now."""
+        if not self.waiting or not self._free_rows:
             return False
-        task = self.waiting[0]
-        if task.weights_version != self._weights_version:
-            task.weights_version, task.keys = self._weights_version, []
-        found = self._known_prefix(task)
-        needed = blocks_for(len(task.ids) + len(task.drafts) + 1, self._limits.block_size) - len(found)
-        if needed > self._pool.available - self._pool.kept(found):
+        sequence = self.waiting[0]
+        if sequence.weights_version != self._weights_version:
+            sequence.weights_version = self._weights_version
+            sequence.keys = []
+        cached_keys = self._cached_prefix(sequence)
+        tokens = len(sequence.ids) + len(sequence.drafts) + 1
+        needed = blocks_for(tokens, self._limits.block_size) - len(cached_keys)
+        if needed > self._block_manager.available - self._block_manager.count_evictable(cached_keys):
             return False
         self.running.append(self.waiting.popleft())
-        task.row = self._rows.pop()
-        for key in found:
-            page = self._pool.find(key)
-            assert page is not None
-            self._own(task, page)
-        task.read = len(found) * self._limits.block_size
-        task.published = len(found)
-        if not task.ran:
-            task.cached = task.read
-            self.prefix_hit_tokens += task.read
-        task.ran = True
+        sequence.row = self._free_rows.pop()
+        for key in cached_keys:
+            block = self._block_manager.acquire(key)
+            assert block is not None
+            self._append_block(sequence, block)
+        sequence.computed = len(cached_keys) * self._limits.block_size
+        sequence.registered = len(cached_keys)
+        if not sequence.has_run:
+            sequence.cached = sequence.computed
+            self.prefix_hit_tokens += sequence.computed
+        sequence.has_run = True
         return True
 
-    def _make_room(self, task: Task, count: int, counts: dict[Task, int]) -> bool:
-        """Pages for the next `count` tokens; younger requests make room for them. False when the task itself had to."""
-        for _ in range(blocks_for(task.read + count, self._limits.block_size) - len(task.pages)):
-            page = self._pool.take()
-            while page is None:
+    def _allocate(self, sequence: SequenceState, count: int, counts: dict[SequenceState, int]) -> bool:
+        """Blocks for the next `count` tokens; younger sequences are preempted for them. False if this one had to be."""
+        total = blocks_for(sequence.computed + count, self._limits.block_size)
+        for _ in range(total - len(sequence.blocks)):
+            block = self._block_manager.allocate()
+            while block is None:
                 youngest = self.running[-1]
-                self._stop(youngest)
-                self.waiting.appendleft(youngest)
-                self.preemptions += 1
+                self._preempt(youngest)
                 counts.pop(youngest, None)
-                if youngest is task:
+                if youngest is sequence:
                     return False
-                page = self._pool.take()
-            self._own(task, page)
+                block = self._block_manager.allocate()
+            self._append_block(sequence, block)
         return True
 
-    def _own(self, task: Task, page: int) -> None:
-        self._cache.tables_RM[task.row, len(task.pages)] = page
-        task.pages.append(page)
+    def _append_block(self, sequence: SequenceState, block: int) -> None:
+        self._cache.block_tables_RM[sequence.row, len(sequence.blocks)] = block
+        sequence.blocks.append(block)
 
-    def _stop(self, task: Task) -> None:
-        self.running.remove(task)
-        self._rows.append(task.row)
-        for page in reversed(task.pages):  # the end of a text is of less use to others than its beginning
-            self._pool.release(page)
-        task.row, task.read, task.published, task.pages = -1, 0, 0, []
+    def _preempt(self, sequence: SequenceState) -> None:
+        self._stop(sequence)
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1
 
-    def _known_prefix(self, task: Task) -> list[bytes]:
-        """Keys of the whole pages that are in the cache and that the task need not read. The last token is always read,
-        for its logits; of a request that wants a trace everything is."""
-        if task.request.trace or not self._limits.prefix_sharing:
+    def _stop(self, sequence: SequenceState) -> None:
+        self.running.remove(sequence)
+        self._free_rows.append(sequence.row)
+        for block in reversed(sequence.blocks):  # the end of a text is of less use to others than its beginning
+            self._block_manager.release(block)
+        sequence.row = -1
+        sequence.computed = sequence.registered = 0
+        sequence.blocks = []
+
+    def _cached_prefix(self, sequence: SequenceState) -> list[bytes]:
+        """Keys of the full blocks that are in the prefix cache. The last token is always computed, for its logits; of a
+        request that wants a trace everything is."""
+        if sequence.request.trace or not self._limits.prefix_sharing:
             return []
-        whole = (len(task.ids) - 1) // self._limits.block_size
-        self._extend_keys(task, whole)
-        return task.keys[: self._pool.known(task.keys[:whole])]
+        full = (len(sequence.ids) - 1) // self._limits.block_size
+        self._extend_keys(sequence, full)
+        return sequence.keys[: self._block_manager.count_registered(sequence.keys[:full])]
 
-    def _extend_keys(self, task: Task, pages: int) -> None:
+    def _extend_keys(self, sequence: SequenceState, blocks: int) -> None:
         size = self._limits.block_size
-        for index in range(len(task.keys), pages):
-            parent = task.keys[index - 1] if index else _root(task)
-            task.keys.append(block_key(parent, task.ids[index * size : (index + 1) * size + self._beyond]))
+        for index in range(len(sequence.keys), blocks):
+            parent = sequence.keys[index - 1] if index else _root_key(sequence)
+            tokens = sequence.ids[index * size : (index + 1) * size + self._lookahead]
+            sequence.keys.append(block_key(parent, tokens))
 
 
-def _portion(task: Task, budget: int) -> int:
-    """How many tokens of a task a step may read. The drafts and the last token before them are read together."""
-    count = min(task.left, budget)
-    cut = 0 < task.left - count <= len(task.drafts)
-    return task.left - len(task.drafts) - 1 if cut else count
+def _token_count(sequence: SequenceState, budget: int) -> int:
+    """How many tokens of a sequence a step computes. The drafts and the last token before them are not separated."""
+    count = min(sequence.remaining, budget)
+    separated = 0 < sequence.remaining - count <= len(sequence.drafts)
+    return sequence.remaining - len(sequence.drafts) - 1 if separated else count
 
 
-def _root(task: Task) -> bytes:
-    """What the latents of a text depend on besides its tokens: the weights when it began, and the masked experts."""
-    masked = np.asarray(sorted(task.request.masked_experts), dtype=np.int64)
-    return task.weights_version.to_bytes(8) + masked.tobytes()
+def _root_key(sequence: SequenceState) -> bytes:
+    """What the latents of a text depend on besides its tokens: the weights, and the masked experts."""
+    masked_experts = np.asarray(sorted(sequence.request.masked_experts), dtype=np.int64)
+    return sequence.weights_version.to_bytes(8) + masked_experts.tobytes()

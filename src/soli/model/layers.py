@@ -1,7 +1,7 @@
-"""The two bricks every block is built from: the seam's linear layer and RMSNorm, and the gated MLP made of them.
+"""The layers that every block is built from: the linear layer of the seam, RMSNorm, and the gated MLP.
 
-Weights may be kept wider than activations (float32 masters under bfloat16 compute): a product runs in the dtype of its
-input, so the dtype of the embedding's output decides for the whole network. No autocast. A layer that was given a
+Weights may have higher precision than activations (float32 masters under bfloat16 compute): a product runs in the dtype
+of its input, so the dtype of the embedding's output decides for the whole network. No autocast. A layer with a
 quantized weight has no parameter: it computes from the bytes of the file and is not trained.
 """
 
@@ -27,10 +27,10 @@ class Linear(nn.Linear):
         self.backend = kernels.default_backend()
 
     def reset_parameters(self) -> None:
-        """Left to Transformer.init_weights: drawing 671 billion numbers twice would be a waste."""
+        """Nothing: Transformer.init_weights or a checkpoint fills the parameters."""
 
     def set_quantized(self, weight: kernels.QuantizedWeight) -> None:
-        """Compute with a quantized weight from now on; the parameter is let go."""
+        """Compute with a quantized weight from now on, without a parameter."""
         self.register_parameter("weight", None)
         self.quantized = weight
 

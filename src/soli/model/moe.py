@@ -1,4 +1,4 @@
-"""The mixture layer: routed experts for those who were chosen, shared experts for everyone (equation 12).
+"""The mixture layer: routed experts for the tokens that selected them, shared experts for all tokens (equation 12).
 
 Shapes: B batch, T tokens (flattened inside), D hidden, E experts, F expert width, K chosen.
 """
@@ -14,7 +14,7 @@ from soli.model.router import Router, Routing
 
 class RoutedExperts(nn.Module):
     """All routed experts of a layer as two stacked parameters, computed by the layer's ``backend``. Or quantized, each
-    where its file has it; then there are no parameters."""
+    in place in its file; then there are no parameters."""
 
     backend: kernels.Backend
     quantized: kernels.QuantizedExperts | None = None
@@ -27,13 +27,13 @@ class RoutedExperts(nn.Module):
         self.backend = kernels.default_backend()
 
     def set_quantized(self, experts: kernels.QuantizedExperts) -> None:
-        """Compute with quantized weights from now on; the parameters are let go."""
+        """Compute with quantized weights from now on, without parameters."""
         self.register_parameter("gate_up_proj", None)
         self.register_parameter("down_proj", None)
         self.quantized = experts
 
     def forward(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """The seam's signature: the router and the block never know which implementation answers."""
+        """Equation 12's routed part (T, D); the router and the block do not depend on the implementation."""
         if self.quantized is not None:
             return self.backend.quantized_experts(x_TD, expert_ids_TK, weights_TK, self.quantized)
         return self.backend.experts(x_TD, expert_ids_TK, weights_TK, self.gate_up_proj, self.down_proj)

@@ -2,7 +2,7 @@
 
 Shapes: B batch, T tokens, H heads, R rotary width, P = R/2 pairs.
 
-Released weights hold each pair side by side, (x0, x1), (x2, x3), ...; the rotation is done in that layout, so nothing
+Released weights have each pair side by side, (x0, x1), (x2, x3), ...; the rotation is done in that layout, so nothing
 is permuted at all. A config with ``rope_interleave`` false pairs (x0, x_P), (x1, x_{P+1}), ... instead. YaRN touches
 the decoupled part alone: it slows the low frequencies, scales cos and sin by the ratio of two mscales, and the softmax
 by the square of one of them.
@@ -17,7 +17,7 @@ from soli.config import ModelConfig, RopeScaling
 
 
 def mscale(factor: float, weight: float) -> float:
-    """YaRN's sqrt(1/t) = 0.1 * weight * ln(factor) + 1; one where the context is not stretched."""
+    """YaRN's sqrt(1/t) = 0.1 * weight * ln(factor) + 1; one where the context is not extended."""
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1.0 else 1.0
 
 
@@ -45,13 +45,13 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 
 
 def _extrapolated_share(yarn: RopeScaling, R: int, theta: float) -> Tensor:
-    """1 for pairs that turn over beta_fast times within the original context, 0 under beta_slow, a ramp between."""
+    """1 for pairs that rotate over beta_fast times within the original context, 0 under beta_slow, a ramp between."""
 
-    def pair_turning(turns: float) -> float:
-        return R * math.log(yarn.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
+    def pair_rotating(rotations: float) -> float:
+        return R * math.log(yarn.original_max_position_embeddings / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(pair_turning(yarn.beta_fast)), 0)
-    high = min(math.ceil(pair_turning(yarn.beta_slow)), R - 1)
+    low = max(math.floor(pair_rotating(yarn.beta_fast)), 0)
+    high = min(math.ceil(pair_rotating(yarn.beta_slow)), R - 1)
     ramp_P = (torch.arange(R // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 0.001)
     return 1.0 - ramp_P.clamp(0.0, 1.0)
 
@@ -61,24 +61,25 @@ class Rope:
 
     def __init__(self, config: ModelConfig) -> None:
         self.scale = cos_sin_scale(config)
-        self.inv_P = self._near_P = inverse_frequencies(config)
+        self.inv_P = self._device_inv_P = inverse_frequencies(config)
 
     def __call__(self, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Positions (B, T) to float32 cos and sin, each (B, T, 1, P): the 1 stands for the heads."""
-        if self._near_P.device != positions_BT.device:  # kept: a copy from the host in every pass would hold a GPU up
-            self._near_P = self.inv_P.to(positions_BT.device)
-        angle_BT1P = positions_BT[..., None, None].to(torch.float32) * self._near_P
+        # Copied once: a copy from the host in every forward pass would stall a GPU.
+        if self._device_inv_P.device != positions_BT.device:
+            self._device_inv_P = self.inv_P.to(positions_BT.device)
+        angle_BT1P = positions_BT[..., None, None].to(torch.float32) * self._device_inv_P
         return angle_BT1P.cos() * self.scale, angle_BT1P.sin() * self.scale
 
 
 def rotate(x_BTHR: Tensor, cos_sin: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
-    """Turn each pair of the last dimension by its angle, in float32, keeping the layout (equations 3 and 8)."""
+    """Rotate each pair of the last dimension by its angle, in float32, in the same layout (equations 3 and 8)."""
     cos, sin = cos_sin
     x = x_BTHR.to(torch.float32)
     if interleaved:
         a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+        rotated = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
     else:
         a, b = x.chunk(2, dim=-1)
-        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-    return turned.to(x_BTHR.dtype)
+        rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return rotated.to(x_BTHR.dtype)

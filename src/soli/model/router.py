@@ -1,10 +1,10 @@
-"""The router: which experts play for each token, and why (paper section 2.1.2, equations 12-16 and 19-20).
+"""The router: which experts are selected for each token, and why (paper section 2.1.2, equations 12-16 and 19-20).
 
 Shapes: T tokens (batch and time flattened), D hidden, E experts, K chosen, G groups.
 
 Everything is float32: with biases near 5, as released, bfloat16 could not tell two experts apart. Selection ranks the
 *biased* affinity; the gate weights come from the *unbiased* one. The whole decision is returned as one value: trace,
-balance and losses read it, and nobody computes it twice.
+balance and losses use it, and it is computed once.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class Routing:
     expert_ids_TK: Tensor  # int64, best first by biased affinity
     weights_TK: Tensor  # float32 gates, normalised and scaled: what the experts' outputs are multiplied by
     scores_TE: Tensor  # float32 affinity: sigmoid or softmax of the router's logits, unbiased
-    biased_TE: Tensor  # float32 affinity + bias: what selection ranks; the same tensor without bias; -inf where muted
+    biased_TE: Tensor  # float32 affinity + bias: what selection ranks; the same tensor without bias; -inf where masked
     groups_TG: Tensor | None  # bool, groups that survived; None where selection is not limited to groups
 
     @property
@@ -98,8 +98,8 @@ def count_choices(layers: Sequence[Routing]) -> Tensor:
     """Tokens per expert of each layer, int64 (layers, E)."""
     ids_MTK = layers.ids_MTK if isinstance(layers, Routings) else torch.stack([r.expert_ids_TK for r in layers])
     M, E = len(layers), layers[0].num_experts
-    places_MTK = ids_MTK + E * torch.arange(M, device=ids_MTK.device)[:, None, None]
-    return kernels.count_tokens(places_MTK.flatten(0, 1), M * E).view(M, E)
+    columns_MTK = ids_MTK + E * torch.arange(M, device=ids_MTK.device)[:, None, None]
+    return kernels.count_tokens(columns_MTK.flatten(0, 1), M * E).view(M, E)
 
 
 class Router(nn.Module):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from soli.chat.templates import ChatTemplate
 from soli.engine.async_engine import AsyncEngine, AsyncEvents
-from soli.engine.request import EngineStats, Event, QueueFull, Refused, Request
+from soli.engine.request import EngineStats, Event, QueueFull, RejectedRequest, Request
 from soli.engine.text_model import TextModel
 from soli.errors import SoliError
 from soli.serve.errors import ApiError
@@ -152,8 +152,8 @@ class Service:
             return ApiError(429, str(error), code="queue_full", retry_after=RETRY_SECONDS)
         if not self.ready:  # it began to stop meanwhile
             return ApiError(503, str(error), retry_after=RETRY_SECONDS)
-        field = error.field if isinstance(error, Refused) else "constraint"
-        too_long = isinstance(error, Refused) and error.too_long
+        field = error.field if isinstance(error, RejectedRequest) else "constraint"
+        too_long = isinstance(error, RejectedRequest) and error.too_long
         return ApiError(400, str(error), param_names.get(field), "context_length_exceeded" if too_long else None)
 
 
