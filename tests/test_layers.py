@@ -37,9 +37,8 @@ KNOWN_IN_CYCLES: set[str] = {
     "soli.engine.penalties",
     "soli.engine.sampler",
 }
-KNOWN_REPEATED_CLASSES: set[str] = {
-    "_Product",
-}
+KNOWN_REPEATED_CLASSES: set[str] = set()
+KNOWN_REPEATED_CLASSES: set[str] = set()
 KNOWN_FORBIDDEN: set[str] = set()
 
 

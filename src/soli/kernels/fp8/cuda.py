@@ -46,7 +46,7 @@ class Fp8Cuda(Fp8Emulation):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (..., I) times weight (O, I) transposed, in FP8, in the dtype of x; the bias is added after."""
-        y = _Product.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+        y = _HopperProduct.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
         return y if bias is None else y + bias.to(x.dtype)
 
     def experts(
@@ -94,7 +94,7 @@ def lay_out_rows(expert_ids_TK: Tensor, num_experts: int) -> RowLayout:
     return RowLayout(rows, order_P, row_P, expert_tile.to(torch.int32), first_tile.to(torch.int32))
 
 
-class _Product(torch.autograd.Function):
+class _HopperProduct(torch.autograd.Function):
     """The three products of one linear layer."""
 
     @staticmethod

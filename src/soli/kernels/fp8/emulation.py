@@ -35,7 +35,7 @@ class Fp8Emulation(TorchBackend):
 
         SoliError when the weight holds values that are not finite.
         """
-        y = _Product.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+        y = _EmulatedProduct.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
         return y if bias is None else y + bias.to(x.dtype)
 
     def experts(
@@ -53,7 +53,7 @@ class Fp8Emulation(TorchBackend):
         return dispatch_and_combine(x_TD, expert_ids_TK, weights_TK, gate_up_E2FD.shape[0], run)
 
 
-class _Product(torch.autograd.Function):
+class _EmulatedProduct(torch.autograd.Function):
     """The three products of one linear layer."""
 
     @staticmethod
