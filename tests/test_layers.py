@@ -38,7 +38,6 @@ KNOWN_IN_CYCLES: set[str] = {
     "soli.engine.sampler",
 }
 KNOWN_REPEATED_CLASSES: set[str] = set()
-KNOWN_REPEATED_CLASSES: set[str] = set()
 KNOWN_FORBIDDEN: set[str] = set()
 
 
