@@ -50,7 +50,7 @@ def test_leaving_a_stream_cancels_it(llm):
     assert llm.stats().running == 0
 
 
-def test_what_the_engine_refuses_is_raised_here(llm):
+def test_what_the_engine_rejects_is_raised_here(llm):
     with pytest.raises(SoliError, match="512 positions"):
         llm.generate("The river", max_new_tokens=600)
     assert llm.generate([]) == []

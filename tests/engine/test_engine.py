@@ -99,7 +99,7 @@ def test_seeds_hold_beside_others_and_over_preemptions():
     assert [ids(events_by_request[number]) for number in range(16)] == [lone(request) for request in batch]
 
 
-def test_a_prefix_that_is_known_is_not_read_again():
+def test_a_cached_prefix_is_not_computed_again():
     prefix = tuple(range(10, 51))
     batch = [Request((*prefix, 60 + n), 8) for n in range(3)]
     tested = engine()
@@ -227,7 +227,7 @@ def test_a_full_queue_says_so():
         tested.add(Request((5,), 3))
 
 
-def test_who_comes_while_there_are_places_does_not_count_as_waiting():
+def test_a_request_that_finds_a_free_slot_does_not_count_as_waiting():
     tested = engine(max_running=2, max_waiting=0)
     tested.add(Request((5,), 3)), tested.add(Request((6,), 3))  # no step between them
     with pytest.raises(QueueFull, match="0 requests wait"):

@@ -187,6 +187,14 @@ def test_a_patched_forward_takes_effect(llm, model, path: str) -> None:
     assert answer(llm) == before and runner_name(llm) == "fused"
 
 
+def test_a_forward_that_is_equal_in_inference_leaves_the_fused_runner(llm, model) -> None:
+    """As recomputed and compiled blocks are, which training samples with."""
+    before, plain = answer(llm), model.layers[1].forward
+    model.layers[1].forward = lambda *args: plain(*args)
+    model.layers[1].forward.equal_in_inference = True
+    assert answer(llm) == before and runner_name(llm) == "fused"
+
+
 def test_a_patched_class_takes_effect(llm, model, monkeypatch) -> None:
     before, plain = answer(llm), Block.forward
     monkeypatch.setattr(Block, "forward", lambda self, x_BTD, *args: plain(self, -x_BTD, *args))

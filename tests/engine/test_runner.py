@@ -18,14 +18,14 @@ from soli.kernels import Dispatch, QuantizedExperts
 from soli.kernels.torch_backend import TorchBackend
 from soli.model import BackboneOutput, Transformer
 from soli.model.layers import set_backend
-from tests.engine.paged import Paged
 from tests.engine.quantized import quantized_model, scaled
+from tests.engine.shuffled_cache import ShuffledCache
 from tests.engine.tiny import KINDS, tiny_model
 from tests.kernels import weights
 from tests.kernels.weights import needs_kernels
 
 pytestmark = needs_kernels
-STEPS = (4, 1, 1, 3, 1)  # tokens read in each pass
+STEPS = (4, 1, 1, 3, 1)  # tokens of each step
 
 
 @pytest.fixture(params=weights.isas())
@@ -44,7 +44,7 @@ def inference():
         yield
 
 
-def drawn_ids(B: int, seed: int = 1) -> Tensor:
+def random_ids(B: int, seed: int = 1) -> Tensor:
     return torch.randint(0, 97, (B, sum(STEPS)), generator=torch.Generator().manual_seed(seed))
 
 
@@ -52,8 +52,8 @@ def runner_of(model: Transformer, eager: bool = False) -> Runner:
     return EagerRunner(model) if eager else FusedRunner(model, drafts=len(model.mtp) > 0)
 
 
-def read(model: Transformer, cache: Paged, ids_BT: Tensor, eager: bool = False) -> list[BackboneOutput]:
-    """Some tokens at a time, by the fused runner or the eager one."""
+def read(model: Transformer, cache: ShuffledCache, ids_BT: Tensor, eager: bool = False) -> list[BackboneOutput]:
+    """A few tokens in each step, by the fused runner or the eager one."""
     at, outputs, runner = 0, [], runner_of(model, eager)
     for count in STEPS:
         outputs += cache.read(runner, ids_BT[:, at : at + count], range(len(ids_BT)), at)
@@ -74,38 +74,37 @@ def assert_same(outputs: list[BackboneOutput], expected: list[BackboneOutput], b
 
 @pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "rope_interleave": False}])
 @pytest.mark.parametrize("kind", KINDS)
-def test_is_what_torch_computes_and_leaves_the_same_latents(isa, kind, changes) -> None:
-    model, ids_BT = tiny_model(kind, **changes), drawn_ids(3)
+def test_equals_the_eager_runner_and_leaves_the_same_latents(isa, kind, changes) -> None:
+    model, ids_BT = tiny_model(kind, **changes), random_ids(3)
     if changes:
         model = copy.deepcopy(model)
         for name, parameter in model.named_parameters():
             if name.endswith(".bias") or "norm" in name:
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) / 4)
-    fast, plain = Paged(model, 3, 20, 3), Paged(model, 3, 20, 3)
+    fast, plain = ShuffledCache(model, 3, 20, 3), ShuffledCache(model, 3, 20, 3)
     assert_same(read(model, fast, ids_BT), read(model, plain, ids_BT, eager=True), 2e-5)
     for layer, kv_PSX in plain._layers.items():
         torch.testing.assert_close(fast._layers[layer], kv_PSX, rtol=0, atol=2e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("format", weights.FORMATS)
-def test_every_format_with_float32_rows(isa, format) -> None:
-    model, ids_BT = quantized_model(format, torch.float32), drawn_ids(2)
-    assert_same(
-        read(model, Paged(model, 2, 20, 4), ids_BT), read(model, Paged(model, 2, 20, 4), ids_BT, eager=True), 1e-4
-    )
+def test_every_format_with_float32_hidden_states(isa, format) -> None:
+    model, ids_BT = quantized_model(format, torch.float32), random_ids(2)
+    fused, plain = (read(model, ShuffledCache(model, 2, 20, 4), ids_BT, eager) for eager in (False, True))
+    assert_same(fused, plain, 1e-4)
 
 
 @pytest.mark.parametrize("format", ["bf16", "fp8", "int8", "int4"])
-def test_bfloat16_rows_are_nearer_to_float32_than_torchs(isa, format) -> None:
-    """Torch rounds after every product and sum, the call only before products. Of one layer, before choices differ."""
-    error, ids_BT = {}, drawn_ids(3)
-    wide, narrow = quantized_model(format, torch.float32), quantized_model(format, torch.bfloat16)
-    wide.load_state_dict({name: value.float() for name, value in narrow.state_dict().items()})
-    for model in (wide, narrow):
+def test_bfloat16_is_nearer_to_float32_than_the_eager_runner(isa, format) -> None:
+    """Torch rounds after every product and sum, C++ only before products. One layer, before selections differ."""
+    error, ids_BT = {}, random_ids(3)
+    high, low = quantized_model(format, torch.float32), quantized_model(format, torch.bfloat16)
+    high.load_state_dict({name: value.float() for name, value in low.state_dict().items()})
+    for model in (high, low):
         model.layers = model.layers[1:2]
-    exact = read(wide, Paged(wide, 3, 20, 4), ids_BT, eager=True)[0]
+    exact = read(high, ShuffledCache(high, 3, 20, 4), ids_BT, eager=True)[0]
     for eager in (False, True):
-        output = read(narrow, Paged(narrow, 3, 20, 4), ids_BT, eager)[0]
+        output = read(low, ShuffledCache(low, 3, 20, 4), ids_BT, eager)[0]
         same = (output.routing[0].expert_ids_TK == exact.routing[0].expert_ids_TK).all(dim=1)
         assert same.float().mean() > 0.5
         error[eager] = (output.hidden_BTD.float() - exact.hidden_BTD).flatten(0, 1)[same].square().mean().sqrt()
@@ -116,17 +115,17 @@ def test_bfloat16_rows_are_nearer_to_float32_than_torchs(isa, format) -> None:
 
 
 @pytest.mark.parametrize("dtype", weights.DTYPES)
-def test_a_row_has_the_same_bits_in_any_company_and_with_any_threads(isa, dtype) -> None:
-    model, ids_BT, threads = quantized_model("int8", dtype), drawn_ids(9), torch.get_num_threads()
+def test_decode_tokens_are_batch_invariant_with_any_number_of_threads(isa, dtype) -> None:
+    model, ids_BT, threads = quantized_model("int8", dtype), random_ids(9), torch.get_num_threads()
     together: list[list[BackboneOutput]] = []
     try:
         for number in (1, 2, 3):
             torch.set_num_threads(number)
-            together.append(read(model, Paged(model, 9, 20, 3), ids_BT))
+            together.append(read(model, ShuffledCache(model, 9, 20, 3), ids_BT))
     finally:
         torch.set_num_threads(threads)
     for row in (0, 4, 8):
-        cache = Paged(model, 9, 20, 16, seed=5)
+        cache = ShuffledCache(model, 9, 20, 16, seed=5)
         for number, count in enumerate(STEPS):
             at = sum(STEPS[:number])
             for t in range(count):  # one by one
@@ -141,8 +140,8 @@ def test_a_row_has_the_same_bits_in_any_company_and_with_any_threads(isa, dtype)
 def read_texts(
     model: Transformer, cut: Sequence[int], ids_BT: Tensor, rows: Sequence[int], eager: bool = False
 ) -> Tensor:
-    """Hidden states (B, T, D) of whole texts, read `cut` tokens of each at a time."""
-    cache, parts, at, runner = Paged(model, 9, 80, 16, seed=3), [], 0, runner_of(model, eager)
+    """Hidden states (B, T, D) of whole texts, computed in steps of `cut` tokens each."""
+    cache, parts, at, runner = ShuffledCache(model, 9, 80, 16, seed=3), [], 0, runner_of(model, eager)
     for count in cut:
         step = cache.step(rows, [at] * len(rows), [count] * len(rows))
         ids_T = ids_BT[:, at : at + count].flatten().contiguous()
@@ -157,7 +156,7 @@ def texts(B: int, T: int = 70) -> Tensor:
 
 @pytest.mark.parametrize("format", weights.FORMATS)
 @pytest.mark.parametrize("cut", [(70,), (7, 1, 62)])
-def test_prompts_are_what_torch_computes(isa, format, cut) -> None:
+def test_prompts_equal_those_of_the_eager_runner(isa, format, cut) -> None:
     model, ids_BT = quantized_model(format, torch.float32), texts(2)
     fused, plain = (read_texts(model, cut, ids_BT, (0, 1), eager) for eager in (False, True))
     torch.testing.assert_close(fused, plain, rtol=0, atol=1e-4)
@@ -170,20 +169,20 @@ def test_prompts_of_every_kind_of_model(isa, kind) -> None:
     torch.testing.assert_close(fused, plain, rtol=0, atol=2e-5)
 
 
-def test_bfloat16_prompts_are_nearer_to_float32_than_torchs(isa) -> None:
+def test_bfloat16_prompts_are_nearer_to_float32_than_those_of_the_eager_runner(isa) -> None:
     error, ids_BT = {}, texts(2)
-    wide, narrow = quantized_model("bf16", torch.float32), quantized_model("bf16", torch.bfloat16)
-    wide.load_state_dict({name: value.float() for name, value in narrow.state_dict().items()})
-    for model in (wide, narrow):
+    high, low = quantized_model("bf16", torch.float32), quantized_model("bf16", torch.bfloat16)
+    high.load_state_dict({name: value.float() for name, value in low.state_dict().items()})
+    for model in (high, low):
         model.layers = model.layers[:1]  # before a router may choose otherwise
-    exact = read_texts(wide, (70,), ids_BT, (0, 1), eager=True)
+    exact = read_texts(high, (70,), ids_BT, (0, 1), eager=True)
     for eager in (False, True):
-        error[eager] = (read_texts(narrow, (70,), ids_BT, (0, 1), eager).float() - exact).square().mean().sqrt()
+        error[eager] = (read_texts(low, (70,), ids_BT, (0, 1), eager).float() - exact).square().mean().sqrt()
     assert error[False] < 0.01 and error[False] < 1.05 * error[True]
 
 
 @pytest.mark.parametrize("dtype", weights.DTYPES)
-def test_a_prompt_has_the_same_bits_however_it_is_cut_and_in_any_company(isa, dtype, monkeypatch) -> None:
+def test_prompts_are_batch_invariant_and_invariant_to_chunks(isa, dtype, monkeypatch) -> None:
     model, ids_BT, threads = quantized_model("int8", dtype), texts(4), torch.get_num_threads()
     whole = read_texts(model, (70,), ids_BT, (0, 1, 2, 3))
     try:
@@ -199,7 +198,7 @@ def test_a_prompt_has_the_same_bits_however_it_is_cut_and_in_any_company(isa, dt
     assert torch.equal(read_texts(model, (70,), ids_BT, (0, 1, 2, 3)), whole)
 
 
-def test_a_prompt_reads_what_decoding_wrote_and_the_other_way_round(isa) -> None:
+def test_a_prompt_attends_to_what_decoding_wrote_and_the_reverse(isa) -> None:
     model, ids_BT = tiny_model("v3"), texts(2)
     cut = (1, 3, 40, 2, 24)
     fused, plain = (read_texts(model, cut, ids_BT, (0, 1), eager) for eager in (False, True))
@@ -208,7 +207,7 @@ def test_a_prompt_reads_what_decoding_wrote_and_the_other_way_round(isa) -> None
 
 def test_a_chunk_that_leads_past_the_blocks_is_rejected() -> None:
     model, ids_BT = tiny_model("v3"), texts(1)[:, :9]
-    step, runner = Paged(model, 1, 20, 4).step([0], [0], [9]), FusedRunner(model)
+    step, runner = ShuffledCache(model, 1, 20, 4).step([0], [0], [9]), FusedRunner(model)
 
     def run(**changes: object) -> None:
         chunk = dataclasses.replace(step.chunks[0], **changes)
@@ -261,13 +260,13 @@ def test_what_the_fused_runner_cannot_compute_is_named() -> None:
 
 
 def test_weights_that_were_changed_replaced_or_moved_are_seen() -> None:
-    model, ids_BT = copy.deepcopy(tiny_model("v3")), drawn_ids(1)
+    model, ids_BT = copy.deepcopy(tiny_model("v3")), random_ids(1)
 
     chosen = ModelRunner(model, drafts=True)
 
     def agree() -> None:
         assert chosen.update() and chosen.active.name == "fused"
-        caches, outputs = [Paged(model, 1, 20, 4) for _ in range(2)], []
+        caches, outputs = [ShuffledCache(model, 1, 20, 4) for _ in range(2)], []
         for cache, runner in zip(caches, (chosen.active, EagerRunner(model)), strict=True):
             outputs.append(cache.read(runner, ids_BT[:, :4], [0], 0) + cache.read(runner, ids_BT[:, 4:5], [0], 4))
         assert_same(*outputs, 2e-5)
@@ -288,8 +287,8 @@ def test_weights_that_were_changed_replaced_or_moved_are_seen() -> None:
 
 
 def test_a_masked_expert_is_not_selected(isa) -> None:
-    model, ids_BT = tiny_model("v3"), drawn_ids(2)[:, :1]
-    step, runner = Paged(model, 2, 20, 4).tokens([0, 1], 0, 1), FusedRunner(model)
+    model, ids_BT = tiny_model("v3"), random_ids(2)[:, :1]
+    step, runner = ShuffledCache(model, 2, 20, 4).tokens([0, 1], 0, 1), FusedRunner(model)
     masked_TE = torch.zeros(2, 16, dtype=torch.bool)
 
     def chosen() -> list[list[int]]:
@@ -310,7 +309,7 @@ def test_a_masked_expert_is_not_selected_in_a_prompt(isa) -> None:
     masked_TE[::2, :5] = True
 
     def output(runner: Runner) -> BackboneOutput:
-        step = Paged(model, 1, 80, 16).step([0], [0], [40])
+        step = ShuffledCache(model, 1, 80, 16).step([0], [0], [40])
         forward = runner.forward(ids_BT[0], step.positions_T, step, [], {2: masked_TE})
         return BackboneOutput(forward.hidden_TD, forward.routing)
 
@@ -320,9 +319,9 @@ def test_a_masked_expert_is_not_selected_in_a_prompt(isa) -> None:
     assert torch.equal(fused.routing[1].biased_TE.isinf(), masked_TE)
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_what_does_not_fit_is_rejected() -> None:
     model, ids_BT = tiny_model("v3"), torch.tensor([[3]])
-    step, runner = Paged(model, 1, 20, 4).tokens([0], 0, 1), FusedRunner(model)
+    step, runner = ShuffledCache(model, 1, 20, 4).tokens([0], 0, 1), FusedRunner(model)
 
     def run(**changes: Tensor) -> None:
         runner.forward(ids_BT[0], step.positions_T, dataclasses.replace(step, **changes), [])
@@ -349,7 +348,7 @@ def test_embedding_and_head_in_the_call_have_the_bits_of_those_in_torch(isa, for
         return
     runner = FusedRunner(model)
     for apart in (False, True):
-        cache = Paged(model, 3, 80, 16)
+        cache = ShuffledCache(model, 3, 80, 16)
         for starts, counts, ends in (((0, 0, 0), (2, 3, 30), (1, 4, 34)), ((2, 3, 30), (1, 1, 1), (0, 2))):
             step = cache.step(range(3), starts, counts)
             ids_T = torch.cat(
@@ -368,7 +367,7 @@ def test_a_head_that_is_not_for_the_call_goes_to_torch() -> None:
     model, ids_T = copy.deepcopy(tiny_model("v3")), texts(1)[0, :3]
 
     def logits() -> tuple[Tensor, bool]:
-        runner, step = FusedRunner(model), Paged(model, 1, 20, 4).step([0], [0], [3])
+        runner, step = FusedRunner(model), ShuffledCache(model, 1, 20, 4).step([0], [0], [3])
         return runner.forward(ids_T, step.positions_T, step, [2]).logits_NV, runner._embedding_and_head is None
 
     whole, apart = logits()
@@ -384,7 +383,7 @@ def test_token_ids_and_logit_indices_that_do_not_exist_are_rejected() -> None:
     runner = FusedRunner(model)
 
     def run(ids: list[int], logit_indices: list[int]) -> None:
-        step = Paged(model, 1, 20, 4).step([0], [0], [len(ids)])
+        step = ShuffledCache(model, 1, 20, 4).step([0], [0], [len(ids)])
         runner.forward(torch.tensor(ids), step.positions_T, step, logit_indices)
 
     run([0, 96], [0, 1])

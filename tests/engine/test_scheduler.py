@@ -144,7 +144,7 @@ def test_serving_at_length() -> None:
 
 
 @given(st.integers(1, 20), st.integers(0, 3), st.integers(1, 20))
-def test_drafts_and_the_token_before_them_are_read_together(tokens: int, drafts: int, budget: int) -> None:
+def test_drafts_and_the_token_before_them_are_in_one_step(tokens: int, drafts: int, budget: int) -> None:
     from soli.engine.scheduler import _token_count
 
     sequence = SequenceState(0, Request((0,) * tokens, 9), [0] * tokens, [1] * drafts)

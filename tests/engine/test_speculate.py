@@ -169,7 +169,7 @@ def test_greedy_texts_are_the_same_with_and_without_drafts(params):
             assert speculated(model, table(seed + 1), SamplerState(params_, [0], V), 3, ahead) == expected
 
 
-def test_drafts_like_the_model_are_always_kept():
+def test_drafts_like_the_model_are_always_accepted():
     state = SamplerState(SamplingParams(1.0, seed=3), [], V)
     rows = table(5)[:3]
     drafts = []

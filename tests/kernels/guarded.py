@@ -19,8 +19,8 @@ from soli.kernels.cpu.native import ISAS
 from soli.model import Transformer
 from soli.model.layers import Linear
 from soli.model.moe import RoutedExperts
-from tests.engine.paged import Paged
 from tests.engine.quantized import quantized_model
+from tests.engine.shuffled_cache import ShuffledCache
 from tests.kernels.weights import DTYPES, FORMATS, inputs, random_weight
 
 ISA = ISAS.index(sys.argv[1])
@@ -107,7 +107,7 @@ def check_layers(format: str, at_end: bool) -> None:
         model = quantized_model(format, dtype)
         outputs: list[list[Tensor]] = []
         for with_guards in (False, True):
-            cache = Paged(model, 1, 16, 4)
+            cache = ShuffledCache(model, 1, 16, 4)
             if with_guards:
                 guard_weights(model, at_end)
                 cache._layers = {layer: guarded(blocks_PSX, at_end) for layer, blocks_PSX in cache._layers.items()}

@@ -9,7 +9,7 @@ from soli.engine.runner import Runner
 from soli.model import BackboneOutput, Transformer
 
 
-class Paged(LatentCache):
+class ShuffledCache(LatentCache):
     """`rows` texts of up to `slots` slots in KV blocks of S. What was never written is NaN."""
 
     def __init__(self, model: Transformer, rows: int, slots: int, S: int, seed: int = 0) -> None:
