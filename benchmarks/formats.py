@@ -33,7 +33,8 @@ from soli.checkpoint.writer import Target
 from soli.cli._shared.text_input import evenly, file_pairs, file_texts
 from soli.data.tokenizer import Tokenizer
 from soli.engine.text_model import TextModel, text_model
-from soli.eval.quality import document_parts, evaluate_direction
+from soli.eval.scoring import document_parts
+from soli.eval.translation import evaluate_direction
 
 PAGE = record.ROOT / "docs" / "formats.md"
 # Name in the tables, how it is written, whether it translates too (which takes most of the time).

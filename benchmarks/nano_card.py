@@ -239,7 +239,7 @@ def quality_rows(directions: dict[str, Any]) -> list[str]:
 
 def load_rows(loads: list[dict[str, Any]], preferences: dict[str, dict[str, int]]) -> list[str]:
     return [
-        f"| {load['layer']} | {load['max_violation']:.2f} | {len(load['idle'])} "
+        f"| {load['layer']} | {load['max_violation']:.2f} | {len(load['dead_experts'])} "
         f"| {preferences[load['layer']]['zh']} | {preferences[load['layer']]['en']} |"
         for load in loads
         if load["layer"] in preferences

@@ -201,8 +201,8 @@ def test_contenders_are_compared_on_the_same_tokens(tmp_path: Path) -> None:
     tokens = formats.score(contenders, texts)
     assert exact.kl == 0 and exact.same == tokens and 0 < other.kl / tokens < 0.1
     assert 0.003 < formats.weight_error(exact, other) < 0.01 and formats.weight_error(exact, exact) == 0
-    from soli.eval.quality import read_texts
+    from soli.eval.scoring import score_texts
 
-    by_eval = read_texts(exact.text_model, texts).bits_per_byte["all"]
+    by_eval = score_texts(exact.text_model, texts).bits_per_byte["all"]
     size = sum(len(text.encode()) for text in texts)
     assert formats.row(exact, exact, tokens, size)["bits_per_byte"] == pytest.approx(by_eval, abs=1e-4)

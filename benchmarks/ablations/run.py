@@ -28,7 +28,7 @@ import torch
 from ablations.arms import ARMS, EXPERIMENTS, arm_settings, check_equal, flops_per_token
 
 from soli.analysis.parameters import count
-from soli.eval.scoring import read_sequences
+from soli.eval.scoring import score_sequences
 from soli.train.balance import measure_load
 from soli.train.evaluate import evaluate
 from soli.train.settings import TrainSettings
@@ -66,16 +66,16 @@ def on_heldout(run: Run) -> dict[str, Any]:
     model, settings = run.model, run.settings
     result = evaluate(model, run.stage.heldout_BW, run.bytes_V, settings.run.micro_sequences, run.tokenizer.eos_id)
     readings = list(
-        read_sequences(model, run.stage.heldout_BW[:, : settings.schedule.sequence_length].tolist(), skip=1)
+        score_sequences(model, run.stage.heldout_BW[:, : settings.schedule.sequence_length].tolist(), context=1)
     )
     metrics: dict[str, Any] = {"loss": result.loss, "bits_per_byte": result.bits_per_byte}
     if settings.model.num_moe_layers:
         loads = measure_load(torch.from_numpy(sum(reading.counts_LE for reading in readings)))
         metrics["heldout_violation"] = statistics.mean(load.max_violation for load in loads)
         metrics["heldout_idle"] = sum(load.dead_experts for load in loads)
-    tried = sum(reading.mtp_tried for reading in readings)
+    tried = sum(reading.mtp_predictions for reading in readings)
     if tried:
-        metrics["mtp_acceptance"] = sum(reading.mtp_agreed for reading in readings) / tried
+        metrics["mtp_acceptance"] = sum(reading.mtp_agreements for reading in readings) / tried
     return metrics
 
 

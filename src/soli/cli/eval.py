@@ -18,11 +18,12 @@ from soli.errors import SoliError
 
 if TYPE_CHECKING:
     from soli.engine.text_model import TextModel
-    from soli.eval.quality import Direction, Forced, Pair, Quality
+    from soli.eval.scoring import Pair, TextScores
+    from soli.eval.translation import Direction, Quality
 
 
 def eval(
-    model: Annotated[str, typer.Argument(help="A model folder; nano is the model in the box.")] = "nano",
+    model: Annotated[str, typer.Argument(help="A model folder; nano is the bundled model.")] = "nano",
     pairs: Annotated[str | None, typer.Option(help="Held-out pairs: source, zh, en, separated by tabs.")] = None,
     text: Annotated[str | None, typer.Option(help="Held-out text, a line each (or a .tsv of the corpus step).")] = None,
     limit: Annotated[
@@ -39,17 +40,17 @@ def eval(
     rows = evenly(file_pairs(pairs), limit) if pairs is not None else []
     texts = evenly(file_texts(text), limit) if text is not None else []
     if rows:
-        import sacrebleu  # noqa: F401  (found missing now, not after the translating)
+        import sacrebleu  # noqa: F401  (a missing package is reported before the translating)
     from soli.engine.text_model import open_text_model
-    from soli.eval.quality import read_texts
+    from soli.eval.scoring import score_texts
 
     text_model = open_text_model(model, device, dtype, mtp=True)
     report = Report(model)
     if rows:
         _on_pairs(report, text_model, rows, batch_size)
     if texts:
-        with ProgressBar("reading texts", len(texts)) as bar:
-            report.on_text = read_texts(text_model, texts, bar.advance)
+        with ProgressBar("scoring texts", len(texts)) as bar:
+            report.on_text = score_texts(text_model, texts, bar.advance)
     if json:
         from soli.cli._shared.expert_tables import print_json
 
@@ -60,22 +61,23 @@ def eval(
 
 @dataclass
 class Report:
-    """What is printed, and as it stands the JSON."""
+    """What is printed; with `--json` field for field."""
 
     model: str
     directions: dict[str, Direction] = field(default_factory=dict)  # "en-zh" and "zh-en"
-    on_pairs: Forced | None = None
-    on_text: Forced | None = None
+    on_pairs: TextScores | None = None
+    on_text: TextScores | None = None
 
 
 def _on_pairs(report: Report, text_model: TextModel, pairs: list[Pair], batch_size: int) -> None:
-    from soli.eval.quality import evaluate_direction, read_pairs
+    from soli.eval.scoring import score_pairs
+    from soli.eval.translation import evaluate_direction
 
     with ProgressBar("translating pairs", 2 * len(pairs)) as bar:
         report.directions["en-zh"] = evaluate_direction(text_model, pairs, "zh", batch_size, bar.advance)
         report.directions["zh-en"] = evaluate_direction(text_model, pairs, "en", batch_size, bar.advance)
-    with ProgressBar("reading pairs", 2 * len(pairs)) as bar:
-        report.on_pairs = read_pairs(text_model, pairs, bar.advance)
+    with ProgressBar("scoring pairs", 2 * len(pairs)) as bar:
+        report.on_pairs = score_pairs(text_model, pairs, bar.advance)
 
 
 def _print(report: Report) -> None:
@@ -84,18 +86,18 @@ def _print(report: Report) -> None:
         console.print(_quality_table(report.directions))
         for name, direction in report.directions.items():
             console.print(f"{name}  {direction.overall.signature}", style="dim", soft_wrap=True)
-    for name, forced in (("pairs", report.on_pairs), ("text", report.on_text)):
-        if forced is None:
+    for name, scores in (("pairs", report.on_pairs), ("text", report.on_text)):
+        if scores is None:
             continue
-        console.print(f"read from the {name}: {forced.tokens:,} tokens", style="bold")
-        if forced.bits_per_byte:
-            figures = ", ".join(f"{language} {bits:.3f}" for language, bits in forced.bits_per_byte.items())
-            console.print(f"  bits per byte   {figures}")
-        accepted = "no MTP module" if forced.mtp_acceptance is None else f"{100 * forced.mtp_acceptance:.1f} %"
-        console.print(f"  MTP acceptance  {accepted}")
-        for load in forced.load:
-            idle = ", ".join(map(str, load.idle)) or "none"
-            console.print(f"  {load.layer:<14}  max violation {load.max_violation:.2f}, idle experts: {idle}")
+        console.print(f"read from the {name}: {scores.tokens:,} tokens", style="bold")
+        if scores.bits_per_byte:
+            rates = ", ".join(f"{language} {bits:.3f}" for language, bits in scores.bits_per_byte.items())
+            console.print(f"  bits per byte   {rates}")
+        acceptance = "no MTP module" if scores.mtp_acceptance is None else f"{100 * scores.mtp_acceptance:.1f} %"
+        console.print(f"  MTP acceptance  {acceptance}")
+        for load in scores.load:
+            dead = ", ".join(map(str, load.dead_experts)) or "none"
+            console.print(f"  {load.layer:<14}  max violation {load.max_violation:.2f}, dead experts: {dead}")
 
 
 def _quality_table(directions: dict[str, Direction]) -> Table:
@@ -113,5 +115,5 @@ def _quality_table(directions: dict[str, Direction]) -> Table:
 
 
 def _add_row(table: Table, name: str, qualities: list[Quality]) -> None:
-    figures = [f"{figure:.1f}" for quality in qualities for figure in (quality.chrf, quality.bleu)]
-    table.add_row(name, f"{qualities[0].count:,}", *figures)
+    cells = [f"{score:.1f}" for quality in qualities for score in (quality.chrf, quality.bleu)]
+    table.add_row(name, f"{qualities[0].count:,}", *cells)

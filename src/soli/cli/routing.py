@@ -16,18 +16,18 @@ from soli.cli._shared.progress import ProgressBar
 from soli.cli._shared.text_input import evenly, file_texts
 
 if TYPE_CHECKING:
-    from soli.eval.routing_report import RoutingReport
-    from soli.eval.routing_statistics import ExpertPreference, LayerLoad
+    from soli.eval.routing import ExpertPreference, RoutingReport
+    from soli.eval.scoring import LayerLoad
 
 BARS = "▁▂▃▄▅▆▇█"
-STRIP = 32  # experts per line of the load strip
-MOST_SHOWN = 8
+BARS_PER_LINE = 32
+MAX_ROWS = 8  # of the preference table, per language
 CHINESE, ENGLISH = "red", "blue"
 
 
 def routing(
     file: Annotated[str, typer.Argument(help="A UTF-8 text file, a text per line (or a .tsv of the corpus step).")],
-    model: Annotated[str, typer.Option(help="A model folder; nano is the model in the box.")] = "nano",
+    model: Annotated[str, typer.Option(help="A model folder; nano is the bundled model.")] = "nano",
     png: Annotated[str | None, typer.Option(help="Write a heat map, layers by experts, to this file.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Read at most this many texts, evenly taken.")] = None,
     permutations: Annotated[int, typer.Option(min=100, help="Shuffles behind the p values.")] = 2000,
@@ -36,17 +36,15 @@ def routing(
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
 ) -> None:
-    """Report which experts a text file plays, how evenly, and which prefer Chinese or English more than by chance."""
+    """Report which experts a text file activates, how evenly, and which prefer Chinese or English beyond chance."""
     texts = evenly(file_texts(file), limit)
     from soli.engine.text_model import open_text_model
-    from soli.eval.routing_report import report_routing
+    from soli.eval.routing import report_routing, save_heat_map
 
     text_model = open_text_model(model, device, dtype)
     with ProgressBar("reading texts", len(texts)) as bar:
         report = report_routing(text_model, texts, permutations=permutations, seed=seed, on_part=bar.advance)
     if png is not None:
-        from soli.eval.routing_plot import save_heat_map
-
         save_heat_map(png, report.loads, report.preferences)
     if json:
         from soli.cli._shared.expert_tables import print_json
@@ -59,16 +57,20 @@ def routing(
 def _print(report: RoutingReport) -> None:
     console = stdout_console()
     names = {"zh": "Chinese", "en": "English", "neither": "neither"}
-    read = [f"{one.texts:,} {names[key]} ({one.tokens:,} tokens)" for key, one in report.languages.items() if one.texts]
-    console.print(f"texts read: {', '.join(read)}", style="bold", soft_wrap=True)
+    counts = [
+        f"{count.texts:,} {names[language]} ({count.tokens:,} tokens)"
+        for language, count in report.languages.items()
+        if count.texts
+    ]
+    console.print(f"texts read: {', '.join(counts)}", style="bold", soft_wrap=True)
     console.print(_load_table(report))
     if not report.preferences:
-        console.print("preference: too few texts of one language to tell; it takes 10 of each", soft_wrap=True)
+        console.print("preference: too few texts of one language; the test needs 10 of each", soft_wrap=True)
         return
     console.print(_preference_table(report.preferences))
-    told = sum(one.prefers is not None for one in report.preferences)
+    significant = sum(preference.prefers is not None for preference in report.preferences)
     console.print(
-        f"{told} of {len(report.preferences)} experts prefer a language (p < 0.01 for all together; whole texts "
+        f"{significant} of {len(report.preferences)} experts prefer a language (p < 0.01 for all together; whole texts "
         f"shuffled {report.permutations:,} times, seed {report.seed}).",
         soft_wrap=True,
     )
@@ -78,22 +80,28 @@ def _load_table(report: RoutingReport) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("layer", "load, expert 0 first: ▅ is even"):
         table.add_column(title, no_wrap=True)
-    for title in ("max violation", "idle"):
+    for title in ("max violation", "dead"):
         table.add_column(title, justify="right")
     table.add_column("Chinese, 2 : 1 or more", style=CHINESE)
     table.add_column("English, 2 : 1 or more", style=ENGLISH)
     for load in report.loads:
-        clear = [one for one in report.preferences if one.layer == load.layer and abs(one.log2_ratio) >= 1]
-        fans = (" ".join(str(one.expert) for one in clear if one.prefers == language) for language in ("zh", "en"))
-        table.add_row(load.layer, _strip(load), f"{load.max_violation:.2f}", str(len(load.idle)), *fans)
+        row: list[str | Text] = [load.layer, _load_bars(load), f"{load.max_violation:.2f}", str(len(load.dead_experts))]
+        for language in ("zh", "en"):
+            experts = [
+                str(preference.expert)
+                for preference in report.preferences
+                if preference.layer == load.layer and preference.prefers == language and abs(preference.log2_ratio) >= 1
+            ]
+            row.append(" ".join(experts))
+        table.add_row(*row)
     return table
 
 
-def _strip(load: LayerLoad) -> Text:
-    """A bar per expert; the even share is the fifth of eight heights, an idle expert a dot."""
+def _load_bars(load: LayerLoad) -> Text:
+    """A bar per expert; the even share is the fifth of eight heights, a dead expert a dot."""
     even = 1 / len(load.share)
     bars = "".join(BARS[min(7, int(4.5 * share / even))] if share else "·" for share in load.share)
-    return Text("\n".join(bars[start : start + STRIP] for start in range(0, len(bars), STRIP)))
+    return Text("\n".join(bars[start : start + BARS_PER_LINE] for start in range(0, len(bars), BARS_PER_LINE)))
 
 
 def _preference_table(preferences: list[ExpertPreference]) -> Table:
@@ -102,10 +110,16 @@ def _preference_table(preferences: list[ExpertPreference]) -> Table:
     for title in ("of Chinese tokens", "of English tokens", "Chinese : English", "p"):
         table.add_column(title, justify="right")
     for language, colour in (("zh", CHINESE), ("en", ENGLISH)):
-        chosen = sorted((one for one in preferences if one.prefers == language), key=lambda one: -abs(one.t))
-        for one in chosen[:MOST_SHOWN]:
-            ratio = 2**one.log2_ratio
-            said = f"{ratio:.1f} : 1" if ratio >= 1 else f"1 : {1 / ratio:.1f}"
-            figures = (f"{100 * one.chinese:.1f} %", f"{100 * one.english:.1f} %", said, f"{one.p:.4f}")
-            table.add_row(f"{one.layer} #{one.expert}", *figures, style=colour)
+        significant = [preference for preference in preferences if preference.prefers == language]
+        significant.sort(key=lambda preference: -abs(preference.t))
+        for preference in significant[:MAX_ROWS]:
+            ratio = 2**preference.log2_ratio
+            table.add_row(
+                f"{preference.layer} #{preference.expert}",
+                f"{100 * preference.chinese:.1f} %",
+                f"{100 * preference.english:.1f} %",
+                f"{ratio:.1f} : 1" if ratio >= 1 else f"1 : {1 / ratio:.1f}",
+                f"{preference.p:.4f}",
+                style=colour,
+            )
     return table

@@ -1,13 +1,14 @@
-"""Lines in, translations out, by a model whose tokenizer has <|en|> and <|zh|>.
+"""Lines in, translations out, by a model whose tokenizer has <|en|> and <|zh|>; and how good translations are.
 
 The lines may be endless: at most a window of them is held. What comes before a line that cannot be translated is
-translated first; then the line's SoliError is raised.
+translated first; then the line's SoliError is raised. chrF and BLEU are sacrebleu's, corpus-wide and per source, BLEU
+on its `zh` and `13a` tokens; the translations that they score are greedy.
 """
 
 import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from soli.data.language import Language, language_of
 from soli.engine.engine import Engine
@@ -16,6 +17,9 @@ from soli.engine.request import Answer, Request
 from soli.engine.sampler import GREEDY, SamplingParams
 from soli.engine.text_model import TextModel
 from soli.errors import SoliError
+from soli.eval.scoring import Pair
+
+BLEU_TOKENS = {"zh": "zh", "en": "13a"}
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,25 @@ class Translation:
     text: str
     to: Language | None
     answer: Answer | None = None
+
+
+@dataclass(frozen=True)
+class Quality:
+    """sacrebleu's chrF2 and BLEU, 0 to 100, over `count` sentences, and the signature to compare them by."""
+
+    chrf: float
+    bleu: float
+    count: int
+    signature: str
+
+
+@dataclass(frozen=True)
+class Direction:
+    """One direction of translation: overall, by source, and a few examples (text, translation, reference)."""
+
+    overall: Quality
+    by_source: dict[str, Quality]
+    examples: list[tuple[str, str, str]] = field(default_factory=list)
 
 
 class Translator:
@@ -116,3 +139,35 @@ def _normalised(line: str) -> str:
 def one_line(text: str) -> str:
     """White space as single spaces, control characters removed: a model must not control the terminal."""
     return "".join(character for character in " ".join(text.split()) if character.isprintable())
+
+
+def evaluate_direction(
+    text_model: TextModel,
+    pairs: Sequence[Pair],
+    to: Language,
+    batch_size: int = 32,
+    on_answer: Callable[[int], None] | None = None,
+) -> Direction:
+    """Translates one side of every pair, greedily, and scores it against the other."""
+    translator = Translator(text_model, to=to, batch_size=batch_size)
+    source, target = (2, 1) if to == "zh" else (1, 2)
+    texts = [pair[source] for pair in pairs]
+    references = [pair[target] for pair in pairs]
+    translations = [translation.text for translation in translator.translate(texts, on_answer=on_answer)]
+    by_source = {}
+    for name in sorted({pair[0] for pair in pairs}):
+        rows = [row for row, pair in enumerate(pairs) if pair[0] == name]
+        own_references = [references[row] for row in rows]
+        by_source[name] = translation_quality([translations[row] for row in rows], own_references, to)
+    examples = list(zip(texts, translations, references, strict=True))[:: max(1, len(pairs) // 8)]
+    return Direction(translation_quality(translations, references, to), by_source, examples)
+
+
+def translation_quality(translations: Sequence[str], references: Sequence[str], to: Language) -> Quality:
+    """Corpus chrF and BLEU of translations into `to`."""
+    from sacrebleu.metrics import BLEU, CHRF
+
+    chrf, bleu = CHRF(), BLEU(tokenize=BLEU_TOKENS[to])
+    chrf_score, bleu_score = (float(metric.corpus_score(translations, [references]).score) for metric in (chrf, bleu))
+    signature = f"chrF {chrf.get_signature()}, BLEU {bleu.get_signature()}"
+    return Quality(chrf_score, bleu_score, len(translations), signature)

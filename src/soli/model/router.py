@@ -96,10 +96,15 @@ def join_routing(parts: Sequence[Routing]) -> Routing:
 
 def count_choices(layers: Sequence[Routing]) -> Tensor:
     """Tokens per expert of each layer, int64 (layers, E)."""
-    ids_MTK = layers.ids_MTK if isinstance(layers, Routings) else torch.stack([r.expert_ids_TK for r in layers])
-    M, E = len(layers), layers[0].num_experts
-    columns_MTK = ids_MTK + E * torch.arange(M, device=ids_MTK.device)[:, None, None]
-    return kernels.count_tokens(columns_MTK.flatten(0, 1), M * E).view(M, E)
+    if isinstance(layers, Routings):
+        ids_MTK, E = layers.ids_MTK, layers.scores_MTE.shape[2]
+    else:
+        ids_MTK, E = torch.stack([routing.expert_ids_TK for routing in layers]), layers[0].num_experts
+    M = len(ids_MTK)
+    indices_MTK = ids_MTK + E * torch.arange(M, device=ids_MTK.device)[:, None, None]
+    if ids_MTK.is_cpu:  # in every step of the engine, where three torch calls would be felt
+        return torch.bincount(indices_MTK.flatten(), minlength=M * E).view(M, E)
+    return kernels.count_tokens(indices_MTK.flatten(0, 1), M * E).view(M, E)
 
 
 class Router(nn.Module):

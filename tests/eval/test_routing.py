@@ -1,9 +1,10 @@
-"""The report's numbers: load, and a test of preference that finds what is there and does not find what is not."""
+"""Load, and a test of language preference that detects a planted one and nothing else."""
 
 import numpy as np
 import pytest
 
-from soli.eval.routing_statistics import language_preference, layer_loads
+from soli.eval.routing import language_preference
+from soli.eval.scoring import layer_loads
 
 NAMES = ["layers.1", "layers.2"]
 
@@ -27,11 +28,11 @@ def test_load():
     [load] = layer_loads(["layers.1"], np.array([[6, 2, 0, 0]]))
     assert load.share == (0.75, 0.25, 0, 0)
     assert load.max_violation == pytest.approx(2.0)  # 6 against a mean of 2
-    assert load.idle == (2, 3)
+    assert load.dead_experts == (2, 3)
     assert layer_loads(["x"], np.zeros((1, 4), dtype=np.int64))[0].max_violation == 0
 
 
-def test_a_planted_preference_is_found_and_only_that():
+def test_a_planted_preference_is_detected_and_nothing_else():
     counts, tokens, languages = texts(np.random.default_rng(0), 120, lean=1.0)
     preferences = language_preference(NAMES, counts, tokens, languages, permutations=500)
     assert (preferences[0].layer, preferences[0].expert, preferences[0].prefers) == ("layers.1", 0, "zh")
@@ -39,23 +40,24 @@ def test_a_planted_preference_is_found_and_only_that():
     assert preferences[0].log2_ratio > 0.5
     chinese = [i for i, language in enumerate(languages) if language == "zh"]
     assert preferences[0].chinese == pytest.approx(counts[chinese, 0, 0].sum() / tokens[chinese].sum())
-    assert all(one.prefers != "zh" for one in preferences[1:]) and all(one.prefers is None for one in preferences[8:])
+    assert all(preference.prefers != "zh" for preference in preferences[1:])
+    assert all(preference.prefers is None for preference in preferences[8:])
 
 
 def test_texts_with_favourites_of_their_own_are_not_taken_for_a_preference():
-    """Twenty tokens of one text are not twenty witnesses: a test by tokens calls this a preference nearly always."""
-    called = naive = 0
+    """Twenty tokens of one text are not twenty independent samples: by tokens this nearly always seems a preference."""
+    rejections = naive_rejections = 0
     for seed in range(20):
         counts, tokens, languages = texts(np.random.default_rng(seed), 60, wobble=25.0)
         preferences = language_preference(NAMES, counts, tokens, languages, permutations=300, seed=seed)
-        called += any(one.prefers for one in preferences)
+        rejections += any(preference.prefers for preference in preferences)
         zh = np.array([language == "zh" for language in languages])
         pooled = counts.sum(axis=0) / tokens.sum()
         difference = counts[zh].sum(axis=0) / tokens[zh].sum() - counts[~zh].sum(axis=0) / tokens[~zh].sum()
         variance = pooled * (1 - pooled / 2) * (1 / tokens[zh].sum() + 1 / tokens[~zh].sum())
-        naive += bool((np.abs(difference) / np.sqrt(variance) > 3.5).any())
-    assert naive >= 15
-    assert called <= 1
+        naive_rejections += bool((np.abs(difference) / np.sqrt(variance) > 3.5).any())
+    assert naive_rejections >= 15
+    assert rejections <= 1
 
 
 def test_the_same_seed_gives_the_same_p():
@@ -70,9 +72,9 @@ def test_too_few_texts_of_a_language_give_no_answer():
     assert language_preference(NAMES, counts, tokens, ["zh"] * 9 + [None] * 11 + ["en"] * 10) == []
 
 
-def test_an_expert_that_nobody_uses_divides_by_no_zero():
+def test_an_expert_that_nobody_uses_causes_no_division_by_zero():
     counts, tokens, languages = texts(np.random.default_rng(3), 40)
     counts[:, 1, 5] = 0
     preferences = language_preference(NAMES, counts, tokens, languages, permutations=200)
     assert (preferences[13].t, preferences[13].p, preferences[13].prefers) == (0.0, 1.0, None)
-    assert all(np.isfinite([one.t for one in preferences]))
+    assert all(np.isfinite([preference.t for preference in preferences]))
