@@ -111,9 +111,11 @@ class LLM:
         """The engine's request for a prompt; `max_new_tokens` is 256 by default, or what the model has room for."""
         ids = tuple(self.text_model.text_prompt(prompt) if isinstance(prompt, str) else prompt)
         limit = options.get("max_new_tokens")
+        if limit is None:
+            limit = min(NEW_TOKENS, self.text_model.remaining_tokens(ids, "the prompt"))
         return Request(
             ids,
-            max_new_tokens=min(NEW_TOKENS, self.text_model.room(ids, "the prompt")) if limit is None else limit,
+            max_new_tokens=limit,
             sampling=sampling,
             stop_ids=self.text_model.stop_ids,
             stop=tuple(options.get("stop", ())),

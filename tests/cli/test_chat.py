@@ -1,4 +1,4 @@
-"""`soli chat`: turns are remembered until /reset, answers are the engine's, other folders are refused in a sentence."""
+"""`soli chat`: turns are remembered until /reset, answers are the engine's, other folders are rejected."""
 
 import io
 import sys
@@ -31,9 +31,9 @@ def test_each_line_gets_an_answer_and_reset_forgets(monkeypatch, capsys, folder)
     assert status == 0 and not err
     answers = out.split("\n")[:-1]
     assert len(answers) >= 3
-    llm, template = chat.opened(folder, "cpu", "auto")
+    llm, template = chat.open_chat(folder, "cpu", "auto")
     conversation = chat.Conversation(llm, template, GREEDY, 6, None)
-    answers = ["".join(answer for _, answer in conversation.say(line)) for line in ("hello", "the cat")]
+    answers = ["".join(answer for _, answer in conversation.reply(line)) for line in ("hello", "the cat")]
     assert out == f"{answers[0]}\n{answers[1]}\n{answers[0]}\n"
     assert [turn["role"] for turn in conversation.messages] == ["user", "assistant"] * 2
     prompts = [template.render([{"role": "user", "content": "hello"}])[0], template.render(conversation.messages)[0]]
@@ -41,39 +41,39 @@ def test_each_line_gets_an_answer_and_reset_forgets(monkeypatch, capsys, folder)
     llm.close()
 
 
-def test_the_system_message_stays_over_a_reset(folder):
-    llm, template = chat.opened(folder, "cpu", "auto")
+def test_the_system_message_survives_a_reset(folder):
+    llm, template = chat.open_chat(folder, "cpu", "auto")
     conversation = chat.Conversation(llm, template, SamplingParams(temperature=1.0, seed=3), 4, "be brief")
-    list(conversation.say("hello"))
+    list(conversation.reply("hello"))
     conversation.reset()
     assert conversation.messages == [{"role": "system", "content": "be brief"}]
     llm.close()
 
 
 def test_a_question_without_an_answer_is_forgotten(folder):
-    llm, template = chat.opened(folder, "cpu", "auto")
+    llm, template = chat.open_chat(folder, "cpu", "auto")
     conversation = chat.Conversation(llm, template, GREEDY, 4, None)
-    list(conversation.say("hello"))
+    list(conversation.reply("hello"))
     before = conversation.messages
     with pytest.raises(SoliError, match="positions"):
-        list(conversation.say("the cat " * 200))
+        list(conversation.reply("the cat " * 200))
     assert conversation.messages == before
     llm.close()
 
 
-def test_an_answer_left_early_stays_as_far_as_it_came(folder):
-    llm, template = chat.opened(folder, "cpu", "auto")
+def test_an_answer_closed_early_is_kept_up_to_there(folder):
+    llm, template = chat.open_chat(folder, "cpu", "auto")
     conversation = chat.Conversation(llm, template, GREEDY, 30, None)
-    answer = conversation.say("hello")
-    heard = ""
-    while not heard:
-        heard += next(answer)[1]
+    answer = conversation.reply("hello")
+    text = ""
+    while not text:
+        text += next(answer)[1]
     answer.close()
-    assert conversation.messages[-1] == {"role": "assistant", "content": heard}
+    assert conversation.messages[-1] == {"role": "assistant", "content": text}
     llm.close()
 
 
-def test_unknown_commands_and_long_conversations_are_said(monkeypatch, capsys, folder):
+def test_unknown_commands_and_long_conversations_are_reported(monkeypatch, capsys, folder):
     status, out, err = talk(monkeypatch, capsys, folder, ["/help", "hello"])
     assert status == 0 and "there is no /help" in err and out
     status, _, err = talk(monkeypatch, capsys, folder, ["the cat " * 200])

@@ -35,7 +35,7 @@ def run(capsys, monkeypatch):
     return run
 
 
-def refused(outcome: tuple[int, str, str], *words: str) -> None:
+def assert_rejected(outcome: tuple[int, str, str], *words: str) -> None:
     status, out, err = outcome
     assert status != 0 and out == ""
     assert err.startswith("soli: ") and err.count("\n") == 1, err
@@ -80,7 +80,7 @@ def test_experts_come_after_the_translation_and_plain(run, folder):
     assert "affinity" in detail and "missed by" in detail
 
 
-def test_generate_streams_the_continuation_and_stops_at_the_stop_text(run, folder):
+def test_generate_streams_the_continuation_and_stops_at_a_stop_string(run, folder):
     sampled = ["--temperature", "1", "--seed", "4", "--max-new-tokens", "20"]
     status, out, _ = run("generate", folder, "the cat", *sampled)
     assert status == 0 and out == run("generate", folder, "-", *sampled, stdin=b"the cat\n")[1]
@@ -93,21 +93,21 @@ def test_generate_streams_the_continuation_and_stops_at_the_stop_text(run, folde
 
 
 def test_generate_takes_penalties_bias_and_filters(run, folder):
-    def result(*options: str) -> dict:
+    def generate(*options: str) -> dict:
         return json.loads(run("generate", folder, "the cat", *SHORT, "--json", "--logprobs", "2", *options)[1])
 
-    plain = result()
+    plain = generate()
     tokens = [one["token"] for one in plain["logprobs"]]
     assert len(tokens) == plain["new_tokens"] == 6
     assert all(one["top"][0]["token"] == one["token"] and len(one["top"]) == 2 for one in plain["logprobs"])
     assert all(one["top"][0]["logprob"] >= one["top"][1]["logprob"] for one in plain["logprobs"])
     second = plain["logprobs"][0]["top"][1]["token"]
-    biased = result("--logit-bias", f"{tokens[0]}=-100", "--logit-bias", f"{second}=100")
+    biased = generate("--logit-bias", f"{tokens[0]}=-100", "--logit-bias", f"{second}=100")
     assert {one["token"] for one in biased["logprobs"]} == {second}
     assert biased["logprobs"][0]["top"] == plain["logprobs"][0]["top"], "log-probabilities are the model's own"
-    repelled = result("--frequency-penalty", "2", "--presence-penalty", "2", "--repetition-penalty", "9")
-    assert len({one["token"] for one in repelled["logprobs"]}) == 6
-    assert result("--temperature", "9", "--min-p", "1")["logprobs"] == plain["logprobs"]
+    penalised = generate("--frequency-penalty", "2", "--presence-penalty", "2", "--repetition-penalty", "9")
+    assert len({one["token"] for one in penalised["logprobs"]}) == 6
+    assert generate("--temperature", "9", "--min-p", "1")["logprobs"] == plain["logprobs"]
 
 
 def test_generate_shows_log_probabilities_after_the_text(run, folder):
@@ -129,15 +129,15 @@ def test_generate_keeps_to_a_schema_or_an_expression(run, folder, tmp_path):
     bias = ["--logit-bias", f"{tiny_token(folder, '}')}=100"]
     result = json.loads(run("generate", folder, "the cat", "--json-schema", str(schema), *bias, *sampled)[1])
     assert json.loads(result["text"])["名"] in ("猫", 7) and result["finish_reason"] == "stop"
-    refused(run("generate", folder, "x", "--regex", "(", *SHORT), "unclosed group")
-    refused(run("generate", folder, "x", "--regex", "a", "--json-schema", str(schema)), "one of them")
-    refused(run("generate", folder, "x", "--json-schema", str(tmp_path / "none.json")), "none.json")
+    assert_rejected(run("generate", folder, "x", "--regex", "(", *SHORT), "unclosed group")
+    assert_rejected(run("generate", folder, "x", "--regex", "a", "--json-schema", str(schema)), "one of them")
+    assert_rejected(run("generate", folder, "x", "--json-schema", str(tmp_path / "none.json")), "none.json")
     schema.write_text('{"not": {}}', encoding="utf-8")
-    refused(run("generate", folder, "x", "--json-schema", str(schema)), "'not' at /not")
+    assert_rejected(run("generate", folder, "x", "--json-schema", str(schema)), "'not' at /not")
     schema.write_bytes(b"\xff")
-    refused(run("generate", folder, "x", "--json-schema", str(schema)), "UTF-8")
+    assert_rejected(run("generate", folder, "x", "--json-schema", str(schema)), "UTF-8")
     schema.write_bytes(b" " * 300_000)
-    refused(run("generate", folder, "x", "--json-schema", str(schema)), "262,144")
+    assert_rejected(run("generate", folder, "x", "--json-schema", str(schema)), "262,144")
 
 
 @pytest.mark.parametrize(
@@ -156,22 +156,22 @@ def test_generate_keeps_to_a_schema_or_an_expression(run, folder, tmp_path):
     ],
 )
 def test_bad_sampling_values_get_a_sentence(run, folder, options, message):
-    refused(run("generate", folder, "the cat", *options), message)
+    assert_rejected(run("generate", folder, "the cat", *options), message)
 
 
 def test_bad_text_gets_a_sentence(run, folder):
     model = ["--model", folder]
-    refused(run("translate", "", *model), "empty")
-    refused(run("translate", " \n ", *model), "empty")
-    refused(run("translate", "\udcff", *model), "UTF-8")
-    refused(run("translate", "mat " * 200, *model), "line 1", "96 positions")
-    refused(run("translate", "-", *model, stdin=b"a" * 10_000_000), "line 1", "65,536")
-    refused(run("translate", "-", *model, *SHORT, stdin=b"\xff"), "line 1", "UTF-8")
-    refused(run("translate", "x", "--to", "fr"), "'fr'", "en or zh")
-    refused(run("translate", "x", *model, "--top-p", "0"), "top_p")
-    refused(run("translate", "x", "--model", "/no/such/place"), "/no/such/place")
-    refused(run("generate", folder, "-", stdin=b"\n"), "empty")
-    refused(run("generate", "/no/such/place", "x"), "/no/such/place")
+    assert_rejected(run("translate", "", *model), "empty")
+    assert_rejected(run("translate", " \n ", *model), "empty")
+    assert_rejected(run("translate", "\udcff", *model), "UTF-8")
+    assert_rejected(run("translate", "mat " * 200, *model), "line 1", "96 positions")
+    assert_rejected(run("translate", "-", *model, stdin=b"a" * 10_000_000), "line 1", "65,536")
+    assert_rejected(run("translate", "-", *model, *SHORT, stdin=b"\xff"), "line 1", "UTF-8")
+    assert_rejected(run("translate", "x", "--to", "fr"), "'fr'", "en or zh")
+    assert_rejected(run("translate", "x", *model, "--top-p", "0"), "top_p")
+    assert_rejected(run("translate", "x", "--model", "/no/such/place"), "/no/such/place")
+    assert_rejected(run("generate", folder, "-", stdin=b"\n"), "empty")
+    assert_rejected(run("generate", "/no/such/place", "x"), "/no/such/place")
 
 
 def test_lines_before_a_bad_one_are_translated(run, folder):
@@ -214,10 +214,10 @@ def test_eval_as_table_and_json(run, folder, corpus):
 def test_bad_files_get_a_sentence(run, folder, tmp_path):
     path = tmp_path / "bad.tsv"
     path.write_text("only one column\n")
-    refused(run("routing", str(path), "--model", folder), "line 1", "three")
-    refused(run("eval", folder, "--pairs", str(path)), "line 1", "not a pair")
+    assert_rejected(run("routing", str(path), "--model", folder), "line 1", "three")
+    assert_rejected(run("eval", folder, "--pairs", str(path)), "line 1", "not a pair")
     path.write_text("\n")
-    refused(run("eval", folder, "--text", str(tmp_path / "none.txt")), "none.txt")
+    assert_rejected(run("eval", folder, "--text", str(tmp_path / "none.txt")), "none.txt")
     (tmp_path / "empty.txt").write_text("\n\n")
-    refused(run("routing", str(tmp_path / "empty.txt"), "--model", folder), "no text")
-    refused(run("eval", folder), "--pairs FILE")
+    assert_rejected(run("routing", str(tmp_path / "empty.txt"), "--model", folder), "no text")
+    assert_rejected(run("eval", folder), "--pairs FILE")

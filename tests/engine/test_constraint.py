@@ -1,4 +1,4 @@
-"""Structured output: what a model that knows nothing writes under a constraint fits it; everything else is refused."""
+"""Structured output: what an untrained model writes under a constraint fits it; everything else is rejected."""
 
 import json
 import re
@@ -14,8 +14,7 @@ from tokenizers import decoders, models
 
 import soli
 from soli.data.tokenizer import Tokenizer
-from soli.engine.constraint import Constraint, Constraints, ConstraintSpec
-from soli.engine.json_schema import checked_schema
+from soli.engine.constraint import Constraint, Constraints, ConstraintSpec, checked_schema
 from soli.engine.sampler import GREEDY, SamplerState, SamplingParams, sample
 from soli.errors import SoliError
 
@@ -36,14 +35,14 @@ SCHEMA = {
 }
 
 
-def fits(found) -> bool:
+def fits(value) -> bool:
     return (
-        list(found) == ["名", "age", "tags", "either"]
-        and found["名"] in ("猫", "狗")
-        and 3 <= found["age"] <= 120
-        and 1 <= len(found["tags"]) <= 3
-        and all(isinstance(tag, str) and len(tag) <= 4 for tag in found["tags"])
-        and found["either"] in (None, True, False)
+        list(value) == ["名", "age", "tags", "either"]
+        and value["名"] in ("猫", "狗")
+        and 3 <= value["age"] <= 120
+        and 1 <= len(value["tags"]) <= 3
+        and all(isinstance(tag, str) and len(tag) <= 4 for tag in value["tags"])
+        and value["either"] in (None, True, False)
     )
 
 
@@ -130,7 +129,7 @@ def test_the_library_reads_tokens_as_the_stream_does():
         assert own in (b"", b"\xff") or CONSTRAINTS._tokens.decode_bytes([token]) == own
 
 
-REFUSED_SCHEMAS = [
+REJECTED_SCHEMAS = [
     ({"type": "objekt"}, "objekt"),
     ({"properties": {"a": {"not": {"type": "string"}}}}, "'not' at /properties/a/not"),
     ({"type": "array", "items": {"type": "integer"}, "uniqueItems": True}, "uniqueItems"),
@@ -156,11 +155,11 @@ REFUSED_SCHEMAS = [
 ]
 
 
-@pytest.mark.parametrize(("schema", "said"), REFUSED_SCHEMAS, ids=[said for _, said in REFUSED_SCHEMAS])
-def test_schemas_that_cannot_be_enforced_are_refused(schema, said):
-    with pytest.raises(SoliError, match=re.escape(said)) as refusal:
+@pytest.mark.parametrize(("schema", "message"), REJECTED_SCHEMAS, ids=[message for _, message in REJECTED_SCHEMAS])
+def test_schemas_that_cannot_be_enforced_are_rejected(schema, message):
+    with pytest.raises(SoliError, match=re.escape(message)) as rejection:
         CONSTRAINTS.open(ConstraintSpec.json_schema(schema))
-    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 400
+    assert "\n" not in str(rejection.value) and len(str(rejection.value)) < 400
 
 
 def test_depth_is_bounded_and_descriptions_are_not_schemas():
@@ -181,7 +180,7 @@ def test_depth_is_bounded_and_descriptions_are_not_schemas():
 
 
 @pytest.mark.parametrize(
-    ("pattern", "said"),
+    ("pattern", "message"),
     [
         ("(a|b", "unclosed group"),
         ("a(?=b)", "look-around"),
@@ -191,8 +190,8 @@ def test_depth_is_bounded_and_descriptions_are_not_schemas():
         ("", "0 characters"),
     ],
 )
-def test_expressions_that_cannot_be_enforced_are_refused(pattern, said):
-    with pytest.raises(SoliError, match=said):
+def test_expressions_that_cannot_be_enforced_are_rejected(pattern, message):
+    with pytest.raises(SoliError, match=message):
         CONSTRAINTS.open(ConstraintSpec.regex(pattern))
 
 
@@ -233,7 +232,7 @@ def test_a_vocabulary_that_cannot_write_it_is_a_dead_end():
         constraints.open(ConstraintSpec.regex("c"))
 
 
-def test_models_and_tokenizers_that_cannot_be_constrained_are_refused():
+def test_models_and_tokenizers_that_cannot_be_constrained_are_rejected():
     with pytest.raises(SoliError, match="eos_token_id"):
         Constraints(TOKENIZER, V, ())
     with pytest.raises(SoliError, match="byte-level"):
@@ -244,5 +243,5 @@ def test_penalties_and_bias_do_not_lift_the_mask():
     token = TOKENIZER.encode("猫")[0]
     params = SamplingParams(1.0, seed=0, logit_bias={token: 100}, repetition_penalty=0.5)
     state = SamplerState(params, [token], V, CONSTRAINTS.open(ConstraintSpec.regex("[0-9]")))
-    processed_V = state.processed(np.ones(V, np.float32))
+    processed_V = state.process(np.ones(V, np.float32))
     assert processed_V[token] == -np.inf and np.isfinite(processed_V).sum() == 10

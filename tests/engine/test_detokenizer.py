@@ -1,4 +1,4 @@
-"""Streaming: pieces add up to the text, characters are never cut, stop strings are found across token borders."""
+"""Streaming: pieces add up to the text, characters are never cut, stop strings are matched across token borders."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -37,9 +37,9 @@ def streamed(parts: list[bytes], stops=()) -> tuple[list[str], TextStream]:
 def until_stop(text: str, stops) -> tuple[str, bool]:
     """The definition: grow the text a character at a time until it holds a stop string."""
     for size in range(len(text) + 1):
-        found = [text[:size].find(stop) for stop in stops if stop in text[:size]]
-        if found:
-            return text[: min(found)], True
+        positions = [text[:size].find(stop) for stop in stops if stop in text[:size]]
+        if positions:
+            return text[: min(positions)], True
     return text, False
 
 
@@ -57,7 +57,7 @@ def test_broken_bytes_come_out_as_a_whole_decode_would_show_them(data, borders):
 
 
 @given(st.text(alphabet="ab猫😀", max_size=30), st.lists(st.integers(0, 200), max_size=40), STOPS)
-def test_a_stop_string_ends_the_text_before_it_however_the_tokens_cut_it(text, borders, stops):
+def test_a_stop_string_ends_the_text_however_tokens_split_it(text, borders, stops):
     pieces, stream = streamed(cut(text.encode(), borders), stops)
     expected, stopped = until_stop(text, stops)
     assert "".join(pieces) == expected == stream.text
@@ -71,10 +71,10 @@ def test_no_more_is_held_back_than_may_become_a_stop_string(text, stops):
         stream.push(index)
         if stream.stopped:
             return
-        so_far, given_out = text[: index + 1], "".join(stream._given)
-        held = so_far[len(given_out) :]
-        ends = [so_far[-size:] for size in range(1, len(so_far) + 1)]
-        longest = max((len(end) for end in ends if any(stop.startswith(end) for stop in stops)), default=0)
+        pushed = text[: index + 1]
+        held = pushed[len("".join(stream._emitted)) :]
+        suffixes = [pushed[-size:] for size in range(1, len(pushed) + 1)]
+        longest = max((len(suffix) for suffix in suffixes if any(stop.startswith(suffix) for stop in stops)), default=0)
         assert len(held) == longest
 
 
@@ -101,7 +101,7 @@ def test_the_cost_of_a_token_does_not_grow_with_the_text():
     stream = TextStream(WindowText(decode), ["猫b"])
     for byte in "猫a😀".encode() * 300:
         stream.push(byte)
-    assert stream.text == "猫a😀" * 300 and max(sizes) <= 2 * WindowText.WAIT
+    assert stream.text == "猫a😀" * 300 and max(sizes) <= 2 * WindowText.MAX_PENDING
     stream = TextStream(ByteText(lambda _: b"a"), ["a" * 40 + "b"])
     for _ in range(500):
         stream.push(0)

@@ -1,4 +1,4 @@
-"""Sampling: filters, penalties and log-probabilities against plain references, streams, frequencies, and refusals."""
+"""Sampling: filters, penalties and log-probabilities against plain references, seeds, frequencies, and rejections."""
 
 import math
 from collections import Counter
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from soli.engine.distribution import Distribution, distribution
-from soli.engine.sampler import Drawn, SamplerState, SamplingParams, sample
+from soli.engine.sampler import SampledToken, SamplerState, SamplingParams, sample
 from soli.errors import SoliError
 
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 3.0, 0.0, 1.0])
@@ -23,21 +23,26 @@ def state(prompt=(), **params) -> SamplerState:
 
 def draw(states, logits_V=LOGITS) -> list[int]:
     """One token for each state, all from the same logits."""
-    return [drawn.token for drawn in sample(logits_V.expand(len(states), -1), states)]
+    return [sampled.token for sampled in sample(logits_V.expand(len(states), -1), states)]
+
+
+def filtered(logits_V: np.ndarray, params: SamplingParams) -> Distribution:
+    return distribution(logits_V, params.temperature, params.top_k, params.top_p, params.min_p)
 
 
 def reference(logits: list[float], params: SamplingParams) -> dict[int, float]:
     """Probabilities by the definitions: top-k, the smallest set of likeliest tokens that holds top_p, then min-p."""
     weights = torch.tensor(logits, dtype=torch.float64).div(params.temperature).softmax(0).tolist()
     order = sorted(range(len(logits)), key=lambda token: -weights[token])[: params.top_k or None]
-    total, kept, held = sum(weights[token] for token in order), {}, 0.0
+    total, cumulative = sum(weights[token] for token in order), 0.0
+    nucleus: dict[int, float] = {}
     for token in order:
-        if kept and params.top_p < 1 and held >= params.top_p:
+        if nucleus and params.top_p < 1 and cumulative >= params.top_p:
             break
-        kept[token] = weights[token] / total
-        held += kept[token]
-    kept = {token: share for token, share in kept.items() if share >= params.min_p * kept[order[0]]}
-    return {token: share / sum(kept.values()) for token, share in kept.items()}
+        nucleus[token] = weights[token] / total
+        cumulative += nucleus[token]
+    shares = {token: share for token, share in nucleus.items() if share >= params.min_p * nucleus[order[0]]}
+    return {token: share / sum(shares.values()) for token, share in shares.items()}
 
 
 @given(
@@ -48,20 +53,21 @@ def reference(logits: list[float], params: SamplingParams) -> dict[int, float]:
     min_p=st.floats(0, 0.9),
 )
 def test_the_filters_are_their_definitions(logits, temperature, top_k, top_p, min_p):
-    values, params = [value / 10 for value in logits], SamplingParams(temperature, top_k, top_p, min_p=min_p)
-    found = distribution(np.array(values, dtype=np.float32), params)
+    values = [value / 10 for value in logits]
+    params = SamplingParams(temperature, top_k, top_p, min_p=min_p)
+    result = filtered(np.array(values, dtype=np.float32), params)
     expected = reference([float(np.float32(value)) for value in values], params)
-    assert found.tokens_K.tolist() == sorted(expected)
-    for token, share in zip(found.tokens_K.tolist(), found.probabilities_K.tolist(), strict=True):
+    assert result.tokens_K.tolist() == sorted(expected)
+    for token, share in zip(result.tokens_K.tolist(), result.probabilities_K.tolist(), strict=True):
         assert abs(share - expected[token]) < 1e-9
-        assert found.probability(token) == share
-    assert all(found.probability(token) == 0 for token in range(len(values)) if token not in expected)
+        assert result.probability(token) == share
+    assert all(result.probability(token) == 0 for token in range(len(values)) if token not in expected)
 
 
 @pytest.mark.parametrize("params", [{"top_k": 2}, {"top_p": 0.5}, {"top_k": 1}, {"top_p": 0.1}])
-def test_tokens_as_likely_as_the_last_one_kept_stay(params):
-    found = distribution(np.array([1, 3, 0, 3, 3], dtype=np.float32), SamplingParams(1.0, **params))
-    assert found.tokens_K.tolist() == [1, 3, 4]
+def test_tokens_tied_with_the_last_one_pass_the_filter_too(params):
+    result = filtered(np.array([1, 3, 0, 3, 3], dtype=np.float32), SamplingParams(1.0, **params))
+    assert result.tokens_K.tolist() == [1, 3, 4]
 
 
 def penalised_reference(logits, prompt, answer, params: SamplingParams) -> list[float]:
@@ -82,7 +88,7 @@ TOKENS = st.lists(st.integers(0, V - 1), max_size=8)
     logits=st.lists(st.floats(-20, 20, width=32), min_size=V, max_size=V),
     prompt=TOKENS,
     answer=TOKENS,
-    refused=TOKENS,
+    rejected=TOKENS,
     params=st.builds(
         SamplingParams,
         repetition_penalty=st.floats(0.5, 2),
@@ -91,14 +97,14 @@ TOKENS = st.lists(st.integers(0, V - 1), max_size=8)
         logit_bias=st.dictionaries(st.integers(0, V - 1), st.floats(-100, 100), max_size=3),
     ),
 )
-def test_penalties_are_their_formulas_and_can_be_taken_back(logits, prompt, answer, refused, params):
+def test_penalties_are_their_formulas_and_can_be_rolled_back(logits, prompt, answer, rejected, params):
     row_V, counted = np.array(logits, dtype=np.float32), SamplerState(params, prompt, V)
-    for token in [*answer, *refused]:
+    for token in [*answer, *rejected]:
         counted.accept(token)
-    counted.rollback(len(refused))
+    counted.rollback(len(rejected))
     assert counted.position == len(answer)
     expected = penalised_reference(logits, prompt, answer, params)
-    np.testing.assert_allclose(counted.processed(row_V), expected, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(counted.process(row_V), expected, rtol=1e-5, atol=1e-4)
     assert row_V.tolist() == logits
 
 
@@ -110,7 +116,7 @@ def test_repetition_penalty_is_that_of_transformers():
     for token in answer:
         counted.accept(token)
     theirs = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([prompt + answer]), LOGITS[None].clone())
-    assert counted.processed(LOGITS.numpy()).tolist() == pytest.approx(theirs[0].tolist())
+    assert counted.process(LOGITS.numpy()).tolist() == pytest.approx(theirs[0].tolist())
 
 
 def test_filters_are_those_of_transformers():
@@ -122,9 +128,9 @@ def test_filters_are_those_of_transformers():
     for warper in (TemperatureLogitsWarper(1.4), TopKLogitsWarper(60), TopPLogitsWarper(0.9), MinPLogitsWarper(0.03)):
         theirs_BV = warper(None, theirs_BV)
     for row_V, theirs_V in zip(logits_BV, theirs_BV.softmax(dim=-1), strict=True):
-        found = distribution(row_V.numpy(), params)
-        assert found.tokens_K.tolist() == theirs_V.nonzero().flatten().tolist()
-        np.testing.assert_allclose(found.probabilities_K, theirs_V[found.tokens_K].numpy(), rtol=1e-4)
+        result = filtered(row_V.numpy(), params)
+        assert result.tokens_K.tolist() == theirs_V.nonzero().flatten().tolist()
+        np.testing.assert_allclose(result.probabilities_K, theirs_V[result.tokens_K].numpy(), rtol=1e-4)
 
 
 @pytest.mark.parametrize("spread", [0.01, 1.0, 6.0])
@@ -133,47 +139,47 @@ def test_the_nucleus_of_a_large_vocabulary(spread):
     weights = np.exp(logits_V.astype(np.float64))
     order = np.argsort(-weights)
     for top_p in (0.05, 0.5, 0.9, 0.999):
-        kept = int(np.searchsorted(weights[order].cumsum(), top_p * weights.sum())) + 1
-        found = distribution(logits_V, SamplingParams(1.0, top_p=top_p))
-        assert found.tokens_K.tolist() == sorted(order[:kept].tolist())
+        size = int(np.searchsorted(weights[order].cumsum(), top_p * weights.sum())) + 1
+        result = filtered(logits_V, SamplingParams(1.0, top_p=top_p))
+        assert result.tokens_K.tolist() == sorted(order[:size].tolist())
 
 
 @pytest.mark.parametrize("size", [1, 2, 1023, 1024, 1025, 5000])
 def test_a_draw_inverts_the_cumulative_distribution(size):
     shares = np.random.default_rng(size).random(size) + 1e-3
-    found = Distribution(np.arange(size) * 2, shares / shares.sum())
-    ends = found.probabilities_K.cumsum()
-    for uniform in [0.0, 0.5, *(ends - found.probabilities_K / 2)[:: max(1, size // 50)], 1 - 2.0**-53]:
-        place = found.draw(float(uniform)) // 2
-        assert ends[place] - found.probabilities_K[place] - 1e-9 <= uniform <= ends[place] + 1e-9
+    result = Distribution(np.arange(size) * 2, shares / shares.sum())
+    cumulative = result.probabilities_K.cumsum()
+    for uniform in [0.0, 0.5, *(cumulative - result.probabilities_K / 2)[:: max(1, size // 50)], 1 - 2.0**-53]:
+        index = result.draw(float(uniform)) // 2
+        assert cumulative[index] - result.probabilities_K[index] - 1e-9 <= uniform <= cumulative[index] + 1e-9
 
 
 def test_frequencies_follow_the_probabilities():
     draws = 6000
     params = {"temperature": 1.3, "top_k": 5, "top_p": 0.95}
-    drawn = draw([state(seed=seed, **params) for seed in range(draws)])
-    counts = torch.bincount(torch.tensor(drawn), minlength=V) / draws
+    tokens = draw([state(seed=seed, **params) for seed in range(draws)])
+    counts = torch.bincount(torch.tensor(tokens), minlength=V) / draws
     expected = reference(LOGITS.tolist(), SamplingParams(**params))
     for token in range(V):
         assert abs(float(counts[token]) - expected.get(token, 0.0)) < 0.025
         assert (counts[token] > 0) == (token in expected)
 
 
-def test_a_draw_belongs_to_the_seed_and_the_place_alone():
-    def text(own: SamplerState, others: int = 0, refused: int = 0) -> list[int]:
+def test_a_draw_depends_on_the_seed_and_the_position_alone():
+    def text(own: SamplerState, others: int = 0, rejected: int = 0) -> list[int]:
         tokens: list[int] = []
         for _ in range(30):
             neighbours = [state(temperature=9.0, seed=other) for other in range(others)]
             tokens.append(draw([*neighbours, own])[-1])
-            for guess in range(refused):
+            for guess in range(rejected):
                 own.accept(guess)
-            own.rollback(refused)
+            own.rollback(rejected)
             own.accept(tokens[-1])
         return tokens
 
     first = text(state(temperature=3.0, seed=5))
     assert len(set(first)) > 3
-    assert first == text(state(temperature=3.0, seed=5), others=3) == text(state(temperature=3.0, seed=5), refused=2)
+    assert first == text(state(temperature=3.0, seed=5), others=3) == text(state(temperature=3.0, seed=5), rejected=2)
     assert first != text(state(temperature=3.0, seed=6))
     assert text(state(temperature=3.0)) != text(state(temperature=3.0))
     resumed = state(temperature=3.0, seed=5)
@@ -182,18 +188,18 @@ def test_a_draw_belongs_to_the_seed_and_the_place_alone():
     assert draw([resumed]) == [first[10]]
 
 
-def test_answers_to_one_prompt_have_seeds_of_their_own():
+def test_each_answer_to_one_prompt_has_its_own_seed():
     params = SamplingParams(1.0, seed=7)
-    seeds = [params.numbered(choice).seed for choice in range(50)]
+    seeds = [params.for_choice(choice).seed for choice in range(50)]
     assert seeds[0] == 7 and len(set(seeds)) == 50
-    assert seeds == [params.numbered(choice).seed for choice in range(50)]
-    assert SamplingParams(1.0).numbered(3).seed is None
+    assert seeds == [params.for_choice(choice).seed for choice in range(50)]
+    assert SamplingParams(1.0).for_choice(3).seed is None
 
 
 @pytest.mark.parametrize(
     "params", [{}, {"temperature": 5.0, "top_k": 1}, {"temperature": 5.0, "top_p": 0.01}, {"temperature": 1e-300}]
 )
-def test_ways_to_be_greedy(params):
+def test_parameters_that_are_greedy(params):
     assert draw([state(**params)]) == [3]
 
 
@@ -207,15 +213,16 @@ def test_logprobs_are_those_of_the_model_whatever_the_sampling(logits, count):
     states = [SamplerState(params, [0], len(logits)) for params in (SamplingParams(), odd)]
     expected = torch.tensor(logits, dtype=torch.float64).log_softmax(0).tolist()
     best = sorted(range(len(logits)), key=lambda token: (-logits[token], token))[:count]
-    for drawn in sample(torch.tensor([logits, logits]), states, [count, count]):
-        assert isinstance(drawn, Drawn) and drawn.logprob is not None and drawn.logprob.token == drawn.token
-        assert math.isclose(drawn.logprob.logprob, expected[drawn.token], abs_tol=1e-9)
-        assert [token for token, _ in drawn.logprob.top] == best
-        assert all(math.isclose(value, expected[token], abs_tol=1e-9) for token, value in drawn.logprob.top)
+    for sampled in sample(torch.tensor([logits, logits]), states, [count, count]):
+        assert isinstance(sampled, SampledToken) and sampled.logprob is not None
+        assert sampled.logprob.token == sampled.token
+        assert math.isclose(sampled.logprob.logprob, expected[sampled.token], abs_tol=1e-9)
+        assert [token for token, _ in sampled.logprob.top] == best
+        assert all(math.isclose(value, expected[token], abs_tol=1e-9) for token, value in sampled.logprob.top)
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"temperature": -0.1}, "temperature is -0.1"),
         ({"temperature": float("nan")}, "temperature is nan"),
@@ -234,8 +241,8 @@ def test_logprobs_are_those_of_the_model_whatever_the_sampling(logits, count):
         ({"logit_bias": {V: 1.0}}, f"names token {V}, but the model's vocabulary ends at {V - 1}"),
     ],
 )
-def test_values_out_of_range_are_refused(values, said):
-    with pytest.raises(SoliError, match=said):
+def test_values_out_of_range_are_rejected(values, message):
+    with pytest.raises(SoliError, match=message):
         state(**values)
 
 
@@ -259,31 +266,31 @@ ANY_PARAMS = st.builds(
     params=ANY_PARAMS,
     answer=TOKENS,
 )
-def test_whatever_is_allowed_draws_a_token(logits, params, answer):
+def test_all_valid_parameters_sample_a_token(logits, params, answer):
     counted = SamplerState(params, [0], V)
     for token in answer:
         counted.accept(token)
-    [drawn] = sample(torch.tensor([logits], dtype=torch.float32), [counted], [3])
-    assert isinstance(drawn, Drawn) and 0 <= drawn.token < V and drawn.logprob is not None
-    found = distribution(counted.processed(np.array(logits, np.float32)), params)
-    assert found.probability(drawn.token) > 0 and abs(found.probabilities_K.sum() - 1) < 1e-9
+    [sampled] = sample(torch.tensor([logits], dtype=torch.float32), [counted], [3])
+    assert isinstance(sampled, SampledToken) and 0 <= sampled.token < V and sampled.logprob is not None
+    result = counted.distribution(np.array(logits, np.float32))
+    assert result.probability(sampled.token) > 0 and abs(result.probabilities_K.sum() - 1) < 1e-9
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("penalty", [0.1, 10])
-def test_penalties_keep_absurd_logits_finite(penalty):
+def test_penalties_keep_the_largest_logits_finite(penalty):
     largest = float(np.finfo(np.float32).max)
     logits = torch.tensor([[largest, -largest, 0.0, largest, -largest, 1.0]])
     counted = state(range(V), temperature=1.0, repetition_penalty=penalty, seed=0)
-    assert np.isfinite(counted.processed(logits[0].numpy())).all()
+    assert np.isfinite(counted.process(logits[0].numpy())).all()
     assert sample(logits, [counted])[0].token in (0, 3)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("params", [{}, {"temperature": 1.0, "seed": 0}])
-def test_a_row_that_is_not_finite_is_refused_and_the_others_are_not(bad, params):
+def test_a_row_that_is_not_finite_is_rejected_and_the_others_are_not(bad, params):
     broken = LOGITS.clone()
     broken[2] = bad
-    good, refused, also_good = sample(torch.stack([LOGITS, broken, LOGITS]), [state(), state(**params), state()])
-    assert isinstance(refused, SoliError) and "not finite" in str(refused)
-    assert good == also_good == Drawn(3)
+    first, rejected, last = sample(torch.stack([LOGITS, broken, LOGITS]), [state(), state(**params), state()])
+    assert isinstance(rejected, SoliError) and "not finite" in str(rejected)
+    assert first == last == SampledToken(3)

@@ -45,8 +45,8 @@ def test_the_rule_gives_the_model_s_distribution_exactly(target_V, guess_V, para
     state = SamplerState(SamplingParams(**params), [0], V)
     for token in answer:
         state.accept(token)
-    p = distribution(state.processed(target_V), state.params)
-    q = distribution(state.processed(guess_V), state.params)
+    p = state.distribution(target_V)
+    q = state.distribution(guess_V)
     actual = np.zeros(V)
     for token in range(V):
         keep = min(1.0, p.probability(token) / q.probability(token)) if q.probability(token) else 0.0
@@ -71,7 +71,7 @@ def test_verify_applies_the_rule(params):
     target_KV, guess_V = torch.randn(2, V, generator=generator), torch.randn(V, generator=generator)
     state = Fixed(SamplingParams(**params), [1], V)
     state.accept(2)
-    q = distribution(state.processed(guess_V.numpy()), state.params)
+    q = state.distribution(guess_V.numpy())
     actual = np.zeros(V)
     for token, share in zip(q.tokens_K.tolist(), q.probabilities_K.tolist(), strict=True):
         accepted, replaced = 0, np.zeros(V)
@@ -86,7 +86,7 @@ def test_verify_applies_the_rule(params):
         actual[token] += share * accepted / points
         actual += share * (1 - accepted / points) * replaced
     np.testing.assert_allclose(
-        actual, dense(distribution(state.processed(target_KV[0].numpy()), state.params)), atol=0.01
+        actual, dense(state.distribution(target_KV[0].numpy())), atol=0.01
     )
     assert state.position == 1
 
@@ -107,7 +107,7 @@ def joint(model: torch.Tensor, params: SamplingParams, new: int) -> dict[tuple[i
         state, share = SamplerState(params, [0], V), 1.0
         for place, token in enumerate(text):
             logits_V = model[row(text[:place])].numpy()
-            share *= distribution(state.processed(logits_V), params).probability(token)
+            share *= state.distribution(logits_V).probability(token)
             state.accept(token)
         shares[text] = share
     return shares
@@ -263,7 +263,7 @@ def test_nano_s_sampled_texts_come_as_often_as_without_drafts():
             state = SamplerState(SamplingParams(**params), PROMPT, VOCAB)
             for token in text:
                 state.accept(token)
-            actual = distribution(state.processed(read(PROMPT + text)[0][1].numpy()), state.params)
+            actual = state.distribution(read(PROMPT + text)[0][1].numpy())
             for token, probability in zip(actual.tokens_K.tolist(), actual.probabilities_K.tolist(), strict=True):
                 longer[(*text, token)] = share * probability
         expected = longer

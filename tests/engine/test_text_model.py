@@ -44,7 +44,7 @@ def test_as_is_leaves_fp8_in_its_file_and_computes_the_same():
     assert float((ours - theirs).norm() / theirs.norm()) < 0.03
 
 
-def test_other_tokenizers_begin_with_bos_unless_told_not_to(tmp_path, monkeypatch):
+def test_other_tokenizers_begin_with_bos_unless_configured_otherwise(tmp_path, monkeypatch):
     tokenizer = tiny_tokenizer()
     monkeypatch.setattr(type(tokenizer), "has_token", lambda self, token: False)
     model = tiny_model(vocab_size=330)
@@ -58,7 +58,7 @@ def test_other_tokenizers_begin_with_bos_unless_told_not_to(tmp_path, monkeypatc
         text_model(model, tokenizer, tmp_path)
 
 
-def test_what_does_not_belong_together_is_refused(tmp_path):
+def test_parts_that_do_not_belong_together_are_rejected(tmp_path):
     with pytest.raises(SoliError, match="do not belong together"):
         text_model(tiny_model(), tiny_tokenizer())
     with pytest.raises(SoliError, match="choose auto, as-is, float32 or bfloat16"):
@@ -68,4 +68,4 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
     with pytest.raises(SoliError, match="device is 'cuda:99', but PyTorch sees"):
         open_text_model("nano", device="cuda:99")
     with pytest.raises(SoliError, match="96 positions"):
-        tiny_text_model().room([5] * 96, "the prompt")
+        tiny_text_model().remaining_tokens([5] * 96, "the prompt")

@@ -1,4 +1,4 @@
-"""`soli chat [MODEL]`: talk with a chat-tuned model in the terminal; it remembers the conversation until /reset."""
+"""`soli chat [MODEL]`: talk with a chat-tuned model in the terminal; the conversation is kept until /reset."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from soli.cli._shared import options
+from soli.cli._shared.console import sanitize_for_terminal
 from soli.errors import SoliError
 
 if TYPE_CHECKING:
@@ -16,13 +17,13 @@ if TYPE_CHECKING:
     from soli.engine.sampler import SamplingParams
     from soli.llm import LLM
 
-HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves; Ctrl-C stops an answer"
+HELP = "/reset clears the conversation, /exit (or Ctrl-D) leaves; Ctrl-C stops an answer"
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 def chat(
     model: Annotated[str, typer.Argument(help="A model folder with a chat template.")] = "nano",
-    system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message before the conversation.")] = None,
     temperature: options.Temperature = 0.6,
     top_p: options.TopP = 0.95,
     seed: options.Seed = None,
@@ -34,7 +35,7 @@ def chat(
     from soli.engine.sampler import SamplingParams
 
     sampling = SamplingParams(temperature, top_p=top_p, seed=seed)
-    llm, template = opened(model, device, dtype)
+    llm, template = open_chat(model, device, dtype)
     conversation = Conversation(llm, template, sampling, max_new_tokens, system)
     if sys.stdin.isatty():
         import readline  # noqa: F401  (line editing and history for input())
@@ -51,8 +52,8 @@ def chat(
             _answer(conversation, line)
 
 
-def opened(model: str, device: str, dtype: str) -> tuple[LLM, ChatTemplate]:
-    """The model and its chat template; SoliError, before any weight is read, where there is none."""
+def open_chat(model: str, device: str, dtype: str) -> tuple[LLM, ChatTemplate]:
+    """The model and its chat template; SoliError, before any weight is read, for a model without one."""
     from soli.chat.templates import ChatTemplate
     from soli.checkpoint import open_checkpoint
     from soli.data.tokenizer import Tokenizer
@@ -69,38 +70,38 @@ def opened(model: str, device: str, dtype: str) -> tuple[LLM, ChatTemplate]:
 
 
 class Conversation:
-    """Turns so far, and the model that answers the next. An answer that is stopped stays as far as it came; a question
-    that gets none is forgotten."""
+    """The turns so far, and the model that answers the next. An answer that is interrupted is kept up to there; a
+    message without any answer is removed."""
 
     def __init__(
         self, llm: LLM, template: ChatTemplate, sampling: SamplingParams, limit: int | None, system: str | None
     ) -> None:
         self._llm, self._template, self._sampling, self._limit = llm, template, sampling, limit
-        self._first = [{"role": "system", "content": system}] if system else []
+        self._system = [{"role": "system", "content": system}] if system else []
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all turns but the system's."""
-        self.messages = list(self._first)
+        """Removes all turns but the system message."""
+        self.messages = list(self._system)
 
-    def say(self, text: str) -> Iterator[tuple[str, str]]:
-        """Pieces of (reasoning, answer) to the next thing a person says. SoliError when the model has no room left."""
+    def reply(self, text: str) -> Iterator[tuple[str, str]]:
+        """Pieces of (reasoning, answer) to the next message. SoliError when the model has no positions left."""
         from soli.chat.reasoning import ReasoningSplitter
 
         messages = [*self.messages, {"role": "user", "content": text}]
         ids, thinking = self._template.render(messages)
-        limit = self._llm.text_model.room(ids, "the conversation")
+        limit = self._llm.text_model.remaining_tokens(ids, "the conversation")
         limit = limit if self._limit is None else min(limit, self._limit)
         splitter = ReasoningSplitter(thinking)
-        answer_text = ""
+        content = ""
         try:
             for event in self._llm.stream(ids, self._sampling, max_new_tokens=limit):
-                thought, answer = splitter.push(event.text, event.finish_reason is not None)
-                answer_text += answer
-                yield thought, answer
+                reasoning, answer = splitter.push(event.text, event.finish_reason is not None)
+                content += answer
+                yield reasoning, answer
         finally:
-            if answer_text:
-                self.messages = [*messages, {"role": "assistant", "content": answer_text}]
+            if content:
+                self.messages = [*messages, {"role": "assistant", "content": content}]
 
 
 def _lines() -> Iterator[str]:
@@ -119,15 +120,13 @@ def _lines() -> Iterator[str]:
 
 
 def _answer(conversation: Conversation, line: str) -> None:
-    from soli.cli.generate import harmless
-
     terminal = sys.stdout.isatty()
     try:
-        for thought, answer in conversation.say(line):
-            if thought and terminal:
-                print(f"{DIM}{harmless(thought)}{PLAIN}", end="", flush=True)
+        for reasoning, answer in conversation.reply(line):
+            if reasoning and terminal:
+                print(f"{DIM}{sanitize_for_terminal(reasoning)}{PLAIN}", end="", flush=True)
             if answer:
-                print(harmless(answer), end="", flush=True)
+                print(sanitize_for_terminal(answer), end="", flush=True)
     except KeyboardInterrupt:
         if not sys.stdin.isatty():
             raise

@@ -1,13 +1,13 @@
-"""`soli generate MODEL PROMPT`: continue a text with the model in a folder; the text streams as it comes."""
+"""`soli generate MODEL PROMPT`: continue a text with the model in a folder; the text is streamed."""
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from soli.cli._shared import options, sampling_options
+from soli.cli._shared.console import sanitize_for_terminal
 from soli.cli._shared.text_input import argument_lines, stdin_lines
 from soli.errors import SoliError
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from soli.analysis.trace import TokenTrace
     from soli.engine.request import Answer
 
-MOST_NEW_TOKENS = 256
+MAX_NEW_TOKENS = 256
 
 
 def generate(
@@ -69,10 +69,10 @@ def generate(
     constraint = sampling_options.constraint_spec(json_schema, regex)
     text_model = open_text_model(model, device, dtype, mtp=speculate)
     prompt_ids = text_model.text_prompt(text)
-    remaining = text_model.room(prompt_ids, "the prompt")
+    remaining = text_model.remaining_tokens(prompt_ids, "the prompt")
     request = Request(
         prompt_ids=tuple(prompt_ids),
-        max_new_tokens=min(remaining, MOST_NEW_TOKENS) if max_new_tokens is None else max_new_tokens,
+        max_new_tokens=min(remaining, MAX_NEW_TOKENS) if max_new_tokens is None else max_new_tokens,
         sampling=sampling,
         stop_ids=text_model.stop_ids,
         stop=tuple(stop or ()),
@@ -86,7 +86,7 @@ def generate(
     for event in stream(engine, request):
         events.append(event)
         if not json:
-            print(harmless(event.text), end="", flush=True)
+            print(sanitize_for_terminal(event.text), end="", flush=True)
     answer = Answer.from_events(request, events)
     trace = expert_tables.token_traces(text_model, answer) if answer.routing is not None else None
     entries = None if answer.logprobs is None else logprob_tables.as_json(text_model, answer.logprobs)
@@ -99,13 +99,6 @@ def generate(
     if trace is not None:
         print()
         expert_tables.show(trace, experts_detail)
-
-
-def harmless(text: str) -> str:
-    """The text as a terminal may have it: control characters but tab and newline are left out there, kept in a pipe."""
-    if not sys.stdout.isatty():
-        return text
-    return "".join(character for character in text if character in "\n\t" or character.isprintable())
 
 
 def _print_json(

@@ -1,24 +1,29 @@
 """Structured output: which tokens may come next so that the text fits a JSON schema, a regular expression, or JSON.
 
 The grammars and the masks are llguidance's. Everything fails closed: a schema or expression that is invalid, not wholly
-supported or satisfied by nothing is refused before a token is drawn, and a dead end on the way is an error, never free
-text. (llguidance's own mask allows the end of text in its error state, so that state is looked for every time.)
+supported or unsatisfiable is rejected before a token is sampled, and a dead end later is an error, never free text.
+(llguidance's own mask allows the end of text in its error state, so that state is checked every time.)
+
+Every keyword of a JSON schema must be one that llguidance enforces, or one that only describes. llguidance itself
+rejects keywords of the current standard that it does not implement; `checked_schema` comes first and also rejects those
+of older drafts and dialects (`nullable`, `additionalItems`), which it would ignore silently, its own switch for
+leniency (`x-guidance`), and schemas of a size or depth that nobody writes by hand.
 
 Shapes: V vocabulary of the model.
 """
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from soli.engine.json_schema import LONGEST, checked_schema
 from soli.errors import SoliError
 
 if TYPE_CHECKING:
@@ -27,16 +32,32 @@ if TYPE_CHECKING:
     from soli.data.tokenizer import Tokenizer
     from soli.engine.text_model import TextModel
 
-COMPILED_KEPT = 64
+MAX_COMPILED = 64
 # A fifth of llguidance's own limits: a hostile expression costs 0.2 s and 100 MB at most, not a second and 500 MB.
-LIMITS = {"initial_lexer_fuel": 200_000, "max_lexer_states": 50_000}
+PARSER_LIMITS = {"initial_lexer_fuel": 200_000, "max_lexer_states": 50_000}
 # Between the parts of JSON: enough for indentation, not so much that a model can write white space to the end.
 WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,20}"
+
+# Of a JSON schema: limits, and the keywords that are enforced or only describe.
+MAX_CHARACTERS = 65_536  # characters
+MAX_DEPTH = 48  # schemas inside schemas
+SCHEMA_MAPS = {"properties", "patternProperties", "$defs", "definitions"}
+SCHEMA_LISTS = {"anyOf", "oneOf", "allOf", "prefixItems"}
+SCHEMA_VALUES = {"items", "additionalProperties"}
+NUMBER_VALUES = {
+    "minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties",
+    "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf",
+}  # fmt: skip
+OTHER_ENFORCED = {"type", "const", "enum", "$ref", "required", "pattern", "format"}
+ANNOTATIONS = {
+    "$schema", "$id", "$comment", "title", "description", "default", "examples",
+    "readOnly", "writeOnly", "deprecated",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ConstraintSpec:
-    """What a text must be. Refuses with a SoliError what can be seen to be wrong without a tokenizer."""
+    """What a text must be. SoliError for what is wrong with any tokenizer."""
 
     kind: Literal["json_schema", "regex"]
     text: str
@@ -44,8 +65,8 @@ class ConstraintSpec:
     def __post_init__(self) -> None:
         if self.kind == "json_schema":
             object.__setattr__(self, "text", checked_schema(self.text))
-        elif not 0 < len(self.text) <= LONGEST:
-            raise SoliError(f"the regular expression has {len(self.text):,} characters: give 1 to {LONGEST:,}")
+        elif not 0 < len(self.text) <= MAX_CHARACTERS:
+            raise SoliError(f"the regular expression has {len(self.text):,} characters: give 1 to {MAX_CHARACTERS:,}")
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | str) -> ConstraintSpec:
@@ -64,7 +85,7 @@ class ConstraintSpec:
 
 
 class Constraint:
-    """The constraint of one request, at the end of the tokens it has accepted."""
+    """The constraint of one request, in its state after the accepted tokens."""
 
     def __init__(self, matcher: LLMatcher, vocab: int) -> None:
         self._matcher = matcher
@@ -72,50 +93,50 @@ class Constraint:
 
     @property
     def finished(self) -> bool:
-        """Whether the text is complete and nothing but its end can follow."""
+        """Whether the text is complete and nothing may follow."""
         return bool(self._matcher.is_stopped() and not self._matcher.is_error())
 
     def mask(self) -> NDArray[np.bool_]:
         """Which tokens (V) may come next, the end among them where the text may end; SoliError at a dead end."""
         bits = self._matcher.compute_bitmask()
-        self._refuse_errors()
+        self._raise_error()
         allowed_V = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little", count=self._vocab).view(np.bool_)
         if not allowed_V.any():
-            raise SoliError("no token of the vocabulary can go on to what the constraint asks for: loosen it")
+            raise SoliError("no token of the vocabulary continues the text as the constraint requires: loosen it")
         return allowed_V
 
     def accept(self, token: int) -> None:
-        """The text goes on with this token; SoliError for one that the mask excludes, or past what can be computed."""
+        """Appends a token; SoliError for one that the mask excludes, or when the limits of the matcher are exceeded."""
         self._matcher.consume_token(token)
-        self._refuse_errors()
+        self._raise_error()
 
     def rollback(self, tokens: int) -> None:
-        """Takes back the last `tokens` accepted."""
+        """Removes the last `tokens` accepted tokens."""
         if tokens:
             self._matcher.rollback(tokens)
-            self._refuse_errors()
+            self._raise_error()
 
-    def _refuse_errors(self) -> None:
+    def _raise_error(self) -> None:
         if self._matcher.is_error():
             raise SoliError(f"the constraint cannot be met ({_reason(self._matcher.get_error())}): simplify it")
 
 
 class Constraints:
-    """Opens constraints over one tokenizer; keeps the last compiled ones. May be called from several threads.
+    """Opens constraints over one tokenizer and caches compiled ones. May be called from several threads.
 
-    `stop_ids` end a text. Refuses a model without any, and tokenizers that llguidance cannot read.
+    `stop_ids` end a text. Rejects a model without any, and tokenizers that llguidance cannot read.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab: int, stop_ids: Collection[int]) -> None:
         import llguidance  # only once a request constrains its answer
 
         self._llguidance: Any = llguidance
-        ends = sorted(token for token in stop_ids if token < tokenizer.vocab_size)
-        if not ends:
+        end_ids = sorted(token for token in stop_ids if token < tokenizer.vocab_size)
+        if not end_ids:
             raise SoliError("structured output needs a model that ends its texts: give config.json an eos_token_id")
         try:
-            self._tokens = self._llguidance.LLTokenizer(tokenizer.to_json(), n_vocab=vocab, eos_token=ends)
-        except Exception as error:  # the Rust side raises what it likes
+            self._tokens = self._llguidance.LLTokenizer(tokenizer.to_json(), n_vocab=vocab, eos_token=end_ids)
+        except Exception as error:  # the Rust side documents no exception types
             raise SoliError(
                 f"this tokenizer cannot be constrained ({_reason(str(error))}): structured output needs byte-level BPE"
             ) from error
@@ -125,32 +146,32 @@ class Constraints:
 
     @classmethod
     def of(cls, text_model: TextModel) -> Constraints:
-        """Those of a model that reads and writes text."""
+        """The constraints of a model with its tokenizer."""
         return cls(text_model.tokenizer, text_model.model.config.vocab_size, text_model.stop_ids)
 
     def open(self, spec: ConstraintSpec) -> Constraint:
-        """A constraint at its beginning; SoliError when the grammar is invalid or no text can satisfy it."""
+        """A constraint before the first token; SoliError when the grammar is invalid or no text can satisfy it."""
         with self._lock:
             matcher = self._compiled.get(spec)
             if matcher is None:
                 self._compiled[spec] = matcher = self._compile(spec)
-                if len(self._compiled) > COMPILED_KEPT:
+                if len(self._compiled) > MAX_COMPILED:
                     self._compiled.popitem(last=False)
             self._compiled.move_to_end(spec)
             return Constraint(matcher.deep_copy(), self._vocab)
 
     def _compile(self, spec: ConstraintSpec) -> LLMatcher:
-        grammar_from = self._llguidance.LLMatcher
+        matcher_class = self._llguidance.LLMatcher
         if spec.kind == "regex":
-            grammar, name = grammar_from.grammar_from_regex(spec.text), "regular expression"
+            grammar, name = matcher_class.grammar_from_regex(spec.text), "regular expression"
         else:
             overrides = {"whitespace_pattern": WHITE_SPACE}
-            grammar, name = grammar_from.grammar_from_json_schema(spec.text, overrides=overrides), "JSON schema"
-        limits = self._llguidance.LLParserLimits(**LIMITS)
+            grammar, name = matcher_class.grammar_from_json_schema(spec.text, overrides=overrides), "JSON schema"
+        limits = self._llguidance.LLParserLimits(**PARSER_LIMITS)
         matcher = self._llguidance.LLMatcher(self._tokens, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise SoliError(f"the {name} is not supported ({_reason(matcher.get_error())}): change it")
-        Constraint(matcher, self._vocab).mask()  # what nothing can satisfy shows here
+        Constraint(matcher, self._vocab).mask()  # raises for a constraint that nothing satisfies
         return matcher
 
 
@@ -159,3 +180,52 @@ def _reason(message: str) -> str:
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     why = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), "".join(lines[:1]))
     return why[:200].rstrip(".:")
+
+
+def checked_schema(schema: Mapping[str, Any] | str) -> str:
+    """The schema, an object or its JSON, as JSON; a SoliError names the keyword that cannot be enforced and where."""
+    try:
+        parsed = json.loads(schema, parse_constant=_no_constant) if isinstance(schema, str) else schema
+        text = json.dumps(parsed, ensure_ascii=False, allow_nan=False)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise SoliError(f"the JSON schema is not JSON ({error}): give a JSON object") from None
+    if len(text) > MAX_CHARACTERS:
+        raise SoliError(f"the JSON schema has {len(text):,} characters: the limit is {MAX_CHARACTERS:,}")
+    _check_schema(parsed, "", 0)
+    return text
+
+
+def _check_schema(schema: Any, where: str, depth: int) -> None:
+    if isinstance(schema, bool) and depth:
+        return
+    if not isinstance(schema, Mapping):
+        raise SoliError(f"the JSON schema has {_short(schema)} at {where or 'its root'}: give an object there")
+    if depth > MAX_DEPTH:
+        raise SoliError(f"the JSON schema is nested more than {MAX_DEPTH} deep: use $defs and $ref")
+    for key, value in schema.items():
+        place = f"{where}/{key}"
+        if key in SCHEMA_MAPS and isinstance(value, Mapping):
+            for name, entry in value.items():
+                _check_schema(entry, f"{place}/{name}", depth + 1)
+        elif key in SCHEMA_LISTS and isinstance(value, list):
+            for number, entry in enumerate(value):
+                _check_schema(entry, f"{place}/{number}", depth + 1)
+        elif key in SCHEMA_VALUES:
+            _check_schema(value, place, depth + 1)
+        elif key in SCHEMA_MAPS | SCHEMA_LISTS or (
+            key in NUMBER_VALUES and (isinstance(value, bool) or not isinstance(value, int | float))
+        ):
+            raise SoliError(f"the JSON schema has {_short(value)} at {place}, which is invalid: correct it")
+        elif key not in NUMBER_VALUES | OTHER_ENFORCED | ANNOTATIONS and (
+            not key.startswith("x-") or key == "x-guidance"
+        ):
+            raise SoliError(f"the JSON schema uses {key!r} at {place}, which cannot be enforced: leave it out")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")

@@ -1,8 +1,9 @@
-"""Tokens to text as they come: never half a character, never part of a stop string, at a constant cost per token.
+"""Incremental detokenization: whole characters only, no part of a stop string, at a constant cost per token.
 
-A byte-level token may end inside a UTF-8 sequence: its bytes wait in an incremental decoder until the character is
-whole, or proven broken and shown as U+FFFD. Stop strings are followed a character at a time with the Knuth-Morris-Pratt
-automaton, so the text is the same however the tokens cut it; what may still grow into a stop string waits too.
+A byte-level token may end inside a UTF-8 sequence: an incremental decoder holds its bytes until the character is
+complete, or invalid and shown as U+FFFD. Stop strings are matched a character at a time with the Knuth-Morris-Pratt
+automaton, so that the text does not depend on how the tokens split it; a possible beginning of a stop string is held
+back too.
 """
 
 import codecs
@@ -11,21 +12,21 @@ from typing import Protocol
 
 from soli.data.tokenizer import Tokenizer
 
-UNFINISHED = "\ufffd"
+REPLACEMENT = "\ufffd"
 
 
 class TokenText(Protocol):
-    """Turns tokens into characters that are settled."""
+    """Turns tokens into complete characters."""
 
     def push(self, token: int) -> str:
         """The characters that this token completes; often none."""
 
     def finish(self) -> str:
-        """What was left unfinished."""
+        """The rest, its incomplete characters shown as U+FFFD."""
 
 
 class ByteText:
-    """For byte-level tokenizers: UTF-8 read from the bytes of token after token."""
+    """For byte-level tokenizers: UTF-8 decoded from the bytes of token after token."""
 
     def __init__(self, text_bytes: Callable[[int], bytes]) -> None:
         self._bytes = text_bytes
@@ -39,36 +40,36 @@ class ByteText:
 
 
 class WindowText:
-    """For every other tokenizer: decodes the tokens since the last settled text, with the ones before as context.
+    """For every other tokenizer: decodes the tokens since the last complete text, with the ones before as context.
 
-    Lossy decoding shows an unfinished character as U+FFFD at the very end. At most WAIT tokens wait for its rest.
+    Lossy decoding shows an incomplete character as U+FFFD at the very end. At most MAX_PENDING tokens are held for it.
     """
 
-    WAIT = 8
+    MAX_PENDING = 8
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
         self._decode = decode
         self._context: list[int] = []
-        self._waiting: list[int] = []
+        self._pending: list[int] = []
 
     def push(self, token: int) -> str:
-        self._waiting.append(token)
+        self._pending.append(token)
         piece = self._piece()
-        if piece.endswith(UNFINISHED) and len(self._waiting) < self.WAIT:
+        if piece.endswith(REPLACEMENT) and len(self._pending) < self.MAX_PENDING:
             return ""
-        if piece:  # an empty one (a special token) stays with what comes next, to keep real context before it
-            self._context, self._waiting = self._waiting, []
+        if piece:  # a token without text (a special one) stays pending, so that the context has text
+            self._context, self._pending = self._pending, []
         return piece
 
     def finish(self) -> str:
         return self._piece()
 
     def _piece(self) -> str:
-        return self._decode(self._context + self._waiting)[len(self._decode(self._context)) :]
+        return self._decode(self._context + self._pending)[len(self._decode(self._context)) :]
 
 
 def token_text(tokenizer: Tokenizer) -> TokenText:
-    """The way to read this tokenizer's tokens one at a time."""
+    """The incremental decoder of this tokenizer."""
     return ByteText(tokenizer.text_bytes) if tokenizer.byte_level else WindowText(tokenizer.decode)
 
 
@@ -81,51 +82,51 @@ class TextStream:
 
     def __init__(self, tokens: TokenText, stops: Sequence[str] = ()) -> None:
         self._tokens = tokens
-        self._stops = [_Stop(stop) for stop in stops if stop]
-        self._given: list[str] = []
+        self._stops = [_StopString(stop) for stop in stops if stop]
+        self._emitted: list[str] = []
         self._held = ""
         self.stopped = False
 
     @property
     def text(self) -> str:
-        """Everything settled so far, held back or not, cut before a stop string."""
-        return "".join(self._given) + self._held
+        """All complete characters so far, held back or not, cut before a stop string."""
+        return "".join(self._emitted) + self._held
 
     def push(self, token: int) -> str:
-        """The characters that this token settles; often none, for a token that ends inside a character."""
-        return "" if self.stopped else self._give(self._tokens.push(token))
+        """The characters that this token completes; often none, for a token that ends inside a character."""
+        return "" if self.stopped else self._emit(self._tokens.push(token))
 
     def finish(self) -> str:
-        """What was held back: called once, after the last token."""
+        """The text that was held back: called once, after the last token."""
         if self.stopped:
             return ""
-        piece = self._give(self._tokens.finish())
+        piece = self._emit(self._tokens.finish())
         rest, self._held = self._held, ""
-        self._given.append(rest)
+        self._emitted.append(rest)
         return piece + rest
 
-    def _give(self, new: str) -> str:
-        """Moves what cannot become a stop string any more from `_held` and `new` to the text given out."""
+    def _emit(self, new: str) -> str:
+        """Returns the part of `_held` and `new` that cannot become a stop string, and holds the rest."""
         if self._stops:
             new, held = self._scan(self._held + new, len(self._held))
         else:
             held = ""
         self._held = held
-        self._given.append(new)
+        self._emitted.append(new)
         return new
 
     def _scan(self, text: str, start: int) -> tuple[str, str]:
-        """`text` in two: what is settled, and what is held back; characters before `start` were scanned before."""
-        for at in range(start, len(text)):
-            complete = max(stop.push(text[at]) for stop in self._stops)
-            if complete:
+        """`text` in two: what can be emitted, and what is held back; characters before `start` were scanned before."""
+        for index in range(start, len(text)):
+            longest = max(stop.push(text[index]) for stop in self._stops)
+            if longest:
                 self.stopped = True
-                return text[: at + 1 - complete], ""
-        settled = len(text) - max(stop.matched for stop in self._stops)
-        return text[:settled], text[settled:]
+                return text[: index + 1 - longest], ""
+        end = len(text) - max(stop.matched for stop in self._stops)
+        return text[:end], text[end:]
 
 
-class _Stop:
+class _StopString:
     """How many characters at the end of the text are the beginning of one stop string (Knuth, Morris, Pratt 1977)."""
 
     def __init__(self, stop: str) -> None:

@@ -25,7 +25,7 @@ from soli.engine.drafter import CommittedTokens, Drafter
 from soli.engine.latent_cache import LatentCache, bytes_per_token
 from soli.engine.request import EngineLimits, EngineStats, Event, FinishReason, QueueFull, Request, Usage
 from soli.engine.runner import ForwardOutput, ModelRunner, RunnerName
-from soli.engine.sampler import Drawn, SamplerState, sample
+from soli.engine.sampler import SampledToken, SamplerState, sample
 from soli.engine.scheduler import ScheduledTokens, Scheduler, SequenceState
 from soli.engine.speculate import Draft, VerifiedTokens, verify
 from soli.engine.text_model import TextModel
@@ -257,7 +257,7 @@ class Engine:
             return [Event(generation.request_id, routing=routing)]
         return [*events[:-1], replace(events[-1], routing=routing)]
 
-    def _accept(self, generation: _Generation, sampled: Drawn | SoliError) -> Event:
+    def _accept(self, generation: _Generation, sampled: SampledToken | SoliError) -> Event:
         """Continue or end an answer with a sampled token."""
         if isinstance(sampled, SoliError):
             return self._end(generation, "error", error=str(sampled))
@@ -284,7 +284,7 @@ class Engine:
         reason: FinishReason,
         text: str = "",
         token: int | None = None,
-        sampled: Drawn | None = None,
+        sampled: SampledToken | None = None,
         error: str | None = None,
     ) -> Event:
         self._scheduler.remove(generation)

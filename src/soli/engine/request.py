@@ -1,6 +1,6 @@
 """What goes into the engine and what comes out: requests, events, answers, limits, metrics. Values only.
 
-A request is one answer to one prompt; n answers are n requests whose seeds `SamplingParams.numbered` derives.
+A request is one answer to one prompt; n answers are n requests whose seeds `SamplingParams.for_choice` derives.
 """
 
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from soli.engine.constraint import ConstraintSpec
-from soli.engine.logprobs import TokenLogprob
+from soli.engine.distribution import TokenLogprob
 from soli.engine.sampler import GREEDY, SamplingParams
 from soli.errors import SoliError
 from soli.model.router import Routing, join_routing

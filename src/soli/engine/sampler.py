@@ -1,9 +1,17 @@
-"""From logits to the next token of many requests, each with its own parameters, counts and random stream.
+"""From logits to the next token of many requests, each with its own parameters, counts and random numbers.
 
-A request's logits are changed by its penalties and bias (penalties.py) and become a distribution (distribution.py).
-The token is drawn with one uniform number that belongs to the request's seed and the token's place in the answer: so a
-neighbour in the batch, a preemption or a drafted token that was refused cannot change what comes later. Rows that are
-greedy and unchanged are one argmax. Refuses logits that are not finite.
+Penalties and bias change a request's logits, in this order:
+
+    repetition r   logit / r where positive, logit * r where negative, for tokens of the prompt or of the answer
+                   (Keskar et al. 2019, section 4.1; `transformers`' RepetitionPenaltyLogitsProcessor)
+    frequency f    logit - f * (times the token was sampled)            both over the answer alone, as in
+    presence p     logit - p * (1 if it was sampled at all)             OpenAI's API reference
+    bias b         logit + b
+
+so that the repetition penalty sees the sign of the model's own logit. The result becomes a distribution
+(distribution.py). The token is drawn with one uniform number that depends on the request's seed and the token's
+position in the answer alone: a neighbour in the batch, a preemption or a drafted token that was rejected cannot change
+what comes later. Rows that are greedy and unchanged are one argmax. Rejects logits that are not finite.
 
 Shapes: B requests, V vocabulary.
 """
@@ -18,11 +26,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from soli.engine.constraint import Constraint
-from soli.engine.distribution import distribution
-from soli.engine.logprobs import TokenLogprob, token_logprob
-from soli.engine.penalties import Penalties
+from soli.engine.distribution import Distribution, TokenLogprob, distribution, token_logprob
 from soli.errors import SoliError
 
+LARGEST_LOGIT = float(np.finfo(np.float32).max)
 DRAW, CHOICE, PROPOSE, TEST, REPLACE = range(5)
 """What random bits are for: a token of the answer, the seed of another answer to the same prompt, and speculation's
 drafts, their test and their replacement (speculate.py)."""
@@ -33,8 +40,8 @@ class SamplingParams:
     """How one request picks tokens. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 leave the vocabulary whole.
 
     Penalties of 1 (repetition) and 0 (presence, frequency) change nothing; `logit_bias` adds to the logits of the
-    tokens it names. Definitions and order: penalties.py, distribution.py. seed None draws a fresh one for every
-    request. Refuses values outside their range (OpenAI's where it states one) with a SoliError.
+    tokens it names. Definitions and order: above and in distribution.py. seed None draws a new one for every request.
+    Rejects values outside their range (OpenAI's where it states one) with a SoliError.
     """
 
     temperature: float = 0.0
@@ -58,9 +65,9 @@ class SamplingParams:
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "a number from -2 to 2; 0 changes nothing"),
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "a number from -2 to 2; 0 changes nothing"),
         )
-        for name, good, wanted in checks:
-            if not good:
-                raise SoliError(f"{name} is {getattr(self, name)}: give {wanted}")
+        for name, valid, valid_values in checks:
+            if not valid:
+                raise SoliError(f"{name} is {getattr(self, name)}: give {valid_values}")
         for token, bias in self.logit_bias.items():
             if not (token >= 0 and -100 <= bias <= 100):
                 raise SoliError(f"logit_bias of token {token} is {bias}: give token ids and numbers from -100 to 100")
@@ -68,13 +75,13 @@ class SamplingParams:
 
     @property
     def changes_logits(self) -> bool:
-        """Whether a penalty or a bias is in force."""
+        """Whether any penalty or bias is set."""
         neutral = self.repetition_penalty == 1 and self.presence_penalty == self.frequency_penalty == 0
         return not neutral or bool(self.logit_bias)
 
-    def numbered(self, choice: int) -> "SamplingParams":
-        """The parameters of answer number `choice` of several to one prompt: a seed of its own, derived from this one's
-        (number 0 keeps it)."""
+    def for_choice(self, choice: int) -> "SamplingParams":
+        """The parameters of answer `choice` of several to one prompt: its seed is derived from this one's, which choice
+        0 keeps."""
         if choice == 0 or self.seed is None:
             return self
         return replace(self, seed=_philox(self.seed, choice, CHOICE) >> 1)
@@ -83,10 +90,47 @@ class SamplingParams:
 GREEDY = SamplingParams()
 
 
-class SamplerState:
-    """Where one request stands: its parameters, how many tokens it has, what was counted of them, what may follow.
+class Penalties:
+    """The penalties and bias of one request, with the counts of its tokens."""
 
-    Refuses a bias for a token that the vocabulary does not have.
+    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int], vocab: int) -> None:
+        self._params = params
+        self._bias_tokens = np.array(list(params.logit_bias), dtype=np.int64)
+        self._biases = np.array(list(params.logit_bias.values()), dtype=np.float32)
+        self._counts_V = np.zeros(vocab, dtype=np.int32)
+        self._prompt_V = np.zeros(vocab, dtype=np.bool_)
+        self._prompt_V[np.asarray(prompt_ids, dtype=np.int64)] = True
+
+    def count(self, token: int, times: int) -> None:
+        """Counts `times` more (or, below 0, fewer) of this token in the answer."""
+        self._counts_V[token] += times
+
+    def apply(self, logits_V: NDArray[np.float32]) -> None:
+        """Changes the logits in place, in float32; finite ones stay finite."""
+        with np.errstate(over="ignore"):
+            self._apply(logits_V)
+
+    def _apply(self, logits_V: NDArray[np.float32]) -> None:
+        params = self._params
+        sampled_V = self._counts_V > 0
+        if params.repetition_penalty != 1:
+            tokens = np.flatnonzero(self._prompt_V | sampled_V)
+            present = logits_V[tokens]
+            logits_V[tokens] = np.where(
+                present < 0, present * params.repetition_penalty, present / params.repetition_penalty
+            )
+        if params.frequency_penalty or params.presence_penalty:
+            tokens = np.flatnonzero(sampled_V)
+            logits_V[tokens] -= params.frequency_penalty * self._counts_V[tokens] + params.presence_penalty
+        logits_V[self._bias_tokens] += self._biases
+        # Infinite logits would make every probability undefined.
+        np.clip(logits_V, -LARGEST_LOGIT, LARGEST_LOGIT, out=logits_V)
+
+
+class SamplerState:
+    """The sampling state of one request: its parameters, its tokens so far and their counts, its constraint.
+
+    Rejects a bias for a token that the vocabulary does not have.
     """
 
     def __init__(
@@ -103,21 +147,21 @@ class SamplerState:
 
     @property
     def position(self) -> int:
-        """How many tokens were accepted: the place in the answer of the token drawn next."""
+        """How many tokens were accepted: the position in the answer of the next token."""
         return len(self._tokens)
 
     @property
-    def plain(self) -> bool:
-        """Whether the next token is simply that of the largest logit."""
+    def is_argmax(self) -> bool:
+        """Whether the next token is that of the model's largest logit."""
         return self.params.temperature == 0 and self._penalties is None and self._constraint is None
 
     @property
     def finished(self) -> bool:
-        """Whether the constraint is satisfied and leaves nothing to say."""
+        """Whether the constraint is satisfied and nothing may follow."""
         return self._constraint is not None and self._constraint.finished
 
     def accept(self, token: int) -> None:
-        """The answer goes on with this token; SoliError when its constraint cannot."""
+        """Appends a token to the answer; SoliError when the constraint excludes it."""
         if self._constraint is not None:
             self._constraint.accept(token)
         self._tokens.append(token)
@@ -125,7 +169,7 @@ class SamplerState:
             self._penalties.count(token, 1)
 
     def rollback(self, tokens: int) -> None:
-        """Takes back the last `tokens` that were accepted, as if they had never been."""
+        """Removes the last `tokens` tokens from the answer."""
         if self._constraint is not None:
             self._constraint.rollback(tokens)
         for _ in range(tokens):
@@ -133,10 +177,10 @@ class SamplerState:
             if self._penalties is not None:
                 self._penalties.count(token, -1)
 
-    def processed(self, logits_V: NDArray[np.float32]) -> NDArray[np.float32]:
+    def process(self, logits_V: NDArray[np.float32]) -> NDArray[np.float32]:
         """The logits of the next token after penalties and bias, -inf where the constraint excludes it.
 
-        What was given stays as it was. SoliError where the constraint has come to a dead end.
+        The argument is not changed. SoliError where the constraint allows no token.
         """
         if self._penalties is None and self._constraint is None:
             return logits_V
@@ -147,14 +191,19 @@ class SamplerState:
             logits_V[~self._constraint.mask()] = -np.inf
         return logits_V
 
+    def distribution(self, logits_V: NDArray[np.float32]) -> Distribution:
+        """The distribution of the next token, of logits that are finite."""
+        params = self.params
+        return distribution(self.process(logits_V), params.temperature, params.top_k, params.top_p, params.min_p)
+
     def uniform(self, purpose: int = DRAW) -> float:
-        """The number in [0, 1) that belongs to the seed, the next token's place and what it is for."""
+        """The number in [0, 1) of the seed, the next token's position and the purpose."""
         return (_philox(self._seed, self.position, purpose) >> 11) * 2.0**-53
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """One request's next token, and its log-probability if that was asked for."""
+class SampledToken:
+    """One request's next token, and its log-probability if the request asks for it."""
 
     token: int
     logprob: TokenLogprob | None = None
@@ -162,28 +211,29 @@ class Drawn:
 
 def sample(
     logits_BV: Tensor, states: Sequence[SamplerState], logprobs: Sequence[int | None] | None = None
-) -> list[Drawn | SoliError]:
-    """One token for each row of logits, row b for `states[b]`; the states are left as they are until `accept`.
+) -> list[SampledToken | SoliError]:
+    """One token for each row of logits, row b for `states[b]`. No state changes before `accept`.
 
-    `logprobs[b]`: None for none, or how many of the likeliest tokens to list beside the drawn one (logprobs.py). A row
-    that cannot be drawn from (its logits are not finite, or its constraint allows nothing) gives its SoliError; the
-    other rows are not touched by it.
+    `logprobs[b]`: None for none, or how many of the likeliest tokens to list beside the sampled one. A row that cannot
+    be sampled (its logits are not finite, or its constraint allows nothing) gives its SoliError; the other rows are not
+    affected.
     """
-    rows_BV = logits_BV.cpu().float().numpy()  # numpy's argmax and sums are many times as fast as torch's here
+    rows_BV = logits_BV.cpu().float().numpy()  # numpy's argmax is several times as fast as torch's here
     likeliest_B = rows_BV.argmax(axis=-1)  # the lowest of equals
     finite_B = np.isfinite(rows_BV.max(axis=-1)) & np.isfinite(rows_BV.min(axis=-1))  # both are NaN where any is
-    drawn: list[Drawn | SoliError] = []
+    sampled: list[SampledToken | SoliError] = []
     for row, state in enumerate(states):
-        token, count = int(likeliest_B[row]), logprobs[row] if logprobs is not None else None
+        token = int(likeliest_B[row])
+        count = logprobs[row] if logprobs is not None else None
         try:
             if not finite_B[row]:
                 raise not_finite()
-            if not state.plain:
-                token = distribution(state.processed(rows_BV[row]), state.params).draw(state.uniform())
-            drawn.append(Drawn(token, None if count is None else token_logprob(rows_BV[row], token, count)))
+            if not state.is_argmax:
+                token = state.distribution(rows_BV[row]).draw(state.uniform())
+            sampled.append(SampledToken(token, None if count is None else token_logprob(rows_BV[row], token, count)))
         except SoliError as error:
-            drawn.append(error)
-    return drawn
+            sampled.append(error)
+    return sampled
 
 
 def not_finite() -> SoliError:
@@ -192,5 +242,5 @@ def not_finite() -> SoliError:
 
 
 def _philox(seed: int, position: int, purpose: int) -> int:
-    """64 random bits that depend on the three numbers alone: Philox4x64-10 (Salmon et al. 2011), counter-based."""
+    """64 random bits of three numbers: Philox4x64-10 (Salmon et al. 2011), counter-based."""
     return int(np.random.Philox(key=seed % 2**64, counter=[position, purpose, 0, 0]).random_raw())

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from soli.engine.distribution import Distribution, distribution
-from soli.engine.logprobs import token_logprob
-from soli.engine.sampler import PROPOSE, REPLACE, TEST, Drawn, SamplerState, not_finite
+from soli.engine.distribution import token_logprob
+from soli.engine.sampler import PROPOSE, REPLACE, TEST, SampledToken, SamplerState, not_finite
 from soli.errors import SoliError
 
 
@@ -42,7 +42,7 @@ class VerifiedTokens:
     The last element is a SoliError when the request cannot continue (logits not finite, dead end of its constraint).
     """
 
-    tokens: tuple[Drawn | SoliError, ...]
+    tokens: tuple[SampledToken | SoliError, ...]
     accepted_drafts: int
 
 
@@ -73,14 +73,14 @@ def verify(
     Ends early with a token of `stop_ids` and where the constraint allows no more text. `state` is that before the first
     draft, also afterwards (unless the result ends with a SoliError): the caller accepts the tokens.
     """
-    tokens: list[Drawn | SoliError] = []
+    tokens: list[SampledToken | SoliError] = []
     accepted_drafts = 0
     start = state.position
     try:
         for index, logits_V in enumerate(_rows(logits_KV)):
             target = _distribution(logits_V, state)
             token, is_draft = _next_token(target, drafts[index] if index < len(drafts) else None, state)
-            tokens.append(Drawn(token, None if logprobs is None else token_logprob(logits_V, token, logprobs)))
+            tokens.append(SampledToken(token, None if logprobs is None else token_logprob(logits_V, token, logprobs)))
             accepted_drafts += is_draft
             if not is_draft or token in stop_ids:
                 break
@@ -116,7 +116,7 @@ def remainder(target: Distribution, proposal: Distribution) -> Distribution:
 def _distribution(logits_V: NDArray[np.float32], state: SamplerState) -> Distribution:
     if not np.isfinite(logits_V).all():
         raise not_finite()
-    return distribution(state.processed(logits_V), state.params)
+    return state.distribution(logits_V)
 
 
 def _rows(logits_BV: Tensor) -> NDArray[np.float32]:

@@ -1,8 +1,7 @@
-"""A model with its tokenizer, and what lies between text and tokens: prompts, stop tokens, tokens as a person reads
-them.
+"""A model with its tokenizer: prompts from texts, stop tokens, tokens as readable text.
 
-Text from a person is always encoded as text: a special token spelled out in it stays text. Refuses texts that leave the
-model no room to answer.
+Text from a person is always encoded as text: a special token spelled out in it stays text. Rejects prompts that leave
+no position for an answer.
 """
 
 import json
@@ -18,7 +17,7 @@ from soli.data.tokenizer import Tokenizer
 from soli.errors import SoliError
 from soli.model.transformer import Transformer
 
-SMALL_ENOUGH_FOR_FLOAT32 = 512 * 2**20  # bytes of weight files
+FLOAT32_LIMIT = 512 * 2**20  # bytes of weight files
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -37,14 +36,15 @@ class TextModel:
         return self.model.config.max_position_embeddings
 
     def text_prompt(self, text: str) -> list[int]:
-        """The tokens to continue `text` from, begun as the model's training documents begin."""
+        """The tokens of `text` after those that begin the model's training documents."""
         ids = [*self.text_prefix, *self.tokenizer.encode(text)]
         if not ids:
-            raise SoliError("the prompt is empty and this model has no token to begin a text with: give it some text")
+            raise SoliError("the prompt is empty and this model has no token that begins a text: give it some text")
         return ids
 
-    def room(self, prompt: Sequence[int], where: str) -> int:
-        """How many tokens may follow a prompt; at least 1, or a SoliError that names the limit."""
+    def remaining_tokens(self, prompt: Sequence[int], where: str) -> int:
+        """How many tokens may follow a prompt: at least 1, or a SoliError that names the limit and, by `where`, the
+        prompt."""
         if len(prompt) >= self.positions:
             raise SoliError(
                 f"{where} has {len(prompt)} tokens, but the model has {self.positions} positions for it and the answer "
@@ -53,19 +53,19 @@ class TextModel:
         return self.positions - len(prompt)
 
     def label(self, token: int) -> str:
-        """A token as text; bytes of an unfinished character as ⟨e4b8⟩."""
+        """A token as text; bytes of an incomplete character as ⟨e4b8⟩."""
         text = self.tokenizer.token_text(token)
         if "\ufffd" not in text:
             return text
-        shown = self.tokenizer.token_bytes(token).decode("utf-8", "backslashreplace")
-        return re.sub(r"(?:\\x[0-9a-f]{2})+", lambda match: f"⟨{match[0].replace(chr(92) + 'x', '')}⟩", shown)
+        escaped = self.tokenizer.token_bytes(token).decode("utf-8", "backslashreplace")
+        return re.sub(r"(?:\\x[0-9a-f]{2})+", lambda match: f"⟨{match[0].replace(chr(92) + 'x', '')}⟩", escaped)
 
 
 def open_text_model(name_or_folder: str, device: str = "cpu", dtype: str = "auto", mtp: bool = False) -> TextModel:
     """Loads a folder, or "nano", the bundled model; its MTP modules only when `mtp`.
 
-    dtype "auto": float32 for weight files of up to 512 MB, where rounding is then out of the way; else that of the
-    files. "as-is": that of the files, and FP8 weights stay as stored, mapped from disk.
+    dtype "auto": float32 for weight files of up to 512 MB, so that rounding does not matter there; else that of the
+    files. "as-is": that of the files, and FP8 weights stay in their format, mapped from disk.
     """
     if dtype not in ("auto", "as-is", *DTYPES):
         raise SoliError(f"dtype is {dtype!r}: choose auto, as-is, {' or '.join(DTYPES)}")
@@ -73,14 +73,14 @@ def open_text_model(name_or_folder: str, device: str = "cpu", dtype: str = "auto
     folder = open_checkpoint(name_or_folder).folder
     if dtype == "auto":
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        dtype = "float32" if size <= SMALL_ENOUGH_FOR_FLOAT32 else dtype
+        dtype = "float32" if size <= FLOAT32_LIMIT else dtype
     quantized = True if dtype == "as-is" else None
     model = load_model(name_or_folder, device=device, dtype=DTYPES.get(dtype), mtp=mtp, quantized=quantized)
     return text_model(model, Tokenizer.from_folder(folder), folder)
 
 
 def check_device(name: str) -> None:
-    """Refuses a device that cannot run a model here."""
+    """Rejects a device that cannot run a model here."""
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise SoliError(f"device is {name!r}: choose cpu or cuda")
     gpus = torch.cuda.device_count() if name != "cpu" else 0
@@ -89,7 +89,7 @@ def check_device(name: str) -> None:
 
 
 def text_model(model: Transformer, tokenizer: Tokenizer, folder: Path | None = None) -> TextModel:
-    """Joins a model and a tokenizer; stop tokens and beginnings as config.json and the folder's other files say."""
+    """Joins a model and a tokenizer; stop tokens and prefix by config.json and the folder's other files."""
     if tokenizer.vocab_size > model.config.vocab_size:
         raise SoliError(
             f"the tokenizer has {tokenizer.vocab_size} tokens but the model's vocab_size is {model.config.vocab_size}: "

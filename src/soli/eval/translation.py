@@ -101,7 +101,7 @@ class Translator:
         )
 
     def _limit(self, prompt: Sequence[int], where: str) -> int:
-        remaining = self.text_model.room(prompt, where)
+        remaining = self.text_model.remaining_tokens(prompt, where)
         if self._max_new_tokens is None:
             return enough(remaining, prompt)
         if self._max_new_tokens > remaining:
@@ -119,7 +119,7 @@ def translation_request(text_model: TextModel, text: str, to: Language | None) -
     if not line:
         raise SoliError("the text is empty: give something to translate")
     prompt = text_model.tokenizer.translation_prompt(line, to or target_of(line))
-    return prompt, enough(text_model.room(prompt, "the text"), prompt)
+    return prompt, enough(text_model.remaining_tokens(prompt, "the text"), prompt)
 
 
 def target_of(text: str) -> Language:

@@ -124,7 +124,9 @@ def _batch(
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options needs stream to be true", "stream_options")
     requests = [
-        replace(request, sampling=request.sampling.numbered(choice)) for request in prompts for choice in range(choices)
+        replace(request, sampling=request.sampling.for_choice(choice))
+        for request in prompts
+        for choice in range(choices)
     ]
     include_usage = body.stream_options is not None and body.stream_options.include_usage
     return RequestBatch(tuple(requests), choices, body.soli.routing, param_names, include_usage)

@@ -17,3 +17,10 @@ def stdout_console() -> Console:
 def stderr_console(quiet: bool = False) -> Console:
     """Standard error without automatic highlighting."""
     return Console(stderr=True, highlight=False, quiet=quiet)
+
+
+def sanitize_for_terminal(text: str) -> str:
+    """Text for standard output: without control characters but tab and newline on a terminal, unchanged in a pipe."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join(character for character in text if character in "\n\t" or character.isprintable())

@@ -31,5 +31,5 @@ def as_json(trace: Sequence[TokenTrace]) -> list[dict[str, Any]]:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """One JSON object on one line, Chinese left readable, handed to the reader at once."""
+    """One JSON object on one line, Chinese characters not escaped, flushed at once."""
     print(json.dumps(value, ensure_ascii=False), flush=True)

@@ -1,4 +1,4 @@
-"""Logit bias and output constraints as a person gives them: assignments, a schema's file, an expression."""
+"""Logit bias and output constraints from command-line options: assignments, a schema's file, an expression."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from soli.errors import SoliError
 if TYPE_CHECKING:
     from soli.engine.constraint import ConstraintSpec
 
-LONGEST_FILE = 262_144  # bytes: four for each character that a schema may have
+MAX_FILE_BYTES = 262_144  # bytes: four for each character that a schema may have
 
 
 def logit_bias(entries: Sequence[str]) -> dict[int, float]:
-    """Reads `["506=-100", "12=2.5"]`; a token's number, then what is added to its logit."""
+    """Reads `["506=-100", "12=2.5"]`; a token's id, then what is added to its logit."""
     biases: dict[int, float] = {}
     for entry in entries:
         token, _, bias = entry.partition("=")
@@ -39,9 +39,9 @@ def constraint_spec(json_schema: str | None, regex: str | None) -> ConstraintSpe
     if json_schema is None:
         return ConstraintSpec.regex(regex or "")
     with open(json_schema, "rb") as file:
-        content = file.read(LONGEST_FILE + 1)
-    if len(content) > LONGEST_FILE:
-        raise SoliError(f"{json_schema} is longer than the limit of {LONGEST_FILE:,} bytes for a schema")
+        content = file.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise SoliError(f"{json_schema} is longer than the limit of {MAX_FILE_BYTES:,} bytes for a schema")
     try:
         return ConstraintSpec.json_schema(content.decode("utf-8"))
     except UnicodeDecodeError:
