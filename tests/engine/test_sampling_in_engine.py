@@ -1,4 +1,4 @@
-"""Sampling through the engine: a seed's text, penalised or constrained, is the same alone, in company and preempted."""
+"""Sampling through the engine: a seed's text, penalised or constrained, is the same in any batch."""
 
 import pytest
 
@@ -21,29 +21,29 @@ def nano() -> TextModel:
     return open_text_model("nano")
 
 
-def answers(text_model: TextModel, requests: list[Request], limits: EngineLimits | None = None):
+def run(text_model: TextModel, requests: list[Request], limits: EngineLimits | None = None):
     """Tokens, log-probabilities and text of every request, and how often one was preempted."""
     engine = Engine(text_model, limits)
-    found: dict[int, list] = {engine.add(request): [[], [], ""] for request in requests}
+    results: dict[int, list] = {engine.add(request): [[], [], ""] for request in requests}
     while engine.has_work:
         for event in engine.step():
-            tokens, logprobs, _ = found[event.request_id]
+            tokens, logprobs, _ = results[event.request_id]
             tokens += [] if event.token is None else [event.token]
             logprobs += [] if event.logprob is None else [round(event.logprob.logprob, 3)]
-            found[event.request_id][2] += event.text
+            results[event.request_id][2] += event.text
             assert event.finish_reason in (None, "stop", "length"), event.error
-    return list(found.values()), engine.stats().preemptions
+    return list(results.values()), engine.stats().preemptions
 
 
-def test_a_seed_s_text_is_the_same_alone_in_company_and_preempted(nano):
+def test_a_seed_s_text_is_the_same_alone_among_others_and_preempted(nano):
     prompt = tuple(nano.tokenizer.translation_prompt("The weather is fine today and we go out.", "zh"))
     requests = [
         Request(prompt, 14, params, nano.stop_ids, ("。",), logprobs=1, constraint=spec)
         for params in KINDS
         for spec in SPECS
     ]
-    alone = [answers(nano, [request])[0][0] for request in requests]
+    alone = [run(nano, [request])[0][0] for request in requests]
     assert len({text for _, _, text in alone}) > 6
-    assert answers(nano, requests)[0] == alone
-    tight, preemptions = answers(nano, requests, EngineLimits(cache_bytes=120_000))
+    assert run(nano, requests)[0] == alone
+    tight, preemptions = run(nano, requests, EngineLimits(cache_bytes=120_000))
     assert preemptions > 0 and tight == alone

@@ -21,8 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from soli.engine.distribution import Distribution, distribution
-from soli.engine.distribution import token_logprob
+from soli.engine.distribution import Distribution, token_logprob
 from soli.engine.sampler import PROPOSE, REPLACE, TEST, SampledToken, SamplerState, not_finite
 from soli.errors import SoliError
 
