@@ -29,11 +29,12 @@ RUN_IN, STEPS = 10, 30
 
 def measure(data: Path, sequences: int, switches: list[str], tiny: bool) -> dict[str, Any]:
     """The median step of one setting, and the loss after all of them."""
-    changes = ["run.cuda_graph=false", *(f"run.{switch}=true" for switch in switches)]
-    changes += [f"schedule.batch_sequences={sequences}", f"run.micro_sequences={sequences}"]
+    changes: dict[str, object] = {"run.cuda_graph": "false"} | {f"run.{switch}": "true" for switch in switches}
+    changes |= {"schedule.batch_sequences": sequences, "run.micro_sequences": sequences}
     if tiny:
-        changes += [f"{key}={value}" for key, value in train_nano.TINY.items()]
-    settings = read_settings(load_recipe(find_recipe(train_nano.RECIPE), changes))
+        changes |= train_nano.TINY
+    overrides = [f"{key}={value}" for key, value in changes.items()]
+    settings = read_settings(load_recipe(find_recipe(train_nano.RECIPE), overrides))
     with tempfile.TemporaryDirectory() as folder:
         run = prepare(settings, {}, data, Path(folder) / "run")
     began = time.monotonic()
