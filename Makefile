@@ -35,8 +35,8 @@ lint: $(VENV)/.dev ## ruff, mypy, clang-format, the words that we do not use, li
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror src/soli/kernels/cpu/csrc/*
-	$(BIN)/python tools/lint_words.py --at-most 32
-	$(BIN)/python tools/check_links.py --links-only
+	$(BIN)/python tools/lint_words.py
+	$(BIN)/python tools/check_links.py
 
 test: $(VENV)/.dev lint ## everything that needs neither a GPU nor patience
 	$(PYTEST) -m "not slow and not gpu" -n $(JOBS)

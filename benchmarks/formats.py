@@ -46,8 +46,8 @@ FORMATS = (
     ("int4", Target("int4"), True),
     ("int4 --group 64", Target("int4", group=64), False),
     ("int4 --group 128", Target("int4", group=128), False),
-    ("int4 --wide self_attn", Target("int4", int8_modules=("self_attn",)), False),
-    ("int4 --wide self_attn --wide shared_experts", Target("int4", int8_modules=("self_attn", "shared_experts")), True),
+    ("int4 --int8 self_attn", Target("int4", int8_modules=("self_attn",)), False),
+    ("int4 --int8 self_attn --int8 shared_experts", Target("int4", int8_modules=("self_attn", "shared_experts")), True),
 )
 IN_BF16 = ", in bf16"
 COMPUTED = tuple((f"{name}{IN_BF16}", Target(name), False) for name in ("bf16", "int8", "int4"))
@@ -156,7 +156,8 @@ def tables(result: Mapping[str, Any]) -> str:
             f"{of['bytes'] / 1e6:.1f}", error, f"{of['bits_per_byte']:.4f}",
             f"{of['bits_per_byte_change']:+.2%}", f"{of['kl']:.5f}", f"{of['same_choice']:.1%}", *chrf,
         )  # fmt: skip
-        lines.append(f"| `{of['format']}` | {' | '.join(measures)} |")
+        label = of["format"].replace("--wide", "--int8")  # old name
+        lines.append(f"| `{label}` | {' | '.join(measures)} |")
     conditions = (
         f"{result['model']}: {size['tokens']:,} tokens of {size['texts']:,} held-out texts; {size['pairs']:,} held-out "
         "pairs each way, where a point of chrF is chance. Weights dequantized, float32 arithmetic, except in the last "

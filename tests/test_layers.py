@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import warnings
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -29,13 +28,6 @@ LAYERS = [
     ("soli", "__main__"),
 ]
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
-
-# What is not yet as it should be; an entry is deleted together with its violation. To be empty.
-KNOWN_UPWARD: set[str] = set()
-KNOWN_IN_CYCLES: set[str] = set()
-KNOWN_REPEATED_CLASSES: set[str] = set()
-KNOWN_FORBIDDEN: set[str] = set()
-
 
 class Import(NamedTuple):
     importer: str
@@ -120,12 +112,8 @@ def cycles(edges: set[tuple[str, str]]) -> list[list[str]]:
     return sorted(components)
 
 
-def assert_only_known(violations: set[str], known: set[str]) -> None:
-    new = sorted(violations - known)
-    assert not new, "new violations:\n" + "\n".join(new)
-    fixed = sorted(known - violations)
-    if fixed:
-        warnings.warn("no longer violated, delete these entries: " + ", ".join(fixed), stacklevel=2)
+def assert_none(violations: set[str]) -> None:
+    assert not violations, "violations:\n" + "\n".join(sorted(violations))
 
 
 def test_every_module_belongs_to_a_layer() -> None:
@@ -134,23 +122,23 @@ def test_every_module_belongs_to_a_layer() -> None:
 
 def test_no_import_runs_upward() -> None:
     upward = {str(item) for item in INTERNAL if LAYER[part(item.imported)] > LAYER[part(item.importer)]}
-    assert_only_known(upward, KNOWN_UPWARD)
+    assert_none(upward)
 
 
 def test_no_import_cycle_between_modules() -> None:
     edges = {(item.importer, item.imported) for item in INTERNAL if item.importer != item.imported}
-    assert_only_known({module for cycle in cycles(edges) for module in cycle}, KNOWN_IN_CYCLES)
+    assert_none({module for cycle in cycles(edges) for module in cycle})
 
 
 def test_no_import_cycle_between_packages() -> None:
     edges = {(part(item.importer), part(item.imported)) for item in INTERNAL}
     components = cycles({edge for edge in edges if edge[0] != edge[1]})
-    assert_only_known({package for component in components for package in component}, KNOWN_IN_CYCLES)
+    assert_none({package for component in components for package in component})
 
 
 def test_class_names_are_unique() -> None:
     classes = Counter(node.name for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
-    assert_only_known({name for name, count in classes.items() if count > 1}, KNOWN_REPEATED_CLASSES)
+    assert_none({name for name, count in classes.items() if count > 1})
 
 
 FORBIDDEN = [  # (package, what it never imports)
@@ -175,7 +163,7 @@ def test_packages_do_not_know_what_they_must_not() -> None:
             excepted = any(inside(item.importer, allowed) and target == other for allowed, other in EXCEPTIONS)
             if inside(item.importer, package) and inside(imported, target) and not excepted:
                 violations.add(f"{item.importer} -> {target}")
-    assert_only_known(violations, KNOWN_FORBIDDEN)
+    assert_none(violations)
 
 
 @pytest.mark.parametrize(

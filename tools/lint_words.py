@@ -97,18 +97,17 @@ def check(path: Path, text: str, words: list[Word]) -> list[Finding]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("places", nargs="*", type=Path)
-    parser.add_argument("--at-most", type=int, default=0, help="pass as long as no more than these are left")
     arguments = parser.parse_args()
     places = [place.resolve() for place in arguments.places] or [ROOT / place for place in PLACES]
     words = load_words()
     findings = []
     for path in files([place for place in places if place.exists()]):
         findings += check(path, path.read_text(encoding="utf-8"), words)
-    for finding in findings if len(findings) > arguments.at_most else []:
+    for finding in findings:
         print(finding._replace(path=finding.path.relative_to(ROOT)), file=sys.stderr)
     if findings:
         print(f"{len(findings)} words to replace; tools/words.txt says why and with what", file=sys.stderr)
-    return int(len(findings) > arguments.at_most)
+    return int(bool(findings))
 
 
 if __name__ == "__main__":

@@ -53,9 +53,9 @@ def test_requests_that_finish_leave_the_others_as_they_were():
     requests = [Request(prompt, NEW, stop_ids=stop_ids) for prompt in PROMPTS]
     expected = [oracle(TINY, request) for request in requests]
     assert len({len(one.ids) for one in expected}) > 2
-    found = answers(TINY, requests)
-    assert [answer.ids for answer in found] == [one.ids for one in expected]
-    assert [answer.finish_reason for answer in found] == [one.finish_reason for one in expected]
+    completed = answers(TINY, requests)
+    assert [answer.ids for answer in completed] == [one.ids for one in expected]
+    assert [answer.finish_reason for answer in completed] == [one.finish_reason for one in expected]
 
 
 def test_every_request_has_its_own_limit():
