@@ -225,7 +225,7 @@ def test_a_new_sub_layer_works_eagerly(model) -> None:
     llm = soli.LLM(model, tokenizer=tiny_tokenizer(), limits=EngineLimits(cache_bytes=2**20, block_size=4))
     assert answer(llm) == fresh_answer(model) != before
     assert runner_name(llm) == "eager"
-    assert modification(model) == "layers.1 is a Adapter, not one of the classes of soli.model"
+    assert modification(model) == "layers.1 is of the class Adapter, which is not one of soli.model"
     llm.close()
 
 

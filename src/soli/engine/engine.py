@@ -64,19 +64,18 @@ class Engine:
     def __init__(
         self, text_model: TextModel, limits: EngineLimits | None = None, *, runner: RunnerName = "auto"
     ) -> None:
-        self.text_model, self.limits = text_model, limits or EngineLimits()
+        self.text_model = text_model
+        self.limits = limits = limits or EngineLimits()
         model = self._model = text_model.model
-        speculate = self.limits.speculate
-        if speculate and not len(model.mtp):
+        if limits.speculate and not len(model.mtp):
             raise SoliError("this model has no MTP module to draft with: turn speculation off")
         self._device = model.embed_tokens.weight.device
         self._blocks = BlockManager(self._block_count())
-        self._cache = LatentCache(
-            self._blocks.block_count, self.limits.block_size, self.limits.max_running, text_model.positions
-        )
-        self._scheduler = Scheduler(self._cache, self._blocks, self.limits, speculate)
-        self._runner = ModelRunner(model, runner, drafts=speculate)
-        self._drafter = Drafter(model, self._cache) if speculate else None
+        block_count, positions = self._blocks.block_count, text_model.positions
+        self._cache = LatentCache(block_count, limits.block_size, limits.max_running, positions)
+        self._scheduler = Scheduler(self._cache, self._blocks, limits, limits.speculate)
+        self._runner = ModelRunner(model, runner, drafts=limits.speculate)
+        self._drafter = Drafter(model, self._cache) if limits.speculate else None
         self._generations: dict[int, _Generation] = {}  # by request id
         self._pending_events: list[Event] = []  # of requests that were cancelled, for the next step
         self._constraints: Constraints | None = None
@@ -86,8 +85,7 @@ class Engine:
         self._drafted = self._accepted = 0
 
     def add(self, request: Request) -> int:
-        """Queue a request; its id. QueueFull when too many wait; RejectedRequest or SoliError for what could never run.
-        """
+        """Queue a request; its id. QueueFull when too many wait; RejectedRequest for what could never run."""
         check_request(request, self.text_model, self.limits, self._blocks.block_count)
         if len(self._scheduler.waiting) - self._scheduler.free_slots >= self.limits.max_waiting:
             raise QueueFull(f"{self.limits.max_waiting} requests wait already: try again later")

@@ -101,7 +101,7 @@ def modification(model: nn.Module) -> str | None:
 def _difference(module: nn.Module) -> str | None:
     kind = type(module)
     if kind not in OWN_CLASSES:
-        return f"is a {kind.__name__}, not one of the classes of soli.model"
+        return f"is of the class {kind.__name__}, which is not one of soli.model"
     if module._forward_hooks or module._forward_pre_hooks:
         return "has a forward hook"
     for name, value in vars(module).items():
