@@ -157,7 +157,7 @@ def forward_hidden(
 
 def forward_ids(
     table: LayerTable,
-    ends: EmbeddingAndHead,
+    embedding_and_head: EmbeddingAndHead,
     ids_T: Tensor,
     logit_indices: Sequence[int],
     metadata: AttentionMetadata,
@@ -168,15 +168,18 @@ def forward_ids(
 
     Logits are float32, rounded to the dtype of the KV blocks. IndexError too for an id that is not in the vocabulary.
     """
-    T, N, dtype = len(ids_T), len(logit_indices), kv_blocks[0].dtype
-    V, D = ends.shape
+    T, N = len(ids_T), len(logit_indices)
+    V, D = embedding_and_head.shape
+    dtype = kv_blocks[0].dtype
     if ids_T.dtype != torch.int64 or not ids_T.is_contiguous() or not all(0 <= index < T for index in logit_indices):
         raise ValueError(f"ids {ids_T.dtype} {tuple(ids_T.shape)} and logit indices {tuple(logit_indices)} do not fit")
-    y_TD, logits_NV = torch.empty(T, D, dtype=dtype), torch.empty(N, V)
+    y_TD = torch.empty(T, D, dtype=dtype)
+    logits_NV = torch.empty(N, V)
     c_indices = (c_int64 * N)(*logit_indices)
     args = CForwardArgs(
-        T=T, D=D, dtype=native.DTYPES[dtype], x=ends.embedding, token_ids=ids_T.data_ptr(), y=y_TD.data_ptr(),
-        head=ends.head, logit_indices=addressof(c_indices), logit_count=N, vocab_size=V, logits=logits_NV.data_ptr(),
+        T=T, D=D, dtype=native.DTYPES[dtype], x=embedding_and_head.embedding, token_ids=ids_T.data_ptr(),
+        y=y_TD.data_ptr(), head=embedding_and_head.head, logit_indices=addressof(c_indices), logit_count=N,
+        vocab_size=V, logits=logits_NV.data_ptr(),
     )  # fmt: skip
     return logits_NV, y_TD, _forward(args, table, dtype, metadata, kv_blocks, masked_experts)
 
@@ -194,17 +197,21 @@ def _forward(
     assert kernels is not None
     _check(table, args.T, dtype, metadata, kv_blocks, masked_experts)
     routing = RoutingTensors.empty(table.routing_shape, args.T)
-    block_addresses, mask_addresses = _addresses(kv_blocks), _addresses(masked_experts)
+    block_addresses = _addresses(kv_blocks)
+    mask_addresses = _addresses(masked_experts)
+    chunks = _chunks(metadata)
     args.isa = table.isa
     args.threads = torch.get_num_threads()
-    args.layer_count, args.layers, args.norm = len(table.layers), addressof(table.layers), table.norm
-    args.frequencies, args.cos_sin_scale = table.frequencies_R.data_ptr(), table.cos_sin_scale
+    args.layer_count, args.layers = len(table.layers), addressof(table.layers)
+    args.norm = table.norm
+    args.frequencies = table.frequencies_R.data_ptr()
+    args.cos_sin_scale = table.cos_sin_scale
     args.block_count, args.block_size, _ = kv_blocks[0].shape
     args.kv_blocks = addressof(block_addresses)
     args.num_decode_tokens, args.blocks_per_sequence = metadata.block_table_BW.shape
-    args.block_table, args.lengths = metadata.block_table_BW.data_ptr(), metadata.lengths_B.data_ptr()
+    args.block_table = metadata.block_table_BW.data_ptr()
+    args.lengths = metadata.lengths_B.data_ptr()
     args.positions = metadata.positions_T.data_ptr()
-    chunks = _chunks(metadata)
     args.chunk_count, args.chunks = len(chunks), addressof(chunks)
     args.masked_experts = addressof(mask_addresses) if masked_experts else None
     args.routings = routing.addresses()

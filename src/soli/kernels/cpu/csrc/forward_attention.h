@@ -86,12 +86,12 @@ private:
 
     // The query latent q_a x, and the key-value latent beside the rotary key, kv_a x.
     void project_q_kv() {
-        const int64_t q_blocks = row_blocks(a.q_a.layout.O);
-        const int64_t kv_blocks = row_blocks(X);
+        const int64_t q_row_blocks = row_blocks(a.q_a.layout.O);
+        const int64_t kv_row_blocks = row_blocks(X);
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < q_blocks + kv_blocks; i++)
-            if (i < q_blocks) multiply_row_block(a.q_a, q_input, T, i, a.q_a_bias, q_latent);
-            else multiply_row_block(a.kv_a, kv_input, T, i - q_blocks, a.kv_a_bias, kv);
+        for (int64_t i = 0; i < q_row_blocks + kv_row_blocks; i++)
+            if (i < q_row_blocks) multiply_row_block(a.q_a, q_input, T, i, a.q_a_bias, q_latent);
+            else multiply_row_block(a.kv_a, kv_input, T, i - q_row_blocks, a.kv_a_bias, kv);
     }
 
     void norm_query_latent(int64_t t) {
