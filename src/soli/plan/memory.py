@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import product
 from math import ceil
 
 from soli.analysis.parameters import (
@@ -75,9 +76,10 @@ def plan_memory(
     length = length or first
     sequences = max(1, run.micro_sequences * first // length)
     saved = _SavedActivations(config, precision, kind, length)
-    blocks = [saved.block(config.is_moe_layer(layer)) for layer in range(_depth(config))]
-    width = {"fp32": 4, "bf16": 2, "fp8": 2}[precision]
-    per_token = saved.outside_blocks() + sum([width * config.hidden_size] * len(blocks) if checkpointed else blocks)
+    layers = range(config.num_hidden_layers + config.num_nextn_predict_layers)
+    blocks = [saved.block(config.is_moe_layer(layer)) for layer in layers]
+    inputs = saved.width * config.hidden_size * len(blocks)
+    per_token = saved.outside_blocks() + (inputs if checkpointed else sum(blocks))
     recomputed = sequences * length * max(blocks) if checkpointed else 0
     gathered = checkpointed or devices > 1
     return MemoryEstimate(
@@ -86,7 +88,7 @@ def plan_memory(
         moments=ceil(moment_bytes(all_weights, settings.optimizer) / devices),
         copies=_copies(config, precision, largest=gathered),
         activations=round(sequences * length * per_token) + _head_gradients(config),
-        transient=round(max(_logits(config, width, kind), recomputed)),
+        transient=round(max(_logits(config, saved.width, kind), recomputed)),
     )
 
 
@@ -159,10 +161,6 @@ class _SavedActivations:
         return router + K * row + own
 
 
-def _depth(config: ModelConfig) -> int:
-    return config.num_hidden_layers + config.num_nextn_predict_layers
-
-
 def _head_gradients(config: ModelConfig) -> int:
     """The head's gradient, which each loss computes in its forward pass, fp32."""
     return 4 * (1 + config.num_nextn_predict_layers) * config.vocab_size * config.hidden_size
@@ -204,13 +202,12 @@ def describe_fit(settings: TrainSettings, precision: str, kind: str, devices: in
         return f"it does not fit: weights, gradients and moments alone fill {devices_for_states:,} such devices"
     if plan_memory(smallest, precision, kind, devices).total > available:
         return "it does not fit, not even one sequence at a time with activation checkpointing; use more devices"
-    for checkpointing in (settings.run.activation_checkpointing, True):
-        micro = settings.run.micro_sequences
-        while micro:
-            options: dict[str, int | bool] = {"micro_sequences": micro, "activation_checkpointing": checkpointing}
-            if plan_memory(with_run_options(settings, options), precision, kind, devices).total <= available:
-                return f"it does not fit; it would with {_as_arguments(settings, options)}"
-            micro //= 2
+    micro = settings.run.micro_sequences
+    halved = [micro >> times for times in range(micro.bit_length())]
+    for checkpointing, sequences in product((settings.run.activation_checkpointing, True), halved):
+        options: dict[str, int | bool] = {"micro_sequences": sequences, "activation_checkpointing": checkpointing}
+        if plan_memory(with_run_options(settings, options), precision, kind, devices).total <= available:
+            return f"it does not fit; it would with {_as_arguments(settings, options)}"
     raise AssertionError("the smallest micro-batch fits, as was checked above")
 
 

@@ -18,17 +18,17 @@ Row = tuple[float, float, float, float, float, float]  # tokens, then the five c
 def schedule_rows(settings: TrainSettings) -> list[Row]:
     """(tokens, learning rate, sequences, sequence length, gamma, lambda) along the run, pretraining then extension."""
     schedule = settings.schedule
-    rows: list[Row] = []
-    end = tokens_after(schedule, steps_before(schedule, schedule.total_tokens))
-    for tokens in sorted({n * (schedule.total_tokens - 1) // (POINTS - 1) for n in range(POINTS)}):
-        shape = (learning_rate(schedule, tokens), batch_sequences(schedule, tokens), schedule.sequence_length)
-        rows.append((tokens, *shape, *_gamma_and_lambda(settings, tokens)))
+    points = [
+        (tokens, learning_rate(schedule, tokens), batch_sequences(schedule, tokens), schedule.sequence_length)
+        for tokens in sorted({n * (schedule.total_tokens - 1) // (POINTS - 1) for n in range(POINTS)})
+    ]
+    start = tokens_after(schedule, steps_before(schedule, schedule.total_tokens))
     for phase in settings.extension:
-        for tokens in (end, end + phase.total_tokens):
-            shape = (phase.learning_rate, phase.batch_sequences, phase.sequence_length)
-            rows.append((tokens, *shape, *_gamma_and_lambda(settings, tokens)))
-        end += phase.total_tokens
-    return rows
+        end = start + phase.total_tokens
+        shape = (phase.learning_rate, phase.batch_sequences, phase.sequence_length)
+        points += [(start, *shape), (end, *shape)]
+        start = end
+    return [(*point, settings.balance.gamma_at(point[0]), settings.losses.mtp_weight_at(point[0])) for point in points]
 
 
 def save_schedule_plot(path: str | Path, settings: TrainSettings) -> None:
@@ -73,7 +73,3 @@ def _mark_phases(axes: Any, settings: TrainSettings, unit: float) -> None:
         for axis in axes:
             axis.axvline(end / unit, color="0.6", linewidth=0.7, linestyle=":")
         start = end
-
-
-def _gamma_and_lambda(settings: TrainSettings, tokens: int) -> tuple[float, float]:
-    return settings.balance.gamma_at(tokens), settings.losses.mtp_weight_at(tokens)

@@ -6,7 +6,7 @@ share of the tokens) and sides of at most `MAX_SIDE`. They bound the speed of a 
 
 from __future__ import annotations
 
-import time
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
@@ -75,9 +75,16 @@ def measure_device(settings: TrainSettings) -> MeasuredDevice:
         return MeasuredDevice(
             card.name, "cuda", None, computes, precision, tflops, stated_peak(card.name), card.total_memory
         )
-    name = machine.processor().name
-    threads = torch.get_num_threads()
-    return MeasuredDevice(name, device.type, threads, computes, precision, tflops, None, machine.memory_bytes())
+    return MeasuredDevice(
+        machine.processor().name,
+        device.type,
+        torch.get_num_threads(),
+        computes,
+        precision,
+        tflops,
+        None,
+        machine.memory_bytes(),
+    )
 
 
 def stated_peak(name: str) -> float | None:
@@ -116,23 +123,16 @@ def _rate(rows: int, columns: int, inner: int, device: torch.device, dtype: torc
     def product() -> object:
         return torch.nn.functional.linear(x, weight)
 
-    seconds_of = _cuda_seconds if device.type == "cuda" else _wall_seconds
-    seconds_of(product, 2)
-    repeats = max(1, round(SECONDS / max(seconds_of(product, 1), 1e-6)))
-    return 2 * rows * columns * inner * repeats / median(seconds_of(product, repeats) for _ in range(ROUNDS))
+    seconds_of = _cuda_seconds if device.type == "cuda" else timeit.timeit
+    seconds_of(product, number=2)
+    repeats = max(1, round(SECONDS / max(seconds_of(product, number=1), 1e-6)))
+    return 2 * rows * columns * inner * repeats / median(seconds_of(product, number=repeats) for _ in range(ROUNDS))
 
 
-def _wall_seconds(run: Callable[[], object], repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        run()
-    return time.perf_counter() - start
-
-
-def _cuda_seconds(run: Callable[[], object], repeats: int) -> float:
+def _cuda_seconds(run: Callable[[], object], number: int) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    for _ in range(repeats):
+    for _ in range(number):
         run()
     end.record()
     end.synchronize()

@@ -62,9 +62,7 @@ def plan_run(
     `precision` is the one that `auto` stands for, and `kind` cpu or cuda, where the device is known: memory depends on
     both.
     """
-    if settings.run.precision != "auto":
-        precision = settings.run.precision
-    precision = precision or "bf16"
+    precision = (precision or "bf16") if settings.run.precision == "auto" else settings.run.precision
     phases = planned_phases(settings)
     main = count(settings.model)
     operations = sum(phase.tokens * training_flops(settings.model, phase.sequence_length) for phase in phases)
@@ -86,7 +84,18 @@ def plan_run(
 
 def planned_phases(settings: TrainSettings) -> tuple[PlannedPhase, ...]:
     """Every phase of the run in order: pretraining's, then the extension's."""
-    return (*_pretraining(settings), *_extension(settings))
+    extension = [
+        PlannedPhase(
+            name=f"extension {n}",
+            tokens=phase.total_tokens,
+            steps=phase.total_steps,
+            sequence_length=phase.sequence_length,
+            batch_sequences=(phase.batch_sequences, phase.batch_sequences),
+            learning_rate=(phase.learning_rate, phase.learning_rate),
+        )
+        for n, phase in enumerate(settings.extension, 1)
+    ]
+    return (*_pretraining(settings), *extension)
 
 
 def hours_here(settings: TrainSettings, operations: int, tflops: float, precision: str) -> float:
@@ -103,28 +112,14 @@ def _pretraining(settings: TrainSettings) -> list[PlannedPhase]:
         ("cosine", schedule.cosine_tokens),
         *((f"tail {n}", int(tokens)) for n, (tokens, _) in enumerate(schedule.tails, 1)),
     ]
-    phases, start = [], 0
+    phases = []
+    start = 0
     for name, tokens in lengths:
         end = start + tokens
-        last = max(start, end - 1)
         if tokens:
             steps = steps_before(schedule, end) - steps_before(schedule, start)
-            batches = (batch_sequences(schedule, start), batch_sequences(schedule, last))
-            rates = (learning_rate(schedule, start), learning_rate(schedule, last))
+            batches = (batch_sequences(schedule, start), batch_sequences(schedule, end - 1))
+            rates = (learning_rate(schedule, start), learning_rate(schedule, end - 1))
             phases.append(PlannedPhase(name, tokens, steps, schedule.sequence_length, batches, rates))
         start = end
     return phases
-
-
-def _extension(settings: TrainSettings) -> list[PlannedPhase]:
-    return [
-        PlannedPhase(
-            name=f"extension {n}",
-            tokens=phase.total_tokens,
-            steps=phase.total_steps,
-            sequence_length=phase.sequence_length,
-            batch_sequences=(phase.batch_sequences, phase.batch_sequences),
-            learning_rate=(phase.learning_rate, phase.learning_rate),
-        )
-        for n, phase in enumerate(settings.extension, 1)
-    ]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
@@ -83,13 +83,18 @@ def stop_if_required(anomaly: Anomaly, progress: RunProgress) -> None:
     if anomaly.action != "stop" and not too_many:
         return
     after = f" after {MAX_SKIPS - 1} skipped steps in a row" if too_many else ""
+    stopped = f"{anomaly.reason}; training stopped{after}"
     if anomaly.kind == "nan":
-        remedy = "the last checkpoint is sound: resume it with a lower schedule.learning_rate"
-        sentence = f"{anomaly.reason}; training stopped{after} before any weight changed; {remedy}"
-        raise TrainingStopped(sentence, save_state=False)
-    remedy = "is saved: resume with run.spike = report, a larger run.spike_factor or a lower schedule.learning_rate"
-    sentence = f"spike: {anomaly.reason}; training stopped{after}, and the state before that step {remedy}"
-    raise TrainingStopped(sentence, save_state=True)
+        raise TrainingStopped(
+            f"{stopped} before any weight changed; the last checkpoint is sound: resume it with a lower "
+            "schedule.learning_rate",
+            save_state=False,
+        )
+    raise TrainingStopped(
+        f"spike: {stopped}, and the state before that step is saved: resume with run.spike = report, a larger "
+        "run.spike_factor or a lower schedule.learning_rate",
+        save_state=True,
+    )
 
 
 def record_step(progress: RunProgress, loss: float, norm: float, skipped: bool) -> None:
@@ -106,8 +111,11 @@ def explain_error(error: SoliError, model: Transformer) -> SoliError:
     name = _first_nonfinite_tensor(model)
     if not name:
         return error
-    remedy = "resume an earlier checkpoint with a lower schedule.learning_rate"
-    return TrainingStopped(f"{name} is not finite ({error}), so training stopped; {remedy}", save_state=False)
+    return TrainingStopped(
+        f"{name} is not finite ({error}), so training stopped; resume an earlier checkpoint with a lower "
+        "schedule.learning_rate",
+        save_state=False,
+    )
 
 
 def is_spike(past: Sequence[float], value: float, factor: float) -> bool:
@@ -191,15 +199,9 @@ def _biases_are_finite(model: Transformer) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in _tensors(value))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in a module's input or output: tuples, and the router's decision."""
+    """Whether every tensor in a module's input or output is: tuples, and the router's decision."""
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
-    elif is_dataclass(value):
-        yield from _tensors(tuple(vars(value).values()))
+        return bool(value.isfinite().all())
+    if is_dataclass(value):
+        return all(map(_is_finite, vars(value).values()))
+    return not isinstance(value, tuple | list) or all(map(_is_finite, value))

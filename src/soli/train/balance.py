@@ -56,5 +56,4 @@ def measure_load(counts_LE: Tensor) -> list[ExpertLoad]:
     entropy_L = torch.special.entr(share_LE).sum(-1) / largest_entropy
     violation_L = load_LE.amax(-1) / load_LE.mean(-1) - 1
     dead_L = (load_LE == 0).sum(-1)
-    rows = zip(violation_L.tolist(), entropy_L.tolist(), dead_L.tolist(), strict=True)
-    return [ExpertLoad(*row) for row in rows]
+    return list(map(ExpertLoad, violation_L.tolist(), entropy_L.tolist(), dead_L.tolist()))

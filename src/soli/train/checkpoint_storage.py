@@ -39,7 +39,21 @@ from soli.errors import SoliError
 CHUNKS = "pieces"  # key in a header's metadata: {name: [first index, shape of the whole tensor]}, as JSON
 
 
-class StateWriter(dcp.StorageWriter):
+class _OneFolder:
+    """What torch asks a writer and a reader alike: a folder is used once, and each process plans for itself."""
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        pass
+
+    def prepare_local_plan(self, plan: Any) -> Any:
+        return plan
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True
+
+
+class StateWriter(_OneFolder, dcp.StorageWriter):
     """Writes one state into `folder`. `create` runs in one process before anything is written, `commit` in the same
     one when the files of all processes are on disk."""
 
@@ -48,15 +62,9 @@ class StateWriter(dcp.StorageWriter):
         self.create = create
         self.commit = commit
 
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        pass
-
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         if is_coordinator:
             self.create()
-
-    def prepare_local_plan(self, plan: dcp.SavePlan) -> dcp.SavePlan:
-        return plan
 
     def prepare_global_plan(self, plans: list[dcp.SavePlan]) -> list[dcp.SavePlan]:
         # Every process writes a file of each part, even an empty one, so that a missing file is noticed.
@@ -77,12 +85,8 @@ class StateWriter(dcp.StorageWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         self.commit()
 
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return True
 
-
-class StateReader(dcp.StorageReader):
+class StateReader(_OneFolder, dcp.StorageReader):
     """Reads the named parts of a state from `folder`; `tensors` describes what it holds, by full name."""
 
     def __init__(self, folder: Path, parts: tuple[str, ...]) -> None:
@@ -114,17 +118,11 @@ class StateReader(dcp.StorageReader):
         except (ValueError, TypeError, KeyError) as error:
             raise SoliError(f"{shard.file}: its header cannot be understood ({error})") from None
 
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        pass
-
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return Metadata(dict(self.tensors))
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         pass
-
-    def prepare_local_plan(self, plan: dcp.LoadPlan) -> dcp.LoadPlan:
-        return plan
 
     def prepare_global_plan(self, plans: list[dcp.LoadPlan]) -> list[dcp.LoadPlan]:
         return plans
@@ -140,10 +138,6 @@ class StateReader(dcp.StorageReader):
         read: Future[None] = Future()
         read.set_result(None)
         return read
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return True
 
 
 def load(reader: StateReader, state: dict[str, Tensor]) -> None:

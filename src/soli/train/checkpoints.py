@@ -168,7 +168,6 @@ class _StagedPlan(dcp.DefaultSavePlanner):
         super().set_up_planner(state)
         self.local = super().create_local_plan()
         self.buffers = buffers
-        on_gpu = False
         for item in self.local.items:
             tensor = super().lookup_object(item.index)
             buffer = buffers.get(item.index)
@@ -176,9 +175,8 @@ class _StagedPlan(dcp.DefaultSavePlanner):
                 buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
                 buffers[item.index] = buffer
             buffer.copy_(tensor.detach(), non_blocking=True)
-            on_gpu = on_gpu or tensor.is_cuda
-        if on_gpu:
-            torch.cuda.synchronize()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # copies into pinned memory have only been started
         self.state_dict = {}  # the tensors are no longer needed
 
     def set_up_planner(
@@ -235,8 +233,9 @@ def load_checkpoint(checkpoint: Path, model: Transformer, optimizer: Optimizer) 
     reader = StateReader(checkpoint, ("model", "optimizer"))
     weights = _weights(reader, model)
     moments = {f"optimizer/{name}": tensor for name, tensor in _empty_moments(reader, optimizer).items()}
-    random_names = _random_state_names(reader, model)
-    random_states = {name: torch.empty(reader.tensors[name].size, dtype=torch.uint8) for name in random_names}
+    random_states = {
+        name: torch.empty(reader.tensors[name].size, dtype=torch.uint8) for name in _random_state_names(reader, model)
+    }
     load(reader, weights | moments | random_states)
     optimizer.load_state({name.removeprefix("optimizer/"): tensor for name, tensor in moments.items()})
     for name, random_state in random_states.items():

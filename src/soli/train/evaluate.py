@@ -67,18 +67,12 @@ def translate_samples(
 ) -> list[tuple[str, str]]:
     """Greedy translations of (text, target language) pairs, beside their texts, of those that fit the model."""
     text_model = TextModel(model, tokenizer, frozenset({tokenizer.eos_id}), ())
-    longest_prompt = text_model.positions - limit
-    texts: list[str] = []
-    requests: list[Request] = []
-    for text, to in sentences:
-        prompt = tuple(tokenizer.translation_prompt(text, to))
-        if len(prompt) <= longest_prompt and limit > 0:
-            texts.append(text)
-            requests.append(Request(prompt, limit, stop_ids=text_model.stop_ids))
-    if not requests:
+    prompts = [(text, tuple(tokenizer.translation_prompt(text, to))) for text, to in sentences]
+    fitting = [(text, prompt) for text, prompt in prompts if 0 < limit <= text_model.positions - len(prompt)]
+    if not fitting:
         return []
-    longest = max(len(request.prompt_ids) for request in requests) + limit
+    longest = max(len(prompt) for _, prompt in fitting) + limit
     # The weights changed since the last samples, so the engine is a new one.
-    engine = Engine(text_model, limits_for(text_model, len(requests), longest))
-    answers = answer_all(engine, requests)
-    return [(text, answer.text) for text, answer in zip(texts, answers, strict=True) if answer is not None]
+    engine = Engine(text_model, limits_for(text_model, len(fitting), longest))
+    answers = answer_all(engine, (Request(prompt, limit, stop_ids=text_model.stop_ids) for _, prompt in fitting))
+    return [(text, answer.text) for (text, _), answer in zip(fitting, answers, strict=True) if answer is not None]

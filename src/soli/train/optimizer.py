@@ -8,7 +8,6 @@ stored in fp32, or in bf16 if the recipe selects it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -153,11 +152,11 @@ class Optimizer:
             {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
         ]
         betas = (settings.beta1, settings.beta2)
-        self.parts: list[torch.optim.Optimizer] = []
-        if settings.moments == "bf16":
-            self.parts.append(Bf16AdamW(groups, betas, settings.eps))
-        else:
-            self.parts.append(torch.optim.AdamW(groups, betas=betas, eps=settings.eps, fused=True))
+        self.parts: list[torch.optim.Optimizer] = [
+            Bf16AdamW(groups, betas, settings.eps)
+            if settings.moments == "bf16"
+            else torch.optim.AdamW(groups, betas=betas, eps=settings.eps, fused=True)
+        ]
         if matrices:
             double = [p for name, p in matrices.items() if name.endswith("gate_up_proj")]
             single = [p for name, p in matrices.items() if not name.endswith("gate_up_proj")]
@@ -192,7 +191,8 @@ class Optimizer:
 
     def state(self) -> dict[str, Tensor]:
         """Every moment by name: `<parameter>|<moment>`."""
-        return {f"{self.names[p]}|{key}": value for p, key, value in self._entries()}
+        states: list[tuple[Any, dict[str, Tensor]]] = [item for part in self.parts for item in part.state.items()]
+        return {f"{self.names[p]}|{key}": value for p, moments in states for key, value in moments.items()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `state` returned; SoliError names a parameter whose moments are missing or of another shape."""
@@ -211,12 +211,6 @@ class Optimizer:
         for p, name in self.names.items():
             if tensors and p not in part_of[p].state:
                 raise SoliError(f"the optimizer state has nothing for {name}; the run was started with another recipe")
-
-    def _entries(self) -> Iterator[tuple[Any, str, Tensor]]:
-        for part in self.parts:
-            for p, moments in part.state.items():
-                for key, value in moments.items():
-                    yield p, key, value
 
 
 def _is_inner_matrix(name: str, p: Tensor) -> bool:

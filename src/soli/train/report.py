@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -21,7 +21,7 @@ from typing import Any, TextIO
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from soli.errors import SoliError
@@ -58,7 +58,7 @@ class RunReport:
         self.work_at_start = self.work_left(progress)
         self.start = time.monotonic()
         self.metrics = MetricsFile(run, progress.step, tensorboard)
-        self.view = LiveView(total, progress.step, progress.tokens, progress.stage)
+        self.view = LiveView(total, replace(progress))
         self.open = ExitStack()
 
     def __enter__(self) -> RunReport:
@@ -105,10 +105,14 @@ class RunReport:
         """A spike, or a step that was skipped; printed and recorded whatever `run.log_every` is."""
         kind = "skip" if anomaly.action == "skip" else anomaly.kind
         self.print(f"{'skipped' if kind == 'skip' else kind}: {anomaly.reason}")
-        numbers = {"loss": loss, "norm": norm}
-        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        details = {"why": anomaly.reason, "layer": anomaly.layer, "skipped": progress.skipped}
-        self.record(kind, progress, {**finite, **details})
+        metrics = {
+            "loss": loss if math.isfinite(loss) else None,
+            "norm": norm if math.isfinite(norm) else None,
+            "why": anomaly.reason,
+            "layer": anomaly.layer,
+            "skipped": progress.skipped,
+        }
+        self.record(kind, progress, metrics)
 
     def evaluation(
         self, progress: RunProgress, result: Evaluation, samples: list[tuple[str, str]], seconds: float
@@ -129,16 +133,24 @@ class RunReport:
 
     def record(self, kind: str, progress: RunProgress, metrics: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
-        head = {"kind": kind, "step": progress.step, "tokens": progress.tokens, "stage": progress.stage}
-        self.metrics.write({**head, "seconds": progress.seconds, **metrics})
+        self.metrics.write(
+            {
+                "kind": kind,
+                "step": progress.step,
+                "tokens": progress.tokens,
+                "stage": progress.stage,
+                "seconds": progress.seconds,
+                **metrics,
+            }
+        )
 
     def _time_left(self, progress: RunProgress) -> str:
         remaining = self.work_left(progress)
         completed = self.work_at_start - remaining
         if completed <= 0:
             return "?"
-        seconds = int(remaining * (time.monotonic() - self.start) / completed)
-        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}" if seconds > 0 else "0:00:00"
+        seconds = max(0, int(remaining * (time.monotonic() - self.start) / completed))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
 def _stage(progress: RunProgress) -> str:
@@ -150,60 +162,62 @@ class LiveView:
     """The last lines of the terminal: progress, losses, speed, load by layer. RunReport updates it, rich draws it."""
 
     total: int  # tokens of the whole run
-    step: int = 0
-    tokens: int = 0
-    stage: int = 0
+    progress: RunProgress = field(default_factory=RunProgress)
     metrics: dict[str, float] = field(default_factory=dict)  # loss, mtp, lr, norm, tokens_per_second
     loads: dict[str, ExpertLoad] = field(default_factory=dict)
     heldout: str = ""
     time_left: str = "?"
-    skipped: int = 0  # steps that changed no weight
 
     def update(
         self, progress: RunProgress, metrics: dict[str, float], loads: dict[str, ExpertLoad], time_left: str
     ) -> None:
         """Show another step; `time_left` is the time until the end of the run."""
-        self.step, self.tokens, self.stage = progress.step, progress.tokens, progress.stage
-        self.skipped = progress.skipped
+        self.progress = replace(progress)  # the run's own changes before its next update
         self.metrics = metrics
         self.loads = loads
         self.time_left = time_left
 
     def __rich__(self) -> RenderableType:
-        parts: list[RenderableType] = [self._progress()]
+        parts: list[RenderableType] = [self._progress_row()]
         if self.metrics:
             parts.append(self._losses())
         if self.loads:
             parts.append(self._layers())
         return Group(*parts)
 
-    def _progress(self) -> Table:
+    def _progress_row(self) -> Table:
+        progress = self.progress
+        stage = f"{stage_name(progress.stage)}, " if progress.stage else ""
         row = Table.grid(padding=(0, 2))
-        tokens = f"{self.tokens / 1e6:,.2f} of {self.total / 1e6:,.2f} M tokens"
-        share = f"{100 * self.tokens / self.total:3.0f} %"
-        step = f"{stage_name(self.stage)}, step {self.step:,}" if self.stage else f"step {self.step:,}"
-        row.add_row(share, ProgressBar(self.total, self.tokens, width=30), step, tokens, f"{self.time_left} left")
+        row.add_row(
+            f"{100 * progress.tokens / self.total:3.0f} %",
+            ProgressBar(self.total, progress.tokens, width=30),
+            f"{stage}step {progress.step:,}",
+            f"{progress.tokens / 1e6:,.2f} of {self.total / 1e6:,.2f} M tokens",
+            f"{self.time_left} left",
+        )
         return row
 
     def _losses(self) -> Table:
         metrics = self.metrics
-        cells = {"loss": f"{metrics['loss']:.4f}", "mtp": f"{metrics['mtp']:.4f}"}
-        cells |= {"held-out bits/byte": self.heldout} if self.heldout else {}
-        cells |= {"tok/s": f"{metrics['tokens_per_second']:,.0f}", "lr": f"{metrics['lr']:.2e}"}
-        cells |= {"norm": f"{metrics['norm']:.2f}"}
-        cells |= {"skipped": f"{self.skipped}"} if self.skipped else {}
+        cells = {
+            "loss": f"{metrics['loss']:.4f}",
+            "mtp": f"{metrics['mtp']:.4f}",
+            "held-out bits/byte": self.heldout,
+            "tok/s": f"{metrics['tokens_per_second']:,.0f}",
+            "lr": f"{metrics['lr']:.2e}",
+            "norm": f"{metrics['norm']:.2f}",
+            "skipped": str(self.progress.skipped or ""),
+        }
         row = Table.grid(padding=(0, 3))
-        row.add_row(*(Text.assemble((f"{name} ", "dim"), (value, "bold")) for name, value in cells.items()))
+        row.add_row(*(Text.assemble((f"{name} ", "dim"), (value, "bold")) for name, value in cells.items() if value))
         return row
 
     def _layers(self) -> Table:
         worst = sorted(self.loads, key=lambda name: -self.loads[name].max_violation)[:MAX_LAYERS]
-        table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
-        table.add_column(
-            "layer" if len(worst) == len(self.loads) else f"worst {MAX_LAYERS} of {len(self.loads)} layers"
-        )
-        for title in ("max violation", "entropy", "dead experts"):
-            table.add_column(title, no_wrap=True)
+        names = "layer" if len(worst) == len(self.loads) else f"worst {MAX_LAYERS} of {len(self.loads)} layers"
+        numbers = [Column(title, no_wrap=True) for title in ("max violation", "entropy", "dead experts")]
+        table = Table(names, *numbers, box=None, padding=(0, 3, 0, 0), header_style="dim")
         for name, load in self.loads.items():
             if name in worst:
                 violation = f"{bar(load.max_violation / FULL_VIOLATION)} {load.max_violation:5.2f}"

@@ -130,18 +130,19 @@ def read_metrics(folder: Path) -> RunMetrics:
 def summarize(metrics: RunMetrics, now: float | None = None) -> RunSummary:
     """What a run has reached at `now` (seconds of the epoch; default the clock)."""
     steps, evaluations = metrics.steps, metrics.evaluations
-    last = max([*steps[-1:], *evaluations[-1:]], key=lambda line: line["step"], default=None)
+    start: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0}
+    last = max([*steps[-1:], *evaluations[-1:], start], key=lambda line: line["step"])
     return RunSummary(
         folder=str(metrics.folder),
         state=_state(metrics, time.time() if now is None else now),
-        step=last["step"] if last else 0,
-        tokens=last["tokens"] if last else 0,
-        seconds=last["seconds"] if last else 0.0,
+        step=last["step"],
+        tokens=last["tokens"],
+        seconds=last["seconds"],
         loss=steps[-1]["loss"] if steps else None,
         heldout_loss=evaluations[-1]["loss"] if evaluations else None,
         bits_per_byte=evaluations[-1]["bits_per_byte"] if evaluations else None,
         tokens_per_second=_speed(steps),
-        stage=last.get("stage", 0) if last else 0,
+        stage=last.get("stage", 0),
     )
 
 
@@ -175,18 +176,12 @@ def _draw_panel(axis: Any, measure: str, curves: Sequence[Curve], names: Sequenc
 
 
 def _common_point(measure: str, curves: Sequence[Curve]) -> Point:
-    nothing: list[float | None] = [None] * len(curves)
-    if not all(curves):
+    tokens = min((curve[-1][0] for curve in curves if curve), default=0)
+    if any(not curve or curve[0][0] > tokens for curve in curves):
+        nothing: list[float | None] = [None] * len(curves)
         return Point(measure, None, nothing, nothing)
-    tokens = min(curve[-1][0] for curve in curves)
-    if any(curve[0][0] > tokens for curve in curves):
-        return Point(measure, None, nothing, nothing)
-    values = [_interpolate(curve, tokens) for curve in curves]
+    values = [float(np.interp(tokens, *np.transpose(curve))) for curve in curves]
     return Point(measure, tokens, list(values), [value - values[0] for value in values])
-
-
-def _interpolate(curve: Curve, tokens: int) -> float:
-    return float(np.interp(tokens, [point[0] for point in curve], [point[1] for point in curve]))
 
 
 def _read_line(line: str, where: str) -> dict[str, Any]:

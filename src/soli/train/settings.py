@@ -150,7 +150,10 @@ def read_settings(recipe: dict[str, Any]) -> TrainSettings:
 def as_recipe(settings: TrainSettings, data: dict[str, Any]) -> dict[str, Any]:
     """The recipe with every default resolved, as `read_settings` reads it back."""
     sections = {name: dataclasses.asdict(getattr(settings, name)) for name in SECTIONS}
-    extension = [_extension_table(phase) for phase in settings.extension]
+    extension = [
+        {**dataclasses.asdict(phase), "rope_scaling": phase.rope_scaling and phase.rope_scaling.to_dict()}
+        for phase in settings.extension
+    ]
     return {"data": data, "model": settings.model.to_dict(), **sections, "extension": extension}
 
 
@@ -175,8 +178,3 @@ def _read_extension(tables: Any) -> tuple[ExtensionSettings, ...]:
     if not isinstance(tables, list | tuple):
         raise SoliError(f"the recipe's extension is {tables!r}; write each phase under [[extension]]")
     return tuple(ExtensionSettings.from_dict(table) for table in tables)
-
-
-def _extension_table(phase: ExtensionSettings) -> dict[str, Any]:
-    scaling = None if phase.rope_scaling is None else phase.rope_scaling.to_dict()
-    return {**dataclasses.asdict(phase), "rope_scaling": scaling}

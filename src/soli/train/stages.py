@@ -35,14 +35,12 @@ class Stage:
 
 def build_stages(settings: TrainSettings, train: PackedTokens, valid: PackedTokens) -> tuple[Stage, ...]:
     """Every stage of the run, in order. SoliError when the data are too short for one of them."""
-    config, stages = settings.model, []
-    extra = 1 + config.num_nextn_predict_layers
+    extra = 1 + settings.model.num_nextn_predict_layers
+    stages: list[Stage] = []
     for number in range(1 + len(settings.extension)):
-        if number:
-            config = settings.extension[number - 1].extend_context(config)
         length = stage_length(settings, number)
         stage = Stage(
-            config=config,
+            config=settings.extension[number - 1].extend_context(stages[-1].config) if number else settings.model,
             length=length,
             batches=Batches(train, length, extra, _seed(settings.run.seed, number)),
             heldout_BW=heldout_windows(valid, length, extra, settings.eval.tokens),
@@ -79,10 +77,9 @@ def is_finished(settings: TrainSettings, progress: RunProgress) -> bool:
 
 def flops_left(settings: TrainSettings, progress: RunProgress) -> int:
     """FLOPs from here to the end of the run: a token of a longer sequence costs more."""
-    flops = max(0, stage_tokens_left(settings, progress)) * token_flops(settings, progress.stage)
-    for number, phase in enumerate(settings.extension[progress.stage :], progress.stage + 1):
-        flops += phase.total_tokens * token_flops(settings, number)
-    return flops
+    stage_flops = max(0, stage_tokens_left(settings, progress)) * token_flops(settings, progress.stage)
+    later = enumerate(settings.extension[progress.stage :], progress.stage + 1)
+    return stage_flops + sum(phase.total_tokens * token_flops(settings, number) for number, phase in later)
 
 
 def check_stage(

@@ -139,13 +139,12 @@ def train(run: Run) -> str:
 
 
 def _open_report(run: Run) -> RunReport:
-    settings = run.settings
     return RunReport(
         run.folder,
-        settings.total_tokens,
+        run.settings.total_tokens,
         run.progress,
-        tensorboard=settings.run.tensorboard,
-        work_left=lambda progress: flops_left(settings, progress),
+        tensorboard=run.settings.run.tensorboard,
+        work_left=lambda progress: flops_left(run.settings, progress),
     )
 
 
