@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import math
@@ -14,14 +15,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any
+from typing import IO, Annotated, Any
 
+import httpx
 import typer
+from rich.table import Table
 
+from soli.cli._shared.console import number_columns, stdout_console
+from soli.cli._shared.progress import ProgressBar
 from soli.errors import SoliError
-
-if TYPE_CHECKING:
-    from soli.serve.load_generator import Workload
+from soli.serve.load_generator import Workload, find_server, measure, save_plot
 
 app = typer.Typer(help="Measure a server under load.", no_args_is_help=True, rich_markup_mode=None)
 LOAD_TIMEOUT = 600.0  # seconds that a model may take to load
@@ -53,8 +56,6 @@ def serve(
     arrival_rates = _numbers(rates, "rates", float)
     if any(not rate > 0 for rate in arrival_rates):
         raise SoliError(f"--rates has {rates!r}: give numbers above 0, or inf")
-    from soli.serve.load_generator import Workload
-
     load = Workload(requests, _numbers(seeds, "seeds", int), prompt_words, new_tokens)
     if target.startswith(("http://", "https://")):
         rows, name = _measure(target.rstrip("/"), api_key, arrival_rates, load)
@@ -79,19 +80,12 @@ def _numbers(text: str, name: str, kind: type) -> list[Any]:
 
 def _measure(url: str, key: str | None, rates: list[float], load: Workload) -> tuple[list[dict[str, Any]], str]:
     """The row of each rate, and the model's name."""
-    import asyncio
-
-    from soli.cli._shared.progress import ProgressBar
-    from soli.serve.load_generator import find_server, measure
-
     server = asyncio.run(find_server(url, key))
     with ProgressBar("requests", len(rates) * len(load.seeds) * load.requests) as bar:
         return [asyncio.run(measure(server, rate, load, bar.advance)) for rate in rates], server.model
 
 
 def _save(out: Path, result: dict[str, Any], title: str) -> None:
-    from soli.serve.load_generator import save_plot
-
     save_plot(out.with_name(f"{out.name}.png"), result["rows"], title)
     out.with_name(f"{out.name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"soli: wrote {out}.json and {out}.png", file=sys.stderr)
@@ -117,15 +111,12 @@ def running_server(model: str) -> Iterator[str]:
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: IO[bytes]) -> None:
-    import httpx
-
     deadline = time.monotonic() + LOAD_TIMEOUT
     while time.monotonic() < deadline:
         if process.poll() is not None:
             log.seek(0)
             lines = log.read().decode(errors="replace").strip().splitlines()
-            reason = lines[-1] if lines else "its log is empty"
-            raise SoliError(f"the server did not start ({reason}): try soli serve")
+            raise SoliError(f"the server did not start ({lines[-1] if lines else 'its log is empty'}): try soli serve")
         with contextlib.suppress(httpx.TransportError):
             if httpx.get(f"{url}/ready").status_code == 200:
                 return
@@ -134,14 +125,9 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: IO[bytes]
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    from rich.table import Table
-
-    from soli.cli._shared.console import stdout_console
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    times = ["first ms p50", "p95", "p99", "between ms p50", "p95", "p99"]
-    for column in ("requests/s", "done", "failed", "tokens/s", *times):
-        table.add_column(column, justify="right")
+    counts = ("requests/s", "done", "failed", "tokens/s")
+    times = ("first ms p50", "p95", "p99", "between ms p50", "p95", "p99")
+    table = Table(*number_columns(*counts, *times), box=None, pad_edge=False, header_style="bold")
     for row in rows:
         rate = "at once" if row["rate"] is None or math.isinf(row["rate"]) else f"{row['rate']:g}"
         finished = row["requests"] - row["failed"]

@@ -127,11 +127,9 @@ def _answer(conversation: Conversation, line: str) -> None:
                 print(f"{DIM}{sanitize_for_terminal(reasoning)}{PLAIN}", end="", flush=True)
             if answer:
                 print(sanitize_for_terminal(answer), end="", flush=True)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SoliError) as error:
         if not sys.stdin.isatty():
             raise
-    except SoliError as error:
-        if not sys.stdin.isatty():
-            raise
-        print(f"soli: {error}; {HELP}", file=sys.stderr)
+        if isinstance(error, SoliError):
+            print(f"soli: {error}; {HELP}", file=sys.stderr)
     print(flush=True)

@@ -84,23 +84,25 @@ def _print_table(
     config: ModelConfig, counted: parameters.Count, flops: parameters.Flops, cache: int, mtp: bool, note: str | None
 ) -> None:
     from rich import box
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from soli.cli._shared.console import stdout_console
 
     console = stdout_console()
     total, activated, share = counted.total, counted.activated, 100 * counted.activated / counted.total
-    summary = f"{scaled(total)} parameters, {scaled(activated)} activated for each token: {share:.1f} %"
-    console.print(summary, style="bold", soft_wrap=True)
-    table = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False)
-    table.add_column("", "total")
-    for title, footer in (
-        ("parameters", f"{total:,}"),
-        ("activated", f"{activated:,}"),
-        ("bf16", scaled(counted.bytes_bf16, "B")),
-        ("FP8", scaled(counted.bytes_fp8, "B")),
-    ):
-        table.add_column(title, footer, justify="right", no_wrap=True)
+    console.print(
+        f"{scaled(total)} parameters, {scaled(activated)} activated for each token: {share:.1f} %",
+        style="bold",
+        soft_wrap=True,
+    )
+    totals = {
+        "parameters": f"{total:,}",
+        "activated": f"{activated:,}",
+        "bf16": scaled(counted.bytes_bf16, "B"),
+        "FP8": scaled(counted.bytes_fp8, "B"),
+    }
+    columns = [Column(title, footer, justify="right", no_wrap=True) for title, footer in totals.items()]
+    table = Table(Column("", "total"), *columns, box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False)
     for c in counted.components:
         table.add_row(c.name, f"{c.total:,}", f"{c.activated:,}", scaled(c.bytes_bf16, "B"), scaled(c.bytes_fp8, "B"))
     console.print(table)

@@ -6,14 +6,18 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from soli.cli._shared.data_tables import print_counts, print_inspection, print_packed
 from soli.cli._shared.options import Assignments
-
-if TYPE_CHECKING:
-    from soli.data.pack import Input
+from soli.cli._shared.progress import StepReport
+from soli.data.inspection import inspect_folder
+from soli.data.pack import Input, PackConfig, pack_inputs
+from soli.data.readers import InputLayout
+from soli.data.recipe import load_recipe
+from soli.recipes import corpus_builder, read_data_config
 
 app = typer.Typer(help="Build, pack and inspect corpora.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -43,11 +47,6 @@ def build(
 
     A stopped build continues where it was when run again.
     """
-    from soli.cli._shared.data_tables import print_counts
-    from soli.cli._shared.progress import StepReport
-    from soli.data.recipe import load_recipe
-    from soli.recipes import corpus_builder, read_data_config
-
     config = read_data_config(load_recipe(recipe, assignments or []))
     build_data = corpus_builder(config)
     folder = out or Path(config.folder)
@@ -98,11 +97,6 @@ def pack(
     A weight is how many copies of each document an epoch holds on average: `notes.jsonl=2.5`. Lines that cannot be used
     are counted, reported with file and number, and listed in OUT/bad_lines.jsonl. Options override the recipe.
     """
-    from soli.cli._shared.data_tables import print_packed
-    from soli.cli._shared.progress import StepReport
-    from soli.data.pack import PackConfig, pack_inputs
-    from soli.data.readers import InputLayout
-
     fields = _two_fields(pair) if pair is not None else (field,)
     options = {"heldout_every": heldout_every, "fim_rate": fim_rate, "longest_document": longest, "seed": seed}
     values = recipe_values(recipe, options) if recipe else {}
@@ -124,9 +118,6 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
 ) -> None:
     """Tokens by source, characters per token, lengths of documents, and a few documents as they are trained on."""
-    from soli.cli._shared.data_tables import print_inspection
-    from soli.data.inspection import inspect_folder
-
     inspection = inspect_folder(folder, samples, seed)
     if as_json:
         print(json.dumps(inspection, indent=2, ensure_ascii=False))
@@ -136,8 +127,6 @@ def inspect(
 
 def parse_input(argument: str) -> Input:
     """`PATH` or `PATH=WEIGHT`; an existing path is used unchanged, with whatever = it has in its name."""
-    from soli.data.pack import Input
-
     path, equals, weight = argument.rpartition("=")
     if not equals or Path(argument).exists():
         return Input(Path(argument))
@@ -149,9 +138,6 @@ def parse_input(argument: str) -> Input:
 
 def recipe_values(recipe: str, names: dict[str, Any]) -> dict[str, Any]:
     """The fields among `names` that the recipe's [data] section sets, checked as `soli data build` checks them."""
-    from soli.data.recipe import load_recipe
-    from soli.recipes import read_data_config
-
     table = load_recipe(recipe)
     config = read_data_config(table)
     return {name: getattr(config, name) for name in names if name in table.get("data", {})}

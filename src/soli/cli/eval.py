@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 
 from soli.cli._shared import options
-from soli.cli._shared.console import stdout_console
+from soli.cli._shared.console import number_columns, print_json, stdout_console
 from soli.cli._shared.progress import ProgressBar
 from soli.cli._shared.text_input import evenly, file_pairs, file_texts
 from soli.errors import SoliError
@@ -52,8 +52,6 @@ def eval(
         with ProgressBar("scoring texts", len(texts)) as bar:
             report.on_text = score_texts(text_model, texts, bar.advance)
     if json:
-        from soli.cli._shared.expert_tables import print_json
-
         print_json(dataclasses.asdict(report))
     else:
         _print(report)
@@ -101,12 +99,8 @@ def _print(report: Report) -> None:
 
 
 def _quality_table(directions: dict[str, Direction]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("source")
-    table.add_column("pairs", justify="right")
-    for name in directions:
-        table.add_column(f"{name} chrF", justify="right")
-        table.add_column("BLEU", justify="right")
+    titles = [title for name in directions for title in (f"{name} chrF", "BLEU")]
+    table = Table("source", *number_columns("pairs", *titles), box=box.SIMPLE_HEAD, pad_edge=False)
     for source in next(iter(directions.values())).by_source:
         _add_row(table, source, [direction.by_source[source] for direction in directions.values()])
     table.add_section()

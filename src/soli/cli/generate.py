@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from soli.cli._shared import options, sampling_options
-from soli.cli._shared.console import sanitize_for_terminal
+from soli.cli._shared.console import print_json, sanitize_for_terminal
 from soli.cli._shared.text_input import argument_lines, stdin_lines
 from soli.errors import SoliError
 
@@ -106,11 +106,15 @@ def _print_json(
 ) -> None:
     from soli.cli._shared import expert_tables
 
-    entry: dict[str, Any] = {"prompt": prompt, "text": answer.text, "finish_reason": answer.finish_reason}
-    entry["prompt_tokens"] = answer.usage.prompt
-    entry["new_tokens"] = answer.usage.completion
+    entry: dict[str, Any] = {
+        "prompt": prompt,
+        "text": answer.text,
+        "finish_reason": answer.finish_reason,
+        "prompt_tokens": answer.usage.prompt,
+        "new_tokens": answer.usage.completion,
+    }
     if logprobs is not None:
         entry["logprobs"] = logprobs
     if trace is not None:
         entry["experts"] = expert_tables.as_json(trace)
-    expert_tables.print_json(entry)
+    print_json(entry)

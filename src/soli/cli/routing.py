@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from soli.cli._shared import options
-from soli.cli._shared.console import stdout_console
+from soli.cli._shared.console import number_columns, print_json, stdout_console
 from soli.cli._shared.progress import ProgressBar
 from soli.cli._shared.text_input import evenly, file_texts
 
@@ -47,8 +47,6 @@ def routing(
     if png is not None:
         save_heat_map(png, report.loads, report.preferences)
     if json:
-        from soli.cli._shared.expert_tables import print_json
-
         print_json({"file": file, "model": model, **dataclasses.asdict(report)})
     else:
         _print(report)
@@ -77,13 +75,15 @@ def _print(report: RoutingReport) -> None:
 
 
 def _load_table(report: RoutingReport) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("layer", "load, expert 0 first: ▅ is even"):
-        table.add_column(title, no_wrap=True)
-    for title in ("max violation", "dead"):
-        table.add_column(title, justify="right")
-    table.add_column("Chinese, 2 : 1 or more", style=CHINESE)
-    table.add_column("English, 2 : 1 or more", style=ENGLISH)
+    table = Table(
+        Column("layer", no_wrap=True),
+        Column("load, expert 0 first: ▅ is even", no_wrap=True),
+        *number_columns("max violation", "dead"),
+        Column("Chinese, 2 : 1 or more", style=CHINESE),
+        Column("English, 2 : 1 or more", style=ENGLISH),
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
     for load in report.loads:
         row: list[str | Text] = [load.layer, _load_bars(load), f"{load.max_violation:.2f}", str(len(load.dead_experts))]
         for language in ("zh", "en"):
@@ -105,10 +105,14 @@ def _load_bars(load: LayerLoad) -> Text:
 
 
 def _preference_table(preferences: list[ExpertPreference]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="the clearest preferences", title_justify="left")
-    table.add_column("expert")
-    for title in ("of Chinese tokens", "of English tokens", "Chinese : English", "p"):
-        table.add_column(title, justify="right")
+    table = Table(
+        "expert",
+        *number_columns("of Chinese tokens", "of English tokens", "Chinese : English", "p"),
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        title="the clearest preferences",
+        title_justify="left",
+    )
     for language, colour in (("zh", CHINESE), ("en", ENGLISH)):
         significant = [preference for preference in preferences if preference.prefers == language]
         significant.sort(key=lambda preference: -abs(preference.t))

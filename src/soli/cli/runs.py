@@ -7,14 +7,25 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from rich import box
+from rich.table import Column, Table
 
+from soli.cli._shared.console import number_columns, stdout_console
 from soli.errors import SoliError
-
-if TYPE_CHECKING:
-    from soli.train.runs import Point, RunSummary
+from soli.train.runs import (
+    Point,
+    RunSummary,
+    compare_runs,
+    find_runs,
+    locate_run,
+    read_metrics,
+    save_curves,
+    summarize,
+)
+from soli.train.schedule import stage_name
 
 app = typer.Typer(help="List training runs and compare them.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -28,8 +39,6 @@ def list_runs(
 
     Running: its metrics changed within the last minute, or within twice the time it takes between two reports.
     """
-    from soli.train.runs import find_runs, read_metrics, summarize
-
     summaries = [summarize(read_metrics(run)) for run in find_runs(folder)]
     if as_json:
         _print_json([dataclasses.asdict(summary) for summary in summaries])
@@ -46,16 +55,12 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print the points as JSON.")] = False,
 ) -> None:
     """Compare runs at the last tokens that all have reached; each difference is from the first run."""
-    from soli.train.runs import compare_runs, locate_run, read_metrics
-
     folders = [locate_run(name) for name in runs]
     if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
         raise SoliError("soli runs compare takes different runs; give two or more, each once")
     metrics = [read_metrics(folder) for folder in folders]
     points, names = compare_runs(metrics), _names(folders)
     if png is not None:
-        from soli.train.runs import save_curves
-
         save_curves(png, metrics, names)
     if as_json:
         _print_json(
@@ -72,38 +77,19 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _print_runs(summaries: Sequence[RunSummary]) -> None:
-    from rich import box
-    from rich.table import Table
-
-    from soli.cli._shared.console import stdout_console
-    from soli.train.schedule import stage_name
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("run", "state"):
-        table.add_column(title, no_wrap=title == "state")
-    for title in ("step", "M tokens", "loss", "held-out", "bits/byte", "tok/s"):
-        table.add_column(title, justify="right", no_wrap=True)
+    numbers = number_columns("step", "M tokens", "loss", "held-out", "bits/byte", "tok/s", no_wrap=True)
+    table = Table("run", Column("state", no_wrap=True), *numbers, box=box.SIMPLE_HEAD, pad_edge=False)
     for one in summaries:
-        numbers = (_number(one.loss), _number(one.heldout_loss), _number(one.bits_per_byte))
-        speed = _number(one.tokens_per_second, ",.0f")
         state = f"{one.state}, {stage_name(one.stage)}" if one.stage else one.state
-        table.add_row(one.folder, state, f"{one.step:,}", f"{one.tokens / 1e6:,.2f}", *numbers, speed)
+        losses = map(_number, (one.loss, one.heldout_loss, one.bits_per_byte))
+        speed = _number(one.tokens_per_second, ",.0f")
+        table.add_row(one.folder, state, f"{one.step:,}", f"{one.tokens / 1e6:,.2f}", *losses, speed)
     stdout_console().print(table)
 
 
 def _print_points(points: Sequence[Point], names: Sequence[str]) -> None:
-    from rich import box
-    from rich.table import Table
-
-    from soli.cli._shared.console import stdout_console
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("", no_wrap=True)
-    for title in ("at M tokens", names[0]):
-        table.add_column(title, justify="right")
-    for name in names[1:]:
-        table.add_column(name, justify="right")
-        table.add_column("difference", justify="right")
+    titles = ["at M tokens", names[0], *(title for name in names[1:] for title in (name, "difference"))]
+    table = Table(Column("", no_wrap=True), *number_columns(*titles), box=box.SIMPLE_HEAD, pad_edge=False)
     for point in points:
         row = [_number(point.values[0])]
         for value, difference in zip(point.values[1:], point.differences[1:], strict=True):

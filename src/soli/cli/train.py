@@ -88,8 +88,10 @@ def _dry_run(
     if as_json:
         document: dict[str, Any] = {"plan": dataclasses.asdict(plan), "recipe": as_recipe(settings, data)}
         if here is not None:
-            hours = hours_here(settings, plan.flops, here.tflops, here.precision)
-            document["device"] = {**dataclasses.asdict(here), "hours": hours}
+            document["device"] = {
+                **dataclasses.asdict(here),
+                "hours": hours_here(settings, plan.flops, here.tflops, here.precision),
+            }
         print(json.dumps(document, indent=2, ensure_ascii=False))
     else:
         print_plan(plan, settings, data.get("fim_rate", 0.0), devices, mfu, device_tflops, here)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from soli.cli._shared import options
+from soli.cli._shared.console import print_json
 from soli.cli._shared.text_input import argument_lines, stdin_lines
 from soli.errors import SoliError
 
@@ -40,11 +41,10 @@ def translate(
     from soli.engine.text_model import open_text_model
     from soli.eval.translation import Translator
 
-    sampling = SamplingParams(temperature, top_k, top_p, seed)
     translator = Translator(
         text_model=open_text_model(model, device, dtype, mtp=speculate),
         to=to,  # type: ignore[arg-type]
-        sampling=sampling,
+        sampling=SamplingParams(temperature, top_k, top_p, seed),
         max_new_tokens=max_new_tokens,
         trace=experts or experts_detail,
         batch_size=batch_size,
@@ -67,10 +67,14 @@ def _print(translator: Translator, translation: Translation, as_json: bool, deta
             print()
             expert_tables.show(trace, detail)
         return
-    entry: dict[str, Any] = {"source": translation.source, "translation": translation.text, "to": translation.to}
-    entry["finish_reason"] = answer.finish_reason if answer else None
-    entry["prompt_tokens"] = answer.usage.prompt if answer else 0
-    entry["new_tokens"] = answer.usage.completion if answer else 0
+    entry: dict[str, Any] = {
+        "source": translation.source,
+        "translation": translation.text,
+        "to": translation.to,
+        "finish_reason": answer.finish_reason if answer else None,
+        "prompt_tokens": answer.usage.prompt if answer else 0,
+        "new_tokens": answer.usage.completion if answer else 0,
+    }
     if trace is not None:
         entry["experts"] = expert_tables.as_json(trace)
-    expert_tables.print_json(entry)
+    print_json(entry)

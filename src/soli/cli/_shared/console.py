@@ -1,9 +1,12 @@
 """The consoles of the command line: standard output for tables and results, standard error for notes and progress."""
 
+import json
 import os
 import sys
+from typing import Any
 
 from rich.console import Console
+from rich.table import Column
 
 PIPE_WIDTH = 160  # columns when standard output is not a terminal and COLUMNS does not say
 
@@ -24,3 +27,13 @@ def sanitize_for_terminal(text: str) -> str:
     if not sys.stdout.isatty():
         return text
     return "".join(character for character in text if character in "\n\t" or character.isprintable())
+
+
+def number_columns(*titles: str, no_wrap: bool = False) -> list[Column]:
+    """Columns of a table of rich, aligned at the right."""
+    return [Column(title, justify="right", no_wrap=no_wrap) for title in titles]
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON object on one line, Chinese characters not escaped, flushed at once."""
+    print(json.dumps(value, ensure_ascii=False), flush=True)

@@ -9,8 +9,10 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from soli.cli._shared.console import stdout_console
+from soli.cli._shared.console import number_columns, stdout_console
 from soli.data.token_files import read_meta
+
+COUNTED = ("pairs", "lines", "characters", "heldout")  # fields of a source in counts.json
 
 
 def print_counts(folder: Path, as_json: bool) -> None:
@@ -23,12 +25,8 @@ def print_counts(folder: Path, as_json: bool) -> None:
     table = _table("source", "pairs", "lines", "characters", "held out", "tokens")
     for name, row in counts["sources"].items():
         tokens = meta["sources"].get(name, {}).get("tokens", 0)
-        table.add_row(
-            name, *(_number(row.get(k)) for k in ("pairs", "lines", "characters", "heldout")), _number(tokens)
-        )
-    totals = [
-        sum(row.get(k, 0) for row in counts["sources"].values()) for k in ("pairs", "lines", "characters", "heldout")
-    ]
+        table.add_row(name, *(_number(row.get(field)) for field in COUNTED), _number(tokens))
+    totals = [sum(row.get(field, 0) for row in counts["sources"].values()) for field in COUNTED]
     table.add_row("all", *map(_number, totals), _number(meta["train_tokens"]))
     stdout_console().print(table)
     for name in counts["skipped"]:
@@ -61,24 +59,16 @@ def print_inspection(folder: Path, inspection: dict[str, Any]) -> None:
         table.add_row(name, _number(row["documents"]), _number(row["tokens"]), f"{share:.1%}", f"{mean:.1f}")
     console.print(table)
     print(f"{folder}: {inspection['train_tokens']:,} training and {inspection['valid_tokens']:,} held-out tokens")
-    compression = _per_language(inspection["characters_per_token"])
-    print(f"vocabulary {inspection['vocab_size']:,}; characters per token: {compression}")
-    lengths = inspection["document_tokens"]
-    print("document lengths: " + ", ".join(f"{name} {value:,}" for name, value in lengths.items()) + " tokens")
+    compression = ", ".join(f"{value:.2f} {name}" for name, value in inspection["characters_per_token"].items())
+    print(f"vocabulary {inspection['vocab_size']:,}; characters per token: {compression or 'unknown'}")
+    lengths = ", ".join(f"{name} {value:,}" for name, value in inspection["document_tokens"].items())
+    print(f"document lengths: {lengths} tokens")
     for sample in inspection["samples"]:
         console.print(f"[dim]at {sample['at']:,}[/dim] {escape(sample['text'])}", soft_wrap=True)
 
 
-def _per_language(values: dict[str, float]) -> str:
-    return ", ".join(f"{value:.2f} {language}" for language, value in values.items()) or "unknown"
-
-
 def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False)
-    table.add_column(columns[0])
-    for column in columns[1:]:
-        table.add_column(column, justify="right")
-    return table
+    return Table(columns[0], *number_columns(*columns[1:]), box=None, pad_edge=False)
 
 
 def _number(value: int | None) -> str:

@@ -1,7 +1,6 @@
 """How the command line shows the experts: as a table on the terminal, or as JSON."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,8 +27,3 @@ def show(trace: Sequence[TokenTrace], detail: bool) -> None:
 def as_json(trace: Sequence[TokenTrace]) -> list[dict[str, Any]]:
     """The trace as plain lists and dicts, field for field as in soli/analysis/trace.py."""
     return [dataclasses.asdict(token) for token in trace]
-
-
-def print_json(value: dict[str, Any]) -> None:
-    """One JSON object on one line, Chinese characters not escaped, flushed at once."""
-    print(json.dumps(value, ensure_ascii=False), flush=True)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rich import box
+from rich.table import Column, Table
+
+from soli.cli._shared.console import stdout_console
 from soli.cli._shared.units import scaled
 from soli.config import RopeScaling
-from soli.plan.memory import MemoryEstimate, describe_fit
+from soli.plan.memory import describe_fit
 from soli.plan.training import STEP_SHARE, TrainingPlan, hours_here
 from soli.train.settings import TrainSettings
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from soli.plan.throughput import MeasuredDevice
 
 Lines = list[tuple[str, str]]
@@ -28,26 +30,19 @@ def print_plan(
     here: MeasuredDevice | None,
 ) -> None:
     """Phases, the recipe's constants, parameters, FLOPs, memory and time, on standard output."""
-    from soli.cli._shared.console import stdout_console
-
     console = stdout_console()
     console.print(_phases(plan))
-    for label, text in (*_constants(settings, fim_rate), *_memory(plan, settings, devices, here)):
-        console.print(f"[bold]{label:<12}[/bold]{text}", soft_wrap=True)
-    for label, text in _time(plan, settings, devices, mfu, device_tflops, here):
+    lines = _constants(settings, fim_rate) + _memory(plan, settings, devices, here)
+    for label, text in lines + _time(plan, settings, devices, mfu, device_tflops, here):
         console.print(f"[bold]{label:<12}[/bold]{text}", soft_wrap=True)
 
 
 def _phases(plan: TrainingPlan) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False)
     tokens, steps = sum(phase.tokens for phase in plan.phases), sum(phase.steps for phase in plan.phases)
-    table.add_column("phase", "total", no_wrap=True, min_width=len("extension 2"))
-    for title, footer in (("tokens", f"{tokens:,}"), ("steps", f"{steps:,}"), ("length", ""), ("batch", "")):
-        table.add_column(title, footer, justify="right", no_wrap=True)
-    table.add_column("rate", justify="right", no_wrap=True)
+    totals = {"tokens": f"{tokens:,}", "steps": f"{steps:,}", "length": "", "batch": "", "rate": ""}
+    columns = [Column(title, footer, justify="right", no_wrap=True) for title, footer in totals.items()]
+    name = Column("phase", "total", no_wrap=True, min_width=len("extension 2"))
+    table = Table(name, *columns, box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False)
     for phase in plan.phases:
         batch, rate = _span(phase.batch_sequences, ","), _span(phase.learning_rate, ".2e")
         table.add_row(phase.name, f"{phase.tokens:,}", f"{phase.steps:,}", f"{phase.sequence_length:,}", batch, rate)
@@ -108,15 +103,13 @@ def _memory(plan: TrainingPlan, settings: TrainSettings, devices: int, here: Mea
         ("memory", f"{scaled(plan.memory.total, 'B')} {share}, {micro}{recomputed}"),
         ("", by_kind),
     ]
-    lines += [(f"extension {n}", _extension_memory(memory)) for n, memory in enumerate(plan.extension_memory, 1)]
+    for number, memory in enumerate(plan.extension_memory, 1):
+        sizes_each = f"{scaled(memory.total, 'B')} on each, activations {scaled(memory.activations, 'B')}"
+        lines.append((f"extension {number}", sizes_each))
     if here is not None:
         verdict = describe_fit(settings, plan.precision, here.kind, devices, here.memory)
         lines.append(("memory here", f"{scaled(here.memory, 'B')}: {verdict}"))
     return lines
-
-
-def _extension_memory(memory: MemoryEstimate) -> str:
-    return f"{scaled(memory.total, 'B')} on each, activations {scaled(memory.activations, 'B')}"
 
 
 def _time(
@@ -138,8 +131,8 @@ def _time(
     if devices > 1:
         lines.append(("days", f"{plan.gpu_hours / devices / 24:,.1f} on {devices:,} devices"))
     if plan.paper_gpu_hours:
-        hours_of_paper = f"{plan.paper_gpu_hours:,} H800-hours without extension (arXiv 2412.19437, table 1)"
-        lines.append(("the paper's", hours_of_paper))
+        measured = f"{plan.paper_gpu_hours:,} H800-hours without extension (arXiv 2412.19437, table 1)"
+        lines.append(("the paper's", measured))
     return lines
 
 

@@ -79,23 +79,15 @@ class ProgressBar:
             self._bar.start()
 
 
-class StepReport:
+class StepReport(ProgressBar):
     """A line on standard error for each finished step of a long job, and a spinner for the one under way."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self._bar = ProgressBar("starting", unit="steps", console=stderr_console(quiet))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.__exit__(kind, error, trace)
+        super().__init__("starting", unit="steps", console=stderr_console(quiet))
 
     def report(self, name: str, event: str) -> None:
         """Take the report of a step: an event that ends in -ing is under way, any other is a result."""
         if event.endswith("ing"):
-            self._bar.rename(f"{name}: {event}")
+            self.rename(f"{name}: {event}")
         else:
-            self._bar.console.print(f"{self._bar.seconds:5.0f} s  {name:<24} {escape(event)}")
+            self.console.print(f"{self.seconds:5.0f} s  {name:<24} {escape(event)}")

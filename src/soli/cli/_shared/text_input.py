@@ -36,9 +36,7 @@ def file_lines(path: str) -> Iterator[str]:
 
 
 def _lines(stream: BinaryIO, name: str) -> Iterator[str]:
-    number = 0
-    while line := stream.readline(LONGEST_LINE + 2):
-        number += 1
+    for number, line in enumerate(iter(lambda: stream.readline(LONGEST_LINE + 2), b""), start=1):
         yield _checked(line, f"line {number} of {name}")
 
 
