@@ -55,8 +55,12 @@ def create_app(service: Service, rules: AppRules | None = None) -> ASGIApp:
     if not rules.origins:
         return protected
     # CORS is outermost: a browser's preflight has no key, and the browser must be able to read a rejection.
-    headers = ["Authorization", "Content-Type"]
-    return CORSMiddleware(protected, allow_origins=rules.origins, allow_methods=["GET", "POST"], allow_headers=headers)
+    return CORSMiddleware(
+        protected,
+        allow_origins=rules.origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["Authorization", "Content-Type"],
+    )
 
 
 def _add_probes(app: FastAPI, service: Service) -> None:

@@ -61,8 +61,7 @@ async def _on_api_error(_: Request, error: Exception) -> JSONResponse:
 async def _on_http_error(_: Request, error: Exception) -> JSONResponse:
     """Routes and methods that do not exist, bodies that are not JSON."""
     assert isinstance(error, HTTPException)
-    message = HTTP_MESSAGES.get(error.status_code, str(error.detail))
-    return error_response(error.status_code, message, error.headers)
+    return error_response(error.status_code, HTTP_MESSAGES.get(error.status_code, str(error.detail)), error.headers)
 
 
 async def _on_invalid_body(request: Request, error: Exception) -> JSONResponse:

@@ -16,7 +16,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +72,8 @@ class TargetServer:
 
 def arrivals(rate: float, count: int, generator: random.Random) -> list[float]:
     """Seconds from the start at which `count` requests are due, the first at once; math.inf: all at once."""
-    times: list[float] = []
-    time_due = 0.0
-    for _ in range(count):
-        times.append(time_due)
-        time_due += generator.expovariate(rate) if math.isfinite(rate) else 0.0
-    return times
+    gaps = [generator.expovariate(rate) if math.isfinite(rate) else 0.0 for _ in range(count)]
+    return [0.0, *accumulate(gaps)][:count]
 
 
 def drive_engine(
@@ -111,8 +107,9 @@ async def find_server(url: str, key: str | None) -> TargetServer:
         async with _client(url, key) as client:
             answer = await client.get("/v1/models")
             if answer.status_code != 200:
-                message = _error_message(answer.text)
-                raise SoliError(f"{url} answers /v1/models with status {answer.status_code}: {message}")
+                raise SoliError(
+                    f"{url} answers /v1/models with status {answer.status_code}: {_error_message(answer.text)}"
+                )
             model = str(answer.json()["data"][0]["id"])
             body = {"model": model, "prompt": "time", "max_tokens": 1, "ignore_eos": True}
             probe = await client.post("/v1/completions", json=body)
@@ -130,8 +127,8 @@ async def measure(
     for seed in load.seeds:
         generator = random.Random(seed)
         due = arrivals(rate, load.requests, generator)
-        prompts = [" ".join(generator.choices(WORDS.split(), k=load.prompt_words)) for _ in due]
-        bodies = [_body(server, prompt, load.new_tokens) for prompt in prompts]
+        words = (generator.choices(WORDS.split(), k=load.prompt_words) for _ in due)
+        bodies = [_body(server, " ".join(prompt), load.new_tokens) for prompt in words]
         start = time.perf_counter()
         timings += await _send_all(server, start, due, bodies, on_end)
         seconds += time.perf_counter() - start
@@ -255,6 +252,9 @@ def _error_message(body: str) -> str:
 
 
 def _client(url: str, key: str | None) -> httpx.AsyncClient:
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-    return httpx.AsyncClient(base_url=url, headers=headers, timeout=httpx.Timeout(600.0), limits=limits)
+    return httpx.AsyncClient(
+        base_url=url,
+        headers={"Authorization": f"Bearer {key}"} if key else {},
+        timeout=httpx.Timeout(600.0),
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+    )

@@ -6,19 +6,18 @@ of the text around them. Their memory is bounded: counts and MAX_TOKENS tokens p
 """
 
 import heapq
-import re
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import prometheus_client as prometheus
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from soli.analysis.trace import TokenTrace
+from soli.data.text import count_han
 from soli.engine.request import EngineStats, Event
 from soli.serve.protocol_responses import ExpertReport, ExpertToken
 
@@ -46,23 +45,19 @@ COUNTERS = {  # field of EngineStats: help
 MAX_TOKENS = 32  # kept per expert
 CONTEXT_TOKENS = 3  # shown on each side of a token
 KINDS = ("chinese", "english", "digits", "punctuation", "other")
-_HAN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]")
-
-
-class MetricsSource(Protocol):
-    """Where the engine's metrics come from: the service."""
-
-    @property
-    def ready(self) -> bool: ...
-
-    def engine_stats(self) -> tuple[EngineStats, Sequence[str]] | None:
-        """The engine's statistics and the names of the model's MoE layers; None without a model."""
 
 
 class ServerMetrics:
-    """One registry per server."""
+    """One registry per server, and the collector of the engine's statistics in it.
 
-    def __init__(self, source: MetricsSource) -> None:
+    `engine_stats` returns them with the names of the model's MoE layers; None without a model.
+    """
+
+    def __init__(
+        self, is_ready: Callable[[], bool], engine_stats: Callable[[], tuple[EngineStats, Sequence[str]] | None]
+    ) -> None:
+        self._is_ready = is_ready
+        self._engine_stats = engine_stats
         self._registry = prometheus.CollectorRegistry()
         self.first_token = self._histogram(
             "time_to_first_token", "From the request's arrival to its first token", FIRST_TOKEN_BUCKETS
@@ -72,7 +67,7 @@ class ServerMetrics:
         self.queue_full = prometheus.Counter(
             "soli_queue_full", "Requests rejected because the queue is full", registry=self._registry
         )
-        self._registry.register(_EngineCollector(source))
+        self._registry.register(self)
 
     def text(self) -> bytes:
         """The page that Prometheus scrapes."""
@@ -108,16 +103,10 @@ class ServerMetrics:
     def _histogram(self, name: str, description: str, buckets: Sequence[float]) -> prometheus.Histogram:
         return prometheus.Histogram(f"soli_{name}_seconds", description, buckets=buckets, registry=self._registry)
 
-
-class _EngineCollector:
-    """A collector of prometheus_client."""
-
-    def __init__(self, source: MetricsSource) -> None:
-        self._source = source
-
     def collect(self) -> Iterator[Metric]:
-        yield GaugeMetricFamily("soli_ready", "Whether requests are answered", value=float(self._source.ready))
-        stats_and_layers = self._source.engine_stats()
+        """What prometheus_client calls when /metrics is scraped."""
+        yield GaugeMetricFamily("soli_ready", "Whether requests are answered", value=float(self._is_ready()))
+        stats_and_layers = self._engine_stats()
         if stats_and_layers is None:
             return
         stats, layers = stats_and_layers
@@ -145,11 +134,8 @@ class _ExpertUse:
         """Counts token `number`, of which every entry of the heap has another."""
         self.selected += 1
         self.kinds[kind] += 1
-        entry = (weight, number, excerpt)
-        if len(self.top) < MAX_TOKENS:
-            heapq.heappush(self.top, entry)
-        elif entry > self.top[0]:
-            heapq.heapreplace(self.top, entry)
+        push = heapq.heappush if len(self.top) < MAX_TOKENS else heapq.heappushpop
+        push(self.top, (weight, number, excerpt))
 
 
 class ExpertStatistics:
@@ -200,7 +186,7 @@ class ExpertStatistics:
 def kind_of(text: str) -> str:
     """What a token mostly is: one of KINDS."""
     bare = text.strip()
-    if _HAN.search(bare):
+    if count_han(bare):
         return "chinese"
     if any(character.isdigit() for character in bare):
         return "digits"

@@ -68,8 +68,14 @@ class AccessMiddleware:
         try:
             await self._answer(scope, receive, send_with_id)
         finally:
-            fields = {"id": request_id, "method": scope["method"], "path": scope["path"][:200], "status": status}
-            fields |= {"bytes": body_bytes, "seconds": round(time.monotonic() - start, 4)}
+            fields = {
+                "id": request_id,
+                "method": scope["method"],
+                "path": scope["path"][:200],
+                "status": status,
+                "bytes": body_bytes,
+                "seconds": round(time.monotonic() - start, 4),
+            }
             is_probe = scope["path"] in ("/health", "/ready")
             log.log(logging.DEBUG if is_probe else logging.INFO, "request", extra={"fields": fields})
 
@@ -94,8 +100,9 @@ class AccessMiddleware:
                 async with asyncio.timeout(None if complete else deadline - time.monotonic()):
                     message = await receive()
             except TimeoutError:
-                reason = f"the body did not arrive within {self._rules.body_seconds:g} seconds"
-                raise HTTPException(408, reason) from None
+                raise HTTPException(
+                    408, f"the body did not arrive within {self._rules.body_seconds:g} seconds"
+                ) from None
             received += len(message.get("body", b""))
             complete = not message.get("more_body", False)
             if received > self._rules.body_bytes:

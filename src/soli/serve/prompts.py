@@ -76,9 +76,8 @@ def chat_batch(body: ChatBody, loaded: LoadedModel, limits: ServiceLimits) -> Re
     names = _param_names(body.soli, prompt_ids="messages", constraint=constraint_name)
     if body.max_completion_tokens:
         names["max_new_tokens"] = "max_completion_tokens"
-    batch = _batch(body, [request], names, loaded, limits)
     new_parser = _new_parser(forced_tool, constraint is not None, prompt.starts_in_reasoning, bool(tools))
-    return replace(batch, new_parser=new_parser)
+    return _batch(body, [request], names, loaded, limits, new_parser)
 
 
 def translation_batch(body: TranslateBody, loaded: LoadedModel) -> RequestBatch:
@@ -111,16 +110,24 @@ def _batch(
     param_names: Mapping[str, str],
     loaded: LoadedModel,
     limits: ServiceLimits,
+    new_parser: Callable[[], OutputParser] = PlainParser,
 ) -> RequestBatch:
     choices = body.n or 1
     if choices * len(prompts) > limits.choices:
-        message = f"the request is for {choices * len(prompts)} answers; the limit of this server is {limits.choices}"
-        raise ApiError(400, message, "n")
+        raise ApiError(
+            400,
+            f"the request is for {choices * len(prompts)} answers; the limit of this server is {limits.choices}",
+            "n",
+        )
     longest = max(len(request.prompt_ids) for request in prompts)
     max_tokens = min(limits.prompt_tokens, loaded.text_model.positions - 1)
     if longest > max_tokens:
-        message = f"the prompt has {longest} tokens; this server takes at most {max_tokens}: shorten it"
-        raise ApiError(400, message, param_names["prompt_ids"], "context_length_exceeded")
+        raise ApiError(
+            400,
+            f"the prompt has {longest} tokens; this server takes at most {max_tokens}: shorten it",
+            param_names["prompt_ids"],
+            "context_length_exceeded",
+        )
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options needs stream to be true", "stream_options")
     requests = [
@@ -129,7 +136,7 @@ def _batch(
         for choice in range(choices)
     ]
     include_usage = body.stream_options is not None and body.stream_options.include_usage
-    return RequestBatch(tuple(requests), choices, body.soli.routing, param_names, include_usage)
+    return RequestBatch(tuple(requests), choices, body.soli.routing, param_names, include_usage, new_parser)
 
 
 def _request(
@@ -154,8 +161,11 @@ def _sampling(body: GenerationBody, vocab_size: int) -> SamplingParams:
     logit_bias = {int(token): bias for token, bias in (body.logit_bias or {}).items()}
     largest = max(logit_bias, default=0)
     if largest >= vocab_size:
-        message = f"logit_bias names token {largest}, but the model's vocabulary ends at {vocab_size - 1}"
-        raise ApiError(400, message, "logit_bias")
+        raise ApiError(
+            400,
+            f"logit_bias names token {largest}, but the model's vocabulary ends at {vocab_size - 1}",
+            "logit_bias",
+        )
     return SamplingParams(
         temperature=1.0 if body.temperature is None else body.temperature,
         top_k=body.top_k,
@@ -265,15 +275,24 @@ def _forced_tool(body: ChatBody, tools: Sequence[Tool]) -> str | None:
 def _check_unforced(body: ChatBody, tools: Sequence[Tool]) -> None:
     """Rejects what only a forced call can guarantee."""
     if body.parallel_tool_calls is False:
-        message = "the model decides how many calls it makes: leave parallel_tool_calls out or set tool_choice"
-        raise ApiError(400, message, "parallel_tool_calls")
+        raise ApiError(
+            400,
+            "the model decides how many calls it makes: leave parallel_tool_calls out or set tool_choice",
+            "parallel_tool_calls",
+        )
     for number, tool in enumerate(tools):
         if tool.function.strict:
-            message = "only a forced call is constrained to its schema: leave strict out or set tool_choice"
-            raise ApiError(400, message, f"tools.{number}.function.strict")
+            raise ApiError(
+                400,
+                "only a forced call is constrained to its schema: leave strict out or set tool_choice",
+                f"tools.{number}.function.strict",
+            )
     if _has_format(body.response_format):
-        message = "a constrained answer cannot call tools: leave response_format out or set tool_choice to none"
-        raise ApiError(400, message, "response_format")
+        raise ApiError(
+            400,
+            "a constrained answer cannot call tools: leave response_format out or set tool_choice to none",
+            "response_format",
+        )
 
 
 def _has_format(response_format: ResponseFormat | None) -> bool:

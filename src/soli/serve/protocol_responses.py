@@ -95,26 +95,26 @@ class ChunkRouting(BaseModel):
     tokens: list[TokenTrace]
 
 
-class GenerationResponse(BaseModel):
-    """What every whole answer has."""
+class GenerationBase(BaseModel):
+    """What every whole answer and every chunk of a stream has."""
 
     id: str
     created: int
     model: str
     object: str
     choices: list[Any]
+
+
+class GenerationResponse(GenerationBase):
+    """What every whole answer has."""
+
     usage: TokenUsage
     soli: RoutingSummary | None = None
 
 
-class GenerationChunk(BaseModel):
+class GenerationChunk(GenerationBase):
     """What every chunk of a stream has; usage and summary are in the last one."""
 
-    id: str
-    created: int
-    model: str
-    object: str
-    choices: list[Any]
     usage: TokenUsage | None = None
     soli: ChunkRouting | RoutingSummary | None = None
 
@@ -218,6 +218,9 @@ class ChatChunk(GenerationChunk):
     choices: list[ChatChunkChoice]
 
 
+ModelMode = Literal["chat", "translate", "complete"]
+
+
 class ModelDescription(BaseModel):
     """GET /soli/model. `experts`: per MoE layer; `chosen`: of them per token; `total`, `activated`: parameters."""
 
@@ -229,7 +232,7 @@ class ModelDescription(BaseModel):
     kept_groups: int
     total: int
     activated: int
-    modes: list[Literal["chat", "translate", "complete"]]
+    modes: list[ModelMode]
     context: int
 
 

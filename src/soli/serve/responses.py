@@ -53,10 +53,12 @@ class ResponseBuilder:
         text_model = service.loaded.text_model
         self._choices = [answer_format.new_choice(index, text_model, batch) for index in range(len(batch.requests))]
         self._usages: list[Usage | None] = [None] * len(batch.requests)
-        traced = batch.routing != "none"
-        self._recorders = [RoutingRecorder(service, request) for request in batch.requests] if traced else []
-        response_id = f"{answer_format.id_prefix}-{secrets.token_hex(12)}"
-        self._head: dict[str, Any] = {"id": response_id, "created": int(time.time()), "model": service.name}
+        self._recorders = [RoutingRecorder(service, request) for request in batch.requests if batch.routing != "none"]
+        self._head: dict[str, Any] = {
+            "id": f"{answer_format.id_prefix}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": service.name,
+        }
 
     async def whole(self) -> protocol.GenerationResponse:
         """The whole response."""
@@ -71,8 +73,13 @@ class ResponseBuilder:
         if self._batch.routing == "full":
             for choice, tokens in zip(choices, traces, strict=True):
                 choice.soli = protocol.ChoiceRouting(tokens=tokens)
-        head = self._head | {"object": self._format.response_object}
-        return self._format.response(**head, choices=choices, usage=self._usage(), **self._summary())
+        return self._format.response(
+            **self._head,
+            object=self._format.response_object,
+            choices=choices,
+            usage=self._usage(),
+            **self._summary(),
+        )
 
     async def stream(self) -> AsyncGenerator[protocol.GenerationChunk, None]:
         """The chunks of a stream, once the engine has accepted all requests: rejections come before the first byte."""
@@ -155,8 +162,10 @@ class RoutingRecorder:
 
     def counts(self) -> list[protocol.ExpertCounts]:
         """How often each expert was selected, layer by layer."""
-        layers = zip(self._routers, self._counts, strict=False)
-        return [protocol.ExpertCounts(layer=name, counts=counts) for (name, _), counts in layers]
+        return [
+            protocol.ExpertCounts(layer=name, counts=counts)
+            for (name, _), counts in zip(self._routers, self._counts, strict=False)
+        ]
 
     def _trace(self, event: Event) -> list[TokenTrace]:
         routing = event.routing or ()
@@ -197,8 +206,12 @@ class CompletionChoiceBuilder:
         return protocol.CompletionChoice(**self._fields(self.text, self.logprobs))
 
     def _fields(self, text: str, logprobs: Sequence[tuple[TokenLogprob, int]]) -> dict[str, Any]:
-        described = self._describe(logprobs) if logprobs else None
-        return {"index": self.index, "text": text, "logprobs": described, "finish_reason": self.finish_reason}
+        return {
+            "index": self.index,
+            "text": text,
+            "logprobs": self._describe(logprobs) if logprobs else None,
+            "finish_reason": self.finish_reason,
+        }
 
     def _describe(self, logprobs: Sequence[tuple[TokenLogprob, int]]) -> protocol.CompletionLogprobs:
         def name(token: int) -> str:
@@ -268,14 +281,20 @@ class ChatChoiceBuilder:
         """The fields of a ChatDelta that are not empty."""
         self._reasoning += delta.reasoning
         self._content += delta.content
-        calls = [self._add_call(call) for call in delta.tool_calls]
-        fields = {"reasoning_content": delta.reasoning, "content": delta.content, "tool_calls": calls}
+        fields = {
+            "reasoning_content": delta.reasoning,
+            "content": delta.content,
+            "tool_calls": [self._add_call(call) for call in delta.tool_calls],
+        }
         return {name: value for name, value in fields.items() if value}
 
     def _add_call(self, call: ToolCall) -> protocol.ToolCallDelta:
-        function = FunctionCall(name=call.name, arguments=call.arguments)
-        call_id = f"call_{secrets.token_hex(12)}"
-        delta = protocol.ToolCallDelta(index=len(self._calls), id=call_id, type="function", function=function)
+        delta = protocol.ToolCallDelta(
+            index=len(self._calls),
+            id=f"call_{secrets.token_hex(12)}",
+            type="function",
+            function=FunctionCall(name=call.name, arguments=call.arguments),
+        )
         self._calls.append(delta)
         return delta
 
@@ -284,8 +303,11 @@ class ChatChoiceBuilder:
         return protocol.SampledTokenLogprob(**self._token_fields(drawn.token, drawn.logprob), top_logprobs=top)
 
     def _token_fields(self, token: int, logprob: float) -> dict[str, Any]:
-        token_bytes = self._text_model.tokenizer.token_bytes(token)
-        return {"token": token_name(self._text_model, token), "logprob": logprob, "bytes": list(token_bytes)}
+        return {
+            "token": token_name(self._text_model, token),
+            "logprob": logprob,
+            "bytes": list(self._text_model.tokenizer.token_bytes(token)),
+        }
 
 
 def token_name(text_model: TextModel, token: int) -> str:

@@ -50,7 +50,7 @@ class Service:
         self.limits = limits or ServiceLimits()
         self.created = int(time.time())
         self.failure: Exception | None = None
-        self.metrics = ServerMetrics(self)
+        self.metrics = ServerMetrics(lambda: self.ready, self.engine_stats)
         self.expert_statistics = ExpertStatistics()
         self._load = load
         self._draining = False
@@ -137,11 +137,11 @@ class Service:
         try:
             for request in requests:
                 streams.append(await self.loaded.engine.submit(request))
-        except SoliError as error:
-            _close(streams)
-            raise self._rejection(error, param_names) from error
-        except BaseException:
-            _close(streams)
+        except BaseException as error:
+            for stream in streams:
+                stream.close()
+            if isinstance(error, SoliError):
+                raise self._rejection(error, param_names) from error
             raise
         return self.metrics.timed(merge_events(streams, self.limits.seconds), len(requests), arrival)
 
@@ -155,8 +155,3 @@ class Service:
         field = error.field if isinstance(error, RejectedRequest) else "constraint"
         too_long = isinstance(error, RejectedRequest) and error.too_long
         return ApiError(400, str(error), param_names.get(field), "context_length_exceeded" if too_long else None)
-
-
-def _close(streams: Sequence[AsyncEvents]) -> None:
-    for stream in streams:
-        stream.close()

@@ -1,7 +1,7 @@
 """Soli's own routes: what the model is, what an expert was selected for, and translation."""
 
 import asyncio
-from typing import Annotated, Literal
+from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Request
 from starlette.responses import Response
@@ -12,7 +12,7 @@ from soli.serve.middleware import StrictRoute
 from soli.serve.openai_routes import ERRORS, described, respond
 from soli.serve.prompts import can_translate, translation_batch
 from soli.serve.protocol_requests import TranslateBody
-from soli.serve.protocol_responses import ExpertReport, ModelDescription
+from soli.serve.protocol_responses import ExpertReport, ModelDescription, ModelMode
 from soli.serve.responses import TRANSLATION
 from soli.serve.service import LoadedModel, Service
 
@@ -67,10 +67,10 @@ def describe(name: str, loaded: LoadedModel) -> ModelDescription:
     )
 
 
-def _modes(loaded: LoadedModel) -> list[Literal["chat", "translate", "complete"]]:
-    modes: list[Literal["chat", "translate", "complete"]] = []
-    if loaded.template is not None:
-        modes.append("chat")
-    if can_translate(loaded):
-        modes.append("translate")
-    return [*modes, "complete"]
+def _modes(loaded: LoadedModel) -> list[ModelMode]:
+    supported: dict[ModelMode, bool] = {
+        "chat": loaded.template is not None,
+        "translate": can_translate(loaded),
+        "complete": True,
+    }
+    return [mode for mode, is_supported in supported.items() if is_supported]

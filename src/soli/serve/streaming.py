@@ -32,14 +32,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
-        sending = asyncio.create_task(self._send(send))
-        disconnect = asyncio.create_task(_disconnect(receive))
-        try:
-            await asyncio.wait((sending, disconnect), timeout=self._seconds, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            disconnect.cancel()
-            sending.cancel()
-            await asyncio.gather(sending, disconnect, return_exceptions=True)
+        await _run_while_connected(self._send(send), receive, self._seconds)
 
     async def _send(self, send: Send) -> None:
         try:
@@ -59,17 +52,10 @@ class EventStream(Response):
 
 async def while_connected(request: Request, answer: Coroutine[Any, Any, Result]) -> Result:
     """The answer's result; it is cancelled when the client disconnects."""
-    working = asyncio.create_task(answer)
-    disconnect = asyncio.create_task(_disconnect(request.receive))
-    try:
-        await asyncio.wait((working, disconnect), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
-    finally:
-        disconnect.cancel()
-        working.cancel()
-        await asyncio.gather(working, disconnect, return_exceptions=True)
+    finished = await _run_while_connected(answer, request.receive)
+    if finished is None:
+        raise ClientDisconnect
+    return finished.result()
 
 
 async def merge_events(streams: Sequence[AsyncEvents], seconds: float) -> AsyncGenerator[tuple[int, Event], None]:
@@ -96,6 +82,21 @@ async def merge_events(streams: Sequence[AsyncEvents], seconds: float) -> AsyncG
         for task, stream in zip(tasks, streams, strict=True):
             task.cancel()
             stream.close()
+
+
+async def _run_while_connected(
+    work: Coroutine[Any, Any, Result], receive: Receive, seconds: float | None = None
+) -> asyncio.Task[Result] | None:
+    """The finished task of `work`; None if it was cancelled, at the client's disconnect or after so many seconds."""
+    working = asyncio.create_task(work)
+    disconnect = asyncio.create_task(_disconnect(receive))
+    try:
+        await asyncio.wait((working, disconnect), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        return working if working.done() else None
+    finally:
+        disconnect.cancel()
+        working.cancel()
+        await asyncio.gather(working, disconnect, return_exceptions=True)
 
 
 async def _disconnect(receive: Receive) -> None:
