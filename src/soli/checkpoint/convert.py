@@ -42,12 +42,15 @@ def convert_checkpoint(
             f"{target.format}; convert the folder that it was made from"
         )
     stored_slots = [slot for slot in checkpoint.slots if checkpoint.holds(slot)]
-
-    def fetch(slot: Slot) -> Encoded:
-        return _fetch(checkpoint, slot, target)
-
-    side_files = files_beside(checkpoint.folder, SIDE_FILES)
-    bytes_written = write(Path(folder), checkpoint.config, stored_slots, target, fetch, side_files, progress)
+    bytes_written = write(
+        Path(folder),
+        checkpoint.config,
+        stored_slots,
+        target,
+        lambda slot: _fetch(checkpoint, slot, target),
+        files_beside(checkpoint.folder, SIDE_FILES),
+        progress,
+    )
     bytes_read = sum(entry.end - entry.start for entry in checkpoint.entries.values())
     notes = [
         f"{name} stays bf16: no group of 32, 64 or 128 divides its inputs"

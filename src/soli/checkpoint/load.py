@@ -55,9 +55,10 @@ def load_model(
     model = Transformer(checkpoint.config, device="meta", dtype=dtype or checkpoint.natural_dtype)
     if quantized is None:
         quantized = "F8_E4M3" not in checkpoint.quantized_dtypes
+    sources = _sources(checkpoint)
     if quantized:
-        _set_quantized(model, checkpoint, device)
-    _fill(model, checkpoint, device)
+        _set_quantized(model, checkpoint, sources, device)
+    _fill(model, checkpoint, sources, device)
     return model.eval()
 
 
@@ -81,9 +82,10 @@ def _how_to_fetch(name: str) -> str:
     return f"; for the model of that name run `hf download {name} --local-dir {short}` and give the folder {short}"
 
 
-def _set_quantized(model: Transformer, checkpoint: Checkpoint, device: torch.device | str) -> None:
+def _set_quantized(
+    model: Transformer, checkpoint: Checkpoint, sources: dict[str, list[Slot]], device: torch.device | str
+) -> None:
     """Give every layer whose weights are quantized in the files these weights, mapped from disk."""
-    sources = _sources(checkpoint)
     for name, module in model.named_modules():
         if isinstance(module, Linear):
             weight = checkpoint.quantized(sources[f"{name}.weight"][0]) if f"{name}.weight" in sources else None
@@ -117,9 +119,10 @@ def _sources(checkpoint: Checkpoint) -> dict[str, list[Slot]]:
     return sources
 
 
-def _fill(model: Transformer, checkpoint: Checkpoint, device: torch.device | str) -> None:
+def _fill(
+    model: Transformer, checkpoint: Checkpoint, sources: dict[str, list[Slot]], device: torch.device | str
+) -> None:
     """Allocate every parameter and buffer on `device` and read its values from the files, one after another."""
-    sources = _sources(checkpoint)
     filled: dict[str, Tensor] = {}
     for name, empty in model.state_dict().items():
         if name not in sources:  # the head of a model with tied embeddings

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from soli.checkpoint.name_map import Slot, slots
-from soli.checkpoint.writer import SHARD_BYTES, TOKENIZER_FILES, Encoded, Target, files_beside, write
+from soli.checkpoint.writer import SHARD_BYTES, TOKENIZER_FILES, Target, files_beside, write
 from soli.errors import SoliError
 from soli.model import Transformer
 
@@ -41,12 +41,15 @@ def save_model(
             "soli convert, or load it with quantized=False"
         )
     written_slots = [slot for slot in slots(model.config) if not slot.copy or (mtp_copies and slot.layer is not None)]
-
-    def fetch(slot: Slot) -> Encoded:
-        return target.encode(slot, slot_view(state, slot))
-
     side_files = files_beside(_existing_folder(tokenizer_from), TOKENIZER_FILES) if tokenizer_from is not None else []
-    write(Path(folder), model.config, written_slots, target, fetch, side_files)
+    write(
+        Path(folder),
+        model.config,
+        written_slots,
+        target,
+        lambda slot: target.encode(slot, slot_view(state, slot)),
+        side_files,
+    )
 
 
 def slot_view(state: Mapping[str, Tensor], slot: Slot) -> Tensor:

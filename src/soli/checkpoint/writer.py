@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -196,11 +196,9 @@ def _new_folder(folder: Path, size: int) -> Iterator[Path]:
         yield partial
         partial.rename(folder)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise SoliError(f"{folder}: cannot be written ({error.strerror or error})") from None
-    except BaseException:
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _split_into_shards(slots: Sequence[Slot], target: Target) -> list[list[Slot]]:
@@ -224,11 +222,10 @@ def _write_shard(file: Path, shard: Sequence[Slot], target: Target, fetch: Fetch
         stream.write(head)
         stream.truncate(size)
         for slot in shard:
-            value = fetch(slot)
-            for (name, dtype, shape), tensor in zip(target.specs(slot), _tensors(value), strict=True):
+            for (name, dtype, shape), tensor in zip(target.specs(slot), _tensors(fetch(slot)), strict=True):
                 assert (FILE_DTYPE[tensor.dtype], tuple(tensor.shape)) == (dtype, shape), name
                 stream.seek(offsets[name])
-                _write_bytes(stream, tensor)
+                stream.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
             yield sum(_bytes(spec) for spec in target.specs(slot))
         stream.flush()
         os.fsync(stream.fileno())
@@ -239,11 +236,6 @@ def _tensors(value: Encoded) -> tuple[Tensor, ...]:
         assert value.scale is not None
         return value.values, value.scale
     return (value,)
-
-
-def _write_bytes(stream: BinaryIO, tensor: Tensor) -> None:
-    flat = tensor.detach().cpu().contiguous().view(-1)
-    stream.write(flat.view(torch.uint8).numpy().data)
 
 
 def _index(names: Sequence[str], shards: Sequence[Sequence[Slot]], target: Target, total: int) -> dict[str, Any]:
