@@ -174,7 +174,7 @@ class ModelConfig(Section, section="", exact_integers=True):
         defaults = V2_DEFAULTS if model_type == "deepseek_v2" else {}
         values = {**defaults, **{name: d.pop(name) for name in FIELDS if name in d}}
         for name, value in list(values.items()):
-            if value is None and not _nullable(name):
+            if value is None and "None" not in str(FIELDS[name].type):
                 values[name] = NULL_MEANS.get(name, defaults.get(name, FIELDS[name].default))
         return cls(**values, extra=d)
 
@@ -190,10 +190,6 @@ class ModelConfig(Section, section="", exact_integers=True):
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(ModelConfig) if f.name != "extra"}
-
-
-def _nullable(name: str) -> bool:
-    return "None" in str(FIELDS[name].type)
 
 
 def _check_family(model_type: Any) -> str:
@@ -231,15 +227,20 @@ def _fold_rope(d: dict[str, Any]) -> None:
 
 def _check_shape(config: ModelConfig) -> None:
     if config.first_k_dense_replace > config.num_hidden_layers:
-        limit = f"it counts dense layers at the start, so at most num_hidden_layers, {config.num_hidden_layers}"
-        reject("first_k_dense_replace", config.first_k_dense_replace, limit)
+        reject(
+            "first_k_dense_replace",
+            config.first_k_dense_replace,
+            f"it counts dense layers at the start, so at most num_hidden_layers, {config.num_hidden_layers}",
+        )
     if config.qk_rope_head_dim % 2:
         reject("qk_rope_head_dim", config.qk_rope_head_dim, "RoPE rotates pairs, so it must be even")
     if config.num_key_value_heads != config.num_attention_heads:
-        rule = (
-            f"latent attention has one key per head, so it must equal num_attention_heads, {config.num_attention_heads}"
+        reject(
+            "num_key_value_heads",
+            config.num_key_value_heads,
+            "latent attention has one key per head, so it must equal num_attention_heads, "
+            f"{config.num_attention_heads}",
         )
-        reject("num_key_value_heads", config.num_key_value_heads, rule)
 
 
 def _check_tokens(config: ModelConfig) -> None:
@@ -273,16 +274,18 @@ def _check_groups(config: ModelConfig) -> None:
         reject("topk_group", surviving, f"at most n_group, {groups}, groups can survive")
     size = experts // groups
     if surviving * size < config.num_experts_per_tok:
-        remedy = (
+        reject(
+            "topk_group",
+            surviving,
             f"the surviving groups hold {surviving * size} experts ({size} each), fewer than num_experts_per_tok, "
-            f"{config.num_experts_per_tok}; let more groups survive or select fewer experts"
+            f"{config.num_experts_per_tok}; let more groups survive or select fewer experts",
         )
-        reject("topk_group", surviving, remedy)
     if config.topk_method == "noaux_tc" and groups > 1 and size < 2:
-        rule = (
-            f"noaux_tc ranks a group by its two best experts, so {experts} experts make at most {experts // 2} groups"
+        reject(
+            "n_group",
+            groups,
+            f"noaux_tc ranks a group by its two best experts, so {experts} experts make at most {experts // 2} groups",
         )
-        reject("n_group", groups, rule)
 
 
 def load_config(path: str | Path) -> ModelConfig:

@@ -113,8 +113,7 @@ def reject_unknown(section: str, names: Iterable[str], known: Iterable[str]) -> 
     unknown = [name for name in names if name not in known]
     if unknown:
         fields = ", ".join(f"{section}.{name}" for name in unknown)
-        suggestion = suggest(unknown[0], known)
-        raise SoliError(f"there is no field {fields}; {suggestion}")
+        raise SoliError(f"there is no field {fields}; {suggest(unknown[0], known)}")
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -93,8 +93,7 @@ class LayerTrace:
     def by_weight(self) -> list[tuple[SelectedExpert, float]]:
         """The selected experts, heaviest first, each with its share of the routed weight (1 in all)."""
         total = sum(expert.weight for expert in self.selected) or 1.0
-        heaviest_first = sorted(self.selected, key=lambda expert: -expert.weight)
-        return [(expert, expert.weight / total) for expert in heaviest_first]
+        return [(expert, expert.weight / total) for expert in sorted(self.selected, key=lambda expert: -expert.weight)]
 
 
 @dataclass(frozen=True)

@@ -139,20 +139,34 @@ def _split(columns: list[list[Text]], width: int, max_columns: int) -> list[list
 
 
 def _detail_lines(layer: LayerTrace) -> list[Text]:
-    lines = []
-    for expert, share in layer.by_weight():
-        line = Text("    selected ").append(f"{expert.expert:5} ", "bold")
-        line.append(f"{BARS[-1] * round(20 * share):<20}", "cyan")
-        line.append(f" weight {expert.weight:.3f}  affinity {expert.affinity:.3f}  ranked {expert.biased:.3f}")
-        lines.append(line.append("  promoted by the bias" if expert.promoted_by_bias else "", PROMOTED))
-    for demoted in layer.demoted_by_bias:
-        line = Text("    demoted  ").append(f"{demoted.expert:5} {'':20}", DEMOTED)
-        line.append(f"{'':13} affinity {demoted.affinity:.3f}  ranked {demoted.biased:.3f}")
-        lines.append(line.append("  demoted by the bias", DEMOTED))
-    for runner_up in layer.runner_ups:
-        line = Text("    next     ").append(f"{runner_up.expert:5} {'':20}", RUNNER_UP)
-        lines.append(line.append(f"{'':29} ranked {runner_up.biased:.3f}  missed by {runner_up.margin:.4f}"))
-    return lines
+    selected = [
+        Text.assemble(
+            "    selected ",
+            (f"{expert.expert:5} ", "bold"),
+            (f"{BARS[-1] * round(20 * share):<20}", "cyan"),
+            f" weight {expert.weight:.3f}  affinity {expert.affinity:.3f}  ranked {expert.biased:.3f}",
+            ("  promoted by the bias" if expert.promoted_by_bias else "", PROMOTED),
+        )
+        for expert, share in layer.by_weight()
+    ]
+    demoted = [
+        Text.assemble(
+            "    demoted  ",
+            (f"{expert.expert:5} {'':20}", DEMOTED),
+            f"{'':13} affinity {expert.affinity:.3f}  ranked {expert.biased:.3f}",
+            ("  demoted by the bias", DEMOTED),
+        )
+        for expert in layer.demoted_by_bias
+    ]
+    runner_ups = [
+        Text.assemble(
+            "    next     ",
+            (f"{expert.expert:5} {'':20}", RUNNER_UP),
+            f"{'':29} ranked {expert.biased:.3f}  missed by {expert.margin:.4f}",
+        )
+        for expert in layer.runner_ups
+    ]
+    return selected + demoted + runner_ups
 
 
 def _legend(tokens: Sequence[TokenTrace]) -> Text:
@@ -185,6 +199,4 @@ def _aligned(cells: Sequence[Text]) -> list[Text]:
 
 
 def _padded(cell: Text, width: int) -> Text:
-    padded = cell.copy()
-    padded.append(" " * (width - cell_len(cell.plain)))
-    return padded
+    return cell.copy().append(" " * (width - cell_len(cell.plain)))

@@ -4,7 +4,5 @@
 def safe_length(text: str, *delimiters: str) -> int:
     """How many leading characters of `text`, which contains no complete delimiter, cannot belong to one."""
     longest = min(len(text), max(map(len, delimiters)) - 1)
-    for length in range(longest, 0, -1):
-        if any(delimiter.startswith(text[-length:]) for delimiter in delimiters):
-            return len(text) - length
-    return len(text)
+    starts = (n for n in range(longest, 0, -1) if any(delimiter.startswith(text[-n:]) for delimiter in delimiters))
+    return len(text) - next(starts, 0)

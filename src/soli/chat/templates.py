@@ -6,15 +6,13 @@ message is broken by a marker before the template sees it and encoded in two par
 become tokens. Assistant messages keep their reasoning delimiters, which templates use to leave earlier reasoning out.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jinja2
 from jinja2 import meta
@@ -22,7 +20,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from soli.chat.reasoning import CLOSE, OPEN, ends_in_reasoning
-from soli.data.tokenizer import Tokenizer
+from soli.data.tokenizer import Tokenizer, special_names
 from soli.errors import SoliError
 
 NO_REASONING = f"\n{CLOSE}\n\n"  # as DeepSeek-V3.1 writes it for an answer without reasoning
@@ -62,7 +60,7 @@ class ChatTemplate:
         self._added_token = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     @classmethod
-    def from_folder(cls, folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
+    def from_folder(cls, folder: Path, tokenizer: Tokenizer) -> Self | None:
         """The folder's template; None if it has none."""
         path = folder / "tokenizer_config.json"
         config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -72,9 +70,7 @@ class ChatTemplate:
             source = next((entry.get("template") for entry in source if entry.get("name") == "default"), None)
         if not isinstance(source, str):
             return None
-        entries = {name: config.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        names = {name: entry.get("content") if isinstance(entry, dict) else entry for name, entry in entries.items()}
-        return cls(source, tokenizer, {name: text for name, text in names.items() if isinstance(text, str)})
+        return cls(source, tokenizer, special_names(path))
 
     def render(
         self,

@@ -85,8 +85,7 @@ def _column_of(path: Path, schema: Any, field: str) -> str:
 
 
 def _rows(path: Path, batch: Any, fields: Sequence[str], first: int) -> Iterator[TextEntry | BadLine]:
-    columns = [_cells(path, batch, field) for field in fields]
-    for number, values in enumerate(zip(*columns, strict=True), first):
+    for number, values in enumerate(zip(*(_cells(path, batch, field) for field in fields), strict=True), first):
         yield text_entry(number, fields, values, values)
 
 

@@ -11,8 +11,7 @@ from soli.data.entries import BLANK, BadLine, TextEntry
 from soli.data.readers import InputLayout, files_of, read_file
 from soli.errors import SoliError
 
-PRINTED_PER_FILE = 5
-"""Bad lines of a file that are printed as they are met."""
+PRINTED_PER_FILE = 5  # bad lines of a file that are printed as they are met
 
 
 class BadLineLog:

@@ -17,8 +17,8 @@ from soli.data.tokenizer import Tokenizer
 _BATCH_DOCUMENTS = 20_000
 _BATCH_CHARACTERS = 4_000_000  # bounds what is encoded at once, however long documents are
 
+# Called with the name of a source or step and its state: `fetching`, `12,345 rows`, `skipped: reason`.
 ReportStep = Callable[[str, str], None]
-"""Called with the name of a source or step and its state: `fetching`, `12,345 rows`, `skipped: reason`."""
 
 
 class Pair(NamedTuple):

@@ -8,8 +8,7 @@ from typing import NamedTuple
 
 from soli.errors import SoliError
 
-BLANK = "blank line"
-"""Counted and reported as any bad line is, but tolerated however many there are."""
+BLANK = "blank line"  # counted and reported as any bad line is, but tolerated however many there are
 
 EXCERPT_CHARACTERS = 200  # of a bad line, for the report
 

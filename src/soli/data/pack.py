@@ -136,8 +136,8 @@ def _pack_into(
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (tokenizer_folder / name).is_file():
             shutil.copyfile(tokenizer_folder / name, folder / name)
-    dtype = dtype_for(tokenizer.vocab_size)
-    write_meta(folder, tokenizer.vocab_size, config.seed, train, first.valid, config.fim_rate, dtype)
+    vocab_size = tokenizer.vocab_size
+    write_meta(folder, vocab_size, config.seed, train, first.valid, config.fim_rate, dtype_for(vocab_size))
     return first.bad_lines
 
 
@@ -223,8 +223,7 @@ def cut(text: str, longest: int | None) -> Iterator[str]:
 
 def _second_pass(first: FirstPass, config: PackConfig, tokenizer: Tokenizer, rng: np.random.Generator) -> Totals:
     """train.bin: copies of each document by its input's weight, all in one shuffled order."""
-    weights = [item.weight for item in config.inputs]
-    copies = np.fromiter((draw_copies(weights[n], rng) for n in first.inputs), np.int64, len(first.inputs))
+    copies = np.fromiter((draw_copies(config.inputs[n].weight, rng) for n in first.inputs), np.int64, len(first.inputs))
     order = rng.permutation(np.repeat(np.arange(len(copies)), copies))
     if not len(order):
         raise SoliError("no document remains to train on: give more documents, or weights above 0")

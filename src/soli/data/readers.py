@@ -16,13 +16,17 @@ from soli.data.arrow import read_dataset, read_parquet
 from soli.data.entries import BLANK, EXCERPT_CHARACTERS, BadLine, TextEntry, missing_column, text_entry
 from soli.errors import SoliError
 
-SUFFIXES = {
-    "jsonl": (".jsonl", ".ndjson"),
-    "text": (".txt", ".md"),
-    "tsv": (".tsv", ".tab"),
-    "parquet": (".parquet",),
+FORMAT_OF_SUFFIX = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".txt": "text",
+    ".md": "text",
+    ".tsv": "tsv",
+    ".tab": "tsv",
+    ".parquet": "parquet",
 }
-FORMATS = (*SUFFIXES, "datasets")
+KNOWN_SUFFIXES = ", ".join(FORMAT_OF_SUFFIX)
+FORMATS = (*dict.fromkeys(FORMAT_OF_SUFFIX.values()), "datasets")
 
 
 @dataclass(frozen=True)
@@ -62,24 +66,20 @@ def _folder(path: Path, layout: InputLayout) -> tuple[str, list[Path]]:
     for file in sorted(path.rglob("*")):
         if any(part.startswith(".") for part in file.relative_to(path).parts):
             continue  # hidden, or an output that is being written there
-        for name, suffixes in SUFFIXES.items():
-            if file.suffix.lower() in suffixes and file.is_file() and layout.format in (None, name):
-                files.setdefault(name, []).append(file)
+        name = FORMAT_OF_SUFFIX.get(file.suffix.lower())
+        if name is not None and file.is_file() and layout.format in (None, name):
+            files.setdefault(name, []).append(file)
     if len(files) != 1:
         content = f"{' and '.join(files)} files: choose with --format" if files else "no file of a known kind"
-        raise SoliError(f"{path} holds {content} ({_known_suffixes()})")
+        raise SoliError(f"{path} holds {content} ({KNOWN_SUFFIXES})")
     return next(iter(files.items()))
 
 
 def _format_of(path: Path) -> str:
-    for name, suffixes in SUFFIXES.items():
-        if path.suffix.lower() in suffixes:
-            return name
-    raise SoliError(f"{path} is of no known kind ({_known_suffixes()}): name its format with --format")
-
-
-def _known_suffixes() -> str:
-    return ", ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
+    name = FORMAT_OF_SUFFIX.get(path.suffix.lower())
+    if name is None:
+        raise SoliError(f"{path} is of no known kind ({KNOWN_SUFFIXES}): name its format with --format")
+    return name
 
 
 def read_file(path: Path, form: str, layout: InputLayout) -> Iterator[TextEntry | BadLine]:

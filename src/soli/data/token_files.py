@@ -4,14 +4,12 @@ Integers are 16 bits wide, or 32 where a vocabulary needs more. What training re
 src/soli/train/batches.py. Rejects files that do not match their meta.json.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -20,8 +18,7 @@ from soli.errors import SoliError
 DTYPE = np.dtype("<u2")
 DTYPE_32 = np.dtype("<u4")
 
-Totals = dict[str, dict[str, int]]
-"""`tokens` and `documents` by source."""
+Totals = dict[str, dict[str, int]]  # `tokens` and `documents` by source
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
@@ -37,7 +34,7 @@ class TokenWriter:
         self.tokens = 0
         self._path, self._partial, self._dtype = path, path.with_suffix(".partial"), dtype
 
-    def __enter__(self) -> TokenWriter:
+    def __enter__(self) -> Self:
         self._file = self._partial.open("wb")
         return self
 

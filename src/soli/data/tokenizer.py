@@ -16,13 +16,13 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from soli.errors import SoliError
 
+# In the order of their ids, from 0.
 SPECIAL_TOKENS = (
     "<|bos|>", "<|eos|>", "<|pad|>", "<|en|>", "<|zh|>", "<|text|>",
     "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>",
     "<|user|>", "<|assistant|>", "<|system|>",
     "<|reserved_0|>", "<|reserved_1|>", "<|reserved_2|>", "<|reserved_3|>",
 )  # fmt: skip
-"""In the order of their ids, from 0."""
 
 SMALLEST_VOCAB = len(SPECIAL_TOKENS) + 256
 
@@ -65,7 +65,7 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the Rust side raises a bare Exception
             raise SoliError(f"{path} is not a readable tokenizer ({error}): fetch or build it again") from error
-        names = _special_names(path.with_name("tokenizer_config.json"))
+        names = special_names(path.with_name("tokenizer_config.json"))
         return cls(backend, names.get("bos_token") or "<|bos|>", names.get("eos_token") or "<|eos|>")
 
     @classmethod
@@ -175,13 +175,13 @@ class Tokenizer:
         return [self.bos_id, self.token_id(f"<|{source}|>"), *self.encode(text), self.token_id(f"<|{target}|>")]
 
 
-def _special_names(path: Path) -> dict[str, str]:
-    """bos_token and eos_token of a tokenizer_config.json, each a string there or {"content": string}."""
+def special_names(path: Path) -> dict[str, str]:
+    """The special tokens that a tokenizer_config.json names, each a string there or {"content": string}, by field."""
     if not path.is_file():
         return {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        entries = {key: config.get(key) for key in ("bos_token", "eos_token")}
+        entries = {key: config.get(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
     except (ValueError, AttributeError) as error:
         raise SoliError(f"{path} is not readable JSON ({error}): fetch it again") from error
     names = {key: value.get("content") if isinstance(value, dict) else value for key, value in entries.items()}
