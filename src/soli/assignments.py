@@ -3,8 +3,6 @@
 A value is TOML (`3`, `1e-3`, `true`, `[1, 2]`, `"text"`), or plain text where it is not TOML; `null` and `none` unset.
 """
 
-from __future__ import annotations
-
 import datetime
 import tomllib
 from collections.abc import Iterable

@@ -163,12 +163,10 @@ class ModelConfig(Section, section="", exact_integers=True):
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> ModelConfig:
         """A configuration from the JSON object of a `config.json`; SoliError for one that is impossible."""
-        d = dict(table)
+        d = {name: value for name, value in table.items() if name not in DERIVED}
         model_type = _check_family(d.get("model_type"))
         _fold_aliases(d)
         _fold_rope(d)
-        for name in DERIVED:
-            d.pop(name, None)
         if d.get("architectures") in [[name] for name in ARCHITECTURES.values()]:
             del d["architectures"]  # follows model_type
         defaults = V2_DEFAULTS if model_type == "deepseek_v2" else {}

@@ -1,7 +1,5 @@
 """What this machine has: processor, memory, disk speed, installed packages. No torch; GB are 10^9 bytes."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

@@ -11,8 +11,6 @@ sections, Any; `Annotated[int, Bounds(...)]` limits a number. A whole float such
 Every error names section, field, value and what the field may hold. No torch.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import math

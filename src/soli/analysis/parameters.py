@@ -8,8 +8,6 @@ and the tests require both to agree to the last parameter. No torch.
 which rank experts but multiply nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil, prod

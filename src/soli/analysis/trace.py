@@ -9,8 +9,6 @@ reruns the model.
 Shapes: T tokens, E experts, K selected, M runners-up, G groups.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ What a user can cause is a SoliError: one sentence on stderr and exit status 1; 
 with 130. SOLI_DEBUG=1 shows the traceback of any error.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys

@@ -1,7 +1,5 @@
 """`soli bench serve URL|MODEL`: throughput and latency of a server over arrival rates."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

@@ -1,7 +1,5 @@
 """`soli count`: parameters, bytes, cache and FLOPs of presets, folders and what-ifs, as a table or as JSON."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from typing import Annotated, Any

@@ -1,8 +1,6 @@
 """`soli data build RECIPE` makes a recipe's corpus and tokens from public packages, `soli data pack` makes tokens from
 a user's own files, `soli data inspect` shows either."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`soli export RUN DST`: a Hugging Face model folder, tokenizer included, out of a training run's best checkpoint."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

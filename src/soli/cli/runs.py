@@ -1,7 +1,5 @@
 """`soli runs list` shows the state of training runs; `soli runs compare A B` compares them at equal tokens."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -1,7 +1,5 @@
 """`soli serve [MODEL]`: an OpenAI-compatible server, and the page that shows the routing live."""
 
-from __future__ import annotations
-
 import os
 from typing import Annotated
 

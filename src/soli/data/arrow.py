@@ -4,8 +4,6 @@ Nothing is downloaded and the `datasets` library is not needed: such a folder is
 names them. Rejects a damaged file, a column that is missing or not text, and rows selected by an index file.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path

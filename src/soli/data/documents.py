@@ -4,8 +4,6 @@ A translation pair is two documents, one for each direction; a plain text is one
 copies in an epoch and one more with probability w - floor(w).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """What a reader of input files yields: the text of a usable line, or why a line is bad."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple

@@ -4,8 +4,6 @@ Prefix, suffix, middle (PSM), as in section 4.1 of the DeepSeek-V3 report (arXiv
 tokens, so that at inference the gap may fall inside a word. Texts shorter than three characters stay as they are.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 

@@ -1,7 +1,5 @@
 """What a folder of packed tokens holds: tokens by source, characters per token, document lengths, samples."""
 
-from __future__ import annotations
-
 from itertools import islice
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ encoded, to a temporary file. The second draws the mixture (weights as copies) a
 order. Memory holds a batch of documents and some 30 bytes for each document, never a corpus.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from array import array

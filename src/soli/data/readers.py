@@ -5,8 +5,6 @@ UTF-8, an empty text, another number of columns. It holds one line (or one batch
 cannot be read at all is a SoliError that names the file: an unknown format, a missing column.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Tab-separated files that Soli itself writes: no header, no quotes, the same number of columns in every row."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 

@@ -6,8 +6,6 @@ is part of them. A server is measured through OpenAI's /v1/completions with stre
 an engine in this process is stepped (`drive_engine`).
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

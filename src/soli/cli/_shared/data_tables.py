@@ -1,7 +1,5 @@
 """The tables of `soli data` on standard output."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The progress display of every verb, on standard error: drawn on a terminal once the work has lasted two seconds."""
 
-from __future__ import annotations
-
 import time
 from types import TracebackType
 from typing import Literal, Self
