@@ -21,13 +21,12 @@ from soli.engine.admission import check_request, mixture_layers
 from soli.engine.blocks import BlockManager
 from soli.engine.constraint import Constraints
 from soli.engine.detokenizer import TextStream, token_text
-from soli.engine.drafter import CommittedTokens, Drafter
 from soli.engine.latent_cache import LatentCache, bytes_per_token
 from soli.engine.request import EngineLimits, EngineStats, Event, FinishReason, QueueFull, Request, Usage
 from soli.engine.runner import ForwardOutput, ModelRunner, RunnerName
 from soli.engine.sampler import SampledToken, SamplerState, sample
 from soli.engine.scheduler import ScheduledTokens, Scheduler, SequenceState
-from soli.engine.speculate import Draft, VerifiedTokens, verify
+from soli.engine.speculation import CommittedTokens, Draft, Drafter, VerifiedTokens, verify
 from soli.engine.text_model import TextModel
 from soli.errors import SoliError
 from soli.model.router import Routing, count_choices, slice_routing
