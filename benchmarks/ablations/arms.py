@@ -112,7 +112,7 @@ def flops_per_token(settings: TrainSettings) -> int:
 
 
 def check_equal(tokens: int) -> None:
-    """AssertionError unless every arm activates what the baseline does, and spends its FLOPs where it says so."""
+    """AssertionError unless every arm activates what the baseline does, and spends its FLOPs where it must."""
     base = arm_settings(BASELINE, tokens)
     for name, arm in ARMS.items():
         settings = arm_settings(name, tokens)

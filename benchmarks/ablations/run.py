@@ -1,7 +1,7 @@
 """Train the arms of the ablations, each with several seeds, one thread; one JSON line per finished run.
 
 A seed fixes the first weights' draw and the order of the data, so that arms of one seed read the same windows. Runs
-that the file of lines already holds are left out, so the same command goes on where an earlier one was stopped. Needs
+that the file of lines already holds are left out, so the same command continues where an earlier one was stopped. Needs
 the data of the recipe nano-zh-en (soli data build nano-zh-en). A run takes a minute or two on one core.
 
     python benchmarks/ablations/run.py --all --dry-run

@@ -4,12 +4,11 @@
     python benchmarks/gpu/train_nano.py train .carry/nano.tar.xz --minutes 7 --fit --out $OUT    # there
     python benchmarks/gpu/train_nano.py join FOLDER my-nano                        # here: checked, then unpacked
 
-`train` unpacks beside its run, in --work, and goes on from the run's last checkpoint as long as that folder lives; each
-call leaves the models with the lowest held-out loss and of the last step (`best`, `last`) in --out, FP8, as parts of 15
-MiB with their checksum, and the run's figures. With --fit the first steps are timed and the recipe's schedule is
-stretched to end when the minutes do, everything in it at the same share of the run; without, it is kept. What is said
-by --set comes first. `leave` does the end of `train` alone, for a run that was cut off. --tiny trains a toy on invented
-tokens.
+`train` unpacks beside its run, in --work, and continues from the run's last checkpoint as long as that folder exists.
+Each call leaves the models with the lowest held-out loss and of the last step (`best`, `last`) in --out, FP8, as parts
+of 15 MiB with their checksum, and the run's metrics. With --fit the first steps are timed and the recipe's schedule is
+stretched to end when the minutes do, everything in it at the same share of the run; without, it stays. --set is applied
+first. `leave` does the end of `train` alone, for a run that was cut off. --tiny trains a toy model on random tokens.
 """
 
 from __future__ import annotations
