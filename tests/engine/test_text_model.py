@@ -11,17 +11,17 @@ from tests.engine.tiny import tiny_folder, tiny_model, tiny_text_model, tiny_tok
 
 
 def test_a_plain_text_begins_as_in_training_and_special_tokens_in_it_stay_text():
-    ours = tiny_text_model()
-    assert ours.text_prompt("the")[:2] == [0, 5]
-    assert not set(ours.text_prompt("<|eos|><|zh|>")[2:]) & set(range(16))
+    tiny = tiny_text_model()
+    assert tiny.text_prompt("the")[:2] == [0, 5]
+    assert not set(tiny.text_prompt("<|eos|><|zh|>")[2:]) & set(range(16))
 
 
 def test_tokens_as_a_person_reads_them():
-    ours = tiny_text_model()
-    label = [ours.label(token) for token in ours.tokenizer.encode("the 鼠")]
+    tiny = tiny_text_model()
+    label = [tiny.label(token) for token in tiny.tokenizer.encode("the 鼠")]
     assert label[0].startswith("t") and "".join(label).endswith("⟨e9⟩⟨bc⟩⟨a0⟩")
-    assert ours.label(4) == "<|zh|>"
-    assert ours.label(10_000) == ""
+    assert tiny.label(4) == "<|zh|>"
+    assert tiny.label(10_000) == ""
 
 
 def test_a_folder_says_how_texts_begin_and_end(tmp_path):
@@ -34,14 +34,14 @@ def test_a_folder_says_how_texts_begin_and_end(tmp_path):
 
 
 def test_as_is_leaves_fp8_in_its_file_and_computes_the_same():
-    quantized, written_out = (open_text_model("nano", dtype=dtype).model for dtype in ("as-is", "bfloat16"))
+    quantized, dequantized = (open_text_model("nano", dtype=dtype).model for dtype in ("as-is", "bfloat16"))
     assert quantized.layers[0].mlp.up_proj.quantized.format == "fp8"
     assert quantized.embed_tokens.weight.dtype == torch.bfloat16
-    assert written_out.layers[0].mlp.up_proj.quantized is None
+    assert dequantized.layers[0].mlp.up_proj.quantized is None
     ids = torch.arange(40, 72)[None]
     with torch.no_grad():
-        ours, theirs = quantized(ids).float(), written_out(ids).float()
-    assert float((ours - theirs).norm() / theirs.norm()) < 0.03
+        actual, expected = quantized(ids).float(), dequantized(ids).float()
+    assert float((actual - expected).norm() / expected.norm()) < 0.03
 
 
 def test_other_tokenizers_begin_with_bos_unless_configured_otherwise(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ def limits_for(
     """Limits under which `batch_size` texts run together, with a cache for so many of `longest` tokens, prompt and
     answer (None: as many as the model has positions), or of a GiB where that is less and one text fits into it.
 
-    Prefixes are not shared, so that a prompt is read the same way, to the bit, whatever was asked before.
+    Prefixes are not shared, so that the bits of an answer do not depend on earlier requests.
     """
     model, defaults = text_model.model, EngineLimits()
     dtype = model.compute_dtype or model.embed_tokens.weight.dtype
@@ -66,8 +66,8 @@ def answer_all(
     """One answer per request, in order; None for None.
 
     A request is taken from `requests` when it can run, and while fewer than `window` answers (16 times the running
-    requests by default) wait for an earlier one. `on_answer` is told how many answers each step completed. A request
-    that is rejected or fails, or an error of `requests` itself, is raised after all earlier answers.
+    requests by default) wait for an earlier one. `on_answer` is called with how many answers a step completed. The
+    error of a request that is rejected or fails, or of `requests` itself, is raised after all earlier answers.
     """
     window = 16 * engine.limits.max_running if window is None else window
     source = iter(requests)

@@ -106,7 +106,7 @@ class Translator:
             return enough(remaining, prompt)
         if self._max_new_tokens > remaining:
             raise SoliError(
-                f"{where} has {len(prompt)} tokens and {self._max_new_tokens} more are asked for, but the model has "
+                f"{where} has {len(prompt)} tokens and {self._max_new_tokens} more are requested, but the model has "
                 f"{self.text_model.positions} positions: shorten the line or lower max_new_tokens to {remaining}"
             )
         return self._max_new_tokens
