@@ -92,6 +92,12 @@ def test_generate_streams_the_continuation_and_stops_at_a_stop_string(run, folde
     assert "layers.1" in run("generate", folder, "the cat", "--experts", *SHORT)[1]
 
 
+def test_greedy_text_is_the_same_with_speculation(run):
+    text = "He drank a cup of tea."
+    for verb in (["translate", text], ["generate", "nano", text, *SHORT]):
+        assert run(*verb, "--speculate") == run(*verb)
+
+
 def test_generate_takes_penalties_bias_and_filters(run, folder):
     def generate(*options: str) -> dict:
         return json.loads(run("generate", folder, "the cat", *SHORT, "--json", "--logprobs", "2", *options)[1])
