@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import tempfile
 import time
+import timeit
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +44,6 @@ def report_machine(disk_folder: Path | None = None) -> MachineReport:
     folder = disk_folder or Path(tempfile.gettempdir())
     processor = machine.processor()
     kernels, note = _kernels()
-    own = {"soli": __version__, "python": platform.python_version()}
     return MachineReport(
         processor=processor.name,
         cores=processor.cores,
@@ -57,20 +57,21 @@ def report_machine(disk_folder: Path | None = None) -> MachineReport:
         disk_gb_per_second=machine.disk_bandwidth(folder),
         disk_folder=str(folder),
         gpus=_gpus(),
-        versions=own | machine.package_versions(PACKAGES),
+        versions={
+            "soli": __version__,
+            "python": platform.python_version(),
+            **machine.package_versions(PACKAGES),
+        },
     )
 
 
 def memory_bandwidth(size: int = MEMORY_BLOCK) -> float:
     """GB per second that torch's threads read: the best sum over a block of `size` bytes within SECONDS."""
     block = torch.ones(size // 4)
-    block.sum()
-    best = float("inf")
+    best = timeit.timeit(block.sum, number=1)
     end = time.perf_counter() + SECONDS
     while time.perf_counter() < end:
-        start = time.perf_counter()
-        block.sum()
-        best = min(best, time.perf_counter() - start)
+        best = min(best, timeit.timeit(block.sum, number=1))
     return block.nbytes / best / 1e9
 
 

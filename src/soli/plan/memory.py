@@ -196,19 +196,16 @@ def describe_fit(settings: TrainSettings, precision: str, kind: str, devices: in
     memory = plan_memory(settings, precision, kind, devices)
     if memory.total <= available:
         return "it fits"
-    smallest = with_run_options(settings, {"micro_sequences": 1, "activation_checkpointing": True})
     devices_for_states = -(-memory.states * devices // available)
     if devices_for_states > devices:
         return f"it does not fit: weights, gradients and moments alone fill {devices_for_states:,} such devices"
-    if plan_memory(smallest, precision, kind, devices).total > available:
-        return "it does not fit, not even one sequence at a time with activation checkpointing; use more devices"
     micro = settings.run.micro_sequences
     halved = [micro >> times for times in range(micro.bit_length())]
     for checkpointing, sequences in product((settings.run.activation_checkpointing, True), halved):
         options: dict[str, int | bool] = {"micro_sequences": sequences, "activation_checkpointing": checkpointing}
         if plan_memory(with_run_options(settings, options), precision, kind, devices).total <= available:
             return f"it does not fit; it would with {_as_arguments(settings, options)}"
-    raise AssertionError("the smallest micro-batch fits, as was checked above")
+    return "it does not fit, not even one sequence at a time with activation checkpointing; use more devices"
 
 
 def with_run_options(settings: TrainSettings, options: dict[str, int | bool]) -> TrainSettings:
@@ -217,5 +214,8 @@ def with_run_options(settings: TrainSettings, options: dict[str, int | bool]) ->
 
 
 def _as_arguments(settings: TrainSettings, options: dict[str, int | bool]) -> str:
-    new = {name: value for name, value in options.items() if value != getattr(settings.run, name)}
-    return " ".join(f"--set run.{name}={str(value).lower()}" for name, value in new.items())
+    return " ".join(
+        f"--set run.{name}={str(value).lower()}"
+        for name, value in options.items()
+        if value != getattr(settings.run, name)
+    )

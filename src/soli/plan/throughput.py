@@ -68,22 +68,16 @@ def measure_device(settings: TrainSettings) -> MeasuredDevice:
     if settings.run.precision == "fp8":
         compute = torch.float32  # the emulation's products
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[compute]
-    computes = "fp8" if settings.run.precision == "fp8" else precision
-    tflops = measure_products(settings, device, compute)
-    if device.type == "cuda":
-        card = torch.cuda.get_device_properties(device)
-        return MeasuredDevice(
-            card.name, "cuda", None, computes, precision, tflops, stated_peak(card.name), card.total_memory
-        )
+    card = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     return MeasuredDevice(
-        machine.processor().name,
-        device.type,
-        torch.get_num_threads(),
-        computes,
-        precision,
-        tflops,
-        None,
-        machine.memory_bytes(),
+        name=card.name if card else machine.processor().name,
+        kind=device.type,
+        threads=None if card else torch.get_num_threads(),
+        computes="fp8" if settings.run.precision == "fp8" else precision,
+        precision=precision,
+        tflops=measure_products(settings, device, compute),
+        peak_tflops=stated_peak(card.name) if card else None,
+        memory=card.total_memory if card else machine.memory_bytes(),
     )
 
 

@@ -208,5 +208,4 @@ def _write(file: Path, items: list[Any], planner: dcp.SavePlanner) -> None:
         for name in sorted(tensors, key=offsets.__getitem__):
             stream.seek(offsets[name])
             stream.write(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
-        stream.flush()
-        os.fsync(stream.fileno())
+    sync(file)

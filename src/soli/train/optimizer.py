@@ -8,7 +8,7 @@ stored in fp32, or in bf16 if the recipe selects it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -105,8 +105,7 @@ class Muon(torch.optim.Optimizer):
         state = self.state[p]
         if not state:
             state["momentum"] = torch.zeros_like(p, dtype=self.moments)
-        momentum: Tensor = state["momentum"]
-        return momentum
+        return cast(Tensor, state["momentum"])
 
 
 def _same_shape(parameters: list[Tensor], matrices: int) -> list[list[Tensor]]:
