@@ -1,7 +1,5 @@
 """What `soli doctor` reports: the machine's probes, the kernels in use, and memory bandwidth measured with torch."""
 
-from __future__ import annotations
-
 import platform
 import tempfile
 import time

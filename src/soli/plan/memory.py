@@ -9,8 +9,6 @@ All sums are bytes per token unless a name says otherwise; D hidden, H heads, N 
 Q query latent, F expert width, E experts, K chosen.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from itertools import product

@@ -1,7 +1,5 @@
 """All schedules of a recipe over its tokens, as one picture: learning rate, batch, sequence length, gamma, lambda."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -4,8 +4,6 @@ The products are those with most of a training step's FLOPs, with the rows of a 
 share of the tokens) and sides of at most `MAX_SIDE`. They bound the speed of a step from above.
 """
 
-from __future__ import annotations
-
 import timeit
 from collections.abc import Callable
 from dataclasses import dataclass

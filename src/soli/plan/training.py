@@ -5,8 +5,6 @@ FLOPs over the rate that a device sustains: its peak times the model FLOPs utili
 soli/plan/memory.py. Needs no torch and no data.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from soli.analysis.parameters import count, training_flops

@@ -10,8 +10,6 @@ and changes no weight, no moment and no bias. A weight that is itself not finite
 would not repair it.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence

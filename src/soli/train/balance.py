@@ -4,8 +4,6 @@ Counts come from the routing values that the forward pass returned, so recompute
 to them. They are summed over micro-batches by the trainer, over ranks by `reduce_counts`. L MoE layers, E experts.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

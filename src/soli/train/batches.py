@@ -6,8 +6,6 @@ resuming needs one integer, and any number of ranks or loader workers would see 
 end inside a document: documents are packed, with no mask between them (section 4.1).
 """
 
-from __future__ import annotations
-
 import json
 from functools import lru_cache
 from pathlib import Path

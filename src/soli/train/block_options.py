@@ -4,8 +4,6 @@ Activation checkpointing: bit-identical. torch.compile: equal to float32 roundin
 depend on the data, are not compiled. Parameters, their names and checkpoints do not change.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys

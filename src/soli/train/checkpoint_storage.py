@@ -8,8 +8,6 @@ describe their content, and any number of processes can read what any other numb
 Rejected: a missing file of N, a damaged header, a tensor of which chunks are missing or disagree on its shape.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -8,8 +8,6 @@ into tensors of the graph.
 Shapes: B sequences, W tokens of a window, L MoE layers, E experts.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ Bits per byte = nats of all predicted tokens / ln 2 / UTF-8 bytes that those tok
 numerator and encode no byte. Nothing here changes the model: no gradient, no load counted towards the bias.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

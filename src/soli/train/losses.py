@@ -7,8 +7,6 @@ a time; its gradient is computed together with it, so at most one chunk of logit
 Shapes: B sequences, T tokens, D hidden, V vocabulary, E experts, K selected, W = T + 1 + MTP depth (a window).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

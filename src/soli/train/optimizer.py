@@ -6,8 +6,6 @@ decay fit it (Moonlight, arXiv 2502.16982, eq. 4). Embedding, head, routers and 
 stored in fp32, or in bf16 if the recipe selects it.
 """
 
-from __future__ import annotations
-
 from typing import Any, cast
 
 import torch

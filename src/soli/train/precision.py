@@ -1,7 +1,5 @@
 """FP8 training as in the paper (section 3.3): which modules multiply in E4M3, and which in high precision."""
 
-from __future__ import annotations
-
 import torch
 
 from soli.kernels.fp8 import cuda

@@ -5,8 +5,6 @@ lines of the first time are dropped, so that each step is recorded once. TensorB
 hold the same numbers; TensorBoard itself hides events past the step at which a run resumes.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -16,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -61,7 +59,7 @@ class RunReport:
         self.view = LiveView(total, replace(progress))
         self.open = ExitStack()
 
-    def __enter__(self) -> RunReport:
+    def __enter__(self) -> Self:
         self.open.callback(self.metrics.close)
         if self.console.is_terminal:
             self.open.enter_context(Live(self.view, console=self.console, refresh_per_second=2))

@@ -5,8 +5,6 @@ A run is a folder with the `metrics.jsonl` that soli/train/report.py writes. A l
 still being written and is ignored. Any other line that cannot be read is rejected by number. Imports no torch.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import statistics

@@ -5,8 +5,6 @@ each with a length, batch, rate and YaRN of its own (section 4.3). Counting toke
 they are when the batch changes. The value at `tokens` holds for the whole step that starts there. No torch.
 """
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_left
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Lengths of the run are counted in tokens, never in steps, so that a changed batc
 unknown section or field, a wrong type and an impossible value are rejected by name. Nothing here imports torch.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal

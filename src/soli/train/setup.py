@@ -4,8 +4,6 @@ The resolved recipe and the tokenizer are stored in the run's folder. A run is n
 order of the data, or data that were rebuilt since it began.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@ extension phase has a constant batch and learning rate. Tokens are counted over 
 are functions of one number. Every stage is built before the first step: data too short for it are rejected then.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 

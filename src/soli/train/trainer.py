@@ -4,8 +4,6 @@
 step that is not finite or spikes is detected (soli/train/anomalies.py) before anything is changed.
 """
 
-from __future__ import annotations
-
 import math
 import signal
 import time
