@@ -178,8 +178,10 @@ class ModelConfig(Section, section="", exact_integers=True):
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of a `config.json`, classic spelling, unknown fields included; `from_dict` is its inverse."""
-        d: dict[str, Any] = {"architectures": [ARCHITECTURES[self.model_type]]}
-        d |= {name: getattr(self, name) for name in FIELDS}
+        d: dict[str, Any] = {
+            "architectures": [ARCHITECTURES[self.model_type]],
+            **{name: getattr(self, name) for name in FIELDS},
+        }
         if self.rope_scaling is not None:
             d["rope_scaling"] = self.rope_scaling.to_dict()
         if self.quantization_config is None:

@@ -179,29 +179,29 @@ def weights(config: ModelConfig) -> list[Weights]:
     """The main model's tensors, MTP modules not among them."""
     vocabulary = (config.vocab_size, config.hidden_size)
     mixtures = config.num_moe_layers
-    groups = [Weights(EMBEDDING, vocabulary, 1, 1, "high")]
-    groups += _attention(config, config.num_hidden_layers)
-    groups += _mlp(DENSE, config.hidden_size, config.intermediate_size, config.num_hidden_layers - mixtures)
-    groups += _mixture(config, mixtures)
-    groups += _norms(config, config.num_hidden_layers)
-    groups += [Weights(NORMS, (config.hidden_size,), 1, 1, "high")]
-    if not config.tie_word_embeddings:
-        groups += [Weights(HEAD, vocabulary, 1, 1, "high")]
+    groups = [
+        Weights(EMBEDDING, vocabulary, 1, 1, "high"),
+        *_attention(config, config.num_hidden_layers),
+        *_mlp(DENSE, config.hidden_size, config.intermediate_size, config.num_hidden_layers - mixtures),
+        *_mixture(config, mixtures),
+        *_norms(config, config.num_hidden_layers),
+        Weights(NORMS, (config.hidden_size,), 1, 1, "high"),
+        *([] if config.tie_word_embeddings else [Weights(HEAD, vocabulary, 1, 1, "high")]),
+    ]
     return [w for w in groups if w.count]
 
 
 def mtp_weights(config: ModelConfig) -> list[Weights]:
     """What MTP modules have of their own (equations 21-23): two norms, their joint projection, a block, a norm."""
     modules, width = config.num_nextn_predict_layers, config.hidden_size
+    dense = _mlp(DENSE, width, config.intermediate_size, modules)
     groups = [
         Weights(NORMS, (width,), 3 * modules, 3 * modules, "high"),
         Weights("joint projection", (width, 2 * width), modules, modules, "high"),
+        *_attention(config, modules),
+        *_norms(config, modules),
+        *(_mixture(config, modules) if config.n_routed_experts else dense),
     ]
-    groups += _attention(config, modules) + _norms(config, modules)
-    if config.n_routed_experts:
-        groups += _mixture(config, modules)
-    else:
-        groups += _mlp(DENSE, width, config.intermediate_size, modules)
     return [w for w in groups if w.count]
 
 
@@ -220,8 +220,8 @@ def _attention(config: ModelConfig, layers: int) -> list[Weights]:
     """Equations 1-11: queries (through a latent or not), one latent and one rotated key for all heads, output."""
     width, heads, latent = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
     queries, low_rank = heads * config.qk_head_dim, config.q_lora_rank
-    shapes = [(queries, width)] if low_rank is None else [(low_rank, width), (queries, low_rank)]
-    shapes += [
+    shapes = [
+        *([(queries, width)] if low_rank is None else [(low_rank, width), (queries, low_rank)]),
         (latent + config.qk_rope_head_dim, width),
         (heads * (config.qk_nope_head_dim + config.v_head_dim), latent),
         (width, heads * config.v_head_dim),
@@ -251,10 +251,10 @@ def _mlp(component: str, width: int, inner: int, count: int, active: int | None 
 def _mixture(config: ModelConfig, layers: int) -> list[Weights]:
     """Equations 12-16: of the routed experts a token uses `num_experts_per_tok`, of router and shared experts all."""
     width, inner, experts = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
-    groups = [Weights(ROUTER, (experts, width), layers, layers, "high")]
-    if config.topk_method == "noaux_tc":
-        groups += [Weights(ROUTER, (experts,), layers, 0, "fp32")]
-    groups += _mlp(ROUTED, width, inner, layers * experts, layers * config.num_experts_per_tok)
-    if config.n_shared_experts:
-        groups += _mlp(SHARED, width, inner * config.n_shared_experts, layers)
-    return groups
+    has_bias = config.topk_method == "noaux_tc"
+    return [
+        Weights(ROUTER, (experts, width), layers, layers, "high"),
+        *([Weights(ROUTER, (experts,), layers, 0, "fp32")] if has_bias else []),
+        *_mlp(ROUTED, width, inner, layers * experts, layers * config.num_experts_per_tok),
+        *(_mlp(SHARED, width, inner * config.n_shared_experts, layers) if config.n_shared_experts else []),
+    ]

@@ -134,6 +134,6 @@ def _fill(
     missing, unknown = model.load_state_dict(filled, strict=not tied, assign=True)
     if tied:
         model.lm_head.weight = model.embed_tokens.weight
-    empty_names = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
-    empty_names += [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    tensors = [*model.state_dict().items(), *model.named_buffers()]
+    empty_names = [name for name, tensor in tensors if tensor.is_meta]
     assert not empty_names and not unknown, (empty_names, missing, unknown)

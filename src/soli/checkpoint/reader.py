@@ -126,8 +126,9 @@ class Checkpoint:
             if self.holds(slot):
                 yield from slot_problems(slot, self.entries, self.quantized_dtypes)
             elif not slot.copy:
-                where = f"{_index_or_single(self.folder)}: tensor {slot.name}"
-                yield f"{where} of shape {slot.shape} is missing, though config.json asks for it"
+                listing = self.folder / (INDEX if (self.folder / INDEX).exists() else SINGLE)
+                tensor = f"tensor {slot.name} of shape {slot.shape}"
+                yield f"{listing}: {tensor} is missing, though config.json asks for it"
         for name, entry in self.entries.items():
             ignored = 0 in entry.shape or any(fnmatchcase(name, pattern) for pattern in IGNORED)
             if name not in known and not ignored:  # transformers writes 0 shared experts as tensors without elements
@@ -139,10 +140,6 @@ def _raise_first(problems: Iterable[str]) -> None:
     if sentences:
         more = f" (and {len(sentences) - 1:,} more problems in this folder)" if len(sentences) > 1 else ""
         raise SoliError(sentences[0] + more)
-
-
-def _index_or_single(folder: Path) -> Path:
-    return folder / INDEX if (folder / INDEX).exists() else folder / SINGLE
 
 
 def _open_shards(folder: Path) -> dict[Path, Shard]:

@@ -123,10 +123,12 @@ def _costs(
     if counted.router_biases:
         lines.append(("router biases", f"{counted.router_biases:,}, in the total but not in the activated"))
     values = config.kv_lora_rank + config.qk_rope_head_dim
-    lines.append(("cache", f"{cache:,} bytes per token in bf16: {cache // (2 * values)} layers x {values} values"))
     parts = f"{scaled(flops.matmul, 'FLOP')} in matrices, {scaled(flops.attention_decode, 'FLOP')} in attention"
-    lines.append(("decode", f"{parts} over {flops.context:,} cached tokens, per token"))
-    lines.append(("prefill", f"{scaled(flops.prefill, 'FLOP')} per token, mean over a sequence of {flops.context:,}"))
+    lines += [
+        ("cache", f"{cache:,} bytes per token in bf16: {cache // (2 * values)} layers x {values} values"),
+        ("decode", f"{parts} over {flops.context:,} cached tokens, per token"),
+        ("prefill", f"{scaled(flops.prefill, 'FLOP')} per token, mean over a sequence of {flops.context:,}"),
+    ]
     if config.num_nextn_predict_layers:
         own = (
             f"{scaled(counted.mtp_own)} of its own{' (in the table)' if mtp else ''}, and copies of embedding and head"

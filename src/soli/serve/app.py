@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 from soli import __version__
 from soli.errors import SoliError
 from soli.serve import openai_routes, page_routes, soli_routes
-from soli.serve.errors import add_handlers
+from soli.serve.errors import HANDLERS
 from soli.serve.middleware import AccessMiddleware, AccessRules
 from soli.serve.protocol_responses import HealthStatus, to_json
 from soli.serve.service import Service
@@ -45,8 +45,7 @@ class AppRules:
 def create_app(service: Service, rules: AppRules | None = None) -> ASGIApp:
     """The application; `service.start` starts loading its model."""
     rules = rules or AppRules()
-    app = FastAPI(title="Soli", version=__version__, docs_url=None, redoc_url=None)
-    add_handlers(app)
+    app = FastAPI(title="Soli", version=__version__, docs_url=None, redoc_url=None, exception_handlers=HANDLERS)
     _add_probes(app, service)
     app.include_router(openai_routes.router(service))
     app.include_router(soli_routes.router(service))

@@ -1,9 +1,9 @@
 """Errors in the format of OpenAI's API: {"error": {"message", "type", "param", "code"}}."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -44,29 +44,17 @@ def error_response(status: int, message: str, headers: Mapping[str, str] | None 
     return JSONResponse(error_body(status, message), status, headers)
 
 
-def add_handlers(app: FastAPI) -> None:
-    """Every exception of a route becomes an answer in this format."""
-    app.add_exception_handler(ApiError, _on_api_error)
-    app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(RequestValidationError, _on_invalid_body)
-    app.add_exception_handler(SoliError, _on_soli_error)
-    app.add_exception_handler(Exception, _on_unexpected_error)
-
-
-async def _on_api_error(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, ApiError)
+async def _on_api_error(_: Request, error: ApiError) -> JSONResponse:
     return JSONResponse(error.body, error.status, error.headers)
 
 
-async def _on_http_error(_: Request, error: Exception) -> JSONResponse:
+async def _on_http_error(_: Request, error: HTTPException) -> JSONResponse:
     """Routes and methods that do not exist, bodies that are not JSON."""
-    assert isinstance(error, HTTPException)
     return error_response(error.status_code, HTTP_MESSAGES.get(error.status_code, str(error.detail)), error.headers)
 
 
-async def _on_invalid_body(request: Request, error: Exception) -> JSONResponse:
+async def _on_invalid_body(request: Request, error: RequestValidationError) -> JSONResponse:
     """The first invalid field of the body, named by its path: messages.0.content."""
-    assert isinstance(error, RequestValidationError)
     first = _most_specific(error.errors())
     if "json" not in request.headers.get("content-type", "") and first["loc"][0] == "body":
         return error_response(400, "the body is not declared as JSON: send it with Content-Type: application/json")
@@ -78,7 +66,7 @@ async def _on_invalid_body(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(error_body(400, message[:MAX_MESSAGE], param), 400)
 
 
-async def _on_soli_error(_: Request, error: Exception) -> JSONResponse:
+async def _on_soli_error(_: Request, error: SoliError) -> JSONResponse:
     """The caller's error, if the field is not known."""
     return error_response(400, str(error)[:MAX_MESSAGE])
 
@@ -86,6 +74,16 @@ async def _on_soli_error(_: Request, error: Exception) -> JSONResponse:
 async def _on_unexpected_error(_: Request, error: Exception) -> JSONResponse:
     """A bug: the log has it, the caller learns only its type."""
     return error_response(500, f"the server failed with {type(error).__name__}; its log has more")
+
+
+# Every exception of a route becomes an answer in this format.
+HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Coroutine[Any, Any, Response]]] = {
+    ApiError: _on_api_error,
+    HTTPException: _on_http_error,
+    RequestValidationError: _on_invalid_body,
+    SoliError: _on_soli_error,
+    Exception: _on_unexpected_error,
+}
 
 
 def _most_specific(errors: Sequence[Any]) -> Any:

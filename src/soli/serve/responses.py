@@ -214,13 +214,12 @@ class CompletionChoiceBuilder:
         }
 
     def _describe(self, logprobs: Sequence[tuple[TokenLogprob, int]]) -> protocol.CompletionLogprobs:
-        def name(token: int) -> str:
-            return token_name(self.text_model, token)
-
         return protocol.CompletionLogprobs(
-            tokens=[name(drawn.token) for drawn, _ in logprobs],
+            tokens=[token_name(self.text_model, drawn.token) for drawn, _ in logprobs],
             token_logprobs=[drawn.logprob for drawn, _ in logprobs],
-            top_logprobs=[{name(token): logprob for token, logprob in drawn.top} for drawn, _ in logprobs],
+            top_logprobs=[
+                {token_name(self.text_model, token): logprob for token, logprob in drawn.top} for drawn, _ in logprobs
+            ],
             text_offset=[offset for _, offset in logprobs],
         )
 

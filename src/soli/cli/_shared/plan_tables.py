@@ -63,12 +63,14 @@ def _constants(settings: TrainSettings, fim_rate: float) -> Lines:
         ramp = f"{schedule.batch_sequences_start:,} -> {schedule.batch_sequences:,} sequences"
         lines.append(("batch ramp", f"{ramp} over {schedule.batch_ramp_tokens:,} tokens"))
     end = "" if balance.gamma_tokens is None else f" until {balance.gamma_tokens:,} tokens, then 0"
-    lines.append(("balance", f"gamma {balance.gamma:g}{end}; alpha {balance.alpha:g}"))
     late = losses.mtp_late_after_tokens
     then = "" if late is None else f" until {late:,} tokens, then {losses.mtp_weight_late:g}"
     depth = settings.model.num_nextn_predict_layers
-    lines.append(("MTP", f"depth {depth}, lambda {losses.mtp_weight:g}{then}" if depth else "none"))
-    lines.append(("data", f"fill-in-the-middle rate {fim_rate:g}"))
+    lines += [
+        ("balance", f"gamma {balance.gamma:g}{end}; alpha {balance.alpha:g}"),
+        ("MTP", f"depth {depth}, lambda {losses.mtp_weight:g}{then}" if depth else "none"),
+        ("data", f"fill-in-the-middle rate {fim_rate:g}"),
+    ]
     for number, phase in enumerate(settings.extension, 1):
         if phase.rope_scaling is not None:
             lines.append((f"YaRN {number}", _yarn(phase.rope_scaling)))
@@ -120,13 +122,15 @@ def _time(
     device_tflops: float,
     here: MeasuredDevice | None,
 ) -> Lines:
-    lines = []
+    lines: Lines = []
     if here is not None:
         hours = hours_here(settings, plan.flops, here.tflops, here.precision)
         peak = f" of {here.peak_tflops:g} stated" if here.peak_tflops else ""
         measured = f"{here.title}: {here.tflops:.3g} TFLOP/s{peak} measured on products in {here.precision}"
-        lines.append(("this device", f"{measured}, about {hours:,.1f} hours at {100 * STEP_SHARE[here.precision]:g} %"))
-        lines.append(("", "of that rate, the share that a step of nano-zh-en reaches on one CPU core"))
+        lines += [
+            ("this device", f"{measured}, about {hours:,.1f} hours at {100 * STEP_SHARE[here.precision]:g} %"),
+            ("", "of that rate, the share that a step of nano-zh-en reaches on one CPU core"),
+        ]
     lines.append(("GPU-hours", f"{plan.gpu_hours:,.1f} at {100 * mfu:g} % of {device_tflops:g} TFLOP/s"))
     if devices > 1:
         lines.append(("days", f"{plan.gpu_hours / devices / 24:,.1f} on {devices:,} devices"))
