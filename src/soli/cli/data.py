@@ -7,17 +7,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
+from rich.table import Table
 
-from soli.cli._shared.data_tables import print_counts, print_inspection, print_packed
+from soli.cli._shared.console import number_columns, stdout_console
 from soli.cli._shared.options import Assignments
 from soli.cli._shared.progress import StepReport
 from soli.data.inspection import inspect_folder
 from soli.data.pack import Input, PackConfig, pack_inputs
 from soli.data.readers import InputLayout
 from soli.data.recipe import load_recipe
+from soli.data.token_files import read_meta
 from soli.recipes import corpus_builder, read_data_config
 
 app = typer.Typer(help="Build, pack and inspect corpora.", no_args_is_help=True, rich_markup_mode=None)
+COUNTED = ("pairs", "lines", "characters", "heldout")  # fields of a source in counts.json
 
 
 @app.command()
@@ -50,7 +54,7 @@ def build(
     folder = out or Path(config.folder)
     with StepReport(quiet=as_json) as steps:
         build_data(config, folder, cache or folder / "cache", steps.report, allow_missing, extra or ())
-    print_counts(folder, as_json)
+    _print_counts(folder, as_json)
 
 
 @app.command()
@@ -105,7 +109,7 @@ def pack(
     if as_json:
         print(json.dumps({"folder": str(out), **meta}, indent=2))
     else:
-        print_packed(out, meta)
+        _print_packed(out, meta)
 
 
 @app.command()
@@ -120,7 +124,7 @@ def inspect(
     if as_json:
         print(json.dumps(inspection, indent=2, ensure_ascii=False))
     else:
-        print_inspection(folder, inspection)
+        _print_inspection(folder, inspection)
 
 
 def parse_input(argument: str) -> Input:
@@ -155,3 +159,63 @@ def _two_fields(pair: str) -> tuple[str, str]:
 
 def _print_line(line: str) -> None:
     print(line.encode("utf-8", "backslashreplace").decode("utf-8"), file=sys.stderr)
+
+
+def _print_counts(folder: Path, as_json: bool) -> None:
+    """counts.json and meta.json of a finished build, as one table or one JSON object."""
+    counts = json.loads((folder / "counts.json").read_text(encoding="utf-8"))
+    meta = read_meta(folder)
+    if as_json:
+        print(json.dumps({**counts, "meta": meta}, indent=2))
+        return
+    table = _table("source", "pairs", "lines", "characters", "held out", "tokens")
+    for name, row in counts["sources"].items():
+        tokens = meta["sources"].get(name, {}).get("tokens", 0)
+        table.add_row(name, *(_number(row.get(field)) for field in COUNTED), _number(tokens))
+    totals = [sum(row.get(field, 0) for row in counts["sources"].values()) for field in COUNTED]
+    table.add_row("all", *map(_number, totals), _number(meta["train_tokens"]))
+    stdout_console().print(table)
+    for name in counts["skipped"]:
+        print(f"without {name}, which could not be fetched")
+    print(f"wrote {folder}: {meta['train_tokens']:,} training tokens, {meta['valid_tokens']:,} held out")
+
+
+def _print_packed(folder: Path, meta: dict[str, Any]) -> None:
+    """What `pack_inputs` wrote, as one table and a line for the bad lines."""
+    table = _table("source", "documents", "tokens", "share", "held out")
+    for name in dict.fromkeys((*meta["sources"], *meta["valid_sources"])):
+        row = meta["sources"].get(name, {"tokens": 0, "documents": 0})
+        heldout = meta["valid_sources"].get(name, {}).get("documents")
+        share = f"{row['tokens'] / meta['train_tokens']:.1%}"
+        table.add_row(escape(name), _number(row["documents"]), _number(row["tokens"]), share, _number(heldout))
+    stdout_console().print(table)
+    bad_lines = meta["bad_lines"]
+    if bad_lines:
+        print(f"bad lines left out: {sum(bad_lines.values()):,}, listed in {folder / 'bad_lines.jsonl'}")
+    print(f"wrote {folder}: {meta['train_tokens']:,} training tokens, {meta['valid_tokens']:,} held out")
+
+
+def _print_inspection(folder: Path, inspection: dict[str, Any]) -> None:
+    """What `inspect_folder` returned, for a reader."""
+    console = stdout_console()
+    table = _table("source", "documents", "tokens", "share", "tokens/document")
+    for name, row in sorted(inspection["sources"].items(), key=lambda item: -item[1]["tokens"]):
+        mean = row["tokens"] / max(1, row["documents"])
+        share = row["tokens"] / max(1, inspection["train_tokens"])
+        table.add_row(name, _number(row["documents"]), _number(row["tokens"]), f"{share:.1%}", f"{mean:.1f}")
+    console.print(table)
+    print(f"{folder}: {inspection['train_tokens']:,} training and {inspection['valid_tokens']:,} held-out tokens")
+    compression = ", ".join(f"{value:.2f} {name}" for name, value in inspection["characters_per_token"].items())
+    print(f"vocabulary {inspection['vocab_size']:,}; characters per token: {compression or 'unknown'}")
+    lengths = ", ".join(f"{name} {value:,}" for name, value in inspection["document_tokens"].items())
+    print(f"document lengths: {lengths} tokens")
+    for sample in inspection["samples"]:
+        console.print(f"[dim]at {sample['at']:,}[/dim] {escape(sample['text'])}", soft_wrap=True)
+
+
+def _table(*columns: str) -> Table:
+    return Table(columns[0], *number_columns(*columns[1:]), box=None, pad_edge=False)
+
+
+def _number(value: int | None) -> str:
+    return f"{value:,}" if value else ""

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from soli.cli._shared import options, sampling_options
+from soli.cli._shared import options
 from soli.cli._shared.console import print_json, sanitize_for_terminal
 from soli.cli._shared.text_input import argument_lines, stdin_lines
 from soli.errors import SoliError
 
 if TYPE_CHECKING:
     from soli.analysis.trace import TokenTrace
+    from soli.engine.constraint import ConstraintSpec
+    from soli.engine.distribution import TokenLogprob
     from soli.engine.request import Answer
+    from soli.engine.text_model import TextModel
 
 MAX_NEW_TOKENS = 256
+MAX_FILE_BYTES = 262_144  # bytes: four for each character that a schema may have
 
 
 def generate(
@@ -24,19 +29,37 @@ def generate(
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = 0,
     top_p: options.TopP = 1.0,
-    min_p: options.MinP = 0.0,
-    repetition_penalty: options.RepetitionPenalty = 1.0,
-    presence_penalty: options.PresencePenalty = 0.0,
-    frequency_penalty: options.FrequencyPenalty = 0.0,
-    logit_bias: options.LogitBias = None,
+    min_p: Annotated[
+        float,
+        typer.Option(help="Drop tokens below this share, 0 to 1, of the most likely one's probability; 0 drops none."),
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="0.1 to 10: above 1, tokens of prompt and answer become less likely; 1 is off.")
+    ] = 1.0,
+    presence_penalty: Annotated[
+        float,
+        typer.Option(help="-2 to 2, subtracted from the logit of a token that is already in the answer; 0 is off."),
+    ] = 0.0,
+    frequency_penalty: Annotated[
+        float,
+        typer.Option(help="-2 to 2, subtracted from a token's logit for each occurrence in the answer; 0 is off."),
+    ] = 0.0,
+    logit_bias: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TOKEN=NUMBER", help="Add -100 to 100 to a token's logit; may be given several times."),
+    ] = None,
     seed: options.Seed = None,
-    json_schema: options.JsonSchema = None,
-    regex: options.Regex = None,
+    json_schema: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write JSON that fits the schema in this file, or nothing.")
+    ] = None,
+    regex: Annotated[str | None, typer.Option(help="Write a text that matches this whole regular expression.")] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="End before this text appears; may be given several times.")
     ] = None,
     max_new_tokens: options.MaxNewTokens = None,
-    logprobs: options.Logprobs = None,
+    logprobs: Annotated[
+        int | None, typer.Option(min=0, help="Show each token's log-probability, and this many most likely tokens.")
+    ] = None,
     experts: options.Experts = False,
     experts_detail: options.Detail = False,
     speculate: options.Speculate = False,
@@ -48,7 +71,7 @@ def generate(
     text = "\n".join(stdin_lines() if prompt == "-" else argument_lines(prompt, "the prompt"))
     if not text.strip():
         raise SoliError("the prompt is empty: give some text to continue")
-    from soli.cli._shared import expert_tables, logprob_tables
+    from soli.cli._shared import expert_tables
     from soli.engine.engine import Engine
     from soli.engine.offline import limits_for, stream
     from soli.engine.request import Answer, Request
@@ -63,10 +86,10 @@ def generate(
         repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
-        logit_bias=sampling_options.logit_bias(logit_bias or ()),
+        logit_bias=_logit_biases(logit_bias or ()),
         seed=seed,
     )
-    constraint = sampling_options.constraint_spec(json_schema, regex)
+    constraint = _constraint_spec(json_schema, regex)
     text_model = open_text_model(model, device, dtype, mtp=speculate)
     prompt_ids = text_model.text_prompt(text)
     remaining = text_model.remaining_tokens(prompt_ids, "the prompt")
@@ -89,16 +112,75 @@ def generate(
             print(sanitize_for_terminal(event.text), end="", flush=True)
     answer = Answer.from_events(request, events)
     trace = expert_tables.token_traces(text_model, answer) if answer.routing is not None else None
-    entries = None if answer.logprobs is None else logprob_tables.as_json(text_model, answer.logprobs)
+    entries = None if answer.logprobs is None else _logprob_entries(text_model, answer.logprobs)
     if json:
         _print_json(text, answer, trace, entries)
         return
     print(flush=True)
     if entries is not None:
-        print("", *logprob_tables.lines(entries), sep="\n")
+        print("", *_logprob_lines(entries), sep="\n")
     if trace is not None:
         print()
         expert_tables.show(trace, experts_detail)
+
+
+def _logit_biases(entries: Sequence[str]) -> dict[int, float]:
+    """Reads `["506=-100", "12=2.5"]`; a token's id, then what is added to its logit."""
+    biases: dict[int, float] = {}
+    for entry in entries:
+        token, _, bias = entry.partition("=")
+        try:
+            number, value = int(token), float(bias)
+        except ValueError:
+            raise SoliError(f"--logit-bias {entry!r} is not TOKEN=NUMBER: write for instance 506=-100") from None
+        if number in biases:
+            raise SoliError(f"--logit-bias names token {number} twice: name it once")
+        biases[number] = value
+    return biases
+
+
+def _constraint_spec(json_schema: str | None, regex: str | None) -> ConstraintSpec | None:
+    """What the text must be, by a file with a JSON schema or by a regular expression; None where neither is given."""
+    if json_schema is not None and regex is not None:
+        raise SoliError("--json-schema and --regex cannot hold together: give one of them")
+    if json_schema is None and regex is None:
+        return None
+    from soli.engine.constraint import ConstraintSpec
+
+    if json_schema is None:
+        return ConstraintSpec.regex(regex or "")
+    with open(json_schema, "rb") as file:
+        content = file.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise SoliError(f"{json_schema} is longer than the limit of {MAX_FILE_BYTES:,} bytes for a schema")
+    try:
+        return ConstraintSpec.json_schema(content.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise SoliError(f"{json_schema} is not valid UTF-8: convert it to UTF-8") from None
+
+
+def _logprob_entries(text_model: TextModel, logprobs: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
+    """Per token its id, text and log-probability, and under "top" the likeliest tokens with theirs."""
+    return [
+        {
+            **_token_entry(text_model, entry.token, entry.logprob),
+            "top": [_token_entry(text_model, *pair) for pair in entry.top],
+        }
+        for entry in logprobs
+    ]
+
+
+def _logprob_lines(entries: Sequence[dict[str, Any]]) -> list[str]:
+    """The same, one line per token; texts in quotes, unprintable characters escaped."""
+    rows = []
+    for entry in entries:
+        top = "  ".join(f"{token['text']!r} {token['logprob']:.2f}" for token in entry["top"])
+        rows.append(f"{entry['token']:>7} {entry['logprob']:>8.2f}  {entry['text']!r:<12}  {top}".rstrip())
+    return rows
+
+
+def _token_entry(text_model: TextModel, token: int, logprob: float) -> dict[str, Any]:
+    return {"token": token, "text": text_model.tokenizer.token_text(token), "logprob": logprob}
 
 
 def _print_json(

@@ -31,9 +31,7 @@ def serve(
     running: Annotated[int, typer.Option(min=1, max=1024, help="Requests answered at the same time.")] = 16,
     waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; more get status 429.")] = 256,
     tokens_per_step: Annotated[int, typer.Option(min=1, help="Tokens in one forward pass of the model.")] = 512,
-    speculate: Annotated[
-        bool, typer.Option("--speculate", help="Draft tokens with the model's MTP module; slower on the CPUs measured.")
-    ] = False,
+    speculate: options.Speculate = False,
     body_mib: Annotated[float, typer.Option(min=0.001, help="The largest body accepted.")] = 4.0,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="The longest prompt accepted.")] = 2**20,
     choices: Annotated[int, typer.Option(min=1, help="The most answers to one request (n).")] = 16,

@@ -9,30 +9,6 @@ TopK = Annotated[int, typer.Option(help="Sample from this many most likely token
 TopP = Annotated[
     float, typer.Option(help="Sample from the most likely tokens that hold this share of the probability; 1 from all.")
 ]
-MinP = Annotated[
-    float,
-    typer.Option(help="Drop tokens below this share, 0 to 1, of the most likely one's probability; 0 drops none."),
-]
-RepetitionPenalty = Annotated[
-    float, typer.Option(help="0.1 to 10: above 1, tokens of prompt and answer become less likely; 1 is off.")
-]
-PresencePenalty = Annotated[
-    float, typer.Option(help="-2 to 2, subtracted from the logit of a token that is already in the answer; 0 is off.")
-]
-FrequencyPenalty = Annotated[
-    float, typer.Option(help="-2 to 2, subtracted from a token's logit for each occurrence in the answer; 0 is off.")
-]
-LogitBias = Annotated[
-    list[str] | None,
-    typer.Option(metavar="TOKEN=NUMBER", help="Add -100 to 100 to a token's logit; may be given several times."),
-]
-JsonSchema = Annotated[
-    str | None, typer.Option(metavar="FILE", help="Write JSON that fits the schema in this file, or nothing.")
-]
-Regex = Annotated[str | None, typer.Option(help="Write a text that matches this whole regular expression.")]
-Logprobs = Annotated[
-    int | None, typer.Option(min=0, help="Show each token's log-probability, and this many most likely tokens.")
-]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same text.")]
 Speculate = Annotated[
     bool, typer.Option("--speculate", help="Draft tokens with the model's MTP module; slower on the CPUs measured.")
