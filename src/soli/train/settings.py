@@ -123,9 +123,14 @@ class TrainSettings:
             _require_positions("extension", phase.sequence_length, config)
 
     @property
+    def stages(self) -> tuple[ScheduleSettings | ExtensionSettings, ...]:
+        """What each stage of the run reads and for how long: pretraining, number 0, then the extension phases."""
+        return (self.schedule, *self.extension)
+
+    @property
     def total_tokens(self) -> int:
-        """Length of the run: pretraining and all extension phases."""
-        return self.schedule.total_tokens + sum(phase.total_tokens for phase in self.extension)
+        """Length of the run in all its stages."""
+        return sum(stage.total_tokens for stage in self.stages)
 
 
 SECTIONS: dict[str, type[Section]] = {

@@ -97,9 +97,8 @@ def prepare(settings: TrainSettings, data: dict[str, Any], data_folder: Path, ru
         tokenizer=tokenizer,
         bytes_V=bytes_per_token(tokenizer, settings.model.vocab_size),
         sentences=read_sentences(data_folder / "heldout.tsv", settings.eval.samples),
+        cuda_graph=GraphedStep(model, settings.balance.alpha, tokenizer.eos_id) if settings.run.cuda_graph else None,
     )
-    if settings.run.cuda_graph:
-        run.cuda_graph = GraphedStep(model, settings.balance.alpha, tokenizer.eos_id)
     saved = checkpoints(run_folder)
     if saved:
         run.progress = load_checkpoint(saved[-1], model, run.optimizer)

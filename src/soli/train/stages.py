@@ -35,8 +35,8 @@ def build_stages(settings: TrainSettings, train: PackedTokens, valid: PackedToke
     """Every stage of the run, in order. SoliError when the data are too short for one of them."""
     extra = 1 + settings.model.num_nextn_predict_layers
     stages: list[Stage] = []
-    for number in range(1 + len(settings.extension)):
-        length = stage_length(settings, number)
+    for number, stage_settings in enumerate(settings.stages):
+        length = stage_settings.sequence_length
         stage = Stage(
             config=settings.extension[number - 1].extend_context(stages[-1].config) if number else settings.model,
             length=length,
@@ -46,11 +46,6 @@ def build_stages(settings: TrainSettings, train: PackedTokens, valid: PackedToke
         )
         stages.append(stage)
     return tuple(stages)
-
-
-def stage_length(settings: TrainSettings, number: int) -> int:
-    """Tokens of a sequence in stage `number`."""
-    return settings.extension[number - 1].sequence_length if number else settings.schedule.sequence_length
 
 
 def next_step(settings: TrainSettings, progress: RunProgress) -> tuple[int, float]:
@@ -63,9 +58,7 @@ def next_step(settings: TrainSettings, progress: RunProgress) -> tuple[int, floa
 
 def stage_tokens_left(settings: TrainSettings, progress: RunProgress) -> int:
     """Tokens until the current stage ends; 0 or less when it has."""
-    if progress.stage == 0:
-        return settings.schedule.total_tokens - progress.tokens
-    return progress.stage_start + settings.extension[progress.stage - 1].total_tokens - progress.tokens
+    return progress.stage_start + settings.stages[progress.stage].total_tokens - progress.tokens
 
 
 def is_finished(settings: TrainSettings, progress: RunProgress) -> bool:
@@ -75,9 +68,9 @@ def is_finished(settings: TrainSettings, progress: RunProgress) -> bool:
 
 def flops_left(settings: TrainSettings, progress: RunProgress) -> int:
     """FLOPs from here to the end of the run: a token of a longer sequence costs more."""
-    stage_flops = max(0, stage_tokens_left(settings, progress)) * token_flops(settings, progress.stage)
-    later = enumerate(settings.extension[progress.stage :], progress.stage + 1)
-    return stage_flops + sum(phase.total_tokens * token_flops(settings, number) for number, phase in later)
+    later = [stage.total_tokens for stage in settings.stages[progress.stage + 1 :]]
+    tokens_left = [max(0, stage_tokens_left(settings, progress)), *later]
+    return sum(tokens * token_flops(settings, n) for n, tokens in enumerate(tokens_left, progress.stage))
 
 
 def check_stage(
@@ -105,7 +98,7 @@ def check_stage(
 @lru_cache(maxsize=16)
 def token_flops(settings: TrainSettings, number: int) -> int:
     """FLOPs per token of stage `number`, forward and backward."""
-    return training_flops(settings.model, stage_length(settings, number))
+    return training_flops(settings.model, settings.stages[number].sequence_length)
 
 
 def _seed(seed: int, number: int) -> int:
