@@ -36,5 +36,4 @@ def parse_value(text: str) -> Any:
     except tomllib.TOMLDecodeError:
         return text
     value = table.pop("value")
-    is_date = isinstance(value, datetime.date | datetime.time)
-    return text if table or is_date else value
+    return text if table or isinstance(value, datetime.date | datetime.time) else value

@@ -60,8 +60,10 @@ class RopeScaling(Section, section="rope_scaling", exact_integers=True):
 
     def to_dict(self) -> dict[str, Any]:
         """The classic table, unknown fields included."""
-        known = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "extra"}
-        return {**known, **self.extra}
+        return {
+            **{item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "extra"},
+            **self.extra,
+        }
 
 
 def reject_variants(extra: Mapping[str, Any], only: Mapping[str, Any], prefix: str = "") -> None:

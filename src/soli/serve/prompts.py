@@ -72,8 +72,9 @@ def chat_batch(body: ChatBody, loaded: LoadedModel, limits: ServiceLimits) -> Re
         prompt_ids=tuple(prompt.token_ids),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    constraint_name = "response_format" if forced_tool is None else "tools"
-    names = _param_names(body.soli, prompt_ids="messages", constraint=constraint_name)
+    names = _param_names(
+        body.soli, prompt_ids="messages", constraint="response_format" if forced_tool is None else "tools"
+    )
     if body.max_completion_tokens:
         names["max_new_tokens"] = "max_completion_tokens"
     new_parser = _new_parser(forced_tool, constraint is not None, prompt.starts_in_reasoning, bool(tools))
@@ -135,8 +136,14 @@ def _batch(
         for request in prompts
         for choice in range(choices)
     ]
-    include_usage = body.stream_options is not None and body.stream_options.include_usage
-    return RequestBatch(tuple(requests), choices, body.soli.routing, param_names, include_usage, new_parser)
+    return RequestBatch(
+        requests=tuple(requests),
+        choices_per_prompt=choices,
+        routing=body.soli.routing,
+        param_names=param_names,
+        include_usage=body.stream_options is not None and body.stream_options.include_usage,
+        new_parser=new_parser,
+    )
 
 
 def _request(
@@ -187,8 +194,10 @@ def _masked_experts(options: SoliOptions) -> frozenset[tuple[int, int]]:
 
 def _param_names(options: SoliOptions, **names: str) -> dict[str, str]:
     """The names that the body gives to fields of a Request: `names`, and what all bodies have."""
-    masked_experts = "soli.mute" if "mute" in options.model_fields_set else "soli.masked_experts"
-    return names | {"max_new_tokens": "max_tokens", "masked_experts": masked_experts}
+    return names | {
+        "max_new_tokens": "max_tokens",
+        "masked_experts": "soli.mute" if "mute" in options.model_fields_set else "soli.masked_experts",
+    }
 
 
 def _chat_template(loaded: LoadedModel) -> ChatTemplate:

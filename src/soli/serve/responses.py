@@ -259,19 +259,20 @@ class ChatChoiceBuilder:
         )
 
     def whole(self) -> protocol.ChatChoice:
-        message = protocol.AssistantMessage(
-            role="assistant", content=self._content or (None if self._calls else "")
-        )
-        if self._reasoning:
-            message.reasoning_content = self._reasoning
-        if self._calls:
-            message.tool_calls = [
+        parts: dict[str, Any] = {
+            "reasoning_content": self._reasoning,
+            "tool_calls": [
                 MessageToolCall(id=call.id, type=call.type, function=call.function) for call in self._calls
-            ]
+            ],
+        }
         assert self._finish_reason in ("stop", "length", "tool_calls")  # a failed answer is an error
         return protocol.ChatChoice(
             index=self._index,
-            message=message,
+            message=protocol.AssistantMessage(
+                role="assistant",
+                content=self._content or (None if self._calls else ""),
+                **{name: value for name, value in parts.items() if value},
+            ),
             logprobs=protocol.ChatLogprobs(content=self._logprobs) if self._logprobs else None,
             finish_reason=self._finish_reason,
         )

@@ -146,13 +146,16 @@ def _uvicorn(app: ASGIApp, service: Service, drain_seconds: float) -> _DrainingS
     logging.basicConfig(handlers=[handler], level=logging.INFO)
     for name in ("uvicorn", "uvicorn.error", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    config = uvicorn.Config(
-        app,
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        lifespan="off",
-        ws="none",
-        timeout_graceful_shutdown=5,
+    return _DrainingServer(
+        uvicorn.Config(
+            app,
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            lifespan="off",
+            ws="none",
+            timeout_graceful_shutdown=5,
+        ),
+        service,
+        drain_seconds,
     )
-    return _DrainingServer(config, service, drain_seconds)
