@@ -120,7 +120,6 @@ def generate(
     if entries is not None:
         print("", *_logprob_lines(entries), sep="\n")
     if trace is not None:
-        print()
         expert_tables.show(trace, experts_detail)
 
 
@@ -186,8 +185,6 @@ def _token_entry(text_model: TextModel, token: int, logprob: float) -> dict[str,
 def _print_json(
     prompt: str, answer: Answer, trace: list[TokenTrace] | None, logprobs: list[dict[str, Any]] | None
 ) -> None:
-    from soli.cli._shared import expert_tables
-
     entry: dict[str, Any] = {
         "prompt": prompt,
         "text": answer.text,
@@ -198,5 +195,5 @@ def _print_json(
     if logprobs is not None:
         entry["logprobs"] = logprobs
     if trace is not None:
-        entry["experts"] = expert_tables.as_json(trace)
+        entry["experts"] = trace
     print_json(entry)

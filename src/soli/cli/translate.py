@@ -64,7 +64,6 @@ def _print(translator: Translator, translation: Translation, as_json: bool, deta
     if not as_json:
         print(translation.text, flush=True)
         if trace is not None:
-            print()
             expert_tables.show(trace, detail)
         return
     entry: dict[str, Any] = {
@@ -76,5 +75,5 @@ def _print(translator: Translator, translation: Translation, as_json: bool, deta
         "new_tokens": answer.usage.completion if answer else 0,
     }
     if trace is not None:
-        entry["experts"] = expert_tables.as_json(trace)
+        entry["experts"] = trace
     print_json(entry)

@@ -1,5 +1,6 @@
 """The consoles of the command line: standard output for tables and results, standard error for notes and progress."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -35,5 +36,5 @@ def number_columns(*titles: str, no_wrap: bool = False) -> list[Column]:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """One JSON object on one line, Chinese characters not escaped, flushed at once."""
-    print(json.dumps(value, ensure_ascii=False), flush=True)
+    """One JSON object on one line, Chinese characters not escaped, flushed at once; dataclasses field for field."""
+    print(json.dumps(value, ensure_ascii=False, default=dataclasses.asdict), flush=True)

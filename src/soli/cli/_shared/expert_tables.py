@@ -1,8 +1,6 @@
-"""How the command line shows the experts: as a table on the terminal, or as JSON."""
+"""How the command line shows the experts: as a table on the terminal."""
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from soli.analysis.trace import TokenTrace, trace_tokens
 from soli.analysis.trace_view import print_detail, print_table
@@ -20,10 +18,6 @@ def token_traces(text_model: TextModel, answer: Answer) -> list[TokenTrace]:
 
 
 def show(trace: Sequence[TokenTrace], detail: bool) -> None:
-    """Prints a trace to standard output: coloured when that is a terminal, plain when it is not."""
+    """Prints an empty line and a trace: coloured when standard output is a terminal, plain when it is not."""
+    print()
     (print_detail if detail else print_table)(stdout_console(), trace)
-
-
-def as_json(trace: Sequence[TokenTrace]) -> list[dict[str, Any]]:
-    """The trace as plain lists and dicts, field for field as in soli/analysis/trace.py."""
-    return [dataclasses.asdict(token) for token in trace]
