@@ -102,7 +102,8 @@ class MockServer:
         tokens_read = sum(len(piece.tokens) for piece in self.pieces)
         for piece in self.pieces:
             for at, token in enumerate(piece.tokens):
-                players = next(trace["players"] for trace in token["layers"] if trace["layer"] == name)
+                layer_trace = next(trace for trace in token["layers"] if trace["layer"] == name)
+                players = layer_trace[name_in(layer_trace, "selected")]
                 weight = next((player["weight"] for player in players if player["expert"] == expert), None)
                 if weight is not None:
                     before = "".join(other["text"] for other in piece.tokens[max(0, at - 3) : at])
@@ -128,22 +129,23 @@ def without_masked(token: dict[str, Any], pairs: list[list[int]]) -> dict[str, A
     return token | {"layers": [_layer_without(layer, masked) for layer in token["layers"]]}
 
 
+def name_in(layer: dict[str, Any], name: str) -> str:
+    """The name of a field in this trace of a layer: today's, or that of Soli 0.1 in recordings."""
+    return name if name in layer else {"selected": "players", "runner_ups": "near_misses"}[name]
+
+
 def _layer_without(layer: dict[str, Any], masked: set[tuple[str, int]]) -> dict[str, Any]:
-    remaining = [player for player in layer["players"] if (layer["layer"], player["expert"]) not in masked]
-    masked_count = len(layer["players"]) - len(remaining)
+    selected_name, runner_ups_name = name_in(layer, "selected"), name_in(layer, "runner_ups")
+    selected, runner_ups = layer[selected_name], layer[runner_ups_name]
+    remaining = [expert for expert in selected if (layer["layer"], expert["expert"]) not in masked]
+    masked_count = len(selected) - len(remaining)
     if not masked_count:
         return layer
     promoted = [
-        {
-            "expert": runner_up["expert"],
-            "weight": 0.4,
-            "affinity": runner_up["affinity"],
-            "biased": runner_up["biased"],
-            "let_in": False,  # old name
-        }
-        for runner_up in layer["near_misses"][:masked_count]
+        {name: runner_up[name] for name in ("expert", "affinity", "biased")} | {"weight": 0.4}
+        for runner_up in runner_ups[:masked_count]
     ]
-    return layer | {"players": remaining + promoted, "near_misses": layer["near_misses"][masked_count:]}
+    return layer | {selected_name: remaining + promoted, runner_ups_name: runner_ups[masked_count:]}
 
 
 def _choice(path: str, text: str) -> dict[str, Any]:
