@@ -107,7 +107,7 @@ def test_files_with_the_language_at_their_root(tmp_path):
     files["package/dist/locales/zh-CN.min.json"] = {"zh-CN": {"a": "道路"}}
     files["package/dist/locales/zh-TW.min.json"] = {"zh-TW": {"a": "車道"}}
     archive = wheel(tmp_path / "a.whl", {name: json.dumps(tree) for name, tree in files.items()})
-    assert pairs(locale_files.OPENSTREETMAP.read_simplified([archive])) == [("道路", "Road")]
+    assert pairs(locale_files.OPENSTREETMAP.read([archive])) == [("道路", "Road")]
 
 
 def test_yaml_trees_give_one_line_scalars_by_path():

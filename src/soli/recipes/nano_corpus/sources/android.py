@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from soli.errors import SoliError
-from soli.recipes.nano_corpus.cleaning import Simplifier, align
+from soli.recipes.nano_corpus.cleaning import Simplifier
 from soli.recipes.nano_corpus.fetch import read_members
-from soli.recipes.nano_corpus.sources.row import SourceRow
+from soli.recipes.nano_corpus.sources.row import SourceRow, rows_by_key
 
 STRING_POOL, TABLE, PACKAGE, TYPE = 0x0001, 0x0002, 0x0200, 0x0201
 _UTF8, _COMPLEX, _SPARSE, _NO_ENTRY, _STRING_VALUE = 1 << 8, 1, 1, 0xFFFFFFFF, 3
@@ -29,9 +29,7 @@ def read_android(archives: list[Path]) -> Iterator[SourceRow]:
             texts = read_table(package.read("resources.arsc"), name)
         for language in ("zhCN", "zhTW"):
             simplify = Simplifier("tw2sp") if language == "zhTW" else str
-            for entry, text in texts.get(language, {}).items():
-                for zh, en in align(text, texts.get("", {}).get(entry, "")):
-                    yield SourceRow(simplify(zh), en)
+            yield from rows_by_key(texts.get(language, {}), texts.get("", {}), simplify)
 
 
 def read_table(table: bytes, name: str) -> dict[str, dict[tuple[int, int], str]]:

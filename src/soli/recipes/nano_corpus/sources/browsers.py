@@ -15,9 +15,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from soli.errors import SoliError
-from soli.recipes.nano_corpus.cleaning import Simplifier, align, without_accelerators
+from soli.recipes.nano_corpus.cleaning import Simplifier, without_accelerators
 from soli.recipes.nano_corpus.fetch import read_members
-from soli.recipes.nano_corpus.sources.row import SourceRow
+from soli.recipes.nano_corpus.sources.row import SourceRow, rows_by_key
 
 _PAK_VERSION, _PAK_HEADER, _PAK_ENTRY = 5, 12, 6
 _LANGUAGE = r"(?:en-US|zh-CN|zh-TW)"
@@ -47,13 +47,11 @@ def read_chromium(archives: list[Path]) -> Iterator[SourceRow]:
         for name, content in read_members(archive, "usr/lib/chromium/locales/*.pak"):
             language = Path(name).stem
             if language in ("en-US", "zh-CN", "zh-TW"):
-                packs[language] = read_pak(content, name)
+                texts = read_pak(content, name)
+                packs[language] = {number: without_accelerators(text) for number, text in texts.items()}
     for language in ("zh-CN", "zh-TW"):
         simplify = Simplifier("tw2sp") if language == "zh-TW" else str
-        for number, text in packs.get(language, {}).items():
-            english = packs.get("en-US", {}).get(number, "")
-            for zh, en in align(without_accelerators(text), without_accelerators(english)):
-                yield SourceRow(simplify(zh), en)
+        yield from rows_by_key(packs.get(language, {}), packs.get("en-US", {}), simplify)
 
 
 def parse_fluent(text: str) -> Iterator[tuple[str, str]]:
@@ -105,6 +103,4 @@ def read_mozilla(archives: list[Path]) -> Iterator[SourceRow]:
     for archive in archives[1:]:
         for name, content in read_members(archive, "*.xpi"):
             simplify = Simplifier("tw2sp") if "zh-TW" in name else str
-            for key, text in mozilla_texts(content).items():
-                for zh, en in align(text, english[key]) if key in english else ():
-                    yield SourceRow(simplify(zh), en)
+            yield from rows_by_key(mozilla_texts(content), english, simplify)

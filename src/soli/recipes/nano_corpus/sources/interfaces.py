@@ -33,7 +33,7 @@ INTERFACES: tuple[Source, ...] = (
         *("ha-frontend", _APACHE, locale_files.HOME_ASSISTANT_FRONTEND.read, "pip"),
         "home-assistant-frontend==20260128.6",
     ),
-    _source("osm-id", "ISC", locale_files.OPENSTREETMAP.read_simplified, "npm", "@openstreetmap/id@2.42.2"),
+    _source("osm-id", "ISC", locale_files.OPENSTREETMAP.read, "npm", "@openstreetmap/id@2.42.2"),
     _source("osrm-text", "BSD-2-Clause", locale_files.OSRM.read, "npm", "osrm-text-instructions@0.15.0"),
     _source("matrix-react-sdk", _APACHE, locale_files.MATRIX.read, "npm", "matrix-react-sdk@3.80.0"),
     _source("kolibri", _MIT, locale_files.KOLIBRI.read, "pip", "kolibri==0.19.5"),

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from soli.recipes.nano_corpus.cleaning import Simplifier, align
+from soli.recipes.nano_corpus.cleaning import Simplifier
 from soli.recipes.nano_corpus.fetch import read_members
-from soli.recipes.nano_corpus.sources.row import SourceRow
+from soli.recipes.nano_corpus.sources.row import SourceRow, rows_by_key
 
 Texts = dict[tuple[str, ...], str]
 Parser = Callable[[bytes], Texts]
@@ -88,14 +88,7 @@ class LocaleFiles:
         for language in (self.simplified, self.taiwan):
             simplify = Simplifier("tw2sp") if language == self.taiwan else str
             for page, texts in files.get(language or "", {}).items():
-                english = files.get(self.english, {}).get(page, {})
-                for key, text in texts.items():
-                    for zh, en in align(text, english[key]) if key in english else ():
-                        yield SourceRow(simplify(zh), en)
-
-    def read_simplified(self, archives: list[Path]) -> Iterator[SourceRow]:
-        """Pairs of simplified Chinese alone."""
-        return LocaleFiles(**{**self.__dict__, "taiwan": None}).read(archives)
+                yield from rows_by_key(texts, files.get(self.english, {}).get(page, {}), simplify)
 
     def _files(self, archives: list[Path]) -> dict[str, dict[tuple[str, ...], Texts]]:
         """language -> file -> texts."""
@@ -130,9 +123,9 @@ AIRFLOW = LocaleFiles(
 MATRIX = LocaleFiles(
     r"strings/(?P<language>en_EN|zh_Han[st])\.json$", "en_EN", "zh_Hans", "zh_Hant", glob="*/i18n/strings/*.json"
 )
-OPENSTREETMAP = LocaleFiles(
-    r"locales/(?P<language>en|zh-CN|zh-TW)\.min\.json$",
-    *("en", "zh-CN", "zh-TW"),
+OPENSTREETMAP = LocaleFiles(  # not Taiwan's, which names other places in its examples
+    r"locales/(?P<language>en|zh-CN)\.min\.json$",
+    *("en", "zh-CN"),
     glob="*/dist/locales/*.json",
     language_at_root=True,
 )
@@ -160,5 +153,4 @@ def read_spoken_names(archives: list[Path]) -> Iterator[SourceRow]:
         language = Path(name).parent.name
         if language in ("en", "zh"):
             names[language] = {path: text for path, text in parse_json(content).items() if path[-2:] == ("tts", "0")}
-    for path, text in names.get("zh", {}).items():
-        yield SourceRow(text, names.get("en", {}).get(path, ""))
+    return rows_by_key(names.get("zh", {}), names.get("en", {}))

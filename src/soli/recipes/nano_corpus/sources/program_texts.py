@@ -12,7 +12,7 @@ from pathlib import Path
 
 from soli.recipes.nano_corpus.cleaning import Simplifier, align
 from soli.recipes.nano_corpus.fetch import read_members
-from soli.recipes.nano_corpus.sources.row import SourceRow
+from soli.recipes.nano_corpus.sources.row import SourceRow, rows_by_key
 
 _VSCODE_TEXT = re.compile(r"\blocalize2?\((\d+), (\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*')")
 _TYPESCRIPT_TEXT = re.compile(r"\bdiag\(\d+, \d[^,]*, \"(\w+)\", \"((?:[^\"\\]|\\.)*)\"")
@@ -73,9 +73,7 @@ def read_sheet_formulas(archives: list[Path]) -> Iterator[SourceRow]:
     for name, content in read_members(archives[0], "package/lib/es/locale/*.js"):
         if Path(name).stem in ("en-US", "zh-CN"):
             texts[Path(name).stem] = dict(_object_texts(content.decode("utf-8")))
-    for path, text in texts.get("zh-CN", {}).items():
-        for zh, en in align(text, texts.get("en-US", {}).get(path, "")):
-            yield SourceRow(zh, en)
+    return rows_by_key(texts.get("zh-CN", {}), texts.get("en-US", {}))
 
 
 def _object_texts(script: str) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -115,9 +113,7 @@ def read_tencent(archives: list[Path]) -> Iterator[SourceRow]:
         for name, content in read_members(archive, "tencentcloud/*/models.py"):
             for member, text in _docstrings(content.decode("utf-8")):
                 texts[name, member] = text
-    for key, text in chinese.items():
-        for zh, en in align(text, english[key]) if key in english else ():
-            yield SourceRow(zh, en)
+    return rows_by_key(chinese, english)
 
 
 def _docstrings(source: str) -> Iterator[tuple[str, str]]:
