@@ -8,7 +8,7 @@ import pytest
 from soli.engine.async_engine import AsyncEngine
 from soli.engine.engine import Engine
 from soli.engine.request import EngineLimits
-from soli.serve.app import AppRules, create_app
+from soli.serve.app import create_app
 from soli.serve.middleware import AccessRules
 from soli.serve.service import LoadedModel, Service
 from tests.engine.tiny import tiny_text_model
@@ -114,7 +114,7 @@ def test_requests_beyond_the_context_have_openais_code(service):
 
 
 def test_access_rules(service):
-    rules = AppRules(AccessRules(key="secret", body_bytes=100))
+    rules = AccessRules(key="secret", body_bytes=100)
     for path in ("/v1/models", "/metrics", "/openapi.json", "/soli/model", "/nowhere"):
         assert call(service, "GET", path, rules=rules).status_code == 401
         assert call(service, "GET", path, rules=rules, authorization="Bearer secreu").status_code == 401

@@ -9,7 +9,6 @@ import httpx
 import pytest
 
 from soli.serve import middleware
-from soli.serve.app import AppRules
 from soli.serve.middleware import AccessRules
 from soli.serve.server import JsonFormatter
 from tests.serve.tiny_server import scripted_server
@@ -25,7 +24,7 @@ CLOSED = [
 
 @pytest.fixture(scope="module")
 def closed():
-    rules = AppRules(AccessRules(key=KEY), origins=("https://friend.example",))
+    rules = AccessRules(key=KEY, origins=("https://friend.example",))
     with scripted_server(lambda request: "ok", rules=rules) as (url, _):
         yield url
 

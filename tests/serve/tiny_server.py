@@ -10,7 +10,8 @@ from soli.engine.async_engine import AsyncEngine
 from soli.engine.engine import Engine
 from soli.engine.request import EngineLimits
 from soli.engine.text_model import TextModel, text_model
-from soli.serve.app import AppRules, create_app
+from soli.serve.app import create_app
+from soli.serve.middleware import AccessRules
 from soli.serve.service import LoadedModel, Service, ServiceLimits
 from tests.engine.tiny import tiny_model, tiny_tokenizer
 from tests.serve.live import live
@@ -43,7 +44,7 @@ def template() -> ChatTemplate:
 def serving(
     engine: Any,
     chat: bool = True,
-    rules: AppRules | None = None,
+    rules: AccessRules | None = None,
     limits: ServiceLimits | None = None,
     source: ChatTemplate | None = None,
 ) -> Iterator[str]:

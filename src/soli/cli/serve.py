@@ -50,7 +50,6 @@ def serve(
     """Serve a model on this machine. The page is at http://127.0.0.1:8000/, the API at /v1."""
     from soli.checkpoint import open_checkpoint
     from soli.engine.request import EngineLimits
-    from soli.serve.app import AppRules
     from soli.serve.middleware import LOOPBACK, AccessRules
     from soli.serve.server import on_desktop, run_server
     from soli.serve.service import ServiceLimits
@@ -77,7 +76,7 @@ def serve(
             speculate=speculate,
         ),
         service=ServiceLimits(prompt_tokens, choices, seconds),
-        rules=AppRules(AccessRules(hosts, key, int(body_mib * MIB)), tuple(allow_origin or ())),
+        rules=AccessRules(hosts, key, int(body_mib * MIB), origins=tuple(allow_origin or ())),
         drain_seconds=drain_seconds,
         device=device,
         dtype=dtype,

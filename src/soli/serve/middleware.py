@@ -7,6 +7,7 @@ prompts or answers. Plain ASGI, so that streams pass through unchanged.
 import asyncio
 import hmac
 import logging
+import re
 import secrets
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -19,6 +20,7 @@ from fastapi.routing import APIRoute
 from pydantic_core import from_json
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from soli.errors import SoliError
 from soli.serve.errors import error_response
 
 OPEN_PATHS = ("/health", "/ready", "/")
@@ -33,12 +35,25 @@ ARRIVAL_TIME: ContextVar[float] = ContextVar("arrival_time")
 
 @dataclass(frozen=True)
 class AccessRules:
-    """`hosts`: names the Host header may have, without port ("*": any). `key` None: no key is required."""
+    """`hosts`: names the Host header may have, without port ("*": any). `key` None: no key is required.
+
+    `origins`: web pages of other hosts that may call (CORS), "*" for any; none by default. SoliError for an origin that
+    no browser sends, which would match nothing, silently.
+    """
 
     hosts: Sequence[str] = LOOPBACK
     key: str | None = None
     body_bytes: int = 4 * 2**20
     body_seconds: float = 60.0
+    origins: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for origin in self.origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+                raise SoliError(
+                    f"the origin {origin!r} is none a browser sends: give scheme and host, with the port if it has "
+                    "one and without a path, as https://example.org"
+                )
 
 
 class AccessMiddleware:

@@ -81,7 +81,7 @@ def chat_batch(body: ChatBody, loaded: LoadedModel, limits: ServiceLimits) -> Re
     return _batch(body, [request], names, loaded, limits, new_parser)
 
 
-def translation_batch(body: TranslateBody, loaded: LoadedModel) -> RequestBatch:
+def translation_batch(body: TranslateBody, loaded: LoadedModel, _: ServiceLimits) -> RequestBatch:
     """POST /soli/translate."""
     if not can_translate(loaded):
         raise ApiError(400, "this model was not trained to translate: use /v1/completions", "text")

@@ -28,7 +28,8 @@ from soli.engine.engine import Engine
 from soli.engine.request import EngineLimits
 from soli.engine.text_model import open_text_model
 from soli.errors import SoliError
-from soli.serve.app import AppRules, create_app
+from soli.serve.app import create_app
+from soli.serve.middleware import AccessRules
 from soli.serve.service import LoadedModel, Service, ServiceLimits
 
 
@@ -90,7 +91,7 @@ def run_server(
     *,
     engine: EngineLimits,
     service: ServiceLimits,
-    rules: AppRules,
+    rules: AccessRules,
     drain_seconds: float,
     device: str = "cpu",
     dtype: str = "auto",

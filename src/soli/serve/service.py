@@ -3,6 +3,7 @@
 A request that arrives before the model is loaded gets a 503; a model that cannot be loaded ends the server.
 """
 
+import asyncio
 import logging
 import threading
 import time
@@ -17,7 +18,6 @@ from soli.errors import SoliError
 from soli.serve.errors import ApiError
 from soli.serve.metrics import ExpertStatistics, ServerMetrics
 from soli.serve.middleware import ARRIVAL_TIME
-from soli.serve.streaming import merge_events
 
 log = logging.getLogger("soli.serve")
 
@@ -155,3 +155,29 @@ class Service:
         field = error.field if isinstance(error, RejectedRequest) else "constraint"
         too_long = isinstance(error, RejectedRequest) and error.too_long
         return ApiError(400, str(error), param_names.get(field), "context_length_exceeded" if too_long else None)
+
+
+async def merge_events(streams: Sequence[AsyncEvents], seconds: float) -> AsyncGenerator[tuple[int, Event], None]:
+    """The events of all streams as they come, each with its stream's index. All streams are closed at the end, also
+    when the caller leaves early, and after so many seconds (ApiError 504)."""
+    queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+
+    async def pump(index: int, stream: AsyncEvents) -> None:
+        async for event in stream:
+            queue.put_nowait((index, event))
+
+    tasks = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
+    deadline = asyncio.get_running_loop().time() + seconds
+    unfinished = len(streams)
+    try:
+        while unfinished:
+            async with asyncio.timeout_at(deadline):
+                index, event = await queue.get()
+            unfinished -= event.finish_reason is not None
+            yield index, event
+    except TimeoutError:
+        raise ApiError(504, f"the answer took longer than {seconds:g} seconds: ask for fewer tokens") from None
+    finally:
+        for task, stream in zip(tasks, streams, strict=True):
+            task.cancel()
+            stream.close()

@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from soli.serve.page_routes import page_files
+from soli.serve.app import page_files
 
 RECORDINGS = Path(__file__).parent / "recordings"
 # The page starts with other sentences than the recorded ones, which have more instructive routes.

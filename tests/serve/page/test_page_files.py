@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from soli.serve.page_routes import FOLDER, page_files
+from soli.serve.app import PAGE_FOLDER, page_files
 
-SOURCES = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.iterdir()}
+SOURCES = {path.name: path.read_text(encoding="utf-8") for path in PAGE_FOLDER.iterdir()}
 SCRIPTS = {name: text for name, text in SOURCES.items() if name.endswith(".js")}
 
 
