@@ -37,10 +37,10 @@ def decode(model: Transformer, batch: int, context: int, ceiling: dict[str, Any]
     """One token for each of `batch` sequences that have `context` tokens in the cache."""
     config, device = model.config, model.embed_tokens.weight.device
     cache, dtype = LatentCache.whole_rows([context + 1] * batch), model.embed_tokens.weight.dtype
-    filled = cache.step(range(batch), [0] * batch, [context] * batch, device).slots_T
+    context_step = cache.step(range(batch), [0] * batch, [context] * batch, device)
     for layer in range(config.num_hidden_layers):
         width = config.kv_lora_rank + config.qk_rope_head_dim
-        cache.write(layer, filled, torch.randn(batch * context, width, device=device, dtype=dtype))
+        context_step.write(layer, torch.randn(batch * context, width, device=device, dtype=dtype))
     ids = torch.randint(0, config.vocab_size, (1, batch), device=device)
     step = cache.step(range(batch), [context] * batch, [1] * batch, device)
     positions = step.positions_T[None]

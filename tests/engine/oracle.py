@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from soli.engine.constraint import Constraint
-from soli.engine.distribution import TokenLogprob
-from soli.engine.sampler import GREEDY, SamplerState, SamplingParams, sample
+from soli.engine.sampler import GREEDY, SamplerState, SamplingParams, TokenLogprob, sample
 from soli.errors import SoliError
 from soli.model.router import Routing
 from soli.model.transformer import Transformer

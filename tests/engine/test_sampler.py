@@ -9,8 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from soli.engine.distribution import Distribution, distribution
-from soli.engine.sampler import SampledToken, SamplerState, SamplingParams, sample
+from soli.engine.sampler import Distribution, SampledToken, SamplerState, SamplingParams, distribution, sample
 from soli.errors import SoliError
 
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 3.0, 0.0, 1.0])

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from soli.engine.blocks import BlockManager
-from soli.engine.latent_cache import LatentCache, blocks_for
+from soli.engine.latent_cache import BlockManager, LatentCache, blocks_for
 from soli.engine.request import EngineLimits, Request
 from soli.engine.scheduler import Scheduler, SequenceState
 

@@ -15,8 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from soli.engine.constraint import Constraints, ConstraintSpec
-from soli.engine.distribution import Distribution
-from soli.engine.sampler import REPLACE, TEST, SamplerState, SamplingParams, sample
+from soli.engine.sampler import REPLACE, TEST, Distribution, SamplerState, SamplingParams, sample
 from soli.engine.speculation import Draft, propose, remainder, verify
 from soli.engine.text_model import open_text_model
 from soli.errors import SoliError

@@ -4,8 +4,8 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 
 from soli.engine.detokenizer import TextStream, token_text
-from soli.engine.distribution import TokenLogprob
 from soli.engine.request import EngineStats, Event, QueueFull, Request, Usage
+from soli.engine.sampler import TokenLogprob
 from soli.engine.text_model import TextModel
 from soli.errors import SoliError
 

@@ -15,8 +15,8 @@ from soli.errors import SoliError
 if TYPE_CHECKING:
     from soli.analysis.trace import TokenTrace
     from soli.engine.constraint import ConstraintSpec
-    from soli.engine.distribution import TokenLogprob
     from soli.engine.request import Answer
+    from soli.engine.sampler import TokenLogprob
     from soli.engine.text_model import TextModel
 
 MAX_NEW_TOKENS = 256

@@ -2,9 +2,8 @@
 
 One thread owns it. Tokens of all requests are one flat sequence, so weights are read once for all of them; attention
 alone distinguishes the KV blocks of each. With speculation a step also computes a draft of each request's next token,
-and gains a token where it is accepted (drafter.py, speculate.py). A request's answer does not depend on what else runs.
-An error in a step ends the requests of that step and no others. Requests that could never run are rejected at once:
-empty or too long prompts, more tokens than the cache holds, masks that leave a router too few experts.
+and gains a token where it is accepted (speculation.py). A request's answer does not depend on what else runs.
+An error in a step ends the requests of that step and no others. Requests that could never run are rejected at once.
 
 Shapes: T tokens of a step, N of them with logits, L MoE layers, E experts.
 """
@@ -17,12 +16,20 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from soli.engine.admission import check_request, mixture_layers
-from soli.engine.blocks import BlockManager
 from soli.engine.constraint import Constraints
 from soli.engine.detokenizer import TextStream, token_text
-from soli.engine.latent_cache import LatentCache, bytes_per_token
-from soli.engine.request import EngineLimits, EngineStats, Event, FinishReason, QueueFull, Request, Usage
+from soli.engine.latent_cache import BlockManager, LatentCache, bytes_per_token
+from soli.engine.request import (
+    EngineLimits,
+    EngineStats,
+    Event,
+    FinishReason,
+    QueueFull,
+    Request,
+    Usage,
+    check_request,
+    mixture_layers,
+)
 from soli.engine.runner import ForwardOutput, ModelRunner, RunnerName
 from soli.engine.sampler import SampledToken, SamplerState, sample
 from soli.engine.scheduler import ScheduledTokens, Scheduler, SequenceState

@@ -3,12 +3,19 @@
 DeepSeek-V3 keeps, per token and layer, the compressed latent c_t^KV and the decoupled rotary key k_t^R (eqs. 1 and
 3): X = kv_lora_rank + qk_rope_head_dim values instead of a key and a value per head. They are stored in KV blocks of S
 tokens. A row is one text; its block table names the block of its positions 0..S-1, of the next S, and so on. A step has
-new tokens of some rows, one row after the other, as one flat sequence of T tokens. blocks.py decides which row has
-which block; here they are only written and addressed.
+new tokens of some rows, one row after the other, as one flat sequence of T tokens.
+
+`LatentCache` holds the blocks and addresses them; `BlockManager` counts who refers to them, and finds full blocks again
+for prompts that begin alike. A block is free, referenced (by one sequence, or by several that share a prefix), or
+evictable: referenced by nobody, its content still registered under its key and reused by the next prompt that begins
+with the same tokens. A key stands for all tokens from the first to the block's last, so a block is found only behind
+the blocks before it.
 
 Shapes: B rows of a step, T its tokens, P KV blocks, M blocks that a row may have.
 """
 
+import hashlib
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -75,7 +82,7 @@ class LatentCache:
         chunks = []
         for row, start, end, stop in zip(row_B, start_B, end_B, stop_B, strict=True):
             if stop > num_decode_tokens:
-                slots_S = _tensor(self._slots(row, np.arange(end)), device)
+                slots_S = self.slots(row, np.arange(end), device)
                 chunks.append(PrefillChunk(int(stop - (end - start)), int(stop), int(start), slots_S))
         longest = int(position_T[:num_decode_tokens].max(initial=0)) + 1
         return self._step(row_T, position_T, num_decode_tokens, longest, chunks, device)
@@ -107,23 +114,17 @@ class LatentCache:
             self._layers[layer] = like.new_empty(self.block_count, self.block_size, width)
         return self._layers[layer]
 
-    def slots(self, row_T: NDArray[np.int64], position_T: Tensor) -> Tensor:
-        """The slots of tokens in the flattened blocks: (T,), on the device of their positions."""
-        return torch.from_numpy(self._slots(row_T, position_T.cpu().numpy())).to(position_T.device)
-
-    def write(self, layer: int, slots_T: Tensor, entries_TX: Tensor) -> Tensor:
-        """Store one layer's entries in their slots; all its blocks, (P, S, X)."""
-        kv_PSX = self.kv_blocks(layer, entries_TX.shape[1], entries_TX)
-        kv_PSX.flatten(0, 1).index_copy_(0, slots_T, entries_TX)
-        return kv_PSX
+    def slots(
+        self, rows: int | NDArray[np.int64], position_T: NDArray[np.int64], device: str | torch.device
+    ) -> Tensor:
+        """The slots of tokens in the flattened blocks: (T,). `rows`: the row of each, or of all."""
+        index_T, offset_T = np.divmod(position_T, self.block_size)
+        blocks_T = self.block_tables_RM[rows, index_T].astype(np.int64)
+        return _tensor(blocks_T * self.block_size + offset_T, device)
 
     def nbytes(self) -> int:
         """Bytes of the allocated blocks, empty slots included."""
         return sum(blocks_PSX.nbytes for blocks_PSX in self._layers.values())
-
-    def _slots(self, row_T: NDArray[np.int64], position_T: NDArray[np.int64]) -> NDArray[np.int64]:
-        index_T, offset_T = np.divmod(position_T, self.block_size)
-        return self.block_tables_RM[row_T, index_T].astype(np.int64) * self.block_size + offset_T
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class CacheStep:
     @cached_property
     def slots_T(self) -> Tensor:
         """The slot that each token is written to, int64."""
-        return self.cache.slots(self.rows_T, self.positions_T)
+        return self.cache.slots(self.rows_T, self.positions_T.cpu().numpy(), self.positions_T.device)
 
     def kv_blocks(self, layer: int, width: int, like: Tensor) -> Tensor:
         """A layer's blocks, for a forward pass that writes to them itself."""
@@ -149,7 +150,86 @@ class CacheStep:
 
     def write(self, layer: int, entries_TX: Tensor) -> Tensor:
         """Store the step's entries of one layer; its blocks."""
-        return self.cache.write(layer, self.slots_T, entries_TX)
+        kv_PSX = self.kv_blocks(layer, entries_TX.shape[1], entries_TX)
+        kv_PSX.flatten(0, 1).index_copy_(0, self.slots_T, entries_TX)
+        return kv_PSX
+
+
+class BlockManager:
+    """`block_count` blocks. Each reference to a block is released once.
+
+    Allocation takes free blocks first, then evicts the least recently used ones.
+    """
+
+    def __init__(self, block_count: int) -> None:
+        self.block_count = block_count
+        self._free = list(range(block_count - 1, -1, -1))
+        self._reference_counts = [0] * block_count
+        self._keys: dict[int, bytes] = {}  # of the registered blocks
+        self._blocks_by_key: dict[bytes, int] = {}
+        self._evictable: OrderedDict[int, None] = OrderedDict()  # the least recently used first
+
+    @property
+    def available(self) -> int:
+        """Blocks that `allocate` could give now."""
+        return len(self._free) + len(self._evictable)
+
+    @property
+    def used(self) -> int:
+        """Blocks with a reference."""
+        return self.block_count - self.available
+
+    def allocate(self) -> int | None:
+        """A block with one reference and undefined content; None when every block is referenced."""
+        if self._free:
+            block = self._free.pop()
+        elif self._evictable:
+            block, _ = self._evictable.popitem(last=False)
+            del self._blocks_by_key[self._keys.pop(block)]
+        else:
+            return None
+        self._reference_counts[block] = 1
+        return block
+
+    def acquire(self, key: bytes) -> int | None:
+        """The block registered under `key`, with one reference more; None without one."""
+        block = self._blocks_by_key.get(key)
+        if block is not None:
+            self._evictable.pop(block, None)
+            self._reference_counts[block] += 1
+        return block
+
+    def count_registered(self, keys: Sequence[bytes]) -> int:
+        """How many of these keys, from the first on, have a block."""
+        return next((at for at, key in enumerate(keys) if key not in self._blocks_by_key), len(keys))
+
+    def count_evictable(self, keys: Sequence[bytes]) -> int:
+        """How many of these keys have a block without a reference: acquiring them makes so many unavailable."""
+        return sum(self._blocks_by_key.get(key) in self._evictable for key in keys)
+
+    def register(self, block: int, key: bytes) -> None:
+        """The block is full and has this content. Where another block already has it, this one stays unregistered."""
+        if key not in self._blocks_by_key:
+            self._blocks_by_key[key] = block
+            self._keys[block] = key
+
+    def release(self, block: int) -> None:
+        """One reference less; a block without references is evictable if it is registered, else free."""
+        if self._reference_counts[block] < 1:
+            raise ValueError(f"block {block} has no reference to release")
+        self._reference_counts[block] -= 1
+        if self._reference_counts[block] == 0:
+            if block in self._keys:
+                self._evictable[block] = None
+            else:
+                self._free.append(block)
+
+    def clear_prefix_cache(self) -> None:
+        """Unregister every block; referenced blocks stay referenced."""
+        self._free += self._evictable
+        self._evictable.clear()
+        self._keys.clear()
+        self._blocks_by_key.clear()
 
 
 def _tensor(array: NDArray[Any], device: str | torch.device) -> Tensor:
@@ -165,3 +245,9 @@ def blocks_for(tokens: int, block_size: int) -> int:
 def bytes_per_token(config: ModelConfig, layers: int, dtype: torch.dtype) -> int:
     """Bytes of one token in the cache of so many layers: 576 values a layer in V3 (DeepSeek-V2 report, table 1)."""
     return layers * (config.kv_lora_rank + config.qk_rope_head_dim) * dtype.itemsize
+
+
+def block_key(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """The key of a block that follows `parent` (the key of the block before it; for the first, whatever the content
+    depends on besides tokens) and holds these tokens. 256 bits of BLAKE2: no accidental collisions."""
+    return hashlib.blake2b(parent + np.asarray(tokens, dtype=np.int64).tobytes(), digest_size=32).digest()

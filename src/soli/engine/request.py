@@ -1,6 +1,8 @@
-"""What goes into the engine and what comes out: requests, events, answers, limits, metrics. Values only.
+"""What goes into the engine and what comes out: requests, events, answers, limits, metrics.
 
 A request is one answer to one prompt; n answers are n requests whose seeds `SamplingParams.for_choice` derives.
+Requests that could never run are rejected before they wait: empty or too long prompts, more tokens than the cache
+holds, masked experts that leave a router too few.
 """
 
 from collections.abc import Iterable
@@ -8,10 +10,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from soli.engine.constraint import ConstraintSpec
-from soli.engine.distribution import TokenLogprob
-from soli.engine.sampler import GREEDY, SamplingParams
+from soli.engine.latent_cache import blocks_for
+from soli.engine.sampler import GREEDY, SamplingParams, TokenLogprob
+from soli.engine.text_model import TextModel
 from soli.errors import SoliError
+from soli.model.moe import MoE
 from soli.model.router import Routing, join_routing
+from soli.model.transformer import find_mixture
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -160,3 +165,62 @@ class RejectedRequest(SoliError):
     def __init__(self, field: str, message: str, too_long: bool = False) -> None:
         super().__init__(message)
         self.field, self.too_long = field, too_long
+
+
+def mixture_layers(text_model: TextModel) -> dict[int, MoE]:
+    """The main model's mixture layers by their number."""
+    blocks = enumerate(text_model.model.layers)
+    return {layer: mixture for layer, block in blocks if (mixture := find_mixture(block)) is not None}
+
+
+def check_request(request: Request, text_model: TextModel, limits: EngineLimits, block_count: int) -> None:
+    """RejectedRequest, with the field of the request that is to blame. `block_count`: of the whole cache."""
+    prompt, limit, vocab = request.prompt_ids, request.max_new_tokens, text_model.model.config.vocab_size
+    if not prompt:
+        raise RejectedRequest("prompt_ids", "the prompt is empty: give it at least one token")
+    if not 0 <= min(prompt) <= max(prompt) < vocab:
+        raise RejectedRequest(
+            "prompt_ids", f"the prompt holds token {max(prompt)}, but the model's vocabulary ends at {vocab - 1}"
+        )
+    if limit < 1:
+        raise RejectedRequest("max_new_tokens", f"max_new_tokens is {limit}: ask for at least 1")
+    together = f"the prompt has {len(prompt)} tokens and asks for {limit} more"
+    if len(prompt) + limit > text_model.positions:
+        raise RejectedRequest(
+            "max_new_tokens",
+            f"{together}, but the model has only {text_model.positions} positions: shorten the text or ask for fewer "
+            "tokens",
+            too_long=True,
+        )
+    if blocks_for(len(prompt) + limit, limits.block_size) > block_count:
+        raise RejectedRequest(
+            "max_new_tokens",
+            f"{together}, but the cache of {limits.cache_bytes} bytes holds {block_count} blocks of "
+            f"{limits.block_size} tokens: shorten the text, ask for fewer tokens or give the engine more cache_bytes",
+        )
+    _check_masked_experts(request.masked_experts, text_model)
+
+
+def _check_masked_experts(masked_experts: frozenset[tuple[int, int]], text_model: TextModel) -> None:
+    mixtures = mixture_layers(text_model) if masked_experts else {}
+    for layer in sorted({layer for layer, _ in masked_experts}):
+        experts = {expert for masked_layer, expert in masked_experts if masked_layer == layer}
+        if layer not in mixtures:
+            raise RejectedRequest(
+                "masked_experts", f"layer {layer} has no routed experts to mask; those with are {sorted(mixtures)}"
+            )
+        gate = mixtures[layer].gate
+        E = gate.weight.shape[0]
+        if not 0 <= min(experts) <= max(experts) < E:
+            raise RejectedRequest(
+                "masked_experts",
+                f"expert {max(experts)} of layer {layer} cannot be masked: there are experts 0 to {E - 1}",
+            )
+        group = E // gate.G
+        remaining = sorted(sum(e not in experts for e in range(at, at + group)) for at in range(0, E, group))
+        if sum(remaining[: gate.kept_groups]) < gate.K:  # whichever groups survive
+            raise RejectedRequest(
+                "masked_experts",
+                f"{len(experts)} experts of layer {layer} are masked, which may leave fewer than the {gate.K} that are "
+                "selected for a token: mask fewer",
+            )

@@ -8,12 +8,19 @@ Penalties and bias change a request's logits, in this order:
     presence p     logit - p * (1 if it was sampled at all)             OpenAI's API reference
     bias b         logit + b
 
-so that the repetition penalty sees the sign of the model's own logit. The result becomes a distribution
-(distribution.py). The token is drawn with one uniform number that depends on the request's seed and the token's
-position in the answer alone: a neighbour in the batch, a preemption or a drafted token that was rejected cannot change
-what comes later. Rows that are greedy and unchanged are one argmax. Rejects logits that are not finite.
+so that the repetition penalty sees the sign of the model's own logit. The result becomes a distribution: temperature,
+then top-k, top-p and min-p, in the order of `transformers`, each filter over what the one before left. A filter keeps
+every token at or above a weight, so that of tokens with equal weights all are kept or none, and the outcome does not
+depend on how ties sort. One row at a time, in float64: a row's rounding does not depend on its neighbours.
 
-Shapes: B requests, V vocabulary.
+The token is drawn with one uniform number that depends on the request's seed and the token's position in the answer
+alone: a neighbour in the batch, a preemption or a drafted token that was rejected cannot change what comes later. Rows
+that are greedy and unchanged are one argmax. Rejects logits that are not finite.
+
+Log-probabilities are those of the model itself: log softmax of its logits, before penalties, bias, temperature and
+filters, as vLLM gives them by default ("raw_logprobs").
+
+Shapes: B requests, V vocabulary, K tokens that pass the filters.
 """
 
 import math
@@ -26,13 +33,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from soli.engine.constraint import Constraint
-from soli.engine.distribution import Distribution, TokenLogprob, distribution, token_logprob
 from soli.errors import SoliError
 
 LARGEST_LOGIT = float(np.finfo(np.float32).max)
+NOT_FINITE = "the model's logits are not finite: its weights are broken, or float16/bfloat16 overflowed"
+BLOCK = 1024  # probabilities summed at once while a token is drawn
+SMALLEST = float(np.finfo(np.float64).tiny)  # of weights, where the likeliest token's is 1: less is never drawn
 DRAW, CHOICE, PROPOSE, TEST, REPLACE = range(5)
 """What random bits are for: a token of the answer, the seed of another answer to the same prompt, and speculation's
-drafts, their test and their replacement (speculate.py)."""
+drafts, their test and their replacement (speculation.py)."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,7 @@ class SamplingParams:
     """How one request picks tokens. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 leave the vocabulary whole.
 
     Penalties of 1 (repetition) and 0 (presence, frequency) change nothing; `logit_bias` adds to the logits of the
-    tokens it names. Definitions and order: above and in distribution.py. seed None draws a new one for every request.
+    tokens it names. Definitions and order: above. seed None draws a new one for every request.
     Rejects values outside their range (OpenAI's where it states one) with a SoliError.
     """
 
@@ -90,6 +99,73 @@ class SamplingParams:
 GREEDY = SamplingParams()
 
 
+@dataclass(frozen=True)
+class Distribution:
+    """The tokens that can be drawn, in ascending order, and their probabilities, all above 0 and 1 in sum."""
+
+    tokens_K: NDArray[np.int64]
+    probabilities_K: NDArray[np.float64]
+
+    def draw(self, uniform: float) -> int:
+        """The token at `uniform` (0 up to but not 1) of the cumulative distribution."""
+        # In blocks, because a running sum over a whole vocabulary takes longer than all else here together.
+        cumulative = np.add.reduceat(self.probabilities_K, np.arange(0, len(self.tokens_K), BLOCK)).cumsum()
+        target = uniform * float(cumulative[-1])  # the sum is 1 but for rounding
+        block = _index_at(cumulative, target)
+        before = float(cumulative[block - 1]) if block else 0.0
+        inside = self.probabilities_K[block * BLOCK : (block + 1) * BLOCK].cumsum()
+        return int(self.tokens_K[block * BLOCK + _index_at(inside, target - before)])
+
+    def probability(self, token: int) -> float:
+        """Probability of one token; 0 for one that was filtered out."""
+        index = int(np.searchsorted(self.tokens_K, token))
+        present = index < len(self.tokens_K) and int(self.tokens_K[index]) == token
+        return float(self.probabilities_K[index]) if present else 0.0
+
+
+def distribution(
+    logits_V: NDArray[np.float32], temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Distribution:
+    """The distribution over processed logits, at least one of which is finite; -inf is a token that must not come.
+
+    Temperature 0 gives the likeliest token alone, the lowest of equals; `top_k` 0, `top_p` 1, `min_p` 0: no filter.
+    """
+    if temperature == 0:
+        return Distribution(np.array([logits_V.argmax()]), np.ones(1))
+    candidates = _top_k(logits_V, top_k) if 0 < top_k < len(logits_V) else slice(None)
+    # Relative to the largest logit, so that a temperature near 0 cannot overflow to inf - inf.
+    weights_K = logits_V[candidates].astype(np.float64)
+    weights_K -= float(logits_V.max())
+    with np.errstate(over="ignore"):
+        weights_K /= temperature
+    np.exp(weights_K, out=weights_K)
+    nucleus = _nucleus_threshold(weights_K, top_p) if top_p < 1 else 0.0
+    index_K = np.flatnonzero(weights_K >= max(nucleus, min_p, SMALLEST))  # the likeliest token's weight is 1
+    weights_K = weights_K[index_K]
+    weights_K /= weights_K.sum()
+    return Distribution(index_K if isinstance(candidates, slice) else candidates[index_K], weights_K)
+
+
+def _index_at(cumulative: NDArray[np.float64], target: float) -> int:
+    """The index whose share, [before, after), contains `target`."""
+    return min(int(np.searchsorted(cumulative, target, side="right")), len(cumulative) - 1)
+
+
+def _top_k(logits_V: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+    """The tokens at or above the k-th largest logit, 0 < k <= V, in ascending order."""
+    return np.flatnonzero(logits_V >= np.partition(logits_V, -k)[-k])
+
+
+def _nucleus_threshold(weights_K: NDArray[np.float64], top_p: float) -> float:
+    """The smallest weight in the smallest set of largest weights that holds `top_p` of their sum."""
+    total = float(weights_K.sum())
+    # The weights below (1 - top_p) of the mean sum to less than 1 - top_p of the total: no need to sort them.
+    candidates = weights_K[weights_K >= (1 - top_p) * total / len(weights_K) * (1 - 1e-9)]
+    descending = np.sort(candidates)[::-1]
+    last = int(np.searchsorted(descending.cumsum(), top_p * total))
+    return float(descending[min(last, len(descending) - 1)])
+
+
 class Penalties:
     """The penalties and bias of one request, with the counts of its tokens."""
 
@@ -105,12 +181,9 @@ class Penalties:
         """Counts `times` more (or, below 0, fewer) of this token in the answer."""
         self._counts_V[token] += times
 
+    @np.errstate(over="ignore")
     def apply(self, logits_V: NDArray[np.float32]) -> None:
         """Changes the logits in place, in float32; finite ones stay finite."""
-        with np.errstate(over="ignore"):
-            self._apply(logits_V)
-
-    def _apply(self, logits_V: NDArray[np.float32]) -> None:
         params = self._params
         sampled_V = self._counts_V > 0
         if params.repetition_penalty != 1:
@@ -202,6 +275,36 @@ class SamplerState:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """A token's natural log-probability, and the likeliest tokens with theirs, best first (the lower id of equals)."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def token_logprob(logits_V: NDArray[np.float32], token: int, count: int) -> TokenLogprob:
+    """Of `token` and of the `count` likeliest tokens, computed in float64."""
+    double_V = logits_V.astype(np.float64)
+    largest = double_V.max()
+    log_sum = largest + np.log(np.exp(double_V - largest).sum())
+    top = _likeliest(logits_V, min(count, len(logits_V))) if count else []
+    return TokenLogprob(
+        token,
+        float(double_V[token] - log_sum),
+        tuple((top_token, float(double_V[top_token] - log_sum)) for top_token in top),
+    )
+
+
+def _likeliest(logits_V: NDArray[np.float32], count: int) -> list[int]:
+    """The tokens of the `count` largest logits, largest first."""
+    tokens = _top_k(logits_V, count)
+    order = np.argsort(-logits_V[tokens], kind="stable")
+    likeliest: list[int] = tokens[order][:count].tolist()
+    return likeliest
+
+
+@dataclass(frozen=True)
 class SampledToken:
     """One request's next token, and its log-probability if the request asks for it."""
 
@@ -221,24 +324,17 @@ def sample(
     rows_BV = logits_BV.cpu().float().numpy()  # numpy's argmax is several times as fast as torch's here
     likeliest_B = rows_BV.argmax(axis=-1)  # the lowest of equals
     finite_B = np.isfinite(rows_BV.max(axis=-1)) & np.isfinite(rows_BV.min(axis=-1))  # both are NaN where any is
+    counts = logprobs or [None] * len(states)
     sampled: list[SampledToken | SoliError] = []
-    for row, state in enumerate(states):
-        token = int(likeliest_B[row])
-        count = logprobs[row] if logprobs is not None else None
+    for row_V, state, likeliest, finite, count in zip(rows_BV, states, likeliest_B, finite_B, counts, strict=True):
         try:
-            if not finite_B[row]:
-                raise not_finite()
-            if not state.is_argmax:
-                token = state.distribution(rows_BV[row]).draw(state.uniform())
-            sampled.append(SampledToken(token, None if count is None else token_logprob(rows_BV[row], token, count)))
+            if not finite:
+                raise SoliError(NOT_FINITE)
+            token = int(likeliest) if state.is_argmax else state.distribution(row_V).draw(state.uniform())
+            sampled.append(SampledToken(token, None if count is None else token_logprob(row_V, token, count)))
         except SoliError as error:
             sampled.append(error)
     return sampled
-
-
-def not_finite() -> SoliError:
-    """The error for logits that are NaN or infinite."""
-    return SoliError("the model's logits are not finite: its weights are broken, or float16/bfloat16 overflowed")
 
 
 def _philox(seed: int, position: int, purpose: int) -> int:

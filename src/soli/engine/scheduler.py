@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from soli.engine.blocks import BlockManager, block_key
-from soli.engine.latent_cache import MAX_ABSORBED_TOKENS, LatentCache, blocks_for
+from soli.engine.latent_cache import MAX_ABSORBED_TOKENS, BlockManager, LatentCache, block_key, blocks_for
 from soli.engine.request import EngineLimits, Request
 
 

@@ -28,10 +28,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from soli.engine.distribution import Distribution, token_logprob
 from soli.engine.latent_cache import MAX_ABSORBED_TOKENS, LatentCache
 from soli.engine.runner import Runner
-from soli.engine.sampler import PROPOSE, REPLACE, TEST, SampledToken, SamplerState, not_finite
+from soli.engine.sampler import (
+    NOT_FINITE,
+    PROPOSE,
+    REPLACE,
+    TEST,
+    Distribution,
+    SampledToken,
+    SamplerState,
+    token_logprob,
+)
 from soli.engine.scheduler import SequenceState
 from soli.errors import SoliError
 from soli.model.transformer import Transformer
@@ -125,7 +133,7 @@ def remainder(target: Distribution, proposal: Distribution) -> Distribution:
 
 def _distribution(logits_V: NDArray[np.float32], state: SamplerState) -> Distribution:
     if not np.isfinite(logits_V).all():
-        raise not_finite()
+        raise SoliError(NOT_FINITE)
     return state.distribution(logits_V)
 
 

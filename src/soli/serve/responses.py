@@ -11,8 +11,8 @@ from typing import Any, Literal, Protocol
 from soli.analysis.trace import TokenTrace, trace_tokens
 from soli.chat.parser import MessageDelta
 from soli.chat.tool_calls import ToolCall
-from soli.engine.distribution import TokenLogprob
 from soli.engine.request import Event, FinishReason, Request, Usage
+from soli.engine.sampler import TokenLogprob
 from soli.engine.text_model import TextModel
 from soli.serve import protocol_responses as protocol
 from soli.serve.errors import ApiError
