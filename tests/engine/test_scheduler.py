@@ -7,17 +7,29 @@ What a block should contain is recorded beside the scheduler, as a model would w
 
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from soli.engine.detokenizer import ByteText, TextStream
 from soli.engine.latent_cache import BlockManager, LatentCache, blocks_for
 from soli.engine.request import EngineLimits, Request
+from soli.engine.sampler import GREEDY, Distribution, Draft, SamplerState
 from soli.engine.scheduler import Scheduler, SequenceState
 
 SIZE = 2  # tokens a block
 POSITIONS = 24
+
+
+def sequence_of(request_id: int, request: Request) -> SequenceState:
+    sampler, stream = SamplerState(GREEDY, request.prompt_ids, 2), TextStream(ByteText(lambda token: b""))
+    return SequenceState(request_id, request, [*request.prompt_ids], sampler, stream)
+
+
+def drafts_of(tokens: list[int]) -> list[Draft]:
+    return [Draft(token, Distribution(np.array([token]), np.ones(1))) for token in tokens]
 
 
 class Serving(RuleBasedStateMachine):
@@ -32,11 +44,12 @@ class Serving(RuleBasedStateMachine):
     )
     def begin(self, blocks: int, running: int, step: int, sharing: bool, drafting: bool) -> None:
         self.limits = EngineLimits(
-            cache_bytes=1, max_running=running, tokens_per_step=step, block_size=SIZE, prefix_sharing=sharing
-        )
+            cache_bytes=1, max_running=running, tokens_per_step=step, block_size=SIZE, prefix_sharing=sharing,
+            speculate=drafting,
+        )  # fmt: skip
         self.manager, self.drafting = BlockManager(blocks), drafting
         self.cache = LatentCache(blocks, SIZE, running, POSITIONS)
-        self.scheduler = Scheduler(self.cache, self.manager, self.limits, drafting)
+        self.scheduler = Scheduler(self.cache, self.manager, self.limits)
         self.alive: list[SequenceState] = []
         self.slots: dict[int, tuple[int, ...]] = {}  # what was written where: all tokens up to and with its own
         self.next_id = 0
@@ -46,7 +59,7 @@ class Serving(RuleBasedStateMachine):
     def add(self, data: st.DataObject) -> None:
         prompt = tuple(data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=POSITIONS - 2)))
         new = data.draw(st.integers(1, POSITIONS - len(prompt)))
-        sequence = SequenceState(self.next_id, Request(prompt, new, trace=data.draw(st.booleans())), list(prompt))
+        sequence = sequence_of(self.next_id, Request(prompt, new, trace=data.draw(st.booleans())))
         self.next_id += 1
         self.alive.append(sequence)
         self.scheduler.waiting.append(sequence)
@@ -66,6 +79,7 @@ class Serving(RuleBasedStateMachine):
         parts = self.scheduler.schedule()
         assert sum(part.count for part in parts) <= self.limits.tokens_per_step
         assert len({part.sequence for part in parts}) == len(parts) and all(part.count > 0 for part in parts)
+        assert [part.row for part in parts] == [sum(part.count for part in parts[:n]) for n in range(len(parts))]
         if oldest is not None:
             assert any(part.sequence is oldest for part in parts), "the oldest request had to wait"
         for part in parts:
@@ -86,13 +100,13 @@ class Serving(RuleBasedStateMachine):
             self.slots[self._slot(sequence, position)] = tuple(text[: position + 1])
 
     def _answer(self, sequence: SequenceState, count: int, last: bool, luck: random.Random) -> None:
-        drafts, computed = sequence.drafts, count
+        drafts, computed = [draft.token for draft in sequence.drafts], count
         if last:
             accepted = bool(drafts) and luck.random() < 0.5
             new = [*drafts, luck.randint(0, 1)] if accepted else [luck.choice([0, 1])]
             computed -= len(drafts) if not accepted else 0
             sequence.drafts = []
-        self.scheduler.advance(sequence, computed)
+        sequence.computed += computed
         if last:
             remaining = len(sequence.request.prompt_ids) + sequence.request.max_new_tokens - len(sequence.ids)
             sequence.ids += new[:remaining]
@@ -101,7 +115,7 @@ class Serving(RuleBasedStateMachine):
                 self.scheduler.remove(sequence)
                 return
             if self.drafting and remaining - len(new) > 1:
-                sequence.drafts = [luck.randint(0, 1)]
+                sequence.drafts = drafts_of([luck.randint(0, 1)])
         self.scheduler.register_full_blocks(sequence)
 
     @invariant()
@@ -146,7 +160,8 @@ def test_serving_at_length() -> None:
 def test_drafts_and_the_token_before_them_are_in_one_step(tokens: int, drafts: int, budget: int) -> None:
     from soli.engine.scheduler import _token_count
 
-    sequence = SequenceState(0, Request((0,) * tokens, 9), [0] * tokens, [1] * drafts)
+    sequence = sequence_of(0, Request((0,) * tokens, 9))
+    sequence.drafts = drafts_of([1] * drafts)
     count = _token_count(sequence, budget)
     assert 0 <= count <= min(budget, tokens + drafts)
     assert count == tokens + drafts or count <= tokens - 1 or drafts == 0

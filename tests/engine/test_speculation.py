@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from soli.engine.constraint import Constraints, ConstraintSpec
-from soli.engine.sampler import REPLACE, TEST, Distribution, SamplerState, SamplingParams, sample
-from soli.engine.speculation import Draft, propose, remainder, verify
+from soli.engine.sampler import REPLACE, TEST, Distribution, Draft, SamplerState, SamplingParams, sample
+from soli.engine.speculation import propose, remainder, verify
 from soli.engine.text_model import open_text_model
 from soli.errors import SoliError
 from tests.engine.oracle import continuation

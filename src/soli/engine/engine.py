@@ -10,8 +10,9 @@ Shapes: T tokens of a step, N of them with logits, L MoE layers, E experts.
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from dataclasses import replace
+from functools import cached_property
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -26,41 +27,18 @@ from soli.engine.request import (
     FinishReason,
     QueueFull,
     Request,
-    Usage,
     check_request,
     mixture_layers,
 )
 from soli.engine.runner import ForwardOutput, ModelRunner, RunnerName
 from soli.engine.sampler import SampledToken, SamplerState, sample
 from soli.engine.scheduler import ScheduledTokens, Scheduler, SequenceState
-from soli.engine.speculation import CommittedTokens, Draft, Drafter, VerifiedTokens, verify
+from soli.engine.speculation import Drafter, VerifiedTokens, verify
 from soli.engine.text_model import TextModel
 from soli.errors import SoliError
 from soli.model.router import Routing, count_choices, slice_routing
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(eq=False, kw_only=True)
-class _Generation(SequenceState):
-    """A sequence with the state of its text."""
-
-    sampler: SamplerState
-    stream: TextStream
-    draft_distributions: list[Draft] = field(default_factory=list)  # of `drafts`
-    traced: int = 0  # tokens whose routing is in an event
-    drafted: int = 0
-    accepted: int = 0
-
-    @property
-    def usage(self) -> Usage:
-        prompt = len(self.request.prompt_ids)
-        return Usage(prompt, len(self.ids) - prompt, self.cached, self.drafted, self.accepted)
-
-    @property
-    def remaining_new_tokens(self) -> int:
-        """Tokens that may still be sampled."""
-        return len(self.request.prompt_ids) + self.request.max_new_tokens - len(self.ids)
 
 
 class Engine:
@@ -76,43 +54,43 @@ class Engine:
         if limits.speculate and not len(model.mtp):
             raise SoliError("this model has no MTP module to draft with: turn speculation off")
         self._device = model.embed_tokens.weight.device
-        self._blocks = BlockManager(self._block_count())
-        block_count, positions = self._blocks.block_count, text_model.positions
-        self._cache = LatentCache(block_count, limits.block_size, limits.max_running, positions)
-        self._scheduler = Scheduler(self._cache, self._blocks, limits, limits.speculate)
+        block_count = self._block_count()
+        self._blocks = BlockManager(block_count)
+        self._cache = LatentCache(block_count, limits.block_size, limits.max_running, text_model.positions)
+        self._scheduler = Scheduler(self._cache, self._blocks, limits)
         self._runner = ModelRunner(model, runner, drafts=limits.speculate)
         self._drafter = Drafter(model, self._cache) if limits.speculate else None
-        self._generations: dict[int, _Generation] = {}  # by request id
+        self._sequences: dict[int, SequenceState] = {}  # by request id
         self._pending_events: list[Event] = []  # of requests that were cancelled, for the next step
-        self._constraints: Constraints | None = None
         mixtures = len(mixture_layers(text_model))
         self._load_LE = torch.zeros(mixtures, model.config.n_routed_experts or 0, dtype=torch.int64)
-        self._next_id = self._steps = self._prompt_tokens = self._completion_tokens = 0
-        self._drafted = self._accepted = 0
+        self._request_ids = count()
+        self._steps = self._prompt_tokens = self._completion_tokens = self._drafted = self._accepted = 0
 
     def add(self, request: Request) -> int:
         """Queue a request; its id. QueueFull when too many wait; RejectedRequest for what could never run."""
         check_request(request, self.text_model, self.limits, self._blocks.block_count)
         if len(self._scheduler.waiting) - self._scheduler.free_slots >= self.limits.max_waiting:
             raise QueueFull(f"{self.limits.max_waiting} requests wait already: try again later")
-        sampler = self._sampler_state(request)
+        constraint = None if request.constraint is None else self._constraints.open(request.constraint)
+        vocab_size = self._model.config.vocab_size
+        sampler = SamplerState(request.sampling, request.prompt_ids, vocab_size, constraint)
         stream = TextStream(token_text(self.text_model.tokenizer), request.stop)
-        generation = _Generation(self._next_id, request, list(request.prompt_ids), sampler=sampler, stream=stream)
-        self._next_id += 1
-        self._generations[generation.request_id] = generation
-        self._scheduler.waiting.append(generation)
-        return generation.request_id
+        sequence = SequenceState(next(self._request_ids), request, [*request.prompt_ids], sampler, stream)
+        self._sequences[sequence.request_id] = sequence
+        self._scheduler.waiting.append(sequence)
+        return sequence.request_id
 
     def cancel(self, request_id: int) -> None:
         """End a request now; the next step returns its last event. No effect on one that has ended already."""
-        generation = self._generations.get(request_id)
-        if generation is not None:
-            self._pending_events.append(self._end(generation, "cancelled"))
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self._pending_events.append(self._end(sequence, "cancelled"))
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to compute or to return."""
-        return bool(self._generations or self._pending_events)
+        return bool(self._sequences or self._pending_events)
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
@@ -166,135 +144,118 @@ class Engine:
             if self._runner.update():
                 self._scheduler.forget_latents()
         except SoliError as error:
-            waiting = [self._generations[sequence.request_id] for sequence in self._scheduler.waiting]
-            return [self._end(generation, "error", error=str(error)) for generation in waiting]
+            return [self._end(sequence, "error", error=str(error)) for sequence in [*self._scheduler.waiting]]
         return []
 
-    def _sampler_state(self, request: Request) -> SamplerState:
-        vocab_size = self._model.config.vocab_size
-        constraint = None
-        if request.constraint is not None:
-            if self._constraints is None:  # takes time and memory for a large vocabulary
-                self._constraints = Constraints(self.text_model.tokenizer, vocab_size, self.text_model.stop_ids)
-            constraint = self._constraints.open(request.constraint)
-        return SamplerState(request.sampling, request.prompt_ids, vocab_size, constraint)
+    @cached_property
+    def _constraints(self) -> Constraints:
+        """Made for the first request that has a constraint: takes time and memory for a large vocabulary."""
+        return Constraints.of(self.text_model)
 
     def _compute(self, parts: Sequence[ScheduledTokens]) -> list[Event]:
         """Run the model, sample for sequences whose last token is in the step, draft what may follow."""
-        output, ends = self._forward(parts)
-        self._count(parts, output.routing)
+        output = self._forward(parts)
         verified = self._sample(parts, output.logits_NV)
         events: list[Event] = []
-        committed: list[CommittedTokens] = []
-        for part, end in zip(parts, ends, strict=True):
-            generation, row = self._generations[part.sequence.request_id], end - part.count
-            tokens = verified.get(generation.request_id)
-            count = part.count if tokens is None else part.count - len(generation.drafts) + tokens.accepted_drafts
-            routing = self._new_routing(generation, part, count, output.routing, row)
-            self._scheduler.advance(generation, count)
+        committed: list[ScheduledTokens] = []
+        drafting: set[SequenceState] = set()
+        for part in parts:
+            sequence = part.sequence
+            tokens = verified.get(sequence)
+            rejected = 0 if tokens is None else len(sequence.drafts) - tokens.accepted_drafts
+            part = ScheduledTokens(sequence, part.start, part.count - rejected, part.row)
+            sequence.computed += part.count
+            routing = self._new_routing(part, output.routing)
             if self._drafter is None:
-                self._scheduler.register_full_blocks(generation)
-            events += self._accept_all(generation, tokens, routing)
-            if generation.request_id in self._generations:
-                drafts = tokens is not None and generation.remaining_new_tokens > 1
-                state = generation.sampler if drafts else None
-                committed.append(CommittedTokens(generation, part.start, count, row, state))
+                self._scheduler.register_full_blocks(sequence)
+            events += self._accept_all(sequence, tokens, routing)
+            if sequence.request_id in self._sequences:
+                committed.append(part)
+                if tokens is not None and sequence.remaining_new_tokens > 1:
+                    drafting.add(sequence)
         if self._drafter is not None:
-            self._draft(self._drafter, committed, output.hidden_TD)
+            self._drafter.draft(self._runner.active, committed, drafting, output.hidden_TD)
+            for part in committed:
+                self._scheduler.register_full_blocks(part.sequence)
         return events
 
-    def _forward(self, parts: Sequence[ScheduledTokens]) -> tuple[ForwardOutput, list[int]]:
-        """The forward pass, and where the tokens of each part end in it."""
+    def _forward(self, parts: Sequence[ScheduledTokens]) -> ForwardOutput:
         starts, counts = [part.start for part in parts], [part.count for part in parts]
         step = self._cache.step([part.sequence.row for part in parts], starts, counts, self._device)
         ids_T = torch.tensor([token for part in parts for token in part.tokens]).to(self._device)
-        ends = list(accumulate(counts))
-        logit_indices, masked_experts = _logit_indices(parts, ends), self._masked_experts(parts)
-        return self._runner.active.forward(ids_T, step.positions_T, step, logit_indices, masked_experts), ends
+        output = self._runner.active.forward(
+            ids_T, step.positions_T, step, _logit_indices(parts), self._masked_experts(parts)
+        )
+        self._prompt_tokens += sum(
+            max(0, min(len(part.sequence.request.prompt_ids) - part.start, part.count)) for part in parts
+        )
+        if len(output.routing) == len(self._load_LE) > 0:  # a layer may have been replaced since
+            self._load_LE += count_choices(output.routing).cpu()
+        return output
 
-    def _sample(self, parts: Sequence[ScheduledTokens], logits_NV: Tensor) -> dict[int, VerifiedTokens]:
-        """The next tokens of sequences whose last token is in the step, by request id; drafts are verified."""
-        last = [self._generations[part.sequence.request_id] for part in parts if part.is_last]
-        ends = list(accumulate(1 + len(generation.drafts) for generation in last))
-        tokens: dict[int, VerifiedTokens] = {}
-        undrafted = [(one, end - 1) for one, end in zip(last, ends, strict=True) if not one.drafts]
-        if undrafted:
-            own_NV = logits_NV if len(undrafted) == len(last) else logits_NV[[row for _, row in undrafted]]
-            states = [one.sampler for one, _ in undrafted]
-            samples = sample(own_NV, states, [one.request.logprobs for one, _ in undrafted])
-            for (one, _), token in zip(undrafted, samples, strict=True):
-                tokens[one.request_id] = VerifiedTokens((token,), 0)
-        for one, end in zip(last, ends, strict=True):
-            if one.drafts:
-                own_KV, request = logits_NV[end - 1 - len(one.drafts) : end], one.request
-                drafts = one.draft_distributions
-                tokens[one.request_id] = verify(own_KV, drafts, one.sampler, request.stop_ids, request.logprobs)
-        return tokens
-
-    def _draft(self, drafter: Drafter, committed: Sequence[CommittedTokens], hidden_TD: Tensor) -> None:
-        drafts = drafter.draft(self._runner.active, committed, hidden_TD)
-        for part in committed:
-            self._scheduler.register_full_blocks(part.sequence)
-            draft = drafts.get(part.sequence.request_id)
-            if draft is not None:
-                self._generations[part.sequence.request_id].draft_distributions = [draft]
-                part.sequence.drafts = [draft.token]
+    def _sample(self, parts: Sequence[ScheduledTokens], logits_NV: Tensor) -> dict[SequenceState, VerifiedTokens]:
+        """The next tokens of sequences whose last token is in the step; drafts are verified."""
+        last = [part.sequence for part in parts if part.is_last]
+        if not any(sequence.drafts for sequence in last):
+            tokens = sample(logits_NV, [one.sampler for one in last], [one.request.logprobs for one in last])
+            return {one: VerifiedTokens((token,), 0) for one, token in zip(last, tokens, strict=True)}
+        rows = logits_NV.cpu().split([len(one.drafts) + 1 for one in last])
+        return {
+            one: verify(rows_KV, one.drafts, one.sampler, one.request.stop_ids, one.request.logprobs)
+            for one, rows_KV in zip(last, rows, strict=True)
+        }
 
     def _accept_all(
-        self, generation: _Generation, tokens: VerifiedTokens | None, routing: tuple[Routing, ...] | None
+        self, sequence: SequenceState, tokens: VerifiedTokens | None, routing: tuple[Routing, ...] | None
     ) -> list[Event]:
         """The events of one request in a step; the last of them has the routing."""
         events: list[Event] = []
         if tokens is not None:
-            generation.drafted += len(generation.drafts)
-            generation.accepted += tokens.accepted_drafts
-            self._drafted += len(generation.drafts)
+            sequence.drafted += len(sequence.drafts)
+            sequence.accepted += tokens.accepted_drafts
+            self._drafted += len(sequence.drafts)
             self._accepted += tokens.accepted_drafts
-            generation.drafts, generation.draft_distributions = [], []
+            sequence.drafts = []
             for token in tokens.tokens:
-                events.append(self._accept(generation, token))
+                events.append(self._accept(sequence, token))
                 if events[-1].finish_reason is not None:
                     break
-        if routing is None:
-            return events
-        if not events:
-            return [Event(generation.request_id, routing=routing)]
-        return [*events[:-1], replace(events[-1], routing=routing)]
+        if routing is not None:
+            last = events.pop() if events else Event(sequence.request_id)
+            events.append(replace(last, routing=routing))
+        return events
 
-    def _accept(self, generation: _Generation, sampled: SampledToken | SoliError) -> Event:
+    def _accept(self, sequence: SequenceState, sampled: SampledToken | SoliError) -> Event:
         """Continue or end an answer with a sampled token."""
         if isinstance(sampled, SoliError):
-            return self._end(generation, "error", error=str(sampled))
-        token = sampled.token
-        if token in generation.request.stop_ids:
-            return self._end(generation, "stop", generation.stream.finish())
+            return self._end(sequence, "error", error=str(sampled))
+        if sampled.token in sequence.request.stop_ids:
+            return self._end(sequence, "stop", sequence.stream.finish())
         try:
-            generation.sampler.accept(token)
+            sequence.sampler.accept(sampled.token)
         except SoliError as error:  # a dead end of the constraint
-            return self._end(generation, "error", error=str(error))
-        generation.ids.append(token)
+            return self._end(sequence, "error", error=str(error))
+        sequence.ids.append(sampled.token)
         self._completion_tokens += 1
-        text = generation.stream.push(token)
-        reason = _finish_reason(generation)
-        if reason is None:
-            return Event(generation.request_id, token, text, sampled.logprob)
-        if not generation.stream.stopped:
-            text += generation.stream.finish()
-        return self._end(generation, reason, text, token, sampled)
+        text = sequence.stream.push(sampled.token)
+        if sequence.stream.stopped or sequence.sampler.finished:
+            return self._end(sequence, "stop", text + sequence.stream.finish(), sampled)
+        if sequence.remaining_new_tokens == 0:
+            return self._end(sequence, "length", text + sequence.stream.finish(), sampled)
+        return Event(sequence.request_id, sampled.token, text, sampled.logprob)
 
     def _end(
         self,
-        generation: _Generation,
+        sequence: SequenceState,
         reason: FinishReason,
         text: str = "",
-        token: int | None = None,
         sampled: SampledToken | None = None,
         error: str | None = None,
     ) -> Event:
-        self._scheduler.remove(generation)
-        del self._generations[generation.request_id]
-        logprob = sampled.logprob if sampled else None
-        return Event(generation.request_id, token, text, logprob, None, reason, generation.usage, error)
+        self._scheduler.remove(sequence)
+        del self._sequences[sequence.request_id]
+        token, logprob = (sampled.token, sampled.logprob) if sampled else (None, None)
+        return Event(sequence.request_id, token, text, logprob, None, reason, sequence.usage, error)
 
     def _end_all(self, parts: Sequence[ScheduledTokens], error: Exception) -> list[Event]:
         """End the requests of a step that failed."""
@@ -302,54 +263,41 @@ class Engine:
         log.error("a step failed: %s", error, exc_info=None if expected else error)
         message = str(error) if expected else f"the step failed with {type(error).__name__}; the log has more"
         self._blocks.clear_prefix_cache()  # a block may be half written
-        ids = [part.sequence.request_id for part in parts if part.sequence.request_id in self._generations]
-        return [self._end(self._generations[request_id], "error", error=message) for request_id in ids]
+        return [
+            self._end(part.sequence, "error", error=message)
+            for part in parts
+            if part.sequence.request_id in self._sequences
+        ]
 
-    def _count(self, parts: Sequence[ScheduledTokens], layers: Sequence[Routing]) -> None:
-        for part in parts:
-            prompt = len(part.sequence.request.prompt_ids)
-            self._prompt_tokens += max(0, min(prompt - part.start, part.count))
-        if len(layers) == len(self._load_LE) > 0:  # a layer may have been replaced since
-            self._load_LE += count_choices(layers).cpu()
-
-    def _new_routing(
-        self, generation: _Generation, part: ScheduledTokens, count: int, layers: Sequence[Routing], row: int
-    ) -> tuple[Routing, ...] | None:
-        """The routing of the part's first `count` tokens, from `row` of the step on, without those that an event had
-        before a preemption."""
-        end = part.start + count
-        first = max(generation.traced, part.start)
-        if not generation.request.trace or end <= first:
+    def _new_routing(self, part: ScheduledTokens, layers: Sequence[Routing]) -> tuple[Routing, ...] | None:
+        """The routing of the part's tokens, without those that an event had before a preemption."""
+        sequence, end = part.sequence, part.start + part.count
+        first = max(sequence.traced, part.start)
+        if not sequence.request.trace or end <= first:
             return None
-        generation.traced = end
-        return tuple(slice_routing(layer, row + first - part.start, row + count) for layer in layers)
+        sequence.traced = end
+        row = part.row - part.start  # of position 0
+        return tuple(slice_routing(layer, row + first, row + end) for layer in layers)
 
     def _masked_experts(self, parts: Sequence[ScheduledTokens]) -> dict[int, Tensor] | None:
         """For each layer with masks, bool (T, E): the experts that must not be selected for a token."""
         if not any(part.sequence.request.masked_experts for part in parts):
             return None
-        T, start = sum(part.count for part in parts), 0
+        T = sum(part.count for part in parts)
         masks: dict[int, Tensor] = {}
         for part in parts:
             for layer, expert in part.sequence.request.masked_experts:
                 if layer not in masks:
                     masks[layer] = torch.zeros(T, self._load_LE.shape[1], dtype=torch.bool)
-                masks[layer][start : start + part.count, expert] = True
-            start += part.count
+                masks[layer][part.row : part.row + part.count, expert] = True
         return {layer: mask_TE.to(self._device) for layer, mask_TE in masks.items()}
 
 
-def _logit_indices(parts: Sequence[ScheduledTokens], ends: Sequence[int]) -> list[int]:
+def _logit_indices(parts: Sequence[ScheduledTokens]) -> list[int]:
     """The tokens of the step whose logits are sampled from: a sequence's last, with its drafts."""
     return [
-        index
-        for part, end in zip(parts, ends, strict=True)
+        part.row + index
+        for part in parts
         if part.is_last
-        for index in range(end - 1 - len(part.sequence.drafts), end)
+        for index in range(part.count - 1 - len(part.sequence.drafts), part.count)
     ]
-
-
-def _finish_reason(generation: _Generation) -> FinishReason | None:
-    if generation.stream.stopped or generation.sampler.finished:
-        return "stop"
-    return "length" if generation.remaining_new_tokens == 0 else None

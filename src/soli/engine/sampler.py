@@ -312,6 +312,14 @@ class SampledToken:
     logprob: TokenLogprob | None = None
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A guess at the next token, and the distribution that it was sampled from (speculation.py)."""
+
+    token: int
+    distribution: Distribution
+
+
 def sample(
     logits_BV: Tensor, states: Sequence[SamplerState], logprobs: Sequence[int | None] | None = None
 ) -> list[SampledToken | SoliError]:

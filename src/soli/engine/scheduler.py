@@ -9,11 +9,14 @@ oldest can always continue, so every request ends.
 
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 
+from soli.engine.detokenizer import TextStream
 from soli.engine.latent_cache import MAX_ABSORBED_TOKENS, BlockManager, LatentCache, block_key, blocks_for
-from soli.engine.request import EngineLimits, Request
+from soli.engine.request import EngineLimits, Request, Usage
+from soli.engine.sampler import Draft, SamplerState
 
 
 @dataclass(eq=False)
@@ -24,9 +27,14 @@ class SequenceState:
     request_id: int
     request: Request
     ids: list[int]
-    drafts: list[int] = field(default_factory=list)
+    sampler: SamplerState
+    stream: TextStream
+    drafts: list[Draft] = field(default_factory=list)
     computed: int = 0
     cached: int = 0  # tokens of the prompt that the prefix cache held when the sequence first ran
+    traced: int = 0  # tokens whose routing is in an event
+    drafted: int = 0
+    accepted: int = 0
     row: int = -1  # of the block tables, while it runs
     blocks: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)  # of the full blocks of `ids`, as far as they were needed
@@ -39,18 +47,31 @@ class SequenceState:
         """Tokens to compute before the next can be sampled, drafts among them."""
         return len(self.ids) + len(self.drafts) - self.computed
 
+    @property
+    def remaining_new_tokens(self) -> int:
+        """Tokens that may still be sampled."""
+        return len(self.request.prompt_ids) + self.request.max_new_tokens - len(self.ids)
+
+    @property
+    def usage(self) -> Usage:
+        prompt = len(self.request.prompt_ids)
+        return Usage(prompt, len(self.ids) - prompt, self.cached, self.drafted, self.accepted)
+
 
 @dataclass(frozen=True)
 class ScheduledTokens:
-    """A part of a step: `count` tokens of a sequence from position `start` on, those of `ids` and then the drafts."""
+    """A part of a step: `count` tokens of a sequence from position `start` on, those of `ids` and then the drafts. They
+    are the tokens of the step from `row` on."""
 
     sequence: SequenceState
     start: int
     count: int
+    row: int
 
     @property
     def tokens(self) -> list[int]:
-        return (self.sequence.ids[self.start :] + self.sequence.drafts)[: self.count]
+        drafts = [draft.token for draft in self.sequence.drafts]
+        return (self.sequence.ids[self.start :] + drafts)[: self.count]
 
     @property
     def is_last(self) -> bool:
@@ -61,15 +82,13 @@ class ScheduledTokens:
 class Scheduler:
     """Decides over `cache` and `block_manager`, which nothing else may change."""
 
-    def __init__(
-        self, cache: LatentCache, block_manager: BlockManager, limits: EngineLimits, drafting: bool = False
-    ) -> None:
+    def __init__(self, cache: LatentCache, block_manager: BlockManager, limits: EngineLimits) -> None:
         self.waiting: deque[SequenceState] = deque()
         self.running: list[SequenceState] = []  # the oldest first
         self.preemptions = 0
         self.prefix_hit_tokens = 0
         # The MTP module's latent of a token depends on the token after it as well.
-        self._lookahead = int(drafting)
+        self._lookahead = int(limits.speculate)
         self._weights_version = 0
         self._cache, self._block_manager, self._limits = cache, block_manager, limits
         self._free_rows = list(range(limits.max_running - 1, -1, -1))
@@ -85,29 +104,24 @@ class Scheduler:
         self._block_manager.clear_prefix_cache()
 
     def schedule(self) -> list[ScheduledTokens]:
-        """The next step, decode tokens before chunks; [] when nothing runs. `advance` is told what was computed."""
+        """The next step, decode tokens before chunks; [] when nothing runs. What was computed of it is added to the
+        sequences' `computed`."""
         counts: dict[SequenceState, int] = {}
         budget = self._limits.tokens_per_step
-        decoding = [sequence for sequence in self.running if sequence.remaining <= MAX_ABSORBED_TOKENS]
-        prefilling = [sequence for sequence in self.running if sequence.remaining > MAX_ABSORBED_TOKENS]
-        for sequence in decoding + prefilling:
-            count = _token_count(sequence, budget)
-            if sequence.row >= 0 and count and self._allocate(sequence, count, counts):
-                counts[sequence] = count
-                budget -= count
+        for sequence in sorted(self.running, key=lambda sequence: sequence.remaining > MAX_ABSORBED_TOKENS):
+            if sequence.row >= 0:  # not preempted for one before it
+                budget -= self._schedule_tokens(sequence, budget, counts)
         while budget and self._admit():
-            sequence = self.running[-1]
-            count = _token_count(sequence, budget)
-            if not count or not self._allocate(sequence, count, counts):
+            count = self._schedule_tokens(self.running[-1], budget, counts)
+            if not count:
                 break
-            counts[sequence] = count
             budget -= count
-        parts = (ScheduledTokens(sequence, sequence.computed, count) for sequence, count in counts.items())
-        return sorted(parts, key=lambda part: part.count > MAX_ABSORBED_TOKENS)
-
-    def advance(self, sequence: SequenceState, tokens: int) -> None:
-        """So many more of the sequence's `ids` have their latents in the cache."""
-        sequence.computed += tokens
+        parts = sorted(counts.items(), key=lambda part: part[1] > MAX_ABSORBED_TOKENS)
+        rows = accumulate((count for _, count in parts), initial=0)
+        return [
+            ScheduledTokens(sequence, sequence.computed, count, row)
+            for (sequence, count), row in zip(parts, rows, strict=False)
+        ]
 
     def register_full_blocks(self, sequence: SequenceState) -> None:
         """Put the sequence's blocks that are full by now into the prefix cache."""
@@ -152,29 +166,34 @@ class Scheduler:
         sequence.has_run = True
         return True
 
+    def _schedule_tokens(self, sequence: SequenceState, budget: int, counts: dict[SequenceState, int]) -> int:
+        """How many tokens of a sequence are in the step, with blocks for them: recorded in `counts`, unless it is 0."""
+        count = _token_count(sequence, budget)
+        if not count or not self._allocate(sequence, count, counts):
+            return 0
+        counts[sequence] = count
+        return count
+
     def _allocate(self, sequence: SequenceState, count: int, counts: dict[SequenceState, int]) -> bool:
         """Blocks for the next `count` tokens; younger sequences are preempted for them. False if this one had to be."""
         total = blocks_for(sequence.computed + count, self._limits.block_size)
-        for _ in range(total - len(sequence.blocks)):
+        while len(sequence.blocks) < total:
             block = self._block_manager.allocate()
-            while block is None:
-                youngest = self.running[-1]
-                self._preempt(youngest)
-                counts.pop(youngest, None)
-                if youngest is sequence:
-                    return False
-                block = self._block_manager.allocate()
-            self._append_block(sequence, block)
+            if block is not None:
+                self._append_block(sequence, block)
+                continue
+            youngest = self.running[-1]
+            self._stop(youngest)
+            self.waiting.appendleft(youngest)
+            self.preemptions += 1
+            counts.pop(youngest, None)
+            if youngest is sequence:
+                return False
         return True
 
     def _append_block(self, sequence: SequenceState, block: int) -> None:
         self._cache.block_tables_RM[sequence.row, len(sequence.blocks)] = block
         sequence.blocks.append(block)
-
-    def _preempt(self, sequence: SequenceState) -> None:
-        self._stop(sequence)
-        self.waiting.appendleft(sequence)
-        self.preemptions += 1
 
     def _stop(self, sequence: SequenceState) -> None:
         self.running.remove(sequence)

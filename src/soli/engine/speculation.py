@@ -36,21 +36,14 @@ from soli.engine.sampler import (
     REPLACE,
     TEST,
     Distribution,
+    Draft,
     SampledToken,
     SamplerState,
     token_logprob,
 )
-from soli.engine.scheduler import SequenceState
+from soli.engine.scheduler import ScheduledTokens, SequenceState
 from soli.errors import SoliError
 from soli.model.transformer import Transformer
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A guess at the next token, and the distribution that it was sampled from."""
-
-    token: int
-    distribution: Distribution
 
 
 @dataclass(frozen=True)
@@ -142,45 +135,32 @@ def _rows(logits_BV: Tensor) -> NDArray[np.float32]:
     return rows_BV
 
 
-@dataclass(frozen=True)
-class CommittedTokens:
-    """The tokens of a step that a sequence keeps: `count` from position `start`, whose hidden states begin at `row` of
-    the step. `state`: of a request that wants a draft of what follows its last token."""
-
-    sequence: SequenceState
-    start: int
-    count: int
-    row: int
-    state: SamplerState | None
-
-
 class Drafter:
     """Drafts one token ahead with the first MTP module of `model`."""
 
     def __init__(self, model: Transformer, cache: LatentCache) -> None:
         self._model, self._cache = model, cache
 
-    def draft(self, runner: Runner, parts: Sequence[CommittedTokens], hidden_TD: Tensor) -> dict[int, Draft]:
-        """Run the module over what the main model has computed; drafts by request id, for those that want one."""
+    def draft(
+        self, runner: Runner, parts: Sequence[ScheduledTokens], drafting: Collection[SequenceState], hidden_TD: Tensor
+    ) -> None:
+        """Run the module over `parts`, the tokens of a step that their sequences keep, whose hidden states are in
+        `hidden_TD`; draft what follows the last token of the sequences in `drafting`."""
         if not parts:
-            return {}
+            return
         parts = sorted(parts, key=lambda part: part.count > MAX_ABSORBED_TOKENS)
         output_TD = self._run_module(runner, parts, hidden_TD)
         ends = accumulate(part.count for part in parts)
-        wanting = [(end - 1, part) for end, part in zip(ends, parts, strict=True) if part.state is not None]
-        if not wanting:
-            return {}
-        last_rows = torch.tensor([row for row, _ in wanting], device=hidden_TD.device)
-        states = [part.state for _, part in wanting if part.state is not None]
-        drafts = propose(self._model.head(output_TD[last_rows]), states)
-        # Where no draft can be made, decoding continues without one and reports the error itself.
-        return {
-            part.sequence.request_id: draft
-            for (_, part), draft in zip(wanting, drafts, strict=True)
-            if isinstance(draft, Draft)
-        }
+        last_rows = {part.sequence: end - 1 for part, end in zip(parts, ends, strict=True) if part.sequence in drafting}
+        if not last_rows:
+            return
+        logits_BV = self._model.head(output_TD[torch.tensor([*last_rows.values()], device=hidden_TD.device)])
+        drafts = propose(logits_BV, [sequence.sampler for sequence in last_rows])
+        for sequence, draft in zip(last_rows, drafts, strict=True):
+            if isinstance(draft, Draft):  # else decoding continues without one and reports the error itself
+                sequence.drafts = [draft]
 
-    def _run_module(self, runner: Runner, parts: Sequence[CommittedTokens], hidden_TD: Tensor) -> Tensor:
+    def _run_module(self, runner: Runner, parts: Sequence[ScheduledTokens], hidden_TD: Tensor) -> Tensor:
         device = hidden_TD.device
         starts, counts = [part.start for part in parts], [part.count for part in parts]
         step = self._cache.step([part.sequence.row for part in parts], starts, counts, device)
