@@ -69,7 +69,7 @@ def test_heldout_lines_are_not_in_trained_pairs_either(tmp_path):
 
 
 def test_renderings_of_one_english_text_stay_together_and_few(tmp_path):
-    rows = [SourceRow(f"打开文件的第{i}种说法", f"Open file {j}") for j in range(60) for i in range(4)]
+    rows = [SourceRow(f"打开文件{j}的{i}种说法", f"Open file {j}") for j in range(60) for i in "甲乙丙丁"]
     built = build([source("menu", rows)], tmp_path)
     counts = Counter(pair.en for pair in [*built.pairs, *built.heldout])
     assert set(counts.values()) == {2}
@@ -89,6 +89,20 @@ def test_the_side_of_a_text_does_not_depend_on_how_it_is_written(text):
 
 def test_the_side_of_a_text_never_changes():
     assert [n for n in range(40) if is_held_out(f"text {n}", 8)] == [2, 15, 22, 31, 35]
+
+
+def test_pairs_that_are_no_translations_are_dropped_and_counted_by_rule(tmp_path):
+    wrong = [SourceRow("第77只猫坐垫子", "Cat 78 sits on the mat"), SourceRow("打开 Xyzzy 窗口", "Open the window")]
+    extra = tmp_path / "own.tsv"
+    extra.write_text("own\t打开 Xyzzy 窗口\tOpen the window\nown\t关上所有的窗口\tClose every window\n")
+    built = build([source("a", [*numbered(40), *wrong])], tmp_path, extra=[extra])
+    assert built.dropped == {
+        "own": {"before": 2, "latin words": 1},
+        "a": {"before": 42, "numbers": 1, "latin words": 1},
+    }
+    assert not {pair.zh for pair in [*built.pairs, *built.heldout]} & {row.zh for row in wrong}
+    corpus.write_corpus(built, tmp_path)
+    assert json.loads((tmp_path / "counts.json").read_text())["dropped"] == built.dropped
 
 
 def test_caps_bound_characters_of_one_source(tmp_path):

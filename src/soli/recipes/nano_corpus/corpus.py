@@ -1,7 +1,7 @@
 """The corpus step: packages to cleaned, de-duplicated and split lines of text.
 
-Each source is fetched and read once and its rows cached, so that a stopped build continues where it was. What is held
-out, and what is dropped for being too near to it, is splitting.py's.
+Each source is fetched and read once and its rows cached, so that a stopped build continues where it was. What is
+dropped as no translation is filtering.py's; what is held out, and dropped for being too near to it, is splitting.py's.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from soli.errors import SoliError
 from soli.recipes.nano_corpus.cleaning import is_translation, tidy
 from soli.recipes.nano_corpus.config import CorpusConfig
 from soli.recipes.nano_corpus.fetch import fetch
+from soli.recipes.nano_corpus.filtering import drop_suspects
 from soli.recipes.nano_corpus.sources import SOURCES, Source, SourceRow
 from soli.recipes.nano_corpus.sources.extra import PUBLIC, read_extra
 from soli.recipes.nano_corpus.sources.included import everyday_pairs
@@ -33,6 +34,7 @@ class Corpus:
     mono: list[Line] = field(default_factory=list)
     heldout_mono: list[Line] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    dropped: dict[str, dict[str, int]] = field(default_factory=dict)  # pairs by source and by filtering.py's rule
 
     def counts(self) -> dict[str, dict[str, int]]:
         """By source: pairs and heldout; lines, heldout and characters for text of one language."""
@@ -61,8 +63,10 @@ def build_corpus(
 
     `everyday` are held out as well; None: the sentences that come with the recipe.
     """
-    extra_pairs = [(name, row) for name, row in read_extra(extra) for row in _clean([row], "pairs")]
-    _check_names(config, [*(source.label for source in sources), *PUBLIC, *(name for name, _ in extra_pairs)])
+    extra_rows: dict[str, list[SourceRow]] = defaultdict(list)
+    for name, row in read_extra(extra):
+        extra_rows[name].extend(_clean([row], "pairs"))
+    _check_names(config, [*(source.label for source in sources), *PUBLIC, *extra_rows])
     corpus = Corpus()
     rows: dict[str, list[SourceRow]] = {}
     for source in sources:
@@ -77,16 +81,26 @@ def build_corpus(
             report(source.label, f"skipped: {error}")
     report("corpus", "splitting")
     present = [source for source in sources if source.label in rows]
-    of_pairs = [(source.name, row) for source in present if source.is_pairs for row in rows[source.label]]
     if extra:
-        report("extra", f"{len(extra_pairs):,} pairs")
+        report("extra", f"{sum(map(len, extra_rows.values())):,} pairs")
+    pairs = [(name, row) for name in extra_rows for row in _plausible(corpus, name, extra_rows[name])]
+    for source in present:
+        if source.is_pairs:
+            plausible = _plausible(corpus, source.name, rows[source.label], source.kind == "dictionary")
+            pairs.extend((source.name, row) for row in plausible)
     of_lines = {source: rows[source.label] for source in present if not source.is_pairs}
-    corpus.pairs, corpus.heldout = split_pairs(
-        [*extra_pairs, *of_pairs], everyday_pairs() if everyday is None else everyday, config
-    )
+    corpus.pairs, corpus.heldout = split_pairs(pairs, everyday_pairs() if everyday is None else everyday, config)
     corpus.mono, corpus.heldout_mono = split_lines(of_lines, corpus.pairs, corpus.heldout, config)
     report("corpus", f"{len(corpus.pairs):,} pairs, {len(corpus.mono):,} lines of one language")
     return corpus
+
+
+def _plausible(corpus: Corpus, name: str, rows: list[SourceRow], dictionary: bool = False) -> list[SourceRow]:
+    """The rows of one source that no rule of filtering.py drops; the others are counted in the corpus."""
+    plausible, dropped = drop_suspects(rows, dictionary=dictionary)
+    if dropped:
+        corpus.dropped[name] = {"before": len(rows), **dropped}
+    return plausible
 
 
 def _check_names(config: CorpusConfig, names_of_sources: Iterable[str]) -> None:
@@ -128,5 +142,5 @@ def write_corpus(corpus: Corpus, folder: Path) -> None:
     write_tsv(folder / "heldout.tsv", corpus.heldout)
     write_tsv(folder / "mono.tsv", corpus.mono)
     write_tsv(folder / "heldout_mono.tsv", corpus.heldout_mono)
-    counts = {"sources": corpus.counts(), "skipped": corpus.skipped}
+    counts = {"sources": corpus.counts(), "skipped": corpus.skipped, "dropped": corpus.dropped}
     (folder / "counts.json").write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
