@@ -213,7 +213,7 @@ def bytes_per_token(folder: Path) -> float:
     for slot in checkpoint.slots:
         if slot.copy or slot.soli == "embed_tokens.weight":
             continue
-        names = (slot.name, slot.scale_name, slot.group_scale_name)
+        names = {slot.name, *map(slot.scale_name, ("fp8", "int8", "int4"))}
         size = sum(entry.end - entry.start for name in names if (entry := checkpoint.entries.get(name)))
         total += size * (share if slot.expert is not None else 1)
     return total

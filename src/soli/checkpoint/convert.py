@@ -63,7 +63,7 @@ def _fetch(checkpoint: Checkpoint, slot: Slot, target: Target) -> Encoded:
     weight = checkpoint.quantized(slot)
     if weight is None:
         values = checkpoint.stored(slot.name)
-    elif not target.quantizes(slot):
+    elif target.codec(slot) is None:
         return checkpoint.values(slot, target.dtype(slot))
     elif target.format == "fp8" and weight.scale is not None and (not target.ue8m0 or is_ue8m0(weight.scale)):
         return weight

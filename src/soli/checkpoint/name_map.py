@@ -23,8 +23,8 @@ class Kind(Enum):
     ROUTER_BIAS = "router bias"  # fp32 in every format: a bf16 bias near 5 cannot move by 0.001
 
 
-SCALE_SUFFIX: Final = "_scale_inv"  # q_a_proj.weight -> q_a_proj.weight_scale_inv
-GROUP_SCALE_SUFFIX: Final = "_scale"  # of int8 and int4
+# q_a_proj.weight -> q_a_proj.weight_scale_inv
+SCALE_SUFFIX: Final = {"fp8": "_scale_inv", "int8": "_scale", "int4": "_scale"}
 HEAD: Final = "lm_head.weight"
 
 
@@ -61,15 +61,9 @@ class Slot:
     first_row: int = 0
     copy: bool = False
 
-    @property
-    def scale_name(self) -> str:
-        """Name of the FP8 scales of this weight."""
-        return self.name + SCALE_SUFFIX
-
-    @property
-    def group_scale_name(self) -> str:
-        """Name of the int8 or int4 scales of this weight."""
-        return self.name + GROUP_SCALE_SUFFIX
+    def scale_name(self, format: str) -> str:
+        """Name of the scales of this weight in fp8, int8 or int4."""
+        return self.name + SCALE_SUFFIX[format]
 
     @property
     def integer(self) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from soli.checkpoint.name_map import Kind, Slot
+from soli.checkpoint.name_map import SCALE_SUFFIX, Kind, Slot
 from soli.checkpoint.shard import TensorEntry
 from soli.config import ModelConfig
 from soli.errors import SoliError
@@ -68,12 +68,12 @@ def slot_problems(slot: Slot, entries: Mapping[str, TensorEntry], announced: fro
     if (format == "fp8" and slot.kind is not Kind.LINEAR) or not slot.integer:
         format = None
     shape = CODECS[format].values_shape(slot.shape) if format is not None else slot.shape
-    own_scale = {"fp8": slot.scale_name, "int8": slot.group_scale_name, "int4": slot.group_scale_name}.get(format or "")
+    own_scale = slot.scale_name(format) if format is not None else None
     if entry.shape != shape:
         yield f"{entry} has shape {entry.shape}, but config.json asks for {shape}"
     if format is None and entry.dtype not in FLOATS:
         yield f"{entry} is {entry.dtype}, but a {slot.kind.value} must be one of {', '.join(FLOATS)}"
-    for name in (slot.scale_name, slot.group_scale_name):
+    for name in dict.fromkeys(map(slot.scale_name, SCALE_SUFFIX)):
         if name in entries and name != own_scale:
             yield f"{entries[name]} is a scale, but {slot.name} is {entry.dtype} and needs none"
     if format is None or own_scale is None:

@@ -19,7 +19,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from soli.checkpoint.name_map import GROUP_SCALE_SUFFIX, IGNORED, Slot, slots
+from soli.checkpoint.name_map import IGNORED, SCALE_SUFFIX, Slot, slots
 from soli.checkpoint.quantization import FORMAT, quantized_dtypes, slot_problems
 from soli.checkpoint.shard import TORCH_DTYPE, Shard, TensorEntry
 from soli.config import load_config
@@ -45,14 +45,13 @@ class Checkpoint:
         self.quantized_dtypes = quantized_dtypes(folder, self.config)
         self._shards = _open_shards(folder)
         self.entries = {name: entry for shard in self._shards.values() for name, entry in shard.entries.items()}
-        self.notes: tuple[str, ...] = ()
-        if self._lacks_mtp():
-            if mtp:
-                self.notes = (f"{folder} holds no MTP module though config.json has one: the model is used without",)
-            self.config = replace(self.config, num_nextn_predict_layers=0)
-        _raise_first(self._problems(slots(self.config)))
-        if not mtp:
-            self.config = replace(self.config, num_nextn_predict_layers=0)
+        lacks_mtp = self._lacks_mtp()
+        note = f"{folder} holds no MTP module though config.json has one: the model is used without"
+        self.notes = (note,) if lacks_mtp and mtp else ()
+        without_mtp = replace(self.config, num_nextn_predict_layers=0)
+        _raise_first(self._problems(slots(without_mtp if lacks_mtp else self.config)))
+        if lacks_mtp or not mtp:
+            self.config = without_mtp
         self.slots = slots(self.config)
 
     @property
@@ -70,19 +69,18 @@ class Checkpoint:
 
     def quantized(self, slot: Slot) -> QuantizedWeight | None:
         """A slot's values and scales, mapped from disk; None where it is not quantized. FP8 scales are checked."""
-        entry = self.entries[slot.name]
-        if entry.dtype not in FORMAT:
+        format = FORMAT.get(self.entries[slot.name].dtype)
+        if format is None:
             return None
-        values = self.stored(slot.name)
-        if entry.dtype != "F8_E4M3":
-            scale = self.stored(slot.group_scale_name)
-            return QuantizedWeight(FORMAT[entry.dtype], values, scale, slot.shape, slot.shape[1] // scale.shape[1])
-        scale = self.stored(slot.scale_name).float()
+        values, scale = self.stored(slot.name), self.stored(slot.scale_name(format))
+        if format != "fp8":
+            return QuantizedWeight(format, values, scale, slot.shape, slot.shape[1] // scale.shape[1])
+        scale = scale.float()
         try:
             check_scale(scale)
         except SoliError as error:
-            raise SoliError(f"{self.entries[slot.scale_name]}: {error}") from None
-        return QuantizedWeight("fp8", values, scale, slot.shape, BLOCK)
+            raise SoliError(f"{self.entries[slot.scale_name(format)]}: {error}") from None
+        return QuantizedWeight(format, values, scale, slot.shape, BLOCK)
 
     def values(self, slot: Slot, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
         """The values of a slot in `dtype` on `device`, dequantized where needed. May be the read-only map itself."""
@@ -98,12 +96,9 @@ class Checkpoint:
         """
         originals = {slot.soli: slot.name for slot in self.slots if not slot.copy}
         for slot in self.slots:
-            if not slot.copy or not self.holds(slot):
-                continue
-            original = originals[slot.soli]
-            if not self._equal(slot.name, original):
+            if slot.copy and self.holds(slot) and not self._equal(slot.name, originals[slot.soli]):
                 raise SoliError(
-                    f"{self.entries[slot.name]} should repeat {original} but differs from it; "
+                    f"{self.entries[slot.name]} should repeat {originals[slot.soli]} but differs from it; "
                     "Soli shares one table between the model and its MTP modules: load with mtp=False"
                 )
 
@@ -111,7 +106,7 @@ class Checkpoint:
         dtype = self.entries[name].dtype
         if dtype != self.entries[other].dtype:
             return False
-        suffixes = ("", GROUP_SCALE_SUFFIX) if dtype in FORMAT else ("",)
+        suffixes = ("", SCALE_SUFFIX[FORMAT[dtype]]) if dtype in FORMAT else ("",)
         return all(torch.equal(self.stored(name + suffix), self.stored(other + suffix)) for suffix in suffixes)
 
     def _lacks_mtp(self) -> bool:
@@ -122,7 +117,7 @@ class Checkpoint:
     def _problems(self, expected: Iterable[Slot]) -> Iterable[str]:
         known = set()
         for slot in expected:
-            known |= {slot.name, slot.scale_name, slot.group_scale_name}
+            known |= {slot.name, *map(slot.scale_name, SCALE_SUFFIX)}
             if self.holds(slot):
                 yield from slot_problems(slot, self.entries, self.quantized_dtypes)
             elif not slot.copy:

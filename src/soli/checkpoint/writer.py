@@ -87,14 +87,10 @@ class Target:
         group = codec.fitting_group(slot.shape[1], largest)
         return None if group is None else (codec, group)
 
-    def quantizes(self, slot: Slot) -> bool:
-        """Whether this slot becomes quantized values and scales."""
-        return self.codec(slot) is not None
-
     def unquantized_modules(self, slots: Sequence[Slot]) -> list[str]:
         """Modules whose weights keep high precision because no group divides their inputs."""
         return module_patterns(
-            slot.name for slot in slots if self._is_integer and slot.integer and not self.quantizes(slot)
+            slot.name for slot in slots if self._is_integer and slot.integer and self.codec(slot) is None
         )
 
     def dtype(self, slot: Slot) -> torch.dtype:
@@ -119,10 +115,9 @@ class Target:
             return [(slot.name, FILE_DTYPE[self.dtype(slot)], slot.shape)]
         codec, group = quantization
         assert codec.scale_dtype is not None
-        scale_name = slot.scale_name if isinstance(codec, Fp8Codec) else slot.group_scale_name
         return [
             (slot.name, FILE_DTYPE[codec.values_dtype], codec.values_shape(slot.shape)),
-            (scale_name, FILE_DTYPE[codec.scale_dtype], codec.scale_shape(slot.shape, group)),
+            (slot.scale_name(codec.name), FILE_DTYPE[codec.scale_dtype], codec.scale_shape(slot.shape, group)),
         ]
 
     def config(self, config: ModelConfig) -> dict[str, Any]:
@@ -137,7 +132,7 @@ class Target:
         default = CODECS[self.format]
         if not isinstance(default, IntegerCodec):
             return None
-        high = [slot.name for slot in slots(config) if len(slot.shape) == 2 and not self.quantizes(slot)]
+        high = [slot.name for slot in slots(config) if len(slot.shape) == 2 and self.codec(slot) is None]
         return describe_integers(default.bits, self.group or default.groups[0], ["lm_head", *self.int8_modules], high)
 
 
