@@ -7,17 +7,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from soli.chat.delimiters import safe_length
-from soli.chat.parser import DeepSeekParser, ForcedCallParser, MessageDelta, OutputParser, PlainParser
-from soli.chat.reasoning import ReasoningSplitter, ends_in_reasoning
-from soli.chat.tool_calls import (
+from soli.chat.deepseek import (
     CALL_BEGIN,
     CALL_END,
     CALLS_BEGIN,
     CALLS_END,
     SEPARATOR,
-    ToolCall,
+    DeepSeekParser,
+    ReasoningSplitter,
     ToolCallSplitter,
+    ends_in_reasoning,
+    safe_length,
+)
+from soli.chat.parser import (
+    ForcedCallParser,
+    MessageDelta,
+    OutputParser,
+    PlainParser,
+    ToolCall,
     any_call_schema,
     parse_forced_call,
 )

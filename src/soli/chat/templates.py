@@ -19,7 +19,7 @@ from jinja2 import meta
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from soli.chat.reasoning import CLOSE, OPEN, ends_in_reasoning
+from soli.chat.deepseek import CLOSE, OPEN, ends_in_reasoning
 from soli.data.tokenizer import Tokenizer, special_names
 from soli.errors import SoliError
 

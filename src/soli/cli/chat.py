@@ -86,7 +86,7 @@ class Conversation:
 
     def reply(self, text: str) -> Iterator[tuple[str, str]]:
         """Pieces of (reasoning, answer) to the next message. SoliError when the model has no positions left."""
-        from soli.chat.reasoning import ReasoningSplitter
+        from soli.chat.deepseek import ReasoningSplitter
 
         messages = [*self.messages, {"role": "user", "content": text}]
         ids, thinking = self._template.render(messages)

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from soli.chat.parser import DeepSeekParser, ForcedCallParser, OutputParser, PlainParser
+from soli.chat.deepseek import DeepSeekParser
+from soli.chat.parser import ForcedCallParser, OutputParser, PlainParser, any_call_schema
 from soli.chat.templates import ChatTemplate, JsonText, RenderedPrompt
-from soli.chat.tool_calls import any_call_schema
 from soli.engine.constraint import ConstraintSpec
 from soli.engine.request import Request
 from soli.engine.sampler import SamplingParams

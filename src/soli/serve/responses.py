@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from soli.analysis.trace import TokenTrace, trace_tokens
-from soli.chat.parser import MessageDelta
-from soli.chat.tool_calls import ToolCall
+from soli.chat.parser import MessageDelta, ToolCall
 from soli.engine.request import Event, FinishReason, Request, Usage
 from soli.engine.sampler import TokenLogprob
 from soli.engine.text_model import TextModel
