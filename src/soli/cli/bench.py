@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Annotated, Any
 
@@ -19,18 +18,13 @@ import httpx
 import typer
 from rich.table import Table
 
-from soli.cli._shared.console import number_columns, stdout_console
+from soli.cli._shared.console import number_columns, print_json, stdout_console
 from soli.cli._shared.progress import ProgressBar
 from soli.errors import SoliError
 from soli.serve.load_generator import Workload, find_server, measure, save_plot
 
 app = typer.Typer(help="Measure a server under load.", no_args_is_help=True, rich_markup_mode=None)
 LOAD_TIMEOUT = 600.0  # seconds that a model may take to load
-
-
-@app.callback()
-def bench() -> None:
-    """Measure a server under load."""
 
 
 @app.command()
@@ -55,16 +49,16 @@ def serve(
     if any(not rate > 0 for rate in arrival_rates):
         raise SoliError(f"--rates has {rates!r}: give numbers above 0, or inf")
     load = Workload(requests, _numbers(seeds, "seeds", int), prompt_words, new_tokens)
-    if target.startswith(("http://", "https://")):
-        rows, name = _measure(target.rstrip("/"), api_key, arrival_rates, load)
-    else:
-        with running_server(target) as url:
-            rows, name = _measure(url, None, arrival_rates, load)
-    result = {"server": target, "model": name, "load": vars(load), "rows": rows}
+    is_address = target.startswith(("http://", "https://"))
+    with contextlib.nullcontext(target.rstrip("/")) if is_address else running_server(target) as url:
+        server = asyncio.run(find_server(url, api_key if is_address else None))
+        with ProgressBar("requests", len(arrival_rates) * len(load.seeds) * requests) as bar:
+            rows = [asyncio.run(measure(server, rate, load, bar.advance)) for rate in arrival_rates]
+    result = {"server": target, "model": server.model, "load": vars(load), "rows": rows}
     if out is not None:
-        _save(out, result, f"{name}, {load.prompt_words} words in, {new_tokens} tokens out")
+        _save(out, result, f"{server.model}, {prompt_words} words in, {new_tokens} tokens out")
     if as_json:
-        print(json.dumps(result))
+        print_json(result)
     else:
         _print(rows)
 
@@ -76,20 +70,13 @@ def _numbers(text: str, name: str, kind: type) -> list[Any]:
         raise SoliError(f"--{name} has {text!r}: give numbers separated by commas") from None
 
 
-def _measure(url: str, key: str | None, rates: list[float], load: Workload) -> tuple[list[dict[str, Any]], str]:
-    """The row of each rate, and the model's name."""
-    server = asyncio.run(find_server(url, key))
-    with ProgressBar("requests", len(rates) * len(load.seeds) * load.requests) as bar:
-        return [asyncio.run(measure(server, rate, load, bar.advance)) for rate in rates], server.model
-
-
 def _save(out: Path, result: dict[str, Any], title: str) -> None:
     save_plot(out.with_name(f"{out.name}.png"), result["rows"], title)
     out.with_name(f"{out.name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"soli: wrote {out}.json and {out}.png", file=sys.stderr)
 
 
-@contextmanager
+@contextlib.contextmanager
 def running_server(model: str) -> Iterator[str]:
     """A server of this model in a process of its own, on a free port; its address once it is ready."""
     with socket.socket() as free:

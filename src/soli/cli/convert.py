@@ -1,6 +1,5 @@
 """`soli convert SRC DST --to bf16|fp8|fp32|int8|int4`: rewrite a model folder in another weight format."""
 
-import json
 from typing import Annotated
 
 import typer
@@ -22,7 +21,7 @@ def convert(
     """Rewrite a model folder as bf16, fp32, fp8, int8 or int4, tensor by tensor, MTP modules and tokenizer included."""
     from soli.checkpoint.convert import convert_checkpoint
     from soli.checkpoint.writer import Target
-    from soli.cli._shared.console import stderr_console
+    from soli.cli._shared.console import print_json, stderr_console
     from soli.cli._shared.progress import ProgressBar
 
     target = Target(to, ue8m0, int(shard_gb * 1e9), group, tuple(int8 or ()))
@@ -32,7 +31,7 @@ def convert(
         stderr_console().print(note, soft_wrap=True, markup=False)
     if as_json:
         result = {"folder": destination, "format": to, "ue8m0": ue8m0, "tensors": conversion.tensors}
-        print(json.dumps(result | {"bytes_read": conversion.bytes_read, "bytes_written": conversion.bytes_written}))
+        print_json(result | {"bytes_read": conversion.bytes_read, "bytes_written": conversion.bytes_written})
     else:
         sizes = f"{conversion.bytes_read / 1e6:,.1f} MB to {conversion.bytes_written / 1e6:,.1f} MB"
         print(f"{destination}: {conversion.tensors:,} tensors as {to}, {sizes}")

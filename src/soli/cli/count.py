@@ -1,13 +1,14 @@
 """`soli count`: parameters, bytes, cache and FLOPs of presets, folders and what-ifs, as a table or as JSON."""
 
-import dataclasses
-import json
 from typing import Annotated, Any
 
 import typer
+from rich import box
+from rich.table import Column, Table
 
 from soli.analysis import parameters
 from soli.assignments import parse_assignments
+from soli.cli._shared.console import print_json, stdout_console
 from soli.cli._shared.units import scaled
 from soli.config import ModelConfig, replace, resolve
 from soli.errors import SoliError
@@ -31,7 +32,7 @@ def count(
     flops = parameters.flops(config, context, mtp)
     cache = parameters.cache_bytes(config, mtp)
     if as_json:
-        print(json.dumps(_as_dict(model, config, counted, flops, cache, note), indent=2))
+        print_json(_as_dict(model, config, counted, flops, cache, note), indent=2)
     else:
         _print_table(config, counted, flops, cache, mtp, note)
 
@@ -72,8 +73,8 @@ def _as_dict(
         "bytes": {"bf16": counted.bytes_bf16, "fp8": counted.bytes_fp8},
         "cache_bytes_per_token": cache,
         "expert_bytes_read_per_token_fp8": parameters.expert_read_bytes(config),
-        "flops_per_token": {**dataclasses.asdict(flops), "decode": flops.decode, "prefill": flops.prefill},
-        "components": [dataclasses.asdict(component) for component in counted.components],
+        "flops_per_token": {**vars(flops), "decode": flops.decode, "prefill": flops.prefill},
+        "components": counted.components,
         "note": note,
     }
 
@@ -81,11 +82,6 @@ def _as_dict(
 def _print_table(
     config: ModelConfig, counted: parameters.Count, flops: parameters.Flops, cache: int, mtp: bool, note: str | None
 ) -> None:
-    from rich import box
-    from rich.table import Column, Table
-
-    from soli.cli._shared.console import stdout_console
-
     console = stdout_console()
     total, activated, share = counted.total, counted.activated, 100 * counted.activated / counted.total
     console.print(

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from soli.cli._shared.console import number_columns, stdout_console
+from soli.cli._shared.console import number_columns, print_json, stdout_console
 from soli.cli._shared.options import Assignments
 from soli.cli._shared.progress import StepReport
 from soli.data.inspection import inspect_folder
@@ -107,7 +107,7 @@ def pack(
     with StepReport(quiet=as_json) as steps:
         meta = pack_inputs(config, tokenizer_folder(tokenizer), out, steps.report, _print_line)
     if as_json:
-        print(json.dumps({"folder": str(out), **meta}, indent=2))
+        print_json({"folder": str(out), **meta}, indent=2)
     else:
         _print_packed(out, meta)
 
@@ -122,7 +122,7 @@ def inspect(
     """Tokens by source, characters per token, lengths of documents, and a few documents as they are trained on."""
     inspection = inspect_folder(folder, samples, seed)
     if as_json:
-        print(json.dumps(inspection, indent=2, ensure_ascii=False))
+        print_json(inspection, indent=2)
     else:
         _print_inspection(folder, inspection)
 
@@ -166,7 +166,7 @@ def _print_counts(folder: Path, as_json: bool) -> None:
     counts = json.loads((folder / "counts.json").read_text(encoding="utf-8"))
     meta = read_meta(folder)
     if as_json:
-        print(json.dumps({**counts, "meta": meta}, indent=2))
+        print_json({**counts, "meta": meta}, indent=2)
         return
     table = _table("source", "pairs", "lines", "characters", "held out", "tokens")
     for name, row in counts["sources"].items():

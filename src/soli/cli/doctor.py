@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from soli.cli._shared.console import print_json, stdout_console
 from soli.errors import SoliError
 
 if TYPE_CHECKING:
@@ -26,10 +25,8 @@ def doctor(
 
     report = report_machine(disk)
     if as_json:
-        print(json.dumps(dataclasses.asdict(report), indent=2))
+        print_json(report, indent=2)
         return
-    from soli.cli._shared.console import stdout_console
-
     console = stdout_console()
     for label, text in _lines(report):
         console.print(f"[bold]{label:<12}[/bold]", end="")

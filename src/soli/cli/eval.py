@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,7 +51,7 @@ def eval(
         with ProgressBar("scoring texts", len(texts)) as bar:
             report.on_text = score_texts(text_model, texts, bar.advance)
     if json:
-        print_json(dataclasses.asdict(report))
+        print_json(report)
     else:
         _print(report)
 

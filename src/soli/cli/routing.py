@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -47,7 +46,7 @@ def routing(
     if png is not None:
         save_heat_map(png, report.loads, report.preferences)
     if json:
-        print_json({"file": file, "model": model, **dataclasses.asdict(report)})
+        print_json({"file": file, "model": model, **vars(report)})
     else:
         _print(report)
 

@@ -1,7 +1,6 @@
 """`soli runs list` shows the state of training runs; `soli runs compare A B` compares them at equal tokens."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ import typer
 from rich import box
 from rich.table import Column, Table
 
-from soli.cli._shared.console import number_columns, stdout_console
+from soli.cli._shared.console import number_columns, print_json, stdout_console
 from soli.errors import SoliError
 from soli.train.runs import (
     Point,
@@ -39,7 +38,7 @@ def list_runs(
     """
     summaries = [summarize(read_metrics(run)) for run in find_runs(folder)]
     if as_json:
-        _print_json([dataclasses.asdict(summary) for summary in summaries])
+        print_json(_finite([dataclasses.asdict(summary) for summary in summaries]), indent=2)
     elif summaries:
         _print_runs(summaries)
     else:
@@ -61,9 +60,8 @@ def compare(
     if png is not None:
         save_curves(png, metrics, names)
     if as_json:
-        _print_json(
-            {"runs": [str(folder) for folder in folders], "points": [dataclasses.asdict(one) for one in points]}
-        )
+        names_and_points = {"runs": list(map(str, folders)), "points": [dataclasses.asdict(one) for one in points]}
+        print_json(_finite(names_and_points), indent=2)
     else:
         _print_points(points, names)
 
@@ -98,10 +96,6 @@ def _print_points(points: Sequence[Point], names: Sequence[str]) -> None:
 
 def _number(value: float | None, spec: str = ".4f") -> str:
     return "-" if value is None or math.isnan(value) else format(value, spec)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(_finite(value), indent=2, ensure_ascii=False))
 
 
 def _finite(value: Any) -> Any:

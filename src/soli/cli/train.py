@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +9,7 @@ import typer
 from rich import box
 from rich.table import Column, Table
 
-from soli.cli._shared.console import stdout_console
+from soli.cli._shared.console import print_json, stdout_console
 from soli.cli._shared.options import Assignments
 from soli.cli._shared.units import scaled
 from soli.config import RopeScaling
@@ -88,13 +86,11 @@ def _dry_run(
     if plot is not None:
         save_schedule_plot(plot, settings)
     if as_json:
-        document: dict[str, Any] = {"plan": dataclasses.asdict(plan), "recipe": as_recipe(settings, data)}
+        document: dict[str, Any] = {"plan": plan, "recipe": as_recipe(settings, data)}
         if here is not None:
-            document["device"] = {
-                **dataclasses.asdict(here),
-                "hours": hours_here(settings, plan.flops, here.tflops, here.precision),
-            }
-        print(json.dumps(document, indent=2, ensure_ascii=False))
+            hours = hours_here(settings, plan.flops, here.tflops, here.precision)
+            document["device"] = {**vars(here), "hours": hours}
+        print_json(document, indent=2)
     else:
         _print_plan(plan, settings, data.get("fim_rate", 0.0), devices, mfu, device_tflops, here)
 

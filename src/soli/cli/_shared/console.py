@@ -35,6 +35,8 @@ def number_columns(*titles: str, no_wrap: bool = False) -> list[Column]:
     return [Column(title, justify="right", no_wrap=no_wrap) for title in titles]
 
 
-def print_json(value: dict[str, Any]) -> None:
-    """One JSON object on one line, Chinese characters not escaped, flushed at once; dataclasses field for field."""
-    print(json.dumps(value, ensure_ascii=False, default=dataclasses.asdict), flush=True)
+def print_json(value: Any, indent: int | None = None) -> None:
+    """JSON, by default on one line, flushed at once; dataclasses field for field. Of what is not ASCII only bytes of
+    file names that are not UTF-8 are escaped."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent, default=dataclasses.asdict)
+    print(text.encode("utf-8", "backslashreplace").decode(), flush=True)
