@@ -42,7 +42,7 @@ def routing(
 
     text_model = open_text_model(model, device, dtype)
     with ProgressBar("reading texts", len(texts)) as bar:
-        report = report_routing(text_model, texts, permutations=permutations, seed=seed, on_part=bar.advance)
+        report = report_routing(text_model, texts, permutations=permutations, seed=seed, on_progress=bar.advance)
     if png is not None:
         save_heat_map(png, report.loads, report.preferences)
     if json:

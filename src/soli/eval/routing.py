@@ -10,7 +10,7 @@ Shapes: N texts, L MoE layers, E experts, M = L*E, P permutations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from soli.analysis.figure import new_figure, save_figure
 from soli.data.language import language_of
 from soli.engine.text_model import TextModel
 from soli.errors import SoliError
-from soli.eval.scoring import LayerLoad, document_parts, layer_loads, score_sequences
+from soli.eval.scoring import LayerLoad, OnProgress, document_parts, layer_loads, score_sequences
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,7 +83,7 @@ def report_routing(
     *,
     permutations: int = 2000,
     seed: int = 0,
-    on_part: Callable[[int], None] | None = None,
+    on_progress: OnProgress = lambda _: None,
 ) -> RoutingReport:
     """Reads every text once, in parts where it is longer than the model. Rejects a model without routed experts."""
     names = [name for name, _ in text_model.model.moe_layers() if name.startswith("layers.")]
@@ -95,14 +95,14 @@ def report_routing(
     experts = text_model.model.config.n_routed_experts
     counts_NLE = np.zeros((len(texts), len(names), experts), dtype=np.int64)
     tokens_N = np.zeros(len(texts), dtype=np.int64)
+    sequences = [part for _, part in parts]
     context = len(text_model.text_prefix)
-    scores = score_sequences(text_model.model, [part for _, part in parts], context=context, score=False)
-    for score in scores:
+    for score in score_sequences(
+        text_model.model, sequences, context=context, score=False, on_progress=on_progress
+    ):
         number = parts[score.number][0]
         counts_NLE[number] += score.counts_LE
         tokens_N[number] += score.tokens
-        if on_part is not None:
-            on_part(1)
     languages = [language_of(text) for text in texts]
     return RoutingReport(
         languages=_language_counts(languages, tokens_N),

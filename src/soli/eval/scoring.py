@@ -9,13 +9,14 @@ bytes.
 Shapes: B texts, T tokens, L MoE layers, E experts, V vocab.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from soli.data.language import language_of
 from soli.engine.text_model import TextModel
@@ -65,7 +66,12 @@ class TextScores:
 
 @torch.inference_mode()
 def score_sequences(
-    model: Transformer, sequences: Sequence[Sequence[int]], *, context: int, score: bool = True
+    model: Transformer,
+    sequences: Sequence[Sequence[int]],
+    *,
+    context: int,
+    score: bool = True,
+    on_progress: OnProgress = lambda _: None,
 ) -> Iterator[SequenceScore]:
     """Runs the model once over each sequence, short ones first; yields their scores in that order.
 
@@ -82,22 +88,17 @@ def score_sequences(
         counted_BT = (position_T >= context) & (position_T < lengths_B[:, None])
         backbone = model.backbone(ids_BT)
         counts_BLE = count_selections(backbone.routing, counted_BT).cpu().numpy()
-        if score:
-            bits_B, predictions_B, agreements_B = _scores(model, backbone, ids_BT, counted_BT)
-        else:
-            bits_B, predictions_B, agreements_B = [0.0] * len(batch), [0] * len(batch), [0] * len(batch)
-        tokens_B = counted_BT.sum(dim=1).tolist()
-        for row in zip(batch, tokens_B, counts_BLE, bits_B, predictions_B, agreements_B, strict=True):
+        zeros_B = [0] * len(batch)
+        scores = _scores(model, backbone, ids_BT, counted_BT) if score else (zeros_B, zeros_B, zeros_B)
+        for row in zip(batch, counted_BT.sum(dim=1).tolist(), counts_BLE, *scores, strict=True):
+            on_progress(1)
             yield SequenceScore(*row)
 
 
 def right_padded(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids (B,T), zeros after each row's end, and the lengths (B). Causality hides the zeros from the tokens."""
-    lengths = [len(sequence) for sequence in sequences]
-    ids_BT = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
-    for row, sequence in enumerate(sequences):
-        ids_BT[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.int64)
-    return ids_BT.to(device), torch.tensor(lengths, device=device)
+    rows = [torch.tensor(sequence, dtype=torch.int64) for sequence in sequences]
+    return pad_sequence(rows, batch_first=True).to(device), torch.tensor([len(row) for row in rows], device=device)
 
 
 def count_selections(layers: Sequence[Routing], counted_BT: Tensor) -> Tensor:
@@ -144,7 +145,9 @@ def _scores(
     return bits_B.tolist(), predicted_BT.sum(dim=1).tolist(), agrees_BT.sum(dim=1).tolist()
 
 
-def score_pairs(text_model: TextModel, pairs: Sequence[Pair], on_progress: OnProgress | None = None) -> TextScores:
+def score_pairs(
+    text_model: TextModel, pairs: Sequence[Pair], on_progress: OnProgress = lambda _: None
+) -> TextScores:
     """Scores every pair as the two documents that it is in training: load and MTP acceptance in distribution."""
     tokenizer = text_model.tokenizer
     documents = []
@@ -152,23 +155,21 @@ def score_pairs(text_model: TextModel, pairs: Sequence[Pair], on_progress: OnPro
         for text, translation, to in ((en, zh, "zh"), (zh, en, "en")):
             ids = [*tokenizer.translation_prompt(text, to), *tokenizer.encode(translation), *end_ids(text_model)]
             documents.append(ids[: text_model.positions])
-    scores = _reported(score_sequences(text_model.model, documents, context=2), on_progress)
-    return _sum_scores(text_model, scores)
+    scores = score_sequences(text_model.model, documents, context=2, on_progress=on_progress)
+    return _sum_scores(text_model, list(scores))
 
 
-def score_texts(text_model: TextModel, texts: Sequence[str], on_progress: OnProgress | None = None) -> TextScores:
+def score_texts(
+    text_model: TextModel, texts: Sequence[str], on_progress: OnProgress = lambda _: None
+) -> TextScores:
     """Scores plain texts: bits per byte as well. A text longer than the model's positions is read in parts."""
-    parts: list[list[int]] = []
-    text_numbers: list[int] = []
-    for number, text in enumerate(texts):
-        for part in document_parts(text_model, text, end=True):
-            parts.append(part)
-            text_numbers.append(number)
+    parts = [(number, part) for number, text in enumerate(texts) for part in document_parts(text_model, text, end=True)]
+    sequences = [part for _, part in parts]
     context = len(text_model.text_prefix) or 1
-    scores = list(_reported(score_sequences(text_model.model, parts, context=context), on_progress))
+    scores = list(score_sequences(text_model.model, sequences, context=context, on_progress=on_progress))
     bits = np.zeros(len(texts))
     for score in scores:
-        bits[text_numbers[score.number]] += score.bits
+        bits[parts[score.number][0]] += score.bits
     return _sum_scores(text_model, scores, _bits_per_byte(texts, bits.tolist()))
 
 
@@ -208,22 +209,14 @@ def _bits_per_byte(texts: Sequence[str], bits: Sequence[float]) -> dict[str, flo
 
 
 def _sum_scores(
-    text_model: TextModel, scores: Iterable[SequenceScore], bits_per_byte: dict[str, float] | None = None
+    text_model: TextModel, scores: Sequence[SequenceScore], bits_per_byte: dict[str, float] | None = None
 ) -> TextScores:
-    tokens = predictions = agreements = 0
-    counts_LE: np.ndarray | int = 0
-    for score in scores:
-        tokens += score.tokens
-        predictions += score.mtp_predictions
-        agreements += score.mtp_agreements
-        counts_LE = counts_LE + score.counts_LE
+    predictions = sum(score.mtp_predictions for score in scores)
+    agreements = sum(score.mtp_agreements for score in scores)
     names = [name for name, _ in text_model.model.moe_layers() if name.startswith("layers.")]
-    load = layer_loads(names, np.asarray(counts_LE)) if names else []
-    return TextScores(tokens, agreements / predictions if predictions else None, load, bits_per_byte or {})
-
-
-def _reported(scores: Iterator[SequenceScore], on_progress: OnProgress | None) -> Iterator[SequenceScore]:
-    for score in scores:
-        if on_progress is not None:
-            on_progress(1)
-        yield score
+    return TextScores(
+        tokens=sum(score.tokens for score in scores),
+        mtp_acceptance=agreements / predictions if predictions else None,
+        load=layer_loads(names, np.sum([score.counts_LE for score in scores], axis=0)) if names else [],
+        bits_per_byte=bits_per_byte or {},
+    )
