@@ -8,7 +8,7 @@ and the tests require both to agree to the last parameter. No torch.
 which rank experts but multiply nothing.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 from typing import Literal
@@ -86,8 +86,8 @@ class Flops:
 
 
 @dataclass(frozen=True)
-class Count:
-    """The parameters of a model. `components` add up to `total`; MTP modules are among them only with `mtp`.
+class Count(Component):
+    """The parameters of a model, whose `components` add up to it; MTP modules are among them only with `mtp`.
 
     `mtp_own` parameters belong to the MTP modules alone; `mtp_files` also counts the copies of embedding and head that
     the released files repeat for each module; `mtp_activated` of its own take part when each looks one token further.
@@ -100,35 +100,21 @@ class Count:
     mtp_files: int
     mtp_activated: int
 
-    @property
-    def total(self) -> int:
-        return sum(c.total for c in self.components)
-
-    @property
-    def activated(self) -> int:
-        return sum(c.activated for c in self.components)
-
-    @property
-    def bytes_bf16(self) -> int:
-        return sum(c.bytes_bf16 for c in self.components)
-
-    @property
-    def bytes_fp8(self) -> int:
-        return sum(c.bytes_fp8 for c in self.components)
-
 
 def count(config: ModelConfig, mtp: bool = False) -> Count:
     """Count a model by component; with `mtp` its MTP modules are a component too."""
     main, extra = weights(config), mtp_weights(config)
     names = dict.fromkeys(w.component for w in main)
-    components = [_component(name, (w for w in main if w.component == name)) for name in names]
+    components = [_component(name, [w for w in main if w.component == name]) for name in names]
     if mtp and extra:
         components.append(_component("MTP modules", extra))
+    counted = main + extra if mtp else main
     copies = config.num_nextn_predict_layers * 2 * config.vocab_size * config.hidden_size
     own = sum(w.total for w in extra)
     return Count(
+        **vars(_component("total", counted)),
         components=tuple(components),
-        router_biases=sum(w.total for w in main + (extra if mtp else []) if w.storage == "fp32"),
+        router_biases=sum(w.total for w in counted if w.storage == "fp32"),
         embedding=config.vocab_size * config.hidden_size,
         mtp_own=own,
         mtp_files=own + copies,
@@ -205,8 +191,7 @@ def mtp_weights(config: ModelConfig) -> list[Weights]:
     return [w for w in groups if w.count]
 
 
-def _component(name: str, group: Iterable[Weights]) -> Component:
-    group = list(group)
+def _component(name: str, group: Sequence[Weights]) -> Component:
     return Component(
         name,
         total=sum(w.total for w in group),

@@ -38,8 +38,6 @@ class RoutingDecision(Protocol):
     def biased_TE(self) -> Tensor: ...
     @property
     def groups_TG(self) -> Tensor | None: ...
-    @property
-    def num_experts(self) -> int: ...
 
 
 class ExpertSelector(Protocol):
@@ -129,10 +127,10 @@ def trace_tokens(
 
 def trace_layer(name: str, router: ExpertSelector, routing: RoutingDecision) -> list[LayerTrace]:
     """One LayerTrace per token of `routing`, which must be a decision of `router`."""
-    selected_TE = _mask(routing.expert_ids_TK, routing.num_experts)
+    selected_TE = _mask(routing.expert_ids_TK, routing.scores_TE)
     # A masked expert (biased affinity -inf) would not have been selected without the bias either.
     unbiased_TK, _ = router.select(routing.scores_TE.masked_fill(routing.biased_TE == -torch.inf, -torch.inf))
-    unbiased_TE = _mask(unbiased_TK, routing.num_experts)
+    unbiased_TE = _mask(unbiased_TK, routing.scores_TE)
     promoted_TK = (selected_TE & ~unbiased_TE).gather(1, routing.expert_ids_TK)
     columns = zip(
         _selected(routing, promoted_TK),
@@ -148,9 +146,9 @@ def rank_runner_ups(routing: RoutingDecision, selected_TE: Tensor) -> tuple[Tens
     """The next best experts (T,M) in the surviving groups and by how much each missed (T,M); +inf: there is none."""
     others_TE = routing.biased_TE.masked_fill(selected_TE, -torch.inf)
     if routing.groups_TG is not None:
-        per_group = routing.num_experts // routing.groups_TG.shape[1]
+        per_group = others_TE.shape[1] // routing.groups_TG.shape[1]
         others_TE = others_TE.masked_fill(~routing.groups_TG.repeat_interleave(per_group, dim=1), -torch.inf)
-    best = others_TE.topk(min(RUNNER_UPS, routing.num_experts), dim=-1)
+    best = others_TE.topk(min(RUNNER_UPS, others_TE.shape[1]), dim=-1)
     last_T1 = routing.biased_TE.masked_fill(~selected_TE, torch.inf).amin(dim=-1, keepdim=True)
     return best.indices, last_T1 - best.values
 
@@ -188,9 +186,8 @@ def _read_layer(layer: dict[str, Any]) -> LayerTrace:
     )
 
 
-def _mask(experts_TK: Tensor, num_experts: int) -> Tensor:
-    shape = (experts_TK.shape[0], num_experts)
-    return torch.zeros(shape, dtype=torch.bool, device=experts_TK.device).scatter_(1, experts_TK, True)
+def _mask(experts_TK: Tensor, scores_TE: Tensor) -> Tensor:
+    return torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, experts_TK, True)
 
 
 def _rows(*columns: Tensor) -> Iterable[tuple[Any, ...]]:

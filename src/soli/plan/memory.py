@@ -9,8 +9,7 @@ All sums are bytes per token unless a name says otherwise; D hidden, H heads, N 
 Q query latent, F expert width, E experts, K chosen.
 """
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from math import ceil
 
@@ -80,12 +79,14 @@ def plan_memory(
     per_token = saved.outside_blocks() + (inputs if checkpointed else sum(blocks))
     recomputed = sequences * length * max(blocks) if checkpointed else 0
     gathered = checkpointed or devices > 1
+    # Each loss computes the head's gradient in its forward pass, in fp32.
+    head_gradients = 4 * (1 + config.num_nextn_predict_layers) * config.vocab_size * config.hidden_size
     return MemoryEstimate(
         weights=ceil((4 * trained + biases) / devices),
         gradients=ceil(4 * trained / devices),
         moments=ceil(moment_bytes(all_weights, settings.optimizer) / devices),
         copies=_copies(config, precision, largest=gathered),
-        activations=round(sequences * length * per_token) + _head_gradients(config),
+        activations=round(sequences * length * per_token) + head_gradients,
         transient=round(max(_logits(config, saved.width, kind), recomputed)),
     )
 
@@ -159,11 +160,6 @@ class _SavedActivations:
         return router + K * row + own
 
 
-def _head_gradients(config: ModelConfig) -> int:
-    """The head's gradient, which each loss computes in its forward pass, fp32."""
-    return 4 * (1 + config.num_nextn_predict_layers) * config.vocab_size * config.hidden_size
-
-
 def _logits(config: ModelConfig, width: int, kind: str) -> int:
     """A chunk's logits, twice in fp32; the head in the compute dtype and one chunk's share of its gradient."""
     head = config.vocab_size * config.hidden_size * (4 if width == 4 else 2 * width)
@@ -200,20 +196,10 @@ def describe_fit(settings: TrainSettings, precision: str, kind: str, devices: in
     micro = settings.run.micro_sequences
     halved = [micro >> times for times in range(micro.bit_length())]
     for checkpointing, sequences in product((settings.run.activation_checkpointing, True), halved):
-        options: dict[str, int | bool] = {"micro_sequences": sequences, "activation_checkpointing": checkpointing}
-        if plan_memory(with_run_options(settings, options), precision, kind, devices).total <= available:
-            return f"it does not fit; it would with {_as_arguments(settings, options)}"
+        run = replace(settings.run, micro_sequences=sequences, activation_checkpointing=checkpointing)
+        if plan_memory(replace(settings, run=run), precision, kind, devices).total <= available:
+            options = ("micro_sequences", "activation_checkpointing")
+            changed = [name for name in options if getattr(run, name) != getattr(settings.run, name)]
+            arguments = " ".join(f"--set run.{name}={str(getattr(run, name)).lower()}" for name in changed)
+            return f"it does not fit; it would with {arguments}"
     return "it does not fit, not even one sequence at a time with activation checkpointing; use more devices"
-
-
-def with_run_options(settings: TrainSettings, options: dict[str, int | bool]) -> TrainSettings:
-    """The settings with some fields of `run` changed."""
-    return dataclasses.replace(settings, run=dataclasses.replace(settings.run, **options))  # type: ignore[arg-type]
-
-
-def _as_arguments(settings: TrainSettings, options: dict[str, int | bool]) -> str:
-    return " ".join(
-        f"--set run.{name}={str(value).lower()}"
-        for name, value in options.items()
-        if value != getattr(settings.run, name)
-    )
