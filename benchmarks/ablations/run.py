@@ -17,7 +17,7 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +98,9 @@ def add_line(file: Path, line: dict[str, Any]) -> None:
     os.replace(draft, file)
 
 
-def selected_arms(experiments: list[str]) -> list[str]:
-    """The arms of the experiments named, each once, in the table's order."""
-    selected = {arm for name in experiments for arm in EXPERIMENTS[name].arms}
+def selected_arms(experiments: list[str], arms: Sequence[str] = ()) -> list[str]:
+    """These arms and those of the experiments named, each once, in the table's order."""
+    selected = {*arms, *(arm for name in experiments for arm in EXPERIMENTS[name].arms)}
     return [name for name in ARMS if name in selected]
 
 
@@ -118,6 +118,7 @@ def print_arms(names: list[str], tokens: int) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiment", action="append", choices=sorted(EXPERIMENTS), help="may be repeated")
+    parser.add_argument("--arm", action="append", choices=sorted(ARMS), help="one arm alone; may be repeated")
     parser.add_argument("--all", action="store_true", help="every experiment")
     parser.add_argument("--data", type=Path, default=Path("data/nano-zh-en"), help="what soli data build left")
     parser.add_argument("--seeds", type=int, default=3)
@@ -125,9 +126,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=FINISHED, help="file of finished runs, one JSON object a line")
     parser.add_argument("--dry-run", action="store_true", help="list the arms and stop")
     options = parser.parse_args(arguments)
-    if not options.all and not options.experiment:
-        parser.error("name an experiment, or --all")
-    names = selected_arms(sorted(EXPERIMENTS) if options.all else options.experiment)
+    if not options.all and not options.experiment and not options.arm:
+        parser.error("name an experiment or an arm, or --all")
+    experiments = sorted(EXPERIMENTS) if options.all else options.experiment or []
+    names = selected_arms(experiments, options.arm or [])
     check_equal(options.tokens)
     if options.dry_run:
         print_arms(names, options.tokens)
