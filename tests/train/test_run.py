@@ -17,7 +17,7 @@ import soli
 from soli.cli import main
 from soli.errors import SoliError
 from soli.train import trainer
-from soli.train.checkpoints import best_checkpoint, checkpoints, load_run, load_weights, read_progress
+from soli.train.checkpoints import CheckpointSaver, best_checkpoint, checkpoints, load_run, load_weights, read_progress
 from soli.train.setup import prepare
 from soli.train.trainer import take_step, train
 from tests.train.toy import RECIPE, settings, tiny_model, write_data
@@ -61,6 +61,31 @@ def test_a_run_writes_metrics_recipe_and_checkpoints(tmp_path, data):
     last = checkpoints(tmp_path)[-1]
     assert last.name == "step-00000012" and len(checkpoints(tmp_path)) <= 3
     assert read_progress(last).tokens == 12 * 128 and read_progress(last).position == 12 * 8
+
+
+def test_mtp_modules_are_not_trained_before_their_first_token(tmp_path, data):
+    run = prepare(settings(losses={"mtp_from_tokens": 3 * 128}), {}, data, tmp_path)
+    start = {name: tensor.clone() for name, tensor in run.model.mtp.state_dict().items()}
+    early = [take_step(run) for _ in range(3)]
+    assert all(step.mtp == 0 and len(step.counts_LE) == 1 for step in early)  # layers.1, and not yet mtp.0
+    assert all(torch.equal(start[name], tensor) for name, tensor in run.model.mtp.state_dict().items())
+    step = take_step(run)
+    assert step.mtp > 0 and len(step.counts_LE) == 2
+    unmoved = [name for name, tensor in run.model.mtp.state_dict().items() if torch.equal(start[name], tensor)]
+    assert unmoved == []
+
+
+@pytest.mark.parametrize("mtp_from_tokens", [128 * 3, 128 * 7])
+def test_a_run_whose_mtp_starts_late_resumes_bit_for_bit(tmp_path, data, mtp_from_tokens):
+    whole = settings(losses={"mtp_from_tokens": mtp_from_tokens})
+    train(prepare(whole, {}, data, tmp_path / "whole"))
+    cut = prepare(settings(losses={"mtp_from_tokens": mtp_from_tokens}), {}, data, tmp_path / "cut")
+    for _ in range(5):
+        take_step(cut)
+    with CheckpointSaver(tmp_path / "cut", keep=1) as saver:
+        saver.save(cut.model, cut.optimizer, cut.progress)
+    assert train(prepare(whole, {}, data, tmp_path / "cut")) == "finished"
+    assert_equal_state(tmp_path / "whole", tmp_path / "cut")
 
 
 RAMP = {"batch_sequences_start": 3, "batch_ramp_tokens": 128 * 6}

@@ -71,6 +71,7 @@ def test_gamma_and_lambda_switch():
     gamma, weight = BalanceSettings(gamma_tokens=14300), LossSettings(mtp_late_after_tokens=10000)
     assert [gamma.gamma_at(t) for t in (0, 14299, 14300)] == [1e-3, 1e-3, 0.0]
     assert [weight.mtp_weight_at(t) for t in (0, 9999, 10000)] == [0.3, 0.3, 0.1]
+    assert [LossSettings(mtp_from_tokens=7).trains_mtp(t) for t in (0, 6, 7)] == [False, False, True]
     assert BalanceSettings().gamma_at(10**15) == 1e-3 and LossSettings().mtp_weight_at(10**15) == 0.3
 
 

@@ -181,3 +181,11 @@ def test_the_remaining_work_weighs_long_sequences_more():
     left = [flops_left(train_settings, end) for end in (RunProgress(), *ends)]
     assert left[0] > left[1] > left[2] > 0 and (left[1] - left[2]) / 384 > (left[0] - left[1]) / 512
     assert flops_left(train_settings, RunProgress(tokens=1152, stage=2, stage_start=896)) == 0
+
+
+def test_tokens_before_the_mtp_modules_are_trained_cost_less():
+    always, late = settings(), settings(losses={"mtp_from_tokens": 700})
+    lacking = (always.flops(0, 1, 16) - settings(model={"num_nextn_predict_layers": 0}).flops(0, 1, 16)) * 700
+    assert always.flops(0, 1000, 16) - late.flops(0, 1000, 16) == lacking > 0
+    assert late.flops(0, 500, 16) + late.flops(500, 500, 16) == late.flops(0, 1000, 16)
+    assert late.flops(800, 200, 16) == always.flops(0, 200, 16)

@@ -10,6 +10,7 @@ which rank experts but multiply nothing.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil, prod
 from typing import Literal
 
@@ -151,10 +152,11 @@ def flops(config: ModelConfig, context: int, mtp: bool = False) -> Flops:
     )
 
 
-def training_flops(config: ModelConfig, length: int) -> int:
+@lru_cache(maxsize=16)
+def training_flops(config: ModelConfig, length: int, mtp: bool = True) -> int:
     """FLOPs that training costs per token of a sequence of `length`: one forward pass, and twice that backward, with
-    every MTP module."""
-    return 3 * flops(config, length, mtp=True).prefill
+    every MTP module or none."""
+    return 3 * flops(config, length, mtp).prefill
 
 
 EMBEDDING, ATTENTION, DENSE, ROUTER = "embedding", "attention", "dense MLP", "router"

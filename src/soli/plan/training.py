@@ -1,13 +1,14 @@
 """What a run needs, from its recipe alone: phases in tokens and steps, FLOPs, memory, GPU-hours.
 
-FLOPs are three forward passes per token (one forward, two backward), MTP and causal attention included. GPU-hours are
+FLOPs are three forward passes per token (one forward, two backward), causal attention and MTP included. GPU-hours are
 FLOPs over the rate that a device sustains: its peak times the model FLOPs utilisation, MFU. Memory:
 soli/plan/memory.py. Needs no torch and no data.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 
-from soli.analysis.parameters import count, training_flops
+from soli.analysis.parameters import count
 from soli.plan.memory import MemoryEstimate, plan_memory
 from soli.train.schedule import batch_sequences, learning_rate, steps_before, warmup_end
 from soli.train.settings import TrainSettings
@@ -63,7 +64,9 @@ def plan_run(
     precision = (precision or "bf16") if settings.run.precision == "auto" else settings.run.precision
     phases = planned_phases(settings)
     main = count(settings.model)
-    operations = sum(phase.tokens * training_flops(settings.model, phase.sequence_length) for phase in phases)
+    lengths = [phase.sequence_length for phase in phases]
+    tokens = [phase.tokens for phase in phases]
+    operations = sum(map(settings.flops, accumulate(tokens, initial=0), tokens, lengths))
     is_papers = main.total == PAPER_PARAMETERS and settings.schedule.total_tokens == PAPER_TOKENS
     return TrainingPlan(
         phases=phases,

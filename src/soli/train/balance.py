@@ -22,13 +22,14 @@ def reduce_counts(counts_LE: Tensor) -> Tensor:
 
 @torch.no_grad()
 def step_bias(model: Transformer, counts_LE: Tensor, gamma: float) -> None:
-    """b += gamma * sign(mean load - load), in place, for each layer of `model.moe_layers()`, MTP modules last.
+    """b += gamma * sign(mean load - load), in place, for each layer of `model.moe_layers()`, MTP modules last; those
+    without counts were not computed and keep their biases.
 
     No centring: released biases are all positive (trap 4). A layer whose router has no bias is left as it is.
     """
     if gamma == 0:
         return
-    for (_, layer), counts_E in zip(model.moe_layers(), counts_LE, strict=True):
+    for (_, layer), counts_E in zip(model.moe_layers(), counts_LE, strict=False):
         bias_E = layer.gate.e_score_correction_bias
         if bias_E is not None:
             load_E = counts_E.to(bias_E.device, torch.float32)

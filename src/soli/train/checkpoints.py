@@ -225,10 +225,13 @@ class _CheckpointFolder:
         prune(self.run, self.keep)
 
 
-def load_checkpoint(checkpoint: Path, model: Transformer, optimizer: Optimizer) -> RunProgress:
+def load_checkpoint(
+    checkpoint: Path, model: Transformer, optimizer: Optimizer, late_mtp: bool = False
+) -> RunProgress:
     """Restore model, optimizer and random state; SoliError names the tensor that does not fit.
 
-    Any number of processes may have saved. One that had no counterpart then gets the random state of the first.
+    With `late_mtp` it may be of a time when the MTP modules were not trained yet. Any number of processes may have
+    saved. One that had no counterpart then gets the random state of the first.
     """
     reader = StateReader(checkpoint, ("model", "optimizer"))
     weights = _weights(reader, model)
@@ -237,7 +240,7 @@ def load_checkpoint(checkpoint: Path, model: Transformer, optimizer: Optimizer) 
         name: torch.empty(reader.tensors[name].size, dtype=torch.uint8) for name in _random_state_names(reader, model)
     }
     load(reader, weights | moments | random_states)
-    optimizer.load_state({name.removeprefix("optimizer/"): tensor for name, tensor in moments.items()})
+    optimizer.load_state({name.removeprefix("optimizer/"): tensor for name, tensor in moments.items()}, late_mtp)
     for name, random_state in random_states.items():
         if name.startswith(f"optimizer/{RNG}"):
             torch.set_rng_state(random_state)

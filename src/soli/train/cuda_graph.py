@@ -27,7 +27,7 @@ class GraphedStep:
 
     def __call__(self, window_BW: Tensor, totals: StepTotals, weight: float) -> tuple[Tensor, Tensor] | None:
         """Next-token, MTP and balance loss (3,) and the counts (L, E), gradients set; None for a new shape."""
-        shape = (window_BW.shape, self.model.config)
+        shape = (window_BW.shape, len(totals.mtp_tokens), self.model.config)
         if self.last_shape != shape:
             self.last_shape = shape
             self.graph = None

@@ -36,7 +36,7 @@ class Losses:
     next_token: Tensor  # nats per token
     mtp: tuple[Tensor, ...]  # nats per unmasked target, one per depth
     balance: Tensor  # summed over MoE layers, before alpha
-    counts_LE: Tensor  # tokens per expert (int64), L MoE layers, MTP ones last
+    counts_LE: Tensor  # tokens per expert (int64), L MoE layers, those of the computed MTP modules last
 
     def total(self, mtp_weight: float | Tensor, alpha: float) -> Tensor:
         """next token + lambda * mean over depths + alpha * balance (eqs. 25 and 17)."""
@@ -142,7 +142,10 @@ def sequence_balance(routing: Routing, sequences: int) -> Tensor:
 
 
 def compute_losses(model: Transformer, window_BW: Tensor, totals: StepTotals, eos_id: int) -> Losses:
-    """Forward of one micro-batch: backbone once, MTP modules in sequence, every loss divided by the step's `totals`."""
+    """Forward of one micro-batch: backbone once, MTP modules in sequence, every loss divided by the step's `totals`.
+
+    As many MTP modules are computed as `totals` has depths.
+    """
     depths = len(totals.mtp_tokens)
     length = window_BW.shape[1] - 1 - depths
     head_VD = model.lm_head.weight

@@ -191,8 +191,11 @@ class Optimizer:
         states: list[tuple[Any, dict[str, Tensor]]] = [item for part in self.parts for item in part.state.items()]
         return {f"{self.names[p]}|{key}": value for p, moments in states for key, value in moments.items()}
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `state` returned; SoliError names a parameter whose moments are missing or of another shape."""
+    def load_state(self, tensors: dict[str, Tensor], late_mtp: bool = False) -> None:
+        """Restore what `state` returned; SoliError names a parameter whose moments are missing or of another shape.
+
+        With `late_mtp` the parameters of the MTP modules may all be without moments: they were not trained yet.
+        """
         parameters = {name: p for p, name in self.names.items()}
         part_of = {p: part for part in self.parts for group in part.param_groups for p in group["params"]}
         for key, value in tensors.items():
@@ -205,9 +208,13 @@ class Optimizer:
             dtype = self.moments if value.dim() else value.dtype
             # The step count is moved as well: torch's fused AdamW needs it on the device.
             part_of[p].state[p][moment] = value.to(p.device, dtype, copy=True)
-        for p, name in self.names.items():
-            if tensors and p not in part_of[p].state:
-                raise SoliError(f"the optimizer state has nothing for {name}; the run was started with another recipe")
+        missing = {name for p, name in self.names.items() if p not in part_of[p].state}
+        mtp = {name for name in self.names.values() if name.startswith("mtp.")}
+        if late_mtp and mtp <= missing:
+            missing -= mtp
+        if tensors and missing:
+            name = next(name for name in self.names.values() if name in missing)
+            raise SoliError(f"the optimizer state has nothing for {name}; the run was started with another recipe")
 
 
 def _is_inner_matrix(name: str, p: Tensor) -> bool:

@@ -8,6 +8,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from soli.analysis.parameters import training_flops
 from soli.config import ModelConfig, preset, replace
 from soli.errors import SoliError
 from soli.sections import (
@@ -53,16 +54,25 @@ class BalanceSettings(Section, section="balance"):
 
 @dataclass(frozen=True)
 class LossSettings(Section, section="losses"):
-    """Lambda, the weight of multi-token prediction, and its switch (section 4.2: 0.3, then 0.1)."""
+    """Lambda, the weight of multi-token prediction, and its switch (section 4.2: 0.3, then 0.1).
+
+    # differs: before `mtp_from_tokens` the MTP modules are neither computed nor trained. The paper trains them from the
+    first step, but there a module is one layer beside 61; in a small model it is a third of a step's FLOPs.
+    """
 
     mtp_weight: NonNegativeFloat = 0.3
     mtp_weight_late: NonNegativeFloat = 0.1
     mtp_late_after_tokens: int | None = None  # None: no switch
+    mtp_from_tokens: NonNegativeInt = 0
 
     def mtp_weight_at(self, tokens: int) -> float:
         """Lambda of the step that starts after `tokens` tokens."""
         is_late = self.mtp_late_after_tokens is not None and tokens >= self.mtp_late_after_tokens
         return self.mtp_weight_late if is_late else self.mtp_weight
+
+    def trains_mtp(self, tokens: int) -> bool:
+        """Whether the step that starts after `tokens` tokens computes and trains the MTP modules."""
+        return tokens >= self.mtp_from_tokens
 
 
 @dataclass(frozen=True)
@@ -131,6 +141,13 @@ class TrainSettings:
     def total_tokens(self) -> int:
         """Length of the run in all its stages."""
         return sum(stage.total_tokens for stage in self.stages)
+
+    def flops(self, start: int, tokens: int, length: int) -> int:
+        """FLOPs of the `tokens` tokens, in sequences of `length`, that follow the first `start`: forward and backward,
+        without the MTP modules before they are trained."""
+        before_mtp = min(tokens, max(0, self.losses.mtp_from_tokens - start))
+        per_token = training_flops(self.model, length)
+        return tokens * per_token - before_mtp * (per_token - training_flops(self.model, length, mtp=False))
 
 
 SECTIONS: dict[str, type[Section]] = {

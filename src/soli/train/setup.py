@@ -101,7 +101,7 @@ def prepare(settings: TrainSettings, data: dict[str, Any], data_folder: Path, ru
     )
     saved = checkpoints(run_folder)
     if saved:
-        run.progress = load_checkpoint(saved[-1], model, run.optimizer)
+        run.progress = load_checkpoint(saved[-1], model, run.optimizer, settings.losses.mtp_from_tokens > 0)
         check_stage(settings, stages, run.progress, load_config(saved[-1]))
         model.reposition(run.stage.config)
     return run

@@ -6,12 +6,11 @@ are functions of one number. Every stage is built before the first step: data to
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from itertools import accumulate
 
 import numpy as np
 from torch import Tensor
 
-from soli.analysis.parameters import training_flops
 from soli.config import ModelConfig
 from soli.errors import SoliError
 from soli.train.batches import Batches, PackedTokens, heldout_windows
@@ -70,7 +69,9 @@ def flops_left(settings: TrainSettings, progress: RunProgress) -> int:
     """FLOPs from here to the end of the run: a token of a longer sequence costs more."""
     later = [stage.total_tokens for stage in settings.stages[progress.stage + 1 :]]
     tokens_left = [max(0, stage_tokens_left(settings, progress)), *later]
-    return sum(tokens * token_flops(settings, n) for n, tokens in enumerate(tokens_left, progress.stage))
+    lengths = [stage.sequence_length for stage in settings.stages[progress.stage :]]
+    starts = accumulate(tokens_left, initial=progress.tokens)
+    return sum(map(settings.flops, starts, tokens_left, lengths))
 
 
 def check_stage(
@@ -93,12 +94,6 @@ def check_stage(
             f"{stage_name(number)} was started with another length or rope_scaling than the recipe's; keep those of "
             "the stage that the run is in, or choose another --out to start a new run"
         )
-
-
-@lru_cache(maxsize=16)
-def token_flops(settings: TrainSettings, number: int) -> int:
-    """FLOPs per token of stage `number`, forward and backward."""
-    return training_flops(settings.model, settings.stages[number].sequence_length)
 
 
 def _seed(seed: int, number: int) -> int:

@@ -25,7 +25,7 @@ from soli.train.precision import fp8_note
 from soli.train.report import RunReport
 from soli.train.schedule import stage_name
 from soli.train.setup import Run
-from soli.train.stages import flops_left, is_finished, next_step, stage_tokens_left, token_flops
+from soli.train.stages import flops_left, is_finished, next_step, stage_tokens_left
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,10 @@ def take_step(run: Run) -> StepResult:
     settings, progress = run.settings, run.progress
     sequences, learning_rate = next_step(settings, progress)
     window_BW = run.stage.batches.take(progress.position, sequences)
-    totals = count_targets(window_BW, settings.model.num_nextn_predict_layers, run.tokenizer.eos_id)
+    mtp_depth = settings.model.num_nextn_predict_layers
+    if not settings.losses.trains_mtp(progress.tokens):
+        window_BW, mtp_depth = window_BW[:, : run.stage.length + 1], 0
+    totals = count_targets(window_BW, mtp_depth, run.tokenizer.eos_id)
     try:
         (loss, mtp, balance), counts_LE = accumulate(run, window_BW, totals)
     except SoliError as error:
@@ -184,10 +187,10 @@ def _step_and_report(run: Run, report: RunReport) -> None:
         "lr": step.learning_rate,
         "norm": step.norm,
         "tokens_per_second": step.tokens / seconds,
-        "tflops": step.tokens * token_flops(settings, progress.stage) / seconds / 1e12,
+        "tflops": settings.flops(progress.tokens - step.tokens, step.tokens, run.stage.length) / seconds / 1e12,
     }
     layers = [name for name, _ in run.model.moe_layers()]
-    loads = dict(zip(layers, measure_load(step.counts_LE), strict=True))
+    loads = dict(zip(layers, measure_load(step.counts_LE), strict=False))  # of MTP modules once they are trained
     stage_ended = stage_tokens_left(settings, progress) <= 0
     report.step(progress, metrics, loads, log=stage_ended or _is_due(progress.step, settings.run.log_every))
 
