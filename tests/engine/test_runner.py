@@ -348,16 +348,15 @@ def test_embedding_and_head_in_the_call_have_the_bits_of_those_in_torch(isa, for
         return
     runner = FusedRunner(model)
     for apart in (False, True):
+        if apart:
+            runner._embedding_and_head = None
         cache = ShuffledCache(model, 3, 80, 16)
         for starts, counts, ends in (((0, 0, 0), (2, 3, 30), (1, 4, 34)), ((2, 3, 30), (1, 1, 1), (0, 2))):
             step = cache.step(range(3), starts, counts)
             ids_T = torch.cat(
                 [ids_BT[row, at : at + n] for row, (at, n) in enumerate(zip(starts, counts, strict=True))]
             )
-            if apart:
-                output = runner._forward_layers(ids_T, step.positions_T, step, ends, None)
-            else:
-                output = runner.forward(ids_T, step.positions_T, step, ends)
+            output = runner.forward(ids_T, step.positions_T, step, ends)
             outputs.append((output.logits_NV, output.hidden_TD, *(layer.weights_TK for layer in output.routing)))
     for one, other in zip(outputs[:2], outputs[2:], strict=True):
         assert all(map(torch.equal, one, other)) and one[0].dtype == torch.float32

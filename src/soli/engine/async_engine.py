@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -98,11 +98,8 @@ class _EventIterator:
         return event
 
 
-class Events(_EventIterator):
+class Events(_EventIterator, Iterator[Event]):
     """An iterator; each event waits for its step."""
-
-    def __iter__(self) -> Events:
-        return self
 
     def __next__(self) -> Event:
         if self._ended:
@@ -112,11 +109,8 @@ class Events(_EventIterator):
         return self._note_end(self.submission.queue.get())
 
 
-class AsyncEvents(_EventIterator):
+class AsyncEvents(_EventIterator, AsyncIterator[Event]):
     """An asynchronous iterator, for the event loop that submitted the request."""
-
-    def __aiter__(self) -> AsyncEvents:
-        return self
 
     async def __anext__(self) -> Event:
         if self._ended:

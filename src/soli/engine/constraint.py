@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import json
 import threading
-from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
@@ -141,7 +141,7 @@ class Constraints:
                 f"this tokenizer cannot be constrained ({_reason(str(error))}): structured output needs byte-level BPE"
             ) from error
         self._vocab = vocab
-        self._compiled: OrderedDict[ConstraintSpec, LLMatcher] = OrderedDict()
+        self._compiled = lru_cache(MAX_COMPILED)(self._compile)
         self._lock = threading.Lock()
 
     @classmethod
@@ -152,13 +152,7 @@ class Constraints:
     def open(self, spec: ConstraintSpec) -> Constraint:
         """A constraint before the first token; SoliError when the grammar is invalid or no text can satisfy it."""
         with self._lock:
-            matcher = self._compiled.get(spec)
-            if matcher is None:
-                self._compiled[spec] = matcher = self._compile(spec)
-                if len(self._compiled) > MAX_COMPILED:
-                    self._compiled.popitem(last=False)
-            self._compiled.move_to_end(spec)
-            return Constraint(matcher.deep_copy(), self._vocab)
+            return Constraint(self._compiled(spec).deep_copy(), self._vocab)
 
     def _compile(self, spec: ConstraintSpec) -> LLMatcher:
         matcher_class = self._llguidance.LLMatcher
@@ -168,7 +162,7 @@ class Constraints:
             overrides = {"whitespace_pattern": WHITE_SPACE}
             grammar, name = matcher_class.grammar_from_json_schema(spec.text, overrides=overrides), "JSON schema"
         limits = self._llguidance.LLParserLimits(**PARSER_LIMITS)
-        matcher = self._llguidance.LLMatcher(self._tokens, grammar, log_level=0, limits=limits)
+        matcher = matcher_class(self._tokens, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise SoliError(f"the {name} is not supported ({_reason(matcher.get_error())}): change it")
         Constraint(matcher, self._vocab).mask()  # raises for a constraint that nothing satisfies

@@ -8,21 +8,10 @@ back too.
 
 import codecs
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 from soli.data.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"
-
-
-class TokenText(Protocol):
-    """Turns tokens into complete characters."""
-
-    def push(self, token: int) -> str:
-        """The characters that this token completes; often none."""
-
-    def finish(self) -> str:
-        """The rest, its incomplete characters shown as U+FFFD."""
 
 
 class ByteText:
@@ -33,9 +22,11 @@ class ByteText:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
+        """The characters that this token completes; often none."""
         return self._utf8.decode(self._bytes(token))
 
     def finish(self) -> str:
+        """The rest, its incomplete characters shown as U+FFFD."""
         return self._utf8.decode(b"", final=True)
 
 
@@ -68,6 +59,9 @@ class WindowText:
         return self._decode(self._context + self._pending)[len(self._decode(self._context)) :]
 
 
+TokenText = ByteText | WindowText  # turns tokens into complete characters
+
+
 def token_text(tokenizer: Tokenizer) -> TokenText:
     """The incremental decoder of this tokenizer."""
     return ByteText(tokenizer.text_bytes) if tokenizer.byte_level else WindowText(tokenizer.decode)
@@ -83,14 +77,8 @@ class TextStream:
     def __init__(self, tokens: TokenText, stops: Sequence[str] = ()) -> None:
         self._tokens = tokens
         self._stops = [_StopString(stop) for stop in stops if stop]
-        self._emitted: list[str] = []
         self._held = ""
         self.stopped = False
-
-    @property
-    def text(self) -> str:
-        """All complete characters so far, held back or not, cut before a stop string."""
-        return "".join(self._emitted) + self._held
 
     def push(self, token: int) -> str:
         """The characters that this token completes; often none, for a token that ends inside a character."""
@@ -98,32 +86,23 @@ class TextStream:
 
     def finish(self) -> str:
         """The text that was held back: called once, after the last token."""
-        if self.stopped:
-            return ""
-        piece = self._emit(self._tokens.finish())
-        rest, self._held = self._held, ""
-        self._emitted.append(rest)
-        return piece + rest
+        return "" if self.stopped else self._emit(self._tokens.finish()) + self._held
 
     def _emit(self, new: str) -> str:
         """Returns the part of `_held` and `new` that cannot become a stop string, and holds the rest."""
-        if self._stops:
-            new, held = self._scan(self._held + new, len(self._held))
-        else:
-            held = ""
-        self._held = held
-        self._emitted.append(new)
-        return new
-
-    def _scan(self, text: str, start: int) -> tuple[str, str]:
-        """`text` in two: what can be emitted, and what is held back; characters before `start` were scanned before."""
-        for index in range(start, len(text)):
+        if not self._stops:
+            return new
+        scanned = len(self._held)
+        text = self._held + new
+        for index in range(scanned, len(text)):
             longest = max(stop.push(text[index]) for stop in self._stops)
             if longest:
                 self.stopped = True
-                return text[: index + 1 - longest], ""
+                self._held = ""
+                return text[: index + 1 - longest]
         end = len(text) - max(stop.matched for stop in self._stops)
-        return text[:end], text[end:]
+        self._held = text[end:]
+        return text[:end]
 
 
 class _StopString:

@@ -52,11 +52,10 @@ class FusedLayers:
             metadata = _part_metadata(positions_T, cache, part)
             part_masks = [None if mask is None else mask[part] for mask in masks]
             outputs.append(fused.forward_hidden(self.table, x_TD[part], metadata, kv_blocks, part_masks))
-        routings = [routing_fields(routing) for _, routing in outputs]
+        hidden, routings = zip(*outputs, strict=True)
         if len(outputs) == 1:
-            return outputs[0][0], Routings(*routings[0])
-        hidden_TD = torch.cat([hidden for hidden, _ in outputs])
-        return hidden_TD, Routings(*(torch.cat(parts, 1) for parts in zip(*routings, strict=True)))
+            return hidden[0], Routings(*routings[0])
+        return torch.cat(hidden), Routings(*(torch.cat(parts, 1) for parts in zip(*routings, strict=True)))
 
     def kv_blocks(self, cache: Cache) -> list[Tensor]:
         """Each layer's KV blocks."""
@@ -112,8 +111,9 @@ class LayerTableBuilder:
         backend = self._backend.fused(torch.empty(0, dtype=self.dtype))
         if backend is None:
             forced = self._backend.forced_backend
-            reason = f"SOLI_KERNELS is {forced}" if forced else f"there are no C++ kernels here for {self.dtype}"
-            raise Unsupported(reason)
+            raise Unsupported(
+                f"SOLI_KERNELS is {forced}" if forced else f"there are no C++ kernels here for {self.dtype}"
+            )
         return backend
 
     def _layer(self, block: Block) -> structs.CLayer:
@@ -149,13 +149,11 @@ class LayerTableBuilder:
     def _router(self, router: Router) -> structs.CRouter:
         if router.G > fused.MAX_GROUPS:
             raise self._unsupported(router, f"has {router.G} groups, more than {fused.MAX_GROUPS}")
-        bias = router.e_score_correction_bias
-        bias_E = structs.CVector()
-        if bias is not None:
-            bias_E = fused.vector(self._tensor(router, "e_score_correction_bias", torch.float32))
+        has_bias = router.e_score_correction_bias is not None
+        bias_E = self._tensor(router, "e_score_correction_bias", torch.float32) if has_bias else None
         return structs.CRouter(
-            fused.weight(self._tensor(router, "weight", torch.float32, torch.bfloat16)), bias_E,
-            router.K, router.G, router.kept_groups, 1 if bias is None else 2,
+            fused.weight(self._tensor(router, "weight", torch.float32, torch.bfloat16)), fused.vector(bias_E),
+            router.K, router.G, router.kept_groups, 2 if has_bias else 1,
             router.scoring_func != "sigmoid", router.normalise, router.scaling,
         )  # fmt: skip
 
@@ -180,9 +178,8 @@ class LayerTableBuilder:
         return fused.weight(linear.quantized)
 
     def _bias(self, linear: Linear) -> structs.CVector:
-        if linear.bias is None:
-            return structs.CVector()
-        return fused.vector(self._tensor(linear, "bias", torch.float32, torch.bfloat16))
+        bias = None if linear.bias is None else self._tensor(linear, "bias", torch.float32, torch.bfloat16)
+        return fused.vector(bias)
 
     def _norm(self, norm: RMSNorm) -> structs.CNorm:
         return structs.CNorm(fused.vector(self._tensor(norm, "weight", torch.float32, torch.bfloat16)), norm.eps)
@@ -229,11 +226,6 @@ def _part_metadata(positions_T: Tensor, cache: Cache, part: slice) -> fused.Atte
             chunks.append((start - part.start, stop - part.start, first, chunk.slots_S))
     table_BM = cache.table_BM[decode].contiguous()
     return fused.AttentionMetadata(positions_T[part], table_BM, cache.lengths_B[decode], chunks)
-
-
-def routing_fields(routing: fused.RoutingTensors) -> tuple[Tensor, ...]:
-    """What Routings takes, in its order."""
-    return routing.ids_MTK, routing.weights_MTK, routing.scores_MTE, routing.biased_MTE, routing.groups_MTG
 
 
 def _bytes_per_token(layer: structs.CLayer) -> int:

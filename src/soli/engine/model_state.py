@@ -5,7 +5,6 @@ written in place is known by PyTorch's version counter: writes through `.data` p
 `modification` names the first module that does not compute what the classes of soli.model compute.
 """
 
-from collections.abc import Callable, Iterator
 from enum import Enum
 from types import FunctionType
 from typing import Final
@@ -42,19 +41,26 @@ class ModelState:
         self._members = [
             members for module in self._modules for members in (module._modules, module._parameters, module._buffers)
         ]
-        self._tensors = [*_tensors(self._modules)]
+        # Only plain tensors have an address; a sharded or fake one is known by its identity.
+        self._tensors = [
+            tensor
+            for module in self._modules
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if tensor is not None and type(tensor) in (Tensor, nn.Parameter)
+        ]
         # The version counter does not exist for tensors that were made under torch.inference_mode.
         self._counts_versions = not any(tensor.is_inference() for tensor in self._tensors)
-        self._member_ids = self._ids()
         self._keep_alive = [member for members in self._members for member in members.values()]
-        self._addresses = self._current_addresses()
+        self._structure = self._current_structure()
         self._versions = self._current_versions()
-        self._hooks = _hooks(self._modules)
-        self._methods = _class_methods()
 
     def change(self) -> Change:
         """What is no longer as it was. Tensors without a version counter count as written."""
-        if self._structure_changed():
+        try:
+            same_attributes = self._attributes == [vars(module) for module in self._modules]
+        except RuntimeError:  # a tensor as a plain attribute was replaced: it has no single truth value
+            return Change.STRUCTURE
+        if not same_attributes or self._structure != self._current_structure():
             return Change.STRUCTURE
         return Change.NONE if self._counts_versions and self._versions == self._current_versions() else Change.VALUES
 
@@ -62,24 +68,11 @@ class ModelState:
         """Take the tensors' present values as the ones to compare with."""
         self._versions = self._current_versions()
 
-    def _structure_changed(self) -> bool:
-        try:
-            same_attributes = self._attributes == [vars(module) for module in self._modules]
-        except RuntimeError:  # a tensor as a plain attribute was replaced: it has no single truth value
-            return True
-        return not (
-            same_attributes
-            and self._member_ids == self._ids()
-            and self._addresses == self._current_addresses()
-            and self._hooks == _hooks(self._modules)
-            and self._methods == _class_methods()
-        )
-
-    def _ids(self) -> list[int]:
-        return [id(member) for members in self._members for member in members.values()]
-
-    def _current_addresses(self) -> list[int]:
-        return [tensor.data_ptr() for tensor in self._tensors]
+    def _current_structure(self) -> tuple[object, ...]:
+        """Identities of modules and tensors, addresses, hooks, methods."""
+        member_ids = [id(member) for members in self._members for member in members.values()]
+        addresses = [tensor.data_ptr() for tensor in self._tensors]
+        return member_ids, addresses, _hooks(self._modules), _class_methods()
 
     def _current_versions(self) -> list[int]:
         return [tensor._version for tensor in self._tensors] if self._counts_versions else []
@@ -89,8 +82,9 @@ def modification(model: nn.Module) -> str | None:
     """The first module that computes something else than its class in soli.model does, and how; None without one."""
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return "every module has a global forward hook"
-    if _class_methods() != ORIGINAL_METHODS:
-        return f"a method of {_patched_class()} was replaced"
+    for kind, methods in _class_methods().items():
+        if methods != ORIGINAL_METHODS[kind]:
+            return f"a method of {kind.__name__} was replaced"
     for name, module in model.named_modules():
         difference = _difference(module)
         if difference is not None:
@@ -113,34 +107,16 @@ def _difference(module: nn.Module) -> str | None:
     return None
 
 
-def _tensors(modules: list[nn.Module]) -> Iterator[Tensor]:
-    for module in modules:
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            # Only plain tensors have an address; a sharded or fake one is known by its identity.
-            if tensor is not None and type(tensor) in (Tensor, nn.Parameter):
-                yield tensor
-
-
-def _hooks(modules: list[nn.Module]) -> list[Callable[..., object]]:
+def _hooks(modules: list[nn.Module]) -> list[object]:
     """All forward hooks, global ones included."""
-    hooks = [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
+    registries = [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
     for module in modules:
-        if module._forward_hooks:
-            hooks.append(module._forward_hooks)
-        if module._forward_pre_hooks:
-            hooks.append(module._forward_pre_hooks)
-    return [hook for registered in hooks for hook in registered.values()]
+        registries += [hooks for hooks in (module._forward_hooks, module._forward_pre_hooks) if hooks]
+    return [hook for hooks in registries for hook in hooks.values()]
 
 
-def _class_methods() -> list[object]:
-    return [member for kind in OWN_CLASSES for member in vars(kind).values() if type(member) is FunctionType]
-
-
-def _patched_class() -> str:
-    for kind in OWN_CLASSES:
-        if any(type(member) is FunctionType and member not in ORIGINAL_METHODS for member in vars(kind).values()):
-            return kind.__name__
-    return "a class"
+def _class_methods() -> dict[type[nn.Module], list[object]]:
+    return {kind: [member for member in vars(kind).values() if type(member) is FunctionType] for kind in OWN_CLASSES}
 
 
 ORIGINAL_METHODS: Final = _class_methods()

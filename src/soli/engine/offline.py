@@ -71,43 +71,40 @@ def answer_all(
     """
     window = 16 * engine.limits.max_running if window is None else window
     source = iter(requests)
-    pending: deque[tuple[Request | None, list[Event]]] = deque()  # in the order of the requests
+    # In the order of the requests: request id, request, events.
+    pending: deque[tuple[int | None, Request | None, list[Event]]] = deque()
     running: dict[int, list[Event]] = {}  # by request id, the same lists
     error: SoliError | None = None
     exhausted = False
     try:
         while True:
-            while pending and _complete(*pending[0]):
-                request, events = pending.popleft()
+            while pending and pending[0][0] not in running:
+                _, request, events = pending.popleft()
                 yield None if request is None else Answer.from_events(request, events)
             while not exhausted and len(running) < engine.limits.max_running and len(pending) < window:
                 try:
                     request = next(source)
+                    request_id = None if request is None else engine.add(request)
                     events = []
-                    if request is not None:
-                        running[engine.add(request)] = events
-                    pending.append((request, events))
+                    pending.append((request_id, request, events))
+                    if request_id is not None:
+                        running[request_id] = events
                 except StopIteration:
                     exhausted = True
                 except SoliError as failure:
                     error, exhausted = failure, True
             if not pending:
                 break
-            completed = 0
+            before = len(running)
             for event in engine.step():
                 if event.request_id in running:
                     running[event.request_id].append(event)
                     if event.finish_reason is not None:
                         del running[event.request_id]
-                        completed += 1
-            if completed and on_answer is not None:
-                on_answer(completed)
+            if on_answer is not None and len(running) < before:
+                on_answer(before - len(running))
     finally:
         for request_id in running:
             engine.cancel(request_id)
     if error is not None:
         raise error
-
-
-def _complete(request: Request | None, events: list[Event]) -> bool:
-    return request is None or bool(events and events[-1].finish_reason is not None)

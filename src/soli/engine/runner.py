@@ -7,8 +7,6 @@ the engine is created, logs the choice, and compares the model with its recorded
 Shapes: T new tokens of a step, N of them with logits, D hidden, V vocabulary.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +15,7 @@ from typing import Final, Literal, Protocol
 import torch
 from torch import Tensor
 
-from soli.engine.layer_table import (
-    FusedLayers,
-    LayerTableBuilder,
-    Unsupported,
-    attention_metadata,
-    routing_fields,
-)
+from soli.engine.layer_table import FusedLayers, LayerTableBuilder, Unsupported, attention_metadata
 from soli.engine.model_state import Change, ModelState, modification
 from soli.errors import SoliError
 from soli.kernels.cpu import fused
@@ -62,11 +54,9 @@ class Runner(Protocol):
     ) -> ForwardOutput:
         """`cache` describes this step's tokens. `logit_indices`: the tokens whose next-token logits are wanted.
         `masked_experts`: for layers by number, bool (T, E), the experts that must not be selected."""
-        ...
 
     def draft(self, hidden_TD: Tensor, next_ids_T: Tensor, positions_T: Tensor, cache: Cache) -> BackboneOutput:
         """The first MTP module: normed hidden states (1, T, D) whose head predicts the tokens after `next_ids_T`."""
-        ...
 
 
 class EagerRunner:
@@ -123,16 +113,18 @@ class FusedRunner:
     ) -> ForwardOutput:
         ends, layers = self._embedding_and_head, self._layers
         if (
-            ends is None
-            or len(ids_T) > layers.max_tokens
-            or not self._cpu.is_faster(self._dtype, len(logit_indices), ends.quantized)
+            ends is not None
+            and len(ids_T) <= layers.max_tokens
+            and self._cpu.is_faster(self._dtype, len(logit_indices), ends.quantized)
         ):
-            return self._forward_layers(ids_T, positions_T, cache, logit_indices, masked_experts)
-        metadata, kv_blocks = attention_metadata(positions_T, cache), layers.kv_blocks(cache)
-        logits_NV, hidden_TD, routing = fused.forward_ids(
-            layers.table, ends, ids_T, logit_indices, metadata, kv_blocks, layers.masks(masked_experts)
-        )
-        return ForwardOutput(logits_NV, hidden_TD, Routings(*routing_fields(routing)))
+            metadata, kv_blocks = attention_metadata(positions_T, cache), layers.kv_blocks(cache)
+            logits_NV, hidden_TD, routing_tensors = fused.forward_ids(
+                layers.table, ends, ids_T, logit_indices, metadata, kv_blocks, layers.masks(masked_experts)
+            )
+            return ForwardOutput(logits_NV, hidden_TD, Routings(*routing_tensors))
+        # The layers in C++, embedding and head in torch.
+        hidden_TD, routing = layers.forward(self._model.embed(ids_T), positions_T, cache, masked_experts)
+        return ForwardOutput(_logits(self._model, hidden_TD, logit_indices), hidden_TD, routing)
 
     def draft(self, hidden_TD: Tensor, next_ids_T: Tensor, positions_T: Tensor, cache: Cache) -> BackboneOutput:
         assert self._mtp is not None
@@ -140,18 +132,6 @@ class FusedRunner:
         x_TD = module.join(self._model.embed(next_ids_T), hidden_TD)
         output_TD, routing = layers.forward(x_TD, positions_T, cache)
         return BackboneOutput(output_TD[None], routing)
-
-    def _forward_layers(
-        self,
-        ids_T: Tensor,
-        positions_T: Tensor,
-        cache: Cache,
-        logit_indices: Sequence[int],
-        masked_experts: Mapping[int, Tensor] | None,
-    ) -> ForwardOutput:
-        """The layers in C++, embedding and head in torch."""
-        hidden_TD, routing = self._layers.forward(self._model.embed(ids_T), positions_T, cache, masked_experts)
-        return ForwardOutput(_logits(self._model, hidden_TD, logit_indices), hidden_TD, routing)
 
 
 class ModelRunner:
@@ -185,26 +165,19 @@ class ModelRunner:
 
     def _choose(self) -> tuple[Runner, ModelState]:
         state, modified = ModelState(self._model), modification(self._model)
-        fused_runner, reason = self._fused_runner(modified)
-        if fused_runner is not None:
-            log.info("the fused runner computes this model, in C++: its modules are unmodified")
-            return fused_runner, state
+        reason = "runner is 'eager'" if self._preference == "eager" else modified
+        if reason is None:
+            try:
+                fused_runner = FusedRunner(self._model, self._drafts)
+                log.info("the fused runner computes this model, in C++: its modules are unmodified")
+                return fused_runner, state
+            except Unsupported as error:
+                reason = str(error)
         if self._preference == "fused":
             raise SoliError(f"the fused runner cannot be had: {reason}; choose runner='auto' or 'eager'")
         level = logging.WARNING if modified and self._preference == "auto" else logging.INFO
         log.log(level, "the eager runner computes this model, module by module: %s", reason)
         return EagerRunner(self._model), state
-
-    def _fused_runner(self, modified: str | None) -> tuple[FusedRunner | None, str]:
-        """The fused runner, or why there is none."""
-        if self._preference == "eager":
-            return None, "runner is 'eager'"
-        if modified is not None:
-            return None, modified
-        try:
-            return FusedRunner(self._model, self._drafts), ""
-        except Unsupported as error:
-            return None, str(error)
 
 
 def _place(model: Transformer) -> str:

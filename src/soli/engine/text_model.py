@@ -71,9 +71,8 @@ def open_text_model(name_or_folder: str, device: str = "cpu", dtype: str = "auto
         raise SoliError(f"dtype is {dtype!r}: choose auto, as-is, {' or '.join(DTYPES)}")
     check_device(device)
     folder = open_checkpoint(name_or_folder).folder
-    if dtype == "auto":
-        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        dtype = "float32" if size <= FLOAT32_LIMIT else dtype
+    if dtype == "auto" and sum(path.stat().st_size for path in folder.glob("*.safetensors")) <= FLOAT32_LIMIT:
+        dtype = "float32"
     quantized = True if dtype == "as-is" else None
     model = load_model(name_or_folder, device=device, dtype=DTYPES.get(dtype), mtp=mtp, quantized=quantized)
     return text_model(model, Tokenizer.from_folder(folder), folder)
@@ -83,8 +82,8 @@ def check_device(name: str) -> None:
     """Rejects a device that cannot run a model here."""
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise SoliError(f"device is {name!r}: choose cpu or cuda")
-    gpus = torch.cuda.device_count() if name != "cpu" else 0
-    if name != "cpu" and int(name[5:] or 0) >= gpus:
+    if name != "cpu" and int(name[5:] or 0) >= torch.cuda.device_count():
+        gpus = torch.cuda.device_count()
         raise SoliError(f"device is {name!r}, but PyTorch sees {gpus} GPUs on this machine: use cpu")
 
 
@@ -95,8 +94,7 @@ def text_model(model: Transformer, tokenizer: Tokenizer, folder: Path | None = N
             f"the tokenizer has {tokenizer.vocab_size} tokens but the model's vocab_size is {model.config.vocab_size}: "
             "they do not belong together"
         )
-    eos: list[int | list[int] | None] = [model.config.eos_token_id]
-    eos.append(_json(folder, "generation_config.json").get("eos_token_id"))
+    eos = (model.config.eos_token_id, _json(folder, "generation_config.json").get("eos_token_id"))
     stop_ids = {
         token for entry in eos for token in (entry if isinstance(entry, list) else [entry]) if token is not None
     }

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from ctypes import Array, addressof, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,8 +66,7 @@ def set_experts(feed_forward: CFeedForward, table: ExpertTable) -> None:
     feed_forward.experts = table.addresses_3E2.data_ptr()
 
 
-@dataclass(frozen=True)
-class RoutingTensors:
+class RoutingTensors(NamedTuple):
     """The routers' decisions, one layer with a router after another: the fields of soli.model.router.Routing."""
 
     ids_MTK: Tensor
@@ -85,8 +84,7 @@ class RoutingTensors:
         return cls(ids_MTK, torch.empty(M, T, K), torch.empty(M, T, E), torch.empty(M, T, E), groups_MTG)
 
     def addresses(self) -> CRoutings:
-        tensors = (self.ids_MTK, self.weights_MTK, self.scores_MTE, self.biased_MTE, self.groups_MTG)
-        return CRoutings(*(tensor.data_ptr() for tensor in tensors))
+        return CRoutings(*(tensor.data_ptr() for tensor in self))
 
 
 @dataclass(frozen=True)
