@@ -8,7 +8,7 @@ import time
 import pytest
 
 from soli.cli import VERBS, main
-from soli.cli._shared.units import scaled
+from soli.cli._shared.console import scaled
 from soli.config import PRESETS, preset
 
 

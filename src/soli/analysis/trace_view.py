@@ -6,7 +6,7 @@ Colour comes from the console and repeats what the signs show.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -99,11 +99,12 @@ def _shortened(text: str) -> str:
 
 def _column(layers: Sequence[LayerTrace]) -> list[Text]:
     """A layer's header and cells, all padded to one width."""
+    join = Text(" ").join
     width = max(len(_signed(expert)) for layer in layers for expert in layer.selected)
-    selected = [_join(_selected(expert, share, width) for expert, share in layer.by_weight()) for layer in layers]
-    demoted = [_join(Text(f"-{one.expert}", DEMOTED) for one in layer.demoted_by_bias) for layer in layers]
-    runner_up = [_join(Text(f"~{one.expert}", RUNNER_UP) for one in layer.runner_ups[:1]) for layer in layers]
-    cells = [Text(" ").join(parts) for parts in zip(*map(_aligned, (selected, demoted, runner_up)), strict=True)]
+    selected = [join(_selected(expert, share, width) for expert, share in layer.by_weight()) for layer in layers]
+    demoted = [join(Text(f"-{one.expert}", DEMOTED) for one in layer.demoted_by_bias) for layer in layers]
+    runner_up = [join(Text(f"~{one.expert}", RUNNER_UP) for one in layer.runner_ups[:1]) for layer in layers]
+    cells = [join(parts) for parts in zip(*map(_aligned, (selected, demoted, runner_up)), strict=True)]
     return _aligned([Text(layers[0].layer, QUIET), *cells])
 
 
@@ -187,10 +188,6 @@ def _legend(tokens: Sequence[TokenTrace]) -> Text:
         if experts:
             entries.append(Text().append(f"{sign}{experts[0]}", style).append(meaning))
     return Text(" · ").join(entries)
-
-
-def _join(parts: Iterable[Text]) -> Text:
-    return Text(" ").join(parts)
 
 
 def _aligned(cells: Sequence[Text]) -> list[Text]:

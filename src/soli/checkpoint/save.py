@@ -35,7 +35,7 @@ def save_model(
     empty = next((name for name, tensor in state.items() if tensor.is_meta), None)
     if empty is not None:
         raise SoliError(f"this model has shapes but no weights ({empty} is on the meta device); load it from a folder")
-    if is_quantized(model):
+    if any(getattr(module, "quantized", None) is not None for module in model.modules()):
         raise SoliError(
             "this model computes with quantized weights, which are not saved; copy its folder, rewrite it with "
             "soli convert, or load it with quantized=False"
@@ -58,11 +58,6 @@ def slot_view(state: Mapping[str, Tensor], slot: Slot) -> Tensor:
     if slot.expert is None:
         return tensor
     return tensor[slot.expert, slot.first_row : slot.first_row + slot.shape[0]]
-
-
-def is_quantized(model: Transformer) -> bool:
-    """Whether some weights of a model are quantized instead of parameters."""
-    return any(getattr(module, "quantized", None) is not None for module in model.modules())
 
 
 def _existing_folder(folder: str | Path) -> Path:

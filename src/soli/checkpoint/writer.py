@@ -162,7 +162,9 @@ def write(
                 written += size
                 progress(written, total)
         if len(shards) > 1:
-            write_json(partial / INDEX, _index(names, shards, target, total))
+            files = [(slot, file) for file, shard in zip(names, shards, strict=True) for slot in shard]
+            weight_map = {name: file for slot, file in files for name, _, _ in target.specs(slot)}
+            write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         for file in side_files:
             shutil.copyfile(file, partial / file.name)
         write_json(partial / "config.json", target.config(config))
@@ -231,13 +233,6 @@ def _tensors(value: Encoded) -> tuple[Tensor, ...]:
         assert value.scale is not None
         return value.values, value.scale
     return (value,)
-
-
-def _index(names: Sequence[str], shards: Sequence[Sequence[Slot]], target: Target, total: int) -> dict[str, Any]:
-    weight_map: dict[str, str] = {}
-    for file, shard in zip(names, shards, strict=True):
-        weight_map |= {name: file for slot in shard for name, _, _ in target.specs(slot)}
-    return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
 def write_json(file: Path, value: Any) -> None:

@@ -8,8 +8,7 @@ from rich.table import Column, Table
 
 from soli.analysis import parameters
 from soli.assignments import parse_assignments
-from soli.cli._shared.console import print_json, stdout_console
-from soli.cli._shared.units import scaled
+from soli.cli._shared.console import print_json, scaled, stdout_console
 from soli.config import ModelConfig, replace, resolve
 from soli.errors import SoliError
 

@@ -9,10 +9,8 @@ import typer
 from rich import box
 from rich.table import Column, Table
 
-from soli.cli._shared.console import print_json, stdout_console
+from soli.cli._shared.console import print_json, scaled, stdout_console
 from soli.cli._shared.options import Assignments
-from soli.cli._shared.units import scaled
-from soli.config import RopeScaling
 from soli.data.recipe import find_recipe, load_recipe
 from soli.plan.memory import describe_fit
 from soli.plan.schedule_plot import save_schedule_plot
@@ -91,23 +89,10 @@ def _dry_run(
             hours = hours_here(settings, plan.flops, here.tflops, here.precision)
             document["device"] = {**vars(here), "hours": hours}
         print_json(document, indent=2)
-    else:
-        _print_plan(plan, settings, data.get("fim_rate", 0.0), devices, mfu, device_tflops, here)
-
-
-def _print_plan(
-    plan: TrainingPlan,
-    settings: TrainSettings,
-    fim_rate: float,
-    devices: int,
-    mfu: float,
-    device_tflops: float,
-    here: MeasuredDevice | None,
-) -> None:
-    """Phases, the recipe's constants, parameters, FLOPs, memory and time, on standard output."""
+        return
     console = stdout_console()
     console.print(_phases(plan))
-    lines = _constants(settings, fim_rate) + _memory(plan, settings, devices, here)
+    lines = _constants(settings, data.get("fim_rate", 0.0)) + _memory(plan, settings, devices, here)
     for label, text in lines + _time(plan, settings, devices, mfu, device_tflops, here):
         console.print(f"[bold]{label:<12}[/bold]{text}", soft_wrap=True)
 
@@ -148,16 +133,11 @@ def _constants(settings: TrainSettings, fim_rate: float) -> Lines:
         ("data", f"fill-in-the-middle rate {fim_rate:g}"),
     ]
     for number, phase in enumerate(settings.extension, 1):
-        if phase.rope_scaling is not None:
-            lines.append((f"YaRN {number}", _yarn(phase.rope_scaling)))
+        if (yarn := phase.rope_scaling) is not None:
+            ramp = f"beta {yarn.beta_fast:g} / {yarn.beta_slow:g}, mscale {yarn.mscale:g} / {yarn.mscale_all_dim:g}"
+            text = f"factor {yarn.factor:g} of {yarn.original_max_position_embeddings:,}, {ramp}"
+            lines.append((f"YaRN {number}", text))
     return lines
-
-
-def _yarn(yarn: RopeScaling) -> str:
-    return (
-        f"factor {yarn.factor:g} of {yarn.original_max_position_embeddings:,}, beta {yarn.beta_fast:g} / "
-        f"{yarn.beta_slow:g}, mscale {yarn.mscale:g} / {yarn.mscale_all_dim:g}"
-    )
 
 
 def _memory(plan: TrainingPlan, settings: TrainSettings, devices: int, here: MeasuredDevice | None) -> Lines:

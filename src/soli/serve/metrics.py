@@ -126,13 +126,11 @@ Excerpt = tuple[str, str, str]  # the text before a token, the token, the text a
 
 @dataclass
 class _ExpertUse:
-    selected: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
     top: list[tuple[float, int, Excerpt]] = field(default_factory=list)  # a heap, lowest weight first
 
     def add(self, weight: float, number: int, excerpt: Excerpt, kind: str) -> None:
         """Counts token `number`, of which every entry of the heap has another."""
-        self.selected += 1
         self.kinds[kind] += 1
         push = heapq.heappush if len(self.top) < MAX_TOKENS else heapq.heappushpop
         push(self.top, (weight, number, excerpt))
@@ -158,12 +156,13 @@ class ExpertStatistics:
         with self._lock:
             use = self._uses.get((layer, expert), _ExpertUse())
             top = sorted(use.top, reverse=True)[:limit]
+            selected = use.kinds.total()
             return ExpertReport(
                 layer=layer,
                 expert=expert,
-                selected=use.selected,
+                selected=selected,
                 tokens_read=self._tokens_read,
-                plays=use.selected,
+                plays=selected,
                 read=self._tokens_read,
                 tokens=[
                     ExpertToken(text=text, weight=weight, before=before, after=after)

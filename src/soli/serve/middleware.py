@@ -132,7 +132,8 @@ class AccessMiddleware:
         name = host.rsplit(":", 1)[0] if host.rpartition(":")[2].isdigit() else host
         if "*" not in self._rules.hosts and name not in self._rules.hosts:
             return 421, "this host name is not served here: start the server with --allow-host for it"
-        if not _is_open(scope["path"]) and not self._has_key(headers):
+        is_open = scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_FOLDER)
+        if not is_open and not self._has_key(headers):
             return 401, "an API key is required: send it as 'Authorization: Bearer KEY'"
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or len(length) > 15:
@@ -147,10 +148,6 @@ class AccessMiddleware:
 
     def _too_large(self) -> str:
         return f"the body has more than {self._rules.body_bytes} bytes, the limit of this server"
-
-
-def _is_open(path: str) -> bool:
-    return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
 
 
 class _StrictRequest(Request):

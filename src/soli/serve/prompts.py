@@ -50,8 +50,8 @@ def completion_batch(body: CompletionBody, loaded: LoadedModel, limits: ServiceL
     prompts: Any = body.prompt
     if isinstance(prompts, str) or isinstance(prompts[0], int):
         prompts = [prompts]
-    text_model = loaded.text_model
-    prompt_ids = [text_model.text_prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    encode = loaded.text_model.text_prompt
+    prompt_ids = [encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     request = _request(body, body.max_tokens or DEFAULT_COMPLETION_TOKENS, _format_constraint(body), loaded)
     requests = [replace(request, prompt_ids=tuple(ids), logprobs=body.logprobs) for ids in prompt_ids]
     names = _param_names(body.soli, prompt_ids="prompt", constraint="response_format")
@@ -233,10 +233,8 @@ def _template_message(message: Message) -> dict[str, Any]:
     fields: dict[str, Any] = {"role": message.role, "content": message.text}
     if message.tool_calls:
         fields["tool_calls"] = [_template_call(call) for call in message.tool_calls]
-    for name in ("name", "tool_call_id", "reasoning_content"):
-        if getattr(message, name) is not None:
-            fields[name] = getattr(message, name)
-    return fields
+    optional = {"name", "tool_call_id", "reasoning_content"}
+    return fields | message.model_dump(include=optional, exclude_none=True)
 
 
 def _template_call(call: MessageToolCall) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from soli.analysis.trace import TokenTrace, trace_tokens
@@ -318,25 +318,20 @@ def token_name(text_model: TextModel, token: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token_bytes)
 
 
-def _completion_choice(index: int, text_model: TextModel, _: RequestBatch) -> CompletionChoiceBuilder:
-    return CompletionChoiceBuilder(index, text_model)
-
-
 COMPLETION = AnswerFormat(
     "cmpl",
     protocol.CompletionResponse,
     "text_completion",
     protocol.CompletionChunk,
     "text_completion",
-    _completion_choice,
+    lambda index, text_model, _: CompletionChoiceBuilder(index, text_model),
 )
-TRANSLATION = AnswerFormat(
-    "cmpl",
-    protocol.TranslationResponse,
-    "soli.translation",
-    protocol.TranslationChunk,
-    "soli.translation",
-    _completion_choice,
+TRANSLATION = replace(
+    COMPLETION,
+    response=protocol.TranslationResponse,
+    response_object="soli.translation",
+    chunk=protocol.TranslationChunk,
+    chunk_object="soli.translation",
 )
 CHAT = AnswerFormat(
     "chatcmpl",

@@ -24,9 +24,9 @@ def argument_lines(text: str, name: str) -> list[str]:
     return text.splitlines()
 
 
-def stdin_lines(stream: BinaryIO | None = None) -> Iterator[str]:
+def stdin_lines() -> Iterator[str]:
     """Lines of standard input without their ends, read lazily; a bad one is rejected by its number."""
-    yield from _lines(stream or sys.stdin.buffer, "standard input")
+    return _lines(sys.stdin.buffer, "standard input")
 
 
 def file_lines(path: str) -> Iterator[str]:
@@ -37,17 +37,14 @@ def file_lines(path: str) -> Iterator[str]:
 
 def _lines(stream: BinaryIO, name: str) -> Iterator[str]:
     for number, line in enumerate(iter(lambda: stream.readline(LONGEST_LINE + 2), b""), start=1):
-        yield _checked(line, f"line {number} of {name}")
-
-
-def _checked(line: bytes, where: str) -> str:
-    line = line.removesuffix(b"\n").removesuffix(b"\r")
-    if len(line) > LONGEST_LINE:
-        raise SoliError(f"{where} is longer than the limit of {LONGEST_LINE:,} bytes: break it into several lines")
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise SoliError(f"{where} is not valid UTF-8 (byte {error.start + 1}): convert the text to UTF-8") from None
+        where = f"line {number} of {name}"
+        text = line.removesuffix(b"\n").removesuffix(b"\r")
+        if len(text) > LONGEST_LINE:
+            raise SoliError(f"{where} is longer than the limit of {LONGEST_LINE:,} bytes: break it into several lines")
+        try:
+            yield text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise SoliError(f"{where} is not valid UTF-8 (byte {error.start + 1}): convert the text to UTF-8") from None
 
 
 def file_texts(path: str) -> list[str]:
