@@ -19,7 +19,7 @@ import threading
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -179,8 +179,8 @@ def _reason(message: str) -> str:
 def checked_schema(schema: Mapping[str, Any] | str) -> str:
     """The schema, an object or its JSON, as JSON; a SoliError names the keyword that cannot be enforced and where."""
     try:
-        parsed = json.loads(schema, parse_constant=_no_constant) if isinstance(schema, str) else schema
-        text = json.dumps(parsed, ensure_ascii=False, allow_nan=False)
+        parsed = json.loads(schema) if isinstance(schema, str) else schema
+        text = json.dumps(parsed, ensure_ascii=False, allow_nan=False)  # json.loads reads NaN, too
     except (ValueError, TypeError, RecursionError) as error:
         raise SoliError(f"the JSON schema is not JSON ({error}): give a JSON object") from None
     if len(text) > MAX_CHARACTERS:
@@ -219,7 +219,3 @@ def _check_schema(schema: Any, where: str, depth: int) -> None:
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 40 else text[:37] + "..."
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
