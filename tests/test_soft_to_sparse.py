@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from soli.kernels import reference
+from soli.kernels.reference import REFERENCE
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "from-soft-to-sparse.md").read_text(encoding="utf-8")
@@ -130,7 +130,7 @@ def test_the_last_step_is_solis_layer_at_the_same_expert_weights() -> None:
     x_TD = torch.randn(7, D)
     y_BTD, routing = layer(x_TD[None])
     experts = (layer.experts.gate_up_proj, layer.experts.down_proj)
-    expected_TD = reference.experts(x_TD, routing.expert_ids_TK, routing.weights_TK, *experts)
+    expected_TD = REFERENCE.experts(x_TD, routing.expert_ids_TK, routing.weights_TK, *experts)
     torch.testing.assert_close(y_BTD[0], expected_TD + layer.shared_experts(x_TD), rtol=1e-4, atol=1e-5)
     linear = steps.WithShared(steps.Textbook(D, D, E), nn.Linear(D, D), **(steps.BIASED | {"num_experts_per_tok": K}))
     router, biases = (cut - 1) * E * (D + 1), D

@@ -3,8 +3,6 @@
 `import soli` is light: torch is imported at the first use of what needs it.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

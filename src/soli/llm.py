@@ -7,8 +7,6 @@ Requests of the same time, in one call or in several, are computed together by o
 request that the engine rejects, before anything is computed for it.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence

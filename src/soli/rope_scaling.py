@@ -1,11 +1,9 @@
 """YaRN as a configuration has it: the table `rope_scaling` (classic) or `rope_parameters` (newer writers)."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from soli.errors import SoliError
 from soli.sections import Bounds, NonNegativeFloat, PositiveFloat, PositiveInt, Section, reject
@@ -39,7 +37,7 @@ class RopeScaling(Section, section="rope_scaling", exact_integers=True):
         reject_variants(self.extra, ONLY_VALUES, "rope_scaling.")
 
     @classmethod
-    def from_dict(cls, table: Any) -> RopeScaling | None:  # type: ignore[override]
+    def from_dict(cls, table: Any) -> Self | None:  # type: ignore[override]
         """The table as JSON has it; None when it names plain RoPE."""
         if not isinstance(table, Mapping):
             reject("rope_scaling", table, "it must be a JSON object, or null")

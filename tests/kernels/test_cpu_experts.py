@@ -8,9 +8,10 @@ from torch import Tensor
 
 from soli.errors import SoliError
 from soli.formats.quantized import QuantizedWeight
-from soli.kernels import cpu, reference
+from soli.kernels import cpu
 from soli.kernels.cpu import ExpertTable
 from soli.kernels.cpu.native import ISAS
+from soli.kernels.reference import REFERENCE
 from tests.kernels import weights
 from tests.kernels.weights import needs_kernels, random_weight
 
@@ -36,7 +37,7 @@ def exact(
     """The layer in float64 and how far a result may be from it."""
     x, w = weights.as_multiplied(x_TD, isa, gate_up.format).double(), weights_TK.double()
     up_E2FD, down_EDF = gate_up.dequantize(torch.float64), down.dequantize(torch.float64)
-    y_TD = reference.experts(x, ids_TK, w, up_E2FD, down_EDF)
+    y_TD = REFERENCE.experts(x, ids_TK, w, up_E2FD, down_EDF)
     limit_TD = torch.zeros_like(y_TD)
     for t, ids in enumerate(ids_TK.tolist()):
         for e, weight in zip(ids, w[t], strict=True):

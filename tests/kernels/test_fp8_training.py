@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from soli.errors import SoliError
-from soli.kernels import reference
 from soli.kernels.fp8.emulation import Fp8Emulation
+from soli.kernels.reference import REFERENCE
 
 E4M3 = torch.float8_e4m3fn
 EMULATION = Fp8Emulation()
@@ -65,7 +65,7 @@ def test_experts_are_near_the_reference_and_one_without_tokens_gets_a_zero_gradi
     ids = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(20)])  # no token selects expert 4
     weights = torch.rand(20, 2, generator=generator)
     y = EMULATION.experts(x, ids, weights, gate_up, down)
-    exact = reference.experts(x, ids, weights, gate_up, down).detach()
+    exact = REFERENCE.experts(x, ids, weights, gate_up, down).detach()
     error = float((y.detach() - exact).norm() / exact.norm())
     assert 0.005 < error < 0.08
     y.square().sum().backward()

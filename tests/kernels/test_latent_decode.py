@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from soli.kernels import Dispatch, cpu, reference
+from soli.kernels import Dispatch, cpu
 from soli.kernels.cpu.native import DTYPES, ISAS, library
+from soli.kernels.reference import REFERENCE
 from tests.kernels import weights
 from tests.kernels.weights import needs_kernels
 
@@ -104,7 +105,7 @@ def test_the_plain_torch_reference_agrees_and_the_dispatch_goes_to_cpp(isa, monk
     rows = [torch.randn(length, 24, generator=generator) for length in (1, 17, 40)]
     blocks = in_blocks(rows, 16, generator)
     q_BHX = torch.randn(3, 4, 24, generator=generator)
-    plain = reference.latent_decode(q_BHX, *blocks, latent=16, scale=0.3)
+    plain = REFERENCE.latent_decode(q_BHX, *blocks, latent=16, scale=0.3)
     torch.testing.assert_close(cpu.latent_decode(isa, q_BHX, *blocks, latent=16, scale=0.3), plain)
     monkeypatch.setattr(cpu, "latent_decode", lambda *_, **__: "C++")
     assert Dispatch().latent_decode(q_BHX, *blocks, latent=16, scale=0.3) == "C++"
@@ -122,7 +123,7 @@ def test_nan_in_a_latent_stays_with_that_row_and_no_rows_give_no_rows(isa) -> No
     y_BHC = cpu.latent_decode(isa, q_BHX, *blocks, latent=16, scale=0.3)
     assert y_BHC[1].isnan().all() and not y_BHC[[0, 2]].isnan().any()
     none = (torch.zeros(0, 4, 24), blocks[0], blocks[1][:0], blocks[2][:0])
-    for decode in (partial(cpu.latent_decode, isa), reference.latent_decode):
+    for decode in (partial(cpu.latent_decode, isa), REFERENCE.latent_decode):
         assert decode(*none, latent=16, scale=0.3).shape == (0, 4, 16)
 
 

@@ -1,11 +1,10 @@
 """Bad lines of input files: each is listed and counted, the first of each file are printed, too many are an error."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Self
 
 from soli.data.entries import BLANK, BadLine, TextEntry
 from soli.data.readers import InputLayout, files_of, read_file
@@ -21,7 +20,7 @@ class BadLineLog:
         self.counts: Counter[str] = Counter()
         self._path, self._print_line = path, print_line
 
-    def __enter__(self) -> BadLineLog:
+    def __enter__(self) -> Self:
         self._out = self._path.open("w", encoding="utf-8")
         return self
 

@@ -4,8 +4,6 @@ A recipe is named by the path of its folder or file, or by a bare name looked up
 Rejects an unknown name, TOML that does not parse, and an override without a section.
 """
 
-from __future__ import annotations
-
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,7 +82,7 @@ class DataConfig(Section, section="data"):
     longest_document: Annotated[int, Bounds(at_least=50)] = 2000  # characters; longer texts are cut
 
     @classmethod
-    def from_recipe(cls, recipe: dict[str, Any]) -> DataConfig:
+    def from_recipe(cls, recipe: dict[str, Any]) -> "DataConfig":
         """These fields of a loaded recipe's [data] section; the ones of its corpus step are for that step to check."""
         table = recipe.get("data", {})
         if isinstance(table, dict):

@@ -5,11 +5,10 @@ text as DeepSeek-V3's does, and a special token's name in a user's text stays te
 `tokenizer.json`; rejects one that is missing or broken, and a translation prompt without its tokens.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Self
 
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
@@ -56,7 +55,7 @@ class Tokenizer:
         self._bos, self._eos = bos, eos
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> Tokenizer:
+    def from_folder(cls, folder: str | Path) -> Self:
         """Read `folder/tokenizer.json`, and the names of bos and eos from `tokenizer_config.json` if there is one."""
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
@@ -69,7 +68,7 @@ class Tokenizer:
         return cls(backend, names.get("bos_token") or "<|bos|>", names.get("eos_token") or "<|eos|>")
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
         """Learn a byte-level BPE of `vocab_size` entries (special tokens and bytes counted) from texts."""
         if vocab_size < SMALLEST_VOCAB:
             raise SoliError(f"vocab_size is {vocab_size}: it must be at least {SMALLEST_VOCAB} (bytes, special tokens)")

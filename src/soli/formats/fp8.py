@@ -15,7 +15,6 @@ arithmetic and the same error, but nothing is rejected: a NaN or an infinity mak
 Legend: O output features, I input features, P and Q blocks along O and I, b the block's side, T tokens.
 """
 
-from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -29,14 +28,6 @@ E4M3: Final = torch.float8_e4m3fn
 E4M3_MAX: Final = 448.0  # the largest E4M3 number; the format has no infinity
 SCALE_MIN: Final = 2.0**-126  # smallest normal fp32: a block of denormals must not divide by an underflowed scale, 0
 WEIGHT_MAX: Final = 2.0**127
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Rows in FP8: `values_TI` float8_e4m3fn, `scale_TQ` fp32 with Q = ceil(I/128); the last tile may be short."""
-
-    values_TI: Tensor
-    scale_TQ: Tensor
 
 
 def scale_shape(rows: int, columns: int) -> tuple[int, int]:
@@ -77,18 +68,21 @@ def check_scale(scale: Tensor) -> None:
         raise SoliError("an FP8 scale is not a finite positive number")
 
 
-def quantize_tiles(x_TI: Tensor) -> Tiles:
-    """Quantize the rows of a matrix of any floating dtype, 128 neighbours at a time; a tile of zeros gets scale 1."""
+def quantize_tiles(x_TI: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize the rows of a matrix of any floating dtype, 128 neighbours at a time; a tile of zeros gets scale 1.
+
+    Values (T, I) and fp32 scales (T, Q) with Q = ceil(I/128); the last tile may be short.
+    """
     tiles_TQb = _tiles(x_TI.float())
     scale_TQ = _scale(tiles_TQb.abs().amax(dim=-1), ue8m0=False)
     values_TQb = (tiles_TQb / scale_TQ[..., None]).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
-    return Tiles(values_TQb.flatten(1)[:, : x_TI.shape[1]].contiguous(), scale_TQ)
+    return values_TQb.flatten(1)[:, : x_TI.shape[1]].contiguous(), scale_TQ
 
 
-def dequantize_tiles(tiles: Tiles) -> Tensor:
+def dequantize_tiles(values_TI: Tensor, scale_TQ: Tensor) -> Tensor:
     """Dequantize to fp32 (T, I): each tile times its scale."""
-    rows_TQb = _tiles(tiles.values_TI.float()) * tiles.scale_TQ[..., None]
-    return rows_TQb.flatten(1)[:, : tiles.values_TI.shape[1]]
+    rows_TQb = _tiles(values_TI.float()) * scale_TQ[..., None]
+    return rows_TQb.flatten(1)[:, : values_TI.shape[1]]
 
 
 def is_ue8m0(scale_PQ: Tensor) -> bool:

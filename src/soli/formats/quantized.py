@@ -15,8 +15,6 @@ To add a format, write its arithmetic in a file beside fp8.py and its codec here
 numbers the formats that the C++ kernels read, and plain torch computes the others.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Final
 
@@ -61,12 +59,12 @@ class QuantizedWeight:
                 f"but it is {tensor.dtype} {tuple(tensor.shape)}{layout}"
             )
 
-    def __getitem__(self, index: int) -> QuantizedWeight:
+    def __getitem__(self, index: int) -> "QuantizedWeight":
         """One of a stack, without a copy."""
         scale = None if self.scale is None else self.scale[index]
         return QuantizedWeight(self.format, self.values[index], scale, tuple(self.shape[1:]), self.group)
 
-    def to(self, device: torch.device | str) -> QuantizedWeight:
+    def to(self, device: torch.device | str) -> "QuantizedWeight":
         """The same on `device`; itself where it is there already."""
         if self.values.device == torch.device(device):
             return self

@@ -9,12 +9,10 @@ Shapes: T tokens, D hidden, E experts, F expert width, K selected; B rows, H hea
 row, X = C latent + R rotary width.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -86,7 +84,7 @@ class Backend(ABC):
     def latent_decode(
         self, q_BHX: Tensor, blocks_PSX: Tensor, table_BM: Tensor, lengths_B: Tensor, *, latent: int, scale: float
     ) -> Tensor:
-        """Attention of one query per row over latents in blocks (`reference.latent_decode` defines it): (B, H, C)."""
+        """Attention of one query per row over latents in blocks, as in reference.py: (B, H, C)."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Backend:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self

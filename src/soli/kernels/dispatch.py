@@ -9,12 +9,10 @@ Shapes: T tokens, D hidden, E experts, F expert width, K selected; B rows, H hea
 row, X = C latent + R rotary width.
 """
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Final
+from typing import Final, Self
 
 from torch import Tensor
 
@@ -22,7 +20,7 @@ from soli.errors import SoliError
 from soli.formats.quantized import QuantizedWeight
 from soli.kernels.backend import Backend, QuantizedExperts
 from soli.kernels.cpu.backend import CpuBackend
-from soli.kernels.reference import ReferenceBackend
+from soli.kernels.reference import REFERENCE
 from soli.kernels.torch_backend import TorchBackend
 
 NAMES: Final = ("reference", "torch", "cpu")
@@ -47,13 +45,13 @@ class Dispatch(Backend):
             )
         cpu = CpuBackend(self.isa, forced=self.forced_backend == "cpu")
         preferred = () if self.forced_backend in ("reference", "torch") else (cpu,)
-        fallback = ReferenceBackend() if self.forced_backend == "reference" else TorchBackend()
+        fallback = REFERENCE if self.forced_backend == "reference" else TorchBackend()
         # Not cached properties: torch.compile cannot trace their lock.
         object.__setattr__(self, "preferred", preferred)
         object.__setattr__(self, "fallback", fallback)
 
     @classmethod
-    def from_environment(cls) -> Dispatch:
+    def from_environment(cls) -> Self:
         """What SOLI_KERNELS and SOLI_CPU_ISA say now."""
         return cls(os.environ.get("SOLI_KERNELS") or None, os.environ.get("SOLI_CPU_ISA") or None)
 
@@ -69,39 +67,37 @@ class Dispatch(Backend):
     def experts(
         self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
     ) -> Tensor:
-        for backend in self.preferred:
-            if backend.supports(x_TD, gate_up_E2FD) and backend.supports(weights_TK, down_EDF):
-                return backend.experts(x_TD, expert_ids_TK, weights_TK, gate_up_E2FD, down_EDF)
-        return self.fallback.experts(x_TD, expert_ids_TK, weights_TK, gate_up_E2FD, down_EDF)
+        backend = self._backend(x_TD, gate_up_E2FD)
+        if not backend.supports(weights_TK, down_EDF):
+            backend = self.fallback
+        return backend.experts(x_TD, expert_ids_TK, weights_TK, gate_up_E2FD, down_EDF)
 
     def quantized_linear(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
-        for backend in self.preferred:
-            if backend.supports(x, weight.values):
-                return backend.quantized_linear(x, weight, bias)
-        return self.fallback.quantized_linear(x, weight, bias)
+        return self._backend(x, weight.values).quantized_linear(x, weight, bias)
 
     def quantized_experts(
         self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, experts: QuantizedExperts
     ) -> Tensor:
-        for backend in self.preferred:
-            if backend.supports(x_TD, experts.downs[0].values) and experts.uniform:
-                return backend.quantized_experts(x_TD, expert_ids_TK, weights_TK, experts)
-        return self.fallback.quantized_experts(x_TD, expert_ids_TK, weights_TK, experts)
+        backend = self._backend(x_TD, experts.downs[0].values) if experts.uniform else self.fallback
+        return backend.quantized_experts(x_TD, expert_ids_TK, weights_TK, experts)
 
     def latent_decode(
         self, q_BHX: Tensor, blocks_PSX: Tensor, table_BM: Tensor, lengths_B: Tensor, *, latent: int, scale: float
     ) -> Tensor:
-        for backend in self.preferred:
-            if blocks_PSX.dtype == q_BHX.dtype and backend.supports(q_BHX, blocks_PSX):
-                return backend.latent_decode(q_BHX, blocks_PSX, table_BM, lengths_B, latent=latent, scale=scale)
-        return self.fallback.latent_decode(q_BHX, blocks_PSX, table_BM, lengths_B, latent=latent, scale=scale)
+        backend = self._backend(q_BHX, blocks_PSX) if blocks_PSX.dtype == q_BHX.dtype else self.fallback
+        return backend.latent_decode(q_BHX, blocks_PSX, table_BM, lengths_B, latent=latent, scale=scale)
 
     def fused(self, x: Tensor) -> CpuBackend | None:
         """The C++ backend, where it may compute a whole forward pass of activations like `x`."""
+        backend = self._backend(x, x)
+        return backend if isinstance(backend, CpuBackend) else None
+
+    def _backend(self, x: Tensor, weight: Tensor) -> Backend:
+        """The first that supports activations `x` with `weight`."""
         for backend in self.preferred:
-            if isinstance(backend, CpuBackend) and backend.supports(x, x):
+            if backend.supports(x, weight):
                 return backend
-        return None
+        return self.fallback
 
 
 @cache

@@ -12,8 +12,6 @@ Shapes: T tokens, D hidden, E experts, F expert width, K selected, P = T*K pairs
 as in reference.py, with L the slots of the longest table.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Final

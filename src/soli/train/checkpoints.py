@@ -14,8 +14,6 @@ thread waits for the copy, and for an earlier save that is still being written: 
 process renames the folder when the files of all are on disk. Older checkpoints are removed after that, never before.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil
@@ -23,7 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -129,7 +127,7 @@ class CheckpointSaver:
         if pending is not None:
             pending.result()
 
-    def __enter__(self) -> CheckpointSaver:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -143,7 +141,7 @@ class CheckpointSaver:
         finally:
             self.thread.shutdown()
 
-    def _write(self, plan: _StagedPlan, folder: _CheckpointFolder) -> None:
+    def _write(self, plan: "_StagedPlan", folder: "_CheckpointFolder") -> None:
         try:
             writer = StateWriter(folder.draft, folder.create, folder.commit)
             dcp.save({}, storage_writer=writer, planner=plan, process_group=self.group)

@@ -12,11 +12,10 @@ Shapes: T tokens, D hidden, E experts, F expert width, K chosen, O output and I 
 KV blocks of S slots, M blocks of a table's row, X = C latent + R rotary width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -78,7 +77,7 @@ class ExpertTable:
     keep_alive: tuple[object, ...]
 
     @classmethod
-    def from_stacked(cls, gate_up: QuantizedWeight, down: QuantizedWeight) -> ExpertTable:
+    def from_stacked(cls, gate_up: QuantizedWeight, down: QuantizedWeight) -> Self:
         """Of stacked weights: gate_up (E, 2F, D), gate rows first, and down (E, D, F)."""
         E, D, F = down.shape
         if gate_up.shape != (E, 2 * F, D):
@@ -90,7 +89,7 @@ class ExpertTable:
         return cls((gate_up.format, gate_up.group), (down.format, down.group), (E, D, F), addresses, (gate_up, down))
 
     @classmethod
-    def from_plain(cls, gate_up_E2FD: Tensor, down_EDF: Tensor) -> ExpertTable:
+    def from_plain(cls, gate_up_E2FD: Tensor, down_EDF: Tensor) -> "ExpertTable":
         """Of stacked float32 or bfloat16 tensors, which the caller keeps alive."""
         if gate_up_E2FD.is_contiguous() and down_EDF.is_contiguous():
             dtypes = gate_up_E2FD.dtype, down_EDF.dtype
@@ -101,7 +100,7 @@ class ExpertTable:
     @classmethod
     def from_matrices(
         cls, gates: Sequence[QuantizedWeight], ups: Sequence[QuantizedWeight], downs: Sequence[QuantizedWeight]
-    ) -> ExpertTable:
+    ) -> Self:
         """Of separate matrices, as in a mapped file: one gate, up and down for each expert."""
         D, F = downs[0].shape
         kinds = [{(w.format, w.group, w.shape) for w in part} for part in ((*gates, *ups), downs)]
@@ -141,7 +140,7 @@ def experts(isa: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, t
 def latent_decode(
     isa: int, q_BHX: Tensor, blocks_PSX: Tensor, table_BM: Tensor, lengths_B: Tensor, *, latent: int, scale: float
 ) -> Tensor:
-    """Attention of one query per sequence over latents in blocks, as `reference.latent_decode`; table, lengths int32.
+    """Attention of one query per sequence over latents in blocks, as in reference.py; table and lengths int32.
 
     A row's bits depend on its query and slots alone: neither on the other rows nor on which blocks its slots are in or
     how large these are. IndexError for a row without a slot, or with one outside the blocks.

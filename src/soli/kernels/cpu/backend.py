@@ -1,7 +1,5 @@
 """The C++ kernels as a backend: inference on a CPU, weights of every format multiplied in place."""
 
-from __future__ import annotations
-
 from functools import cached_property
 from typing import Final
 

@@ -9,8 +9,6 @@ Threads are torch's: the library links the OpenMP runtime that torch has loaded 
 A BuildError gives the reason on systems other than Linux, without a compiler, and when the compiler fails.
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import os
@@ -52,7 +50,7 @@ def build(cache: Path | None = None) -> Path:
     if platform.system() != "Linux":
         raise BuildError(f"they are built on Linux alone, and this is {platform.system()}")
     compiler = find_compiler()
-    runtime = openmp_runtime()
+    runtime = next(iter(openmp_runtimes()), None)  # torch's; none where it was built without
     version = _run([compiler, "--version"]).splitlines()[0]
     flags = [*FLAGS, *os.environ.get("SOLI_CPU_FLAGS", "").split()]
     folder = (cache or cache_folder()) / "kernels" / _key(version, str(runtime), *flags, platform.machine())
@@ -86,14 +84,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "soli"
 
 
-def openmp_runtime() -> Path | None:
-    """The OpenMP library in this process, torch's; None where torch was built without."""
-    runtimes = openmp_runtimes()
-    return Path(runtimes[0]) if runtimes else None
-
-
 def openmp_runtimes() -> list[str]:
-    """Every OpenMP library mapped into this process."""
+    """Every OpenMP library mapped into this process, by path."""
     lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     files = {line.split(maxsplit=5)[5] for line in lines if line.count("/")}
     return sorted(file for file in files if Path(file).name.startswith(("libgomp", "libiomp", "libomp")))
@@ -106,7 +98,7 @@ def _key(*parts: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _compile(compiler: str, flags: Sequence[str], runtime: Path | None, library: Path, failure: Path) -> None:
+def _compile(compiler: str, flags: Sequence[str], runtime: str | None, library: Path, failure: Path) -> None:
     """Compile and link into `library`; on an error write the compiler's messages to `failure` instead."""
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         openmp = ["-fopenmp"] if runtime else []
@@ -115,7 +107,7 @@ def _compile(compiler: str, flags: Sequence[str], runtime: Path | None, library:
         if not messages:
             # By its path and not as -fopenmp: the linker would take the compiler's own runtime, a second one.
             sanitizers = [flag for flag in flags if flag.startswith("-fsanitize")]
-            link = [compiler, "-shared", *sanitizers, "-o", linked, *objects, *([str(runtime)] if runtime else [])]
+            link = [compiler, "-shared", *sanitizers, "-o", linked, *objects, *([runtime] if runtime else [])]
             result = subprocess.run(link, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             messages = result.stdout if result.returncode else ""
         if messages:

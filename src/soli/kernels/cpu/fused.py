@@ -8,13 +8,11 @@ Shapes: T tokens, of which the first B are decode tokens and N get logits; D hid
 router, E experts, K chosen, G groups; P KV blocks of S slots of X values; W blocks of a block table's row.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from ctypes import Array, addressof, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -36,8 +34,6 @@ from soli.kernels.cpu.structs import (
 
 MAX_TOKENS: Final = 512  # as in csrc/forward.h
 MAX_GROUPS: Final = 64
-
-Requirement = tuple[Tensor, torch.dtype, Sequence[int]]  # a tensor, and the dtype and shape that it must have
 
 
 def vector(tensor: Tensor | None) -> CVector:
@@ -67,7 +63,7 @@ def set_experts(feed_forward: CFeedForward, table: ExpertTable) -> None:
 
 
 class RoutingTensors(NamedTuple):
-    """The routers' decisions, one layer with a router after another: the fields of soli.model.router.Routing."""
+    """The routers' decisions, one layer with a router after another: the fields of soli.model.router.Routings."""
 
     ids_MTK: Tensor
     weights_MTK: Tensor
@@ -76,15 +72,12 @@ class RoutingTensors(NamedTuple):
     groups_MTG: Tensor
 
     @classmethod
-    def empty(cls, shape: tuple[int, int, int, int], T: int) -> RoutingTensors:
+    def empty(cls, shape: tuple[int, int, int, int], T: int) -> Self:
         """Memory for T tokens; shape is M, E, K, G."""
         M, E, K, G = shape
         ids_MTK = torch.empty(M, T, K, dtype=torch.int64)
         groups_MTG = torch.empty(M, T, G, dtype=torch.bool)
         return cls(ids_MTK, torch.empty(M, T, K), torch.empty(M, T, E), torch.empty(M, T, E), groups_MTG)
-
-    def addresses(self) -> CRoutings:
-        return CRoutings(*(tensor.data_ptr() for tensor in self))
 
 
 @dataclass(frozen=True)
@@ -147,10 +140,7 @@ def forward_hidden(
     outside the KV blocks.
     """
     x_TD = x_TD.contiguous()
-    y_TD = torch.empty_like(x_TD)
-    T, D = x_TD.shape
-    args = CForwardArgs(T=T, D=D, dtype=native.DTYPES[x_TD.dtype], x=vector(x_TD), y=y_TD.data_ptr())
-    return y_TD, _forward(args, table, x_TD.dtype, metadata, kv_blocks, masked_experts)
+    return _forward(table, x_TD.shape, x_TD.dtype, metadata, kv_blocks, masked_experts, x=vector(x_TD))
 
 
 def forward_ids(
@@ -171,55 +161,52 @@ def forward_ids(
     dtype = kv_blocks[0].dtype
     if ids_T.dtype != torch.int64 or not ids_T.is_contiguous() or not all(0 <= index < T for index in logit_indices):
         raise ValueError(f"ids {ids_T.dtype} {tuple(ids_T.shape)} and logit indices {tuple(logit_indices)} do not fit")
-    y_TD = torch.empty(T, D, dtype=dtype)
     logits_NV = torch.empty(N, V)
     c_indices = (c_int64 * N)(*logit_indices)
-    args = CForwardArgs(
-        T=T, D=D, dtype=native.DTYPES[dtype], x=embedding_and_head.embedding, token_ids=ids_T.data_ptr(),
-        y=y_TD.data_ptr(), head=embedding_and_head.head, logit_indices=addressof(c_indices), logit_count=N,
-        vocab_size=V, logits=logits_NV.data_ptr(),
+    y_TD, routing = _forward(
+        table, (T, D), dtype, metadata, kv_blocks, masked_experts,
+        x=embedding_and_head.embedding, token_ids=ids_T.data_ptr(), head=embedding_and_head.head,
+        logit_indices=addressof(c_indices), logit_count=N, vocab_size=V, logits=logits_NV.data_ptr(),
     )  # fmt: skip
-    return logits_NV, y_TD, _forward(args, table, dtype, metadata, kv_blocks, masked_experts)
+    return logits_NV, y_TD, routing
 
 
 def _forward(
-    args: CForwardArgs,
     table: LayerTable,
+    shape: Sequence[int],
     dtype: torch.dtype,
     metadata: AttentionMetadata,
     kv_blocks: Sequence[Tensor],
     masked_experts: Sequence[Tensor | None],
-) -> RoutingTensors:
-    """Complete the arguments and call the library."""
+    **tokens: Any,
+) -> tuple[Tensor, RoutingTensors]:
+    """Hidden states of `shape` (T, D), and decisions. `tokens`: the fields of CForwardArgs that hold hidden states or
+    token ids, and those of the logits."""
     kernels = native.library()
     assert kernels is not None
-    _check(table, args.T, dtype, metadata, kv_blocks, masked_experts)
-    routing = RoutingTensors.empty(table.routing_shape, args.T)
+    T, D = shape
+    _check(table, T, dtype, metadata, kv_blocks, masked_experts)
+    y_TD = torch.empty(T, D, dtype=dtype)
+    routing = RoutingTensors.empty(table.routing_shape, T)
     block_addresses = _addresses(kv_blocks)
     mask_addresses = _addresses(masked_experts)
-    chunks = _chunks(metadata)
-    args.isa = table.isa
-    args.threads = torch.get_num_threads()
-    args.layer_count, args.layers = len(table.layers), addressof(table.layers)
-    args.norm = table.norm
-    args.frequencies = table.frequencies_R.data_ptr()
-    args.cos_sin_scale = table.cos_sin_scale
-    args.block_count, args.block_size, _ = kv_blocks[0].shape
-    args.kv_blocks = addressof(block_addresses)
-    args.num_decode_tokens, args.blocks_per_sequence = metadata.block_table_BW.shape
-    args.block_table = metadata.block_table_BW.data_ptr()
-    args.lengths = metadata.lengths_B.data_ptr()
-    args.positions = metadata.positions_T.data_ptr()
-    args.chunk_count, args.chunks = len(chunks), addressof(chunks)
-    args.masked_experts = addressof(mask_addresses) if masked_experts else None
-    args.routings = routing.addresses()
+    chunks = [CPrefillChunk(*bounds, slots.data_ptr()) for *bounds, slots in metadata.chunks]
+    c_chunks = (CPrefillChunk * len(chunks))(*chunks)
+    P, S, _ = kv_blocks[0].shape
+    B, W = metadata.block_table_BW.shape
+    args = CForwardArgs(
+        isa=table.isa, dtype=native.DTYPES[dtype], threads=torch.get_num_threads(), T=T, D=D, y=y_TD.data_ptr(),
+        layer_count=len(table.layers), layers=addressof(table.layers), norm=table.norm,
+        frequencies=table.frequencies_R.data_ptr(), cos_sin_scale=table.cos_sin_scale,
+        kv_blocks=addressof(block_addresses), block_count=P, block_size=S,
+        num_decode_tokens=B, blocks_per_sequence=W, block_table=metadata.block_table_BW.data_ptr(),
+        lengths=metadata.lengths_B.data_ptr(), positions=metadata.positions_T.data_ptr(),
+        chunk_count=len(chunks), chunks=addressof(c_chunks),
+        masked_experts=addressof(mask_addresses) if masked_experts else None,
+        routings=CRoutings(*(tensor.data_ptr() for tensor in routing)), **tokens,
+    )  # fmt: skip
     native.check_error(kernels.forward(addressof(args)))
-    return routing
-
-
-def _chunks(metadata: AttentionMetadata) -> Array[CPrefillChunk]:
-    chunks = (CPrefillChunk(*bounds, slots.data_ptr()) for *bounds, slots in metadata.chunks)
-    return (CPrefillChunk * len(metadata.chunks))(*chunks)
+    return y_TD, routing
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> Array[c_void_p]:
@@ -235,27 +222,25 @@ def _check(
     masked_experts: Sequence[Tensor | None],
 ) -> None:
     """ValueError for dtypes, shapes and strides that the C++ code relies on and that are wrong."""
-    required: list[Requirement] = [(blocks_PSX, dtype, kv_blocks[0].shape) for blocks_PSX in kv_blocks]
-    required += [*_required_metadata(metadata, T), *_required_masks(table, T, masked_experts)]
+    B = len(metadata.lengths_B)
+    masked = zip(table.layers, masked_experts, strict=True) if masked_experts else ()
+    required: list[tuple[Tensor, torch.dtype, Sequence[int]]] = [  # each tensor with the dtype and shape it must have
+        *((blocks_PSX, dtype, kv_blocks[0].shape) for blocks_PSX in kv_blocks),
+        (metadata.positions_T, torch.int64, (T,)),
+        (metadata.lengths_B, torch.int32, (B,)),
+        (metadata.block_table_BW, torch.int32, (B, metadata.block_table_BW.shape[-1])),
+        *(
+            (slots, torch.int64, (max(len(slots), first_position + stop - start),))
+            for start, stop, first_position, slots in metadata.chunks
+        ),
+        *(
+            (mask, torch.bool, (T, layer.feed_forward.router.weight.layout.O))
+            for layer, mask in masked
+            if mask is not None
+        ),
+    ]
     for tensor, required_dtype, shape in required:
         if tensor.dtype != required_dtype or tensor.shape != shape or not tensor.is_contiguous():
             raise ValueError(f"{tensor.dtype} {tuple(tensor.shape)} is no contiguous {required_dtype} {tuple(shape)}")
     if T > MAX_TOKENS or len(kv_blocks) != len(table.layers):
         raise ValueError(f"{T} tokens and KV blocks of {len(kv_blocks)} layers do not fit {len(table.layers)} layers")
-
-
-def _required_metadata(metadata: AttentionMetadata, T: int) -> Iterator[Requirement]:
-    B = len(metadata.lengths_B)
-    yield metadata.positions_T, torch.int64, (T,)
-    yield metadata.lengths_B, torch.int32, (B,)
-    yield metadata.block_table_BW, torch.int32, (B, metadata.block_table_BW.shape[-1])
-    for start, stop, first_position, slots in metadata.chunks:
-        yield slots, torch.int64, (max(len(slots), first_position + stop - start),)
-
-
-def _required_masks(
-    table: LayerTable, T: int, masked_experts: Sequence[Tensor | None]
-) -> Iterator[Requirement]:
-    for layer, mask in zip(table.layers, masked_experts, strict=True) if masked_experts else ():
-        if mask is not None:
-            yield mask, torch.bool, (T, layer.feed_forward.router.weight.layout.O)

@@ -3,12 +3,9 @@
 An instruction set is portable, avx2, avx512 or amx: the one asked for, or the best that the processor has.
 """
 
-from __future__ import annotations
-
 import ctypes
 import sys
 from dataclasses import dataclass
-from enum import IntEnum
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -26,20 +23,20 @@ DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1}  # as enum Dtype
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
 
-class ErrorCode(IntEnum):
-    """As enum ErrorCode of csrc/kernels.h: what a function of the library returns."""
-
-    NO_ERROR = 0
-    BAD_EXPERT_ID = 1
-    NO_MEMORY = 2
-    BAD_SLOT = 3
-    TOO_MANY_TOKENS = 4
-    BAD_TOKEN_ID = 5
+# As enum ErrorCode of csrc/kernels.h, in its order: what a function of the library returns, and what is raised for it.
+ERRORS: Final[dict[str, tuple[type[Exception], str]]] = {
+    "NO_ERROR": (SoliError, ""),
+    "BAD_EXPERT_ID": (IndexError, "an expert id is not in 0 ... {last_expert}"),
+    "NO_MEMORY": (MemoryError, "no memory for the scratch of a CPU kernel"),
+    "BAD_SLOT": (IndexError, "a row of the block table, or a chunk, does not lead to as many slots as its length says"),
+    "TOO_MANY_TOKENS": (ValueError, "more tokens than one fused forward takes"),
+    "BAD_TOKEN_ID": (IndexError, "a token id is not in the vocabulary"),
+}
 
 
 @dataclass(frozen=True)
 class Library:
-    """The functions that csrc/ exports; each returns an ErrorCode."""
+    """The functions that csrc/ exports; each returns an index into ERRORS."""
 
     path: Path
     best_isa: str
@@ -101,16 +98,6 @@ def isa_number(isa: str | None, best: str) -> int:
 
 def check_error(code: int, experts: int = 0) -> None:
     """Raise the exception of an error code; `experts` is how many there are."""
-    if code == ErrorCode.NO_ERROR:
-        return
-    match ErrorCode(code):
-        case ErrorCode.BAD_EXPERT_ID:
-            raise IndexError(f"an expert id is not in 0 ... {experts - 1}")
-        case ErrorCode.BAD_SLOT:
-            raise IndexError("a row of the block table, or a chunk, does not lead to as many slots as its length says")
-        case ErrorCode.BAD_TOKEN_ID:
-            raise IndexError("a token id is not in the vocabulary")
-        case ErrorCode.TOO_MANY_TOKENS:
-            raise ValueError("more tokens than one fused forward takes")
-        case ErrorCode.NO_MEMORY:
-            raise MemoryError("no memory for the scratch of a CPU kernel")
+    if code:
+        error, message = [*ERRORS.values()][code]
+        raise error(message.format(last_expert=experts - 1))

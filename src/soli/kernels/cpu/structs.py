@@ -7,8 +7,6 @@ Shapes: T tokens, D hidden, H heads, N non-rotary and R rotary and V value width
 G groups.
 """
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Mapping, Sequence
 from ctypes import Structure, c_char_p, c_double, c_int64, c_uint64, c_void_p

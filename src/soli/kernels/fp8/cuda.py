@@ -13,8 +13,6 @@ and each expert's rows padded to 128, so that no tile spans two; nothing is read
 Shapes: T rows (tokens), I input and O output features, K selected, P = T*K pairs, U rows of all experts' tiles.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,16 +99,17 @@ class _HopperProduct(torch.autograd.Function):
     def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor) -> Tensor:
         x = tiles(x_TI)
         ctx.save_for_backward(x.values_MK, x.scale, weight_OI)
-        ctx.x_shape = x_TI.shape
+        ctx.rows = x_TI.shape[0]
         ctx.dtype = x_TI.dtype
-        return _crop(product(x, blocks(weight_OI), x_TI.dtype), x_TI.shape[0], weight_OI.shape[0])
+        return product(x, blocks(weight_OI), x_TI.dtype)[: ctx.rows, : weight_OI.shape[0]]
 
     @staticmethod
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor, Tensor]:
         x_values, x_scale, weight_OI = ctx.saved_tensors
         grad_x = product(tiles(grad_TO), blocks(weight_OI, transposed=True), ctx.dtype)
         grad_weight = product(tiles(grad_TO, transposed=True), retiled(Operand(x_values, x_scale)), torch.float32)
-        return _crop(grad_x, *ctx.x_shape), _crop(grad_weight, *weight_OI.shape).to(weight_OI.dtype)
+        O, I = weight_OI.shape  # noqa: E741
+        return grad_x[: ctx.rows, :I], grad_weight[:O, :I].to(weight_OI.dtype)
 
 
 class _ExpertProduct(torch.autograd.Function):
@@ -145,7 +144,3 @@ class _ExpertProduct(torch.autograd.Function):
             grad_OU.values_MK, grad_OU.scale, x.values_MK, x.scale, ctx.layout.first_tile, weight_EOI.dtype
         )
         return grad_x, grad_weight, None
-
-
-def _crop(padded: Tensor, rows: int, columns: int) -> Tensor:
-    return padded[:rows, :columns]

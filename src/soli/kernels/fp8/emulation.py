@@ -15,15 +15,13 @@ shows what FP8 does to a loss and saves no time. `cuda.py` is the same on FP8 ha
 Shapes: T rows (tokens), I input and O output features, P pairs of token and expert.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from soli.formats.fp8 import Tiles, dequantize, dequantize_tiles, quantize, quantize_tiles
+from soli.formats.fp8 import dequantize, dequantize_tiles, quantize, quantize_tiles
 from soli.kernels.torch_backend import TorchBackend, by_expert, dispatch_and_combine
 
 
@@ -59,10 +57,10 @@ class _EmulatedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor) -> Tensor:
         x = quantize_tiles(x_TI)
-        values_OI, scale_PQ = quantize(weight_OI)
-        ctx.save_for_backward(x.values_TI, x.scale_TQ, values_OI, scale_PQ)
+        weight = quantize(weight_OI)
+        ctx.save_for_backward(*x, *weight)
         ctx.dtypes = x_TI.dtype, weight_OI.dtype
-        return (dequantize_tiles(x) @ dequantize(values_OI, scale_PQ, torch.float32).T).to(x_TI.dtype)
+        return (dequantize_tiles(*x) @ dequantize(*weight, torch.float32).T).to(x_TI.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,11 +68,11 @@ class _EmulatedProduct(torch.autograd.Function):
         x_dtype, weight_dtype = ctx.dtypes
         weight_OI = dequantize(weight_values, weight_scale, torch.float32)
         grad_x_TI = _through_tiles(grad_TO) @ weight_OI
-        x_IT = _through_tiles(dequantize_tiles(Tiles(x_values, x_scale)).T)
+        x_IT = _through_tiles(dequantize_tiles(x_values, x_scale).T)
         grad_weight_OI = _through_tiles(grad_TO.T) @ x_IT.T
         return grad_x_TI.to(x_dtype), grad_weight_OI.to(weight_dtype)
 
 
 def _through_tiles(matrix: Tensor) -> Tensor:
     """A matrix through 1x128 tiles along its rows and back, in fp32."""
-    return dequantize_tiles(quantize_tiles(matrix))
+    return dequantize_tiles(*quantize_tiles(matrix))

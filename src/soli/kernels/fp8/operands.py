@@ -13,8 +13,6 @@ it in one pass over a GPU's memory. That kernel rejects nothing: a NaN stays one
 Legend: M, K sides of an operand, T, I those of its source, S stacked matrices (experts), Q tiles along K.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -22,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from soli.formats.fp8 import BLOCK, Tiles, dequantize_tiles, quantize, quantize_tiles
+from soli.formats.fp8 import BLOCK, dequantize_tiles, quantize, quantize_tiles
 
 SCALE_ROW_MULTIPLE = 4  # cuBLAS: the rows of scales of blocks have a multiple of four
 
@@ -42,8 +40,8 @@ def tiles(x_TI: Tensor, transposed: bool = False) -> Operand:
         from soli.kernels.fp8 import triton_kernels
 
         return Operand(*triton_kernels.quantize(x_TI.contiguous(), "columns" if transposed else "rows", transposed))
-    quantized = quantize_tiles(pad_to_blocks(x_TI.t() if transposed else x_TI))
-    return Operand(quantized.values_TI, quantized.scale_TQ.t().contiguous())
+    values_MK, scale_MQ = quantize_tiles(pad_to_blocks(x_TI.t() if transposed else x_TI))
+    return Operand(values_MK, scale_MQ.t().contiguous())
 
 
 def retiled(operand: Operand) -> Operand:
@@ -52,7 +50,7 @@ def retiled(operand: Operand) -> Operand:
         from soli.kernels.fp8 import triton_kernels
 
         return Operand(*triton_kernels.quantize(operand.values_MK, "columns", True, operand.scale))
-    return tiles(dequantize_tiles(Tiles(operand.values_MK, operand.scale.t())), transposed=True)
+    return tiles(dequantize_tiles(operand.values_MK, operand.scale.t()), transposed=True)
 
 
 def blocks(weight: Tensor, transposed: bool = False) -> Operand:
