@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from soli.assignments import parse_assignments
 from soli.cli import main
 from soli.config import preset
 from soli.data.recipe import load_recipe
 from soli.errors import SoliError
+from soli.sections import parse_assignments
 from soli.train.settings import read_settings
 
 

@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 # "soli" is the package's __init__, which only offers the public names.
 LAYERS = [
     ("errors",),
-    ("sections", "assignments", "rope_scaling", "config", "presets", "machine", "analysis"),
+    ("sections", "rope_scaling", "config", "presets", "machine", "analysis"),
     ("formats", "kernels", "data"),
     ("model",),
     ("checkpoint", "experts", "parallel"),

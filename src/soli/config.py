@@ -225,22 +225,29 @@ def _fold_rope(d: dict[str, Any]) -> None:
     d["rope_scaling"] = scalings[0] if scalings else None
 
 
+def _reject_first(config: ModelConfig, *rules: tuple[bool, str, str]) -> None:
+    """SoliError for the first rule that is broken; a rule is (whether it is, the field, what it must be)."""
+    for is_broken, name, remedy in rules:
+        if is_broken:
+            reject(name, getattr(config, name), remedy)
+
+
 def _check_shape(config: ModelConfig) -> None:
-    if config.first_k_dense_replace > config.num_hidden_layers:
-        reject(
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    _reject_first(
+        config,
+        (
+            config.first_k_dense_replace > layers,
             "first_k_dense_replace",
-            config.first_k_dense_replace,
-            f"it counts dense layers at the start, so at most num_hidden_layers, {config.num_hidden_layers}",
-        )
-    if config.qk_rope_head_dim % 2:
-        reject("qk_rope_head_dim", config.qk_rope_head_dim, "RoPE rotates pairs, so it must be even")
-    if config.num_key_value_heads != config.num_attention_heads:
-        reject(
+            f"it counts dense layers at the start, so at most num_hidden_layers, {layers}",
+        ),
+        (config.qk_rope_head_dim % 2 == 1, "qk_rope_head_dim", "RoPE rotates pairs, so it must be even"),
+        (
+            config.num_key_value_heads != heads,
             "num_key_value_heads",
-            config.num_key_value_heads,
-            "latent attention has one key per head, so it must equal num_attention_heads, "
-            f"{config.num_attention_heads}",
-        )
+            f"latent attention has one key per head, so it must equal num_attention_heads, {heads}",
+        ),
+    )
 
 
 def _check_tokens(config: ModelConfig) -> None:
@@ -256,36 +263,39 @@ def _check_tokens(config: ModelConfig) -> None:
 
 def _check_routing(config: ModelConfig) -> None:
     experts, selected = config.n_routed_experts, config.num_experts_per_tok
-    if selected < 1:
-        reject("num_experts_per_tok", selected, f"with {experts} routed experts each token must select at least one")
-    if selected > experts:
-        reject("num_experts_per_tok", selected, f"there are only {experts} experts (n_routed_experts) to select from")
-    if config.moe_intermediate_size < 1:
-        reject("moe_intermediate_size", config.moe_intermediate_size, "experts need a positive width")
+    _reject_first(
+        config,
+        (selected < 1, "num_experts_per_tok", f"with {experts} routed experts each token must select at least one"),
+        (
+            selected > experts,
+            "num_experts_per_tok",
+            f"there are only {experts} experts (n_routed_experts) to select from",
+        ),
+        (config.moe_intermediate_size < 1, "moe_intermediate_size", "experts need a positive width"),
+    )
     if config.topk_method != "greedy":
         _check_groups(config)
 
 
 def _check_groups(config: ModelConfig) -> None:
     experts, groups, surviving = config.n_routed_experts, config.n_group, config.topk_group
-    if experts % groups:
-        reject("n_group", groups, f"it must divide n_routed_experts, {experts}; 1 means no groups")
-    if surviving > groups:
-        reject("topk_group", surviving, f"at most n_group, {groups}, groups can survive")
     size = experts // groups
-    if surviving * size < config.num_experts_per_tok:
-        reject(
+    _reject_first(
+        config,
+        (experts % groups > 0, "n_group", f"it must divide n_routed_experts, {experts}; 1 means no groups"),
+        (surviving > groups, "topk_group", f"at most n_group, {groups}, groups can survive"),
+        (
+            surviving * size < config.num_experts_per_tok,
             "topk_group",
-            surviving,
             f"the surviving groups hold {surviving * size} experts ({size} each), fewer than num_experts_per_tok, "
             f"{config.num_experts_per_tok}; let more groups survive or select fewer experts",
-        )
-    if config.topk_method == "noaux_tc" and groups > 1 and size < 2:
-        reject(
+        ),
+        (
+            config.topk_method == "noaux_tc" and groups > 1 and size < 2,
             "n_group",
-            groups,
             f"noaux_tc ranks a group by its two best experts, so {experts} experts make at most {experts // 2} groups",
-        )
+        ),
+    )
 
 
 def load_config(path: str | Path) -> ModelConfig:

@@ -9,11 +9,16 @@ Values are checked, and brought to their declared type, whenever a section is co
 unknown and missing fields. Known types: int, float, bool, str, Literal, None and unions, tuple, list, dict, other
 sections, Any; `Annotated[int, Bounds(...)]` limits a number. A whole float such as 1e6 may stand for an int.
 Every error names section, field, value and what the field may hold. No torch.
+
+`--set FIELD=VALUE` of the command line is the same for every verb: a value is TOML (`3`, `1e-3`, `true`, `[1, 2]`,
+`"text"`), or plain text where it is not TOML; `null` and `none` unset.
 """
 
 import dataclasses
+import datetime
 import difflib
 import math
+import tomllib
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -203,3 +208,32 @@ def describe(annotation: Any) -> str:
     if origin is tuple:
         return f"a list of {len(arguments)} values: {', '.join(describe(kind) for kind in arguments)}"
     return "a table (a JSON object)"
+
+
+_WORDS = {"null": None, "none": None, "None": None, "True": True, "False": False}
+
+
+def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """Read `["n_group=1", "rope_scaling=null"]` into a dictionary by name; None for a name that is to be unset."""
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        name = name.strip()
+        if not equals or not name:
+            raise SoliError(f"--set {assignment!r} is not of the form FIELD=VALUE")
+        if name in values:
+            raise SoliError(f"--set gives {name} twice; give it once")
+        values[name] = parse_value(text.strip())
+    return values
+
+
+def parse_value(text: str) -> Any:
+    """One value: null or none, TOML, else the text itself (dates too, which no field of Soli holds)."""
+    if text in _WORDS:
+        return _WORDS[text]
+    try:
+        table = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    value = table.pop("value")
+    return text if table or isinstance(value, datetime.date | datetime.time) else value

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from soli.data.documents import Pair, encode_by_source
-from soli.data.fim import split_middle
+from soli.data.documents import Pair, encode_by_source, split_middle
 from soli.data.inspection import inspect_folder
 from soli.data.token_files import DTYPE, read_meta
 from soli.data.tokenizer import Tokenizer

@@ -2,7 +2,7 @@
 
 import pytest
 
-from soli.data.language import language_of
+from soli.data.text import language_of
 from soli.errors import SoliError
 from soli.eval.translation import Translator, one_line
 from tests.engine.oracle import continuation

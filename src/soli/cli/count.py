@@ -7,10 +7,10 @@ from rich import box
 from rich.table import Column, Table
 
 from soli.analysis import parameters
-from soli.assignments import parse_assignments
 from soli.cli._shared.console import print_json, scaled, stdout_console
 from soli.config import ModelConfig, replace, resolve
 from soli.errors import SoliError
+from soli.sections import parse_assignments
 
 
 def count(

@@ -2,6 +2,10 @@
 
 A translation pair is two documents, one for each direction; a plain text is one. A source's weight w means floor(w)
 copies in an epoch and one more with probability w - floor(w).
+
+Fill-in-the-middle: a share of plain documents is rearranged as prefix, suffix, middle (PSM, section 4.1 of the
+DeepSeek-V3 report, arXiv 2412.19437), so that a model learns to write between prefix and suffix. Cut at characters, not
+tokens, so that at inference the gap may fall inside a word. Texts shorter than three characters stay as they are.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -9,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from soli.data.fim import split_middle
 from soli.data.tokenizer import Tokenizer
 
 _BATCH_DOCUMENTS = 20_000
@@ -54,6 +57,14 @@ def text_document(
         return Document(source, ((text_token, text),))
     prefix, middle, suffix = parts
     return Document(source, (("<|fim_prefix|>", prefix), ("<|fim_suffix|>", suffix), ("<|fim_middle|>", middle)))
+
+
+def split_middle(text: str, rate: float, rng: np.random.Generator) -> tuple[str, str, str] | None:
+    """(prefix, middle, suffix) with probability `rate`, else None; joined they are the text, the middle not empty."""
+    if len(text) < 3 or rng.random() >= rate:
+        return None
+    start, end = sorted(int(i) for i in rng.choice(len(text) + 1, size=2, replace=False))
+    return text[:start], text[start:end], text[end:]
 
 
 def draw_copies(weight: float, rng: np.random.Generator) -> int:

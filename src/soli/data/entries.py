@@ -1,14 +1,17 @@
-"""What a reader of input files yields: the text of a usable line, or why a line is bad."""
+"""What a reader of input files yields: the text of a usable line, or why a line is bad; and the log of bad lines."""
 
-from collections.abc import Sequence
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from soli.errors import SoliError
 
 BLANK = "blank line"  # counted and reported as any bad line is, but tolerated however many there are
 
 EXCERPT_CHARACTERS = 200  # of a bad line, for the report
+PRINTED_PER_FILE = 5  # bad lines of a file that are printed as they are met
 
 
 class TextEntry(NamedTuple):
@@ -53,3 +56,29 @@ def missing_column(path: Path, field: str, columns: Sequence[str]) -> SoliError:
     """The error for a column that a table lacks, with those that it has."""
     names = ", ".join(column[:40] for column in columns[:20])
     return SoliError(f"{path} has no column {field}; it has {names}: choose with --field, or --pair ENGLISH,CHINESE")
+
+
+class BadLineLog:
+    """Every bad line as a row of a JSONL file, counted by file; `print_line` prints the ones to show."""
+
+    def __init__(self, path: Path, print_line: Callable[[str], None]) -> None:
+        self.counts: Counter[str] = Counter()
+        self._path, self._print_line = path, print_line
+
+    def __enter__(self) -> Self:
+        self._out = self._path.open("w", encoding="utf-8")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._out.close()
+        for name, count in self.counts.items():
+            if count > PRINTED_PER_FILE:
+                self._print_line(f"{name}: {count - PRINTED_PER_FILE:,} more bad lines")
+
+    def add(self, file: Path, bad: BadLine) -> None:
+        name = str(file)
+        self.counts[name] += 1
+        row = {"file": name, "line": bad.line, "why": bad.reason, "excerpt": bad.excerpt}
+        self._out.write(json.dumps(row) + "\n")  # ASCII: an excerpt may hold what is not Unicode
+        if self.counts[name] <= PRINTED_PER_FILE:
+            self._print_line(f"{name}:{bad.line}: {bad.reason}")

@@ -17,9 +17,9 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from soli.data.bad_lines import BadLineLog, usable_entries
 from soli.data.documents import Document, Pair, ReportStep, draw_copies, encode_documents, pair_documents, text_document
-from soli.data.readers import InputLayout
+from soli.data.entries import BadLineLog
+from soli.data.readers import InputLayout, usable_entries
 from soli.data.text import is_held_out
 from soli.data.token_files import TokenWriter, Totals, dtype_for, read_meta, write_meta, write_tokens
 from soli.data.tokenizer import Tokenizer

@@ -2,7 +2,7 @@
 
 A reader yields a TextEntry for each usable line and a BadLine for any other: broken JSON, a missing field, invalid
 UTF-8, an empty text, another number of columns. It holds one line (or one batch of a parquet file) at a time. What
-cannot be read at all is a SoliError that names the file: an unknown format, a missing column.
+cannot be read at all is a SoliError that names the file: an unknown format, a missing column, mostly bad lines.
 """
 
 import json
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from soli.data.arrow import read_dataset, read_parquet
-from soli.data.entries import BLANK, EXCERPT_CHARACTERS, BadLine, TextEntry, missing_column, text_entry
+from soli.data.entries import BLANK, EXCERPT_CHARACTERS, BadLine, BadLineLog, TextEntry, missing_column, text_entry
 from soli.errors import SoliError
 
 FORMAT_OF_SUFFIX = {
@@ -78,6 +78,32 @@ def _format_of(path: Path) -> str:
     if name is None:
         raise SoliError(f"{path} is of no known kind ({KNOWN_SUFFIXES}): name its format with --format")
     return name
+
+
+def usable_entries(path: Path, layout: InputLayout, log: BadLineLog) -> Iterator[TextEntry]:
+    """Entries of an input's files in order, without its bad lines, which go to `log`.
+
+    SoliError when more than half of a file's lines are bad (of an input's files, where each is one document). Blank
+    lines do not count towards that half.
+    """
+    form, files = files_of(path, layout)
+    document_per_file = form == "text" and not layout.lines
+    for group in [files] if document_per_file else [[file] for file in files]:
+        lines = faults = 0
+        for file in group:
+            for row in read_file(file, form, layout):
+                lines += 1
+                if isinstance(row, BadLine):
+                    faults += row.reason != BLANK
+                    log.add(file, row)
+                else:
+                    yield row
+        if 2 * faults > lines:
+            name = path if document_per_file else group[0]
+            raise SoliError(
+                f"{name}: {faults:,} of {lines:,} {'files' if document_per_file else 'lines'} are bad, more than half: "
+                "check that --field, --pair and --format fit the file"
+            )
 
 
 def read_file(path: Path, form: str, layout: InputLayout) -> Iterator[TextEntry | BadLine]:

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from soli.assignments import parse_assignments
 from soli.errors import SoliError
-from soli.sections import Bounds, NonNegativeInt, Section, Share, annotations_of, reject_unknown
+from soli.sections import Bounds, NonNegativeInt, Section, Share, annotations_of, parse_assignments, reject_unknown
 
 RECIPE_FOLDERS = (Path("recipes"), Path(__file__).resolve().parents[1] / "recipes")
 

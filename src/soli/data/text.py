@@ -1,10 +1,14 @@
-"""What text is compared and counted by: when two texts are the same, the held-out split, Han characters."""
+"""What text is compared and counted by: when two texts are the same, the held-out split, Han characters, language."""
 
 import re
 from hashlib import blake2b
+from typing import Literal
 
 _SPACE = re.compile(r"\s+")
 _HAN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]")
+_WORD = re.compile(r"[A-Za-z\u00c0-\u024f]+")
+
+Language = Literal["en", "zh"]
 
 
 def comparison_key(text: str) -> str:
@@ -21,3 +25,11 @@ def is_held_out(text: str, every: int) -> bool:
 def count_han(text: str) -> int:
     """Number of Chinese characters."""
     return len(_HAN.findall(text))
+
+
+def language_of(text: str) -> Language | None:
+    """`zh` with at least as many Han characters as Latin words, `en` with fewer, None with neither."""
+    characters, words = count_han(text), len(_WORD.findall(text))
+    if not characters and not words:
+        return None
+    return "zh" if characters >= words else "en"

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from soli.analysis.figure import new_figure, save_figure
-from soli.data.language import language_of
+from soli.data.text import language_of
 from soli.engine.text_model import TextModel
 from soli.errors import SoliError
 from soli.eval.scoring import LayerLoad, OnProgress, document_parts, layer_loads, score_sequences

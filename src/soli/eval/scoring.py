@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from soli.data.language import language_of
+from soli.data.text import language_of
 from soli.engine.text_model import TextModel
 from soli.errors import SoliError
 from soli.model.router import Routing

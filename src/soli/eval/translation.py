@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from soli.data.language import Language, language_of
+from soli.data.text import Language, language_of
 from soli.engine.engine import Engine
 from soli.engine.offline import answer_all, limits_for
 from soli.engine.request import Answer, Request
