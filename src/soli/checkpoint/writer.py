@@ -219,20 +219,15 @@ def _write_shard(file: Path, shard: Sequence[Slot], target: Target, fetch: Fetch
         stream.write(head)
         stream.truncate(size)
         for slot in shard:
-            for (name, dtype, shape), tensor in zip(target.specs(slot), _tensors(fetch(slot)), strict=True):
-                assert (FILE_DTYPE[tensor.dtype], tuple(tensor.shape)) == (dtype, shape), name
+            value = fetch(slot)
+            tensors = (value,) if isinstance(value, Tensor) else (value.values, value.scale)
+            for (name, dtype, shape), tensor in zip(target.specs(slot), tensors, strict=True):
+                assert tensor is not None and (FILE_DTYPE[tensor.dtype], tuple(tensor.shape)) == (dtype, shape), name
                 stream.seek(offsets[name])
                 stream.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
             yield sum(_bytes(spec) for spec in target.specs(slot))
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _tensors(value: Encoded) -> tuple[Tensor, ...]:
-    if isinstance(value, QuantizedWeight):
-        assert value.scale is not None
-        return value.values, value.scale
-    return (value,)
 
 
 def write_json(file: Path, value: Any) -> None:

@@ -16,8 +16,7 @@ from soli.cli._shared.text_input import evenly, file_pairs, file_texts
 from soli.errors import SoliError
 
 if TYPE_CHECKING:
-    from soli.engine.text_model import TextModel
-    from soli.eval.scoring import Pair, TextScores
+    from soli.eval.scoring import TextScores
     from soli.eval.translation import Direction, Quality
 
 
@@ -41,12 +40,17 @@ def eval(
     if rows:
         import sacrebleu  # noqa: F401  (a missing package is reported before the translating)
     from soli.engine.text_model import open_text_model
-    from soli.eval.scoring import score_texts
+    from soli.eval.scoring import score_pairs, score_texts
+    from soli.eval.translation import evaluate_direction
 
     text_model = open_text_model(model, device, dtype, mtp=True)
     report = Report(model)
     if rows:
-        _on_pairs(report, text_model, rows, batch_size)
+        with ProgressBar("translating pairs", 2 * len(rows)) as bar:
+            report.directions["en-zh"] = evaluate_direction(text_model, rows, "zh", batch_size, bar.advance)
+            report.directions["zh-en"] = evaluate_direction(text_model, rows, "en", batch_size, bar.advance)
+        with ProgressBar("scoring pairs", 2 * len(rows)) as bar:
+            report.on_pairs = score_pairs(text_model, rows, bar.advance)
     if texts:
         with ProgressBar("scoring texts", len(texts)) as bar:
             report.on_text = score_texts(text_model, texts, bar.advance)
@@ -64,17 +68,6 @@ class Report:
     directions: dict[str, Direction] = field(default_factory=dict)  # "en-zh" and "zh-en"
     on_pairs: TextScores | None = None
     on_text: TextScores | None = None
-
-
-def _on_pairs(report: Report, text_model: TextModel, pairs: list[Pair], batch_size: int) -> None:
-    from soli.eval.scoring import score_pairs
-    from soli.eval.translation import evaluate_direction
-
-    with ProgressBar("translating pairs", 2 * len(pairs)) as bar:
-        report.directions["en-zh"] = evaluate_direction(text_model, pairs, "zh", batch_size, bar.advance)
-        report.directions["zh-en"] = evaluate_direction(text_model, pairs, "en", batch_size, bar.advance)
-    with ProgressBar("scoring pairs", 2 * len(pairs)) as bar:
-        report.on_pairs = score_pairs(text_model, pairs, bar.advance)
 
 
 def _print(report: Report) -> None:

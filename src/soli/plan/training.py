@@ -118,14 +118,15 @@ def _pretraining(settings: TrainSettings) -> list[PlannedPhase]:
     for name, tokens in lengths:
         end = start + tokens
         if tokens:
-            phase = PlannedPhase(
-                name=name,
-                tokens=tokens,
-                steps=steps_before(schedule, end) - steps_before(schedule, start),
-                sequence_length=schedule.sequence_length,
-                batch_sequences=(batch_sequences(schedule, start), batch_sequences(schedule, end - 1)),
-                learning_rate=(learning_rate(schedule, start), learning_rate(schedule, end - 1)),
+            phases.append(
+                PlannedPhase(
+                    name=name,
+                    tokens=tokens,
+                    steps=steps_before(schedule, end) - steps_before(schedule, start),
+                    sequence_length=schedule.sequence_length,
+                    batch_sequences=(batch_sequences(schedule, start), batch_sequences(schedule, end - 1)),
+                    learning_rate=(learning_rate(schedule, start), learning_rate(schedule, end - 1)),
+                )
             )
-            phases.append(phase)
         start = end
     return phases

@@ -46,7 +46,6 @@ class ResponseBuilder:
     """One HTTP response to `batch`."""
 
     def __init__(self, service: Service, batch: RequestBatch, answer_format: AnswerFormat) -> None:
-        self._service = service
         self._batch = batch
         self._format = answer_format
         text_model = service.loaded.text_model
@@ -59,10 +58,10 @@ class ResponseBuilder:
             "model": service.name,
         }
 
-    async def whole(self) -> protocol.GenerationResponse:
-        """The whole response."""
+    async def whole(self, events: AsyncGenerator[tuple[int, Event], None]) -> protocol.GenerationResponse:
+        """The whole response, from the events of the batch's requests."""
         traces: list[list[TokenTrace]] = [[] for _ in self._choices]
-        async with aclosing(await self._submit()) as events:
+        async with aclosing(events):
             async for index, event in events:
                 self._choices[index].push(event)
                 self._record_end(index, event)
@@ -80,16 +79,10 @@ class ResponseBuilder:
             **self._summary(),
         )
 
-    async def stream(self) -> AsyncGenerator[protocol.GenerationChunk, None]:
-        """The chunks of a stream, once the engine has accepted all requests: rejections come before the first byte."""
-        return self._chunks(await self._submit())
-
-    async def _submit(self) -> AsyncGenerator[tuple[int, Event], None]:
-        return await self._service.submit(self._batch.requests, self._batch.param_names)
-
-    async def _chunks(
+    async def chunks(
         self, events: AsyncGenerator[tuple[int, Event], None]
     ) -> AsyncGenerator[protocol.GenerationChunk, None]:
+        """The chunks of a stream, likewise."""
         new_chunk = self._format.chunk
         head = self._head | {"object": self._format.chunk_object}
         async with aclosing(events):

@@ -129,9 +129,10 @@ async def respond(
     """The answer to a body: a stream or a whole response."""
     batch = await asyncio.to_thread(to_batch, body, service.loaded, service.limits)
     builder = ResponseBuilder(service, batch, answer_format)
+    events = await service.submit(batch.requests, batch.param_names)
     if stream:
-        return EventStream(await builder.stream(), service.limits.seconds + UNREAD_SECONDS)
-    finished = await _run_while_connected(builder.whole(), request.receive)
+        return EventStream(builder.chunks(events), service.limits.seconds + UNREAD_SECONDS)
+    finished = await _run_while_connected(builder.whole(events), request.receive)
     if finished is None:
         raise ClientDisconnect
     return JSONResponse(protocol.to_json(finished.result()))
