@@ -139,11 +139,10 @@ def _parse_header(file: Path, text: bytes) -> dict[str, Any]:
 def _entry(file: Path, name: str, fields: Any, base: int) -> TensorEntry:
     try:
         dtype, shape, (start, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
-        is_valid = all(type(n) is int and n >= 0 for n in (*shape, start, end))
+        if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+            raise ValueError("a size or an offset is no natural number")
     except (TypeError, KeyError, ValueError):
-        is_valid = False
-    if not is_valid:
-        raise SoliError(f"{file}: tensor {name} has a damaged header entry")
+        raise SoliError(f"{file}: tensor {name} has a damaged header entry") from None
     if dtype not in ITEM_BYTES:
         raise SoliError(f"{file}: tensor {name} has dtype {dtype!r}, which is not known")
     if end - start != math.prod(shape) * ITEM_BYTES[dtype]:

@@ -59,10 +59,18 @@ class ServerMetrics:
         self._is_ready = is_ready
         self._engine_stats = engine_stats
         self._registry = prometheus.CollectorRegistry()
-        self.first_token = self._histogram(
-            "time_to_first_token", "From the request's arrival to its first token", FIRST_TOKEN_BUCKETS
+        self.first_token = prometheus.Histogram(
+            "soli_time_to_first_token_seconds",
+            "From the request's arrival to its first token",
+            buckets=FIRST_TOKEN_BUCKETS,
+            registry=self._registry,
         )
-        self.inter_token = self._histogram("inter_token", "Between two tokens of an answer", INTER_TOKEN_BUCKETS)
+        self.inter_token = prometheus.Histogram(
+            "soli_inter_token_seconds",
+            "Between two tokens of an answer",
+            buckets=INTER_TOKEN_BUCKETS,
+            registry=self._registry,
+        )
         self.finished = prometheus.Counter("soli_requests", "Answers that ended", ["reason"], registry=self._registry)
         self.queue_full = prometheus.Counter(
             "soli_queue_full", "Requests rejected because the queue is full", registry=self._registry
@@ -99,9 +107,6 @@ class ServerMetrics:
         else:
             self.first_token.observe(now - arrival)
         last_times[index] = now
-
-    def _histogram(self, name: str, description: str, buckets: Sequence[float]) -> prometheus.Histogram:
-        return prometheus.Histogram(f"soli_{name}_seconds", description, buckets=buckets, registry=self._registry)
 
     def collect(self) -> Iterator[Metric]:
         """What prometheus_client calls when /metrics is scraped."""
