@@ -97,9 +97,7 @@ def report_routing(
     tokens_N = np.zeros(len(texts), dtype=np.int64)
     sequences = [part for _, part in parts]
     context = len(text_model.text_prefix)
-    for score in score_sequences(
-        text_model.model, sequences, context=context, score=False, on_progress=on_progress
-    ):
+    for score in score_sequences(text_model.model, sequences, context=context, score=False, on_progress=on_progress):
         number = parts[score.number][0]
         counts_NLE[number] += score.counts_LE
         tokens_N[number] += score.tokens

@@ -145,9 +145,7 @@ def _scores(
     return bits_B.tolist(), predicted_BT.sum(dim=1).tolist(), agrees_BT.sum(dim=1).tolist()
 
 
-def score_pairs(
-    text_model: TextModel, pairs: Sequence[Pair], on_progress: OnProgress = lambda _: None
-) -> TextScores:
+def score_pairs(text_model: TextModel, pairs: Sequence[Pair], on_progress: OnProgress = lambda _: None) -> TextScores:
     """Scores every pair as the two documents that it is in training: load and MTP acceptance in distribution."""
     tokenizer = text_model.tokenizer
     documents = []
@@ -159,9 +157,7 @@ def score_pairs(
     return _sum_scores(text_model, list(scores))
 
 
-def score_texts(
-    text_model: TextModel, texts: Sequence[str], on_progress: OnProgress = lambda _: None
-) -> TextScores:
+def score_texts(text_model: TextModel, texts: Sequence[str], on_progress: OnProgress = lambda _: None) -> TextScores:
     """Scores plain texts: bits per byte as well. A text longer than the model's positions is read in parts."""
     parts = [(number, part) for number, text in enumerate(texts) for part in document_parts(text_model, text, end=True)]
     sequences = [part for _, part in parts]

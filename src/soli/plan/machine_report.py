@@ -36,6 +36,23 @@ class MachineReport:
     gpus: tuple[str, ...]
     versions: dict[str, str]
 
+    def lines(self) -> list[tuple[str, str]]:
+        """(label, text) of each line of the table."""
+        cpp = self.kernels not in ("torch", "reference")
+        kernels = f"C++ for {self.kernels}, {self.kernels_note}" if cpp else f"{self.kernels}: {self.kernels_note}"
+        disk = self.disk_gb_per_second
+        speed = f"{disk:.2f} GB/s" if disk is not None else "not measured: no space for a file, or not allowed"
+        return [
+            ("processor", f"{self.processor}, {self.cores} cores, {self.memory_bytes / 2**30:.1f} GiB of memory"),
+            ("features", " ".join(self.features) or "none that the kernels use"),
+            ("kernels", kernels),
+            ("threads", f"{self.threads}, {' and '.join(self.openmp) or 'no OpenMP library'}"),
+            ("memory", f"{self.memory_gb_per_second:.1f} GB/s read by all threads"),
+            ("disk", f"{speed}, reading in {self.disk_folder}"),
+            ("GPU", "; ".join(self.gpus) or "none that PyTorch sees"),
+            ("versions", ", ".join(f"{name} {version}" for name, version in self.versions.items())),
+        ]
+
 
 def report_machine(disk_folder: Path | None = None) -> MachineReport:
     """Probe and measure this machine; the disk in `disk_folder`, by default the one for temporary files."""

@@ -253,9 +253,7 @@ class ChatChoiceBuilder:
     def whole(self) -> protocol.ChatChoice:
         parts: dict[str, Any] = {
             "reasoning_content": self._reasoning,
-            "tool_calls": [
-                MessageToolCall(id=call.id, type=call.type, function=call.function) for call in self._calls
-            ],
+            "tool_calls": [MessageToolCall(id=call.id, type=call.type, function=call.function) for call in self._calls],
         }
         assert self._finish_reason in ("stop", "length", "tool_calls")  # a failed answer is an error
         return protocol.ChatChoice(
