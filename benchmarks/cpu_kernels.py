@@ -53,7 +53,8 @@ def soli_layer(format: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
             values = torch.randint(0, 256, codec.values_shape(shape), dtype=torch.uint8)
         return QuantizedWeight(format, values, scale, shape, group)
 
-    table = cpu.ExpertTable.from_stacked(stack(2 * WIDTH, D), stack(D, WIDTH))
+    stacks = (stack(WIDTH, D), stack(WIDTH, D), stack(D, WIDTH))
+    table = cpu.ExpertTable.from_matrices(*([weights[e] for e in range(E)] for weights in stacks))
     isa = CpuBackend().isa
     return lambda x_TD, ids_TK, weights_TK: cpu.experts(isa, x_TD, ids_TK, weights_TK, table)
 

@@ -24,8 +24,8 @@ from soli.data.recipe import find_recipe, load_recipe
 from soli.model import Transformer
 from soli.train.balance import step_bias
 from soli.train.losses import compute_losses, count_targets
+from soli.train.model_options import use_fp8
 from soli.train.optimizer import Optimizer
-from soli.train.precision import use_fp8
 from soli.train.settings import OptimizerSettings, read_settings
 
 NOMINAL, NO_EOS = 989e12, -1

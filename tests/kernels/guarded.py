@@ -21,7 +21,7 @@ from soli.model.layers import Linear
 from soli.model.moe import RoutedExperts
 from tests.engine.quantized import quantized_model
 from tests.engine.shuffled_cache import ShuffledCache
-from tests.kernels.weights import DTYPES, FORMATS, inputs, random_weight
+from tests.kernels.weights import DTYPES, FORMATS, expert_table, inputs, random_weight
 
 ISA = ISAS.index(sys.argv[1])
 PAGE = mmap.PAGESIZE
@@ -75,13 +75,13 @@ def check(weight: QuantizedWeight, generator: torch.Generator) -> None:
 def check_experts(format: str, at_end: bool, generator: torch.Generator) -> None:
     """Three experts of width 128 over tokens of width 96, of which the last is not chosen."""
     gate_up, down = (random_weight(format, shape, 32, generator) for shape in ((3, 256, 96), (3, 96, 128)))
-    table = cpu.ExpertTable.from_stacked(guarded_weight(gate_up, at_end), guarded_weight(down, at_end))
+    table = expert_table(guarded_weight(gate_up, at_end), guarded_weight(down, at_end))
     for dtype in DTYPES:
         for tokens in (1, 40):
             x_TD = torch.randn(tokens, 96, generator=generator).to(dtype)
             ids_TK = torch.arange(2 * tokens).view(tokens, 2) % 2
             inputs = x_TD, ids_TK, torch.rand(tokens, 2, generator=generator)
-            expected = cpu.experts(ISA, *inputs, cpu.ExpertTable.from_stacked(gate_up, down))
+            expected = cpu.experts(ISA, *inputs, expert_table(gate_up, down))
             assert torch.equal(cpu.experts(ISA, *inputs, table), expected)
 
 

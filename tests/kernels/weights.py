@@ -68,5 +68,19 @@ def random_weight(format: str, shape: tuple[int, ...], group: int, generator: to
     return QuantizedWeight(format, values, scale, shape, group)
 
 
+def expert_table(gate_up: QuantizedWeight, down: QuantizedWeight) -> cpu.ExpertTable:
+    """Of stacked weights: gate_up (E, 2F, D), gate rows first, and down (E, D, F)."""
+    experts = range(len(down.values))
+    gates, ups = ([_half(gate_up[e], number) for e in experts] for number in (0, 1))
+    return cpu.ExpertTable.from_matrices(gates, ups, [down[e] for e in experts])
+
+
+def _half(weight: QuantizedWeight, number: int) -> QuantizedWeight:
+    """The first or second half of a matrix's rows, without a copy."""
+    values = weight.values.chunk(2)[number]
+    scale = None if weight.scale is None else weight.scale.chunk(2)[number]
+    return QuantizedWeight(weight.format, values, scale, (len(values), weight.shape[1]), weight.group)
+
+
 def _scales(shape: tuple[int, ...], size: float, generator: torch.Generator) -> Tensor:
     return (torch.rand(shape, generator=generator) + 0.5) * size

@@ -9,10 +9,9 @@ from soli.model.transformer import Transformer
 from soli.plan import memory
 from soli.plan.memory import describe_fit, plan_memory
 from soli.train import losses
-from soli.train.block_options import apply_block_options
 from soli.train.losses import compute_losses, count_targets
+from soli.train.model_options import apply_block_options, use_fp8
 from soli.train.optimizer import Optimizer
-from soli.train.precision import use_fp8
 from soli.train.settings import RunSettings, TrainSettings, read_settings
 from tests.train.toy import EOS, MODEL, settings, tiny_model, windows
 

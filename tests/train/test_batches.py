@@ -14,7 +14,9 @@ from soli.train.batches import Batches, PackedTokens, heldout_windows, rank_slic
 
 def packed(folder, count=1000, **meta):
     np.arange(count, dtype="<u2").tofile(folder / "train.bin")
-    (folder / "meta.json").write_text(json.dumps({"dtype": "uint16", "train_tokens": count} | meta))
+    np.arange(20, dtype="<u2").tofile(folder / "valid.bin")
+    sizes = {"dtype": "uint16", "train_tokens": count, "valid_tokens": 20}
+    (folder / "meta.json").write_text(json.dumps(sizes | meta))
     return PackedTokens(folder, "train")
 
 
@@ -62,7 +64,7 @@ def test_heldout_windows_are_spread_over_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("meta", "words"), [({"train_tokens": 5}, "meta.json has 5"), ({"dtype": "text"}, "cannot be read together")]
+    ("meta", "words"), [({"train_tokens": 5}, "1,000 tokens, not 5"), ({"dtype": "text"}, "meta.json is damaged")]
 )
 def test_files_that_disagree_are_rejected(tmp_path, meta, words):
     with pytest.raises(SoliError, match=words):

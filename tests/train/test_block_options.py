@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from soli.errors import SoliError
-from soli.train import block_options
-from soli.train.block_options import apply_block_options, blocks
+from soli.train import model_options
 from soli.train.checkpoints import checkpoints
 from soli.train.losses import compute_losses, count_targets
-from soli.train.precision import use_fp8
+from soli.train.model_options import apply_block_options, blocks, use_fp8
 from soli.train.settings import RunSettings
 from soli.train.setup import prepare
 from soli.train.trainer import accumulate, take_step, train
@@ -143,7 +142,7 @@ def gradient_error(model, other) -> float:
 
 def test_compiled_regions_leave_gradients_equal(counted, monkeypatch):
     """Traced, partitioned and differentiated as for the compiler, then run by torch's kernels."""
-    monkeypatch.setattr(block_options, "BACKEND", "aot_eager")
+    monkeypatch.setattr(model_options, "BACKEND", "aot_eager")
     other = new_model("fp32", compile=True)
     assert gradient_error(new_model("fp32"), other) < 1e-5
     graphs = counted["stats"]["unique_graphs"]
@@ -165,7 +164,7 @@ def test_compiled_blocks_leave_gradients_equal(counted, checkpointing):
 
 @pytest.mark.slow
 def test_a_ramp_of_batches_compiles_few_graphs(tmp_path, data, counted, monkeypatch):
-    monkeypatch.setattr(block_options, "BACKEND", "aot_eager")  # graphs are partitioned before any backend sees them
+    monkeypatch.setattr(model_options, "BACKEND", "aot_eager")  # graphs are partitioned before any backend sees them
     ramp = {"batch_sequences_start": 2, "batch_ramp_tokens": 128 * 6, "constant_tokens": 128 * 8}
     run = prepare(settings(run={"compile": True}, schedule=ramp, eval={"samples": 0}), {}, data, tmp_path)
     assert train(run) == "finished" and list(run.model.state_dict()) == list(tiny_model().state_dict())

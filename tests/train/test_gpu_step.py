@@ -9,7 +9,7 @@ from soli.config import preset
 from soli.model import Transformer
 from soli.train.cuda_graph import GraphedStep
 from soli.train.losses import Losses, StepTotals, compute_losses, count_targets
-from soli.train.precision import use_fp8
+from soli.train.model_options import use_fp8
 
 pytestmark = pytest.mark.gpu
 

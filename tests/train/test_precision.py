@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from soli.train.precision import use_fp8
+from soli.train.model_options import use_fp8
 from soli.train.setup import prepare
 from soli.train.trainer import take_step
 from tests.train.toy import settings, tiny_model, write_data

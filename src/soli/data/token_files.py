@@ -100,9 +100,9 @@ def read_meta(folder: str | Path) -> dict[str, Any]:
         raise SoliError(f"{path} is damaged ({error}): run `soli data build` again") from error
     for name, tokens in expected_tokens.items():
         file = path.with_name(name)
-        size = file.stat().st_size if file.is_file() else -1
-        if size != tokens * width:
-            state = "is missing" if size < 0 else f"holds {size // width:,} tokens, not {tokens:,}"
+        size = file.stat().st_size if file.is_file() else 0
+        if size != tokens * width or size < 1:
+            state = "is missing or empty" if size < 1 else f"holds {size // width:,} tokens, not {tokens:,}"
             raise SoliError(f"{file} {state}: run `soli data build` again")
     return meta
 

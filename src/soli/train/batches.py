@@ -6,7 +6,6 @@ resuming needs one integer, and any number of ranks or loader workers would see 
 end inside a document: documents are packed, with no mask between them (section 4.1).
 """
 
-import json
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from soli.data.token_files import read_meta, stored_dtype
 from soli.errors import SoliError
 
 
@@ -21,21 +21,9 @@ class PackedTokens:
     """A memory-mapped file of token ids. `split` is "train" or "valid"."""
 
     def __init__(self, folder: Path, split: str) -> None:
-        meta, file = folder / "meta.json", folder / f"{split}.bin"
-        for path in (meta, file):
-            if not path.is_file():
-                raise SoliError(f"{path} is missing; build the data first with: soli data build RECIPE")
-        self.file = file
-        try:
-            self.meta: dict[str, object] = json.loads(meta.read_text(encoding="utf-8"))
-            self.ids = np.memmap(file, dtype=np.dtype(str(self.meta["dtype"])).newbyteorder("<"), mode="r")
-        except (ValueError, KeyError, TypeError) as error:
-            raise SoliError(f"{meta} and {file.name} cannot be read together ({error}); build the data again") from None
-        expected = self.meta.get(f"{split}_tokens")
-        if expected != len(self.ids):
-            raise SoliError(
-                f"{file} holds {len(self.ids):,} tokens, but meta.json has {expected}; build the data again"
-            )
+        self.file = folder / f"{split}.bin"
+        self.meta = read_meta(folder)
+        self.ids = np.memmap(self.file, dtype=stored_dtype(self.meta), mode="r")
 
     def windows(self, starts: np.ndarray, width: int) -> Tensor:
         """Token ids from each start on, `width` of them (int64, BW)."""

@@ -19,12 +19,11 @@ from soli.data.tokenizer import Tokenizer
 from soli.errors import SoliError
 from soli.model.transformer import Transformer
 from soli.train.batches import PackedTokens
-from soli.train.block_options import apply_block_options
 from soli.train.checkpoints import RunProgress, checkpoints, load_checkpoint
 from soli.train.cuda_graph import GraphedStep
 from soli.train.evaluate import bytes_per_token
+from soli.train.model_options import apply_block_options, use_fp8
 from soli.train.optimizer import Optimizer
-from soli.train.precision import use_fp8
 from soli.train.settings import TrainSettings, as_recipe
 from soli.train.stages import Stage, build_stages, check_stage
 

@@ -21,7 +21,7 @@ from soli.train.balance import measure_load, reduce_counts, step_bias
 from soli.train.checkpoints import CheckpointSaver
 from soli.train.evaluate import evaluate, translate_samples
 from soli.train.losses import StepTotals, compute_losses, count_targets
-from soli.train.precision import fp8_note
+from soli.train.model_options import fp8_note
 from soli.train.report import RunReport
 from soli.train.schedule import stage_name
 from soli.train.setup import Run

@@ -77,18 +77,6 @@ class ExpertTable:
     keep_alive: tuple[object, ...]
 
     @classmethod
-    def from_stacked(cls, gate_up: QuantizedWeight, down: QuantizedWeight) -> Self:
-        """Of stacked weights: gate_up (E, 2F, D), gate rows first, and down (E, D, F)."""
-        E, D, F = down.shape
-        if gate_up.shape != (E, 2 * F, D):
-            raise SoliError(f"gate and up of shape {gate_up.shape} do not fit a down projection of shape {down.shape}")
-        if gate_up.format == "fp8" and F % gate_up.group:
-            raise SoliError(f"stacked FP8 gate and up need a width that is a multiple of {gate_up.group}, not {F}")
-        bases = [_matrix_address(stack) for stack in (gate_up, down)]
-        addresses = _addresses(bases, (_matrix_bytes(gate_up), _matrix_bytes(down)), E)
-        return cls((gate_up.format, gate_up.group), (down.format, down.group), (E, D, F), addresses, (gate_up, down))
-
-    @classmethod
     def from_plain(cls, gate_up_E2FD: Tensor, down_EDF: Tensor) -> "ExpertTable":
         """Of stacked float32 or bfloat16 tensors, which the caller keeps alive."""
         if gate_up_E2FD.is_contiguous() and down_EDF.is_contiguous():
@@ -196,22 +184,6 @@ def _matrix_address(weight: QuantizedWeight) -> tuple[int, int]:
     return weight.values.data_ptr(), 0 if weight.scale is None else weight.scale.data_ptr()
 
 
-def _matrix_bytes(stack: QuantizedWeight) -> tuple[int, int]:
-    """Bytes of one matrix's values and of its scale in a stack."""
-    count = max(1, stack.shape[0])
-    return stack.values.nbytes // count, 0 if stack.scale is None else stack.scale.nbytes // count
-
-
-def _addresses(bases: Sequence[tuple[int, int]], strides: Sequence[tuple[int, int]], E: int) -> Tensor:
-    """(3, E, 2) from the addresses of both stacks and the bytes of a matrix in each; up is gate's second half."""
-    gate_up, down = bases
-    gate_up_stride, down_stride = strides
-    up = [base + stride // 2 for base, stride in zip(gate_up, gate_up_stride, strict=True)]
-    first_32 = torch.tensor([gate_up, up, down])
-    stride_32 = torch.tensor([gate_up_stride, gate_up_stride, down_stride])
-    return first_32[:, None] + stride_32[:, None] * torch.arange(E)[:, None]
-
-
 @lru_cache(maxsize=4096)
 def _plain_table(
     gate_up: int, down: int, in_dtype: torch.dtype, out_dtype: torch.dtype, in_shape: torch.Size, out_shape: torch.Size
@@ -220,6 +192,9 @@ def _plain_table(
     E, D, F = out_shape
     if in_shape != (E, 2 * F, D):
         raise SoliError(f"gate and up of shape {tuple(in_shape)} do not fit a down projection of shape {(E, D, F)}")
-    strides = (2 * F * D * in_dtype.itemsize, 0), (D * F * out_dtype.itemsize, 0)
-    formats = (FORMAT_NAMES[in_dtype], 0), (FORMAT_NAMES[out_dtype], 0)
-    return ExpertTable(*formats, (E, D, F), _addresses([(gate_up, 0), (down, 0)], strides, E), ())
+    half = F * D * in_dtype.itemsize  # bytes of one gate, or up
+    first_3 = torch.tensor([gate_up, gate_up + half, down])
+    stride_3 = torch.tensor([2 * half, 2 * half, D * F * out_dtype.itemsize])
+    weights_3E = first_3[:, None] + stride_3[:, None] * torch.arange(E)
+    addresses_3E2 = torch.stack((weights_3E, torch.zeros_like(weights_3E)), dim=-1)
+    return ExpertTable((FORMAT_NAMES[in_dtype], 0), (FORMAT_NAMES[out_dtype], 0), (E, D, F), addresses_3E2, ())

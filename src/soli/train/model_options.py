@@ -1,7 +1,8 @@
-"""How a block's forward runs in training: with activation checkpointing, compiled, or both; gradients stay equal.
+"""How a model computes in training: its blocks with activation checkpointing, compiled, or both; products in FP8.
 
 Activation checkpointing: bit-identical. torch.compile: equal to float32 rounding; the routed experts, whose shapes
-depend on the data, are not compiled. Parameters, their names and checkpoints do not change.
+depend on the data, are not compiled. FP8 as in the paper (section 3.3): products in E4M3 by the backend of the modules
+that multiply so. Parameters, their names and checkpoints do not change.
 """
 
 import os
@@ -15,10 +16,37 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from soli.errors import SoliError
+from soli.kernels.fp8 import cuda
+from soli.kernels.fp8.emulation import Fp8Emulation
+from soli.model.layers import Linear
+from soli.model.moe import RoutedExperts
 from soli.model.transformer import Transformer
 from soli.train.settings import RunSettings
 
 BACKEND = "inductor"
+# Besides these, embedding, routers, norms and the attention core keep high precision: they are no `Linear`.
+HIGH_PRECISION = ("lm_head", "eh_proj")
+
+
+def use_fp8(model: Transformer) -> list[str]:
+    """Make the linear layers and experts of every block, MTP blocks included, multiply in FP8; their names in order.
+
+    Parameters, names and files are untouched: masters and gradients keep their dtypes. A Hopper GPU multiplies
+    in FP8; every other device emulates it.
+    """
+    backend = Fp8Emulation() if cuda.missing_requirement(model.embed_tokens.weight.device) else cuda.Fp8Cuda()
+    names = []
+    for name, module in model.named_modules():
+        if isinstance(module, RoutedExperts) or (isinstance(module, Linear) and not name.endswith(HIGH_PRECISION)):
+            module.backend = backend
+            names.append(name)
+    return names
+
+
+def fp8_note(device: torch.device) -> str:
+    """One line on how this device multiplies in FP8, for whoever starts a run."""
+    reason = cuda.missing_requirement(device)
+    return f"FP8 is emulated, exactly and slowly: {reason}" if reason else "FP8 products run on the GPU"
 
 
 def apply_block_options(model: Transformer, settings: RunSettings) -> None:
