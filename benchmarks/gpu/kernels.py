@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from soli.kernels.fp8 import cuda, operands
+from soli.kernels.fp8 import cuda
 from soli.model.attention import attend
 
 GEMM = [(2112, 7168), (24576, 1536), (7168, 16384), (4096, 7168), (7168, 2048)]  # N, K of V3's layers
@@ -65,9 +65,9 @@ def mla_prefill(
 def fp8_gemm(m: int, n: int, k: int, repeats: int) -> dict[str, Any]:
     at = chip.device()
     x, w = torch.randn(m, k, device=at, dtype=BF16), torch.randn(n, k, device=at)
-    a, b = operands.tiles(x), operands.blocks(w)
-    seconds = chip.seconds(lambda: operands.product(a, b, BF16), repeats)
-    packing = chip.seconds(lambda: operands.tiles(x), repeats)
+    a, b = cuda.tiles(x), cuda.blocks(w)
+    seconds = chip.seconds(lambda: cuda.product(a, b, BF16), repeats)
+    packing = chip.seconds(lambda: cuda.tiles(x), repeats)
     w_bf16 = w.to(BF16)
     bf16 = chip.seconds(lambda: F.linear(x, w_bf16), repeats)
     bytes_ = m * k + n * k + 2 * m * n
@@ -82,11 +82,11 @@ def fp8_experts(groups: int, m: int, n: int, k: int, repeats: int) -> dict[str, 
     ids = torch.arange(groups, device=at).repeat_interleave(m)[:, None]
     layout = cuda.lay_out_rows(ids, groups)
     x, w = torch.randn(layout.rows, k, device=at, dtype=BF16), torch.randn(groups, n, k, device=at)
-    a, b = operands.tiles(x), operands.blocks(w)
+    a, b = cuda.tiles(x), cuda.blocks(w)
     grouped = chip.seconds(
         lambda: triton_kernels.grouped(a.values_MK, a.scale, b.values_MK, b.scale, layout.expert_tile, BF16), repeats
     )
-    g, xt = operands.tiles(torch.randn(layout.rows, n, device=at, dtype=BF16), transposed=True), operands.retiled(a)
+    g, xt = cuda.tiles(torch.randn(layout.rows, n, device=at, dtype=BF16), transposed=True), cuda.retiled(a)
     sides = g.values_MK, g.scale, xt.values_MK, xt.scale
     weights = chip.seconds(lambda: triton_kernels.by_expert(*sides, layout.first_tile, torch.float32), repeats)
     flops = 2 * groups * m * n * k

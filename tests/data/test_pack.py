@@ -9,11 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from soli.cli import main
-from soli.data.inspection import inspect_folder
 from soli.data.pack import Input, PackConfig, cut, pack_inputs
 from soli.data.readers import InputLayout
 from soli.data.text import is_held_out
-from soli.data.token_files import DTYPE_32, TokenWriter, dtype_for, read_meta, stored_dtype
+from soli.data.token_files import DTYPE_32, TokenWriter, dtype_for, inspect_folder, read_meta, stored_dtype
 from soli.data.tokenizer import Tokenizer
 from soli.data.tsv import read_tsv
 from soli.errors import SoliError

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from soli.data.documents import Pair, encode_by_source, split_middle
-from soli.data.inspection import inspect_folder
-from soli.data.token_files import DTYPE, read_meta
+from soli.data.token_files import DTYPE, inspect_folder, read_meta
 from soli.data.tokenizer import Tokenizer
 from soli.errors import SoliError
 from soli.recipes.nano_corpus.build import write_token_files

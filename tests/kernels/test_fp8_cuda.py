@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from soli.kernels.fp8 import cuda, operands
-from soli.kernels.fp8.cuda import Fp8Cuda
+from soli.kernels.fp8 import cuda
+from soli.kernels.fp8.cuda import Fp8Cuda, blocks, retiled, tiles
 from soli.kernels.fp8.emulation import Fp8Emulation
-from soli.kernels.fp8.operands import blocks, retiled, tiles
 from tests.kernels import triton_stand_in
 
 E4M3 = torch.float8_e4m3fn
@@ -45,7 +44,7 @@ def gpu(request, monkeypatch):  # type: ignore[no-untyped-def]
     monkeypatch.setattr(F, "scaled_mm", scaled_mm, raising=False)
     if request.param == "triton":
         triton_stand_in.install(monkeypatch)
-        monkeypatch.setattr(operands, "_on_gpu", lambda x: True)
+        monkeypatch.setattr(cuda, "_on_gpu", lambda x: True)
     else:
         monkeypatch.setattr(cuda, "has_triton", lambda: False)
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN
@@ -107,7 +106,7 @@ def test_operands_by_triton_are_those_by_torch_to_the_bit(monkeypatch) -> None: 
     ]  # fmt: skip
     plain = [construct() for construct in constructors]
     triton_stand_in.install(monkeypatch)
-    monkeypatch.setattr(operands, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(cuda, "_on_gpu", lambda x: True)
     for construct, expected in zip(constructors, plain, strict=True):
         operand = construct()
         assert torch.equal(operand.values_MK.float(), expected.values_MK.float())

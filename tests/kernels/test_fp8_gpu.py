@@ -8,9 +8,8 @@ from torch import Tensor
 
 from soli.kernels import default_backend
 from soli.kernels.fp8 import cuda
-from soli.kernels.fp8.cuda import Fp8Cuda
+from soli.kernels.fp8.cuda import Fp8Cuda, blocks, has_triton, product, retiled, tiles
 from soli.kernels.fp8.emulation import Fp8Emulation
-from soli.kernels.fp8.operands import blocks, has_triton, product, retiled, tiles
 
 pytestmark = pytest.mark.gpu
 

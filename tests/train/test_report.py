@@ -97,8 +97,8 @@ def test_lines_in_a_pipe_and_a_view_on_a_terminal(tmp_path, terminal):
 def test_bars_and_the_worst_layers():
     assert bar(0.0) == " " * WIDTH and bar(0.5) == "█" * 5 + " " * 5 and bar(7.0) == "█" * WIDTH
     assert bar(0.0125) == "▏" + " " * (WIDTH - 1)
-    view, out = LiveView(total=100), io.StringIO()
-    view.update(RunProgress(1, 10), METRICS, {f"layers.{n}": ExpertLoad(n / 10, 1.0, 0) for n in range(20)}, "0:01:00")
+    loads = {f"layers.{n}": ExpertLoad(n / 10, 1.0, 0) for n in range(20)}
+    view, out = LiveView(100, RunProgress(1, 10), METRICS, loads, time_left="0:01:00"), io.StringIO()
     Console(file=out, width=120).print(view)
     assert f"worst {MAX_LAYERS} of 20 layers" in out.getvalue()
     assert "layers.19" in out.getvalue() and "layers.7 " not in out.getvalue()

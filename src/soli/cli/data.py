@@ -13,11 +13,10 @@ from rich.table import Table
 from soli.cli._shared.console import number_columns, print_json, stdout_console
 from soli.cli._shared.options import Assignments
 from soli.cli._shared.progress import StepReport
-from soli.data.inspection import inspect_folder
 from soli.data.pack import Input, PackConfig, pack_inputs
 from soli.data.readers import InputLayout
 from soli.data.recipe import load_recipe
-from soli.data.token_files import read_meta
+from soli.data.token_files import inspect_folder, read_meta
 from soli.recipes import corpus_builder, read_data_config
 
 app = typer.Typer(help="Build, pack and inspect corpora.", no_args_is_help=True, rich_markup_mode=None)

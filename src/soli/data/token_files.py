@@ -1,22 +1,29 @@
 """Packed tokens on disk: documents end to end in flat files of little-endian integers, with a meta.json beside.
 
 Integers are 16 bits wide, or 32 where a vocabulary needs more. What training reads from them, and in which order, is in
-src/soli/train/batches.py. Rejects files that do not match their meta.json.
+src/soli/train/batches.py. Rejects files that do not match their meta.json. `inspect_folder` says what a folder holds:
+tokens by source, characters per token, document lengths, samples.
 """
 
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
+from soli.data.tokenizer import Tokenizer
+from soli.data.tsv import read_tsv
 from soli.errors import SoliError
 
 DTYPE = np.dtype("<u2")
 DTYPE_32 = np.dtype("<u4")
+SEGMENT_TOKENS = ("<|en|>", "<|zh|>", "<|text|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+_MEASURED_PAIRS = 2000
+_SCANNED_TOKENS = 50_000_000
 
 Totals = dict[str, dict[str, int]]  # `tokens` and `documents` by source
 
@@ -111,3 +118,58 @@ def stored_dtype(meta: dict[str, Any]) -> np.dtype:
     """The integers of train.bin and valid.bin, as meta.json names them."""
     known: dict[str, np.dtype] = {"uint16": DTYPE, "uint32": DTYPE_32}
     return known[meta["dtype"]]
+
+
+def inspect_folder(folder: Path, samples: int, seed: int) -> dict[str, Any]:
+    """meta.json with `characters_per_token`, `document_tokens` (median, 90 %, longest) and decoded `samples`."""
+    meta = read_meta(folder)
+    tokenizer = Tokenizer.from_folder(folder)
+    if tokenizer.vocab_size != meta["vocab_size"]:
+        raise SoliError(f"{folder} mixes two builds: tokenizer and meta.json differ in vocab_size; build it again")
+    tokens = np.memmap(folder / "train.bin", dtype=stored_dtype(meta), mode="r")
+    starts = np.flatnonzero(tokens[:_SCANNED_TOKENS] == tokenizer.bos_id)
+    count = min(samples, len(starts))
+    sampled = sorted(np.random.default_rng(seed).choice(len(starts), size=count, replace=False).tolist())
+    ends = np.append(starts[1:], len(tokens))
+    return {
+        **meta,
+        "characters_per_token": _characters_per_token(folder, tokenizer),
+        "document_tokens": _lengths(np.diff(starts)),
+        "samples": [
+            {"at": int(starts[i]), "text": document_text(tokens[starts[i] : ends[i]], tokenizer)} for i in sampled
+        ],
+    }
+
+
+def document_text(ids: np.ndarray, tokenizer: Tokenizer) -> str:
+    """One document as text: the special tokens between its segments by name, bos and eos omitted."""
+    names = {tokenizer.token_id(token): token for token in SEGMENT_TOKENS if tokenizer.has_token(token)}
+    parts: list[str] = []
+    segment: list[int] = []
+    for index in map(int, ids):
+        if index in names:
+            parts += [tokenizer.decode(segment), names[index]]
+            segment = []
+        else:
+            segment.append(index)
+    return "".join([*parts, tokenizer.decode(segment)])
+
+
+def _characters_per_token(folder: Path, tokenizer: Tokenizer) -> dict[str, float]:
+    """By language, on the held-out pairs, from which the vocabulary was not learnt."""
+    file = folder / "heldout.tsv"
+    pairs = list(islice(read_tsv(file, 3), _MEASURED_PAIRS)) if file.is_file() else []
+    by_language = {}
+    for language, column in (("zh", 1), ("en", 2)):
+        texts = [pair[column] for pair in pairs]
+        tokens = sum(map(len, tokenizer.encode_batch(texts)))
+        if tokens:
+            by_language[language] = sum(map(len, texts)) / tokens
+    return by_language
+
+
+def _lengths(lengths: np.ndarray) -> dict[str, int]:
+    if not len(lengths):
+        return {}
+    middle, high = np.quantile(lengths, [0.5, 0.9])
+    return {"median": int(middle), "90 %": int(high), "longest": int(lengths.max())}

@@ -66,14 +66,14 @@ class StateWriter(_OneFolder, dcp.StorageWriter):
 
     def prepare_global_plan(self, plans: list[dcp.SavePlan]) -> list[dcp.SavePlan]:
         # Every process writes a file of each part, even an empty one, so that a missing file is noticed.
-        parts = sorted({_split(item.index.fqn)[0] for plan in plans for item in plan.items})
+        parts = sorted({item.index.fqn.partition("/")[0] for plan in plans for item in plan.items})
         return [dataclasses.replace(plan, storage_data=(parts, n, len(plans))) for n, plan in enumerate(plans)]
 
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
         parts, rank, world = plan.storage_data
         items = defaultdict(list)
         for item in plan.items:
-            items[_split(item.index.fqn)[0]].append(item)
+            items[item.index.fqn.partition("/")[0]].append(item)
         for part in parts:
             _write(self.folder / _file_name(part, rank, world), items[part], planner)
         written: Future[list[WriteResult]] = Future()
@@ -127,7 +127,7 @@ class StateReader(_OneFolder, dcp.StorageReader):
 
     def read_data(self, plan: dcp.LoadPlan, planner: dcp.LoadPlanner) -> Future[None]:
         for item in plan.items:
-            stored = self.shards[item.storage_index].tensor(_split(item.storage_index.fqn)[1])
+            stored = self.shards[item.storage_index].tensor(item.storage_index.fqn.partition("/")[2])
             for dimension, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
                 stored = stored.narrow(dimension, start, length)
             target = planner.resolve_tensor(item).detach()
@@ -167,11 +167,6 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _split(full: str) -> tuple[str, str]:
-    part, _, name = full.partition("/")
-    return part, name
-
-
 def _file_name(part: str, rank: int, world: int) -> str:
     return f"{part}.safetensors" if world == 1 else f"{part}-{rank + 1:05d}-of-{world:05d}.safetensors"
 
@@ -192,7 +187,7 @@ def _write(file: Path, items: list[Any], planner: dcp.SavePlanner) -> None:
     tensors: dict[str, Tensor] = {}
     chunks: dict[str, Any] = {}
     for item in items:
-        name = _split(item.index.fqn)[1]
+        name = item.index.fqn.partition("/")[2]
         if name in tensors:
             raise SoliError(f"{file}: {name} would be written in two chunks by one process, which cannot be read back")
         tensors[name] = cast(Tensor, planner.resolve_data(item))

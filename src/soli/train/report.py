@@ -79,7 +79,10 @@ class RunReport:
     ) -> None:
         """One optimizer step, shown in the view; with `log` recorded too and, where there is no view, printed."""
         time_left = self._time_left(progress)
-        self.view.update(progress, metrics, loads, time_left)
+        self.view.progress = replace(progress)  # the run's own changes before the next step
+        self.view.metrics = metrics
+        self.view.loads = loads
+        self.view.time_left = time_left
         if not log:
             return
         if not self.console.is_terminal:
@@ -164,16 +167,7 @@ class LiveView:
     metrics: dict[str, float] = field(default_factory=dict)  # loss, mtp, lr, norm, tokens_per_second
     loads: dict[str, ExpertLoad] = field(default_factory=dict)
     heldout: str = ""
-    time_left: str = "?"
-
-    def update(
-        self, progress: RunProgress, metrics: dict[str, float], loads: dict[str, ExpertLoad], time_left: str
-    ) -> None:
-        """Show another step; `time_left` is the time until the end of the run."""
-        self.progress = replace(progress)  # the run's own changes before its next update
-        self.metrics = metrics
-        self.loads = loads
-        self.time_left = time_left
+    time_left: str = "?"  # until the end of the run
 
     def __rich__(self) -> RenderableType:
         parts: list[RenderableType] = [self._progress_row()]

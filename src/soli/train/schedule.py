@@ -39,14 +39,6 @@ class ScheduleSettings(Section, section="schedule"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_ramp()
-        self._check_alternatives()
-        if self.total_tokens <= 0:
-            raise SoliError(
-                "schedule has no tokens to train on; give schedule.constant_tokens or schedule.cosine_tokens"
-            )
-
-    def _check_ramp(self) -> None:
         start = self.batch_sequences_start
         if (start is None) != (self.batch_ramp_tokens == 0):
             missing = "batch_sequences_start" if start is None else "batch_ramp_tokens"
@@ -55,8 +47,6 @@ class ScheduleSettings(Section, section="schedule"):
             reject(
                 "schedule.batch_sequences_start", start, f"it must be at most batch_sequences, {self.batch_sequences}"
             )
-
-    def _check_alternatives(self) -> None:
         for name, other in (("warmup_steps", "warmup_tokens"), ("constant_until_tokens", "constant_tokens")):
             if getattr(self, name) is not None and getattr(self, other):
                 raise SoliError(f"schedule has both {name} and {other}; keep one of them")
@@ -65,6 +55,10 @@ class ScheduleSettings(Section, section="schedule"):
             raise SoliError(
                 f"schedule.constant_until_tokens is {until:,}, but the warm-up takes {warmup_end(self):,} tokens; "
                 "shorten the warm-up"
+            )
+        if self.total_tokens <= 0:
+            raise SoliError(
+                "schedule has no tokens to train on; give schedule.constant_tokens or schedule.cosine_tokens"
             )
 
     @property

@@ -136,7 +136,13 @@ def latent_decode(
     B, H, X = q_BHX.shape
     P, S, width = blocks_PSX.shape
     _check_tokens(q_BHX, width)
-    _check_blocks(q_BHX, blocks_PSX, table_BM, lengths_B, latent)
+    indices_fit = table_BM.dtype == lengths_B.dtype == torch.int32 and table_BM.shape[:1] == lengths_B.shape == (B,)
+    blocks_fit = blocks_PSX.dtype == q_BHX.dtype and blocks_PSX.is_contiguous() and 0 < latent <= X
+    if not indices_fit or not blocks_fit:
+        raise ValueError(
+            f"queries {q_BHX.dtype} {tuple(q_BHX.shape)}, blocks {blocks_PSX.dtype} {tuple(blocks_PSX.shape)}, table "
+            f"{table_BM.dtype} {tuple(table_BM.shape)}, lengths {lengths_B.dtype} {tuple(lengths_B.shape)} do not fit"
+        )
     q_BHX, table_BM, lengths_B = q_BHX.contiguous(), table_BM.contiguous(), lengths_B.contiguous()
     y_BHC = q_BHX.new_empty(B, H, latent)
     code = require_library().latent_decode(
@@ -166,17 +172,6 @@ def _check_tokens(x: Tensor, width: int) -> None:
         raise ValueError(f"the C++ kernels take float32 or bfloat16 on a CPU, not {x.dtype} on {x.device}")
     if x.shape[-1] != width:
         raise ValueError(f"tokens of width {x.shape[-1]} do not fit a weight of {width} input features")
-
-
-def _check_blocks(q_BHX: Tensor, blocks_PSX: Tensor, table_BM: Tensor, lengths_B: Tensor, latent: int) -> None:
-    B, _, X = q_BHX.shape
-    indices_fit = table_BM.dtype == lengths_B.dtype == torch.int32 and table_BM.shape[:1] == lengths_B.shape == (B,)
-    blocks_fit = blocks_PSX.dtype == q_BHX.dtype and blocks_PSX.is_contiguous() and 0 < latent <= X
-    if not indices_fit or not blocks_fit:
-        raise ValueError(
-            f"queries {q_BHX.dtype} {tuple(q_BHX.shape)}, blocks {blocks_PSX.dtype} {tuple(blocks_PSX.shape)}, table "
-            f"{table_BM.dtype} {tuple(table_BM.shape)}, lengths {lengths_B.dtype} {tuple(lengths_B.shape)} do not fit"
-        )
 
 
 def _matrix_address(weight: QuantizedWeight) -> tuple[int, int]:

@@ -8,7 +8,7 @@ G groups.
 """
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from ctypes import Structure, c_char_p, c_double, c_int64, c_uint64, c_void_p
 from typing import Final
 
@@ -124,7 +124,10 @@ def field_hash(struct: type[Structure]) -> int:
 
 def check(library: ctypes.CDLL, structs: Mapping[str, type[Structure]] = STRUCTS) -> None:
     """SoliError for a struct that the library and `structs` lay out differently, or that only one of them has."""
-    layouts = {layout.name.decode(): layout for layout in _layouts(library)}
+    count = c_int64()
+    library.soli_struct_layouts.restype = ctypes.POINTER(CStructLayout)
+    exported = library.soli_struct_layouts(ctypes.byref(count))[: count.value]
+    layouts = {layout.name.decode(): layout for layout in exported}
     for name in {**layouts, **structs}:
         if name not in structs or name not in layouts:
             missing = "csrc/struct_layouts.cpp" if name in structs else "kernels/cpu/structs.py"
@@ -135,10 +138,3 @@ def check(library: ctypes.CDLL, structs: Mapping[str, type[Structure]] = STRUCTS
                 f"the C++ kernels cannot be used: struct {name} of csrc/ and class C{name} of kernels/cpu/structs.py "
                 f"differ in their fields ({layout.size} and {ctypes.sizeof(struct)} bytes)"
             )
-
-
-def _layouts(library: ctypes.CDLL) -> Sequence[CStructLayout]:
-    count = c_int64()
-    library.soli_struct_layouts.restype = ctypes.POINTER(CStructLayout)
-    layouts = library.soli_struct_layouts(ctypes.byref(count))
-    return layouts[: count.value]

@@ -5,7 +5,7 @@
     by_expert     y[e] = a b^T over the tiles of expert e: gradients of the experts' weights
 
 Sums run in fp32, and each 128 of K are promoted to it before the next, as in the paper (section 3.3.2). Operands are
-those of operands.py, sides multiples of 128. Imported only where Triton is: the interpreter in tests/kernels runs these
+those of cuda.py, sides multiples of 128. Imported only where Triton is: the interpreter in tests/kernels runs these
 very functions on a CPU.
 """
 
