@@ -157,25 +157,25 @@ class Engine:
         output = self._forward(parts)
         verified = self._sample(parts, output.logits_NV)
         events: list[Event] = []
-        committed: list[ScheduledTokens] = []
+        committed_parts: list[ScheduledTokens] = []
         drafting: set[SequenceState] = set()
         for part in parts:
             sequence = part.sequence
             tokens = verified.get(sequence)
             rejected = 0 if tokens is None else len(sequence.drafts) - tokens.accepted_drafts
-            part = ScheduledTokens(sequence, part.start, part.count - rejected, part.row)
-            sequence.computed += part.count
-            routing = self._new_routing(part, output.routing)
+            committed = ScheduledTokens(sequence, part.start, part.count - rejected, part.row)
+            sequence.computed += committed.count
+            routing = self._new_routing(committed, output.routing)
             if self._drafter is None:
                 self._scheduler.register_full_blocks(sequence)
             events += self._accept_all(sequence, tokens, routing)
             if sequence.request_id in self._sequences:
-                committed.append(part)
+                committed_parts.append(committed)
                 if tokens is not None and sequence.remaining_new_tokens > 1:
                     drafting.add(sequence)
         if self._drafter is not None:
-            self._drafter.draft(self._runner.active, committed, drafting, output.hidden_TD)
-            for part in committed:
+            self._drafter.draft(self._runner.active, committed_parts, drafting, output.hidden_TD)
+            for part in committed_parts:
                 self._scheduler.register_full_blocks(part.sequence)
         return events
 
