@@ -34,15 +34,10 @@ PRE_TOKENS = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
 
-
-def _byte_alphabet() -> dict[str, int]:
-    """The byte of each of GPT-2's byte symbols: itself where printable, else the next free code point from 256 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_alphabet()
+# The byte of each of GPT-2's byte symbols: itself where printable, else the next free code point from 256 on.
+_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
 
 
 class Tokenizer:

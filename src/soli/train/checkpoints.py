@@ -20,7 +20,6 @@ import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -130,13 +129,11 @@ class CheckpointSaver:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         try:
             self.wait()
         except SoliError:
-            if value is None:  # otherwise the first error is the one to report
+            if error is None:  # otherwise the first error is the one to report
                 raise
         finally:
             self.thread.shutdown()
@@ -208,7 +205,8 @@ class _CheckpointFolder:
 
     def create(self) -> None:
         self.final.parent.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(self.run)
+        for unfinished in self.final.parent.glob(".step-*"):  # of killed runs
+            shutil.rmtree(unfinished)
         self.draft.mkdir()
 
     def commit(self) -> None:
@@ -277,12 +275,6 @@ def remove(checkpoint: Path) -> None:
     hidden = checkpoint.with_name(f".{checkpoint.name}.old")
     checkpoint.rename(hidden)
     shutil.rmtree(hidden)
-
-
-def remove_unfinished(run: Path) -> None:
-    """Remove the incomplete checkpoints of killed runs."""
-    for unfinished in (run / "checkpoints").glob(".step-*"):
-        shutil.rmtree(unfinished)
 
 
 def model_state(model: Transformer) -> dict[str, Tensor]:

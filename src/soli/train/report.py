@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TextIO
 
 from rich.console import Console, Group, RenderableType
@@ -65,9 +64,7 @@ class RunReport:
             self.open.enter_context(Live(self.view, console=self.console, refresh_per_second=2))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.open.close()
 
     def print(self, line: str) -> None:

@@ -120,7 +120,7 @@ def train(run: Run) -> str:
             if stage_tokens_left(settings, progress) <= 0:
                 run.begin_next_stage()
                 report.print(f"{stage_name(progress.stage)} begins: sequences of {run.stage.length:,} tokens")
-            _step_or_stop(run, report, saver)
+            _step_and_report(run, report, saver)
             stage_ended = stage_tokens_left(settings, progress) <= 0
             if is_finished(settings, progress):
                 reason = "finished"
@@ -158,22 +158,18 @@ def _print_start(run: Run, report: RunReport) -> None:
         report.print(f"resuming after step {progress.step}, {tokens}")
 
 
-def _step_or_stop(run: Run, report: RunReport, saver: CheckpointSaver) -> None:
+def _step_and_report(run: Run, report: RunReport, saver: CheckpointSaver) -> None:
     """One step; where an anomaly ends the run, the state before the step is saved if it is worth it."""
-    try:
-        _step_and_report(run, report)
-    except anomalies.TrainingStopped as stop:
-        if stop.save_state:
-            saver.save(run.model, run.optimizer, run.progress)
-            saver.wait()
-        report.end(run.progress, "anomaly")
-        raise
-
-
-def _step_and_report(run: Run, report: RunReport) -> None:
     settings, progress = run.settings, run.progress
     start = time.monotonic()
-    step = take_step(run)
+    try:
+        step = take_step(run)
+    except anomalies.TrainingStopped as stop:
+        if stop.save_state:
+            saver.save(run.model, run.optimizer, progress)
+            saver.wait()
+        report.end(progress, "anomaly")
+        raise
     seconds = time.monotonic() - start
     progress.seconds += seconds
     if step.anomaly is not None:

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -99,34 +100,31 @@ def _key(*parts: str) -> str:
 
 
 def _compile(compiler: str, flags: Sequence[str], runtime: str | None, library: Path, failure: Path) -> None:
-    """Compile and link into `library`; on an error write the compiler's messages to `failure` instead."""
+    """Compile in parallel and link into `library`; on an error write the compiler's messages to `failure` instead."""
+    openmp = ["-fopenmp"] if runtime else []
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        openmp = ["-fopenmp"] if runtime else []
-        objects, messages = _compile_units(compiler, [*flags, *openmp], scratch)
+        commands = [
+            [compiler, *flags, *openmp, *isa_flags, "-c", str(SOURCES / f"{name}.cpp"), "-o", f"{scratch}/{name}.o"]
+            for name, isa_flags in _units(compiler)
+        ]
+        with ThreadPoolExecutor(len(commands)) as pool:
+            messages = "".join(pool.map(_error_messages, commands))
         linked = f"{scratch}/soli_cpu.so"
-        if not messages:
-            # By its path and not as -fopenmp: the linker would take the compiler's own runtime, a second one.
-            sanitizers = [flag for flag in flags if flag.startswith("-fsanitize")]
-            link = [compiler, "-shared", *sanitizers, "-o", linked, *objects, *([runtime] if runtime else [])]
-            result = subprocess.run(link, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            messages = result.stdout if result.returncode else ""
+        objects = [command[-1] for command in commands]
+        # By its path and not as -fopenmp: the linker would take the compiler's own runtime, a second one.
+        sanitizers = [flag for flag in flags if flag.startswith("-fsanitize")]
+        link = [compiler, "-shared", *sanitizers, "-o", linked, *objects, *([runtime] if runtime else [])]
+        messages = messages or _error_messages(link)
         if messages:
             failure.write_text(messages, encoding="utf-8")
         else:
             os.replace(linked, library)
 
 
-def _compile_units(compiler: str, flags: Sequence[str], folder: str) -> tuple[list[str], str]:
-    """Compile all source files in parallel: the object files, and the messages of those that failed."""
-    objects: list[str] = []
-    processes: list[subprocess.Popen[str]] = []
-    for name, isa_flags in _units(compiler):
-        objects.append(f"{folder}/{name}.o")
-        command = [compiler, *flags, *isa_flags, "-c", str(SOURCES / f"{name}.cpp"), "-o", objects[-1]]
-        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    outputs = [process.communicate()[0] for process in processes]
-    failed = [text for text, process in zip(outputs, processes, strict=True) if process.returncode]
-    return objects, "".join(failed)
+def _error_messages(command: list[str]) -> str:
+    """Run a compiler: what it prints where it fails, else nothing."""
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return result.stdout if result.returncode else ""
 
 
 def _units(compiler: str) -> list[tuple[str, tuple[str, ...]]]:
