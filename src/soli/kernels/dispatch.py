@@ -10,7 +10,6 @@ row, X = C latent + R rotary width.
 """
 
 import os
-from dataclasses import dataclass, field
 from functools import cache
 from typing import Final, Self
 
@@ -26,29 +25,21 @@ from soli.kernels.torch_backend import TorchBackend
 NAMES: Final = ("reference", "torch", "cpu")
 
 
-@dataclass(frozen=True)
 class Dispatch(Backend):
     """`forced_backend`: one of NAMES, or None for the fastest; `isa`: one of `cpu.native.ISAS`, or None for the best.
 
     SoliError for a backend that does not exist; for an instruction set that this machine lacks, at the first C++ call.
     """
 
-    forced_backend: str | None = None
-    isa: str | None = None
-    preferred: tuple[Backend, ...] = field(init=False, repr=False, compare=False)  # tried before `fallback`, in order
-    fallback: Backend = field(init=False, repr=False, compare=False)  # supports every call
-
-    def __post_init__(self) -> None:
-        if self.forced_backend is not None and self.forced_backend not in NAMES:
-            raise SoliError(
-                f"SOLI_KERNELS is {self.forced_backend!r}: choose one of {', '.join(NAMES)}, or leave it unset"
-            )
-        cpu = CpuBackend(self.isa, forced=self.forced_backend == "cpu")
-        preferred = () if self.forced_backend in ("reference", "torch") else (cpu,)
-        fallback = REFERENCE if self.forced_backend == "reference" else TorchBackend()
-        # Not cached properties: torch.compile cannot trace their lock.
-        object.__setattr__(self, "preferred", preferred)
-        object.__setattr__(self, "fallback", fallback)
+    def __init__(self, forced_backend: str | None = None, isa: str | None = None) -> None:
+        if forced_backend is not None and forced_backend not in NAMES:
+            raise SoliError(f"SOLI_KERNELS is {forced_backend!r}: choose one of {', '.join(NAMES)}, or leave it unset")
+        cpu = CpuBackend(isa, forced=forced_backend == "cpu")
+        self.forced_backend, self.isa = forced_backend, isa
+        # Tried in order, then `fallback`, which supports every call. Not cached properties: torch.compile cannot trace
+        # their lock.
+        self.preferred: tuple[Backend, ...] = () if forced_backend in ("reference", "torch") else (cpu,)
+        self.fallback: Backend = REFERENCE if forced_backend == "reference" else TorchBackend()
 
     @classmethod
     def from_environment(cls) -> Self:
