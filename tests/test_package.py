@@ -88,8 +88,7 @@ def test_the_lazy_names_are_the_objects_of_their_modules():
         _ = soli.lode_model
 
 
-def test_the_changelog_begins_with_this_version():
-    headings = [
-        line for line in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").splitlines() if line.startswith("## ")
-    ]
-    assert headings[0].split()[1] == soli.__version__
+def test_the_last_release_of_the_changelog_is_this_version():
+    lines = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").splitlines()
+    releases = [line.split()[1] for line in lines if line.startswith("## ") and line != "## Unreleased"]
+    assert releases[0] == soli.__version__

@@ -4,6 +4,7 @@
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
     from soli.llm import LLM
 
 __version__ = "0.2.0"
+
+# Rounds that OpenMP's threads wait busily before they sleep; libgomp reads it when torch loads it, and its own default
+# is milliseconds, for which a thread that shares a busy processor keeps the one that it waits for from running.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 _MODULE_OF = {
     "load_model": "soli.checkpoint",

@@ -11,15 +11,20 @@
 // Shapes: T tokens, D hidden, E experts, F expert width, K chosen, P = T * K pairs of token and expert.
 #include "experts.h"
 
+#include "team.h"
+
 namespace soli {
 namespace {
 
 constexpr int64_t MAX_SCRATCH = 128 << 20;  // bytes; longer batches are computed in parts
 constexpr int64_t MIN_PART = 64;            // tokens
 
-int run_experts(const Experts& layer, int64_t dtype, int64_t threads, int64_t T, const void* x, const int64_t* ids,
+int run_experts(const Experts& layer, int64_t dtype, int64_t max_threads, int64_t T, const void* x, const int64_t* ids,
                 const float* weights, void* y) {
     static thread_local Scratch scratch;
+    static thread_local ThreadBudget budget;
+    Team team(budget, max_threads);
+    const int64_t threads = team.threads;
     const int64_t D = layer.in.I;
     const int64_t F = layer.in.O;
     const int64_t P = T * layer.K;
@@ -40,18 +45,21 @@ int run_experts(const Experts& layer, int64_t dtype, int64_t threads, int64_t T,
     const int64_t gate_items = pairs.active_count * gate_blocks;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-#pragma omp for
+#pragma omp for nowait
         for (int64_t p = 0; p < P; p++)
             in.pack(p, static_cast<const uint8_t*>(x) + pairs.token[p] * D * dtype_bytes(dtype), dtype);
-#pragma omp for schedule(dynamic, omp_chunk(gate_items, T, 3 * threads))
+        team.barrier();
+#pragma omp for schedule(dynamic, omp_chunk(gate_items, T, 3 * threads)) nowait
         for (int64_t item = 0; item < gate_items; item++) {
             const int64_t e = pairs.active[item / gate_blocks];
             const int64_t row = item % gate_blocks * gate_rows;
             gate_up(layer, e, in, pairs.start[e], pairs.start[e + 1], row, gate_rows, hidden);
         }
-#pragma omp for
+        team.barrier();
+#pragma omp for nowait
         for (int64_t p = 0; p < P; p++) out.pack(p, hidden + p * F, FLOAT32);
-#pragma omp for schedule(dynamic)
+        team.barrier();
+#pragma omp for schedule(dynamic) nowait
         for (int64_t row = 0; row < D; row += down_rows) {
             const int64_t rows = std::min(down_rows, D - row);
             for (int64_t t = 0; t < T; t++) std::fill(sum + t * D + row, sum + t * D + row + rows, 0.0f);
@@ -59,6 +67,7 @@ int run_experts(const Experts& layer, int64_t dtype, int64_t threads, int64_t T,
                 down_and_combine(layer, pairs.active[i], out, pairs, row, down_rows, sum);
             for (int64_t t = 0; t < T; t++) store_as(dtype, sum + t * D + row, rows, y, t * D + row);
         }
+        team.barrier();
     }
     return NO_ERROR;
 }

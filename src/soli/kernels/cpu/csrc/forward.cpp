@@ -70,14 +70,17 @@ size_t arena_bytes(const ForwardState& state) {
 // Writes the tokens' latents into the KV blocks, the routers' decisions, y and the logits. Returns an ErrorCode.
 extern "C" int soli_forward(const ForwardArgs* arguments) {
     static thread_local Scratch scratch;
-    const ForwardArgs& args = *arguments;
+    static thread_local ThreadBudget budget;
+    Team team(budget, arguments->threads);
+    ForwardArgs args = *arguments;
+    args.threads = team.threads;
     int64_t slots[MAX_TOKENS];
     if (args.T > MAX_TOKENS) return TOO_MANY_TOKENS;
     if (!assign_slots(args, slots)) return BAD_SLOT;
     for (int64_t t = 0; t < args.T && args.token_ids; t++)
         if (args.token_ids[t] < 0 || args.token_ids[t] >= args.vocab_size) return BAD_TOKEN_ID;
     const int64_t pairs = args.layer_count ? args.layers->attention.R / 2 : 0;
-    ForwardState state = {args, kernels(args.isa), nullptr, nullptr, nullptr, slots};
+    ForwardState state = {args, kernels(args.isa), nullptr, nullptr, nullptr, slots, team};
     const size_t step_bytes = arena_bytes(state);
     const size_t x_bytes = Scratch::bytes<float>(args.T * args.D);
     const size_t rope_bytes = Scratch::bytes<float>(args.T * pairs);
@@ -88,8 +91,9 @@ extern "C" int soli_forward(const ForwardArgs* arguments) {
     const Arena arena = {scratch.take<uint8_t>(step_bytes)};
 #pragma omp parallel num_threads(args.threads) if (args.threads > 1)
     {
-#pragma omp for
+#pragma omp for nowait
         for (int64_t t = 0; t < args.T; t++) embed_token(state, pairs, t);
+        team.barrier();
         Routings routings = args.routings;
         for (int64_t i = 0; i < args.layer_count; i++) {
             const Layer& layer = args.layers[i];
@@ -98,8 +102,9 @@ extern "C" int soli_forward(const ForwardArgs* arguments) {
             FeedForwardStep(state, layer.feed_forward, routings, masked_experts, arena).run();
             routings = next_routings(routings, layer.feed_forward.router, args.T);
         }
-#pragma omp for
+#pragma omp for nowait
         for (int64_t t = 0; t < args.T; t++) store_final_norm(state, t);
+        team.barrier();
         if (args.logit_count) HeadStep(state, arena).run();
     }
     return NO_ERROR;

@@ -8,13 +8,10 @@
 //
 // Shapes: see forward_args.h.
 #pragma once
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "experts.h"
 #include "forward_args.h"
 #include "latent_attention.h"
+#include "team.h"
 
 namespace soli {
 namespace {
@@ -39,6 +36,7 @@ struct ForwardState {
     float* x;          // (T, D) the residual stream
     float *cos, *sin;  // (T, R / 2)
     int64_t* slots;    // (T) slot of the flattened KV blocks that each token's latent is written to
+    Team& team;
 
     // Whether every thread does the small steps for itself, with buffers of its own.
     bool replicates_small_steps() const { return args.T < args.threads; }
@@ -56,7 +54,7 @@ struct ForwardState {
     template <class V>
     V* take_per_thread(Arena& arena, int64_t count) const {
         const int64_t per_thread = Scratch::bytes<V>(count) / sizeof(V);
-        return arena.take<V>(per_thread * args.threads) + per_thread * thread();
+        return arena.take<V>(per_thread * args.threads) + per_thread * team_thread();
     }
 
     // Calls run(t) for each token; afterwards this thread sees the results of all.
@@ -65,17 +63,10 @@ struct ForwardState {
         if (replicates_small_steps()) {
             for (int64_t t = 0; t < args.T; t++) run(t);
         } else {
-#pragma omp for
+#pragma omp for nowait
             for (int64_t t = 0; t < args.T; t++) run(t);
+            team.barrier();
         }
-    }
-
-    static int64_t thread() {
-#ifdef _OPENMP
-        return omp_get_thread_num();
-#else
-        return 0;
-#endif
     }
 
     Activations activations(const Weight& weight) const { return Activations(isa, weight.layout, args.dtype); }

@@ -65,16 +65,19 @@ public:
         // Without a barrier after it: queries do not read the cache.
 #pragma omp for schedule(static) nowait
         for (int64_t t = 0; t < T; t++) norm_rope_and_cache_latent(t);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (int64_t h = 0; h < H; h++) rope_and_absorb_query(h);
+        state.team.barrier();
         if (T > B) {
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
             for (int64_t item = 0; item < prefill->items(); item++) prefill->attend(item);
+            state.team.barrier();
         }
         if (B) attend_latents();
         state.for_each_token([&](int64_t t) { o_input.pack(t, heads + t * H * a.V, FLOAT32); });
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (int64_t block = 0; block < row_blocks(args.D); block++) project_output(block);
+        state.team.barrier();
     }
 
 private:
@@ -88,10 +91,11 @@ private:
     void project_q_kv() {
         const int64_t q_row_blocks = row_blocks(a.q_a.layout.O);
         const int64_t kv_row_blocks = row_blocks(X);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < q_row_blocks + kv_row_blocks; i++)
             if (i < q_row_blocks) multiply_row_block(a.q_a, q_input, T, i, a.q_a_bias, q_latent);
             else multiply_row_block(a.kv_a, kv_input, T, i - q_row_blocks, a.kv_a_bias, kv);
+        state.team.barrier();
     }
 
     void norm_query_latent(int64_t t) {
@@ -138,18 +142,20 @@ private:
         const int64_t groups = decode.head_groups();
         if (groups > 1) {
             // A thread that attends for a group of heads also combines their values: no barrier between the two.
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
             for (int64_t g = 0; g < groups; g++) {
                 for (int64_t item = g; item < decode.items(); item += groups) decode.attend(absorbed_queries, item);
                 for (int64_t h = g * decode.heads_per_item; h < std::min(H, (g + 1) * decode.heads_per_item); h++)
                     combine_values(h);
             }
         } else {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
             for (int64_t item = 0; item < decode.items(); item++) decode.attend(absorbed_queries, item);
-#pragma omp for schedule(static)
+            state.team.barrier();
+#pragma omp for schedule(static) nowait
             for (int64_t h = 0; h < H; h++) combine_values(h);
         }
+        state.team.barrier();
     }
 
     // W_UV times the latents that head h has combined.

@@ -54,8 +54,9 @@ public:
 #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < spans(shared.in.O); i++)
             gate_up_span(shared, 0, shared_input, 0, T, i, shared_values, shared_hidden);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < row_blocks(E); i++) multiply_row_block(f.router.weight, router_input, T, i, {}, logits);
+        state.team.barrier();
         route_tokens();
         // `active_count` is written by one thread; the pairs' arrays are shared, these fields are not.
         shared_pairs.active_count = shared.in.O > 0;
@@ -77,17 +78,20 @@ private:
     // Routes every token, and copies tokens into the order of their experts.
     void route_tokens() {
         if (T > ROUTE_ALONE) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
             for (int64_t t = 0; t < T; t++)
                 if (E) route(f.router, logits + t * E, masked_experts, t, routings);
-#pragma omp single
+            state.team.barrier();
+#pragma omp single nowait
             sort_pairs();
-#pragma omp for schedule(static)
+            state.team.barrier();
+#pragma omp for schedule(static) nowait
             for (int64_t p = 0; p < P; p++) copy_token(p);
         } else {
-#pragma omp single
+#pragma omp single nowait
             route_alone();
         }
+        state.team.barrier();
     }
 
     void route_alone() {
@@ -111,22 +115,24 @@ private:
         const int64_t expert_spans = spans(routed.in.O);
         const int64_t items = routed_pairs.active_count * expert_spans;
         // Dynamic: experts have different numbers of tokens.
-#pragma omp for schedule(dynamic, omp_chunk(items, T, 3 * args.threads))
+#pragma omp for schedule(dynamic, omp_chunk(items, T, 3 * args.threads)) nowait
         for (int64_t i = 0; i < items; i++) {
             const int64_t e = routed_pairs.active[i / expert_spans];
             gate_up_span(routed, e, routed_input, routed_pairs.start[e], routed_pairs.start[e + 1], i % expert_spans,
                          routed_values, routed_hidden);
         }
+        state.team.barrier();
     }
 
     void down_and_combine_all() {
         const int64_t rows = down_rows_per_item(args.D, T, P, routed_pairs.active_count, args.threads);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (int64_t row = 0; row < args.D; row += rows) {
             for (int64_t i = 0; i < routed_pairs.active_count; i++)
                 down_and_combine(routed, routed_pairs.active[i], routed_hidden, routed_pairs, row, rows, state.x);
             if (shared_pairs.active_count) down_and_combine(shared, 0, shared_hidden, shared_pairs, row, rows, state.x);
         }
+        state.team.barrier();
     }
 
     static int64_t spans(int64_t F) { return (F + STEP - 1) / STEP; }

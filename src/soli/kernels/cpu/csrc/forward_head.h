@@ -10,7 +10,8 @@ namespace {
 class HeadStep {
 public:
     HeadStep(const ForwardState& state, Arena arena)
-        : args(state.args),
+        : team(state.team),
+          args(state.args),
           N(args.logit_count),
           V(args.vocab_size),
           x(state.activations(args.head)) {
@@ -23,14 +24,16 @@ public:
     void run() {
         const int64_t token_bytes = args.D * dtype_bytes(args.dtype);
         const int64_t items = row_blocks(V);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (int64_t n = 0; n < N; n++)
             x.pack(n, static_cast<const uint8_t*>(args.y) + args.logit_indices[n] * token_bytes, args.dtype);
-#pragma omp for schedule(dynamic, omp_chunk(items, N, 8 * args.threads))
+        team.barrier();
+#pragma omp for schedule(dynamic, omp_chunk(items, N, 8 * args.threads)) nowait
         for (int64_t item = 0; item < items; item++) {
             multiply_row_block(args.head, x, N, item, {}, args.logits);
             if (args.dtype == BFLOAT16) round_to_bf16(item * ROW_BLOCK, std::min(V, (item + 1) * ROW_BLOCK));
         }
+        team.barrier();
     }
 
 private:
@@ -41,6 +44,7 @@ private:
                 *logit = float_from_bf16(bf16_from_float(*logit));
     }
 
+    Team& team;
     const ForwardArgs& args;
     const int64_t N, V;
     Activations x;
