@@ -8,7 +8,10 @@ python examples/ask.py "The river" http://127.0.0.1:9000/v1
 import os
 import sys
 
-from openai import OpenAI
+try:
+    from openai import OpenAI, OpenAIError
+except ModuleNotFoundError:
+    sys.exit("ask.py needs the package openai; install it with: pip install openai")
 
 
 def main(prompt: str, address: str = "http://127.0.0.1:8000/v1") -> None:
@@ -36,4 +39,9 @@ def main(prompt: str, address: str = "http://127.0.0.1:8000/v1") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if not 2 <= len(sys.argv) <= 3:
+        sys.exit("usage: python examples/ask.py PROMPT [ADDRESS]")
+    try:
+        main(*sys.argv[1:])
+    except OpenAIError as error:
+        sys.exit(f"ask.py: no answer ({error}); is `soli serve` running at that address?")

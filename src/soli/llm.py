@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TypedDict, Unpack
 
+from soli.checkpoint.writer import ProgressCallback
 from soli.data.tokenizer import Tokenizer
 from soli.engine.async_engine import AsyncEngine, Events
 from soli.engine.constraint import ConstraintSpec
@@ -46,7 +47,7 @@ class LLM:
     `model`: a folder, "nano", or a Transformer with its `tokenizer`; a Transformer may be hooked, patched or trained on
     between requests. `device`, `dtype`: of a folder, as `open_text_model` says. `limits`: memory and batch sizes.
     `runner`: "eager" calls the modules one after another; "fused" computes all layers in one C++ call, or is a
-    SoliError; "auto" is fused where it can be.
+    SoliError; "auto" is fused where it can be. `progress` is called with the bytes of a folder that are read and all.
     """
 
     def __init__(
@@ -58,9 +59,10 @@ class LLM:
         dtype: str = "auto",
         limits: EngineLimits | None = None,
         runner: RunnerName = "auto",
+        progress: ProgressCallback = lambda read, total: None,
     ) -> None:
         limits = limits or EngineLimits()
-        self.text_model = _text_model(model, tokenizer, device, dtype, limits.speculate)
+        self.text_model = _text_model(model, tokenizer, device, dtype, limits.speculate, progress)
         self.engine = AsyncEngine(Engine(self.text_model, limits, runner=runner))
         self._max_pending = max(1, limits.max_waiting)
 
@@ -139,7 +141,12 @@ class LLM:
 
 
 def _text_model(
-    model: str | Path | Transformer, tokenizer: Tokenizer | None, device: str, dtype: str, mtp: bool
+    model: str | Path | Transformer,
+    tokenizer: Tokenizer | None,
+    device: str,
+    dtype: str,
+    mtp: bool,
+    progress: ProgressCallback,
 ) -> TextModel:
     if isinstance(model, Transformer):
         if tokenizer is None:
@@ -149,4 +156,4 @@ def _text_model(
         raise SoliError(f"model is a {type(model).__name__}: give a folder, nano, or a soli.model.Transformer")
     if tokenizer is not None:
         raise SoliError("a folder has its own tokenizer: give tokenizer= with a Transformer alone")
-    return open_text_model(str(model), device, dtype, mtp)
+    return open_text_model(str(model), device, dtype, mtp, progress)

@@ -12,6 +12,7 @@ from torch import Tensor
 from soli.checkpoint.name_map import Slot
 from soli.checkpoint.reader import Checkpoint
 from soli.checkpoint.save import slot_view
+from soli.checkpoint.writer import ProgressCallback
 from soli.config import PRESETS, resolve
 from soli.errors import SoliError
 from soli.formats.quantized import plain
@@ -30,6 +31,7 @@ def load_model(
     *,
     mtp: bool = True,
     quantized: bool | None = None,
+    progress: ProgressCallback = lambda read, total: None,
 ) -> Transformer:
     """A model in evaluation mode, its parameters trainable, every tensor checked before the first is used.
 
@@ -41,7 +43,8 @@ def load_model(
     loading takes neither time nor memory for them, and they are no parameters. False dequantizes them to `dtype`. None
     keeps int8 and int4 and dequantizes FP8.
 
-    Memory: the model once, without quantized weights, and one tensor. Raises SoliError naming file and tensor; warns
+    `progress` is called with the bytes read and those in all. Memory: the model once, without quantized weights, and
+    one tensor. Raises SoliError naming file and tensor; warns
     when the files lack the MTP modules that their config.json announces.
     """
     if torch.device(device).type == "meta":
@@ -58,7 +61,7 @@ def load_model(
     sources = _sources(checkpoint)
     if quantized:
         _set_quantized(model, checkpoint, sources, device)
-    _fill(model, checkpoint, sources, device)
+    _fill(model, checkpoint, sources, device, progress)
     return model.eval()
 
 
@@ -120,16 +123,24 @@ def _sources(checkpoint: Checkpoint) -> dict[str, list[Slot]]:
 
 
 def _fill(
-    model: Transformer, checkpoint: Checkpoint, sources: dict[str, list[Slot]], device: torch.device | str
+    model: Transformer,
+    checkpoint: Checkpoint,
+    sources: dict[str, list[Slot]],
+    device: torch.device | str,
+    progress: ProgressCallback,
 ) -> None:
     """Allocate every parameter and buffer on `device` and read its values from the files, one after another."""
     filled: dict[str, Tensor] = {}
+    total = sum(tensor.nbytes for tensor in model.state_dict().values())
+    bytes_read = 0
     for name, empty in model.state_dict().items():
         if name not in sources:  # the head of a model with tied embeddings
             continue
         filled[name] = torch.empty(empty.shape, dtype=empty.dtype, device=device)
         for slot in sources[name]:
             slot_view(filled, slot).copy_(checkpoint.values(slot, empty.dtype, device))
+        bytes_read += empty.nbytes
+        progress(bytes_read, total)
     tied = checkpoint.config.tie_word_embeddings
     missing, unknown = model.load_state_dict(filled, strict=not tied, assign=True)
     if tied:

@@ -40,7 +40,7 @@ TOKENIZER_FILES: Final = (
 Spec = tuple[str, str, tuple[int, ...]]  # name, dtype, shape: one tensor in a header
 Encoded = Tensor | QuantizedWeight
 Fetch = Callable[[Slot], Encoded]
-ProgressCallback = Callable[[int, int], None]  # bytes written, bytes in all
+ProgressCallback = Callable[[int, int], None]  # bytes read or written, bytes in all
 
 
 @dataclass(frozen=True)

@@ -53,13 +53,22 @@ class Verbs(TyperGroup):
             raise typer.Exit(130) from None
 
 
+class Subverbs(TyperGroup):
+    """Verbs of a verb; their help has the whole first sentence of each."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        rows = [(name, command.get_short_help_str(limit=1000)) for name, command in self.commands.items()]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
 def load(verb: str) -> Any:
     """The command behind a verb, its module imported."""
     module = importlib.import_module(f"soli.cli.{verb}")
     holder = typer.Typer(rich_markup_mode=None)
     holder.callback()(lambda: None)
     if hasattr(module, "app"):
-        holder.add_typer(module.app, name=verb, help=VERBS[verb])
+        holder.add_typer(module.app, name=verb, help=VERBS[verb], cls=Subverbs)
     else:
         holder.command(verb)(getattr(module, verb))
     return typer.main.get_command(holder).commands[verb]  # type: ignore[attr-defined]
@@ -68,7 +77,6 @@ def load(verb: str) -> Any:
 app = typer.Typer(
     cls=Verbs,
     name="soli",
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -10,6 +10,7 @@ import typer
 
 from soli.cli._shared import options
 from soli.cli._shared.console import sanitize_for_terminal
+from soli.cli._shared.loading import Stopwatch, load_llm
 from soli.errors import SoliError
 
 if TYPE_CHECKING:
@@ -57,7 +58,6 @@ def open_chat(model: str, device: str, dtype: str) -> tuple[LLM, ChatTemplate]:
     from soli.chat.templates import ChatTemplate
     from soli.checkpoint import open_checkpoint
     from soli.data.tokenizer import Tokenizer
-    from soli.llm import LLM
 
     folder = open_checkpoint(model).folder
     template = ChatTemplate.from_folder(folder, Tokenizer.from_folder(folder))
@@ -66,7 +66,7 @@ def open_chat(model: str, device: str, dtype: str) -> tuple[LLM, ChatTemplate]:
             f"{model} has no chat template, so it was not trained to chat: use soli generate to continue a text, or "
             "soli translate"
         )
-    return LLM(model, device=device, dtype=dtype), template
+    return load_llm(model, device, dtype), template
 
 
 class Conversation:
@@ -77,6 +77,7 @@ class Conversation:
         self, llm: LLM, template: ChatTemplate, sampling: SamplingParams, limit: int | None, system: str | None
     ) -> None:
         self._llm, self._template, self._sampling, self._limit = llm, template, sampling, limit
+        self.speed = ""  # of the last answer, a line
         self._system = [{"role": "system", "content": system}] if system else []
         self.reset()
 
@@ -94,8 +95,13 @@ class Conversation:
         limit = limit if self._limit is None else min(limit, self._limit)
         splitter = ReasoningSplitter(thinking)
         content = ""
+        self.speed = ""
+        stopwatch = Stopwatch()
         try:
             for event in self._llm.stream(ids, self._sampling, max_new_tokens=limit):
+                stopwatch.lap()
+                if event.usage is not None:
+                    self.speed = stopwatch.summary(event.usage.prompt, event.usage.completion)
                 reasoning, answer = splitter.push(event.text, event.finish_reason is not None)
                 content += answer
                 yield reasoning, answer
@@ -133,3 +139,5 @@ def _answer(conversation: Conversation, line: str) -> None:
         if isinstance(error, SoliError):
             print(f"soli: {error}; {HELP}", file=sys.stderr)
     print(flush=True)
+    if conversation.speed and sys.stdin.isatty():
+        print(f"soli: {conversation.speed}", file=sys.stderr)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from soli.cli._shared import options
 from soli.cli._shared.console import number_columns, print_json, stdout_console
+from soli.cli._shared.loading import load_text_model
 from soli.cli._shared.progress import ProgressBar
 from soli.cli._shared.text_input import evenly, file_pairs, file_texts
 from soli.errors import SoliError
@@ -39,11 +40,10 @@ def eval(
     texts = evenly(file_texts(text), limit) if text is not None else []
     if rows:
         import sacrebleu  # noqa: F401  (a missing package is reported before the translating)
-    from soli.engine.text_model import open_text_model
     from soli.eval.scoring import score_pairs, score_texts
     from soli.eval.translation import evaluate_direction
 
-    text_model = open_text_model(model, device, dtype, mtp=True)
+    text_model = load_text_model(model, device, dtype, mtp=True)
     report = Report(model)
     if rows:
         with ProgressBar("translating pairs", 2 * len(rows)) as bar:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 
 from soli.cli._shared import options
 from soli.cli._shared.console import print_json, sanitize_for_terminal
+from soli.cli._shared.loading import Stopwatch, load_text_model
 from soli.cli._shared.text_input import argument_lines, stdin_lines
 from soli.errors import SoliError
 
@@ -76,7 +78,6 @@ def generate(
     from soli.engine.offline import limits_for, stream
     from soli.engine.request import Answer, Request
     from soli.engine.sampler import SamplingParams
-    from soli.engine.text_model import open_text_model
 
     sampling = SamplingParams(
         temperature=temperature,
@@ -90,7 +91,7 @@ def generate(
         seed=seed,
     )
     constraint = _constraint_spec(json_schema, regex)
-    text_model = open_text_model(model, device, dtype, mtp=speculate)
+    text_model = load_text_model(model, device, dtype, mtp=speculate)
     prompt_ids = text_model.text_prompt(text)
     remaining = text_model.remaining_tokens(prompt_ids, "the prompt")
     request = Request(
@@ -106,7 +107,9 @@ def generate(
     longest = len(prompt_ids) + request.max_new_tokens
     engine = Engine(text_model, limits_for(text_model, 1, longest, speculate=speculate))
     events = []
+    stopwatch = Stopwatch()
     for event in stream(engine, request):
+        stopwatch.lap()
         events.append(event)
         if not json:
             print(sanitize_for_terminal(event.text), end="", flush=True)
@@ -117,6 +120,7 @@ def generate(
         _print_json(text, answer, trace, entries)
         return
     print(flush=True)
+    print(f"soli: {stopwatch.summary(answer.usage.prompt, answer.usage.completion)}", file=sys.stderr)
     if entries is not None:
         print("", *_logprob_lines(entries), sep="\n")
     if trace is not None:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from soli.cli._shared import options
 from soli.cli._shared.console import number_columns, print_json, stdout_console
+from soli.cli._shared.loading import load_text_model
 from soli.cli._shared.progress import ProgressBar
 from soli.cli._shared.text_input import evenly, file_texts
 
@@ -37,10 +38,9 @@ def routing(
 ) -> None:
     """Report which experts a text file activates, how evenly, and which prefer Chinese or English beyond chance."""
     texts = evenly(file_texts(file), limit)
-    from soli.engine.text_model import open_text_model
     from soli.eval.routing import report_routing, save_heat_map
 
-    text_model = open_text_model(model, device, dtype)
+    text_model = load_text_model(model, device, dtype)
     with ProgressBar("reading texts", len(texts)) as bar:
         report = report_routing(text_model, texts, permutations=permutations, seed=seed, on_progress=bar.advance)
     if png is not None:

@@ -9,6 +9,7 @@ import typer
 
 from soli.cli._shared import options
 from soli.cli._shared.console import print_json
+from soli.cli._shared.loading import load_text_model
 from soli.cli._shared.text_input import argument_lines, stdin_lines
 from soli.errors import SoliError
 
@@ -38,11 +39,10 @@ def translate(
         raise SoliError(f"cannot translate to {to!r}: choose en or zh")
     lines = stdin_lines() if text == "-" else argument_lines(text, "the text")
     from soli.engine.sampler import SamplingParams
-    from soli.engine.text_model import open_text_model
     from soli.eval.translation import Translator
 
     translator = Translator(
-        text_model=open_text_model(model, device, dtype, mtp=speculate),
+        text_model=load_text_model(model, device, dtype, mtp=speculate),
         to=to,  # type: ignore[arg-type]
         sampling=SamplingParams(temperature, top_k, top_p, seed),
         max_new_tokens=max_new_tokens,

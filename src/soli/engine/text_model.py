@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from soli.checkpoint import load_model, open_checkpoint
+from soli.checkpoint.writer import ProgressCallback
 from soli.data.tokenizer import Tokenizer
 from soli.errors import SoliError
 from soli.model.transformer import Transformer
@@ -61,7 +62,13 @@ class TextModel:
         return re.sub(r"(?:\\x[0-9a-f]{2})+", lambda match: f"⟨{match[0].replace(chr(92) + 'x', '')}⟩", escaped)
 
 
-def open_text_model(name_or_folder: str, device: str = "cpu", dtype: str = "auto", mtp: bool = False) -> TextModel:
+def open_text_model(
+    name_or_folder: str,
+    device: str = "cpu",
+    dtype: str = "auto",
+    mtp: bool = False,
+    progress: ProgressCallback = lambda read, total: None,
+) -> TextModel:
     """Loads a folder, or "nano", the bundled model; its MTP modules only when `mtp`.
 
     dtype "auto": float32 for weight files of up to 512 MB, so that rounding does not matter there; else that of the
@@ -74,7 +81,9 @@ def open_text_model(name_or_folder: str, device: str = "cpu", dtype: str = "auto
     if dtype == "auto" and sum(path.stat().st_size for path in folder.glob("*.safetensors")) <= FLOAT32_LIMIT:
         dtype = "float32"
     quantized = True if dtype == "as-is" else None
-    model = load_model(name_or_folder, device=device, dtype=DTYPES.get(dtype), mtp=mtp, quantized=quantized)
+    model = load_model(
+        name_or_folder, device=device, dtype=DTYPES.get(dtype), mtp=mtp, quantized=quantized, progress=progress
+    )
     return text_model(model, Tokenizer.from_folder(folder), folder)
 
 
