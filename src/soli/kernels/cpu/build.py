@@ -1,8 +1,9 @@
 """Compile the C++ kernels once per machine into a cache folder; nothing is downloaded.
 
 The cache (SOLI_CACHE, else XDG_CACHE_HOME/soli, else ~/.cache/soli) has one library per sources, flags, compiler and
-OpenMP library. A lock keeps processes from compiling twice; the library appears by a rename, complete. `make install`
-runs `python -m soli.kernels.cpu`; without that the first use compiles.
+OpenMP library. A lock keeps processes from compiling twice; the library appears by a rename, complete. What is loaded
+from it is library_cache.py's decision. A cache that cannot be used is replaced by one in the folder for temporary
+files. `make install` runs `python -m soli.kernels.cpu`; without that the first use compiles.
 
 Threads are torch's: the library links the OpenMP runtime that torch has loaded and no other.
 
@@ -15,11 +16,14 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
+
+from soli.kernels.cpu.library_cache import check_folder, install, make_private, open_verified, remove
 
 SOURCES: Final = Path(__file__).parent / "csrc"
 # No contraction: the source says what is one rounding and what is two, so every tile size gives the same bits. Nothing
@@ -36,6 +40,7 @@ ISA_FLAGS: Final = {
     ),
     "amx": ("-mamx-tile", "-mamx-bf16", "-mamx-int8"),  # beside avx512's; not known to compilers before 2021
 }
+TEMPORARY_FAILURES: Final = ("No space left", "Killed", "annot allocate memory", "out of memory")  # not cached
 COMMON: Final = ("dispatch", "experts", "forward", "latent_attention", "linear", "portable", "struct_layouts")
 
 
@@ -43,10 +48,10 @@ class BuildError(Exception):
     """Why there are no C++ kernels, in a clause that can follow "because"."""
 
 
-def build(cache: Path | None = None) -> Path:
+def build(cache: Path | None = None, rebuild: bool = False) -> Path:
     """The compiled library, from the cache where it is there. Needs torch imported, for its OpenMP runtime.
 
-    SOLI_CPU_FLAGS adds flags, for a sanitizer or a debugger.
+    `rebuild` compiles it again even so. SOLI_CPU_FLAGS adds flags, for a sanitizer or a debugger.
     """
     if platform.system() != "Linux":
         raise BuildError(f"they are built on Linux alone, and this is {platform.system()}")
@@ -54,20 +59,53 @@ def build(cache: Path | None = None) -> Path:
     runtime = next(iter(openmp_runtimes()), None)  # torch's; none where it was built without
     version = _run([compiler, "--version"]).splitlines()[0]
     flags = [*FLAGS, *os.environ.get("SOLI_CPU_FLAGS", "").split()]
-    folder = (cache or cache_folder()) / "kernels" / _key(version, str(runtime), *flags, platform.machine())
-    library = folder / "soli_cpu.so"
-    failure = folder / "failed.txt"
+    key = _key(version, str(runtime), *flags, platform.machine())
+    reasons = []
+    for find_folder in (lambda: cache,) if cache else (cache_folder, temporary_cache):
+        try:
+            library = find_folder() / "kernels" / key / "soli_cpu.so"
+            _ensure(compiler, flags, runtime, library, rebuild)
+        except OSError as error:
+            reasons.append(f"{error.filename or cache_folder()}: {error.strerror or error}")
+            continue
+        if reasons:
+            note = f"soli: the C++ kernels are in {library.parent}; the cache cannot be used ({reasons[0]})"
+            print(note, file=sys.stderr)
+        return library
+    raise BuildError("; ".join(dict.fromkeys(reasons)))
+
+
+def _ensure(compiler: str, flags: Sequence[str], runtime: str | None, library: Path, rebuild: bool) -> None:
+    """Compile `library` unless it is there and can be loaded. BuildError when the compiler fails, OSError naming what
+    cannot be used of the cache."""
+    failure = library.with_name("failed.txt")
+    folders = (library.parent.parent, library.parent)
+    if not rebuild and not os.access(library.parent, os.W_OK) and _is_verified(library, folders):
+        return  # a cache that was filled for everybody
+    for folder in folders:
+        make_private(folder)
+    lock = os.open(library.with_name("lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not library.exists() and not failure.exists():
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if rebuild or not _is_verified(library, folders):
+            for path in (library, *library.parent.glob("tmp*")):  # the latter of compilations that were killed
+                remove(path)
+            if not failure.exists():
                 _compile(compiler, flags, runtime, library, failure)
-    except OSError as error:
-        raise BuildError(f"{error.filename or folder}: {error.strerror}") from None
+    finally:
+        os.close(lock)
     if failure.exists():
         raise BuildError(f"{compiler} failed; {failure} has its messages (delete it to try again)")
-    return library
+
+
+def _is_verified(library: Path, folders: Iterable[Path]) -> bool:
+    try:
+        for folder in folders:
+            check_folder(folder)
+        os.close(open_verified(library))
+    except OSError:
+        return False
+    return True
 
 
 def find_compiler() -> str:
@@ -80,9 +118,15 @@ def find_compiler() -> str:
 
 def cache_folder() -> Path:
     """The folder of compiled kernels and other files that can be made again."""
-    if "SOLI_CACHE" in os.environ:
+    if os.environ.get("SOLI_CACHE"):
         return Path(os.environ["SOLI_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "soli"
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return temporary_cache() if base.startswith("~") else Path(base) / "soli"  # ~ where a user has no home
+
+
+def temporary_cache() -> Path:
+    """The same where that folder cannot be used: one per user in the folder for temporary files."""
+    return Path(tempfile.gettempdir()) / f"soli-{os.geteuid()}"
 
 
 def openmp_runtimes() -> list[str]:
@@ -115,10 +159,12 @@ def _compile(compiler: str, flags: Sequence[str], runtime: str | None, library: 
         sanitizers = [flag for flag in flags if flag.startswith("-fsanitize")]
         link = [compiler, "-shared", *sanitizers, "-o", linked, *objects, *([runtime] if runtime else [])]
         messages = messages or _error_messages(link)
+        if any(reason in messages for reason in TEMPORARY_FAILURES):
+            raise BuildError(f"{compiler} failed: {messages.strip().splitlines()[-1]}")
         if messages:
             failure.write_text(messages, encoding="utf-8")
         else:
-            os.replace(linked, library)
+            install(Path(linked), library)
 
 
 def _error_messages(command: list[str]) -> str:

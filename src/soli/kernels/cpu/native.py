@@ -15,6 +15,7 @@ import torch
 from soli.errors import SoliError
 from soli.kernels.cpu import structs
 from soli.kernels.cpu.build import BuildError, build
+from soli.kernels.cpu.library_cache import open_verified
 
 ISAS: Final = ("portable", "avx2", "avx512", "amx")  # as soli::kernels() numbers them
 FORMATS: Final = {"fp32": 0, "bf16": 1, "fp8": 2, "int8": 3, "int4": 4}  # as enum Format
@@ -46,9 +47,14 @@ class Library:
     forward: Any  # takes the address of a structs.CForwardArgs
 
 
-def open_library(path: Path) -> Library:
-    """Load a compiled library into this process. SoliError where its structs are not those of structs.py."""
-    handle = ctypes.CDLL(str(path))
+def open_library(path: Path, descriptor: int | None = None) -> Library:
+    """Load a compiled library into this process, from its open file descriptor if there is one. SoliError where its
+    structs are not those of structs.py.
+
+    The descriptor stays open: the loader knows the library by it, and another library under its number would be taken
+    for this one.
+    """
+    handle = ctypes.CDLL(str(path) if descriptor is None else f"/proc/self/fd/{descriptor}")
     structs.check(handle)
     handle.soli_linear.argtypes = [*[_INT] * 5, *[_POINTER] * 2, *[_INT] * 2, *[_POINTER] * 2, _INT]
     handle.soli_experts.argtypes = [*[_INT] * 8, _POINTER, *[_INT] * 3, *[_POINTER] * 4, _INT]
@@ -64,8 +70,13 @@ def open_library(path: Path) -> Library:
 def library_or_reason() -> Library | str:
     """The kernels of this machine, built if they are not yet; or why there are none."""
     try:
-        return open_library(build())
-    except (BuildError, OSError) as error:
+        library = build()
+        try:
+            return open_library(library, open_verified(library))
+        except (OSError, AttributeError, SoliError):  # AttributeError: a function is missing
+            library = build(rebuild=True)
+            return open_library(library, open_verified(library))
+    except (BuildError, OSError, AttributeError) as error:
         return str(error)
 
 
