@@ -9,13 +9,13 @@ field, value and remedy. Nothing here imports torch.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from soli.errors import SoliError
+from soli.input_files import read_object
 from soli.presets import PRESETS
 from soli.rope_scaling import RopeScaling, reject_variants
 from soli.sections import (
@@ -26,6 +26,7 @@ from soli.sections import (
     PositiveInt,
     Section,
     reject,
+    shown,
     suggest,
 )
 
@@ -76,6 +77,8 @@ NULL_MEANS = {
 
 # Written by some libraries but derived from other fields: dropped, so that a changed copy cannot contradict itself.
 DERIVED = ("head_dim", "qk_head_dim")
+
+TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # Fields of relatives that would change the network if they held anything else; Soli has no such variant.
 ONLY_VALUES = {"mlp_bias": False, "use_mla": True, "qk_layernorm": False, "partial_rotary_factor": 1.0}
@@ -133,12 +136,14 @@ class ModelConfig(Section, section="", exact_integers=True):
 
     def __post_init__(self) -> None:
         _check_family(self.model_type)
+        token_ids = {name: getattr(self, name) for name in TOKEN_FIELDS}  # before 1.0 in a list becomes 1
         super().__post_init__()
+        for name, ids in token_ids.items():
+            check_token_ids(name, ids, self.vocab_size)
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         reject_variants(self.extra, ONLY_VALUES)
         _check_shape(self)
-        _check_tokens(self)
         if self.n_routed_experts:
             _check_routing(self)
 
@@ -158,7 +163,10 @@ class ModelConfig(Section, section="", exact_integers=True):
     @property
     def num_moe_layers(self) -> int:
         """MoE layers of the main model, MTP modules not counted."""
-        return sum(self.is_moe_layer(i) for i in range(self.num_hidden_layers))
+        if not self.n_routed_experts:
+            return 0
+        step = self.moe_layer_freq  # of its multiples, those from first_k_dense_replace to the last layer
+        return -(-self.num_hidden_layers // step) - -(-self.first_k_dense_replace // step)
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> ModelConfig:
@@ -204,7 +212,8 @@ def _fold_aliases(d: dict[str, Any]) -> None:
             continue
         value = d.pop(alias)
         if d.setdefault(name, value) != value:
-            raise SoliError(f"{name} is {d[name]!r} but {alias}, its other name, is {value!r}; keep one of them")
+            values = f"{name} is {shown(d[name])} but {alias}, its other name, is {shown(value)}"
+            raise SoliError(f"{values}; keep one of them")
 
 
 def _fold_rope(d: dict[str, Any]) -> None:
@@ -218,7 +227,8 @@ def _fold_rope(d: dict[str, Any]) -> None:
             reject(name, value, "it must be a JSON object, or null")
         theta = value.get("rope_theta")
         if theta is not None and d.setdefault("rope_theta", theta) != theta:
-            raise SoliError(f"rope_theta is {d['rope_theta']!r} but {name} has {theta!r}; keep one of them")
+            values = f"rope_theta is {shown(d['rope_theta'])} but {name} has {shown(theta)}"
+            raise SoliError(f"{values}; keep one of them")
         scalings.append(RopeScaling.from_dict(value))
     if len(scalings) == 2 and scalings[0] != scalings[1]:
         raise SoliError("rope_scaling and rope_parameters disagree; keep one of them")
@@ -247,18 +257,25 @@ def _check_shape(config: ModelConfig) -> None:
             "num_key_value_heads",
             f"latent attention has one key per head, so it must equal num_attention_heads, {heads}",
         ),
+        (
+            config.rope_scaling is not None and config.rope_theta <= 1,
+            "rope_theta",
+            "with rope_scaling it must be above 1",
+        ),
     )
 
 
-def _check_tokens(config: ModelConfig) -> None:
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = getattr(config, name)
-        tokens = value if isinstance(value, list) else [value]
-        if not tokens:
-            reject(name, value, "it must be a whole number, or a list of at least one")
-        for token in tokens:
-            if token is not None and not -1 <= token < config.vocab_size:
-                reject(name, token, f"tokens go from 0 to vocab_size - 1, {config.vocab_size - 1}")
+def check_token_ids(name: str, value: Any, vocab_size: int) -> frozenset[int]:
+    """The token ids that a JSON field holds: a number or a list of them; none for null. SoliError for anything else."""
+    tokens = [] if value is None else value if isinstance(value, list) else [value]
+    if value == []:
+        reject(name, value, "it must be a whole number, or a list of at least one")
+    for token in tokens:
+        if type(token) is not int:
+            reject(name, token, "a token's id is a whole number")
+        if not 0 <= token < vocab_size:
+            reject(name, token, f"tokens go from 0 to vocab_size - 1, {vocab_size - 1}")
+    return frozenset(tokens)
 
 
 def _check_routing(config: ModelConfig) -> None:
@@ -303,15 +320,7 @@ def load_config(path: str | Path) -> ModelConfig:
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
     try:
-        d = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SoliError(f"{file}: cannot be read ({error.strerror or error})") from None
-    except (ValueError, RecursionError) as error:
-        raise SoliError(f"{file}: not valid JSON ({error})") from None
-    if not isinstance(d, dict):
-        raise SoliError(f"{file}: must hold a JSON object, not {type(d).__name__}")
-    try:
-        return ModelConfig.from_dict(d)
+        return ModelConfig.from_dict(read_object(file))
     except SoliError as error:
         raise SoliError(f"{file}: {error}") from None
 

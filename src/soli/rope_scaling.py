@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Self
 
 from soli.errors import SoliError
-from soli.sections import Bounds, NonNegativeFloat, PositiveFloat, PositiveInt, Section, reject
+from soli.sections import Bounds, NonNegativeFloat, PositiveFloat, PositiveInt, Section, reject, shown
 
 # Fields that would change the rotation if they held anything else; Soli has no such variant.
 ONLY_VALUES = {"attention_factor": None, "truncate": True, "partial_rotary_factor": 1.0}
@@ -44,7 +44,8 @@ class RopeScaling(Section, section="rope_scaling", exact_integers=True):
         kinds = [table[name] for name in ("type", "rope_type") if table.get(name) is not None] or ["default"]
         kind = kinds[0]
         if kinds[-1] != kind:
-            raise SoliError(f"rope_scaling has type {kind!r} and rope_type {kinds[-1]!r}; keep one of them")
+            types = f"type {shown(kind)} and rope_type {shown(kinds[-1])}"
+            raise SoliError(f"rope_scaling has {types}; keep one of them")
         if kind == "default":
             return None
         for name in ("factor", "original_max_position_embeddings"):

@@ -7,7 +7,8 @@
 
 Values are checked, and brought to their declared type, whenever a section is constructed; `from_dict` also rejects
 unknown and missing fields. Known types: int, float, bool, str, Literal, None and unions, tuple, list, dict, other
-sections, Any; `Annotated[int, Bounds(...)]` limits a number. A whole float such as 1e6 may stand for an int.
+sections, Any; `Annotated[int, Bounds(...)]` limits a number. A whole float such as 1e6 may stand for an int. Integers
+have 64 bits, floats the range of float32, and text has no NUL byte and no half surrogate pair.
 Every error names section, field, value and what the field may hold. No torch.
 
 `--set FIELD=VALUE` of the command line is the same for every verb: a value is TOML (`3`, `1e-3`, `true`, `[1, 2]`,
@@ -66,6 +67,11 @@ Share = Annotated[float, Bounds(at_least=0, at_most=1)]
 BelowOne = Annotated[float, Bounds(at_least=0, below=1)]
 
 
+LARGEST_INT = 2**63 - 1
+LARGEST_FLOAT = 3.4e38  # about float32's
+LONGEST_SHOWN = 200  # characters
+
+
 class Section:
     """Base of a frozen dataclass that is one section of a configuration, called `section` in messages."""
 
@@ -89,7 +95,7 @@ class Section:
     def from_dict(cls, table: Any) -> Self:
         """The section from a table of a TOML or JSON file; SoliError where it cannot be one."""
         if not isinstance(table, Mapping):
-            raise SoliError(f"the section {cls.section} is {table!r}; write a table, [{cls.section}]")
+            raise SoliError(f"the section {cls.section} is {shown(table)}; write a table, [{cls.section}]")
         annotations = annotations_of(cls)  # type: ignore[arg-type]
         reject_unknown(cls.section, table, annotations)
         for item in dataclasses.fields(cls):  # type: ignore[arg-type]
@@ -107,7 +113,16 @@ def annotations_of(cls: Any) -> dict[str, Any]:
 
 def reject(name: str, value: Any, remedy: str) -> NoReturn:
     """Raise the error of one value: field, value, what to do about it."""
-    raise SoliError(f"{name} is {value!r}; {remedy}")
+    raise SoliError(f"{name} is {shown(value)}; {remedy}")
+
+
+def shown(value: Any) -> str:
+    """A value for an error: its repr, of a long one the beginning."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; lists nested a thousand deep
+        return f"a {type(value).__name__} too large to show"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
 def reject_unknown(section: str, names: Iterable[str], known: Iterable[str]) -> None:
@@ -162,10 +177,21 @@ def _convert_scalar(name: str, value: Any, kind: type, expected: str) -> Any:
         if isinstance(value, float) and not math.isfinite(value):
             reject(name, value, f"it must be finite, {expected}")
         if isinstance(value, int | float) and not isinstance(value, bool) and (kind is float or value == int(value)):
+            if abs(value) > (LARGEST_FLOAT if kind is float else LARGEST_INT):
+                reject(name, value, f"that is too large; it must be {expected}")
             return kind(value)
     elif type(value) is kind:
+        if kind is str and not is_text(value):
+            reject(name, value, "it must be text without NUL bytes and half surrogate pairs")
         return value
     reject(name, value, f"it must be {expected}")
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is text that a file name, a terminal and UTF-8 can hold."""
+    if not isinstance(value, str) or "\0" in value:
+        return False
+    return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _convert_union(name: str, value: Any, kinds: tuple[Any, ...], expected: str) -> Any:
@@ -233,7 +259,9 @@ def parse_value(text: str) -> Any:
         return _WORDS[text]
     try:
         table = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except ValueError:  # no TOML, or an integer of thousands of digits
         return text
+    except RecursionError:
+        raise SoliError(f"--set: the value {shown(text)} is nested too deeply") from None
     value = table.pop("value")
     return text if table or isinstance(value, datetime.date | datetime.time) else value

@@ -100,7 +100,7 @@ def test_a_trace_of_version_0_1_reads_as_the_trace_of_the_same_text_today():
 
 
 def test_what_is_no_trace_is_rejected_with_the_file_or_the_field(tmp_path):
-    with pytest.raises(SoliError, match=r"missing\.json cannot be read as JSON"):
+    with pytest.raises(SoliError, match=r"missing\.json: cannot be read"):
         read_trace(tmp_path / "missing.json")
     with pytest.raises(SoliError, match=r"no trace .*layers"):
         read_trace([{"position": 0}])

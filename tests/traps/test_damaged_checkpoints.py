@@ -154,7 +154,7 @@ DAMAGES = {
     "index that reaches outside": Damage(
         index(lambda weights: weights.update({WEIGHT: "../x.safetensors"})), (INDEX, "plain"), sharded=True
     ),
-    "index of no JSON": Damage(lambda folder: (folder / INDEX).write_text("{"), (INDEX, "damaged"), sharded=True),
+    "index of no JSON": Damage(lambda folder: (folder / INDEX).write_text("{"), (INDEX, "not valid"), sharded=True),
     "no index": Damage(lambda folder: (folder / INDEX).unlink(), (INDEX,), sharded=True),
     "a tensor in two shards": Damage(also_elsewhere, (".safetensors", WEIGHT, "also in"), sharded=True),
     "both a single file and shards": Damage(

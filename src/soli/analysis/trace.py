@@ -9,8 +9,7 @@ reruns the model.
 Shapes: T tokens, E experts, K selected, M runners-up, G groups.
 """
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +18,8 @@ import torch
 from torch import Tensor
 
 from soli.errors import SoliError
+from soli.input_files import TABLE_BYTES, read_json
+from soli.sections import annotations_of, convert, shown
 
 RUNNER_UPS = 2  # per token and layer
 NAMES = ("selected", "promoted_by_bias", "demoted_by_bias", "runner_ups")  # in JSON
@@ -103,6 +104,15 @@ class TokenTrace:
     layers: tuple[LayerTrace, ...]
 
 
+# The fields that are lists of other dataclasses.
+ITEMS = {
+    "layers": LayerTrace,
+    "selected": SelectedExpert,
+    "demoted_by_bias": DemotedExpert,
+    "runner_ups": RunnerUp,
+}
+
+
 def trace_tokens(
     routers: Sequence[tuple[str, ExpertSelector]],
     routing: Sequence[RoutingDecision],
@@ -160,30 +170,43 @@ def read_trace(source: str | Path | Sequence[dict[str, Any]]) -> list[TokenTrace
     Traces of Soli 0.1, which have other names for the same fields, are read as well.
     """
     tokens: Any = source
+    where = ""
     if isinstance(source, str | Path):
-        try:
-            tokens = json.loads(Path(source).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise SoliError(f"{source} cannot be read as JSON ({error})") from None
+        where = f"{source}: "
+        tokens = read_json(source, TABLE_BYTES)
         if isinstance(tokens, dict):
             tokens = tokens.get("experts")
     try:
-        return [TokenTrace(**{**token, "layers": tuple(map(_read_layer, token["layers"]))}) for token in tokens]
-    except (TypeError, KeyError, AttributeError) as error:
-        raise SoliError(f"this is no trace of soli --experts --json ({type(error).__name__}: {error})") from None
+        return [_read(TokenTrace, token, f"token {number}") for number, token in enumerate(_listed(tokens, "experts"))]
+    except SoliError as error:
+        raise SoliError(f"{where}this is no trace of soli --experts --json ({error})") from None
 
 
-def _read_layer(layer: dict[str, Any]) -> LayerTrace:
-    selected, promoted, demoted, runner_ups = NAMES_IN_0_1 if "players" in layer else NAMES
-    return LayerTrace(
-        layer["layer"],
-        tuple(
-            SelectedExpert(e["expert"], e["weight"], e["affinity"], e["biased"], e[promoted]) for e in layer[selected]
-        ),
-        tuple(DemotedExpert(**expert) for expert in layer[demoted]),
-        tuple(RunnerUp(**expert) for expert in layer[runner_ups]),
-        None if layer["groups"] is None else tuple(layer["groups"]),
-    )
+def _read(kind: Any, table: Any, place: str) -> Any:
+    """One of the dataclasses above from a JSON object, every field there and of its type. `place` is for errors."""
+    if not isinstance(table, Mapping):
+        raise SoliError(f"{place} is {shown(table)}, not an object")
+    names = dict(zip(NAMES, NAMES_IN_0_1 if kind is LayerTrace and "players" in table else NAMES, strict=True))
+    if kind is SelectedExpert and "let_in" in table:
+        names["promoted_by_bias"] = "let_in"
+    stored_names = {name: names.get(name, name) for name in annotations_of(kind)}
+    missing = [name for name in stored_names.values() if name not in table]
+    if missing:
+        raise SoliError(f"{place} has no {', '.join(missing)}")
+    values: dict[str, Any] = {}
+    for name, annotation in annotations_of(kind).items():
+        value, part = table[stored_names[name]], f"{place}, {stored_names[name]}"
+        if name in ITEMS:
+            values[name] = tuple(_read(ITEMS[name], item, f"{part} {i}") for i, item in enumerate(_listed(value, part)))
+        else:
+            values[name] = convert(part, value, annotation)
+    return kind(**values)
+
+
+def _listed(value: Any, place: str) -> Sequence[Any]:
+    if not isinstance(value, list | tuple):
+        raise SoliError(f"{place} is {shown(value)}, not a list")
+    return value
 
 
 def _mask(experts_TK: Tensor, scores_TE: Tensor) -> Tensor:

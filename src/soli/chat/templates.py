@@ -7,6 +7,7 @@ become tokens. Assistant messages keep their reasoning delimiters, which templat
 """
 
 import json
+import os
 import re
 import secrets
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from soli.chat.deepseek import CLOSE, OPEN, ends_in_reasoning
 from soli.data.tokenizer import Tokenizer, special_names
 from soli.errors import SoliError
+from soli.input_files import read_object_if_present, read_text
+from soli.sections import is_text, shown
 
 NO_REASONING = f"\n{CLOSE}\n\n"  # as DeepSeek-V3.1 writes it for an answer without reasoning
 
@@ -63,13 +66,18 @@ class ChatTemplate:
     def from_folder(cls, folder: Path, tokenizer: Tokenizer) -> Self | None:
         """The folder's template; None if it has none."""
         path = folder / "tokenizer_config.json"
-        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        config = read_object_if_present(path)
         file = folder / "chat_template.jinja"
-        source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
-        if isinstance(source, list):  # several by name
+        source = read_text(file) if os.path.lexists(file) else config.get("chat_template")
+        if isinstance(source, list) and all(isinstance(entry, dict) for entry in source):  # several by name
             source = next((entry.get("template") for entry in source if entry.get("name") == "default"), None)
-        if not isinstance(source, str):
+        if source is None:
             return None
+        if not is_text(source):
+            raise SoliError(
+                f"{path}: chat_template is {shown(source)}; it must be text, or a list of objects with name and "
+                "template"
+            )
         return cls(source, tokenizer, special_names(path))
 
     def render(

@@ -36,6 +36,7 @@ def convert_checkpoint(
     Raises SoliError naming file and tensor; nothing is left at `folder` then.
     """
     checkpoint = open_checkpoint(source)
+    checkpoint.check_router_biases()
     if checkpoint.quantized_dtypes & {"I8", "U8"} and target.format not in ("bf16", "fp32"):
         raise SoliError(
             f"{source}: its weights are quantized as integers already and would lose precision again as "

@@ -54,6 +54,7 @@ def load_model(
     checkpoint = open_checkpoint(name_or_folder, mtp)
     for note in checkpoint.notes:
         warnings.warn(note, stacklevel=2)
+    checkpoint.check_router_biases()
     checkpoint.check_copies()
     model = Transformer(checkpoint.config, device="meta", dtype=dtype or checkpoint.natural_dtype)
     if quantized is None:

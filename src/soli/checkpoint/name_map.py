@@ -8,6 +8,7 @@ with the gate's rows first, `down_proj` (E, D, F). And MTP module k is HF layer 
 which Soli shares with the main model.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
@@ -134,40 +135,42 @@ IGNORED: Final = ("model.layers.*.self_attn.rotary_emb.inv_freq",)
 
 def slots(config: ModelConfig) -> tuple[Slot, ...]:
     """Every tensor of a checkpoint with this configuration, in the order of the official files, copies included."""
+    return tuple(unroll_slots(config))
+
+
+def unroll_slots(config: ModelConfig) -> Iterator[Slot]:
+    """The same one after another, for a configuration that nothing has checked yet: it may have 10^9 layers."""
     dims, facts = _dimensions(config), _facts(config)
 
-    def unroll(rows: tuple[NameRow, ...], layer: int | None = None, block: str = "", k: int = 0) -> list[Slot]:
+    def unroll(rows: tuple[NameRow, ...], layer: int | None = None, block: str = "", k: int = 0) -> Iterator[Slot]:
         hf, soli = (f"model.layers.{layer}.", f"{block}.") if block else ("", "")
-        return [
-            Slot(
-                hf + row.hf.format(i=layer),
-                _shape(row, dims),
-                row.kind,
-                soli + row.soli.format(k=k),
-                layer,
-                copy=row.copy,
-            )
-            for row in rows
-            if row.when in facts
-        ]
+        for row in rows:
+            if row.when in facts:
+                yield Slot(
+                    hf + row.hf.format(i=layer),
+                    _shape(row, dims),
+                    row.kind,
+                    soli + row.soli.format(k=k),
+                    layer,
+                    copy=row.copy,
+                )
 
-    def unroll_block(layer: int, block: str, moe: bool) -> list[Slot]:
-        if not moe:
-            return unroll(BLOCK + DENSE, layer, block)
-        return unroll(BLOCK + MOE, layer, block) + _experts(config.n_routed_experts or 0, dims, layer, block)
+    def unroll_block(layer: int, block: str, moe: bool) -> Iterator[Slot]:
+        yield from unroll(BLOCK + (MOE if moe else DENSE), layer, block)
+        if moe:
+            yield from _experts(config.n_routed_experts, dims, layer, block)
 
     depth = config.num_hidden_layers
-    unrolled = unroll(TOP[:1])
+    yield from unroll(TOP[:1])
     for layer in range(depth):
-        unrolled += unroll_block(layer, f"layers.{layer}", config.is_moe_layer(layer))
+        yield from unroll_block(layer, f"layers.{layer}", config.is_moe_layer(layer))
     for k in range(config.num_nextn_predict_layers):
-        unrolled += unroll(MTP, depth + k, k=k)
-        unrolled += unroll_block(depth + k, f"mtp.{k}.block", bool(config.n_routed_experts))
-    return tuple(unrolled + unroll(TOP[1:]))
+        yield from unroll(MTP, depth + k, k=k)
+        yield from unroll_block(depth + k, f"mtp.{k}.block", bool(config.n_routed_experts))
+    yield from unroll(TOP[1:])
 
 
-def _experts(count: int, dims: dict[str, int], layer: int, block: str) -> list[Slot]:
-    unrolled = []
+def _experts(count: int, dims: dict[str, int], layer: int, block: str) -> Iterator[Slot]:
     for expert in range(count):
         rows_of: dict[str, int] = {}  # filled so far, by tensor of Soli
         for row in EXPERT:
@@ -175,8 +178,7 @@ def _experts(count: int, dims: dict[str, int], layer: int, block: str) -> list[S
             first_row = rows_of.get(row.soli, 0)
             rows_of[row.soli] = first_row + shape[0]
             name = f"model.layers.{layer}.{row.hf.format(e=expert)}"
-            unrolled.append(Slot(name, shape, row.kind, f"{block}.{row.soli}", layer, expert, first_row))
-    return unrolled
+            yield Slot(name, shape, row.kind, f"{block}.{row.soli}", layer, expert, first_row)
 
 
 def _shape(row: NameRow, dims: dict[str, int]) -> tuple[int, ...]:

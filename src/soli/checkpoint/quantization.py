@@ -19,6 +19,7 @@ from soli.config import ModelConfig
 from soli.errors import SoliError
 from soli.formats.fp8 import BLOCK
 from soli.formats.quantized import CODECS
+from soli.sections import shown
 
 FORMAT: Final = {"F8_E4M3": "fp8", "I8": "int8", "U8": "int4"}  # dtype in a file -> format of a weight
 FLOATS: Final = ("BF16", "F16", "F32")
@@ -34,7 +35,7 @@ def quantized_dtypes(folder: Path, config: ModelConfig) -> frozenset[str]:
     if announced is None:
         return frozenset()
     if announced.get("quant_method") == SOLI:
-        if announced.get("bits") not in BITS:
+        if type(announced.get("bits")) is not int or announced["bits"] not in BITS:
             _reject(folder, "bits", announced.get("bits"), "8 or 4")
         return BITS[announced["bits"]]
     for field, only_value in FP8.items():
@@ -105,6 +106,6 @@ def _scale_problems(slot: Slot, scale: TensorEntry, format: str) -> Iterator[str
 
 def _reject(folder: Path, field: str, value: Any, reads: str) -> None:
     raise SoliError(
-        f"{folder / 'config.json'}: quantization_config.{field} is {value!r}, but Soli reads {reads}; "
+        f"{folder / 'config.json'}: quantization_config.{field} is {shown(value)}, but Soli reads {reads}; "
         "fetch the model's bf16 or official FP8 files"
     )

@@ -9,26 +9,30 @@ A folder without *any* tensor of the MTP modules (many exports drop them) opens 
 one that lacks some of them is broken.
 """
 
-import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from soli.checkpoint.name_map import IGNORED, SCALE_SUFFIX, Slot, slots
+from soli.checkpoint.name_map import IGNORED, SCALE_SUFFIX, Kind, Slot, slots, unroll_slots
 from soli.checkpoint.quantization import FORMAT, quantized_dtypes, slot_problems
 from soli.checkpoint.shard import TORCH_DTYPE, Shard, TensorEntry
 from soli.config import load_config
 from soli.errors import SoliError
 from soli.formats.fp8 import BLOCK, check_scale
+from soli.input_files import TABLE_BYTES, read_object
 from soli.kernels import QuantizedWeight
+from soli.sections import is_text, shown
 
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
+MAX_PROBLEMS: Final = 10_000  # that are counted before the first is reported
 PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -49,7 +53,8 @@ class Checkpoint:
         note = f"{folder} holds no MTP module though config.json has one: the model is used without"
         self.notes = (note,) if lacks_mtp and mtp else ()
         without_mtp = replace(self.config, num_nextn_predict_layers=0)
-        _raise_first(self._problems(slots(without_mtp if lacks_mtp else self.config)))
+        # Unrolled lazily: of a configuration with 10^9 layers only what the files have, and some of what they lack.
+        _raise_first(self._problems(unroll_slots(without_mtp if lacks_mtp else self.config)))
         if lacks_mtp or not mtp:
             self.config = without_mtp
         self.slots = slots(self.config)
@@ -102,6 +107,12 @@ class Checkpoint:
                     "Soli shares one table between the model and its MTP modules: load with mtp=False"
                 )
 
+    def check_router_biases(self) -> None:
+        """SoliError for a router whose bias is not finite: every token would select the same experts, or none."""
+        for slot in self.slots:
+            if slot.kind is Kind.ROUTER_BIAS and not self.stored(slot.name).isfinite().all():
+                raise SoliError(f"{self.entries[slot.name]} has values that are not finite; fetch the file again")
+
     def _equal(self, name: str, other: str) -> bool:
         dtype = self.entries[name].dtype
         if dtype != self.entries[other].dtype:
@@ -111,8 +122,8 @@ class Checkpoint:
 
     def _lacks_mtp(self) -> bool:
         first, count = self.config.num_hidden_layers, self.config.num_nextn_predict_layers
-        prefixes = tuple(f"model.layers.{layer}." for layer in range(first, first + count))
-        return count > 0 and not any(name.startswith(prefixes) for name in self.entries)
+        layers = (re.match(r"model\.layers\.(\d{1,18})\.", name) for name in self.entries)
+        return count > 0 and not any(layer and first <= int(layer[1]) < first + count for layer in layers)
 
     def _problems(self, expected: Iterable[Slot]) -> Iterable[str]:
         known = set()
@@ -131,10 +142,10 @@ class Checkpoint:
 
 
 def _raise_first(problems: Iterable[str]) -> None:
-    sentences = list(problems)
+    sentences = list(islice(problems, MAX_PROBLEMS))
     if sentences:
-        more = f" (and {len(sentences) - 1:,} more problems in this folder)" if len(sentences) > 1 else ""
-        raise SoliError(sentences[0] + more)
+        count = f"{len(sentences) - 1:,}" if len(sentences) < MAX_PROBLEMS else f"at least {MAX_PROBLEMS - 1:,}"
+        raise SoliError(sentences[0] + (f" (and {count} more problems in this folder)" if len(sentences) > 1 else ""))
 
 
 def _open_shards(folder: Path) -> dict[Path, Shard]:
@@ -156,16 +167,12 @@ def _open_shards(folder: Path) -> dict[Path, Shard]:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    try:
-        weight_map: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = set(weight_map.values())  # one per shard, where tensors are many
-        are_plain_names = all(isinstance(file, str) and file and Path(file).name == file for file in files)
-    except OSError as error:
-        raise SoliError(f"{index}: cannot be read ({error.strerror or error})") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise SoliError(f"{index}: is damaged, it has no JSON object weight_map") from None
-    if not are_plain_names:
-        raise SoliError(f"{index}: names a shard that is not a plain file name beside it")
+    weight_map: Any = read_object(index, TABLE_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise SoliError(f"{index}: is damaged, it has no JSON object weight_map")
+    for name, file in weight_map.items():
+        if not is_text(file) or not file or Path(file).name != file:
+            raise SoliError(f"{index}: tensor {name} is in {shown(file)}, which is not a plain file name beside it")
     return weight_map
 
 

@@ -10,6 +10,7 @@ gap, do not match its dtype and shape or exceed the file (an incomplete download
 import json
 import math
 import mmap
+import os
 import warnings
 from collections.abc import Iterable
 from contextlib import suppress
@@ -22,6 +23,8 @@ import torch
 from torch import Tensor
 
 from soli.errors import SoliError
+from soli.input_files import decode, open_regular, parse_json
+from soli.sections import LARGEST_INT
 
 ITEM_BYTES: Final = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
@@ -38,6 +41,7 @@ TORCH_DTYPE: Final = {
 }
 FILE_DTYPE: Final = {dtype: name for name, dtype in TORCH_DTYPE.items()}
 HEADER_LIMIT: Final = 100_000_000  # bytes; the safetensors library's own limit
+MAX_DIMENSIONS: Final = 64  # torch's own limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +65,7 @@ class Shard:
     def __init__(self, file: Path) -> None:
         """Read and check the header. Raises SoliError naming the file and, where there is one, the tensor."""
         self.file = file
-        try:
-            self.entries, self.metadata = _read_header(file)
-        except OSError as error:
-            raise SoliError(f"{file}: cannot be read ({error.strerror or error})") from None
+        self.entries, self.metadata = _read_header(file)
 
     def tensor(self, name: str) -> Tensor:
         """A tensor as stored, mapped and read-only: writing to it would crash the process, so copy it first."""
@@ -76,7 +77,7 @@ class Shard:
 
     @cached_property
     def _bytes(self) -> Tensor:
-        with self.file.open("rb") as stream:
+        with open_regular(self.file) as stream:
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         if hasattr(mmap, "MADV_HUGEPAGE"):  # in pages of 2 MiB where the file system can: fewer addresses to translate
             with suppress(OSError):
@@ -107,43 +108,32 @@ def encode_header(
 
 
 def _read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, Any]]:
-    size = file.stat().st_size
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, HEADER_LIMIT):
             raise SoliError(f"{file}: its header does not fit in its {size} bytes: cut short, or no safetensors file")
-        header = _parse_header(file, stream.read(length))
-    metadata = header.pop("__metadata__", None)
-    entries = {name: _entry(file, name, fields, 8 + length) for name, fields in header.items()}
-    _check_layout(file, entries, 8 + length, size)
-    return entries, metadata if isinstance(metadata, dict) else {}
-
-
-def _parse_header(file: Path, text: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = dict(pairs)
-        if len(names) < len(pairs):
-            repeated = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
-            raise SoliError(f"{file}: tensor {repeated} is listed twice in the header")
-        return names
-
-    try:
-        header = json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError):
-        raise SoliError(f"{file}: its header is not JSON: it is damaged or no safetensors file") from None
+        header = parse_json(decode(stream.read(length), f"{file}: its header"), f"{file}: its header")
     if not isinstance(header, dict):
         raise SoliError(f"{file}: its header is not a JSON object: it is damaged or no safetensors file")
-    return header
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise SoliError(f"{file}: its header has a __metadata__ that is no JSON object of texts: it is damaged")
+    entries = {name: _entry(file, name, fields, 8 + length) for name, fields in header.items()}
+    _check_layout(file, entries, 8 + length, size)
+    return entries, metadata
 
 
 def _entry(file: Path, name: str, fields: Any, base: int) -> TensorEntry:
     try:
         dtype, shape, (start, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
-        if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+        if not all(type(n) is int and 0 <= n <= LARGEST_INT for n in (*shape, start, end)):
             raise ValueError("a size or an offset is no natural number")
+        if len(shape) > MAX_DIMENSIONS:
+            raise ValueError("no tensor has as many dimensions")
     except (TypeError, KeyError, ValueError):
         raise SoliError(f"{file}: tensor {name} has a damaged header entry") from None
-    if dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise SoliError(f"{file}: tensor {name} has dtype {dtype!r}, which is not known")
     if end - start != math.prod(shape) * ITEM_BYTES[dtype]:
         raise SoliError(f"{file}: tensor {name} has {end - start} bytes, too many or few for {dtype} of shape {shape}")

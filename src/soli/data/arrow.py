@@ -4,13 +4,14 @@ Nothing is downloaded and the `datasets` library is not needed: such a folder is
 names them. Rejects a damaged file, a column that is missing or not text, and rows selected by an index file.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from soli.data.entries import BadLine, TextEntry, missing_column, text_entry
 from soli.errors import SoliError
+from soli.input_files import read_object
+from soli.sections import is_text, shown
 
 _BATCH_ROWS = 1024
 
@@ -61,15 +62,19 @@ def _damaged(path: Path, error: Exception) -> SoliError:
 def _streams(folder: Path) -> list[Path]:
     """The Arrow files that state.json names, all of them inside the folder."""
     path = folder / "state.json"
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        names = [str(entry["filename"]) for entry in state["_data_files"]]
-        indexed = state.get("_indices_data_files") or state.get("_indices_files")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SoliError(f"{path} is not the state of a saved dataset ({error}): save it to disk again") from error
+    state = read_object(path)
+    entries: Any = state.get("_data_files")
+    is_list = isinstance(entries, list) and entries and all(isinstance(entry, dict) for entry in entries)
+    names: list[Any] = [entry.get("filename") for entry in entries] if is_list else []
+    if not names or not all(map(is_text, names)):
+        raise SoliError(
+            f"{path} is not the state of a saved dataset (_data_files is {shown(entries)}, no list of objects with a "
+            "filename): save it to disk again"
+        )
+    indexed = state.get("_indices_data_files") or state.get("_indices_files")
     if indexed:
         raise SoliError(f"{folder} selects its rows by an index: call flatten_indices() and save it to disk again")
-    if any(Path(name).name != name for name in names):
+    if any(not name or Path(name).name != name for name in names):
         raise SoliError(f"{path} names files outside its folder: save the dataset to disk again")
     return [folder / name for name in names]
 

@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from soli.errors import SoliError
+from soli.input_files import read_text
 from soli.sections import Bounds, NonNegativeInt, Section, Share, annotations_of, parse_assignments, reject_unknown
 
 RECIPE_FOLDERS = (Path("recipes"), Path(__file__).resolve().parents[1] / "recipes")
+
+RECIPE_BYTES = 2**20
+RECIPE_DOTS = 2000  # in a line
 
 # Corpus fields of recipes written before they named their corpus step: a run that has them still resumes.
 UNNAMED_CORPUS_FIELDS = (
@@ -38,14 +42,22 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     """The recipe as a dictionary of sections, with `section.field=value` overrides applied."""
     path = find_recipe(name)
     try:
-        recipe = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        recipe = tomllib.loads(_toml_text(path))
+    except ValueError as error:  # no TOML, or an integer of thousands of digits
         raise SoliError(f"{path} is not valid TOML ({error}): correct it") from error
-    except OSError as error:
-        raise SoliError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+    except RecursionError:
+        raise SoliError(f"{path} is not valid TOML (nested too deeply): correct it") from None
     for place, value in parse_assignments(overrides).items():
         _override(recipe, place, value, path)
     return recipe
+
+
+def _toml_text(path: Path) -> str:
+    """The text of a TOML file, without what tomllib takes quadratic time for: keys of thousands of parts."""
+    text = read_text(path, RECIPE_BYTES)
+    if any(line.count(".") > RECIPE_DOTS for line in text.splitlines()):
+        raise SoliError(f"{path} has a line with more than {RECIPE_DOTS:,} dots: write it as several")
+    return text
 
 
 def _override(recipe: dict[str, Any], place: str, value: Any, path: Path) -> None:

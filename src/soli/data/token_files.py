@@ -7,16 +7,19 @@ tokens by source, characters per token, document lengths, samples.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 
 from soli.data.tokenizer import Tokenizer
 from soli.data.tsv import read_tsv
 from soli.errors import SoliError
+from soli.input_files import read_object
+from soli.sections import NonNegativeInt, PositiveInt, Share, convert
 
 DTYPE = np.dtype("<u2")
 DTYPE_32 = np.dtype("<u4")
@@ -25,6 +28,20 @@ _MEASURED_PAIRS = 2000
 _SCANNED_TOKENS = 50_000_000
 
 Totals = dict[str, dict[str, int]]  # `tokens` and `documents` by source
+
+Counts = dict[str, dict[str, NonNegativeInt]]
+META_FIELDS: dict[str, Any] = {
+    "dtype": Literal["uint16", "uint32"],
+    "vocab_size": PositiveInt,
+    "train_tokens": NonNegativeInt,
+    "valid_tokens": NonNegativeInt,
+    "sources": Counts,
+    "valid_sources": Counts,
+    "seed": int,
+    "fim_rate": Share,
+    "tokenizer_sha256": str,
+}
+REQUIRED_META = ("dtype", "train_tokens", "valid_tokens")
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
@@ -94,14 +111,19 @@ def write_meta(
 def read_meta(folder: str | Path) -> dict[str, Any]:
     """meta.json of a folder of packed tokens, its files checked for presence and size."""
     path = Path(folder) / "meta.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise SoliError(f"{folder} holds no packed tokens (no meta.json): run `soli data build` first")
+    meta = read_object(path)
     try:
-        meta: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        width = stored_dtype(meta).itemsize
-        expected_tokens = {"train.bin": int(meta["train_tokens"]), "valid.bin": int(meta["valid_tokens"])}
-    except (ValueError, KeyError, TypeError) as error:
-        raise SoliError(f"{path} is damaged ({error}): run `soli data build` again") from error
+        for name, kind in META_FIELDS.items():
+            if name in meta:
+                meta[name] = convert(name, meta[name], kind)
+            elif name in REQUIRED_META:
+                raise SoliError(f"it has no {name}")
+    except SoliError as error:
+        raise SoliError(f"{path} is damaged ({error}): run `soli data build` again") from None
+    width = stored_dtype(meta).itemsize
+    expected_tokens = {"train.bin": meta["train_tokens"], "valid.bin": meta["valid_tokens"]}
     for name, tokens in expected_tokens.items():
         file = path.with_name(name)
         size = file.stat().st_size if file.is_file() else 0
@@ -121,7 +143,7 @@ def inspect_folder(folder: Path, samples: int, seed: int) -> dict[str, Any]:
     """meta.json with `characters_per_token`, `document_tokens` (median, 90 %, longest) and decoded `samples`."""
     meta = read_meta(folder)
     tokenizer = Tokenizer.from_folder(folder)
-    if tokenizer.vocab_size != meta["vocab_size"]:
+    if tokenizer.vocab_size != meta.get("vocab_size"):
         raise SoliError(f"{folder} mixes two builds: tokenizer and meta.json differ in vocab_size; build it again")
     tokens = np.memmap(folder / "train.bin", dtype=stored_dtype(meta), mode="r")
     starts = np.flatnonzero(tokens[:_SCANNED_TOKENS] == tokenizer.bos_id)

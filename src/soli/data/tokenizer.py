@@ -6,14 +6,17 @@ text as DeepSeek-V3's does, and a special token's name in a user's text stays te
 """
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from soli.errors import SoliError
+from soli.input_files import TABLE_BYTES, kind_of, parse_json, read_object_if_present, read_text
+from soli.sections import is_text, shown
 
 # In the order of their ids, from 0.
 SPECIAL_TOKENS = (
@@ -23,6 +26,7 @@ SPECIAL_TOKENS = (
     "<|reserved_0|>", "<|reserved_1|>", "<|reserved_2|>", "<|reserved_3|>",
 )  # fmt: skip
 
+MAX_VOCAB = 2**24  # ids of a tokenizer that is read
 SMALLEST_VOCAB = len(SPECIAL_TOKENS) + 256
 
 # DeepSeek-V3's pre-tokenization (its tokenizer.json; "deepseek-v3" in llama.cpp), applied one after another: what BPE
@@ -53,10 +57,12 @@ class Tokenizer:
     def from_folder(cls, folder: str | Path) -> Self:
         """Read `folder/tokenizer.json`, and the names of bos and eos from `tokenizer_config.json` if there is one."""
         path = Path(folder) / "tokenizer.json"
-        if not path.is_file():
+        if not os.path.lexists(path):
             raise SoliError(f"{folder} has no tokenizer.json: point to a model or data folder that holds one")
+        text = read_text(path, TABLE_BYTES)
+        _check_vocabulary(path, parse_json(text, str(path)))
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
+            backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the Rust side raises a bare Exception
             raise SoliError(f"{path} is not a readable tokenizer ({error}): fetch or build it again") from error
         names = special_names(path.with_name("tokenizer_config.json"))
@@ -171,12 +177,26 @@ class Tokenizer:
 
 def special_names(path: Path) -> dict[str, str]:
     """The special tokens that a tokenizer_config.json names, each a string there or {"content": string}, by field."""
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        entries = {key: config.get(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    except (ValueError, AttributeError) as error:
-        raise SoliError(f"{path} is not readable JSON ({error}): fetch it again") from error
-    names = {key: value.get("content") if isinstance(value, dict) else value for key, value in entries.items()}
-    return {key: value for key, value in names.items() if isinstance(value, str)}
+    config = read_object_if_present(path)
+    names: dict[str, str] = {}
+    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        value = config.get(key)
+        name = value.get("content") if isinstance(value, dict) else value
+        if value is not None and not is_text(name):
+            raise SoliError(f'{path}: {key} is {shown(value)}; it must be text, an object {{"content": text}}, or null')
+        if isinstance(name, str):
+            names[key] = name
+    return names
+
+
+def _check_vocabulary(path: Path, document: Any) -> None:
+    """SoliError for ids that the tokenizers library would take and fail on, or allocate memory for, later."""
+    if not isinstance(document, dict):
+        raise SoliError(f"{path}: must hold a JSON object, not {kind_of(document)}")
+    model, added = document.get("model"), document.get("added_tokens", [])
+    vocabulary = model.get("vocab", {}) if isinstance(model, dict) else {}
+    ids = list(vocabulary.items()) if isinstance(vocabulary, dict) else []
+    ids += [("added_tokens", token.get("id")) for token in added if isinstance(token, dict)] if added else []
+    for token, index in ids:
+        if type(index) is not int or not 0 <= index < MAX_VOCAB:
+            raise SoliError(f"{path}: the id of {token!r} is {shown(index)}; it must be from 0 to {MAX_VOCAB - 1:,}")

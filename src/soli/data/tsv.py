@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from soli.errors import SoliError
+from soli.input_files import decode, read_lines
 
 
 def write_tsv(path: Path, rows: Iterable[Sequence[str]]) -> None:
@@ -17,11 +18,8 @@ def write_tsv(path: Path, rows: Iterable[Sequence[str]]) -> None:
 
 def read_tsv(path: Path, columns: int) -> Iterator[list[str]]:
     """Rows of a file with that many columns; SoliError names the first line that has another number."""
-    with path.open(encoding="utf-8", newline="\n") as lines:
-        for number, line in enumerate(lines, 1):
-            row = line.rstrip("\n").split("\t")
-            if len(row) != columns:
-                raise SoliError(
-                    f"{path}:{number} has {len(row)} columns, not {columns}: delete the file and build again"
-                )
-            yield row
+    for number, line in read_lines(path):
+        row = decode(line, f"{path}, line {number}").rstrip("\n").split("\t")
+        if len(row) != columns:
+            raise SoliError(f"{path}:{number} has {len(row)} columns, not {columns}: delete the file and build again")
+        yield row

@@ -4,7 +4,6 @@ Text from a person is always encoded as text: a special token spelled out in it 
 no position for an answer.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +13,12 @@ import torch
 
 from soli.checkpoint import load_model, open_checkpoint
 from soli.checkpoint.writer import ProgressCallback
+from soli.config import TOKEN_FIELDS, check_token_ids
 from soli.data.tokenizer import Tokenizer
 from soli.errors import SoliError
+from soli.input_files import read_object_if_present
 from soli.model.transformer import Transformer
+from soli.sections import shown
 
 FLOAT32_LIMIT = 512 * 2**20  # bytes of weight files
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -103,11 +105,20 @@ def text_model(model: Transformer, tokenizer: Tokenizer, folder: Path | None = N
             f"the tokenizer has {tokenizer.vocab_size} tokens but the model's vocab_size is {model.config.vocab_size}: "
             "they do not belong together"
         )
-    eos = (model.config.eos_token_id, _json(folder, "generation_config.json").get("eos_token_id"))
-    stop_ids = {
-        token for entry in eos for token in (entry if isinstance(entry, list) else [entry]) if token is not None
-    }
-    return TextModel(model, tokenizer, frozenset(stop_ids), _text_prefix(model, tokenizer, folder))
+    stop_ids = check_token_ids("eos_token_id", model.config.eos_token_id, model.config.vocab_size)
+    if folder is not None:
+        stop_ids |= _generation_stop_ids(folder / "generation_config.json", model.config.vocab_size)
+    return TextModel(model, tokenizer, stop_ids, _text_prefix(model, tokenizer, folder))
+
+
+def _generation_stop_ids(file: Path, vocab_size: int) -> frozenset[int]:
+    """The eos ids of a generation_config.json, which may be absent; its other ids are checked as well."""
+    document = read_object_if_present(file)
+    try:
+        ids = {name: check_token_ids(name, document.get(name), vocab_size) for name in TOKEN_FIELDS}
+    except SoliError as error:
+        raise SoliError(f"{file}: {error}") from None
+    return ids["eos_token_id"]
 
 
 def _text_prefix(model: Transformer, tokenizer: Tokenizer, folder: Path | None) -> tuple[int, ...]:
@@ -115,16 +126,8 @@ def _text_prefix(model: Transformer, tokenizer: Tokenizer, folder: Path | None) 
     if tokenizer.has_token("<|text|>"):
         return (tokenizer.bos_id, tokenizer.token_id("<|text|>"))
     bos = model.config.bos_token_id
-    add_bos = _json(folder, "tokenizer_config.json").get("add_bos_token", True)
+    file = folder / "tokenizer_config.json" if folder is not None else None
+    add_bos = read_object_if_present(file).get("add_bos_token", True) if file is not None else True
+    if add_bos is not None and not isinstance(add_bos, bool):
+        raise SoliError(f"{file}: add_bos_token is {shown(add_bos)}; it must be true, false or null")
     return (bos,) if add_bos and bos is not None else ()
-
-
-def _json(folder: Path | None, name: str) -> dict:
-    path = folder / name if folder else None
-    if path is None or not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SoliError(f"{path} is not readable JSON ({error}): fetch it again") from error
-    return content if isinstance(content, dict) else {}
