@@ -24,7 +24,7 @@ def test_one_openmp_runtime_is_in_the_process_and_it_is_torchs() -> None:
     command = [sys.executable, "-c", LOAD_AND_PRINT_RUNTIMES]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     (runtime,) = result.stdout.split()
-    assert Path(runtime).is_relative_to(Path(torch.__file__).parents[1])
+    assert Path(runtime).resolve().is_relative_to(Path(torch.__file__).resolve().parents[1])
 
 
 @needs_kernels
