@@ -101,8 +101,13 @@ def root(
 
 def _sentence(error: Exception) -> str:
     """The message of an error that left a verb, in one line of at most 1,000 characters."""
-    message = " ".join(_reason(error).split())
+    message = "".join(map(_printable, " ".join(_reason(error).split())))
     return message if len(message) <= 1000 else f"{message[:600]} ... {message[-300:]}"
+
+
+def _printable(character: str) -> str:
+    """A character, or its escape where a terminal might act on it: names in files come from anybody."""
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
 
 
 def _reason(error: Exception) -> str:

@@ -19,6 +19,7 @@ from soli.model.layers import MLP, Device, Linear, RMSNorm
 from soli.model.moe import MoE
 from soli.model.rope import Rope, softmax_scale
 from soli.model.router import Routing
+from soli.model.size import check_size
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        check_size(config, torch.device(device or torch.get_default_device()), dtype or torch.get_default_dtype())
         L, D, V = config.num_hidden_layers, config.hidden_size, config.vocab_size
         self.config = config
         self.compute_dtype: torch.dtype | None = None

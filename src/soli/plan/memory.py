@@ -73,11 +73,14 @@ def plan_memory(
     length = length or first
     sequences = max(1, run.micro_sequences * first // length)
     saved = _SavedActivations(config, precision, kind, length)
-    layers = range(config.num_hidden_layers + config.num_nextn_predict_layers)
-    blocks = [saved.block(config.is_moe_layer(layer)) for layer in layers]
-    inputs = saved.width * config.hidden_size * len(blocks)
-    per_token = saved.outside_blocks() + (inputs if checkpointed else sum(blocks))
-    recomputed = sequences * length * max(blocks) if checkpointed else 0
+    modules = config.num_nextn_predict_layers
+    mixtures = config.num_moe_layers + (modules if config.n_routed_experts else 0)
+    counts = {True: mixtures, False: config.num_hidden_layers + modules - mixtures}  # of blocks, by kind
+    blocks = {mixture: saved.block(mixture) for mixture, number in counts.items() if number}
+    inputs = saved.width * config.hidden_size * sum(counts.values())
+    saved_in_blocks = sum(counts[mixture] * size for mixture, size in blocks.items())
+    per_token = saved.outside_blocks() + (inputs if checkpointed else saved_in_blocks)
+    recomputed = sequences * length * max(blocks.values()) if checkpointed else 0
     gathered = checkpointed or devices > 1
     # Each loss computes the head's gradient in its forward pass, in fp32.
     head_gradients = 4 * (1 + config.num_nextn_predict_layers) * config.vocab_size * config.hidden_size

@@ -17,7 +17,10 @@ from soli.checkpoint.writer import write_json
 from soli.config import load_config
 from soli.data.tokenizer import Tokenizer
 from soli.errors import SoliError
+from soli.machine import memory_bytes
+from soli.model.size import check_size
 from soli.model.transformer import Transformer
+from soli.plan.memory import plan_memory
 from soli.train.batches import PackedTokens
 from soli.train.checkpoints import RunProgress, checkpoints, load_checkpoint
 from soli.train.cuda_graph import GraphedStep
@@ -79,6 +82,8 @@ def prepare(settings: TrainSettings, data: dict[str, Any], data_folder: Path, ru
             f"run.cuda_graph is true, but it needs a GPU and bf16 or fp8, and this run has {device.type} and "
             f"{str(compute).removeprefix('torch.')}; use --set run.cuda_graph=false"
         )
+    check_size(settings.model, device, torch.float32)
+    _check_memory(settings, device)
     tokenizer = _open_tokenizer(data_folder, settings)
     train_tokens, valid_tokens = PackedTokens(data_folder, "train"), PackedTokens(data_folder, "valid")
     _check_fim_rate(data, train_tokens)
@@ -138,6 +143,16 @@ def read_sentences(file: Path, count: int) -> list[tuple[str, str]]:
     rows = [row for row in rows if len(row) == 3]
     spread = [rows[(2 * n + 1) * len(rows) // (2 * count)] for n in range(min(count, len(rows)))]
     return [(en, "zh") if n % 2 == 0 else (zh, "en") for n, (_, zh, en) in enumerate(spread)]
+
+
+def _check_memory(settings: TrainSettings, device: torch.device) -> None:
+    """SoliError when weights, gradients and moments alone exceed this machine's memory."""
+    states = plan_memory(settings, "fp32", device.type).states
+    if device.type == "cpu" and states > memory_bytes():
+        raise SoliError(
+            f"weights, gradients and moments of this recipe's model take {states:,} bytes, but this machine has "
+            f"{memory_bytes():,} bytes of memory; see soli train --dry-run, and reduce the model"
+        )
 
 
 def _check_fim_rate(data: dict[str, Any], tokens: PackedTokens) -> None:
