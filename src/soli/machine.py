@@ -2,15 +2,19 @@
 
 import os
 import platform
+import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 CPU_INFO = Path("/proc/cpuinfo")
+MEMORY_INFO = Path("/proc/meminfo")
+OWN_CGROUPS = Path("/proc/self/cgroup")
+CGROUPS = Path("/sys/fs/cgroup")
 DISK_FILE = 2**27  # bytes
 BLOCK = 2**23  # bytes of one read or write
 # Instruction sets that a kernel of Soli or torch uses, in Linux's names.
@@ -41,8 +45,64 @@ def processor() -> Processor:
 
 
 def memory_bytes() -> int:
-    """Installed memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Memory that this process may use: what is installed, or less where a cgroup limits it."""
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([installed, *(limit for limit, _ in _cgroup_limits())])
+
+
+def available_memory() -> int:
+    """Bytes that this process can still take: what the system has available and what cgroups and `ulimit -v` leave of
+    their limits. Page cache counts as available, for it is dropped when memory is needed."""
+    left = [limit - used for limit, used in _cgroup_limits()]
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[0]
+        left.append(limit - int(pages) * os.sysconf("SC_PAGE_SIZE"))
+    system = _fields(MEMORY_INFO).get("MemAvailable:")
+    left.append(memory_bytes() if system is None else system * 1024)
+    return max(0, min(left))
+
+
+def _cgroup_limits() -> Iterator[tuple[int, int]]:
+    """(limit, bytes used without page cache) of this process's memory cgroup and of those around it, version 1 or 2."""
+    for folder in _cgroup_folders():
+        stat = _fields(folder / "memory.stat")
+        cached = sum(stat.get(f"total_{name}", stat.get(name, 0)) for name in ("active_file", "inactive_file"))
+        used = _number(folder / "memory.current") or _number(folder / "memory.usage_in_bytes") or 0
+        for name in ("memory.max", "memory.high", "memory.limit_in_bytes"):
+            limit = _number(folder / name)
+            if limit is not None:
+                yield limit, max(0, used - cached)
+
+
+def _cgroup_folders() -> Iterator[Path]:
+    lines = OWN_CGROUPS.read_text(encoding="utf-8").splitlines() if OWN_CGROUPS.is_file() else []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        roots = [CGROUPS, CGROUPS / "unified"] if not controllers else []  # version 2, alone or beside version 1
+        roots += [CGROUPS / "memory"] if "memory" in controllers.split(",") else []
+        parts = [part for part in path.split("/") if part not in ("", "..")]  # .. leads out of the namespace
+        for root in roots:
+            yield from (root.joinpath(*parts[:depth]) for depth in range(len(parts) + 1))
+
+
+def _number(file: Path) -> int | None:
+    """The number in a file; None where there is no such file, or "max" in it."""
+    try:
+        text = file.read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _fields(file: Path) -> dict[str, int]:
+    """name -> number of a file with a name and a number in each line; empty where there is none."""
+    try:
+        lines = file.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return {}
+    rows = (line.split() for line in lines)
+    return {row[0]: int(row[1]) for row in rows if len(row) >= 2 and row[1].isdigit()}
 
 
 def disk_bandwidth(folder: Path, size: int | None = None) -> float | None:

@@ -9,9 +9,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from soli.checkpoint.memory import Storage, choose_storage
 from soli.checkpoint.name_map import Slot
 from soli.checkpoint.reader import Checkpoint
 from soli.checkpoint.save import slot_view
+from soli.checkpoint.shard import TORCH_DTYPE
 from soli.checkpoint.writer import ProgressCallback
 from soli.config import PRESETS, resolve
 from soli.errors import SoliError
@@ -31,6 +33,7 @@ def load_model(
     *,
     mtp: bool = True,
     quantized: bool | None = None,
+    in_place: bool = False,
     progress: ProgressCallback = lambda read, total: None,
 ) -> Transformer:
     """A model in evaluation mode, its parameters trainable, every tensor checked before the first is used.
@@ -41,11 +44,15 @@ def load_model(
 
     `quantized` True keeps FP8, int8 and int4 weights as stored, mapped from the files and read when they are used:
     loading takes neither time nor memory for them, and they are no parameters. False dequantizes them to `dtype`. None
-    keeps int8 and int4 and dequantizes FP8.
+    keeps int8 and int4, and dequantizes FP8 where that fits in memory.
 
-    `progress` is called with the bytes read and those in all. Memory: the model once, without quantized weights, and
-    one tensor. Raises SoliError naming file and tensor; warns
-    when the files lack the MTP modules that their config.json announces.
+    `in_place` maps on a CPU also what the files hold in `dtype`, so that loading copies nothing: writable, and what is
+    written stays in this process. Experts, which are separate tensors in files, are no parameters then. The files must
+    stay as they are while a model is used that has mapped weights.
+
+    `progress` is called with the bytes read and those in all. Memory: the model once, without mapped weights, and one
+    tensor. Raises SoliError naming file and tensor, and before a weight is read for a model that does not fit in
+    memory; warns when the files lack the MTP modules that their config.json announces.
     """
     if torch.device(device).type == "meta":
         config = resolve(name_or_folder)
@@ -54,19 +61,20 @@ def load_model(
     checkpoint = open_checkpoint(name_or_folder, mtp)
     for note in checkpoint.notes:
         warnings.warn(note, stacklevel=2)
+    model_dtype = dtype or checkpoint.natural_dtype
+    storage, storage_note = choose_storage(checkpoint, model_dtype, torch.device(device), quantized, in_place)
+    if storage_note is not None:
+        warnings.warn(storage_note, stacklevel=2)
     checkpoint.check_router_biases()
     checkpoint.check_copies()
-    model = Transformer(checkpoint.config, device="meta", dtype=dtype or checkpoint.natural_dtype)
-    if quantized is None:
-        quantized = "F8_E4M3" not in checkpoint.quantized_dtypes
+    model = Transformer(checkpoint.config, device="meta", dtype=storage.dtype)
     sources = _sources(checkpoint)
-    if quantized:
-        _set_quantized(model, checkpoint, sources, device)
-    _fill(model, checkpoint, sources, device, progress)
+    _set_as_stored(model, checkpoint, sources, storage)
+    _fill(model, checkpoint, sources, storage, progress)
     return model.eval()
 
 
-def open_checkpoint(name_or_folder: str | Path, mtp: bool = True) -> Checkpoint:
+def open_checkpoint(name_or_folder: str | Path, mtp: bool = True, mapped: bool = True) -> Checkpoint:
     """Open and check a folder, or the bundled model by name, without reading a weight. SoliError says what to do."""
     name = str(name_or_folder)
     folder = Path(name_or_folder)
@@ -76,7 +84,7 @@ def open_checkpoint(name_or_folder: str | Path, mtp: bool = True) -> Checkpoint:
             raise SoliError(f"{name} is a preset, a shape without weights; load it with device='meta' or give a folder")
     if not folder.is_dir():
         raise SoliError(f"{name}: there is no such folder{_how_to_fetch(name)}")
-    return Checkpoint(folder, mtp)
+    return Checkpoint(folder, mtp, mapped)
 
 
 def _how_to_fetch(name: str) -> str:
@@ -86,18 +94,23 @@ def _how_to_fetch(name: str) -> str:
     return f"; for the model of that name run `hf download {name} --local-dir {short}` and give the folder {short}"
 
 
-def _set_quantized(
-    model: Transformer, checkpoint: Checkpoint, sources: dict[str, list[Slot]], device: torch.device | str
+def _set_as_stored(
+    model: Transformer, checkpoint: Checkpoint, sources: dict[str, list[Slot]], storage: Storage
 ) -> None:
-    """Give every layer whose weights are quantized in the files these weights, mapped from disk."""
+    """Give every layer whose weights stay as stored these weights, mapped from disk."""
+    device = storage.device
     for name, module in model.named_modules():
-        if isinstance(module, Linear):
+        if isinstance(module, Linear) and storage.quantized:
             weight = checkpoint.quantized(sources[f"{name}.weight"][0]) if f"{name}.weight" in sources else None
             if weight is not None:
                 module.set_quantized(weight.to(device))
         elif isinstance(module, RoutedExperts):
             gates_ups, downs = sources[f"{name}.gate_up_proj"], sources[f"{name}.down_proj"]
-            if any(checkpoint.quantized(slot) for slot in (*gates_ups[:1], *downs[:1])):
+            first = (*gates_ups[:1], *downs[:1])
+            quantized = storage.quantized and any(checkpoint.quantized(slot) for slot in first)
+            dtypes = {TORCH_DTYPE[checkpoint.entries[slot.name].dtype] for slot in (*gates_ups, *downs)}
+            plain_in_place = storage.in_place and device.type == "cpu" and dtypes == {storage.dtype}
+            if quantized or plain_in_place:
                 gates, ups, downs_as_stored = (
                     tuple(_as_stored(checkpoint, slot).to(device) for slot in slots)
                     for slots in (gates_ups[::2], gates_ups[1::2], downs)
@@ -127,19 +140,24 @@ def _fill(
     model: Transformer,
     checkpoint: Checkpoint,
     sources: dict[str, list[Slot]],
-    device: torch.device | str,
+    storage: Storage,
     progress: ProgressCallback,
 ) -> None:
-    """Allocate every parameter and buffer on `device` and read its values from the files, one after another."""
+    """Map every parameter and buffer from the files, or allocate it and read its values."""
     filled: dict[str, Tensor] = {}
     total = sum(tensor.nbytes for tensor in model.state_dict().values())
     bytes_read = 0
     for name, empty in model.state_dict().items():
         if name not in sources:  # the head of a model with tied embeddings
             continue
-        filled[name] = torch.empty(empty.shape, dtype=empty.dtype, device=device)
-        for slot in sources[name]:
-            slot_view(filled, slot).copy_(checkpoint.values(slot, empty.dtype, device))
+        parameter = None
+        if storage.in_place and storage.device.type == "cpu" and sources[name][0].expert is None:
+            parameter = checkpoint.parameter(sources[name][0], empty.dtype)
+        if parameter is None:
+            parameter = torch.empty(empty.shape, dtype=empty.dtype, device=storage.device)
+            for slot in sources[name]:
+                slot_view({name: parameter}, slot).copy_(checkpoint.values(slot, empty.dtype, storage.device))
+        filled[name] = parameter
         bytes_read += empty.nbytes
         progress(bytes_read, total)
     tied = checkpoint.config.tie_word_embeddings

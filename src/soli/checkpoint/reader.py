@@ -39,12 +39,14 @@ PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 class Checkpoint:
     """An open folder: its `config`, every tensor of it as `slots`, and `notes` for the user."""
 
-    def __init__(self, folder: Path, mtp: bool = True) -> None:
-        """Open and check `folder`; with `mtp` false the MTP modules are checked and then ignored.
+    def __init__(self, folder: Path, mtp: bool = True, mapped: bool = True) -> None:
+        """Open and check `folder`; with `mtp` false the MTP modules are checked and then ignored, with `mapped` false
+        tensors are read into memory instead of being mapped.
 
         Raises SoliError naming file and tensor.
         """
         self.folder = folder
+        self._mapped = mapped
         self.config = load_config(folder)
         self.quantized_dtypes = quantized_dtypes(folder, self.config)
         self._shards = _open_shards(folder)
@@ -69,8 +71,16 @@ class Checkpoint:
         return slot.name in self.entries
 
     def stored(self, name: str) -> Tensor:
-        """A tensor as stored, mapped from disk and read-only."""
-        return self._shards[self.entries[name].file].tensor(name)
+        """A tensor as stored, mapped from disk and read-only unless the checkpoint reads into memory."""
+        shard = self._shards[self.entries[name].file]
+        return shard.tensor(name) if self._mapped else shard.read(name)
+
+    def parameter(self, slot: Slot, dtype: torch.dtype) -> Tensor | None:
+        """A slot's tensor mapped for writing, without a copy; None where its file has another dtype or alignment."""
+        entry = self.entries[slot.name]
+        if TORCH_DTYPE.get(entry.dtype) != dtype or not self._mapped:
+            return None
+        return self._shards[entry.file].parameter(slot.name)
 
     def quantized(self, slot: Slot) -> QuantizedWeight | None:
         """A slot's values and scales, mapped from disk; None where it is not quantized. FP8 scales are checked."""

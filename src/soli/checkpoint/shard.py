@@ -17,13 +17,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from soli.errors import SoliError
 from soli.input_files import decode, open_regular, parse_json
+from soli.mapped_files import name_files_that_shrink
 from soli.sections import LARGEST_INT
 
 ITEM_BYTES: Final = {
@@ -67,6 +69,29 @@ class Shard:
         self.file = file
         self.entries, self.metadata = _read_header(file)
 
+    def read(self, name: str) -> Tensor:
+        """A tensor read into memory. SoliError where the file has become shorter."""
+        entry = self.entries[name]
+        with open_regular(self.file) as stream:
+            stream.seek(entry.start)
+            data = np.fromfile(stream, np.uint8, entry.end - entry.start)
+        if len(data) < entry.end - entry.start:
+            raise SoliError(f"{entry}: the file became shorter while it was read")
+        return torch.from_numpy(data).view(TORCH_DTYPE[entry.dtype]).view(entry.shape)
+
+    def parameter(self, name: str) -> Tensor | None:
+        """A tensor mapped so that it can be written: what is written stays in this process. None where its place in the
+        file is not aligned."""
+        entry = self.entries[name]
+        dtype = TORCH_DTYPE[entry.dtype]
+        if entry.start % dtype.itemsize or entry.start == entry.end:
+            return None
+        name_files_that_shrink()
+        first = entry.start - entry.start % mmap.ALLOCATIONGRANULARITY
+        with open_regular(self.file) as stream:
+            mapped = self._map(stream, entry.end - first, offset=first, access=mmap.ACCESS_COPY)
+        return torch.frombuffer(mapped, dtype=dtype, offset=entry.start - first).view(entry.shape)
+
     def tensor(self, name: str) -> Tensor:
         """A tensor as stored, mapped and read-only: writing to it would crash the process, so copy it first."""
         entry = self.entries[name]
@@ -77,14 +102,21 @@ class Shard:
 
     @cached_property
     def _bytes(self) -> Tensor:
+        name_files_that_shrink()
         with open_regular(self.file) as stream:
-            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            mapped = self._map(stream, 0, access=mmap.ACCESS_READ)
         if hasattr(mmap, "MADV_HUGEPAGE"):  # in pages of 2 MiB where the file system can: fewer addresses to translate
             with suppress(OSError):
                 mapped.madvise(mmap.MADV_HUGEPAGE)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             return torch.frombuffer(mapped, dtype=torch.uint8)
+
+    def _map(self, stream: BinaryIO, length: int, **options: int) -> mmap.mmap:
+        try:
+            return mmap.mmap(stream.fileno(), length, **options)
+        except (OSError, ValueError) as error:  # ValueError: behind the end of the file
+            raise SoliError(f"{self.file}: cannot be mapped into memory ({error})") from None
 
 
 def encode_header(

@@ -120,6 +120,10 @@ class Target:
             (slot.scale_name(codec.name), FILE_DTYPE[codec.scale_dtype], codec.scale_shape(slot.shape, group)),
         ]
 
+    def bytes_of(self, slot: Slot) -> int:
+        """Bytes of a slot in the files, with its scales."""
+        return sum(prod(shape) * ITEM_BYTES[dtype] for _, dtype, shape in self.specs(slot))
+
     def config(self, config: ModelConfig) -> dict[str, Any]:
         """`config.json` of what is written: the dtype, and how weights are quantized if they are."""
         d = replace(config, quantization_config=self._quantization(config)).to_dict()
@@ -151,7 +155,7 @@ def write(
     Raises SoliError when the folder is not empty, the disk lacks space, or writing fails; nothing is left then.
     """
     shards = _split_into_shards(slots_to_write, target)
-    total = sum(_bytes(spec) for shard in shards for slot in shard for spec in target.specs(slot))
+    total = sum(map(target.bytes_of, slots_to_write))
     with _new_folder(folder, total) as partial:
         names = [SINGLE] if len(shards) == 1 else [
             f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
@@ -203,7 +207,7 @@ def _split_into_shards(slots: Sequence[Slot], target: Target) -> list[list[Slot]
     shards: list[list[Slot]] = [[]]
     filled = 0
     for slot in slots:
-        size = sum(_bytes(spec) for spec in target.specs(slot))
+        size = target.bytes_of(slot)
         if shards[-1] and filled + size > target.shard_bytes:
             shards.append([])
             filled = 0
@@ -225,7 +229,7 @@ def _write_shard(file: Path, shard: Sequence[Slot], target: Target, fetch: Fetch
                 assert tensor is not None and (FILE_DTYPE[tensor.dtype], tuple(tensor.shape)) == (dtype, shape), name
                 stream.seek(offsets[name])
                 stream.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-            yield sum(_bytes(spec) for spec in target.specs(slot))
+            yield target.bytes_of(slot)
         stream.flush()
         os.fsync(stream.fileno())
 
@@ -233,7 +237,3 @@ def _write_shard(file: Path, shard: Sequence[Slot], target: Target, fetch: Fetch
 def write_json(file: Path, value: Any) -> None:
     """Write JSON for people and programs."""
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _bytes(spec: Spec) -> int:
-    return prod(spec[2]) * ITEM_BYTES[spec[1]]

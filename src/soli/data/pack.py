@@ -21,7 +21,7 @@ from soli.data.documents import Document, Pair, ReportStep, draw_copies, encode_
 from soli.data.entries import BadLineLog
 from soli.data.readers import InputLayout, usable_entries
 from soli.data.text import is_held_out
-from soli.data.token_files import TokenWriter, Totals, dtype_for, read_meta, write_meta, write_tokens
+from soli.data.token_files import TokenWriter, Totals, dtype_for, map_tokens, read_meta, write_meta, write_tokens
 from soli.data.tokenizer import Tokenizer
 from soli.errors import SoliError
 from soli.sections import Bounds, NonNegativeInt, Section, Share, convert
@@ -226,7 +226,7 @@ def _second_pass(first: FirstPass, config: PackConfig, tokenizer: Tokenizer, rng
     if not len(order):
         raise SoliError("no document remains to train on: give more documents, or weights above 0")
     dtype = dtype_for(tokenizer.vocab_size)
-    tokens = np.memmap(first.file, dtype=dtype, mode="r")
+    tokens = map_tokens(first.file, dtype)
     ends = np.frombuffer(first.ends, dtype=np.uint64)
     starts = np.concatenate([[np.uint64(0)], ends[:-1]])
     documents = ((config.inputs[first.inputs[n]].source, tokens[starts[n] : ends[n]]) for n in order)

@@ -19,6 +19,7 @@ from soli.data.tokenizer import Tokenizer
 from soli.data.tsv import read_tsv
 from soli.errors import SoliError
 from soli.input_files import read_object
+from soli.mapped_files import name_files_that_shrink
 from soli.sections import NonNegativeInt, PositiveInt, Share, convert
 
 DTYPE = np.dtype("<u2")
@@ -139,13 +140,19 @@ def stored_dtype(meta: dict[str, Any]) -> np.dtype:
     return known[meta["dtype"]]
 
 
+def map_tokens(file: Path, dtype: np.dtype) -> np.memmap:
+    """The tokens of a file, mapped from disk and read-only."""
+    name_files_that_shrink()
+    return np.memmap(file, dtype=dtype, mode="r")
+
+
 def inspect_folder(folder: Path, samples: int, seed: int) -> dict[str, Any]:
     """meta.json with `characters_per_token`, `document_tokens` (median, 90 %, longest) and decoded `samples`."""
     meta = read_meta(folder)
     tokenizer = Tokenizer.from_folder(folder)
     if tokenizer.vocab_size != meta.get("vocab_size"):
         raise SoliError(f"{folder} mixes two builds: tokenizer and meta.json differ in vocab_size; build it again")
-    tokens = np.memmap(folder / "train.bin", dtype=stored_dtype(meta), mode="r")
+    tokens = map_tokens(folder / "train.bin", stored_dtype(meta))
     starts = np.flatnonzero(tokens[:_SCANNED_TOKENS] == tokenizer.bos_id)
     count = min(samples, len(starts))
     sampled = sorted(np.random.default_rng(seed).choice(len(starts), size=count, replace=False).tolist())

@@ -74,7 +74,9 @@ def open_text_model(
     """Loads a folder, or "nano", the bundled model; its MTP modules only when `mtp`.
 
     dtype "auto": float32 for weight files of up to 512 MB, so that rounding does not matter there; else that of the
-    files. "as-is": that of the files, and FP8 weights stay in their format, mapped from disk.
+    files, with FP8 weights dequantized where that fits in memory. "as-is": that of the files, and FP8 weights stay in
+    their format, mapped from disk, even where they are larger than the memory. On a CPU weights that need no other
+    dtype are used from the files where they are.
     """
     if dtype not in ("auto", "as-is", *DTYPES):
         raise SoliError(f"dtype is {dtype!r}: choose auto, as-is, {' or '.join(DTYPES)}")
@@ -84,7 +86,13 @@ def open_text_model(
         dtype = "float32"
     quantized = True if dtype == "as-is" else None
     model = load_model(
-        name_or_folder, device=device, dtype=DTYPES.get(dtype), mtp=mtp, quantized=quantized, progress=progress
+        name_or_folder,
+        device=device,
+        dtype=DTYPES.get(dtype),
+        mtp=mtp,
+        quantized=quantized,
+        in_place=True,
+        progress=progress,
     )
     return text_model(model, Tokenizer.from_folder(folder), folder)
 

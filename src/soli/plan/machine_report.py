@@ -25,6 +25,7 @@ class MachineReport:
     processor: str
     cores: int
     memory_bytes: int
+    available_bytes: int
     features: tuple[str, ...]
     kernels: str  # the instruction set of the C++ kernels, or "torch"
     kernels_note: str  # the path of their library, or why there is none
@@ -41,9 +42,10 @@ class MachineReport:
         cpp = self.kernels not in ("torch", "reference")
         kernels = f"C++ for {self.kernels}, {self.kernels_note}" if cpp else f"{self.kernels}: {self.kernels_note}"
         disk = self.disk_gb_per_second
+        memory = f"{self.memory_bytes / 2**30:.1f} GiB of memory, {self.available_bytes / 2**30:.1f} GiB available"
         speed = f"{disk:.2f} GB/s" if disk is not None else "not measured: no space for a file, or not allowed"
         return [
-            ("processor", f"{self.processor}, {self.cores} cores, {self.memory_bytes / 2**30:.1f} GiB of memory"),
+            ("processor", f"{self.processor}, {self.cores} cores, {memory}"),
             ("features", " ".join(self.features) or "none that the kernels use"),
             ("kernels", kernels),
             ("threads", f"{self.threads}, {' and '.join(self.openmp) or 'no OpenMP library'}"),
@@ -63,6 +65,7 @@ def report_machine(disk_folder: Path | None = None) -> MachineReport:
         processor=processor.name,
         cores=processor.cores,
         memory_bytes=machine.memory_bytes(),
+        available_bytes=machine.available_memory(),
         features=processor.features,
         kernels=kernels,
         kernels_note=note,

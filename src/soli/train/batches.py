@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from soli.data.token_files import read_meta, stored_dtype
+from soli.data.token_files import map_tokens, read_meta, stored_dtype
 from soli.errors import SoliError
 
 
@@ -23,7 +23,7 @@ class PackedTokens:
     def __init__(self, folder: Path, split: str) -> None:
         self.file = folder / f"{split}.bin"
         self.meta = read_meta(folder)
-        self.ids = np.memmap(self.file, dtype=stored_dtype(self.meta), mode="r")
+        self.ids = map_tokens(self.file, stored_dtype(self.meta))
 
     def windows(self, starts: np.ndarray, width: int) -> Tensor:
         """Token ids from each start on, `width` of them (int64, BW)."""
