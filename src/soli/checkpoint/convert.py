@@ -35,7 +35,7 @@ def convert_checkpoint(
 
     Raises SoliError naming file and tensor; nothing is left at `folder` then.
     """
-    checkpoint = open_checkpoint(source, mapped=False)
+    checkpoint = open_checkpoint(source, mapped=False, follow_links=False)
     checkpoint.check_router_biases()
     if checkpoint.quantized_dtypes & {"I8", "U8"} and target.format not in ("bf16", "fp32"):
         raise SoliError(

@@ -9,6 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from soli.checkpoint.links import matching_files
 from soli.checkpoint.memory import Storage, choose_storage
 from soli.checkpoint.name_map import Slot
 from soli.checkpoint.reader import Checkpoint
@@ -74,8 +75,13 @@ def load_model(
     return model.eval()
 
 
-def open_checkpoint(name_or_folder: str | Path, mtp: bool = True, mapped: bool = True) -> Checkpoint:
-    """Open and check a folder, or the bundled model by name, without reading a weight. SoliError says what to do."""
+def open_checkpoint(
+    name_or_folder: str | Path, mtp: bool = True, mapped: bool = True, follow_links: bool = True
+) -> Checkpoint:
+    """Open and check a folder, or the bundled model by name, without reading a weight. SoliError says what to do.
+
+    `follow_links` false rejects a symlink out of the folder (soli.checkpoint.links) before anything is read.
+    """
     name = str(name_or_folder)
     folder = Path(name_or_folder)
     if name in PRESETS:
@@ -84,6 +90,8 @@ def open_checkpoint(name_or_folder: str | Path, mtp: bool = True, mapped: bool =
             raise SoliError(f"{name} is a preset, a shape without weights; load it with device='meta' or give a folder")
     if not folder.is_dir():
         raise SoliError(f"{name}: there is no such folder{_how_to_fetch(name)}")
+    if not follow_links:
+        matching_files(folder, ("*.json", "*.safetensors"))
     return Checkpoint(folder, mtp, mapped)
 
 

@@ -41,7 +41,7 @@ def save_model(
             "soli convert, or load it with quantized=False"
         )
     written_slots = [slot for slot in slots(model.config) if not slot.copy or (mtp_copies and slot.layer is not None)]
-    side_files = files_beside(_existing_folder(tokenizer_from), TOKENIZER_FILES) if tokenizer_from is not None else []
+    side_files = files_beside(_existing_folder(tokenizer_from), TOKENIZER_FILES) if tokenizer_from is not None else {}
     write(
         Path(folder),
         model.config,

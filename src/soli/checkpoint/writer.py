@@ -8,7 +8,7 @@ complete or not there. A folder that is not empty is never overwritten.
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
@@ -18,6 +18,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from soli.checkpoint.links import matching_files
 from soli.checkpoint.name_map import HEAD, Kind, Slot, slots
 from soli.checkpoint.quantization import FP8, describe_integers, module_patterns
 from soli.checkpoint.reader import INDEX, SINGLE
@@ -26,6 +27,7 @@ from soli.config import ModelConfig
 from soli.errors import SoliError
 from soli.formats import HIGH_PRECISION
 from soli.formats.quantized import CODECS, INT8, Codec, Fp8Codec, IntegerCodec, QuantizedWeight
+from soli.input_files import open_regular
 
 SHARD_BYTES: Final = 5_000_000_000
 FP8_CONFIG: Final = FP8 | {"activation_scheme": "dynamic"}
@@ -146,11 +148,11 @@ def write(
     slots_to_write: Sequence[Slot],
     target: Target,
     fetch: Fetch,
-    side_files: Sequence[Path] = (),
+    side_files: Mapping[str, Path] | None = None,
     progress: ProgressCallback = lambda written, total: None,
 ) -> int:
-    """Write slots of a model to the new folder `folder`, each with the value that `fetch` returns. Returns the bytes of
-    all tensors.
+    """Write slots of a model to the new folder `folder`, each with the value that `fetch` returns, and copies of
+    `side_files` by name. Returns the bytes of all tensors.
 
     Raises SoliError when the folder is not empty, the disk lacks space, or writing fails; nothing is left then.
     """
@@ -169,21 +171,25 @@ def write(
             files = [(slot, file) for file, shard in zip(names, shards, strict=True) for slot in shard]
             weight_map = {name: file for slot, file in files for name, _, _ in target.specs(slot)}
             write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        for file in side_files:
-            shutil.copyfile(file, partial / file.name)
+        for name, file in (side_files or {}).items():
+            with open_regular(file) as source, open(partial / name, "xb") as copy:
+                shutil.copyfileobj(source, copy)
         write_json(partial / "config.json", target.config(config))
     return total
 
 
-def files_beside(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """Files of `folder` that match `patterns`, without the configuration and the index, which are rewritten."""
-    files = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
-    return sorted(file for file in files if file.name != "config.json" and not file.name.endswith(".index.json"))
+def files_beside(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
+    """Files of `folder` by name that match `patterns`, without the configuration and the index, which are rewritten.
+    SoliError naming a symlink out of the folder."""
+    files = matching_files(folder, patterns)
+    return {name: file for name, file in files.items() if name != "config.json" and not name.endswith(".index.json")}
 
 
 @contextmanager
 def _new_folder(folder: Path, size: int) -> Iterator[Path]:
     """A hidden folder to fill, renamed to `folder` on success and removed on any failure, an interrupt included."""
+    if folder.is_symlink():
+        raise SoliError(f"{folder}: is a symlink; give the name of a new folder")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SoliError(f"{folder}: is there already and not empty; choose a new folder")
     partial = folder.absolute().parent / f".{folder.absolute().name}.partial-{os.getpid()}"

@@ -1,0 +1,151 @@
+"""Conversion and export read no file outside of a model folder through a symlink, and write through none."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from soli.checkpoint import load_model, save_model
+from soli.checkpoint.convert import convert_checkpoint
+from soli.checkpoint.writer import Target
+from soli.errors import SoliError
+from tests.checkpoint.folders import full_model, saved
+
+TO_FP8 = Target("fp8")
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "README.md")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    folder = saved(tmp_path / "models" / "m")
+    for name in ("tokenizer.json", "README.md"):
+        (folder / name).write_text("{}")
+    return folder
+
+
+def move(file: Path, target: Path, relative: bool = False) -> None:
+    """Move a file and leave a symlink."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(file, target)
+    file.symlink_to(os.path.relpath(target, file.parent) if relative else target)
+
+
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("name", FILES)
+def test_a_symlink_out_of_the_folder_is_rejected_by_name(name, relative, folder, tmp_path) -> None:
+    move(folder / name, tmp_path / "secret", relative)
+    with pytest.raises(SoliError, match=rf"{folder / name}: is a symlink out of its folder, to {tmp_path}/secret"):
+        convert_checkpoint(folder, tmp_path / "out", TO_FP8)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["models", "secret"]
+
+
+TARGETS = {
+    "beside the folder": "../secret",
+    "another folder's blobs": "../blobs/secret",
+    "a folder whose name begins alike": "../m2/secret",
+    "a folder and out again": "../m/../secret",
+    "a device": "/dev/zero",
+    "this process": "/proc/self/environ",
+}
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_where_a_symlink_may_not_lead(target, folder, tmp_path) -> None:
+    for name in ("secret", "blobs/secret", "m2/secret"):
+        (folder.parent / name).parent.mkdir(exist_ok=True)
+        (folder.parent / name).write_text("secret")
+    (folder / "NOTICE").symlink_to(target)
+    with pytest.raises(SoliError, match=rf"{folder}/NOTICE: is a symlink out of its folder"):
+        convert_checkpoint(folder, tmp_path / "out", TO_FP8)
+
+
+@pytest.mark.parametrize("target", ["gone", "README.md/x", "LICENSE"])
+def test_a_symlink_to_nothing_is_rejected_by_name(target, folder, tmp_path) -> None:
+    (folder / "LICENSE").symlink_to(target)
+    with pytest.raises(SoliError, match=rf"{folder}/LICENSE: is a symlink to .*which is not a file"):
+        convert_checkpoint(folder, tmp_path / "out", TO_FP8)
+
+
+def test_a_chain_of_symlinks_is_followed_to_its_end(folder, tmp_path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    (folder / "inner").symlink_to("../../secret")
+    (folder / "LICENSE").symlink_to("inner")
+    with pytest.raises(SoliError, match=r"LICENSE: is a symlink out of its folder"):
+        convert_checkpoint(folder, tmp_path / "out", TO_FP8)
+
+
+def test_symlinks_within_the_folder_are_copied_as_files(folder, tmp_path) -> None:
+    for name in FILES:
+        move(folder / name, folder / "files" / name, relative=True)
+    link = tmp_path / "link"
+    link.symlink_to(folder)  # the folder itself may be named by one
+    convert_checkpoint(link, tmp_path / "out", TO_FP8)
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+    assert (tmp_path / "out" / "README.md").read_text() == "{}"
+
+
+def hub_cache(folder: Path, cache: Path) -> Path:
+    """The model as Hugging Face's cache stores it."""
+    snapshot = cache / "models--org--name" / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    blobs = snapshot.parent.parent / "blobs"
+    blobs.mkdir()
+    for number, name in enumerate(FILES):
+        shutil.copyfile(folder / name, blobs / f"hash{number}")
+        (snapshot / name).symlink_to(f"../../blobs/hash{number}")
+    return snapshot
+
+
+def test_the_symlinks_of_a_hub_cache_work(folder, tmp_path) -> None:
+    snapshot = hub_cache(folder, tmp_path / "hub")
+    convert_checkpoint(snapshot, tmp_path / "out", TO_FP8)
+    convert_checkpoint(folder, tmp_path / "expected", TO_FP8)
+    for file in (tmp_path / "expected").iterdir():
+        copy = tmp_path / "out" / file.name
+        assert not copy.is_symlink() and copy.read_bytes() == file.read_bytes()
+    (tmp_path / "mine").symlink_to(snapshot)
+    convert_checkpoint(tmp_path / "mine", tmp_path / "out2", TO_FP8)
+
+
+def test_a_blob_of_another_model_of_the_cache_is_rejected(folder, tmp_path) -> None:
+    snapshot = hub_cache(folder, tmp_path / "hub")
+    other = tmp_path / "hub" / "models--org--other" / "blobs" / "hash"
+    other.parent.mkdir(parents=True)
+    other.write_text("secret")
+    (snapshot / "LICENSE").symlink_to("../../../models--org--other/blobs/hash")
+    with pytest.raises(SoliError, match=r"LICENSE: is a symlink out of its folder"):
+        convert_checkpoint(snapshot, tmp_path / "out", TO_FP8)
+
+
+def test_a_tokenizer_is_not_copied_from_outside(folder, tmp_path) -> None:
+    move(folder / "tokenizer.json", tmp_path / "secret")
+    with pytest.raises(SoliError, match=r"tokenizer.json: is a symlink out of its folder"):
+        save_model(full_model(), tmp_path / "out", tokenizer_from=folder)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("target", ["elsewhere", "gone"])
+def test_nothing_is_written_through_a_symlink(target, folder, tmp_path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / target)
+    for write in (
+        lambda out: convert_checkpoint(folder, out, TO_FP8),
+        lambda out: save_model(full_model(), out),
+    ):
+        with pytest.raises(SoliError, match=r"out: is a symlink; give the name of a new folder"):
+            write(tmp_path / "out")
+    assert not [*(tmp_path / "elsewhere").iterdir()] and not (tmp_path / "gone").exists()
+
+
+def test_a_symlink_in_place_of_the_hidden_folder_is_not_followed(folder, tmp_path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / f".out.partial-{os.getpid()}").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SoliError, match="out: cannot be written"):
+        convert_checkpoint(folder, tmp_path / "out", TO_FP8)
+    assert not [*(tmp_path / "elsewhere").iterdir()]
+
+
+def test_loading_for_use_follows_what_its_owner_linked(folder, tmp_path) -> None:
+    move(folder / "model.safetensors", tmp_path / "shared" / "model.safetensors")
+    assert load_model(folder)
