@@ -34,7 +34,8 @@ def list_runs(
 ) -> None:
     """Show each run's step, tokens, losses, speed, and whether it is finished, stopped or running.
 
-    Running: its metrics changed within the last minute, or within twice the time it takes between two reports.
+    Running: a process holds the run's lock; for a run without one, its metrics changed within the last minute, or
+    within twice the time it takes between two reports.
     """
     summaries = [summarize(read_metrics(run)) for run in find_runs(folder)]
     if as_json:

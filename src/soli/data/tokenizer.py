@@ -14,6 +14,7 @@ from typing import Any, Self
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from soli.atomic_file import replace_file
 from soli.errors import SoliError
 from soli.input_files import TABLE_BYTES, kind_of, parse_json, read_object_if_present, read_text
 from soli.sections import is_text, shown
@@ -91,10 +92,10 @@ class Tokenizer:
         return cls(backend)
 
     def save(self, folder: str | Path) -> None:
-        """Write `tokenizer.json` and the `tokenizer_config.json` that transformers reads."""
+        """Write `tokenizer.json` and the `tokenizer_config.json` that transformers reads, each whole or not at all."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._backend.save(str(folder / "tokenizer.json"))
+        replace_file(folder / "tokenizer.json", self._backend.to_str(pretty=True))
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self._bos,
@@ -102,7 +103,7 @@ class Tokenizer:
             "pad_token": "<|pad|>",
             "clean_up_tokenization_spaces": False,
         }
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        replace_file(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
     @property
     def vocab_size(self) -> int:

@@ -41,7 +41,8 @@ class Anomaly:
 
 
 class TrainingStopped(SoliError):
-    """An anomaly ends the run; with `save_state`, the state before the step is worth saving."""
+    """An anomaly ends the run; with `save_state`, the state before the step is worth saving, else `train` adds to the
+    sentence from which checkpoint to resume."""
 
     def __init__(self, sentence: str, save_state: bool) -> None:
         super().__init__(sentence)
@@ -83,11 +84,7 @@ def stop_if_required(anomaly: Anomaly, progress: RunProgress) -> None:
     after = f" after {MAX_SKIPS - 1} skipped steps in a row" if too_many else ""
     stopped = f"{anomaly.reason}; training stopped{after}"
     if anomaly.kind == "nan":
-        raise TrainingStopped(
-            f"{stopped} before any weight changed; the last checkpoint is sound: resume it with a lower "
-            "schedule.learning_rate",
-            save_state=False,
-        )
+        raise TrainingStopped(f"{stopped} before any weight changed", save_state=False)
     raise TrainingStopped(
         f"spike: {stopped}, and the state before that step is saved: resume with run.spike = report, a larger "
         "run.spike_factor or a lower schedule.learning_rate",
@@ -109,11 +106,7 @@ def explain_error(error: SoliError, model: Transformer) -> SoliError:
     name = _first_nonfinite_tensor(model)
     if not name:
         return error
-    return TrainingStopped(
-        f"{name} is not finite ({error}), so training stopped; resume an earlier checkpoint with a lower "
-        "schedule.learning_rate",
-        save_state=False,
-    )
+    return TrainingStopped(f"{name} is not finite ({error}), so training stopped", save_state=False)
 
 
 def is_spike(past: Sequence[float], value: float, factor: float) -> bool:

@@ -1,13 +1,18 @@
 """A run's folder and its checkpoints: everything that resuming needs, nothing pickled, complete or not there.
 
 runs/NAME/
+  run.lock               who trains here (soli/train/run_lock.py)
   recipe.resolved.json   the recipe with every default, as the run began
   metrics.jsonl          one line per report and per evaluation
   checkpoints/step-00000200/  model.safetensors, optimizer.safetensors, config.json, state.json
 
 A checkpoint is written to a hidden folder and renamed when every byte is on disk, so a killed run leaves either a
 complete one or a folder whose name begins with a dot, which the next run removes. Tensors have Soli's parameter names,
-moments `<parameter>|<moment>`, whichever process holds which chunk (soli/train/checkpoint_storage.py).
+moments `<parameter>|<moment>`, whichever process holds which chunk (soli/train/checkpoint_storage.py). state.json has
+the checkpoint's random id, which its tensor files have too, and the digest of its config.json.
+
+Rejected, when saving as when loading: a weight, bias or moment that is not finite. Rejected when loading: files of
+another checkpoint.
 
 Saving hardly stops training: the state is copied to host memory, and another thread writes the copy. The training
 thread waits for the copy, and for an earlier save that is still being written: there is one at a time. The first
@@ -15,8 +20,13 @@ process renames the folder when the files of all are on disk. Older checkpoints 
 """
 
 import dataclasses
+import hashlib
 import json
+import math
+import re
 import shutil
+import uuid
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,9 +43,14 @@ from soli.checkpoint.writer import write_json
 from soli.config import load_config
 from soli.errors import SoliError
 from soli.model.transformer import Transformer
-from soli.train.checkpoint_storage import StateReader, StateWriter, allow_one_process, load, sync
+from soli.sections import NonNegativeInt, annotations_of, convert, reject_unknown
+from soli.train.checkpoint_storage import CHECKPOINT_ID, StateReader, StateWriter, allow_one_process, load, sync
 from soli.train.optimizer import Optimizer
+from soli.train.run_lock import RunIsLocked, RunLock, create_folder, lock_run
 
+REMOVE = "remove this checkpoint to resume from the one before"
+CONFIG_DIGEST = "config_sha256"  # key of state.json, beside CHECKPOINT_ID
+NAME = re.compile(r"step-(\d{8,})")
 RNG = "torch_rng"  # of process 0; of process n with the suffix .n
 CUDA_RNG = "cuda_rng"
 
@@ -44,22 +59,27 @@ CUDA_RNG = "cuda_rng"
 class RunProgress:
     """What a run has reached. `position` counts windows of the stage, steps and tokens those of the run."""
 
-    step: int = 0
-    tokens: int = 0
-    position: int = 0
+    step: NonNegativeInt = 0
+    tokens: NonNegativeInt = 0
+    position: NonNegativeInt = 0
     seconds: float = 0.0  # spent training, over all sessions
     valid_loss: float | None = None  # measured at this very step, else None
     losses: list[float] = field(default_factory=list)  # of the last steps that changed weights, for anomaly detection
     norms: list[float] = field(default_factory=list)  # of their gradients
-    skipped: int = 0  # steps that moved nothing
-    skipped_in_row: int = 0
-    stage: int = 0  # 0 pretraining, n the n-th [[extension]] phase
-    stage_start: int = 0  # tokens at which the stage began
+    skipped: NonNegativeInt = 0  # steps that moved nothing
+    skipped_in_row: NonNegativeInt = 0
+    stage: NonNegativeInt = 0  # 0 pretraining, n the n-th [[extension]] phase
+    stage_start: NonNegativeInt = 0  # tokens at which the stage began
 
 
 def checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"))
+    folders = [path for path in (run / "checkpoints").glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(folders, key=_step_of)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def best_checkpoint(run: Path) -> Path | None:
@@ -82,14 +102,35 @@ def stage_ends(saved: list[Path]) -> list[Path]:
 
 
 def read_progress(checkpoint: Path) -> RunProgress:
-    """`state.json` of a checkpoint; SoliError when it cannot be read."""
+    """`state.json` of a checkpoint; SoliError when it cannot be read or is of another step."""
+    file = checkpoint / "state.json"
+    state = _read_state(checkpoint)
+    fields = {name: value for name, value in state.items() if name not in (CHECKPOINT_ID, CONFIG_DIGEST)}
+    valid_loss = fields.get("valid_loss")
+    if isinstance(valid_loss, float) and not math.isfinite(valid_loss):
+        fields["valid_loss"] = None  # as version 0.2 and before stored it
+    annotations = annotations_of(RunProgress)
+    try:
+        reject_unknown("state", fields, annotations)
+        progress = RunProgress(
+            **{name: convert(name, value, annotations[name]) for name, value in fields.items()}
+        )
+    except SoliError as error:
+        raise SoliError(f"{file} cannot be read ({error}); {REMOVE}") from None
+    if NAME.fullmatch(checkpoint.name) and progress.step != _step_of(checkpoint):
+        raise SoliError(f"{file} is the state of step {progress.step}, not of {checkpoint.name}; {REMOVE}")
+    return progress
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
     file = checkpoint / "state.json"
     try:
-        return RunProgress(**json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise SoliError(
-            f"{file} cannot be read ({error}); remove this checkpoint to resume from the one before"
-        ) from None
+        state = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(state, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise SoliError(f"{file} cannot be read ({error}); {REMOVE}") from None
+    return state
 
 
 class CheckpointSaver:
@@ -102,6 +143,7 @@ class CheckpointSaver:
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="save")
         self.pending: Future[Any] | None = None
         self.buffers: dict[MetadataIndex, Tensor] = {}
+        self.lock: RunLock | None = None  # of the first process
         # A process group of its own: its messages must not mix with those of the training thread.
         self.group = dist.new_group(backend="gloo") if dist.is_available() and dist.is_initialized() else None
         allow_one_process()
@@ -110,8 +152,9 @@ class CheckpointSaver:
         """Start saving the state after `progress.step` steps. SoliError when the save before it failed."""
         self.wait()
         plan = _StagedPlan(run_state(model, optimizer), self.buffers)
-        documents = {"config.json": model.config.to_dict(), "state.json": dataclasses.asdict(progress)}
-        folder = _CheckpointFolder(self.run, f"step-{progress.step:08d}", documents, self.keep)
+        config = model.config.to_dict()
+        state = dataclasses.asdict(progress)
+        folder = _CheckpointFolder(self.run, f"step-{progress.step:08d}", config, state, self.keep, uuid.uuid4().hex)
         self.pending = self.thread.submit(self._write, plan, folder)
 
     def check(self) -> None:
@@ -139,17 +182,69 @@ class CheckpointSaver:
             self.thread.shutdown()
 
     def _write(self, plan: "_StagedPlan", folder: "_CheckpointFolder") -> None:
+        def create() -> None:
+            self.lock = lock_run(self.run)  # the one this process has, unless someone removed the run's folder
+            folder.create()
+
         try:
-            writer = StateWriter(folder.draft, folder.create, folder.commit)
+            writer = StateWriter(folder.draft, create, folder.commit, folder.checkpoint_id)
             dcp.save({}, storage_writer=writer, planner=plan, process_group=self.group)
         except dcp.CheckpointException as error:
-            shutil.rmtree(folder.draft, ignore_errors=True)
             cause = next(iter(error.failures.values()))[0]
-            reason = (cause.strerror if isinstance(cause, OSError) else None) or str(cause) or type(cause).__name__
-            raise SoliError(
-                f"{folder.final} could not be written ({reason}), so training stopped; the checkpoints before it are "
-                "complete: free some space and run the same command again"
-            ) from None
+            if not isinstance(cause, RunIsLocked):  # else what is there belongs to another process
+                shutil.rmtree(folder.draft, ignore_errors=True)
+            raise SoliError(_explain_failure(cause, folder)) from None
+
+
+def _explain_failure(cause: BaseException, folder: "_CheckpointFolder") -> str:
+    """Why a checkpoint was not saved, and what to do."""
+    if isinstance(cause, NotFinite):
+        return f"{cause}, so {folder.final} was not written and training stopped; {resume_advice(folder.run)}"
+    if isinstance(cause, SoliError):
+        return f"{folder.final} could not be written, so training stopped: {cause}"
+    reason = (cause.strerror if isinstance(cause, OSError) else None) or str(cause) or type(cause).__name__
+    return (
+        f"{folder.final} could not be written ({reason}), so training stopped; the checkpoints before it are complete: "
+        "free some space and run the same command again"
+    )
+
+
+class NotFinite(SoliError):
+    """A tensor of a run's state holds NaN or infinity."""
+
+
+def reject_nonfinite(state: Iterable[tuple[str, Tensor]]) -> None:
+    """NotFinite with the name of the first floating-point tensor that holds NaN or infinity."""
+    for name, tensor in state:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if not local.is_floating_point() or not local.numel():
+            continue
+        lowest, highest = local.detach().aminmax()  # NaN where there is one; no copy of the tensor
+        if not (lowest.isfinite() and highest.isfinite()):
+            raise NotFinite(f"{name} holds values that are not finite")
+
+
+def resume_advice(run: Path) -> str:
+    """The last checkpoint whose tensors are all finite, and how to resume from it; the end of a sentence."""
+    later: list[Path] = []
+    for checkpoint in reversed(checkpoints(run)):
+        if _is_finite(checkpoint):
+            removed = f"remove {' and '.join(map(str, reversed(later)))}, then " if later else ""
+            return (
+                f"the last finite checkpoint is {checkpoint}: to resume from it {removed}run the same command again "
+                "with a lower schedule.learning_rate (--set)"
+            )
+        later.append(checkpoint)
+    return "there is no finite checkpoint: start again in another --out with a lower schedule.learning_rate (--set)"
+
+
+def _is_finite(checkpoint: Path) -> bool:
+    try:
+        reader = StateReader(checkpoint, ("model", "optimizer"))
+        reject_nonfinite((name, shard.tensor(name)) for shard in set(reader.shards.values()) for name in shard.entries)
+    except SoliError:
+        return False
+    return True
 
 
 class _StagedPlan(dcp.DefaultSavePlanner):
@@ -180,6 +275,7 @@ class _StagedPlan(dcp.DefaultSavePlanner):
         pass
 
     def create_local_plan(self) -> dcp.SavePlan:
+        reject_nonfinite((item.index.fqn, self.buffers[item.index]) for item in self.local.items)
         return self.local
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
@@ -192,8 +288,10 @@ class _CheckpointFolder:
 
     run: Path
     name: str
-    documents: dict[str, dict[str, Any]]
+    config: dict[str, Any]
+    state: dict[str, Any]
     keep: int
+    checkpoint_id: str
 
     @property
     def final(self) -> Path:
@@ -204,14 +302,18 @@ class _CheckpointFolder:
         return self.final.with_name(f".{self.name}")
 
     def create(self) -> None:
-        self.final.parent.mkdir(parents=True, exist_ok=True)
+        create_folder(self.final.parent)
         for unfinished in self.final.parent.glob(".step-*"):  # of killed runs
             shutil.rmtree(unfinished)
         self.draft.mkdir()
 
     def commit(self) -> None:
-        for name, document in self.documents.items():
-            write_json(self.draft / name, document)
+        config_file = self.draft / "config.json"
+        write_json(config_file, self.config)
+        digest = hashlib.sha256(config_file.read_bytes()).hexdigest()
+        identity = {CHECKPOINT_ID: self.checkpoint_id, CONFIG_DIGEST: digest}
+        write_json(self.draft / "state.json", self.state | identity)
+        for name in ("config.json", "state.json"):
             sync(self.draft / name)
         sync(self.draft)
         if self.final.exists():
@@ -230,12 +332,14 @@ def load_checkpoint(
     saved. One that had no counterpart then gets the random state of the first.
     """
     reader = StateReader(checkpoint, ("model", "optimizer"))
+    _check_identity(reader)
     weights = _weights(reader, model)
     moments = {f"optimizer/{name}": tensor for name, tensor in _empty_moments(reader, optimizer).items()}
     random_states = {
         name: torch.empty(reader.tensors[name].size, dtype=torch.uint8) for name in _random_state_names(reader, model)
     }
     load(reader, weights | moments | random_states)
+    _check_finite(checkpoint, weights | moments)
     optimizer.load_state({name.removeprefix("optimizer/"): tensor for name, tensor in moments.items()}, late_mtp)
     for name, random_state in random_states.items():
         if name.startswith(f"optimizer/{RNG}"):
@@ -248,7 +352,10 @@ def load_checkpoint(
 def load_weights(checkpoint: Path, model: Transformer) -> None:
     """Fill a model's parameters and router biases (fp32) from a checkpoint."""
     reader = StateReader(checkpoint, ("model",))
-    load(reader, _weights(reader, model))
+    _check_identity(reader)
+    weights = _weights(reader, model)
+    load(reader, weights)
+    _check_finite(checkpoint, weights)
 
 
 def load_run(run: Path) -> Transformer:
@@ -293,6 +400,25 @@ def run_state(model: Transformer, optimizer: Optimizer) -> dict[str, Tensor]:
     if device.type == "cuda":
         state[f"optimizer/{CUDA_RNG}{_rank_suffix()}"] = torch.cuda.get_rng_state(device)
     return state
+
+
+def _check_identity(reader: StateReader) -> None:
+    """SoliError when tensors, state.json and config.json are not of one checkpoint; older versions' have no ids."""
+    state = _read_state(reader.folder)
+    for file, checkpoint_id in reader.checkpoint_ids.items():
+        if checkpoint_id != state.get(CHECKPOINT_ID):
+            raise SoliError(f"{reader.folder / 'state.json'} does not belong to {file.name} beside it; {REMOVE}")
+    digest = state.get(CONFIG_DIGEST)
+    config_file = reader.folder / "config.json"
+    if digest is not None and digest != hashlib.sha256(config_file.read_bytes()).hexdigest():
+        raise SoliError(f"{config_file} is not the one that was saved with this checkpoint; {REMOVE}")
+
+
+def _check_finite(checkpoint: Path, state: dict[str, Tensor]) -> None:
+    try:
+        reject_nonfinite(state.items())
+    except NotFinite as error:
+        raise SoliError(f"{checkpoint}: {error}; {resume_advice(checkpoint.parent.parent)}") from None
 
 
 def _weights(reader: StateReader, model: Transformer) -> dict[str, Tensor]:

@@ -8,12 +8,14 @@ hold the same numbers; TensorBoard itself hides events past the step at which a 
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from io import FileIO, TextIOBase
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import IO, Any, Self, cast
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -21,6 +23,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
+from soli.atomic_file import replace_file
 from soli.errors import SoliError
 from soli.train.anomalies import Anomaly
 from soli.train.balance import ExpertLoad
@@ -50,7 +53,7 @@ class RunReport:
         tensorboard: bool = False,
         work_left: Callable[[RunProgress], float] | None = None,
     ) -> None:
-        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = console or Console(file=cast(IO[str], LastingStderr()), highlight=False, soft_wrap=True)
         self.work_left = work_left or (lambda progress: total - progress.tokens)
         self.work_at_start = self.work_left(progress)
         self.start = time.monotonic()
@@ -151,6 +154,32 @@ class RunReport:
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
+class LastingStderr(TextIOBase):
+    """Standard error that may go away, as a terminal does when its window is closed: the run saves its state anyway."""
+
+    def __init__(self) -> None:
+        self.stream = sys.stderr
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self.stream.encoding
+
+
 def _stage(progress: RunProgress) -> str:
     return f"  {stage_name(progress.stage)}" if progress.stage else ""
 
@@ -226,12 +255,24 @@ class MetricsFile:
 
     def __init__(self, run: Path, step: int, tensorboard: bool = False) -> None:
         self.events = _open_events(run / "tensorboard", step) if tensorboard else None
-        self.file = _open_after(run / "metrics.jsonl", step)
+        self.path = run / "metrics.jsonl"
+        self.file = _open_after(self.path, step)
 
     def write(self, entry: dict[str, Any]) -> None:
-        """Append one line, and its numbers to the event file."""
-        self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-        self.file.flush()
+        """Append one line, and its numbers to the event file. SoliError where it cannot be: no part of it is left."""
+        line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+        length = os.fstat(self.file.fileno()).st_size
+        try:
+            written = 0
+            while written < len(line):
+                written += self.file.write(line[written:])
+        except OSError as error:
+            with suppress(OSError):
+                self.file.truncate(length)
+            raise SoliError(
+                f"{self.path} could not be written ({error.strerror or error}), so training stopped; every checkpoint "
+                "is complete: free some space and run the same command again"
+            ) from None
         if self.events is not None:
             for tag, value in scalars(entry):
                 self.events.add_scalar(tag, value, entry["step"])
@@ -255,16 +296,16 @@ def scalars(entry: dict[str, Any]) -> Iterator[tuple[str, float]]:
             yield f"{name}/{layer}", value
 
 
-def _open_after(file: Path, step: int) -> TextIO:
+def _open_after(file: Path, step: int) -> FileIO:
     """The file, open for appending, without lines past `step`, ends of sessions, and a line that a kill cut short."""
+    if file.exists() and not file.is_file():
+        raise SoliError(f"{file} is not a file; remove it, or choose another --out")
     if file.is_file():
         text = file.read_text(encoding="utf-8", errors="replace")
         remaining = "".join(line + "\n" for line in text.split("\n") if _is_current(line, step))
         if remaining != text:
-            draft = file.with_name(f".{file.name}")
-            draft.write_text(remaining, encoding="utf-8")
-            os.replace(draft, file)
-    return file.open("a", encoding="utf-8")
+            replace_file(file, remaining)
+    return FileIO(file, "a")
 
 
 def _is_current(line: str, step: int) -> bool:

@@ -18,9 +18,10 @@ import numpy as np
 
 from soli.analysis.figure import new_figure, save_figure, style_panel
 from soli.errors import SoliError
+from soli.train.run_lock import is_locked
 
 METRICS = "metrics.jsonl"
-RUNNING_SECONDS = 60.0  # a run whose metrics changed since then is running
+RUNNING_SECONDS = 60.0  # a run without a lock whose metrics changed since then is running
 RECENT = 10  # steps over which tokens per second are averaged
 
 Curve = list[tuple[int, float]]  # (tokens, value), tokens increasing
@@ -201,10 +202,15 @@ def _read_line(line: str, where: str) -> dict[str, Any]:
 
 
 def _state(metrics: RunMetrics, now: float) -> str:
-    """A recorded end decides; then recent metrics; then, for runs of Soli 0.1, the end of the schedule."""
+    """A recorded end decides; then the run's lock; for runs without one, how old their metrics are; then the end of the
+    schedule, which runs of Soli 0.1 did not record."""
     if metrics.ended is not None:
         return "finished" if metrics.ended == "finished" else "stopped"
-    if now - (metrics.folder / METRICS).stat().st_mtime < max(RUNNING_SECONDS, 2 * _longest_pause(metrics.steps)):
+    is_running = is_locked(metrics.folder)
+    if is_running is None:
+        age = abs(now - (metrics.folder / METRICS).stat().st_mtime)  # the clock may have been set back since
+        is_running = age < max(RUNNING_SECONDS, 2 * _longest_pause(metrics.steps))
+    if is_running:
         return "running"
     total = _total_tokens(metrics.folder)
     return "finished" if total and metrics.steps and metrics.steps[-1]["tokens"] >= total else "stopped"

@@ -1,7 +1,7 @@
 """A run, built from a recipe: device and precision chosen, weights initialised, data opened, a checkpoint resumed.
 
 The resolved recipe and the tokenizer are stored in the run's folder. A run is not resumed with another model, another
-order of the data, or data that were rebuilt since it began.
+order of the data, or data that were rebuilt since it began, nor while another process trains it.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soli.checkpoint.writer import write_json
+from soli.atomic_file import replace_file
 from soli.config import load_config
 from soli.data.tokenizer import Tokenizer
 from soli.errors import SoliError
@@ -27,6 +27,7 @@ from soli.train.cuda_graph import GraphedStep
 from soli.train.evaluate import bytes_per_token
 from soli.train.model_options import apply_block_options, use_fp8
 from soli.train.optimizer import Optimizer
+from soli.train.run_lock import RunLock, create_folder, lock_run
 from soli.train.settings import TrainSettings, as_recipe
 from soli.train.stages import Stage, build_stages, check_stage
 
@@ -40,6 +41,7 @@ class Run:
     """Everything a run needs, built once; `stage` is the one that `progress` is in."""
 
     folder: Path
+    lock: RunLock  # held as long as this run exists
     settings: TrainSettings
     model: Transformer
     optimizer: Optimizer
@@ -89,11 +91,14 @@ def prepare(settings: TrainSettings, data: dict[str, Any], data_folder: Path, ru
     _check_fim_rate(data, train_tokens)
     stages = build_stages(settings, train_tokens, valid_tokens)
     packed = {key: train_tokens.meta.get(key) for key in PACKED}
+    lock = lock_run(run_folder)
+    create_folder(run_folder / "checkpoints")
     _store_recipe(run_folder, as_recipe(settings, data) | {"packed": packed})
     tokenizer.save(run_folder)
     model = _new_model(settings, device, compute)
     run = Run(
         folder=run_folder,
+        lock=lock,
         settings=settings,
         model=model,
         optimizer=Optimizer(model, settings.optimizer, compute),
@@ -192,8 +197,7 @@ def _store_recipe(folder: Path, recipe: dict[str, Any]) -> None:
     """Store the resolved recipe in the run's folder; SoliError where it would not continue the same run."""
     file = folder / "recipe.resolved.json"
     if not file.is_file() or not checkpoints(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, recipe)
+        replace_file(file, json.dumps(recipe, indent=2, ensure_ascii=False) + "\n")
         return
     before = json.loads(file.read_text(encoding="utf-8"))
     now = json.loads(json.dumps(recipe))

@@ -1,7 +1,7 @@
 """The training loop: windows -> micro-batches -> losses -> clip -> optimizer -> bias step -> report, evaluate, save.
 
-`train` runs to the end of the schedule, to its time limit, or to SIGINT or SIGTERM, and saves the state in each case. A
-step that is not finite or spikes is detected (soli/train/anomalies.py) before anything is changed.
+`train` runs to the end of the schedule, to its time limit, or to SIGINT, SIGTERM or SIGHUP, and saves the state in each
+case. A step that is not finite or spikes is detected (soli/train/anomalies.py) before anything is changed.
 """
 
 import math
@@ -18,7 +18,7 @@ from torch import Tensor
 from soli.errors import SoliError
 from soli.train import anomalies
 from soli.train.balance import measure_load, reduce_counts, step_bias
-from soli.train.checkpoints import CheckpointSaver
+from soli.train.checkpoints import CheckpointSaver, resume_advice
 from soli.train.evaluate import evaluate, translate_samples
 from soli.train.losses import StepTotals, compute_losses, count_targets
 from soli.train.model_options import fp8_note
@@ -153,6 +153,8 @@ def _print_start(run: Run, report: RunReport) -> None:
     progress = run.progress
     if run.settings.run.precision == "fp8":
         report.print(fp8_note(run.model.embed_tokens.weight.device))
+    if not run.lock.is_exclusive:
+        report.print(f"{run.folder} is on a file system without locks: start no second soli train in it")
     if progress.step:
         tokens = f"{progress.tokens / 1e6:.2f} M of {run.settings.total_tokens / 1e6:.2f} M tokens"
         report.print(f"resuming after step {progress.step}, {tokens}")
@@ -167,9 +169,11 @@ def _step_and_report(run: Run, report: RunReport, saver: CheckpointSaver) -> Non
     except anomalies.TrainingStopped as stop:
         if stop.save_state:
             saver.save(run.model, run.optimizer, progress)
-            saver.wait()
+        saver.wait()
         report.end(progress, "anomaly")
-        raise
+        if stop.save_state:
+            raise
+        raise anomalies.TrainingStopped(f"{stop}; {resume_advice(run.folder)}", save_state=False) from None
     seconds = time.monotonic() - start
     progress.seconds += seconds
     if step.anomaly is not None:
@@ -196,7 +200,7 @@ def measure(run: Run, report: RunReport) -> None:
     start = time.monotonic()
     settings, stage = run.settings, run.stage
     result = evaluate(run.model, stage.heldout_BW, run.bytes_V, stage.micro_sequences, run.tokenizer.eos_id)
-    run.progress.valid_loss = result.loss
+    run.progress.valid_loss = result.loss if math.isfinite(result.loss) else None
     samples = translate_samples(run.model, run.tokenizer, run.sentences, settings.eval.sample_tokens)
     report.evaluation(run.progress, result, samples, time.monotonic() - start)
 
@@ -207,7 +211,7 @@ def _is_due(step: int, every: int) -> bool:
 
 @contextmanager
 def _stop_on_signal() -> Iterator[list[int]]:
-    """A list of the SIGINT and SIGTERM received; a second SIGINT interrupts at once."""
+    """A list of the SIGINT, SIGTERM and SIGHUP received; a second SIGINT interrupts at once. nohup's runs go on."""
     received: list[int] = []
 
     def note(number: int, frame: Any) -> None:
@@ -215,7 +219,10 @@ def _stop_on_signal() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield received
     finally:

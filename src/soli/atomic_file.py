@@ -1,0 +1,28 @@
+"""Files that are written whole or not at all: what was there before a failure, or a kill, is still there after it."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from soli.errors import SoliError
+
+
+def replace_file(file: Path, content: str | bytes) -> None:
+    """Write a hidden draft beside `file` and rename it when every byte is on disk; text as UTF-8.
+
+    SoliError where that fails, on a full disk for example: no draft is left, and `file` is as it was.
+    """
+    draft = file.with_name(f".{file.name}.partial")
+    try:
+        with draft.open("wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(draft, file)
+    except OSError as error:
+        with suppress(OSError):
+            draft.unlink()
+        raise SoliError(
+            f"{file} cannot be written ({error.strerror or error}); what was there is unchanged: check the folder's "
+            "free space and permissions, then run the same command again"
+        ) from None
