@@ -315,8 +315,30 @@ def test_a_state_with_wrong_types_is_rejected_in_one_sentence(tmp_path, text):
     checkpoint = tmp_path / "checkpoints/step-00000012"
     checkpoint.mkdir(parents=True)
     (checkpoint / "state.json").write_text(text)
-    with pytest.raises(SoliError, match=r"state\.json cannot be read \(.*remove this checkpoint"):
+    with pytest.raises(SoliError, match=r"state\.json: .*; remove this checkpoint"):
         read_progress(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "", "3", "[]", "{}", "[" * 100_000, '{"kind": ["step"]}', '{"kind": "end"}', '{"kind": "step", "step": 1}',
+        '{"kind": "end", "step": "1", "tokens": 1, "seconds": 1}', '{"kind": "x", "step": ' + "9" * 5000 + "}",
+        '{"kind": "evaluation", "step": 1, "tokens": 1, "seconds": 1, "loss": 1, "bits_per_byte": 1, "stage": "x"}',
+    ],
+)  # fmt: skip
+def test_a_metrics_line_of_another_kind_is_rejected_by_number(tmp_path, line, capsys):
+    (tmp_path / "metrics.jsonl").write_text(line + "\n")
+    assert main(["runs", "list", str(tmp_path)]) == 1
+    assert "metrics.jsonl, line 1 is not what soli train writes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"model": 3}', '{"schedule": null}', '{"a": 1, "a": 1}', "[" * 100_000])
+def test_a_damaged_resolved_recipe_is_rejected_in_one_sentence(tmp_path, data, two_runs, text):
+    shutil.copytree(two_runs / "a", tmp_path / "a")
+    (tmp_path / "a/recipe.resolved.json").write_text(text)
+    with pytest.raises(SoliError, match=r"recipe\.resolved\.json: "):
+        prepare(settings(run={"seed": 0}), {}, data, tmp_path / "a")
 
 
 def test_only_folders_named_by_a_step_are_checkpoints(tmp_path):

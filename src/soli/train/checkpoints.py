@@ -21,7 +21,6 @@ process renames the folder when the files of all are on disk. Older checkpoints 
 
 import dataclasses
 import hashlib
-import json
 import math
 import re
 import shutil
@@ -42,6 +41,7 @@ from torch.distributed.tensor import DTensor
 from soli.checkpoint.writer import write_json
 from soli.config import load_config
 from soli.errors import SoliError
+from soli.input_files import kind_of, parse_json, read_bytes, read_text
 from soli.model.transformer import Transformer
 from soli.sections import NonNegativeInt, annotations_of, convert, reject_unknown
 from soli.train.checkpoint_storage import CHECKPOINT_ID, StateReader, StateWriter, allow_one_process, load, sync
@@ -116,7 +116,7 @@ def read_progress(checkpoint: Path) -> RunProgress:
             **{name: convert(name, value, annotations[name]) for name, value in fields.items()}
         )
     except SoliError as error:
-        raise SoliError(f"{file} cannot be read ({error}); {REMOVE}") from None
+        raise SoliError(f"{file}: {error}; {REMOVE}") from None
     if NAME.fullmatch(checkpoint.name) and progress.step != _step_of(checkpoint):
         raise SoliError(f"{file} is the state of step {progress.step}, not of {checkpoint.name}; {REMOVE}")
     return progress
@@ -125,11 +125,11 @@ def read_progress(checkpoint: Path) -> RunProgress:
 def _read_state(checkpoint: Path) -> dict[str, Any]:
     file = checkpoint / "state.json"
     try:
-        state = json.loads(file.read_text(encoding="utf-8"))
+        state = parse_json(read_text(file), str(file), finite=False)
         if not isinstance(state, dict):
-            raise ValueError("it is no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise SoliError(f"{file} cannot be read ({error}); {REMOVE}") from None
+            raise SoliError(f"{file}: must hold a JSON object, not {kind_of(state)}")
+    except SoliError as error:
+        raise SoliError(f"{error}; {REMOVE}") from None
     return state
 
 
@@ -410,7 +410,7 @@ def _check_identity(reader: StateReader) -> None:
             raise SoliError(f"{reader.folder / 'state.json'} does not belong to {file.name} beside it; {REMOVE}")
     digest = state.get(CONFIG_DIGEST)
     config_file = reader.folder / "config.json"
-    if digest is not None and digest != hashlib.sha256(config_file.read_bytes()).hexdigest():
+    if digest is not None and digest != hashlib.sha256(read_bytes(config_file)).hexdigest():
         raise SoliError(f"{config_file} is not the one that was saved with this checkpoint; {REMOVE}")
 
 

@@ -25,6 +25,7 @@ from rich.text import Text
 
 from soli.atomic_file import replace_file
 from soli.errors import SoliError
+from soli.input_files import read_lines
 from soli.train.anomalies import Anomaly
 from soli.train.balance import ExpertLoad
 from soli.train.checkpoints import RunProgress
@@ -301,18 +302,18 @@ def _open_after(file: Path, step: int) -> FileIO:
     if file.exists() and not file.is_file():
         raise SoliError(f"{file} is not a file; remove it, or choose another --out")
     if file.is_file():
-        text = file.read_text(encoding="utf-8", errors="replace")
-        remaining = "".join(line + "\n" for line in text.split("\n") if _is_current(line, step))
-        if remaining != text:
-            replace_file(file, remaining)
+        lines = [line for _, line in read_lines(file)]
+        current = [line.removesuffix(b"\n") + b"\n" for line in lines if _is_current(line, step)]
+        if current != lines:
+            replace_file(file, b"".join(current))
     return FileIO(file, "a")
 
 
-def _is_current(line: str, step: int) -> bool:
+def _is_current(line: bytes, step: int) -> bool:
     try:
         entry = json.loads(line)
         return bool(entry["step"] <= step and entry["kind"] != "end")
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

@@ -6,10 +6,9 @@ still being written and is ignored. Any other line that cannot be read is reject
 """
 
 import itertools
-import json
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 
 from soli.analysis.figure import new_figure, save_figure, style_panel
 from soli.errors import SoliError
+from soli.input_files import parse_json, read_lines, read_object
 from soli.train.run_lock import is_locked
 
 METRICS = "metrics.jsonl"
@@ -107,14 +107,15 @@ def locate_run(name: str) -> Path:
 def read_metrics(folder: Path) -> RunMetrics:
     """A run's `metrics.jsonl`, checked line by line."""
     file = folder / METRICS
-    text = file.read_bytes().decode("utf-8", errors="replace")
     steps: list[dict[str, Any]] = []
     evaluations: list[dict[str, Any]] = []
     ended = None
-    for number, line in enumerate(text.split("\n")[:-1], 1):
-        entry = _read_line(line, f"{file}, line {number}")
+    for number, line in read_lines(file):
+        if not line.endswith(b"\n"):
+            break
+        entry = _read_line(line.decode("utf-8", errors="replace"), f"{file}, line {number}")
         lines = {"step": steps, "evaluation": evaluations}.get(entry["kind"])
-        ended = str(entry["why"]) if entry["kind"] == "end" else None
+        ended = str(entry.get("why")) if entry["kind"] == "end" else None
         if lines is None:
             continue
         if steps and entry["step"] < steps[-1]["step"]:
@@ -186,15 +187,18 @@ def _common_point(measure: str, curves: Sequence[Curve]) -> Point:
 def _read_line(line: str, where: str) -> dict[str, Any]:
     """One line as a dict with the numbers that its kind requires."""
     try:
-        entry = json.loads(line)
+        entry = parse_json(line, "it", finite=False)
         of_kind = {"step": ("loss", "mtp", "tokens_per_second"), "evaluation": ("loss", "bits_per_byte")}
         numbers = ("step", "tokens", "seconds", *of_kind.get(entry["kind"], ()))
         wrong = [key for key in numbers if not isinstance(entry[key], int | float)]
+        wrong += [key for key in ("stage",) if type(entry.get(key, 0)) is not int]
         if entry["kind"] == "step":
             wrong += [
                 name for name, load in entry["load"].items() if not isinstance(load["max_violation"], int | float)
             ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except SoliError as error:
+        raise SoliError(f"{where} is not what soli train writes ({error})") from None
+    except (KeyError, TypeError, AttributeError) as error:
         raise SoliError(f"{where} is not what soli train writes ({type(error).__name__}: {error})") from None
     if wrong:
         raise SoliError(f"{where} is not what soli train writes: {wrong[0]} is not a number")
@@ -227,13 +231,13 @@ def _total_tokens(folder: Path) -> int | None:
     from soli.train.settings import SECTIONS, read_settings
 
     try:
-        recipe = json.loads((folder / "recipe.resolved.json").read_text(encoding="utf-8"))
+        recipe = read_object(folder / "recipe.resolved.json")
         extension = {"extension": recipe.get("extension", ())}
         return read_settings({name: recipe[name] for name in ("model", *SECTIONS)} | extension).total_tokens
-    except (OSError, ValueError, KeyError, TypeError, SoliError):
+    except (KeyError, SoliError):
         return None
 
 
 def _speed(steps: Sequence[dict[str, Any]]) -> float | None:
-    rates: Iterable[float] = [line["tokens_per_second"] for line in steps[-RECENT:]]
-    return statistics.harmonic_mean(rates) if rates else None
+    rates = [line["tokens_per_second"] for line in steps[-RECENT:]]
+    return statistics.harmonic_mean(rates) if rates and min(rates) > 0 else None

@@ -17,6 +17,7 @@ from soli.atomic_file import replace_file
 from soli.config import load_config
 from soli.data.tokenizer import Tokenizer
 from soli.errors import SoliError
+from soli.input_files import read_object
 from soli.machine import memory_bytes
 from soli.model.size import check_size
 from soli.model.transformer import Transformer
@@ -199,10 +200,12 @@ def _store_recipe(folder: Path, recipe: dict[str, Any]) -> None:
     if not file.is_file() or not checkpoints(folder):
         replace_file(file, json.dumps(recipe, indent=2, ensure_ascii=False) + "\n")
         return
-    before = json.loads(file.read_text(encoding="utf-8"))
+    before = read_object(file)
     now = json.loads(json.dumps(recipe))
     fixed = (*(("model", key) for key in now["model"]), *FIXED, *(("packed", key) for key in PACKED))
     for section, key in fixed:
+        if not isinstance(before.get(section, {}), dict):
+            raise SoliError(f"{file}: {section} must be an object; choose another --out, or restore the file")
         old = before.get(section, {}).get(key)
         new = now[section].get(key)
         if old != new and section in before:
