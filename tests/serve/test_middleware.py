@@ -3,6 +3,7 @@
 import hmac
 import json
 import logging
+import subprocess
 import sys
 
 import httpx
@@ -107,6 +108,30 @@ def test_a_log_line_holds_no_text(caplog):
     assert all(json.loads(line)["path"] == "/v1/completions" for line in lines)
     assert [json.loads(line)["id"] for line in lines] == [answer.headers["x-request-id"] for answer in answers]
     assert not any(word in line for line in formatted for word in ("private", "words", "header"))
+
+
+def test_the_log_has_a_line_per_answer_and_none_for_the_pages_files_and_probes(caplog):
+    quiet = ["/", "/static/main.js", "/static/page.css", "/health", "/ready", "/metrics"]
+    with caplog.at_level("DEBUG", "soli.serve"), scripted_server(lambda request: "ok") as (url, _):
+        for path in quiet:
+            assert httpx.get(f"{url}{path}").status_code == 200
+        assert httpx.get(f"{url}/static/nothing.js").status_code == 404
+        httpx.post(f"{url}/v1/completions", json={"prompt": "hi"})
+    levels = {record.fields["path"]: record.levelname for record in caplog.records if record.message == "request"}
+    assert levels == dict.fromkeys(quiet, "DEBUG") | {"/static/nothing.js": "INFO", "/v1/completions": "INFO"}
+
+
+@pytest.mark.parametrize(("level", "shown"), [("debug", "diwe"), ("info", "iwe"), ("warning", "we"), ("error", "e")])
+def test_the_log_level_selects_lines(level, shown):
+    script = (
+        "import logging, sys; from soli.serve.server import configure_log; configure_log(sys.argv[1])\n"
+        "for name in ('soli.serve', 'a.library'):\n"
+        "  for level in ('debug', 'info', 'warning', 'error'): getattr(logging.getLogger(name), level)(name + level)"
+    )
+    run = subprocess.run([sys.executable, "-c", script, level], check=True, capture_output=True, text=True)
+    messages = [json.loads(line)["message"] for line in run.stderr.splitlines()]
+    assert "".join(message[10] for message in messages if message.startswith("soli.serve")) == shown
+    assert not any(message == "a.librarydebug" for message in messages)
 
 
 def test_the_log_of_an_error_holds_no_text():

@@ -1,7 +1,7 @@
 """`soli serve [MODEL]`: an OpenAI-compatible server, and the page that shows the routing live."""
 
 import os
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -44,6 +44,10 @@ def serve(
             help="Open the page in a browser; by default from a terminal on a machine with a screen.",
         ),
     ] = None,
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        typer.Option(help="What the log has: info is a line per answer, debug also the page's files and probes."),
+    ] = "info",
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
 ) -> None:
@@ -81,4 +85,5 @@ def serve(
         device=device,
         dtype=dtype,
         open_page=(host in LOOPBACK and on_desktop()) if open_page is None else open_page,
+        log_level=log_level,
     )

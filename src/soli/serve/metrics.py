@@ -1,17 +1,15 @@
 """What the server counts: Prometheus's /metrics, and which tokens each expert was selected for.
 
 The engine's statistics are read when /metrics is scraped. Expert statistics cover the tokens whose routing a request
-asked for: per expert how often it was selected, for which kinds of tokens, and the tokens of highest weight with some
-of the text around them. Their memory is bounded: counts and MAX_TOKENS tokens per expert.
+asked for: per expert how often it was selected, and for which kinds of tokens. They are counts alone: a server has many
+callers, and no caller may read from it what another one wrote.
 """
 
-import heapq
 import threading
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
 
 import prometheus_client as prometheus
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -19,7 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from soli.analysis.trace import TokenTrace
 from soli.data.text import count_han
 from soli.engine.request import EngineStats, Event
-from soli.serve.protocol_responses import ExpertReport, ExpertToken
+from soli.serve.protocol_responses import ExpertReport
 
 FIRST_TOKEN_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 INTER_TOKEN_BUCKETS = (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3)
@@ -42,8 +40,6 @@ COUNTERS = {  # field of EngineStats: help
     "accepted": "Drafted tokens that were accepted",
 }
 
-MAX_TOKENS = 32  # kept per expert
-CONTEXT_TOKENS = 3  # shown on each side of a token
 KINDS = ("chinese", "english", "digits", "punctuation", "other")
 
 
@@ -126,42 +122,29 @@ class ServerMetrics:
         yield load
 
 
-Excerpt = tuple[str, str, str]  # the text before a token, the token, the text after it
-
-
-@dataclass
-class _ExpertUse:
-    kinds: Counter[str] = field(default_factory=Counter)
-    top: list[tuple[float, int, Excerpt]] = field(default_factory=list)  # a heap, lowest weight first
-
-    def add(self, weight: float, number: int, excerpt: Excerpt, kind: str) -> None:
-        """Counts token `number`, of which every entry of the heap has another."""
-        self.kinds[kind] += 1
-        push = heapq.heappush if len(self.top) < MAX_TOKENS else heapq.heappushpop
-        push(self.top, (weight, number, excerpt))
-
-
 class ExpertStatistics:
-    """Which tokens each expert was selected for since the server started. Thread-safe."""
+    """For how many tokens of which kinds each expert was selected since the server started. Thread-safe."""
 
     def __init__(self) -> None:
-        self._uses: dict[tuple[str, int], _ExpertUse] = {}
+        self._kinds: dict[tuple[str, int], Counter[str]] = {}  # by layer and expert
         self._tokens_read = 0
         self._lock = threading.Lock()
 
-    def add(self, traces: Sequence[TokenTrace], texts: Sequence[str]) -> None:
-        """Adds tokens that were read; `texts` are all tokens of their text, by position."""
+    def add(self, traces: Sequence[TokenTrace]) -> None:
+        """Counts tokens that were read."""
         with self._lock:
             for trace in traces:
                 self._tokens_read += 1
-                self._add_token(trace, texts)
+                kind = kind_of(trace.text)
+                for layer in trace.layers:
+                    for expert in layer.selected:
+                        self._kinds.setdefault((layer.layer, expert.expert), Counter())[kind] += 1
 
-    def report(self, layer: str, expert: int, limit: int) -> ExpertReport:
-        """One expert with up to `limit` tokens, highest weight first."""
+    def report(self, layer: str, expert: int) -> ExpertReport:
+        """The counts of one expert."""
         with self._lock:
-            use = self._uses.get((layer, expert), _ExpertUse())
-            top = sorted(use.top, reverse=True)[:limit]
-            selected = use.kinds.total()
+            kinds = self._kinds.get((layer, expert), Counter())
+            selected = kinds.total()
             return ExpertReport(
                 layer=layer,
                 expert=expert,
@@ -169,22 +152,9 @@ class ExpertStatistics:
                 tokens_read=self._tokens_read,
                 plays=selected,
                 read=self._tokens_read,
-                tokens=[
-                    ExpertToken(text=text, weight=weight, before=before, after=after)
-                    for weight, _, (before, text, after) in top
-                ],
-                kinds={kind: use.kinds[kind] for kind in KINDS},
+                tokens=[],
+                kinds={kind: kinds[kind] for kind in KINDS},
             )
-
-    def _add_token(self, trace: TokenTrace, texts: Sequence[str]) -> None:
-        at = trace.position
-        before = "".join(texts[max(0, at - CONTEXT_TOKENS) : at])
-        after = "".join(texts[at + 1 : at + 1 + CONTEXT_TOKENS])
-        kind = kind_of(trace.text)
-        for layer in trace.layers:
-            for expert in layer.selected:
-                use = self._uses.setdefault((layer.layer, expert.expert), _ExpertUse())
-                use.add(expert.weight, self._tokens_read, (before, trace.text, after), kind)
 
 
 def kind_of(text: str) -> str:

@@ -25,6 +25,7 @@ from soli.serve.errors import error_response
 
 OPEN_PATHS = ("/health", "/ready", "/")
 OPEN_FOLDER = "/static/"
+POLLED_PATHS = ("/health", "/ready", "/metrics")
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 
 log = logging.getLogger("soli.serve")
@@ -91,8 +92,7 @@ class AccessMiddleware:
                 "bytes": body_bytes,
                 "seconds": round(time.monotonic() - start, 4),
             }
-            is_probe = scope["path"] in ("/health", "/ready")
-            log.log(logging.DEBUG if is_probe else logging.INFO, "request", extra={"fields": fields})
+            log.log(_log_level(scope["path"], status), "request", extra={"fields": fields})
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         rejection = self._rejection(scope, {name.lower(): value for name, value in scope["headers"]})
@@ -148,6 +148,15 @@ class AccessMiddleware:
 
     def _too_large(self) -> str:
         return f"the body has more than {self._rules.body_bytes} bytes, the limit of this server"
+
+
+def _log_level(path: str, status: int) -> int:
+    """INFO for answers of the API and for everything rejected; DEBUG for what a browser or a monitor fetches of itself.
+
+    A probe that is answered with 503 while the model is loading is no news either.
+    """
+    is_page_file = path == "/" or path.startswith(OPEN_FOLDER)
+    return logging.DEBUG if path in POLLED_PATHS or (is_page_file and status < 400) else logging.INFO
 
 
 class _StrictRequest(Request):

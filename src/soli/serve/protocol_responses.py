@@ -236,18 +236,9 @@ class ModelDescription(BaseModel):
     context: int
 
 
-class ExpertToken(BaseModel):
-    """A token for which the expert was selected, with the text around it."""
-
-    text: str
-    weight: float
-    before: str
-    after: str
-
-
 class ExpertReport(BaseModel):
-    """GET /soli/experts/{layer}/{expert}. Of `tokens_read`, the expert was selected for `selected`; `tokens` are those
-    with the highest weight, `kinds` what sorts of token they all were."""
+    """GET /soli/experts/{layer}/{expert}. Of `tokens_read`, the expert was selected for `selected`; `kinds` says what
+    sorts of token these were. It has no text of any request: other callers could read it."""
 
     layer: str
     expert: int
@@ -255,5 +246,5 @@ class ExpertReport(BaseModel):
     tokens_read: int
     plays: int = Field(description="The old name of selected.", json_schema_extra={"deprecated": True})
     read: int = Field(description="The old name of tokens_read.", json_schema_extra={"deprecated": True})
-    tokens: list[ExpertToken]
+    tokens: list[str] = Field(description="Always empty.", json_schema_extra={"deprecated": True})
     kinds: dict[str, int]

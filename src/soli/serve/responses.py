@@ -171,7 +171,7 @@ class RoutingRecorder:
             [total + count for total, count in zip(layer_totals, counts, strict=True)]
             for layer_totals, counts in zip(totals, step_counts, strict=True)
         ]
-        self._statistics.add(traces, self._labels)
+        self._statistics.add(traces)
         return traces
 
 

@@ -72,13 +72,13 @@ def soli_router(service: Service) -> APIRouter:
     def expert(
         layer: Annotated[int, Path(ge=0, le=10**6)],
         expert: Annotated[int, Path(ge=0, le=10**6)],
-        limit: Annotated[int, Query(ge=1, le=32)] = 12,
+        limit: Annotated[int, Query(ge=1, le=32, deprecated=True, description="Without effect.")] = 12,
     ) -> protocol.ExpertReport:
         description = model()
         name = f"layers.{layer}"
         if name not in description.layers or expert >= description.experts:
             raise ApiError(404, f"there is no expert {expert} in layer {layer}: see /soli/model", "expert")
-        return service.expert_statistics.report(name, expert, limit)
+        return service.expert_statistics.report(name, expert)
 
     @routes.post("/translate", response_model=None, responses=described(TRANSLATION))
     async def translate(body: TranslateBody, request: Request) -> Response:

@@ -96,11 +96,13 @@ def run_server(
     device: str = "cpu",
     dtype: str = "auto",
     open_page: bool = False,
+    log_level: str = "info",
 ) -> None:
-    """Serves until a signal ends it; `open_page` shows the page in a browser once the model is loaded. SoliError if the
-    port is taken or the model cannot be loaded."""
+    """Serves until a signal ends it; `open_page` shows the page in a browser once the model is loaded. `log_level`:
+    debug, info, warning or error. SoliError if the port is taken or the model cannot be loaded."""
     listener = listen(host, port)
     model_service = Service(name, lambda: load(model, device, dtype, engine), service)
+    configure_log(log_level)
     server = _uvicorn(create_app(model_service, rules), model_service, drain_seconds)
     url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/"
     print(f"soli: serving {name} on {url} (the API under /v1)", file=sys.stderr)
@@ -141,12 +143,18 @@ def on_desktop() -> bool:
     return has_screen and sys.stderr.isatty() and "SSH_CONNECTION" not in os.environ
 
 
-def _uvicorn(app: ASGIApp, service: Service, drain_seconds: float) -> _DrainingServer:
+def configure_log(level: str) -> None:
+    """The JSON log on standard error. "debug" adds lines of Soli only: what libraries log there may quote a request."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
-    logging.basicConfig(handlers=[handler], level=logging.INFO)
+    own_level = getattr(logging, level.upper())
+    logging.basicConfig(handlers=[handler], level=max(own_level, logging.INFO))
+    logging.getLogger("soli").setLevel(own_level)
     for name in ("uvicorn", "uvicorn.error", "httpx"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel(max(own_level, logging.WARNING))
+
+
+def _uvicorn(app: ASGIApp, service: Service, drain_seconds: float) -> _DrainingServer:
     return _DrainingServer(
         uvicorn.Config(
             app,
