@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.serve.page.driving import until
 from tests.serve.page.mock_server import MockServer
 
 
@@ -31,15 +32,23 @@ def mock() -> Iterator[MockServer]:
 
 @pytest.fixture
 def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
-    """Opens a server's page. At the end: no error was logged, no other origin was requested, nothing was stored.
+    """Opens a server's page, in the detailed view, and waits for the answer to the example that runs at the start. At
+    the end: no error was logged, no other origin was requested, nothing was stored but the choice of the view.
 
     `complaints` are texts that the console may have (a rejected key is logged by the browser itself);
-    `watch` is a script that runs before the page's own.
+    `watch` is a script that runs before the page's own; `ready` False returns at once; `fragment` is the address's.
+    A stand-in's list of requests begins after the example.
     """
     opened: list[tuple[Any, str, list[str], list[str], tuple[str, ...]]] = []
 
     def open_in_browser(
-        server: Any, complaints: tuple[str, ...] = (), ready: bool = True, watch: str = "", **options: Any
+        server: Any,
+        complaints: tuple[str, ...] = (),
+        ready: bool = True,
+        watch: str = "",
+        view: str = "detailed",
+        fragment: str = "",
+        **options: Any,
     ) -> Any:
         options = {"viewport": {"width": 1280, "height": 900}, "locale": "en-GB", "color_scheme": "light", **options}
         page = browser.new_context(**options).new_page()
@@ -53,14 +62,19 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
         page.on("request", lambda request: requests.append(request.url))
         opened.append((page, server.url, errors, requests, complaints))
         page.add_init_script(watch)
-        page.goto(server.url)
+        if view == "detailed":
+            page.add_init_script("localStorage.setItem('soli.view', 'detailed')")
+        page.goto(f"{server.url}/{fragment}")
         if ready:
             page.wait_for_selector("body:not(.loading)")
+            until(page, "!document.querySelector('#run').hidden")
+            getattr(server, "requests", []).clear()
         return page
 
     yield open_in_browser
     for page, url, errors, requests, complaints in opened:
         assert [error for error in errors if not any(complaint in error for complaint in complaints)] == []
         assert [request for request in requests if not request.startswith(f"{url}/")] == []
-        assert page.evaluate("[localStorage.length, sessionStorage.length, document.cookie]") == [0, 0, ""]
+        stored = page.evaluate("[Object.entries(localStorage), sessionStorage.length, document.cookie]")
+        assert stored in ([[], 0, ""], [[["soli.view", "detailed"]], 0, ""])
         page.context.close()

@@ -19,10 +19,13 @@ from soli.serve.app import page_files
 
 RECORDINGS = Path(__file__).parent / "recordings"
 # The page starts with other sentences than the recorded ones, which have more instructive routes.
-RECORDED = {
-    "He drank a cup of tea.": "You can use this knife to cut wood.",
-    "他喝了一杯茶。": "你可以用这把刀切木头。",
-}
+RECORDED_EXAMPLES = """
+export const EXAMPLES = {
+  translate: ['You can use this knife to cut wood.', '你可以用这把刀切木头。'],
+  complete: ['The river'], chat: ['What is an expert?'],
+};
+export const SECOND = { translate: '你可以用这把刀切木头。', complete: 'The city', chat: 'What is a layer?' };
+"""
 NANO = {
     "name": "nano",
     "layers": [f"layers.{n}" for n in range(1, 5)],
@@ -62,6 +65,9 @@ class MockServer:
     loading: int = 0  # how many requests for the model fail before it is loaded
     pace: float = 0.0
     fail_after: int | None = None  # answer tokens after which a stream breaks off with an error
+    break_after: int | None = None  # answer tokens after which the connection breaks
+    stall: float = 0.0  # seconds before the first event of a stream, and before /health answers
+    gone: bool = False  # every connection is closed without an answer
     requests: list[tuple[str, str, Any]] = field(default_factory=list)
     dropped: int = 0  # streams that the page closed early
 
@@ -82,6 +88,7 @@ class MockServer:
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[str]:
         text = body.get("text") or body.get("prompt") or body["messages"][-1]["content"]
         piece = next((piece for piece in self.pieces if piece.text == text), self.pieces[0])
+        time.sleep(self.stall)
         tokens = [without_masked(token, body["soli"]["masked_experts"]) for token in piece.tokens]
         prompt = [token for token in tokens if token["part"] == "prompt"]
         answer = [token for token in tokens if token["part"] == "answer"]
@@ -89,6 +96,8 @@ class MockServer:
         if piece.reasoning:
             yield json.dumps({"choices": [{"index": 0, "delta": {"reasoning_content": piece.reasoning}}]})
         for number, token in enumerate(answer):
+            if number == self.break_after:
+                raise ConnectionResetError
             if number == self.fail_after:
                 yield json.dumps({"error": {"message": "the step failed"}})
                 return
@@ -98,27 +107,22 @@ class MockServer:
 
     def expert(self, layer: int, expert: int) -> dict[str, Any]:
         name = f"layers.{layer}"
-        tokens: list[dict[str, Any]] = []
+        tokens: list[str] = []
         tokens_read = sum(len(piece.tokens) for piece in self.pieces)
         for piece in self.pieces:
-            for at, token in enumerate(piece.tokens):
+            for token in piece.tokens:
                 layer_trace = next(trace for trace in token["layers"] if trace["layer"] == name)
                 players = layer_trace[name_in(layer_trace, "selected")]
-                weight = next((player["weight"] for player in players if player["expert"] == expert), None)
-                if weight is not None:
-                    before = "".join(other["text"] for other in piece.tokens[max(0, at - 3) : at])
-                    after = "".join(other["text"] for other in piece.tokens[at + 1 : at + 3])
-                    tokens.append({"text": token["text"], "weight": weight, "before": before, "after": after})
-        tokens.sort(key=lambda token: -token["weight"])
+                tokens += [token["text"] for player in players if player["expert"] == expert]
         kinds = dict.fromkeys(("chinese", "english", "digits", "punctuation", "other"), 0)
-        for token in tokens:
-            kinds[_kind(token["text"])] += 1
+        for token_text in tokens:
+            kinds[_kind(token_text)] += 1
         return {
             "layer": name,
             "expert": expert,
             "selected": len(tokens),
             "tokens_read": tokens_read,
-            "tokens": tokens[:32],
+            "tokens": [],
             "kinds": kinds,
         }
 
@@ -176,13 +180,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
+        if self._is_gone():
+            return
         self.mock.requests.append(("GET", self.path, None))
         file = page_files().get(path)
         if file is not None:
-            content = file.content
-            for text, recorded_text in RECORDED.items():
-                content = content.replace(text.encode(), recorded_text.encode())
+            content = RECORDED_EXAMPLES.encode() if path == "/static/examples.js" else file.content
             self._send(200, content, file.headers)
+        elif path == "/health":
+            time.sleep(self.mock.stall)
+            self._json(503 if self.mock.loading else 200, {"status": "loading" if self.mock.loading else "ready"})
         elif not self._allowed():
             self._json(401, {"error": {"message": "an API key is required"}})
         elif self.mock.loading > 0:
@@ -197,6 +204,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self._is_gone():
+            return
         self.mock.requests.append(("POST", self.path, body))
         if not self._allowed():
             self._json(401, {"error": {"message": "an API key is required"}})
@@ -212,6 +221,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.flush()
         except (BrokenPipeError, ConnectionResetError):
             self.mock.dropped += 1
+
+    def _is_gone(self) -> bool:
+        self.close_connection = self.close_connection or self.mock.gone
+        return self.mock.gone
 
     def _allowed(self) -> bool:
         return self.mock.key is None or self.headers.get("Authorization") == f"Bearer {self.mock.key}"

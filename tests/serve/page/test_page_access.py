@@ -68,7 +68,7 @@ def test_tab_visits_every_control_once_in_reading_order_and_shows_where_it_is(mo
     token(page, 2).click()
     page.focus(".skip")
     order = ["skip"]
-    for _ in range(80):
+    for _ in range(140):
         page.keyboard.press("Tab")
         at = page.evaluate("(({ id, className, tagName }) => id || className || tagName)(document.activeElement)")
         if at in ("BODY", "skip"):
@@ -76,10 +76,14 @@ def test_tab_visits_every_control_once_in_reading_order_and_shows_where_it_is(mo
         shown = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
         assert shown != "none", at
         order.append(at.removesuffix(" sounding"))
-    stops = [stop for stop in order if not stop.startswith(("expert", "SUMMARY", "scroll"))]
+    terms = [stop for stop in order if stop.startswith("term")]
+    assert len(terms) == page.locator(".term:visible").count() > 30
+    stops = [stop for stop in order if not stop.startswith(("expert", "SUMMARY", "scroll", "term"))]
+    assert stops.count("example") == 2
+    stops.remove("example")
     assert stops == [
-        "skip", "theme", "language", "mode-translate", "text-a", "direction", "compare", "run",
-        "grid-a", "token prompt", "play", "step-back", "step", "replay", "seek", "speed", "tab-token",
+        "skip", "view", "theme", "language", "mode-translate", "text-a", "example", "direction", "compare", "run",
+        "grid-a", "token prompt", "play", "step-back", "step", "replay", "seek", "speed", "link", "save", "tab-token",
     ]  # fmt: skip
     assert order.count("SUMMARY") == 4
 

@@ -11,10 +11,13 @@ export class KeyNeeded extends Error {}
 /** The server is not ready yet. */
 export class NotReady extends Error {}
 
+/** There is no server at the other end, or the connection broke. */
+export class Gone extends Error {}
+
 async function request(path, options = {}) {
   const headers = { ...options.headers };
   if (key) headers.Authorization = `Bearer ${key}`;
-  const answer = await fetch(path, { ...options, headers, credentials: 'omit', redirect: 'error' });
+  const answer = await reached(fetch(path, { ...options, headers, credentials: 'omit', redirect: 'error' }));
   if (answer.ok) return answer;
   const said = await answer.json().catch(() => null);
   const message = said?.error?.message ?? said?.detail ?? `HTTP ${answer.status}`;
@@ -22,14 +25,34 @@ async function request(path, options = {}) {
   throw new Kind(String(message));
 }
 
+/** What a promise of the network gives; its failure becomes Gone unless the page itself ended the request. */
+async function reached(promise) {
+  try {
+    return await promise;
+  } catch (error) {
+    throw error.name === 'AbortError' || error.name === 'TimeoutError' ? error : new Gone(error.message);
+  }
+}
+
+/** "ready", "loading" (it answers, but not yet with a model), "slow" (no answer within `milliseconds`) or "gone". */
+export async function getHealth(milliseconds) {
+  try {
+    const answer = await fetch('/health', { signal: AbortSignal.timeout(milliseconds), cache: 'no-store', credentials: 'omit' });
+    await answer.text();
+    return answer.status === 503 ? 'loading' : 'ready';
+  } catch (error) {
+    return error.name === 'TimeoutError' ? 'slow' : 'gone';
+  }
+}
+
 /** What the server says about its model. */
 export async function getModel() {
   return (await request('/soli/model')).json();
 }
 
-/** What one expert has played since the server started. `layer` is the number in the layer's name. */
-export async function getExpert(layer, expert, limit) {
-  return (await request(`/soli/experts/${layer}/${expert}?limit=${limit}`)).json();
+/** For how many tokens one expert has played since the server started. `layer` is the number in the layer's name. */
+export async function getExpert(layer, expert) {
+  return (await request(`/soli/experts/${layer}/${expert}`)).json();
 }
 
 /**
@@ -37,6 +60,7 @@ export async function getExpert(layer, expert, limit) {
  * @param {string} path
  * @param {object} body
  * @param {AbortSignal} signal  aborting closes the connection, and the server frees the place
+ * Throws Gone if the stream ends before its end mark.
  */
 export async function* stream(path, body, signal) {
   const answer = await request(path, {
@@ -48,6 +72,7 @@ export async function* stream(path, body, signal) {
     if (event.error) throw new Error(event.error.message ?? String(event.error));
     yield event;
   }
+  throw new Gone('the answer broke off');
 }
 
 async function* serverSentData(body) {
@@ -55,7 +80,7 @@ async function* serverSentData(body) {
   let pieces = []; // of an event whose end has not come; joined once, however long it is
   try {
     for (;;) {
-      const { done, value } = await reader.read();
+      const { done, value } = await reached(reader.read());
       if (done) return;
       const parts = value.replaceAll('\r', '').split('\n');
       for (let i = 0; i < parts.length; i += 1) {

@@ -3,23 +3,27 @@
  * streams; what the tokens' routing looks like is the stage's affair.
  */
 import { asking, stream } from './api.js';
+import { SLOW_AFTER } from './connection.js';
 import { byId, el, rove } from './elements.js';
+import { EXAMPLES, SECOND } from './examples.js';
 import { t } from './strings.js';
+import { rich } from './terms.js';
 
 const USUAL_TOKENS = { complete: 48, chat: 256 };
 const TEXT = { translate: 'textTranslate', complete: 'textComplete', chat: 'textChat' };
 const RUN = { translate: 'runTranslate', complete: 'runComplete', chat: 'runChat' };
-const EXAMPLE = { translate: 'He drank a cup of tea.', complete: 'The river', chat: '' };
-const EXAMPLE_B = { translate: '他喝了一杯茶。', complete: 'The city', chat: '' };
+const EXAMPLE_TOKENS = 48; // of an answer that nobody asked for
 
 export class Desk {
   /**
    * @param {object} model
    * @param {{begin: (parts: number) => void, take: (n: number, tokens: object[]) => void,
-   *          mutesOf: (n: number) => number[][], failed: (error: Error) => void, chosen: () => void, done: () => void, say: (text: string) => void}} does
+   *          mutesOf: (n: number) => number[][], failed: (error: Error) => void, slow: (retry: () => void) => void, going: () => void,
+   *          chosen: () => void, done: () => void, say: (text: string) => void}} does  `slow`: nothing has come for a while;
+   *   `going`: it comes again
    */
   constructor(model, does) {
-    Object.assign(this, { model, does, past: [], abort: null });
+    Object.assign(this, { model, does, past: [], abort: null, asked: null, forExample: false });
     [this.mode] = model.modes;
     byId('modes').replaceChildren(...model.modes.map((mode) => el('button', {
       type: 'button', role: 'radio', id: `mode-${mode}`, data: { mode, t: mode }, onClick: () => mode === this.mode || this.choose(mode),
@@ -45,9 +49,9 @@ export class Desk {
 
   choose(mode) {
     this.does.chosen();
-    const untouched = (id, examples) => Object.values(examples).includes(byId(id).value);
-    if (untouched('text-a', EXAMPLE)) byId('text-a').value = EXAMPLE[mode];
-    if (untouched('text-b', EXAMPLE_B)) byId('text-b').value = EXAMPLE_B[mode];
+    const untouched = (id, examples) => ['', ...examples].includes(byId(id).value);
+    if (untouched('text-a', Object.values(EXAMPLES).flat())) byId('text-a').value = mode === 'chat' ? '' : EXAMPLES[mode][0];
+    if (untouched('text-b', Object.values(SECOND))) byId('text-b').value = SECOND[mode];
     this.mode = mode;
     if (USUAL_TOKENS[mode]) byId('max-tokens').value = USUAL_TOKENS[mode];
     this.forget();
@@ -79,10 +83,24 @@ export class Desk {
     byId('max-tokens').disabled = this.mode === 'translate'; // what is not seen is not checked either
     byId('line-b').hidden = !this.compared;
     byId('only-b-line').hidden = !this.compared;
+    document.body.classList.toggle('chatting', this.mode === 'chat' && !this.compared);
+    byId('examples').replaceChildren(...EXAMPLES[this.mode].map((text) => el('button', {
+      type: 'button', class: 'example', lang: /[\u4e00-\u9fff]/.test(text) ? 'zh-CN' : 'en', onClick: () => this.offer(text),
+    }, text)));
     byId('new-chat').hidden = this.mode !== 'chat' || this.compared || !this.past.length;
     byId('run').hidden = this.running;
     byId('stop').hidden = !this.running;
   }
+
+  /** Takes an example and runs it. */
+  offer(text) {
+    byId('text-a').value = text;
+    byId('direction').value = '';
+    this.run();
+  }
+
+  /** What runs when the page opens, so that there is something to see: the first example, briefly. */
+  runExample() { return this.run(EXAMPLES[this.mode][0]); }
 
   forget() {
     this.past = [];
@@ -90,9 +108,12 @@ export class Desk {
     this.dress();
   }
 
-  /** Asks the model, once or (to compare) twice at the same time, and gives its tokens to the stage. */
-  async run() {
-    const texts = (this.compared ? ['text-a', 'text-b'] : ['text-a']).map((id) => byId(id).value);
+  /**
+   * Asks the model, once or (to compare) twice at the same time, and gives its tokens to the stage. An `example` is
+   * answered briefly and, in a chat, not remembered.
+   */
+  async run(example = null) {
+    const texts = example === null ? (this.compared ? ['text-a', 'text-b'] : ['text-a']).map((id) => byId(id).value) : [example];
     if (texts.some((text) => !text.trim())) {
       this.does.failed(new Error(t('empty')));
       return;
@@ -100,15 +121,19 @@ export class Desk {
     this.abort?.abort();
     const abort = new AbortController();
     this.abort = abort;
+    this.asked = { mode: this.mode, text: texts[0], textB: texts[1] ?? null, to: byId('direction').value, example };
     this.does.begin(texts.length);
     this.dress();
     this.does.say(t('asking'));
     const chatting = this.mode === 'chat' && !this.compared;
-    if (!chatting) byId('answers').replaceChildren();
+    if (!chatting || this.forExample) byId('answers').replaceChildren();
+    this.forExample = example !== null;
     try {
       const answers = await Promise.all(texts.map((text, n) => this.ask(text, n, texts.length > 1, abort.signal)));
-      if (chatting) this.past.push({ role: 'user', content: texts[0] }, { role: 'assistant', content: answers[0] });
-      if (chatting) byId('text-a').value = '';
+      if (chatting && example === null) {
+        this.past.push({ role: 'user', content: texts[0] }, { role: 'assistant', content: answers[0] });
+        byId('text-a').value = '';
+      }
       this.does.done();
     } catch (error) {
       const given = abort.signal.aborted; // by the person, or by a newer run
@@ -125,14 +150,20 @@ export class Desk {
 
   async ask(text, n, compared, signal) {
     const [path, body] = asking(this.mode, text, {
-      to: byId('direction').value, past: compared ? [] : this.past, maxTokens: Number(byId('max-tokens').value),
+      to: byId('direction').value, past: compared || this.forExample ? [] : this.past,
+      maxTokens: this.forExample ? EXAMPLE_TOKENS : Number(byId('max-tokens').value),
       name: this.model.name, mutes: this.does.mutesOf(n),
     });
     const { box, words, thoughts } = this.answerBox(text, compared ? 'AB'[n] : null);
     let answer = '';
+    let written = 0; // tokens
+    const start = performance.now();
+    const waiting = this.patience(signal);
     try {
       for await (const event of stream(path, body, signal)) {
+        waiting.again();
         if (event.soli?.tokens?.length) this.does.take(n, event.soli.tokens);
+        written += event.soli?.tokens?.filter((token) => token.part === 'answer').length ?? 0;
         const choice = event.choices?.[0];
         const piece = choice?.delta?.content ?? choice?.text ?? '';
         const thought = choice?.delta?.reasoning_content ?? '';
@@ -140,11 +171,39 @@ export class Desk {
         if (piece) words.appendData(piece);
         answer += piece;
       }
+      const seconds = (performance.now() - start) / 1000;
+      if (written) box.append(el('p', { class: 'about rate' }, ...rich('rate', {
+        count: written, seconds: seconds.toFixed(seconds < 10 ? 2 : 0), rate: (written / seconds).toFixed(written < 10 * seconds ? 1 : 0),
+      })));
     } finally {
+      waiting.end();
       box.setAttribute('aria-busy', 'false');
     }
     return answer;
   }
+
+  /** Tells when nothing has come for a while; `again` when something has, `end` when nothing more is waited for. */
+  patience(signal) {
+    let timer = 0;
+    let slow = false;
+    const end = () => {
+      clearTimeout(timer);
+      if (slow && !signal.aborted) this.does.going();
+      slow = false;
+    };
+    const again = () => {
+      end();
+      timer = setTimeout(() => {
+        slow = true;
+        if (!signal.aborted) this.does.slow(() => this.runAgain());
+      }, SLOW_AFTER);
+    };
+    again();
+    return { again, end };
+  }
+
+  /** The same request once more. */
+  runAgain() { return this.run(this.asked?.example ?? null); }
 
   /** A place for an answer, read out when it is complete. */
   answerBox(text, letter) {

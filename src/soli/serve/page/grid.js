@@ -63,6 +63,16 @@ export class Grid {
     this.paint();
   }
 
+  /** A colour of the style sheet, resolved for the theme in force. */
+  colourOf(name) {
+    const probe = el('span', { hidden: true });
+    this.host.append(probe);
+    probe.style.color = `var(${name})`;
+    const { color } = getComputedStyle(probe);
+    probe.remove();
+    return color;
+  }
+
   paintGround() {
     const { pen, geometry: g, ink } = this;
     pen.fillStyle = ink['--ground'];

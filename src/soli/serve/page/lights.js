@@ -85,13 +85,14 @@ export class Lights {
     this.kind.fill(PLAYS);
   }
 
-  /** Shows the road of token t: who plays, who was let in, kept out, next in line. */
-  showToken(score, t) {
+  /** Shows the road of token t: who plays, who was let in, kept out, next in line; `simple`: who plays. */
+  showToken(score, t, simple) {
     this.value.fill(0);
     this.kind.fill(PLAYS);
     for (let i = score.starts[t + 1] - 1; i >= score.starts[t]; i -= 1) { // backwards: players are written last and win
+      if (simple && score.kind[i] > LET_IN) continue;
       const cell = score.layer[i] * this.experts + score.expert[i];
-      this.kind[cell] = score.kind[i];
+      this.kind[cell] = simple ? PLAYS : score.kind[i];
       this.value[cell] = score.kind[i] === KEPT_OUT || score.kind[i] === NEAR ? 1 : this.brightness(score.share[i]);
     }
   }

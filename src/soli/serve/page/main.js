@@ -1,34 +1,61 @@
-/** Puts the page together: asks the server for its model, then joins desk, stage, details, mutes and switches. */
-import { getModel, hasKey, KeyNeeded, NotReady, setKey } from './api.js';
+/** Puts the page together: gets the model from the server, then joins desk, stage, details, mutes, link and switches. */
+import { Gone, getModel, hasKey, KeyNeeded, NotReady, setKey } from './api.js';
+import { Notice, Watch } from './connection.js';
 import { Desk } from './desk.js';
-import { byId, el, rove } from './elements.js';
-import { showExpert } from './expert.js';
+import { details } from './details.js';
+import { byId, el } from './elements.js';
+import { readLink, writeLink } from './link.js';
+import { savePicture } from './picture.js';
 import { SPEEDS, USUAL_SPEED } from './player.js';
-import { showRoad } from './road.js';
 import { Stage } from './stage.js';
 import { currentLanguage, large, setLanguage, t } from './strings.js';
+import { explain, listenForTerms, rich } from './terms.js';
+import { currentView, rememberView, showView } from './view.js';
 
 const THEMES = ['auto', 'light', 'dark'];
 const ASK_AGAIN = 1000; // milliseconds, while the server loads its model or cannot be reached
 const mutes = new Set(); // "row:expert"
+const notice = new Notice();
 let model = null;
 let stage = null;
 let desk = null;
-let shownExpert = null; // {row, expert}
+let panels = null;
 let afterKey = null;
+let tokenOfLink = null; // {part, index}: shown when its answer has come
 
 const numberOf = (row) => Number(/\d+$/.exec(model.layers[row])[0]);
 const nameOf = (row, expert) => t('nameOf', { layer: model.layers[row], expert });
 const say = (text) => { byId('status').textContent = text; };
 
 function failed(error, again) {
-  if (error instanceof KeyNeeded) {
-    askForKey(again);
-    return;
-  }
-  byId('alert').textContent = t('failed', { why: error.message });
-  byId('alert').hidden = false;
   say('');
+  if (error instanceof KeyNeeded) askForKey(again);
+  else if (error instanceof Gone) {
+    notice.show('gone', {}, again);
+    watch.report('gone');
+  } else notice.show('failed', { why: error.message }, again);
+}
+
+/* The server */
+
+const watch = new Watch((state, before) => {
+  if (!model) return; // start() says what is wrong, and goes on
+  const { kind, retry } = notice;
+  if (state === 'ready') {
+    notice.hide('gone', 'slow', 'loading');
+    if (before === 'gone') recovered(kind === 'gone' ? retry : null);
+  } else notice.show(state, {}, retry ?? (() => watch.ask()));
+});
+
+/** The server is back: what failed can be tried again; another model than before needs another page. */
+async function recovered(retry) {
+  try {
+    const now = await getModel();
+    if (JSON.stringify(now) !== JSON.stringify(model)) location.reload();
+    else if (retry) notice.show('back', {}, retry);
+  } catch (error) {
+    failed(error, () => recovered(retry));
+  }
 }
 
 /* The key */
@@ -72,10 +99,12 @@ function mutesChanged() {
     }, `${model.layers[row].replace(/^.*\./, '')}·${expert} ×`));
   });
   byId('mute-list').replaceChildren(...chips);
+  byId('mutes').classList.toggle('detail', mutes.size === 0);
   byId('no-mutes').hidden = mutes.size > 0;
   byId('mute-buttons').hidden = mutes.size === 0;
   stage.mark(stage.parts.map((part) => mutedIn(part.n)));
-  showChosenExpert();
+  panels.expertAgain();
+  linkChanged();
 }
 
 byId('clear-mutes').onclick = () => {
@@ -83,58 +112,66 @@ byId('clear-mutes').onclick = () => {
   mutesChanged();
   byId('run').focus();
 };
-byId('run-again').onclick = () => desk.run();
+byId('run-again').onclick = () => desk.runAgain();
 byId('only-b').onchange = () => mutesChanged();
 
-/* Details: a token's road, an expert's repertoire */
+/* Link and picture */
 
-function openTab(name) {
-  for (const tab of ['token', 'expert']) {
-    byId(`tab-${tab}`).setAttribute('aria-selected', String(tab === name));
-    byId(`panel-${tab}`).hidden = tab !== name;
+function linkChanged() {
+  if (!desk?.asked) return;
+  const { mode, text, textB, to } = desk.asked;
+  byId('link').href = writeLink({
+    mode, text, textB, to, masked: [...mutes], onlyB: textB !== null && byId('only-b').checked, view: currentView(),
+    token: stage?.chosen?.index ?? tokenOfLink?.index ?? null, part: stage?.chosen?.part.n ?? tokenOfLink?.part ?? 0,
+  }, numberOf);
+}
+
+byId('link').onclick = async (event) => {
+  event.preventDefault();
+  history.replaceState(null, '', byId('link').href);
+  try {
+    await navigator.clipboard.writeText(byId('link').href);
+    say(t('linkCopied'));
+  } catch {
+    say(t('linkInBar'));
   }
-  rove([byId('tab-token'), byId('tab-expert')], byId(`tab-${name}`));
+  byId('share-status').textContent = byId('status').textContent;
+};
+
+byId('save').onclick = async () => {
+  await savePicture(stage, { title: byId('intro').textContent, footer: `Soli · ${model.name}`, name: 'soli.png' });
+  say(t('saved'));
+  byId('share-status').textContent = byId('status').textContent;
+};
+
+/** Shows what a link says; false if there is none. */
+function openLink() {
+  const link = readLink(location.hash, model, numberOf);
+  if (!link) return false;
+  mutes.clear();
+  for (const pair of link.masked) mutes.add(pair);
+  byId('compare').checked = link.textB !== null;
+  byId('only-b').checked = link.onlyB;
+  if (link.view ?? link.textB) changeView(link.view === 'detailed' || link.textB !== null ? 'detailed' : 'simple');
+  desk.choose(link.mode);
+  byId('direction').value = link.to;
+  if (link.text !== null) byId('text-a').value = link.text;
+  if (link.textB !== null) byId('text-b').value = link.textB;
+  mutesChanged();
+  tokenOfLink = link.token === null ? null : { part: link.part, index: link.token };
+  if (link.text === null) desk.runExample();
+  else desk.run();
+  return true;
 }
 
-function tokenChosen(part, index) {
-  if (part === null || index === null) {
-    byId('panel-token').replaceChildren(el('p', { class: 'about' }, t('noToken')));
-    return;
-  }
-  showRoad(byId('panel-token'), { model, score: part.score, index, chooseExpert: expertChosen });
-  openTab('token');
-}
+window.addEventListener('hashchange', () => {
+  if (desk && location.hash !== new URL(byId('link').href).hash) openLink();
+});
 
-function expertChosen(row, expert) {
-  shownExpert = { row, expert };
-  showChosenExpert();
-  openTab('expert');
-}
-
-function showChosenExpert() {
-  if (!shownExpert) {
-    byId('panel-expert').replaceChildren(el('p', { class: 'about' }, t('noExpert')));
-    return;
-  }
-  const { row, expert } = shownExpert;
-  showExpert(byId('panel-expert'), {
-    row, expert, name: nameOf(row, expert), number: numberOf(row), muted: mutes.has(`${row}:${expert}`), parts: stage.parts,
-    toggleMute: () => {
-      toggleMute(row, expert);
-      byId('mute').focus();
-    },
-    chooseToken: (part, index) => stage.choose(part, index),
-  });
-}
-
-for (const tab of ['token', 'expert']) {
-  byId(`tab-${tab}`).onclick = () => openTab(tab);
-  byId(`tab-${tab}`).onkeydown = (event) => {
-    if (event.key !== 'ArrowLeft' && event.key !== 'ArrowRight') return;
-    const other = tab === 'token' ? 'expert' : 'token';
-    openTab(other);
-    byId(`tab-${other}`).focus();
-  };
+function showTokenOfLink() {
+  const part = stage?.parts[tokenOfLink?.part];
+  if (part && tokenOfLink.index < part.score.length) stage.choose(part, tokenOfLink.index);
+  tokenOfLink = null;
 }
 
 /* Playback and counters */
@@ -153,7 +190,7 @@ function moved() {
   if (!stage) return;
   const { player, parts } = stage;
   const length = player.piece.length();
-  for (const id of ['play', 'step-back', 'step', 'replay', 'seek']) byId(id).disabled = length === 0;
+  for (const id of ['play', 'step-back', 'step', 'replay', 'seek', 'save']) byId(id).disabled = length === 0;
   byId('play').textContent = t(player.sounding ? 'pause' : 'play');
   byId('seek').max = String(length);
   byId('seek').value = String(player.position);
@@ -161,7 +198,11 @@ function moved() {
   byId('at').textContent = t('of', { at: player.position, length });
   const heard = parts.map((part) => part.lights.heard).join(' / ');
   byId('heard').textContent = t('heardOf', { heard, all: model.layers.length * model.experts });
-  byId('common').textContent = stage.common === null ? '' : t('common', { share: Math.round(100 * stage.common) });
+  const common = stage.common === null ? '' : String(Math.round(100 * stage.common));
+  if (byId('common').dataset.share !== common + currentLanguage()) { // its term must not lose the focus at every token
+    byId('common').dataset.share = common + currentLanguage();
+    byId('common').replaceChildren(...(common ? rich('common', { share: common }) : []));
+  }
 }
 
 function showCounters() {
@@ -169,14 +210,20 @@ function showCounters() {
   byId('total').textContent = large(model.total);
   byId('activated').textContent = large(model.activated);
   byId('share').textContent = `${((100 * model.activated) / model.total).toPrecision(3)} %`;
+  byId('legend-groups').hidden = model.groups < 2;
+  byId('intro').replaceChildren(...rich(stage ? 'intro' : 'introDense', { experts: model.experts, chosen: model.chosen }));
 }
 
 /* Switches */
 
 function speak(language) {
   setLanguage(language);
-  byId('alert').hidden = byId('alert').hidden || model !== null; // what it said, it said in the other language
+  explain();
+  notice.translate();
+  say('');
+  byId('share-status').textContent = '';
   byId('theme').textContent = t(themeKey());
+  byId('view').textContent = t(currentView() === 'simple' ? 'detailed' : 'simple');
   byId('speed').replaceChildren(...SPEEDS.map((speed) => el('option', { value: String(speed) },
     speed === Infinity ? t('asTheyCome') : t('perSecond', { speed }))));
   byId('speed').value = String(stage?.player.speed ?? USUAL_SPEED);
@@ -185,13 +232,30 @@ function speak(language) {
   desk.dress();
   stage?.rename();
   mutesChanged();
-  tokenChosen(stage?.chosen?.part ?? null, stage?.chosen?.index ?? null);
+  panels?.tokenAgain();
   moved();
+}
+
+/** The simple view shows who plays; the detailed one every number and control. */
+function changeView(view) {
+  showView(view);
+  byId('view').textContent = t(view === 'simple' ? 'detailed' : 'simple');
+  if (!desk) return;
+  if (view === 'simple' && desk.compared) byId('compare').click(); // what cannot be seen is not done either
+  if (stage) stage.simple = view === 'simple';
+  stage?.moved();
+  stage?.refit();
+  panels?.tokenAgain();
+  linkChanged();
 }
 
 const theme = () => document.documentElement.dataset.theme;
 const themeKey = () => `theme${theme()[0].toUpperCase()}${theme().slice(1)}`;
 
+byId('view').onclick = () => {
+  changeView(currentView() === 'simple' ? 'detailed' : 'simple');
+  rememberView();
+};
 byId('theme').onclick = () => {
   document.documentElement.dataset.theme = THEMES[(THEMES.indexOf(theme()) + 1) % THEMES.length];
   byId('theme').textContent = t(themeKey());
@@ -207,38 +271,55 @@ async function start() {
       askForKey(start);
       return;
     }
-    byId('alert').textContent = error instanceof NotReady ? t('loading') : t('noModel', { why: error.message });
-    byId('alert').hidden = false;
+    if (error instanceof NotReady) notice.show('loading');
+    else if (error instanceof Gone) notice.show('gone', {}, start);
+    else notice.show('noModel', { why: error.message }, start);
     setTimeout(start, ASK_AGAIN);
     return;
   }
-  byId('alert').hidden = true;
+  notice.hide();
   const dense = model.layers.length === 0; // nothing is chosen, so there is nothing to show but the answer
   byId('stage').hidden = dense;
   byId('mutes').hidden = dense;
+  byId('heard-line').hidden = dense;
   byId('no-routing').hidden = !dense;
-  stage = dense ? null : new Stage(model, { tokenChosen, expertChosen, muteToggled: toggleMute, moved, more: () => desk?.running ?? false, nameOf });
+  panels = dense ? null : details({ model, nameOf, numberOf, mutes, toggleMute, stage: () => stage, simple: () => currentView() === 'simple' });
+  stage = dense ? null : new Stage(model, {
+    tokenChosen: (part, index) => {
+      panels.tokenChosen(part, index);
+      linkChanged();
+    },
+    expertChosen: panels.expertChosen, muteToggled: toggleMute, moved, more: () => desk?.running ?? false, nameOf,
+  });
   desk = new Desk(model, {
     begin: (count) => {
-      byId('alert').hidden = true;
+      notice.hide();
       document.body.classList.toggle('comparing', count > 1);
+      panels?.passageBegins();
       stage?.begin(count);
       mutesChanged();
+      byId('share-status').textContent = '';
     },
     take: (n, tokens) => stage?.take(n, tokens),
     mutesOf: (n) => [...mutedIn(n)].map((pair) => pair.split(':').map(Number)).map(([row, expert]) => [numberOf(row), expert]),
-    failed: (error) => failed(error, () => desk.run()),
-    chosen: () => { byId('alert').hidden = true; },
+    failed: (error) => failed(error, () => desk.runAgain()),
+    slow: (retry) => notice.show('slow', {}, retry),
+    going: () => notice.hide('slow'),
+    chosen: () => notice.hide('failed'),
     done: () => {
       say(stage ? t('done', { count: stage.player.piece.length() }) : '');
       moved();
-      if (!byId('panel-expert').hidden) showChosenExpert();
+      panels?.expertAgain();
+      if (tokenOfLink) showTokenOfLink();
     },
     say,
   });
   document.body.classList.remove('loading');
+  changeView(currentView());
   speak(currentLanguage());
+  if (!openLink()) desk.runExample();
 }
 
+listenForTerms();
 speak(currentLanguage());
 start();

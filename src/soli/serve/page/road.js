@@ -5,6 +5,7 @@
 import { el, visible } from './elements.js';
 import { KEPT_OUT, LET_IN, NEAR } from './score.js';
 import { t } from './strings.js';
+import { rich } from './terms.js';
 
 const ALL_OPEN = 6; // models with up to so many layers show every table
 const KIND = ['plays', 'letInShort', 'keptOutShort', 'near'];
@@ -13,18 +14,29 @@ const CLASS = ['plays', 'let-in', 'kept-out', 'near'];
 
 /**
  * @param {HTMLElement} host
- * @param {{model: object, score: import('./score.js').Score, index: number, chooseExpert: (row: number, expert: number) => void}} shown
+ * @param {{model: object, score: import('./score.js').Score, index: number, simple: boolean, chooseExpert: (row: number, expert: number) => void}} shown
+ *   `simple`: only who plays with which share
  */
-export function showRoad(host, { model, score, index, chooseExpert }) {
+export function showRoad(host, { model, score, index, simple, chooseExpert }) {
   const token = score.tokens[index];
   const rows = model.layers.map((name, row) => ({ name, row, decision: score.decision(index, row) }));
   const swayed = rows.filter(({ decision }) => decision.keptOut.length).length;
   const title = el('h3', {}, el('span', { class: `token big ${token.part}` }, visible(token.text)));
-  const about = el('p', { class: 'about' }, t('roadAbout', {
-    part: t(token.part === 'answer' ? 'answerPart' : 'prompt'), position: token.position, swayed, layers: rows.length,
-  }));
-  const list = el('div', { class: 'road' }, ...rows.map((layer) => layerOf(layer, model, chooseExpert)));
-  host.replaceChildren(title, about, list);
+  const part = token.part === 'answer' ? 'Answer' : 'Prompt';
+  const about = el('p', { class: 'about' }, ...rich(`road${simple ? 'Simple' : 'About'}${part}`, { position: token.position, swayed, layers: rows.length }));
+  const list = el('div', { class: 'road' }, ...rows.map((layer) => (simple ? players(layer, chooseExpert) : layerOf(layer, model, chooseExpert))));
+  const key = simple ? [] : [el('p', { class: 'about' }, ...rich('roadSigns'))];
+  host.replaceChildren(title, about, ...key, list);
+}
+
+/** A layer of the simple view: a button for each player, as wide as its share. */
+function players({ name, row, decision }, chooseExpert) {
+  return el('div', { class: 'layer players' }, el('span', { class: 'name' }, name), el('span', { class: 'all' }, ...decision.players.map((player) => {
+    const button = el('button', { type: 'button', class: 'expert', onClick: () => chooseExpert(row, player.expert) },
+      el('span', { class: 'unseen' }, `${t('expert')} `), player.expert, el('small', {}, ` ${(100 * player.share).toFixed(0)} %`));
+    button.style.flexGrow = String(Math.round(100 * player.share));
+    return button;
+  })));
 }
 
 function layerOf({ name, row, decision }, model, chooseExpert) {
@@ -84,9 +96,9 @@ function tableOf(row, decision, model, chooseExpert) {
     el('td', { class: 'number' }, signed(line.biased - line.affinity)),
     el('td', { class: 'number' }, figure(line.biased)),
     el('td', { class: 'plot', 'aria-hidden': 'true' }, plot(line, scale, last))));
-  const heads = ['expert', 'role', 'weight', 'affinity', 'bias', 'ranked'].map((key) => el('th', { scope: 'col' }, t(key)));
-  const table = el('table', {}, el('thead', {}, el('tr', {}, ...heads, el('th', { 'aria-hidden': 'true' }))), el('tbody', {}, ...body));
-  const survived = groups ? el('p', { class: 'about' }, t('groupsSurvived', { groups: groups.join(', '), of: model.groups })) : null;
+  const heads = ['headExpert', 'headRole', 'headWeight', 'headAffinity', 'headBias', 'headRanked'].map((key) => el('th', { scope: 'col' }, ...rich(key)));
+  const table = el('table', {}, el('thead', {}, el('tr', {}, ...heads, el('td'))), el('tbody', {}, ...body));
+  const survived = groups ? el('p', { class: 'about' }, ...rich('groupsSurvived', { groups: groups.join(', '), of: model.groups })) : null;
   return survived ? [el('div', { class: 'scroll' }, table), survived] : [el('div', { class: 'scroll' }, table)];
 }
 

@@ -20,7 +20,7 @@ export class Stage {
    *          muteToggled: (row: number, expert: number) => void, moved: () => void, more: () => boolean, nameOf: (row: number, expert: number) => string}} does
    */
   constructor(model, does) {
-    Object.assign(this, { model, does, parts: [], difference: null, chosen: null, asked: false, before: 0, common: null });
+    Object.assign(this, { model, does, parts: [], difference: null, chosen: null, asked: false, before: 0, common: null, simple: true });
     this.still = matchMedia('(prefers-reduced-motion: reduce)');
     this.player = new Player({
       length: () => Math.max(0, ...this.parts.map((part) => part.score.length)),
@@ -138,7 +138,7 @@ export class Stage {
       if (part.lights.played !== upTo) part.lights.rewind(part.score, upTo);
       const own = this.chosen?.part === part ? this.chosen.index : null;
       part.strip.mark(own);
-      if (part.grid.geometry) part.grid.paintRoad(part.score, own);
+      if (part.grid.geometry) part.grid.paintRoad(part.score, this.simple ? null : own);
     }
     this.compare();
     this.does.moved();
@@ -177,7 +177,7 @@ export class Stage {
     const still = this.still.matches;
     const sounding = playing && !still && lights.fade(seconds, Math.max(0.25, Math.min(0.9, 3 / speed)));
     for (let i = lights.played; i < Math.min(position, score.length); i += 1) lights.play(score, i);
-    if (this.chosen?.part === part) lights.showToken(score, this.chosen.index);
+    if (this.chosen?.part === part) lights.showToken(score, this.chosen.index, this.simple);
     else lights.showPresent(still);
     return sounding;
   }
@@ -212,9 +212,10 @@ export class Stage {
     const part = this.parts[n];
     const muted = part.grid.muted[cell] ? t('cellMuted') : '';
     if (this.chosen?.part === part) {
-      const found = part.score.mention(this.chosen.index, row, expert);
-      const said = found ? t(['cellPlays', 'cellLetIn', 'cellKeptOut', 'cellNear'][found.kind], { share: Math.round(100 * found.share) }) : t('cellRests');
-      return `${name}: ${said}${muted}`;
+      const mention = part.score.mention(this.chosen.index, row, expert);
+      const states = this.simple ? ['cellPlays', 'cellPlays', 'cellRests', 'cellRests'] : ['cellPlays', 'cellLetIn', 'cellKeptOut', 'cellNear'];
+      const state = mention ? t(states[mention.kind], { share: Math.round(100 * mention.share) }) : t('cellRests');
+      return `${name}: ${state}${muted}`;
     }
     return `${name}: ${t('cellPlayed', { count: part.lights.plays[cell], of: part.lights.played })}${muted}`;
   }
