@@ -5,7 +5,7 @@ import json
 import pytest
 from tokenizers import AddedToken
 
-from soli.chat.templates import ChatTemplate, JsonText
+from soli.chat.templates import ChatTemplate
 from soli.data.tokenizer import Tokenizer
 from soli.errors import SoliError
 from tests.engine.tiny import tiny_tokenizer
@@ -112,7 +112,7 @@ def test_a_folders_template_is_read_from_either_file(tmp_path):
 
 def test_arguments_of_calls_are_inserted_verbatim():
     source = "{% for call in messages[0].tool_calls %}{{ call.function.arguments ARGUMENTS }}{% endfor %}"
-    calls = [{"function": {"name": "f", "arguments": JsonText('{"a":  "猫"}')}}]
+    calls = [{"function": {"name": "f", "arguments": '{"a":  "猫"}'}}]
     for json_filter in ("", "| tojson"):
         template = ChatTemplate(source.replace("ARGUMENTS", json_filter), TOKENIZER, NAMES)
         ids, _ = template.render([{"role": "assistant", "tool_calls": calls}])

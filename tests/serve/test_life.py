@@ -2,14 +2,10 @@
 restarts."""
 
 import asyncio
-import contextlib
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -28,6 +24,7 @@ from soli.serve.app import create_app
 from soli.serve.server import listen, on_desktop
 from soli.serve.service import LoadedModel, Service, ServiceLimits
 from tests.serve.live import live
+from tests.serve.process import server_process, wait_until_ready
 from tests.serve.tiny_server import scripted_server, serving, tiny, tiny_server
 
 BODIES: dict = {
@@ -217,39 +214,6 @@ def test_a_port_in_use_is_reported(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["serve", "--port", str(taken.getsockname()[1])]) == 1
     assert "choose another --port" in capsys.readouterr().err
-
-
-@contextmanager
-def server_process(
-    port: int = 0, *arguments: str, **variables: str
-) -> Iterator[tuple[subprocess.Popen, str, list[str]]]:
-    """`soli serve nano` in a process of its own, with environment `variables`: it, its address, its log's lines."""
-    environment = variables | {name: value for name, value in os.environ.items() if name != "SOLI_API_KEY"}
-    command = [sys.executable, "-m", "soli", "serve", "nano", "--port", str(port), *arguments]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment | {"OMP_NUM_THREADS": "1"})
-    assert process.stderr is not None
-    try:
-        first = process.stderr.readline()
-        url = re.search(r"http://[^/]+", first)
-        assert url, first
-        lines: list[str] = []
-        reader = threading.Thread(target=lambda: lines.extend(process.stderr))
-        reader.start()
-        yield process, url[0], lines
-    finally:
-        process.kill()
-        process.wait()
-        reader.join()
-
-
-def wait_until_ready(url: str) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{url}/ready").status_code == 200:
-                return
-        time.sleep(0.05)
-    raise AssertionError("never ready")
 
 
 def test_the_bundled_model_translates_completes_and_ends_on_sigterm():

@@ -1,36 +1,20 @@
 """Chat templates of a model folder: messages to tokens.
 
-The template (tokenizer_config.json or chat_template.jinja) is untrusted code and runs in jinja2's immutable sandbox.
-What a person wrote stays text: an added token (`<|user|>`, `</think>`, a delimiter of tool calls) spelled out in a
-message is broken by a marker before the template sees it and encoded in two parts, so that only the template's own
-become tokens. Assistant messages keep their reasoning delimiters, which templates use to leave earlier reasoning out.
+The template (tokenizer_config.json or chat_template.jinja) is untrusted code. It runs in processes of its own, within
+limits of time and memory (workers.py, sandbox.py), also when one terminal chats with one model. Tokenizing is done
+here, of prompts that are not certain to be too long.
 """
 
-import json
 import os
-import re
-import secrets
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import jinja2
-from jinja2 import meta
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from soli.chat.deepseek import CLOSE, OPEN, ends_in_reasoning
-from soli.data.tokenizer import Tokenizer, special_names
+from soli.chat.workers import RenderFailure, RenderWorkers
+from soli.data.tokenizer import TextTooLong, Tokenizer, special_names
 from soli.errors import SoliError
 from soli.input_files import read_object_if_present, read_text
 from soli.sections import is_text, shown
-
-NO_REASONING = f"\n{CLOSE}\n\n"  # as DeepSeek-V3.1 writes it for an answer without reasoning
-
-
-class JsonText(str):
-    """JSON as the model wrote it, which `tojson` leaves unchanged: templates insert arguments with or without it."""
 
 
 class RenderedPrompt(NamedTuple):
@@ -40,27 +24,32 @@ class RenderedPrompt(NamedTuple):
     starts_in_reasoning: bool
 
 
+class RejectedMessages(SoliError):
+    """Messages without a prompt. `field`: the argument of `render` to blame."""
+
+    def __init__(self, message: str, field: str = "messages") -> None:
+        super().__init__(message)
+        self.field = field
+
+
 class ChatTemplate:
     """`source` is jinja2, `names` the special tokens by the names that templates use (bos_token). SoliError for a
-    template that does not compile; `render` raises it for messages that the template does not accept."""
+    template that does not compile; `render` raises it for messages that the template does not accept, and for all
+    messages when compiling exceeds the limits."""
 
     def __init__(self, source: str, tokenizer: Tokenizer, names: Mapping[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = _tojson
-        environment.globals |= {
-            "raise_exception": _raise_exception,
-            "strftime_now": lambda pattern: datetime.now().strftime(pattern),
-        }
-        try:
-            self.supports_tools = "tools" in meta.find_undeclared_variables(environment.parse(source))
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise SoliError(f"the chat template does not compile ({error}): fetch the folder again") from error
         self._tokenizer = tokenizer
-        self._names = dict(names)
-        self._added_tokens = tokenizer.added_tokens()
-        longest_first = sorted(self._added_tokens, key=len, reverse=True)
-        self._added_token = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._workers = RenderWorkers(
+            {"source": source, "names": dict(names), "added_tokens": tokenizer.added_tokens()}
+        )
+        self._failure: RenderFailure | None = None  # of compiling
+        self.supports_tools = False
+        try:
+            self.supports_tools = self._workers.start()["supports_tools"]
+        except RenderFailure as error:
+            if error.kind == "template":
+                raise SoliError(f"the chat template does not compile ({error}): fetch the folder again") from error
+            self._failure = error
 
     @classmethod
     def from_folder(cls, folder: Path, tokenizer: Tokenizer) -> Self | None:
@@ -86,66 +75,41 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
         allow_reasoning: bool = True,
+        max_tokens: int | None = None,
     ) -> RenderedPrompt:
         """The prompt. `variables`: further variables of the template. `allow_reasoning` False: reasoning that the
-        template opens is closed at once."""
-        marker = f"\ue000{secrets.token_hex(8)}\ue001"
-        reserved = {
-            **self._names,
-            "messages": [self._mark_message(message, marker) for message in messages],
-            "tools": self._mark(tools, marker),
-            "add_generation_prompt": True,
+        template opens is closed at once. TextTooLong for a prompt that is certain to have more than `max_tokens`,
+        before it is tokenized; RejectedMessages for what the template does not accept."""
+        prompt = {
+            "messages": messages,
+            "tools": tools,
+            "variables": variables or {},
+            "allow_reasoning": allow_reasoning,
         }
-        if clash := sorted(reserved.keys() & (variables or {}).keys()):
-            raise SoliError(f"the chat template's variable {clash[0]} is set by the server: leave it out")
+        longest = self._tokenizer.longest_token
         try:
-            text = self._template.render(self._mark(variables or {}, marker) | reserved)
-        except Exception as error:  # a template may fail in any way that Python knows
-            reason = " ".join(str(error).split())[:300]
-            raise SoliError(
-                f"the model's chat template does not accept these messages ({reason}): see its card"
-            ) from error
-        if not allow_reasoning and ends_in_reasoning(text):
-            text = text.rstrip() + NO_REASONING
-        return RenderedPrompt(self._encode(text, marker), ends_in_reasoning(text))
+            if self._failure is not None:
+                raise self._failure
+            reply = self._workers.render({"prompt": prompt, "max_tokens": max_tokens, "longest_token": longest})
+        except RenderFailure as error:
+            raise _rejection(error) from error
+        if max_tokens is not None and "fewest_tokens" in reply:
+            raise TextTooLong("the prompt", reply["fewest_tokens"], max_tokens)
+        parts: list[str | int] = reply["parts"]
+        texts = iter(self._tokenizer.encode_batch([part for part in parts if isinstance(part, str)]))
+        token_ids = [token for part in parts for token in (next(texts) if isinstance(part, str) else [part])]
+        return RenderedPrompt(token_ids, reply["starts_in_reasoning"])
 
-    def _mark_message(self, message: Mapping[str, Any], marker: str) -> Any:
-        return self._mark(message, marker, (OPEN, CLOSE) if message.get("role") == "assistant" else ())
-
-    def _mark(self, value: Any, marker: str, exempt: Sequence[str] = ()) -> Any:
-        """`value` with the marker behind the first character of every added token in its strings, except `exempt`."""
-        if isinstance(value, str):
-            return type(value)(
-                self._added_token.sub(
-                    lambda match: match[0] if match[0] in exempt else match[0][0] + marker + match[0][1:], value
-                )
-            )
-        if isinstance(value, Mapping):
-            return {key: self._mark(item, marker, exempt) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [self._mark(item, marker, exempt) for item in value]
-        return value
-
-    def _encode(self, text: str, marker: str) -> list[int]:
-        ids: list[int] = []
-        end = 0
-        for match in [*self._added_token.finditer(text), None]:
-            for part in text[end : match.start() if match else None].split(marker):
-                ids += self._tokenizer.encode(part)
-            if match:
-                ids.append(self._added_tokens[match[0]])
-                end = match.end()
-        return ids
+    def close(self) -> None:
+        """Ends the processes; a prompt that is rendered is rejected."""
+        self._workers.close()
 
 
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    """The filter that `transformers` gives to templates: no HTML escapes, characters as they are."""
-    if isinstance(value, JsonText):
-        return value
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+def _rejection(error: RenderFailure) -> RejectedMessages:
+    if error.kind == "variable":
+        return RejectedMessages(str(error), "variables")
+    if error.kind == "closed":
+        return RejectedMessages("the chat template's process was ended: the server is shutting down")
+    if error.kind == "limit":
+        return RejectedMessages(f"the model's chat template {error} for these messages: shorten them, or see its card")
+    return RejectedMessages(f"the model's chat template does not accept these messages ({error}): see its card")

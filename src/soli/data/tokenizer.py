@@ -8,6 +8,7 @@ text as DeepSeek-V3's does, and a special token's name in a user's text stays te
 import json
 import os
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -43,6 +44,16 @@ PRE_TOKENS = (
 _PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
+
+
+LONG_TEXT = 4096  # characters from which `encode` lets other threads run
+
+
+class TextTooLong(SoliError):
+    """A text has more tokens than it may have; rejected before it is tokenized, so `fewest_tokens` is a lower bound."""
+
+    def __init__(self, name: str, fewest_tokens: int, most: int) -> None:
+        super().__init__(f"{name} has {fewest_tokens} tokens or more; at most {most} are possible here: shorten it")
 
 
 class Tokenizer:
@@ -132,8 +143,26 @@ class Tokenizer:
         """Ids of the tokens added to the vocabulary, special or not, by name."""
         return {token.content: index for index, token in self._backend.get_added_tokens_decoder().items()}
 
+    @cached_property
+    def longest_token(self) -> int | None:
+        """At most so many bytes of text become one token; None where a normalizer may shorten the text before."""
+        if not self.byte_level or self._backend.normalizer is not None:
+            return None
+        if any(token.lstrip or token.rstrip for token in self._backend.get_added_tokens_decoder().values()):
+            return None  # takes white space of any length with it
+        return max(len(token.encode()) for token in self._backend.get_vocab(with_added_tokens=True))
+
+    def check_length(self, name: str, text: str, most: int) -> None:
+        """TextTooLong for a text that is certain to have more than `most` tokens; nothing is tokenized."""
+        if self.longest_token is not None:
+            fewest = -(-len(text.encode("utf-8", "surrogatepass")) // self.longest_token)
+            if fewest > most:
+                raise TextTooLong(name, fewest, most)
+
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, without bos or eos."""
+        if len(text) >= LONG_TEXT:
+            return self.encode_batch([text])[0]  # unlike `encode` of the backend, releases the interpreter lock
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:

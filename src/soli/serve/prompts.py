@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from soli.chat.deepseek import DeepSeekParser
 from soli.chat.parser import ForcedCallParser, OutputParser, PlainParser, any_call_schema
-from soli.chat.templates import ChatTemplate, JsonText, RenderedPrompt
+from soli.chat.templates import ChatTemplate, RejectedMessages, RenderedPrompt
+from soli.data.tokenizer import TextTooLong
 from soli.engine.constraint import ConstraintSpec
 from soli.engine.request import Request
 from soli.engine.sampler import SamplingParams
@@ -21,7 +22,6 @@ from soli.serve.protocol_requests import (
     CompletionBody,
     GenerationBody,
     Message,
-    MessageToolCall,
     ResponseFormat,
     SoliOptions,
     Tool,
@@ -63,7 +63,7 @@ def chat_batch(body: ChatBody, loaded: LoadedModel, limits: ServiceLimits) -> Re
     template = _chat_template(loaded)
     tools, forced_tool = _tools(body, template)
     constraint = _constraint(body, forced_tool)
-    prompt = _render(body, template, tools, allow_reasoning=constraint is None)
+    prompt = _render(body, template, tools, constraint is None, longest_prompt(loaded, limits))
     _check_chat(body)
     remaining_tokens = max(1, loaded.text_model.positions - len(prompt.token_ids))
     max_tokens = body.max_completion_tokens or body.max_tokens or remaining_tokens
@@ -105,6 +105,11 @@ def can_translate(loaded: LoadedModel) -> bool:
     return all(loaded.text_model.tokenizer.has_token(token) for token in ("<|en|>", "<|zh|>"))
 
 
+def longest_prompt(loaded: LoadedModel, limits: ServiceLimits) -> int:
+    """How many tokens a prompt may have."""
+    return min(limits.prompt_tokens, loaded.text_model.positions - 1)
+
+
 def _batch(
     body: GenerationBody,
     prompts: Sequence[Request],
@@ -121,7 +126,7 @@ def _batch(
             "n",
         )
     longest = max(len(request.prompt_ids) for request in prompts)
-    max_tokens = min(limits.prompt_tokens, loaded.text_model.positions - 1)
+    max_tokens = longest_prompt(loaded, limits)
     if longest > max_tokens:
         raise ApiError(
             400,
@@ -212,13 +217,20 @@ def _chat_template(loaded: LoadedModel) -> ChatTemplate:
 
 
 def _render(
-    body: ChatBody, template: ChatTemplate, tools: list[dict[str, Any]] | None, allow_reasoning: bool
+    body: ChatBody,
+    template: ChatTemplate,
+    tools: list[dict[str, Any]] | None,
+    allow_reasoning: bool,
+    max_tokens: int,
 ) -> RenderedPrompt:
     messages = [_template_message(message) for message in body.messages]
     try:
-        return template.render(messages, tools, body.chat_template_kwargs, allow_reasoning)
-    except SoliError as error:
-        raise ApiError(400, str(error), "messages") from error
+        return template.render(messages, tools, body.chat_template_kwargs, allow_reasoning, max_tokens)
+    except TextTooLong as error:
+        raise ApiError(400, str(error), "messages", "context_length_exceeded") from error
+    except RejectedMessages as error:
+        param = "chat_template_kwargs" if error.field == "variables" else "messages"
+        raise ApiError(400, str(error), param) from error
 
 
 def _check_chat(body: ChatBody) -> None:
@@ -232,15 +244,9 @@ def _template_message(message: Message) -> dict[str, Any]:
     """A message as templates read it."""
     fields: dict[str, Any] = {"role": message.role, "content": message.text}
     if message.tool_calls:
-        fields["tool_calls"] = [_template_call(call) for call in message.tool_calls]
+        fields["tool_calls"] = [call.model_dump() for call in message.tool_calls]
     optional = {"name", "tool_call_id", "reasoning_content"}
     return fields | message.model_dump(include=optional, exclude_none=True)
-
-
-def _template_call(call: MessageToolCall) -> dict[str, Any]:
-    fields = call.model_dump()
-    fields["function"]["arguments"] = JsonText(call.function.arguments)
-    return fields
 
 
 def _new_parser(

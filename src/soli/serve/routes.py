@@ -127,7 +127,11 @@ async def respond(
     stream: bool | None,
 ) -> Response:
     """The answer to a body: a stream or a whole response."""
-    batch = await asyncio.to_thread(to_batch, body, service.loaded, service.limits)
+    try:
+        batch = await asyncio.to_thread(to_batch, body, service.loaded, service.limits)
+    except ApiError:
+        service.check_accepting()  # the reason may be that the server is stopping
+        raise
     builder = ResponseBuilder(service, batch, answer_format)
     events = await service.submit(batch.requests, batch.param_names)
     if stream:

@@ -32,6 +32,11 @@ from soli.serve.app import create_app
 from soli.serve.middleware import AccessRules
 from soli.serve.service import LoadedModel, Service, ServiceLimits
 
+log = logging.getLogger("soli.serve")
+
+FLUSH_SECONDS = 2  # after the drain, for clients to read the ends of their answers
+EXIT_SECONDS = 4.0  # after the drain the process has ended, whatever its threads compute
+
 
 class JsonFormatter(logging.Formatter):
     """One JSON object per line: time, level, logger, message, and what `extra={"fields": …}` adds.
@@ -72,7 +77,11 @@ class _DrainingServer(uvicorn.Server):
             signal.signal(number, signal.SIG_IGN)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal drains, the second ends the answers in progress."""
+        """The first signal drains, the second ends the answers in progress; each is carried out within its time."""
+        remaining = 0.0 if self.should_exit else self._drain_seconds
+        deadline = threading.Timer(remaining + EXIT_SECONDS, _end_process)
+        deadline.daemon = True
+        deadline.start()
         self.force_exit = self.should_exit
         if self.should_exit:
             threading.Thread(target=self._service.abort, daemon=True).start()
@@ -81,6 +90,12 @@ class _DrainingServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._service.drain(self._drain_seconds)
         await super().shutdown(sockets)
+
+
+def _end_process() -> None:
+    """The end when Python's own has to wait: it joins threads, which may be in the middle of a long computation."""
+    log.warning("ended in the middle of a computation")
+    os._exit(0)
 
 
 def run_server(
@@ -163,7 +178,7 @@ def _uvicorn(app: ASGIApp, service: Service, drain_seconds: float) -> _DrainingS
             server_header=False,
             lifespan="off",
             ws="none",
-            timeout_graceful_shutdown=5,
+            timeout_graceful_shutdown=FLUSH_SECONDS,
         ),
         service,
         drain_seconds,

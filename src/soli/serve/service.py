@@ -112,6 +112,8 @@ class Service:
         self._draining = True
         log.info("stopping", extra={"fields": {"drain_seconds": seconds}})
         if self._loaded is not None:
+            if self._loaded.template is not None:
+                self._loaded.template.close()  # a request that is not accepted yet will not be
             await self._loaded.engine.drain(seconds)
 
     def abort(self) -> None:
@@ -124,14 +126,18 @@ class Service:
         if name is not None and name != self.name:
             raise ApiError(404, f"there is no model {name[:80]!r} here: this server has {self.name}", "model")
 
+    def check_accepting(self) -> None:
+        """ApiError 503 while the server is stopping."""
+        if self._draining:
+            raise ApiError(503, "the server is shutting down: ask again when it is back", retry_after=RETRY_SECONDS)
+
     async def submit(
         self, requests: Sequence[Request], param_names: Mapping[str, str]
     ) -> AsyncGenerator[tuple[int, Event], None]:
         """Submits all requests to the engine and returns an iterator of their events, each with its request's index;
         closing it cancels what is not finished. If the engine rejects one, none runs, and ApiError names the body's
         parameter: `param_names` maps the fields of a Request to them."""
-        if self._draining:
-            raise ApiError(503, "the server is shutting down: ask again when it is back", retry_after=RETRY_SECONDS)
+        self.check_accepting()
         arrival = ARRIVAL_TIME.get(time.monotonic())
         streams: list[AsyncEvents] = []
         try:
