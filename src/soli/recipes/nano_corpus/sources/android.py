@@ -7,15 +7,13 @@ number in English (no language) and in Chinese is a pair.
 
 from __future__ import annotations
 
-import io
 import struct
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from soli.errors import SoliError
 from soli.recipes.nano_corpus.cleaning import Simplifier
-from soli.recipes.nano_corpus.fetch import read_members
+from soli.recipes.nano_corpus.fetch import read_members, zip_members
 from soli.recipes.nano_corpus.sources.row import SourceRow, rows_by_key
 
 STRING_POOL, TABLE, PACKAGE, TYPE = 0x0001, 0x0002, 0x0200, 0x0201
@@ -25,11 +23,14 @@ _UTF8, _COMPLEX, _SPARSE, _NO_ENTRY, _STRING_VALUE = 1 << 8, 1, 1, 0xFFFFFFFF, 3
 def read_android(archives: list[Path]) -> Iterator[SourceRow]:
     """Android's texts in simplified Chinese, then Taiwan's."""
     for name, content in read_members(archives[0], "*/framework-res.apk"):
-        with zipfile.ZipFile(io.BytesIO(content)) as package:
-            texts = read_table(package.read("resources.arsc"), name)
-        for language in ("zhCN", "zhTW"):
-            simplify = Simplifier("tw2sp") if language == "zhTW" else str
-            yield from rows_by_key(texts.get(language, {}), texts.get("", {}), simplify)
+        for _, table in zip_members(content, name, "resources.arsc"):
+            yield from _rows(read_table(table, name))
+
+
+def _rows(texts: dict[str, dict[tuple[int, int], str]]) -> Iterator[SourceRow]:
+    for language in ("zhCN", "zhTW"):
+        simplify = Simplifier("tw2sp") if language == "zhTW" else str
+        yield from rows_by_key(texts.get(language, {}), texts.get("", {}), simplify)
 
 
 def read_table(table: bytes, name: str) -> dict[str, dict[tuple[int, int], str]]:

@@ -6,17 +6,15 @@ their English texts in `omni.ja` and their translations in a language pack, both
 
 from __future__ import annotations
 
-import io
 import re
 import struct
-import zipfile
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
 from soli.errors import SoliError
 from soli.recipes.nano_corpus.cleaning import Simplifier, without_accelerators
-from soli.recipes.nano_corpus.fetch import read_members
+from soli.recipes.nano_corpus.fetch import read_members, zip_members
 from soli.recipes.nano_corpus.sources.row import SourceRow, rows_by_key
 
 _PAK_VERSION, _PAK_HEADER, _PAK_ENTRY = 5, 12, 6
@@ -80,27 +78,26 @@ def parse_properties(text: str) -> Iterator[tuple[str, str]]:
             yield key.strip(), value.strip()
 
 
-def mozilla_texts(archive: bytes) -> dict[tuple[str, str], str]:
+def mozilla_texts(archive: bytes, name: str) -> dict[tuple[str, str], str]:
     """(path without its language, key) -> text of every Fluent and property file of an omni.ja or a language pack."""
     texts = {}
-    with zipfile.ZipFile(io.BytesIO(archive)) as opened:
-        for name in opened.namelist():
-            parse = {".ftl": parse_fluent, ".properties": parse_properties}.get(Path(name).suffix)
-            if parse is None or _LANGUAGE_FOLDER.match(name) is None:
-                continue
-            page = _LANGUAGE_FOLDER.sub("", name)
-            for key, text in parse(opened.read(name).decode("utf-8", errors="replace")):
-                if not _ACCESS_KEY.search(key):
-                    texts[page, key] = text
+    for path, content in zip_members(archive, name, "*.ftl", "*.properties"):
+        if _LANGUAGE_FOLDER.match(path) is None:
+            continue
+        parse = parse_fluent if path.endswith(".ftl") else parse_properties
+        page = _LANGUAGE_FOLDER.sub("", path)
+        for key, text in parse(content.decode("utf-8", errors="replace")):
+            if not _ACCESS_KEY.search(key):
+                texts[page, key] = text
     return texts
 
 
 def read_mozilla(archives: list[Path]) -> Iterator[SourceRow]:
     """A program's texts beside those of its language packs: the program's package first, then the packs."""
     english: dict[tuple[str, str], str] = {}
-    for _, content in read_members(archives[0], "*/omni.ja"):
-        english |= mozilla_texts(content)
+    for name, content in read_members(archives[0], "*/omni.ja"):
+        english |= mozilla_texts(content, name)
     for archive in archives[1:]:
         for name, content in read_members(archive, "*.xpi"):
             simplify = Simplifier("tw2sp") if "zh-TW" in name else str
-            yield from rows_by_key(mozilla_texts(content), english, simplify)
+            yield from rows_by_key(mozilla_texts(content, name), english, simplify)

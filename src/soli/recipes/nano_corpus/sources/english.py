@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
 import re
 import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from soli.errors import SoliError
 from soli.recipes.nano_corpus.cleaning import is_prose, tidy
-from soli.recipes.nano_corpus.fetch import read_members
+from soli.recipes.nano_corpus.fetch import MEMBER_BYTES, gunzip, read_members
 from soli.recipes.nano_corpus.sources.row import SourceRow
 
 _SHORTEST = 40
@@ -79,7 +79,9 @@ def r_character_vectors(database: bytes) -> Iterator[list[str]]:
     at = 0
     while at + 4 < len(database):
         stream = zlib.decompressobj()
-        block = stream.decompress(database[at + 4 :])
+        block = stream.decompress(database[at + 4 :], MEMBER_BYTES)
+        if not stream.eof:
+            raise SoliError("a block of an R database is cut short or too large: delete the package from the cache")
         at = len(database) - len(stream.unused_data)
         encoding = struct.unpack_from(">i", block, 14)[0]  # after "X\n", three versions: the native encoding's name
         kind, count = struct.unpack_from(">Ii", block, 18 + encoding)
@@ -105,6 +107,6 @@ def read_austen(archives: list[Path]) -> Iterator[SourceRow]:
 
 def read_devil(archives: list[Path]) -> Iterator[SourceRow]:
     """Ambrose Bierce's Devil's Dictionary, by paragraph (an indented line begins one)."""
-    for _, content in read_members(archives[0], "*/devil.dict.dz"):
-        text = gzip.decompress(content).decode("utf-8", errors="replace").partition("PREFACE")[2]
+    for name, content in read_members(archives[0], "*/devil.dict.dz"):
+        text = gunzip(content, name).decode("utf-8", errors="replace").partition("PREFACE")[2]
         yield from _prose(iter(re.split(r"\n\s*\n|\n(?= {4}\S)", text)))

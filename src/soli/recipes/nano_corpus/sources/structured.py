@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from soli.data.text import count_han
 from soli.recipes.nano_corpus.cleaning import align
-from soli.recipes.nano_corpus.fetch import read_members
+from soli.recipes.nano_corpus.fetch import gunzip, read_members
 from soli.recipes.nano_corpus.sources.row import SourceRow
 
 _MALLARD = "{http://projectmallard.org/1.0/}"
@@ -46,8 +45,8 @@ def read_gnome(archives: list[Path]) -> Iterator[SourceRow]:
 
 def read_cedict(archives: list[Path]) -> Iterator[SourceRow]:
     """Simplified headword and its first senses, without cross references, classifiers and labels of usage."""
-    for _, content in read_members(archives[0], "*/cedict*.txt.gz"):
-        for line in gzip.decompress(content).decode("utf-8").splitlines():
+    for name, content in read_members(archives[0], "*/cedict*.txt.gz"):
+        for line in gunzip(content, name).decode("utf-8").splitlines():
             entry = _ENTRY.match(line)
             if entry is None:
                 continue
