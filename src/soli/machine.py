@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 
 CPU_INFO = Path("/proc/cpuinfo")
+CPU_TIMES = Path("/proc/stat")
+BUSY_SECONDS = 0.3  # over which a machine's load is measured
 MEMORY_INFO = Path("/proc/meminfo")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 CGROUPS = Path("/sys/fs/cgroup")
@@ -103,6 +105,29 @@ def _fields(file: Path) -> dict[str, int]:
         return {}
     rows = (line.split() for line in lines)
     return {row[0]: int(row[1]) for row in rows if len(row) >= 2 and row[1].isdigit()}
+
+
+def busy_cores(seconds: float = BUSY_SECONDS) -> float | None:
+    """How many cores other processes keep busy, over so many seconds; None where the system does not count that.
+
+    Time that a virtual machine's host takes away counts, time in which a core waits for a disk does not.
+    """
+    try:
+        before = _seconds_of_others()
+        start = time.monotonic()
+        time.sleep(seconds)
+        others = _seconds_of_others() - before
+    except (OSError, ValueError):
+        return None
+    return max(0.0, others / (time.monotonic() - start))
+
+
+def _seconds_of_others() -> float:
+    """Seconds that cores have computed since the system started, but for this process."""
+    ticks = CPU_TIMES.read_text(encoding="ascii").split("\n", 1)[0].split()[1:]
+    user, nice, system, _, _, irq, softirq, steal = map(int, ticks[:8])
+    own = sum(os.times()[:4])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - own
 
 
 def disk_bandwidth(folder: Path, size: int | None = None) -> float | None:

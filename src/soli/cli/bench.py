@@ -18,6 +18,7 @@ import httpx
 import typer
 from rich.table import Table
 
+from soli.cli._shared import options
 from soli.cli._shared.console import number_columns, print_json, stdout_console
 from soli.cli._shared.progress import ProgressBar
 from soli.errors import SoliError
@@ -41,6 +42,7 @@ def serve(
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens requested in each answer.")] = 64,
     api_key: Annotated[str | None, typer.Option(envvar="SOLI_API_KEY", help="The server's key.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="NAME", help="Write NAME.json and the plot NAME.png.")] = None,
+    threads: options.Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
     """Send requests at random times (Poisson arrivals) and measure tokens per second, time to the first piece of text,
@@ -50,7 +52,9 @@ def serve(
         raise SoliError(f"--rates has {rates!r}: give numbers above 0, or inf")
     load = Workload(requests, _numbers(seeds, "seeds", int), prompt_words, new_tokens)
     is_address = target.startswith(("http://", "https://"))
-    with contextlib.nullcontext(target.rstrip("/")) if is_address else running_server(target) as url:
+    if is_address and threads is not None:
+        raise typer.BadParameter("--threads goes with a model folder: a server that is running has its own threads")
+    with contextlib.nullcontext(target.rstrip("/")) if is_address else running_server(target, threads) as url:
         server = asyncio.run(find_server(url, api_key if is_address else None))
         with ProgressBar("requests", len(arrival_rates) * len(load.seeds) * requests) as bar:
             rows = [asyncio.run(measure(server, rate, load, bar.advance)) for rate in arrival_rates]
@@ -77,13 +81,15 @@ def _save(out: Path, result: dict[str, Any], title: str) -> None:
 
 
 @contextlib.contextmanager
-def running_server(model: str) -> Iterator[str]:
+def running_server(model: str, threads: int | None = None) -> Iterator[str]:
     """A server of this model in a process of its own, on a free port; its address once it is ready."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "soli", "serve", model, "--port", str(port)]
+    if threads is not None:
+        command += ["--threads", str(threads)]
     environment = {name: value for name, value in os.environ.items() if name != "SOLI_API_KEY"}
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, env=environment)

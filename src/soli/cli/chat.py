@@ -31,11 +31,13 @@ def chat(
     max_new_tokens: options.MaxNewTokens = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
+    threads: options.Threads = None,
 ) -> None:
     """Chat with a model. Answers go to standard output; reasoning (R1) is shown dim, on a terminal only."""
     from soli.engine.sampler import SamplingParams
 
     sampling = SamplingParams(temperature, top_p=top_p, seed=seed)
+    options.use_threads(threads)
     llm, template = open_chat(model, device, dtype)
     conversation = Conversation(llm, template, sampling, max_new_tokens, system)
     if sys.stdin.isatty():

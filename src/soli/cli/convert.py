@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from soli.cli._shared import options
+
 
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Model folder in Hugging Face layout, or nano.")],
@@ -16,6 +18,7 @@ def convert(
         typer.Option("--int8", "--wide", help="int4: 8 bits for weights of this name, such as self_attn; repeatable."),
     ] = None,
     shard_gb: Annotated[float, typer.Option(help="Largest size of one file, in GB.")] = 5.0,
+    threads: options.Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Rewrite a model folder as bf16, fp32, fp8, int8 or int4, tensor by tensor, MTP modules and tokenizer included."""
@@ -24,6 +27,7 @@ def convert(
     from soli.cli._shared.console import print_json, stderr_console
     from soli.cli._shared.progress import ProgressBar
 
+    options.use_threads(threads)
     target = Target(to, ue8m0, int(shard_gb * 1e9), group, tuple(int8 or ()))
     with ProgressBar(f"writing {to}", unit="bytes") as bar:
         conversion = convert_checkpoint(source, destination, target, bar.update)

@@ -5,12 +5,14 @@ from typing import Annotated
 
 import typer
 
+from soli.cli._shared import options
 from soli.cli._shared.console import print_json, stdout_console
 from soli.errors import SoliError
 
 
 def doctor(
     disk: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Measure the disk under this folder.")] = None,
+    threads: options.Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
     """Show processor, kernels, threads, memory and disk bandwidth, GPUs and versions; takes a few seconds."""
@@ -18,6 +20,7 @@ def doctor(
         raise SoliError(f"{disk}: there is no such folder to measure a disk in")
     from soli.plan.machine_report import report_machine
 
+    options.use_threads(threads)
     report = report_machine(disk)
     if as_json:
         print_json(report, indent=2)

@@ -32,6 +32,7 @@ def eval(
     json: options.Json = False,
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
+    threads: options.Threads = None,
 ) -> None:
     """Score a model on held-out pairs (chrF and BLEU, both directions) and on held-out text (bits per byte)."""
     if pairs is None and text is None:
@@ -43,6 +44,7 @@ def eval(
     from soli.eval.scoring import score_pairs, score_texts
     from soli.eval.translation import evaluate_direction
 
+    options.use_threads(threads)
     text_model = load_text_model(model, device, dtype, mtp=True)
     report = Report(model)
     if rows:

@@ -68,6 +68,7 @@ def generate(
     json: options.Json = False,
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
+    threads: options.Threads = None,
 ) -> None:
     """Continue a prompt. Only the continuation goes to standard output."""
     text = "\n".join(stdin_lines() if prompt == "-" else argument_lines(prompt, "the prompt"))
@@ -91,6 +92,7 @@ def generate(
         seed=seed,
     )
     constraint = _constraint_spec(json_schema, regex)
+    options.use_threads(threads)
     text_model = load_text_model(model, device, dtype, mtp=speculate)
     prompt_ids = text_model.text_prompt(text)
     remaining = text_model.remaining_tokens(prompt_ids, "the prompt")

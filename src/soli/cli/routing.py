@@ -35,11 +35,13 @@ def routing(
     json: options.Json = False,
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
+    threads: options.Threads = None,
 ) -> None:
     """Report which experts a text file activates, how evenly, and which prefer Chinese or English beyond chance."""
     texts = evenly(file_texts(file), limit)
     from soli.eval.routing import report_routing, save_heat_map
 
+    options.use_threads(threads)
     text_model = load_text_model(model, device, dtype)
     with ProgressBar("reading texts", len(texts)) as bar:
         report = report_routing(text_model, texts, permutations=permutations, seed=seed, on_progress=bar.advance)

@@ -50,6 +50,7 @@ def serve(
     ] = "info",
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
+    threads: options.Threads = None,
 ) -> None:
     """Serve a model on this machine. The page is at http://127.0.0.1:8000/, the API at /v1."""
     from soli.checkpoint import open_checkpoint
@@ -66,6 +67,7 @@ def serve(
     if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
         raise SoliError("the API key may have only printable ASCII characters, without spaces: choose another")
     folder = open_checkpoint(model).folder
+    options.use_threads(threads)
     hosts = (*LOOPBACK, host, *(allow_host or ()))
     run_server(
         model,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from shlex import join, quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,8 +12,9 @@ from rich import box
 from rich.table import Column, Table
 
 from soli.cli._shared.console import print_json, scaled, stdout_console
-from soli.cli._shared.options import Assignments
-from soli.data.recipe import find_recipe, load_recipe
+from soli.cli._shared.options import Assignments, Threads, use_threads
+from soli.data.recipe import DataConfig, find_recipe, load_recipe
+from soli.errors import SoliError
 from soli.plan.memory import describe_fit
 from soli.plan.schedule_plot import save_schedule_plot
 from soli.plan.training import STEP_SHARE, TrainingPlan, hours_here, plan_run
@@ -24,7 +27,20 @@ if TYPE_CHECKING:
 Lines = list[tuple[str, str]]
 
 
+# Options that only planning reads, by parameter.
+PLANNING = {
+    "as_json": "--json",
+    "devices": "--devices",
+    "mfu": "--mfu",
+    "device_tflops": "--device-tflops",
+    "measure": "--measure/--no-measure",
+    "plot": "--plot",
+}
+DATA_FILES = ("meta.json", "tokenizer.json", "train.bin", "valid.bin")
+
+
 def train(
+    ctx: typer.Context,
     recipe: Annotated[str, typer.Argument(help="A recipe's name, such as nano-zh-en, or its folder or TOML file.")],
     assignments: Assignments = None,
     out: Annotated[
@@ -44,22 +60,45 @@ def train(
         bool, typer.Option("--measure/--no-measure", help="With --dry-run: time this device for about a second.")
     ] = True,
     plot: Annotated[Path | None, typer.Option(help="With --dry-run: draw all schedules into this PNG file.")] = None,
+    threads: Threads = None,
 ) -> None:
     """Train a model from a recipe; a stopped run resumes."""
+    planning = [option for name, option in PLANNING.items() if _is_on_command_line(ctx, name)]
+    if planning and not dry_run:
+        raise typer.BadParameter(f"{' and '.join(planning)} only with --dry-run: a run trains on one device, this one")
     path = find_recipe(recipe)
     table = load_recipe(path, assignments or [])
     settings = read_settings(table)
-    folder = Path(read_data_config(table).folder)
+    data_config = read_data_config(table)
     data = table.get("data", {})
-    if (as_json or plot) and not dry_run:
-        raise typer.BadParameter("--json and --plot go with --dry-run")
+    use_threads(threads)
     if dry_run:
         _dry_run(settings, data, devices, mfu, device_tflops, measure, as_json, plot)
         return
+    _require_data(data_config, recipe, assignments or [])
     from soli.train.setup import prepare
     from soli.train.trainer import train as run_training
 
-    run_training(prepare(settings, data, folder, out or Path("runs") / path.parent.name))
+    run_training(prepare(settings, data, Path(data_config.folder), out or Path("runs") / path.parent.name))
+
+
+def _is_on_command_line(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _require_data(config: DataConfig, recipe: str, assignments: Sequence[str]) -> None:
+    """SoliError with the command that builds the recipe's data where they are not there."""
+    folder = Path(config.folder)
+    missing = [name for name in DATA_FILES if not (folder / name).is_file()]
+    if not missing:
+        return
+    if config.corpus is None:
+        command = f"soli data pack FILES... --tokenizer FOLDER --recipe {quote(recipe)} --out {quote(config.folder)}"
+    else:
+        settings = [f"--set={assignment}" for assignment in assignments if assignment.startswith("data.")]
+        command = join(["soli", "data", "build", recipe, *settings])
+    raise SoliError(f"{folder} has no {', '.join(missing)}: build the recipe's data with: {command}")
 
 
 def _dry_run(

@@ -33,6 +33,7 @@ def translate(
     json: options.Json = False,
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
+    threads: options.Threads = None,
 ) -> None:
     """Translate between English and Chinese. Standard output gets the translation alone, line for line."""
     if to not in (None, "en", "zh"):
@@ -41,6 +42,7 @@ def translate(
     from soli.engine.sampler import SamplingParams
     from soli.eval.translation import Translator
 
+    options.use_threads(threads)
     translator = Translator(
         text_model=load_text_model(model, device, dtype, mtp=speculate),
         to=to,  # type: ignore[arg-type]

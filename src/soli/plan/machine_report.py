@@ -15,6 +15,7 @@ from soli.kernels.cpu import build, native
 
 MEMORY_BLOCK = 2**28  # bytes, larger than any cache
 SECONDS = 1.0
+BUSY = 0.2  # cores; less is what any system does beside
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "transformers", "triton")
 
 
@@ -24,6 +25,7 @@ class MachineReport:
 
     processor: str
     cores: int
+    busy_cores: float | None  # that other processes keep busy
     memory_bytes: int
     available_bytes: int
     features: tuple[str, ...]
@@ -48,12 +50,19 @@ class MachineReport:
             ("processor", f"{self.processor}, {self.cores} cores, {memory}"),
             ("features", " ".join(self.features) or "none that the kernels use"),
             ("kernels", kernels),
-            ("threads", f"{self.threads}, {' and '.join(self.openmp) or 'no OpenMP library'}"),
+            ("threads", f"{self.threads}, {' and '.join(self.openmp) or 'no OpenMP library'}{self._load()}"),
             ("memory", f"{self.memory_gb_per_second:.1f} GB/s read by all threads"),
             ("disk", f"{speed}, reading in {self.disk_folder}"),
             ("GPU", "; ".join(self.gpus) or "none that PyTorch sees"),
             ("versions", ", ".join(f"{name} {version}" for name, version in self.versions.items())),
         ]
+
+    def _load(self) -> str:
+        """What other processes take, as the end of a line."""
+        if self.busy_cores is None:
+            return ""
+        slower = "; this machine is busy: it measures and computes more slowly" if self.busy_cores >= BUSY else ""
+        return f"; other processes keep {self.busy_cores:.1f} of {self.cores} cores busy{slower}"
 
 
 def report_machine(disk_folder: Path | None = None) -> MachineReport:
@@ -64,6 +73,7 @@ def report_machine(disk_folder: Path | None = None) -> MachineReport:
     return MachineReport(
         processor=processor.name,
         cores=processor.cores,
+        busy_cores=machine.busy_cores(),
         memory_bytes=machine.memory_bytes(),
         available_bytes=machine.available_memory(),
         features=processor.features,

@@ -1,8 +1,11 @@
 """Options that several verbs share, spelled once."""
 
+import os
 from typing import Annotated
 
 import typer
+
+MAX_THREADS = max(256, os.cpu_count() or 1)  # OpenMP ends the process when the system has no more
 
 Temperature = Annotated[float, typer.Option(help="0 selects the most likely token; higher values sample more evenly.")]
 TopK = Annotated[int, typer.Option(help="Sample from this many most likely tokens; 0 from all.")]
@@ -24,3 +27,15 @@ Device = Annotated[str, typer.Option(help="cpu, or cuda.")]
 Dtype = Annotated[
     str, typer.Option(help="float32, bfloat16, auto (float32 for small models) or as-is (FP8 stays in the file).")
 ]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, max=MAX_THREADS, help="Threads that compute; by default as many as PyTorch takes."),
+]
+
+
+def use_threads(count: int | None) -> None:
+    """Compute with so many threads in this process, torch's and the kernels'; None leaves PyTorch's number."""
+    if count is not None:
+        import torch
+
+        torch.set_num_threads(count)
