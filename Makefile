@@ -14,7 +14,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet \
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install lint test test-slow test-gpu clean
+.PHONY: help demo install lint test test-slow test-gpu wheel wheel-test clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +47,12 @@ test-slow: $(VENV)/.dev ## the slow tests
 test-gpu: $(VENV)/.test ## the tests that need a CUDA device
 	$(PYTEST) -m gpu
 
+wheel: $(VENV)/.wheel ## a wheel with compiled kernels in dist/, for any Python and most Linux systems
+	@$(BIN)/python tools/build_wheel.py $(findstring --no-build-isolation,$(PIP_INSTALL))
+
+wheel-test: wheel ## install that wheel in a clean environment without a compiler, and try it
+	@$(BIN)/python tools/check_wheel.py dist/soli-*-manylinux_*.whl
+
 clean: ## remove .venv and caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
@@ -63,6 +69,10 @@ $(VENV)/.soli: $(VENV)/.torch pyproject.toml
 $(VENV)/.test: $(VENV)/.soli
 	@echo 'soli: installing what the tests need'
 	@$(PIP_INSTALL) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.wheel: $(VENV)/.soli
+	@$(PIP_INSTALL) --editable '.[wheel]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.soli

@@ -144,27 +144,36 @@ def _key(*parts: str) -> str:
 
 
 def _compile(compiler: str, flags: Sequence[str], runtime: str | None, library: Path, failure: Path) -> None:
-    """Compile in parallel and link into `library`; on an error write the compiler's messages to `failure` instead."""
-    openmp = ["-fopenmp"] if runtime else []
+    """Compile into `library`; on an error write the compiler's messages to `failure` instead."""
+    print("soli: compiling the C++ kernels for this machine, once; it takes about a minute", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        commands = [
-            [compiler, *flags, *openmp, *isa_flags, "-c", str(SOURCES / f"{name}.cpp"), "-o", f"{scratch}/{name}.o"]
-            for name, isa_flags in _units(compiler)
-        ]
-        with ThreadPoolExecutor(len(commands)) as pool:
-            messages = "".join(pool.map(_error_messages, commands))
-        linked = f"{scratch}/soli_cpu.so"
-        objects = [command[-1] for command in commands]
-        # By its path and not as -fopenmp: the linker would take the compiler's own runtime, a second one.
-        sanitizers = [flag for flag in flags if flag.startswith("-fsanitize")]
-        link = [compiler, "-shared", *sanitizers, "-o", linked, *objects, *([runtime] if runtime else [])]
-        messages = messages or _error_messages(link)
+        linked = Path(scratch) / "soli_cpu.so"
+        messages = compile_library(compiler, flags, linked, openmp=runtime is not None, runtime=runtime)
         if any(reason in messages for reason in TEMPORARY_FAILURES):
             raise BuildError(f"{compiler} failed: {messages.strip().splitlines()[-1]}")
         if messages:
             failure.write_text(messages, encoding="utf-8")
         else:
-            install(Path(linked), library)
+            install(linked, library)
+
+
+def compile_library(compiler: str, flags: Sequence[str], library: Path, *, openmp: bool, runtime: str | None) -> str:
+    """Compile all units in parallel beside `library` and link it; the compiler's messages where it fails, else nothing.
+
+    With `openmp` loops are parallel; without `runtime` the process that loads the library must offer OpenMP's symbols.
+    """
+    commands = [
+        [compiler, *flags, *(["-fopenmp"] if openmp else []), *isa_flags]
+        + ["-c", str(SOURCES / f"{name}.cpp"), "-o", str(library.with_name(f"{name}.o"))]
+        for name, isa_flags in _units(compiler)
+    ]
+    with ThreadPoolExecutor(len(commands)) as pool:
+        messages = "".join(pool.map(_error_messages, commands))
+    objects = [command[-1] for command in commands]
+    # By its path and not as -fopenmp: the linker would take the compiler's own runtime, a second one.
+    sanitizers = [flag for flag in flags if flag.startswith("-fsanitize")]
+    link = [compiler, "-shared", *sanitizers, "-o", str(library), *objects, *([runtime] if runtime else [])]
+    return messages or _error_messages(link)
 
 
 def _error_messages(command: list[str]) -> str:

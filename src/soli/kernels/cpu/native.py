@@ -4,6 +4,7 @@ An instruction set is portable, avx2, avx512 or amx: the one asked for, or the b
 """
 
 import ctypes
+import os
 import sys
 from dataclasses import dataclass
 from functools import cache
@@ -14,12 +15,14 @@ import torch
 
 from soli.errors import SoliError
 from soli.kernels.cpu import structs
-from soli.kernels.cpu.build import BuildError, build
+from soli.kernels.cpu.build import BuildError, build, openmp_runtimes
 from soli.kernels.cpu.library_cache import open_verified
 
 ISAS: Final = ("portable", "avx2", "avx512", "amx")  # as soli::kernels() numbers them
 FORMATS: Final = {"fp32": 0, "bf16": 1, "fp8": 2, "int8": 3, "int4": 4}  # as enum Format
 DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1}  # as enum Dtype
+
+PACKAGED: Final = Path(__file__).parent / "compiled" / "soli_cpu.so"
 
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
@@ -66,9 +69,25 @@ def open_library(path: Path, descriptor: int | None = None) -> Library:
     return Library(path, ISAS[handle.soli_best_isa()], *functions)
 
 
+def packaged_library() -> Library | None:
+    """The kernels that came compiled with the package (`make wheel`); None where there are none, or where this process
+    has no OpenMP runtime for them."""
+    runtime = next(iter(openmp_runtimes()), None)
+    if not PACKAGED.is_file() or runtime is None or os.environ.get("SOLI_CPU_FLAGS"):
+        return None
+    try:
+        ctypes.CDLL(runtime, ctypes.RTLD_GLOBAL)  # torch's own, whose name differs from one torch to another
+        return open_library(PACKAGED)
+    except (OSError, AttributeError, SoliError):
+        return None
+
+
 @cache
 def library_or_reason() -> Library | str:
     """The kernels of this machine, built if they are not yet; or why there are none."""
+    packaged = packaged_library()
+    if packaged is not None:
+        return packaged
     try:
         library = build()
         try:
