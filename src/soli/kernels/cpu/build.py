@@ -162,12 +162,13 @@ def compile_library(compiler: str, flags: Sequence[str], library: Path, *, openm
 
     With `openmp` loops are parallel; without `runtime` the process that loads the library must offer OpenMP's symbols.
     """
+    if openmp:
+        flags = [*flags, "-fopenmp"]
     commands = [
-        [compiler, *flags, *(["-fopenmp"] if openmp else []), *isa_flags]
-        + ["-c", str(SOURCES / f"{name}.cpp"), "-o", str(library.with_name(f"{name}.o"))]
+        [compiler, *flags, *isa_flags, "-c", str(SOURCES / f"{name}.cpp"), "-o", str(library.with_name(f"{name}.o"))]
         for name, isa_flags in _units(compiler)
     ]
-    with ThreadPoolExecutor(len(commands)) as pool:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         messages = "".join(pool.map(_error_messages, commands))
     objects = [command[-1] for command in commands]
     # By its path and not as -fopenmp: the linker would take the compiler's own runtime, a second one.
