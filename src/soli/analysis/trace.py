@@ -187,8 +187,8 @@ def _read(kind: Any, table: Any, place: str) -> Any:
     if not isinstance(table, Mapping):
         raise SoliError(f"{place} is {shown(table)}, not an object")
     names = dict(zip(NAMES, NAMES_IN_0_1 if kind is LayerTrace and "players" in table else NAMES, strict=True))
-    if kind is SelectedExpert and "let_in" in table:
-        names["promoted_by_bias"] = "let_in"
+    if kind is SelectedExpert and "let_in" in table:  # old name
+        names["promoted_by_bias"] = "let_in"  # old name
     stored_names = {name: names.get(name, name) for name in annotations_of(kind)}
     missing = [name for name in stored_names.values() if name not in table]
     if missing:

@@ -16,7 +16,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import soli
 from soli.chat.sandbox import CPU_SECONDS, read_frame, write_frame
 from soli.errors import SoliError
 
@@ -47,7 +46,7 @@ class RenderWorkers:
         self._template = json.dumps(template).encode()
         self._slots = threading.BoundedSemaphore(MAX_PROCESSES)
         self._lock = threading.Lock()
-        self._idle: list[_Worker] = []
+        self._idle: list[_RenderingProcess] = []
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._closed = threading.Event()
         self._finalizer = weakref.finalize(self, _end_all, self._processes, self._lock, self._closed)
@@ -82,7 +81,7 @@ class RenderWorkers:
         """Ends all processes; what they compute fails."""
         self._finalizer()
 
-    def _take(self) -> "_Worker":
+    def _take(self) -> "_RenderingProcess":
         while True:
             with self._lock:
                 worker = self._idle.pop() if self._idle else None
@@ -92,20 +91,20 @@ class RenderWorkers:
                 return worker
             self._discard(worker)
 
-    def _put_back(self, worker: "_Worker") -> None:
+    def _put_back(self, worker: "_RenderingProcess") -> None:
         with self._lock:
             self._idle.append(worker)
 
-    def _discard(self, worker: "_Worker") -> None:
+    def _discard(self, worker: "_RenderingProcess") -> None:
         worker.end()
         with self._lock:
             self._processes.discard(worker.process)
 
-    def _new_worker(self) -> tuple["_Worker", dict[str, Any]]:
+    def _new_worker(self) -> tuple["_RenderingProcess", dict[str, Any]]:
         with self._lock:
             if self._closed.is_set():
                 raise RenderFailure("closed", CLOSED)
-            worker = _Worker()
+            worker = _RenderingProcess()
             self._processes.add(worker.process)
         try:
             reply = worker.answer(self._template, START_SECONDS)
@@ -117,12 +116,12 @@ class RenderWorkers:
         return worker, reply
 
 
-class _Worker:
+class _RenderingProcess:
     """One process."""
 
     def __init__(self) -> None:
         environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
-        package_root = str(Path(soli.__file__).parents[1])
+        package_root = str(Path(__file__).parents[2])
         environment["PYTHONPATH"] = os.pathsep.join([package_root, *map(os.path.abspath, sys.path)])
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "soli.chat.sandbox"],

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from soli.analysis.parameters import count
 from soli.atomic_file import replace_file
 from soli.config import load_config
 from soli.data.tokenizer import Tokenizer
@@ -21,13 +22,12 @@ from soli.input_files import read_object
 from soli.machine import memory_bytes
 from soli.model.size import check_size
 from soli.model.transformer import Transformer
-from soli.plan.memory import plan_memory
 from soli.train.batches import PackedTokens
 from soli.train.checkpoints import RunProgress, checkpoints, load_checkpoint
 from soli.train.cuda_graph import GraphedStep
 from soli.train.evaluate import bytes_per_token
 from soli.train.model_options import apply_block_options, use_fp8
-from soli.train.optimizer import Optimizer
+from soli.train.optimizer import MOMENTS, Optimizer
 from soli.train.run_lock import RunLock, create_folder, lock_run
 from soli.train.settings import TrainSettings, as_recipe
 from soli.train.stages import Stage, build_stages, check_stage
@@ -152,12 +152,13 @@ def read_sentences(file: Path, count: int) -> list[tuple[str, str]]:
 
 
 def _check_memory(settings: TrainSettings, device: torch.device) -> None:
-    """SoliError when weights, gradients and moments alone exceed this machine's memory."""
-    states = plan_memory(settings, "fp32", device.type).states
+    """SoliError when weights, gradients and one moment of each, as Muon has, exceed this machine's memory."""
+    moment_bytes = MOMENTS[settings.optimizer.moments].itemsize
+    states = count(settings.model, mtp=True).total * (4 + 4 + moment_bytes)
     if device.type == "cpu" and states > memory_bytes():
         raise SoliError(
-            f"weights, gradients and moments of this recipe's model take {states:,} bytes, but this machine has "
-            f"{memory_bytes():,} bytes of memory; see soli train --dry-run, and reduce the model"
+            f"weights, gradients and moments of this recipe's model take at least {states:,} bytes, but this machine "
+            f"has {memory_bytes():,} bytes of memory; see soli train --dry-run, and reduce the model"
         )
 
 
