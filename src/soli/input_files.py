@@ -157,26 +157,28 @@ def parse_json(text: str, where: str, finite: bool = True) -> Any:
         raise SoliError(f"{where}: not valid JSON (nested more than {NESTING} levels deep)") from None
     except ValueError as error:
         raise SoliError(f"{where}: not valid JSON ({error})") from None
-    _check_nesting(value, where)
+    if is_nested_too_deeply(value):
+        raise SoliError(f"{where}: not valid JSON (nested more than {NESTING} levels deep)")
     if _SURROGATE.search(text):
         _check_surrogates(value, where)
     return value
+
+
+def is_nested_too_deeply(value: Any) -> bool:
+    """Whether a value has more than NESTING lists and tables inside each other: to print it may overflow the stack."""
+    items = [value]
+    for _ in range(NESTING + 1):
+        level = [item for item in items if isinstance(item, dict | list)]
+        if not level:
+            return False
+        items = [item for holder in level for item in (holder.values() if isinstance(holder, dict) else holder)]
+    return True
 
 
 def _check_regular(path: str | Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
         kind = next((name for holds, name in _KINDS if holds(mode)), "no file")
         raise SoliError(f"{path}: cannot be read (it is {kind}, not a regular file)")
-
-
-def _check_nesting(value: Any, where: str) -> None:
-    items = [value]
-    for _ in range(NESTING + 1):
-        level = [item for item in items if isinstance(item, dict | list)]
-        if not level:
-            return
-        items = [item for holder in level for item in (holder.values() if isinstance(holder, dict) else holder)]
-    raise SoliError(f"{where}: not valid JSON (nested more than {NESTING} levels deep)")
 
 
 def _check_surrogates(value: Any, where: str) -> None:

@@ -27,6 +27,7 @@ from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, Union, get_args, get_origin, get_type_hints
 
 from soli.errors import SoliError
+from soli.input_files import is_nested_too_deeply
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ BelowOne = Annotated[float, Bounds(at_least=0, below=1)]
 
 LARGEST_INT = 2**63 - 1
 LARGEST_FLOAT = 3.4e38  # about float32's
+TOML_DOTS = 500  # in a line: tomllib takes quadratic time for keys of many parts
 LONGEST_SHOWN = 200  # characters
 
 
@@ -257,6 +259,8 @@ def parse_value(text: str) -> Any:
     """One value: null or none, TOML, else the text itself (dates too, which no field of Soli holds)."""
     if text in _WORDS:
         return _WORDS[text]
+    if text.count(".") > TOML_DOTS:
+        return text
     try:
         table = tomllib.loads(f"value = {text}")
     except ValueError:  # no TOML, or an integer of thousands of digits
@@ -264,4 +268,6 @@ def parse_value(text: str) -> Any:
     except RecursionError:
         raise SoliError(f"--set: the value {shown(text)} is nested too deeply") from None
     value = table.pop("value")
+    if is_nested_too_deeply(value):
+        raise SoliError(f"--set: the value {shown(text)} is nested too deeply")
     return text if table or isinstance(value, datetime.date | datetime.time) else value

@@ -13,6 +13,7 @@ from soli.cli._shared.console import print_json, sanitize_for_terminal
 from soli.cli._shared.loading import Stopwatch, load_text_model
 from soli.cli._shared.text_input import argument_lines, stdin_lines
 from soli.errors import SoliError
+from soli.input_files import open_regular
 
 if TYPE_CHECKING:
     from soli.analysis.trace import TokenTrace
@@ -154,7 +155,7 @@ def _constraint_spec(json_schema: str | None, regex: str | None) -> ConstraintSp
 
     if json_schema is None:
         return ConstraintSpec.regex(regex or "")
-    with open(json_schema, "rb") as file:
+    with open_regular(json_schema) as file:
         content = file.read(MAX_FILE_BYTES + 1)
     if len(content) > MAX_FILE_BYTES:
         raise SoliError(f"{json_schema} is longer than the limit of {MAX_FILE_BYTES:,} bytes for a schema")

@@ -10,7 +10,7 @@ from typing import Any
 
 from soli.data.entries import BadLine, TextEntry, missing_column, text_entry
 from soli.errors import SoliError
-from soli.input_files import read_object
+from soli.input_files import open_regular, read_object
 from soli.sections import is_text, shown
 
 _BATCH_ROWS = 1024
@@ -19,6 +19,7 @@ _BATCH_ROWS = 1024
 def read_parquet(path: Path, fields: Sequence[str]) -> Iterator[TextEntry | BadLine]:
     """Rows of a parquet file, numbered from 1."""
     pyarrow = _pyarrow(path)
+    open_regular(path).close()  # pyarrow would wait for a FIFO
     try:
         file = pyarrow.parquet.ParquetFile(path, memory_map=True)
         columns = sorted({_column_of(path, file.schema_arrow, field) for field in fields})
@@ -35,6 +36,7 @@ def read_dataset(folder: Path, fields: Sequence[str]) -> Iterator[TextEntry | Ba
     pyarrow = _pyarrow(folder)
     first = 1
     for path in _streams(folder):
+        open_regular(path).close()
         try:
             with pyarrow.memory_map(str(path)) as mapped, pyarrow.ipc.open_stream(mapped) as stream:
                 for batch in stream:

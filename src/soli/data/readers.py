@@ -13,6 +13,7 @@ from pathlib import Path
 from soli.data.arrow import read_dataset, read_parquet
 from soli.data.entries import BLANK, EXCERPT_CHARACTERS, BadLine, BadLineLog, TextEntry, missing_column, text_entry
 from soli.errors import SoliError
+from soli.input_files import open_regular, read_bytes
 
 FORMAT_OF_SUFFIX = {
     ".jsonl": "jsonl",
@@ -24,6 +25,8 @@ FORMAT_OF_SUFFIX = {
     ".parquet": "parquet",
 }
 KNOWN_SUFFIXES = ", ".join(FORMAT_OF_SUFFIX)
+LONGEST_LINE = 2**26  # bytes; a longer one is a bad line
+LONGEST_DOCUMENT = 2**30  # bytes of a plain text that is one document
 FORMATS = (*dict.fromkeys(FORMAT_OF_SUFFIX.values()), "datasets")
 
 
@@ -121,8 +124,13 @@ def read_file(path: Path, form: str, layout: InputLayout) -> Iterator[TextEntry 
 
 def _lines(path: Path) -> Iterator[TextEntry | BadLine]:
     """Each line of a file without its ending; a leading byte order mark is dropped."""
-    with path.open("rb") as raw:
-        for number, line in enumerate(raw, 1):
+    with open_regular(path) as raw:
+        for number, line in enumerate(iter(lambda: raw.readline(LONGEST_LINE + 1), b""), 1):
+            if len(line) > LONGEST_LINE:
+                while line and not line.endswith(b"\n"):
+                    line = raw.readline(LONGEST_LINE)
+                yield BadLine(number, f"longer than {LONGEST_LINE:,} bytes")
+                continue
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
@@ -134,7 +142,7 @@ def _lines(path: Path) -> Iterator[TextEntry | BadLine]:
 
 def _document(path: Path) -> Iterator[TextEntry | BadLine]:
     """A whole file as one document, without blank lines around it."""
-    data = path.read_bytes()
+    data = read_bytes(path, LONGEST_DOCUMENT)
     try:
         text = data.decode("utf-8-sig").strip("\r\n")
     except UnicodeDecodeError as error:

@@ -11,13 +11,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from soli.errors import SoliError
-from soli.input_files import read_text
-from soli.sections import Bounds, NonNegativeInt, Section, Share, annotations_of, parse_assignments, reject_unknown
+from soli.input_files import is_nested_too_deeply, read_text
+from soli.sections import (
+    TOML_DOTS,
+    Bounds,
+    NonNegativeInt,
+    Section,
+    Share,
+    annotations_of,
+    parse_assignments,
+    reject_unknown,
+)
 
 RECIPE_FOLDERS = (Path("recipes"), Path(__file__).resolve().parents[1] / "recipes")
 
 RECIPE_BYTES = 2**20
-RECIPE_DOTS = 2000  # in a line
 
 # Corpus fields of recipes written before they named their corpus step: a run that has them still resumes.
 UNNAMED_CORPUS_FIELDS = (
@@ -47,6 +55,8 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         raise SoliError(f"{path} is not valid TOML ({error}): correct it") from error
     except RecursionError:
         raise SoliError(f"{path} is not valid TOML (nested too deeply): correct it") from None
+    if is_nested_too_deeply(recipe):
+        raise SoliError(f"{path} is nested too deeply: correct it")
     for place, value in parse_assignments(overrides).items():
         _override(recipe, place, value, path)
     return recipe
@@ -55,8 +65,8 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
 def _toml_text(path: Path) -> str:
     """The text of a TOML file, without what tomllib takes quadratic time for: keys of thousands of parts."""
     text = read_text(path, RECIPE_BYTES)
-    if any(line.count(".") > RECIPE_DOTS for line in text.splitlines()):
-        raise SoliError(f"{path} has a line with more than {RECIPE_DOTS:,} dots: write it as several")
+    if any(line.count(".") > TOML_DOTS for line in text.splitlines()):
+        raise SoliError(f"{path} has a line with more than {TOML_DOTS} dots: write it as several")
     return text
 
 

@@ -121,6 +121,10 @@ def read_meta(folder: str | Path) -> dict[str, Any]:
                 meta[name] = convert(name, meta[name], kind)
             elif name in REQUIRED_META:
                 raise SoliError(f"it has no {name}")
+        for name in ("sources", "valid_sources"):
+            for source, row in meta.get(name, {}).items():
+                if missing := {"tokens", "documents"} - row.keys():
+                    raise SoliError(f"{name}.{source} has no {min(missing)}")
     except SoliError as error:
         raise SoliError(f"{path} is damaged ({error}): run `soli data build` again") from None
     width = stored_dtype(meta).itemsize
@@ -149,6 +153,8 @@ def map_tokens(file: Path, dtype: np.dtype) -> np.memmap:
 def inspect_folder(folder: Path, samples: int, seed: int) -> dict[str, Any]:
     """meta.json with `characters_per_token`, `document_tokens` (median, 90 %, longest) and decoded `samples`."""
     meta = read_meta(folder)
+    if "sources" not in meta:
+        raise SoliError(f"{Path(folder) / 'meta.json'} has no sources: run `soli data build` again")
     tokenizer = Tokenizer.from_folder(folder)
     if tokenizer.vocab_size != meta.get("vocab_size"):
         raise SoliError(f"{folder} mixes two builds: tokenizer and meta.json differ in vocab_size; build it again")

@@ -223,10 +223,12 @@ def _check_vocabulary(path: Path, document: Any) -> None:
     """SoliError for ids that the tokenizers library would take and fail on, or allocate memory for, later."""
     if not isinstance(document, dict):
         raise SoliError(f"{path}: must hold a JSON object, not {kind_of(document)}")
-    model, added = document.get("model"), document.get("added_tokens", [])
+    model, added = document.get("model"), document.get("added_tokens")
+    if added is not None and not isinstance(added, list):
+        raise SoliError(f"{path}: added_tokens is {shown(added)}; it must be a list of objects")
     vocabulary = model.get("vocab", {}) if isinstance(model, dict) else {}
     ids = list(vocabulary.items()) if isinstance(vocabulary, dict) else []
-    ids += [("added_tokens", token.get("id")) for token in added if isinstance(token, dict)] if added else []
+    ids += [("added_tokens", token.get("id")) for token in added or () if isinstance(token, dict)]
     for token, index in ids:
         if type(index) is not int or not 0 <= index < MAX_VOCAB:
             raise SoliError(f"{path}: the id of {token!r} is {shown(index)}; it must be from 0 to {MAX_VOCAB - 1:,}")

@@ -56,7 +56,8 @@ class Engine:
         self._device = model.embed_tokens.weight.device
         block_count = self._block_count()
         self._blocks = BlockManager(block_count)
-        self._cache = LatentCache(block_count, limits.block_size, limits.max_running, text_model.positions)
+        positions = min(text_model.positions, block_count * limits.block_size)  # a configuration may say 10^18
+        self._cache = LatentCache(block_count, limits.block_size, limits.max_running, positions)
         self._scheduler = Scheduler(self._cache, self._blocks, limits)
         self._runner = ModelRunner(model, runner, drafts=limits.speculate)
         self._drafter = Drafter(model, self._cache) if limits.speculate else None

@@ -14,6 +14,8 @@ from soli.config import ModelConfig, RopeScaling, replace
 from soli.errors import SoliError
 from soli.sections import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section, reject
 
+MAX_RAMP_STEPS = 1_000_000  # each is listed
+
 
 @dataclass(frozen=True)
 class ScheduleSettings(Section, section="schedule"):
@@ -43,6 +45,12 @@ class ScheduleSettings(Section, section="schedule"):
         if (start is None) != (self.batch_ramp_tokens == 0):
             missing = "batch_sequences_start" if start is None else "batch_ramp_tokens"
             raise SoliError(f"the batch ramp lacks schedule.{missing}; it needs that and its other half, or neither")
+        if start is not None and self.batch_ramp_tokens > MAX_RAMP_STEPS * self.sequence_length * start:
+            reject(
+                "schedule.batch_ramp_tokens",
+                self.batch_ramp_tokens,
+                f"in batches of {start} sequences that is more than {MAX_RAMP_STEPS:,} steps",
+            )
         if start is not None and start > self.batch_sequences:
             reject(
                 "schedule.batch_sequences_start", start, f"it must be at most batch_sequences, {self.batch_sequences}"
