@@ -2,14 +2,11 @@
 
 import io
 import json
-import os
 import re
-import subprocess
 import sys
 
 import pytest
 
-from soli.checkpoint import load_model
 from soli.cli import main
 from soli.data.tokenizer import Tokenizer
 from tests.engine.tiny import tiny_folder
@@ -230,38 +227,3 @@ def test_bad_files_get_a_sentence(run, folder, tmp_path):
     (tmp_path / "empty.txt").write_text("\n\n")
     assert_rejected(run("routing", str(tmp_path / "empty.txt"), "--model", folder), "no text")
     assert_rejected(run("eval", folder), "--pairs FILE")
-
-
-def test_generate_says_how_fast_it_was_on_standard_error(capsys):
-    assert main(["generate", "nano", "The first", "--max-new-tokens", "5"]) == 0
-    out, err = capsys.readouterr()
-    assert "tokens/s" not in out
-    assert re.search(
-        r"^soli: [1-5] tokens, [\d,.]+ tokens/s; the first after \d+\.\d\d s, \d+ tokens of prompt$", err, re.M
-    )
-
-
-def test_help_of_verbs_of_a_verb_is_whole(capsys):
-    assert main(["data", "--help"]) == 0
-    assert "learn a tokenizer, pack tokens." in " ".join(capsys.readouterr().out.split())
-
-
-def test_shells_complete_verbs_and_options(monkeypatch):
-    script = [sys.executable, "-m", "soli"]
-    for words, expected in (("soli tra", ["train", "translate"]), ("soli generate --temp", ["--temperature"])):
-        environment = {
-            **os.environ,
-            "COMP_WORDS": words,
-            "COMP_CWORD": str(words.count(" ")),
-            "_SOLI_COMPLETE": "complete_bash",
-        }
-        result = subprocess.run(script, env=environment, capture_output=True, text=True)
-        assert sorted(result.stdout.split()) == expected
-
-
-def test_loading_tells_how_far_it_is(folder):
-    calls = []
-    load_model(folder, progress=lambda read, total: calls.append((read, total)))
-    totals = {total for _, total in calls}
-    assert len(totals) == 1 and [read for read, _ in calls] == sorted(read for read, _ in calls)
-    assert calls[-1][0] == totals.pop()
