@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from soli.checkpoint.shard import Shard
 from soli.cli import main
 from soli.errors import SoliError
 from soli.train import run_lock, trainer
@@ -191,7 +192,7 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path, data, monkeypatch, ki
         train(run)
     sentence = str(error.value)
     assert f"{names[0]} holds values that are not finite, so " in sentence
-    assert f"the last finite checkpoint is {tmp_path}/checkpoints/step-00000004: to resume from it run the" in sentence
+    assert f"the last finite checkpoint is {tmp_path}/checkpoints/step-00000004: to resume from it run soli" in sentence
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
     monkeypatch.undo()
     assert train(prepare(settings(), {}, data, tmp_path)) == "finished"
@@ -205,13 +206,13 @@ def test_a_saved_state_that_is_not_finite_is_not_resumed(tmp_path, data):
         sound = damaged.read_bytes()
         tensors = load_file(damaged)
         tensors[name].view(-1)[0] = float("nan")
-        save_file(tensors, damaged, {"checkpoint_id": json.loads((last / "state.json").read_text())["checkpoint_id"]})
+        save_file(tensors, damaged, Shard(damaged).metadata)
         with pytest.raises(SoliError) as error:
             prepare(settings(), {}, data, tmp_path)
         assert f"{file}/{name} holds values that are not finite; the last finite checkpoint is {before}" in str(
             error.value
         )
-        assert f"remove {last}, then run the same command" in str(error.value)
+        assert f"remove {last}, then run soli train again with a lower" in str(error.value)
         if file == "optimizer":
             damaged.write_bytes(sound)
     shutil.rmtree(last)
@@ -292,6 +293,18 @@ def test_a_state_without_an_id_beside_tensors_with_one_is_rejected_and_vice_vers
     (last / "state.json").write_text(json.dumps(state))
     with pytest.raises(SoliError, match="does not belong to model"):
         load_run(tmp_path / "a")
+
+
+@pytest.mark.parametrize("field", ["tokens", "position", "seconds", "losses", "skipped", "stage_start", "valid_loss"])
+def test_a_state_that_was_changed_is_rejected_and_one_that_was_reformatted_is_not(tmp_path, data, two_runs, field):
+    shutil.copytree(two_runs / "a", tmp_path / "a")
+    file = checkpoints(tmp_path / "a")[-1] / "state.json"
+    state = json.loads(file.read_text())
+    file.write_text(json.dumps(dict(reversed(state.items()))))
+    assert prepare(settings(run={"seed": 0}), {}, data, tmp_path / "a").progress.step == 12
+    file.write_text(json.dumps(state | {field: [1.0] if field == "losses" else 128}))
+    with pytest.raises(SoliError, match="does not belong to model"):
+        prepare(settings(run={"seed": 0}), {}, data, tmp_path / "a")
 
 
 def test_a_configuration_that_was_changed_is_rejected(tmp_path, data, two_runs):
@@ -504,7 +517,7 @@ def test_what_is_no_run_folder_is_rejected_in_one_sentence(tmp_path, data, place
 def test_a_read_only_folder_is_rejected_in_one_sentence(tmp_path, data, small_disk):
     train(prepare(settings(), {}, data, small_disk))
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    with pytest.raises(SoliError, match=r"run\.lock cannot be opened \(Read-only file system\); make it writable"):
+    with pytest.raises(SoliError, match=r"run\.lock cannot be opened \(Read-only file system\); check its"):
         prepare(settings(), {}, data, small_disk)
     load_run(small_disk)
 

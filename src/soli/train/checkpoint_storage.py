@@ -4,7 +4,7 @@ A tensor is called `part/name` and is stored under `name` in `part.safetensors`,
 chunks in `part-00001-of-0000N.safetensors` to `part-0000N-of-0000N.safetensors`: process n writes the chunks it holds.
 The header of a chunk that is not the whole tensor has its first index and the tensor's shape, so the files alone
 describe their content, and any number of processes can read what any other number wrote. Every header of one checkpoint
-has the same random `checkpoint_id`, and so has its state.json: files of two checkpoints are not mixed.
+has the digest of its state.json, which begins with a random id: files of two checkpoints are not mixed.
 
 Rejected: a missing file of N, a damaged header, a tensor of which chunks are missing or disagree on its shape.
 """
@@ -35,33 +35,33 @@ from torch.futures import Future
 from soli.checkpoint.shard import FILE_DTYPE, TORCH_DTYPE, Shard, encode_header
 from soli.errors import SoliError
 
-CHECKPOINT_ID = "checkpoint_id"  # key in a header's metadata; checkpoints of version 0.2 and before have none
+STATE_DIGEST = "state_sha256"  # key in a header's metadata; checkpoints of version 0.2 and before have none
 CHUNKS = "pieces"  # key in a header's metadata: {name: [first index, shape of the whole tensor]}, as JSON
 
 
 class _OneFolder:
     """What torch asks a writer and a reader alike: a folder is used once, and each process plans for itself."""
 
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+    def reset(self, state_digest: str | os.PathLike[str] | None = None) -> None:
         pass
 
     def prepare_local_plan(self, plan: Any) -> Any:
         return plan
 
     @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+    def validate_checkpoint_id(cls, state_digest: str | os.PathLike[str]) -> bool:
         return True
 
 
 class StateWriter(_OneFolder, dcp.StorageWriter):
     """Writes one state into `folder`. `create` runs in one process before anything is written, `commit` in the same
-    one when the files of all processes are on disk. That process's `checkpoint_id` is the one that is stored."""
+    one when the files of all processes are on disk. That process's `state_digest` is the one that is stored."""
 
     def __init__(
-        self, folder: Path, create: Callable[[], None], commit: Callable[[], None], checkpoint_id: str
+        self, folder: Path, create: Callable[[], None], commit: Callable[[], None], state_digest: str
     ) -> None:
         self.folder = folder
-        self.checkpoint_id = checkpoint_id
+        self.state_digest = state_digest
         self.create = create
         self.commit = commit
 
@@ -74,17 +74,17 @@ class StateWriter(_OneFolder, dcp.StorageWriter):
         parts = sorted({item.index.fqn.partition("/")[0] for plan in plans for item in plan.items})
         world = len(plans)
         return [
-            dataclasses.replace(plan, storage_data=(parts, n, world, self.checkpoint_id))
+            dataclasses.replace(plan, storage_data=(parts, n, world, self.state_digest))
             for n, plan in enumerate(plans)
         ]
 
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
-        parts, rank, world, checkpoint_id = plan.storage_data
+        parts, rank, world, state_digest = plan.storage_data
         items = defaultdict(list)
         for item in plan.items:
             items[item.index.fqn.partition("/")[0]].append(item)
         for part in parts:
-            _write(self.folder / _file_name(part, rank, world), items[part], planner, checkpoint_id)
+            _write(self.folder / _file_name(part, rank, world), items[part], planner, state_digest)
         written: Future[list[WriteResult]] = Future()
         written.set_result([])
         return written
@@ -101,7 +101,7 @@ class StateReader(_OneFolder, dcp.StorageReader):
         self.folder = folder
         self.tensors: dict[str, TensorStorageMetadata] = {}
         self.shards: dict[MetadataIndex, Shard] = {}
-        self.checkpoint_ids: dict[Path, str | None] = {}
+        self.state_digests: dict[Path, str | None] = {}
         for part in parts:
             for file in _part_files(folder, part):
                 self._add(part, Shard(file))
@@ -112,7 +112,7 @@ class StateReader(_OneFolder, dcp.StorageReader):
                 raise SoliError(f"{folder}: {name} has {count} of its {size} values; the checkpoint is damaged")
 
     def _add(self, part: str, shard: Shard) -> None:
-        self.checkpoint_ids[shard.file] = shard.metadata.get(CHECKPOINT_ID)
+        self.state_digests[shard.file] = shard.metadata.get(STATE_DIGEST)
         try:
             chunks = json.loads(shard.metadata.get(CHUNKS, "{}"))
             for name, entry in shard.entries.items():
@@ -193,7 +193,7 @@ def _part_files(folder: Path, part: str) -> list[Path]:
     return files
 
 
-def _write(file: Path, items: list[Any], planner: dcp.SavePlanner, checkpoint_id: str) -> None:
+def _write(file: Path, items: list[Any], planner: dcp.SavePlanner, state_digest: str) -> None:
     """Write one file tensor by tensor, so that no second copy of the state is made."""
     tensors: dict[str, Tensor] = {}
     chunks: dict[str, Any] = {}
@@ -206,7 +206,7 @@ def _write(file: Path, items: list[Any], planner: dcp.SavePlanner, checkpoint_id
         if chunk.sizes != size:
             chunks[name] = [list(chunk.offsets), list(size)]
     specs = [(name, FILE_DTYPE[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
-    metadata = {CHECKPOINT_ID: checkpoint_id} | ({CHUNKS: json.dumps(chunks)} if chunks else {})
+    metadata = {STATE_DIGEST: state_digest} | ({CHUNKS: json.dumps(chunks)} if chunks else {})
     head, offsets, _ = encode_header(specs, metadata)
     with file.open("wb") as stream:
         stream.write(head)

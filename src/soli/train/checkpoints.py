@@ -8,8 +8,8 @@ runs/NAME/
 
 A checkpoint is written to a hidden folder and renamed when every byte is on disk, so a killed run leaves either a
 complete one or a folder whose name begins with a dot, which the next run removes. Tensors have Soli's parameter names,
-moments `<parameter>|<moment>`, whichever process holds which chunk (soli/train/checkpoint_storage.py). state.json has
-the checkpoint's random id, which its tensor files have too, and the digest of its config.json.
+moments `<parameter>|<moment>`, whichever process holds which chunk (soli/train/checkpoint_storage.py). Tensor files
+have the digest of state.json, which has a random id and the digest of config.json.
 
 Rejected, when saving as when loading: a weight, bias or moment that is not finite. Rejected when loading: files of
 another checkpoint.
@@ -21,6 +21,7 @@ process renames the folder when the files of all are on disk. Older checkpoints 
 
 import dataclasses
 import hashlib
+import json
 import math
 import re
 import shutil
@@ -41,15 +42,16 @@ from torch.distributed.tensor import DTensor
 from soli.checkpoint.writer import write_json
 from soli.config import load_config
 from soli.errors import SoliError
-from soli.input_files import kind_of, parse_json, read_bytes, read_text
+from soli.input_files import kind_of, parse_json, read_object, read_text
 from soli.model.transformer import Transformer
 from soli.sections import NonNegativeInt, annotations_of, convert, reject_unknown
-from soli.train.checkpoint_storage import CHECKPOINT_ID, StateReader, StateWriter, allow_one_process, load, sync
+from soli.train.checkpoint_storage import StateReader, StateWriter, allow_one_process, load, sync
 from soli.train.optimizer import Optimizer
 from soli.train.run_lock import RunIsLocked, RunLock, create_folder, lock_run
 
 REMOVE = "remove this checkpoint to resume from the one before"
-CONFIG_DIGEST = "config_sha256"  # key of state.json, beside CHECKPOINT_ID
+CHECKPOINT_ID = "checkpoint_id"  # keys of state.json beside the progress; version 0.2 and before wrote none
+CONFIG_DIGEST = "config_sha256"
 NAME = re.compile(r"step-(\d{8,})")
 RNG = "torch_rng"  # of process 0; of process n with the suffix .n
 CUDA_RNG = "cuda_rng"
@@ -153,8 +155,9 @@ class CheckpointSaver:
         self.wait()
         plan = _StagedPlan(run_state(model, optimizer), self.buffers)
         config = model.config.to_dict()
-        state = dataclasses.asdict(progress)
-        folder = _CheckpointFolder(self.run, f"step-{progress.step:08d}", config, state, self.keep, uuid.uuid4().hex)
+        identity = {CHECKPOINT_ID: uuid.uuid4().hex, CONFIG_DIGEST: _digest(config)}
+        state = dataclasses.asdict(progress) | identity
+        folder = _CheckpointFolder(self.run, f"step-{progress.step:08d}", config, state, self.keep)
         self.pending = self.thread.submit(self._write, plan, folder)
 
     def check(self) -> None:
@@ -187,7 +190,7 @@ class CheckpointSaver:
             folder.create()
 
         try:
-            writer = StateWriter(folder.draft, create, folder.commit, folder.checkpoint_id)
+            writer = StateWriter(folder.draft, create, folder.commit, _digest(folder.state))
             dcp.save({}, storage_writer=writer, planner=plan, process_group=self.group)
         except dcp.CheckpointException as error:
             cause = next(iter(error.failures.values()))[0]
@@ -231,8 +234,8 @@ def resume_advice(run: Path) -> str:
         if _is_finite(checkpoint):
             removed = f"remove {' and '.join(map(str, reversed(later)))}, then " if later else ""
             return (
-                f"the last finite checkpoint is {checkpoint}: to resume from it {removed}run the same command again "
-                "with a lower schedule.learning_rate (--set)"
+                f"the last finite checkpoint is {checkpoint}: to resume from it {removed}run soli train again with a "
+                "lower schedule.learning_rate (--set)"
             )
         later.append(checkpoint)
     return "there is no finite checkpoint: start again in another --out with a lower schedule.learning_rate (--set)"
@@ -291,7 +294,6 @@ class _CheckpointFolder:
     config: dict[str, Any]
     state: dict[str, Any]
     keep: int
-    checkpoint_id: str
 
     @property
     def final(self) -> Path:
@@ -308,12 +310,8 @@ class _CheckpointFolder:
         self.draft.mkdir()
 
     def commit(self) -> None:
-        config_file = self.draft / "config.json"
-        write_json(config_file, self.config)
-        digest = hashlib.sha256(config_file.read_bytes()).hexdigest()
-        identity = {CHECKPOINT_ID: self.checkpoint_id, CONFIG_DIGEST: digest}
-        write_json(self.draft / "state.json", self.state | identity)
-        for name in ("config.json", "state.json"):
+        for name, document in (("config.json", self.config), ("state.json", self.state)):
+            write_json(self.draft / name, document)
             sync(self.draft / name)
         sync(self.draft)
         if self.final.exists():
@@ -403,15 +401,20 @@ def run_state(model: Transformer, optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 def _check_identity(reader: StateReader) -> None:
-    """SoliError when tensors, state.json and config.json are not of one checkpoint; older versions' have no ids."""
+    """SoliError when tensors, state.json and config.json are not of one checkpoint; older versions' have no digests."""
     state = _read_state(reader.folder)
-    for file, checkpoint_id in reader.checkpoint_ids.items():
-        if checkpoint_id != state.get(CHECKPOINT_ID):
+    expected = _digest(state) if CHECKPOINT_ID in state else None
+    for file, digest in reader.state_digests.items():
+        if digest != expected:
             raise SoliError(f"{reader.folder / 'state.json'} does not belong to {file.name} beside it; {REMOVE}")
-    digest = state.get(CONFIG_DIGEST)
     config_file = reader.folder / "config.json"
-    if digest is not None and digest != hashlib.sha256(read_bytes(config_file)).hexdigest():
+    if expected is not None and state.get(CONFIG_DIGEST) != _digest(read_object(config_file)):
         raise SoliError(f"{config_file} is not the one that was saved with this checkpoint; {REMOVE}")
+
+
+def _digest(document: dict[str, Any]) -> str:
+    """SHA-256 of a JSON document, whatever its spacing and the order of its keys."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def _check_finite(checkpoint: Path, state: dict[str, Tensor]) -> None:

@@ -90,7 +90,7 @@ def create_folder(folder: Path) -> None:
 
 
 def _other_folder() -> str:
-    return "make it writable or choose another --out"
+    return "check its free space and permissions, or choose another --out"
 
 
 def _try_lock(file: Path) -> RunLock | str:
