@@ -147,6 +147,7 @@ RESUME = ("train", "{}/recipe.toml", "--out", "{}")
 INSPECT = ("data", "inspect", "{}")
 DRY_RUN = ("train", "{}", "--dry-run", "--no-measure")
 TRAIN_HERE = ("train", "{}/../recipe.toml", "--out", "{}/out", "--set", "data.folder={}")
+TRAIN_BRIEFLY = ("train", "{}", "--out", "{}/out", "--set", "run.max_minutes=0.0001")
 PACK = ("data", "pack", "{}/text.txt", "--lines", "--heldout-every", "5", "--tokenizer", "{}", "--out", "{}/out")
 CHAT = ("chat", "{}", "--max-new-tokens", "2")
 
@@ -170,7 +171,7 @@ DOCUMENTS = (
     Document("data", "heldout.tsv", (INSPECT,)),
     Document("data", "tokenizer.json", (INSPECT,)),
     Document("dataset", "state.json", (("data", "pack", "{}", "--tokenizer", "{}/../data", "--out", "{}/../out"),)),
-    Document("recipe", "recipe.toml", (DRY_RUN, ("train", "{}", "--out", "{}/out"))),
+    Document("recipe", "recipe.toml", (DRY_RUN, TRAIN_BRIEFLY)),
     Document("trace", "trace.json", (("read_trace", "{}/trace.json"),)),
 )
 

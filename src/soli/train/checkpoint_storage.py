@@ -34,6 +34,7 @@ from torch.futures import Future
 
 from soli.checkpoint.shard import FILE_DTYPE, TORCH_DTYPE, Shard, encode_header
 from soli.errors import SoliError
+from soli.input_files import kind_of, parse_json
 
 STATE_DIGEST = "state_sha256"  # key in a header's metadata; checkpoints of version 0.2 and before have none
 CHUNKS = "pieces"  # key in a header's metadata: {name: [first index, shape of the whole tensor]}, as JSON
@@ -113,8 +114,10 @@ class StateReader(_OneFolder, dcp.StorageReader):
 
     def _add(self, part: str, shard: Shard) -> None:
         self.state_digests[shard.file] = shard.metadata.get(STATE_DIGEST)
+        chunks = parse_json(shard.metadata.get(CHUNKS, "{}"), f"{shard.file}: {CHUNKS} in its header")
+        if not isinstance(chunks, dict):
+            raise SoliError(f"{shard.file}: {CHUNKS} in its header is {kind_of(chunks)}, not an object")
         try:
-            chunks = json.loads(shard.metadata.get(CHUNKS, "{}"))
             for name, entry in shard.entries.items():
                 offset, size = map(torch.Size, chunks.get(name, ([0] * len(entry.shape), entry.shape)))
                 full = f"{part}/{name}"
@@ -124,7 +127,7 @@ class StateReader(_OneFolder, dcp.StorageReader):
                     raise ValueError(f"{name} is of shape {tuple(size)} here, {tuple(whole.size)} elsewhere")
                 whole.chunks.append(ChunkStorageMetadata(offset, torch.Size(entry.shape)))
                 self.shards[MetadataIndex(full, offset)] = shard
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError, RuntimeError) as error:
             raise SoliError(f"{shard.file}: its header cannot be understood ({error})") from None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:

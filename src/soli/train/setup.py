@@ -18,7 +18,7 @@ from soli.atomic_file import replace_file
 from soli.config import load_config
 from soli.data.tokenizer import Tokenizer
 from soli.errors import SoliError
-from soli.input_files import read_object
+from soli.input_files import decode, read_lines, read_object
 from soli.machine import memory_bytes
 from soli.model.size import check_size
 from soli.model.transformer import Transformer
@@ -143,9 +143,10 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 
 def read_sentences(file: Path, count: int) -> list[tuple[str, str]]:
     """Held-out sentences to translate at each evaluation: (text, target language), spread evenly over the file."""
-    if count == 0 or not file.is_file():
+    if count == 0 or not os.path.lexists(file):
         return []
-    rows = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = [decode(line, f"{file}, line {number}") for number, line in read_lines(file)]
+    rows = [line.rstrip("\r\n").split("\t") for line in lines]
     rows = [row for row in rows if len(row) == 3]
     spread = [rows[(2 * n + 1) * len(rows) // (2 * count)] for n in range(min(count, len(rows)))]
     return [(en, "zh") if n % 2 == 0 else (zh, "en") for n, (_, zh, en) in enumerate(spread)]
