@@ -8,7 +8,10 @@ import pytest
 
 from soli.checkpoint import load_model, save_model
 from soli.checkpoint.convert import convert_checkpoint
+from soli.checkpoint.load import BUNDLED
 from soli.checkpoint.writer import Target
+from soli.data.pack import Input, PackConfig, pack_inputs
+from soli.data.readers import InputLayout
 from soli.errors import SoliError
 from tests.checkpoint.folders import full_model, saved
 
@@ -123,6 +126,25 @@ def test_a_tokenizer_is_not_copied_from_outside(folder, tmp_path) -> None:
     with pytest.raises(SoliError, match=r"tokenizer.json: is a symlink out of its folder"):
         save_model(full_model(), tmp_path / "out", tokenizer_from=folder)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_packing_takes_no_tokenizer_from_outside(name, tmp_path) -> None:
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(BUNDLED / "nano" / file, tokenizer / file)
+    (tmp_path / "texts.txt").write_text("".join(f"Text number {i}.\n" for i in range(300)))
+    config = PackConfig((Input(tmp_path / "texts.txt"),), InputLayout(("text",), True, None), heldout_every=2)
+
+    def pack(out: str) -> None:
+        pack_inputs(config, tokenizer, tmp_path / out, lambda name, event: None, lambda line: None)
+
+    pack("out")
+    move(tokenizer / name, tmp_path / "secret")
+    with pytest.raises(SoliError, match=rf"{name}: is a symlink out of its folder"):
+        pack("other")
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("target", ["elsewhere", "gone"])

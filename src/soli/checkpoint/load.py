@@ -9,7 +9,6 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from soli.checkpoint.links import matching_files
 from soli.checkpoint.memory import Storage, choose_storage
 from soli.checkpoint.name_map import Slot
 from soli.checkpoint.reader import Checkpoint
@@ -20,6 +19,7 @@ from soli.config import PRESETS, resolve
 from soli.errors import SoliError
 from soli.formats.quantized import plain
 from soli.kernels import QuantizedExperts, QuantizedWeight
+from soli.links import matching_files
 from soli.model import Transformer
 from soli.model.layers import Linear
 from soli.model.moe import RoutedExperts
@@ -80,7 +80,7 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open and check a folder, or the bundled model by name, without reading a weight. SoliError says what to do.
 
-    `follow_links` false rejects a symlink out of the folder (soli.checkpoint.links) before anything is read.
+    `follow_links` false rejects a symlink out of the folder (soli.links) before anything is read.
     """
     name = str(name_or_folder)
     folder = Path(name_or_folder)

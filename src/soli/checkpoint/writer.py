@@ -18,7 +18,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from soli.checkpoint.links import matching_files
 from soli.checkpoint.name_map import HEAD, Kind, Slot, slots
 from soli.checkpoint.quantization import FP8, describe_integers, module_patterns
 from soli.checkpoint.reader import INDEX, SINGLE
@@ -28,6 +27,7 @@ from soli.errors import SoliError
 from soli.formats import HIGH_PRECISION
 from soli.formats.quantized import CODECS, INT8, Codec, Fp8Codec, IntegerCodec, QuantizedWeight
 from soli.input_files import open_regular
+from soli.links import matching_files
 
 SHARD_BYTES: Final = 5_000_000_000
 FP8_CONFIG: Final = FP8 | {"activation_scheme": "dynamic"}

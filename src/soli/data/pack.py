@@ -24,6 +24,7 @@ from soli.data.text import is_held_out
 from soli.data.token_files import TokenWriter, Totals, dtype_for, map_tokens, read_meta, write_meta, write_tokens
 from soli.data.tokenizer import Tokenizer
 from soli.errors import SoliError
+from soli.links import matching_files
 from soli.sections import Bounds, NonNegativeInt, Section, Share, convert
 
 _REPORT_EVERY = 2000  # documents
@@ -131,9 +132,8 @@ def _pack_into(
     report("train.bin", "packing")
     train = _second_pass(first, config, tokenizer, rng)
     report("train.bin", f"{sum(row['tokens'] for row in train.values()):,} tokens")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if (tokenizer_folder / name).is_file():
-            shutil.copyfile(tokenizer_folder / name, folder / name)
+    for name, file in matching_files(tokenizer_folder, ("tokenizer.json", "tokenizer_config.json")).items():
+        shutil.copyfile(file, folder / name)
     vocab_size = tokenizer.vocab_size
     write_meta(folder, vocab_size, config.seed, train, first.valid, config.fim_rate, dtype_for(vocab_size))
     return first.bad_lines

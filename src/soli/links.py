@@ -1,4 +1,4 @@
-"""Symlinks in a model folder: followed only to files of the folder, or of the blobs of the Hugging Face cache it is in.
+"""Symlinks in a folder that is copied: followed only to its own files, or to the blobs of its Hugging Face cache.
 
 A folder from elsewhere may hold a symlink to any file of this machine, and what is copied or converted may be given
 away. Hugging Face's cache is made of symlinks: `snapshots/COMMIT/NAME -> ../../blobs/HASH`.
