@@ -33,7 +33,7 @@ from soli.chat.deepseek import CLOSE, OPEN, ends_in_reasoning
 CPU_SECONDS = 2  # for one frame; a legitimate prompt takes milliseconds
 BASE_MEMORY = 256 * 2**20  # bytes of address space, interpreter included
 MEMORY_PER_BYTE = 32  # more for each byte of a frame: its text up to four bytes a character, in a few copies
-NICENESS = 5  # the tokens of other answers come first
+NICENESS = 10  # the tokens of other answers come first
 NO_REASONING = f"\n{CLOSE}\n\n"  # as DeepSeek-V3.1 writes it for an answer without reasoning
 LENGTH_BYTES = 8
 

@@ -100,6 +100,10 @@ class ChatTemplate:
         token_ids = [token for part in parts for token in (next(texts) if isinstance(part, str) else [part])]
         return RenderedPrompt(token_ids, reply["starts_in_reasoning"])
 
+    def check_length(self, text_bytes: int, most: int) -> None:
+        """TextTooLong for messages whose texts, so many bytes together, have more than `most` tokens for certain."""
+        self._tokenizer.check_length("the conversation", text_bytes, most)
+
     def close(self) -> None:
         """Ends the processes; a prompt that is rendered is rejected."""
         self._workers.close()

@@ -61,6 +61,8 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer, bos: str = "<|bos|>", eos: str = "<|eos|>") -> None:
         backend.encode_special_tokens = True  # text that spells a special token is encoded as text
+        backend.no_padding()
+        backend.no_truncation()
         self._backend = backend
         self._special = {index for index, token in backend.get_added_tokens_decoder().items() if token.special}
         self._bos, self._eos = bos, eos
@@ -152,12 +154,10 @@ class Tokenizer:
             return None  # takes white space of any length with it
         return max(len(token.encode()) for token in self._backend.get_vocab(with_added_tokens=True))
 
-    def check_length(self, name: str, text: str, most: int) -> None:
-        """TextTooLong for a text that is certain to have more than `most` tokens; nothing is tokenized."""
-        if self.longest_token is not None:
-            fewest = -(-len(text.encode("utf-8", "surrogatepass")) // self.longest_token)
-            if fewest > most:
-                raise TextTooLong(name, fewest, most)
+    def check_length(self, name: str, text_bytes: int, most: int) -> None:
+        """TextTooLong for a text of so many bytes if it is certain to have more than `most` tokens."""
+        if self.longest_token is not None and text_bytes > most * self.longest_token:
+            raise TextTooLong(name, -(-text_bytes // self.longest_token), most)
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, without bos or eos."""

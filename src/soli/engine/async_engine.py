@@ -39,7 +39,9 @@ class AsyncEngine:
 
     async def submit(self, request: Request) -> AsyncEvents:
         """Submit a request; its events, as they come. Errors of `Engine.add` (QueueFull) are raised here, before any
-        event."""
+        event. A constraint is compiled first, in a thread of its own: no other answer waits for it."""
+        if request.constraint is not None:
+            await asyncio.to_thread(self.worker.engine.prepare, request)
         events = AsyncEvents(self, _Submission(request, asyncio.Queue(), asyncio.get_running_loop()))
         await asyncio.shield(asyncio.wrap_future(events.submission.request_id))  # if this is cancelled, so is `events`
         return events

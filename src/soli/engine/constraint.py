@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -141,8 +141,8 @@ class Constraints:
                 f"this tokenizer cannot be constrained ({_reason(str(error))}): structured output needs byte-level BPE"
             ) from error
         self._vocab = vocab
-        self._compiled = lru_cache(MAX_COMPILED)(self._compile)
-        self._lock = threading.Lock()
+        self._compiled: OrderedDict[ConstraintSpec, LLMatcher] = OrderedDict()  # the last MAX_COMPILED
+        self._lock = threading.Lock()  # of _compiled, held for no longer than a copy takes
 
     @classmethod
     def of(cls, text_model: TextModel) -> Constraints:
@@ -152,7 +152,16 @@ class Constraints:
     def open(self, spec: ConstraintSpec) -> Constraint:
         """A constraint before the first token; SoliError when the grammar is invalid or no text can satisfy it."""
         with self._lock:
-            return Constraint(self._compiled(spec).deep_copy(), self._vocab)
+            matcher = self._compiled.get(spec)
+            if matcher is not None:
+                self._compiled.move_to_end(spec)
+                return Constraint(matcher.deep_copy(), self._vocab)
+        matcher = self._compile(spec)
+        with self._lock:
+            self._compiled[spec] = matcher
+            if len(self._compiled) > MAX_COMPILED:
+                self._compiled.popitem(last=False)
+            return Constraint(matcher.deep_copy(), self._vocab)
 
     def _compile(self, spec: ConstraintSpec) -> LLMatcher:
         matcher_class = self._llguidance.LLMatcher

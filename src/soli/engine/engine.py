@@ -82,6 +82,17 @@ class Engine:
         self._scheduler.waiting.append(sequence)
         return sequence.request_id
 
+    def prepare(self, request: Request) -> None:
+        """What `add` would spend time on, for any thread to do before: compiles the request's constraint. Errors as
+        those of `add`."""
+        if request.constraint is not None:
+            self._constraints.open(request.constraint)
+
+    def prepare_constraints(self) -> None:
+        """Reads the vocabulary for constraints, which the first constrained request would wait for; SoliError for a
+        model whose answers cannot be constrained."""
+        _ = self._constraints
+
     def cancel(self, request_id: int) -> None:
         """End a request now; the next step returns its last event. No effect on one that has ended already."""
         sequence = self._sequences.get(request_id)

@@ -40,10 +40,14 @@ class TextModel:
 
     def text_prompt(self, text: str) -> list[int]:
         """The tokens of `text` after those that begin the model's training documents."""
-        ids = [*self.text_prefix, *self.tokenizer.encode(text)]
-        if not ids:
+        return self.text_prompts([text])[0]
+
+    def text_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """`text_prompt` of many texts at once."""
+        prompts = [[*self.text_prefix, *ids] for ids in self.tokenizer.encode_batch(texts)]
+        if not all(prompts):
             raise SoliError("the prompt is empty and this model has no token that begins a text: give it some text")
-        return ids
+        return prompts
 
     def remaining_tokens(self, prompt: Sequence[int], where: str) -> int:
         """How many tokens may follow a prompt: at least 1, or a SoliError that names the limit and, by `where`, the

@@ -33,6 +33,15 @@ class ApiError(Exception):
         self.headers = None if retry_after is None else {"Retry-After": str(retry_after)}
 
 
+class BodyError(HTTPException):
+    """A body that is rejected before it is validated, with the field that caused it: FastAPI passes on no other kind
+    of error from there."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(400, message)
+        self.param = param
+
+
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """The JSON body of an error."""
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
@@ -50,7 +59,9 @@ async def _on_api_error(_: Request, error: ApiError) -> JSONResponse:
 
 async def _on_http_error(_: Request, error: HTTPException) -> JSONResponse:
     """Routes and methods that do not exist, bodies that are not JSON."""
-    return error_response(error.status_code, HTTP_MESSAGES.get(error.status_code, str(error.detail)), error.headers)
+    message = HTTP_MESSAGES.get(error.status_code, str(error.detail))
+    param = error.param if isinstance(error, BodyError) else None
+    return JSONResponse(error_body(error.status_code, message, param), error.status_code, error.headers)
 
 
 async def _on_invalid_body(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -17,11 +17,11 @@ from typing import Any
 
 from fastapi import HTTPException, Request, Response
 from fastapi.routing import APIRoute
-from pydantic_core import from_json
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from soli.errors import SoliError
 from soli.serve.errors import error_response
+from soli.serve.json_body import parse_body
 
 OPEN_PATHS = ("/health", "/ready", "/")
 OPEN_FOLDER = "/static/"
@@ -161,15 +161,11 @@ def _log_level(path: str, status: int) -> int:
 
 class _StrictRequest(Request):
     async def json(self) -> Any:
-        try:
-            return from_json(await self.body(), allow_inf_nan=False)
-        except ValueError as error:
-            raise HTTPException(400, f"the body is not JSON: {error}") from error
+        return await parse_body(await self.body())
 
 
 class StrictRoute(APIRoute):
-    """The route class of every router with bodies: JSON without NaN, lone surrogates, or nesting that exhausts the
-    stack."""
+    """The route class of every router with bodies, which json_body.py parses."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()

@@ -5,7 +5,7 @@ What the model cannot do is rejected with the name of the field that asks for it
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from soli.chat.deepseek import DeepSeekParser
 from soli.chat.parser import ForcedCallParser, OutputParser, PlainParser, any_call_schema
@@ -14,6 +14,7 @@ from soli.data.tokenizer import TextTooLong
 from soli.engine.constraint import ConstraintSpec
 from soli.engine.request import Request
 from soli.engine.sampler import SamplingParams
+from soli.engine.text_model import TextModel
 from soli.errors import SoliError
 from soli.eval.translation import translation_request
 from soli.serve.errors import ApiError
@@ -30,6 +31,8 @@ from soli.serve.protocol_requests import (
 )
 from soli.serve.service import LoadedModel, ServiceLimits
 
+# A text may become shorter before it is tokenized: white space, composition, reasoning that a template leaves out.
+SHRINKS = 8
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat may use all remaining tokens
 
 
@@ -50,16 +53,38 @@ def completion_batch(body: CompletionBody, loaded: LoadedModel, limits: ServiceL
     prompts: Any = body.prompt
     if isinstance(prompts, str) or isinstance(prompts[0], int):
         prompts = [prompts]
-    encode = loaded.text_model.text_prompt
-    prompt_ids = [encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    _check_choices(body, len(prompts), limits)
+    prompt_ids = _completion_prompts(prompts, loaded.text_model, longest_prompt(loaded, limits))
     request = _request(body, body.max_tokens or DEFAULT_COMPLETION_TOKENS, _format_constraint(body), loaded)
     requests = [replace(request, prompt_ids=tuple(ids), logprobs=body.logprobs) for ids in prompt_ids]
     names = _param_names(body.soli, prompt_ids="prompt", constraint="response_format")
     return _batch(body, requests, names, loaded, limits)
 
 
+def _size(text: str) -> int:
+    return len(text.encode())
+
+
+def _completion_prompts(
+    prompts: Sequence[str] | Sequence[list[int]], text_model: TextModel, max_tokens: int
+) -> Sequence[list[int]]:
+    """Token ids of prompts; texts are tokenized unless one is certain to be too long."""
+    if not isinstance(prompts[0], str):
+        return cast(Sequence[list[int]], prompts)
+    texts = cast(Sequence[str], prompts)
+    try:
+        for text in texts:
+            text_model.tokenizer.check_length("the prompt", _size(text), max_tokens)
+        return text_model.text_prompts(texts)
+    except TextTooLong as error:
+        raise ApiError(400, str(error), "prompt", "context_length_exceeded") from error
+    except SoliError as error:
+        raise ApiError(400, str(error), "prompt") from error
+
+
 def chat_batch(body: ChatBody, loaded: LoadedModel, limits: ServiceLimits) -> RequestBatch:
     """POST /v1/chat/completions."""
+    _check_choices(body, 1, limits)
     template = _chat_template(loaded)
     tools, forced_tool = _tools(body, template)
     constraint = _constraint(body, forced_tool)
@@ -81,12 +106,16 @@ def chat_batch(body: ChatBody, loaded: LoadedModel, limits: ServiceLimits) -> Re
     return _batch(body, [request], names, loaded, limits, new_parser)
 
 
-def translation_batch(body: TranslateBody, loaded: LoadedModel, _: ServiceLimits) -> RequestBatch:
+def translation_batch(body: TranslateBody, loaded: LoadedModel, limits: ServiceLimits) -> RequestBatch:
     """POST /soli/translate."""
     if not can_translate(loaded):
         raise ApiError(400, "this model was not trained to translate: use /v1/completions", "text")
+    most_tokens = longest_prompt(loaded, limits) * SHRINKS
     try:
+        loaded.text_model.tokenizer.check_length("the text", _size(body.text), most_tokens)
         prompt_ids, remaining_tokens = translation_request(loaded.text_model, body.text, body.to)
+    except TextTooLong as error:
+        raise ApiError(400, str(error), "text", "context_length_exceeded") from error
     except SoliError as error:
         raise ApiError(400, str(error), "text") from error
     request = Request(
@@ -105,6 +134,17 @@ def can_translate(loaded: LoadedModel) -> bool:
     return all(loaded.text_model.tokenizer.has_token(token) for token in ("<|en|>", "<|zh|>"))
 
 
+def _check_choices(body: GenerationBody, prompts: int, limits: ServiceLimits) -> None:
+    """Rejects more answers than one request may have."""
+    answers = (body.n or 1) * prompts
+    if answers > limits.choices:
+        raise ApiError(
+            400,
+            f"the request is for {answers} answers; the limit of this server is {limits.choices}",
+            "prompt" if prompts > limits.choices or body.n in (None, 1) else "n",
+        )
+
+
 def longest_prompt(loaded: LoadedModel, limits: ServiceLimits) -> int:
     """How many tokens a prompt may have."""
     return min(limits.prompt_tokens, loaded.text_model.positions - 1)
@@ -119,12 +159,6 @@ def _batch(
     new_parser: Callable[[], OutputParser] = PlainParser,
 ) -> RequestBatch:
     choices = body.n or 1
-    if choices * len(prompts) > limits.choices:
-        raise ApiError(
-            400,
-            f"the request is for {choices * len(prompts)} answers; the limit of this server is {limits.choices}",
-            "n",
-        )
     longest = max(len(request.prompt_ids) for request in prompts)
     max_tokens = longest_prompt(loaded, limits)
     if longest > max_tokens:
@@ -225,6 +259,8 @@ def _render(
 ) -> RenderedPrompt:
     messages = [_template_message(message) for message in body.messages]
     try:
+        size = sum(_size(message.text) for message in body.messages)
+        template.check_length(size, max_tokens * SHRINKS)
         return template.render(messages, tools, body.chat_template_kwargs, allow_reasoning, max_tokens)
     except TextTooLong as error:
         raise ApiError(400, str(error), "messages", "context_length_exceeded") from error

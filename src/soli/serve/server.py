@@ -4,6 +4,7 @@ SIGTERM and SIGINT stop accepting requests, let the answers in progress finish f
 model that cannot be loaded ends it with one sentence.
 """
 
+import gc
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ import threading
 import traceback
 import webbrowser
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from types import FrameType
 
@@ -34,6 +35,7 @@ from soli.serve.service import LoadedModel, Service, ServiceLimits
 
 log = logging.getLogger("soli.serve")
 
+SWITCH_SECONDS = 0.001  # how long a thread that prepares a request may keep streams from running Python
 FLUSH_SECONDS = 2  # after the drain, for clients to read the ends of their answers
 EXIT_SECONDS = 4.0  # after the drain the process has ended, whatever its threads compute
 
@@ -115,6 +117,7 @@ def run_server(
 ) -> None:
     """Serves until a signal ends it; `open_page` shows the page in a browser once the model is loaded. `log_level`:
     debug, info, warning or error. SoliError if the port is taken or the model cannot be loaded."""
+    sys.setswitchinterval(SWITCH_SECONDS)
     listener = listen(host, port)
     model_service = Service(name, lambda: load(model, device, dtype, engine), service)
     configure_log(log_level)
@@ -131,10 +134,16 @@ def run_server(
 
 
 def load(model: str, device: str, dtype: str, limits: EngineLimits) -> LoadedModel:
-    """A folder, or "nano", with its engine and its chat template."""
+    """A folder, or "nano", with its engine and its chat template. What a first request would wait for is done here."""
     text_model = open_text_model(model, device, dtype, mtp=limits.speculate)
     template = ChatTemplate.from_folder(open_checkpoint(model).folder, text_model.tokenizer)
-    return LoadedModel(text_model, AsyncEngine(Engine(text_model, limits)), template)
+    engine = Engine(text_model, limits)
+    with suppress(SoliError):  # a request with a constraint is told
+        engine.prepare_constraints()
+    _ = text_model.tokenizer.longest_token
+    gc.collect()
+    gc.freeze()  # what was loaded stays: no collection traverses it again, which stops all threads for its time
+    return LoadedModel(text_model, AsyncEngine(engine), template)
 
 
 def listen(host: str, port: int) -> socket.socket:
