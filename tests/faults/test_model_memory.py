@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from soli import machine
+from soli import cli, machine
 from soli.checkpoint import Checkpoint, load_model, memory
+from soli.checkpoint.load import BUNDLED
 from soli.checkpoint.name_map import slots
 from soli.checkpoint.shard import Shard, encode_header
 from soli.engine.text_model import open_text_model
@@ -129,6 +130,42 @@ def test_a_model_larger_than_this_machine_is_one_sentence_of_the_command(tmp_pat
     parameters = sum(math.prod(shape) for _, _, shape in specs)
     assert re.search(r"needs ([\d,]+) bytes", result.stderr)[1].replace(",", "") >= str(2 * parameters)
     assert "--dtype as-is" in result.stderr
+
+
+COMMAND = """
+import sys
+from soli.checkpoint import memory
+from soli.cli import main
+memory.available_memory = lambda: {available}
+sys.exit(main(["generate", "nano", "Good morning", "--max-new-tokens", "2", *sys.argv[1:]]))
+"""
+
+
+def test_the_command_keeps_fp8_and_says_so_in_one_line() -> None:
+    nano, cpu = Checkpoint(BUNDLED / "nano", mtp=False), torch.device("cpu")
+    fp8 = sum(memory.Storage(torch.float32, cpu, True, True).bytes_of(nano))
+    assert fp8 < sum(memory.Storage(torch.float32, cpu, False, True).bytes_of(nano)) - 10_000_000
+    command = [sys.executable, "-c", COMMAND.format(available=fp8)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.strip(), result
+    (note,) = (line for line in result.stderr.splitlines() if "FP8" in line)
+    assert note.startswith("soli: ") and f"stay FP8, in {fp8:,} bytes" in note and "Warning" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "size"),
+    [
+        (MemoryError(), ""),
+        (RuntimeError("CPUAllocator: can't allocate memory: you tried to allocate 1234 bytes"), " for 1,234 bytes"),
+    ],
+)
+def test_memory_that_ends_is_one_sentence(error, size, monkeypatch, capsys) -> None:
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    assert cli.main(["generate"]) == 1
+    assert capsys.readouterr().err == f"soli: there is no memory left{size}; soli doctor shows how much is available\n"
 
 
 @pytest.mark.parametrize("format", ["bf16", "fp32"])

@@ -65,7 +65,8 @@ def choose_storage(
     from_disk = quantized is True
     if allocated + (0 if from_disk else mapped) <= available:
         return storage, None
-    needed = f"{_gigabytes(allocated + (0 if from_disk else mapped))} of memory in {str(dtype).removeprefix('torch.')}"
+    form = "as stored" if usual and checkpoint.quantized_dtypes else f"in {str(dtype).removeprefix('torch.')}"
+    needed = f"{_gigabytes(allocated + (0 if from_disk else mapped))} of memory {form}"
     if quantized is None and not usual:
         as_stored = Storage(dtype, device, True, in_place)
         total = sum(as_stored.bytes_of(checkpoint))
@@ -85,13 +86,11 @@ def _what_fits(checkpoint: Checkpoint, storage: Storage, available: int) -> Iter
         low = Storage(torch.bfloat16, storage.device, storage.quantized, storage.in_place)
         if (size := sum(low.bytes_of(checkpoint))) <= available:
             yield f"--dtype bfloat16 needs {_gigabytes(size)}"
-    if storage.device.type == "cpu":
-        as_stored = Storage(checkpoint.natural_dtype, storage.device, True, True)
-        allocated, mapped = as_stored.bytes_of(checkpoint)
-        if allocated + mapped <= available:
-            yield f"--dtype as-is needs {_gigabytes(allocated + mapped)}"
-        elif allocated <= available:
-            yield f"--dtype as-is needs {_gigabytes(allocated)} and reads the weights from the disk as they are used"
+    allocated, mapped = Storage(checkpoint.natural_dtype, storage.device, True, True).bytes_of(checkpoint)
+    if allocated + mapped <= available:
+        yield f"--dtype as-is needs {_gigabytes(allocated + mapped)}"
+    elif allocated <= available:
+        yield f"--dtype as-is needs {_gigabytes(allocated)} and reads the weights from the disk as they are used"
     if not checkpoint.quantized_dtypes & {"I8", "U8"}:
         for format in ("int8", "int4"):
             if (size := _converted_bytes(checkpoint, Target(format))) <= available:

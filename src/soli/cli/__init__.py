@@ -7,7 +7,10 @@ with 130. SOLI_DEBUG=1 shows the traceback of any error.
 
 import importlib
 import os
+import re
 import sys
+import warnings
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -118,11 +121,28 @@ def _reason(error: Exception) -> str:
         return f"this needs the package {package}; install it with: pip install {package}"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # the latter in torch's RuntimeError
+        size = re.search(r"allocate (\d+) bytes", str(error))
+        needed = f" for {int(size[1]):,} bytes" if size else ""
+        return f"there is no memory left{needed}; soli doctor shows how much is available"
     return f"unexpected {type(error).__name__}: {error} (SOLI_DEBUG=1 shows where)"
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A note of Soli in one line, without the place in its source; any other warning as Python writes it."""
+    if Path(filename).is_relative_to(Path(__file__).parents[1]):
+        return f"soli: {message}\n"
+    return _python_format(message, category, filename, lineno, line)
+
+
+_python_format = warnings.formatwarning
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line on `argv` (default: the process's arguments) and return its exit status."""
+    warnings.formatwarning = _format_warning
     try:
         app(argv, prog_name="soli")
     except SystemExit as stop:
