@@ -77,6 +77,9 @@ VALUES |= {
     "very deep": '{"a":' * 100_000 + "1" + "}" * 100_000,
 }
 
+# Legal values with which training takes as long as it takes.
+LONG = ("model.hidden_size = removed", "schedule.batch_sequences = 10**9", "schedule.batch_sequences = 10**18")
+
 Damage = Callable[[Path], None]  # of a file, in place
 
 
@@ -388,6 +391,8 @@ def _check(document: Document, damages: list[tuple[str, Damage]], valid: Path, w
     faults = []
     for name, damage in damages:
         for command in document.commands:
+            if command is TRAIN_BRIEFLY and name in LONG:
+                continue
             root = work / "case"
             shutil.rmtree(root, ignore_errors=True)
             for folder in {document.folder, *(("other",) if document.folder == "run" else ())}:

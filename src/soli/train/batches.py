@@ -26,8 +26,14 @@ class PackedTokens:
         self.ids = map_tokens(self.file, stored_dtype(self.meta))
 
     def windows(self, starts: np.ndarray, width: int) -> Tensor:
-        """Token ids from each start on, `width` of them (int64, BW)."""
-        return torch.from_numpy(self.ids[starts[:, None] + np.arange(width)].astype(np.int64))
+        """Token ids from each start on, `width` of them (int64, BW). SoliError for one outside the vocabulary."""
+        ids_BW = self.ids[starts[:, None] + np.arange(width)].astype(np.int64)
+        vocab_size = self.meta.get("vocab_size")
+        if vocab_size is not None and ids_BW.size and ids_BW.max() >= vocab_size:
+            raise SoliError(
+                f"{self.file} holds token {ids_BW.max():,}, but its vocabulary has {vocab_size:,}: build it again"
+            )
+        return torch.from_numpy(ids_BW)
 
 
 class Batches:
