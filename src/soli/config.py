@@ -319,8 +319,9 @@ def load_config(path: str | Path) -> ModelConfig:
     """Read the `config.json` of a model folder, or that file itself; SoliError names the file and what is wrong."""
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
+    table = read_object(file)
     try:
-        return ModelConfig.from_dict(read_object(file))
+        return ModelConfig.from_dict(table)
     except SoliError as error:
         raise SoliError(f"{file}: {error}") from None
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from soli.cli import main
 from soli.config import load_config
 from soli.errors import SoliError
 from soli.input_files import NESTING, parse_json, read_json, read_lines, read_object_if_present
@@ -123,3 +124,38 @@ def test_a_long_line_is_rejected_by_its_number(tmp_path: Path) -> None:
     file.write_bytes(b"one\n" + b"x" * 5000)
     with pytest.raises(SoliError, match="line 2: is longer than 1,000 bytes"):
         list(read_lines(file, 1000))
+
+
+FILES_OF_VERBS = {
+    "a schema": ["generate", "nano", "hello", "--max-new-tokens", "2", "--json-schema", "{}"],
+    "lines of JSON": ["data", "pack", "{}.jsonl", "--tokenizer", "nano", "--out", "{}.out"],
+    "a text": ["data", "pack", "{}.txt", "--tokenizer", "nano", "--out", "{}.out"],
+    "columns": ["data", "pack", "{}.tsv", "--field", "1", "--tokenizer", "nano", "--out", "{}.out"],
+    "parquet": ["data", "pack", "{}.parquet", "--tokenizer", "nano", "--out", "{}.out"],
+    "a recipe": ["train", "{}.toml", "--dry-run"],
+    "pairs": ["eval", "nano", "--pairs", "{}.tsv"],
+    "texts": ["routing", "{}.txt"],
+    "a configuration": ["count", "{}.json"],
+}
+
+
+@pytest.mark.parametrize("name", FILES_OF_VERBS)
+def test_no_verb_waits_for_a_fifo(tmp_path: Path, name: str, capsys: pytest.CaptureFixture) -> None:
+    command = [part.replace("{}", str(tmp_path / "file")) for part in FILES_OF_VERBS[name]]
+    fifo = next(part for part in command if part.startswith(str(tmp_path)))
+    os.mkfifo(fifo)
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert fifo in error and error.count("\n") == 1 and "unexpected" not in error
+    assert [path.name for path in tmp_path.iterdir()] == [Path(fifo).name]
+
+
+@pytest.mark.parametrize(
+    "schema",
+    ["[" * 5000, '{"maximum": ' + "1" * 400 + "}", '{"maxLength": 1e400}', '{"type": "object", "type": "string"}'],
+    ids=("deep", "400 digits", "1e400", "a keyword twice"),
+)
+def test_a_schema_is_read_as_strictly(tmp_path: Path, schema: str, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "schema.json").write_text(schema)
+    assert main(["generate", "nano", "a", "--json-schema", str(tmp_path / "schema.json")]) == 1
+    assert "unexpected" not in capsys.readouterr().err

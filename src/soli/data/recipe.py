@@ -38,7 +38,7 @@ def find_recipe(name: str | Path) -> Path:
     for candidate in (Path(name), *(folder / name for folder in RECIPE_FOLDERS)):
         if candidate.is_dir() and (candidate / "recipe.toml").is_file():
             return candidate / "recipe.toml"
-        if candidate.is_file():
+        if candidate.exists() and not candidate.is_dir():  # a FIFO or a device is rejected when it is read
             return candidate
     known = sorted({file.parent.name for folder in RECIPE_FOLDERS for file in folder.glob("*/recipe.toml")})
     raise SoliError(

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from soli.errors import SoliError
+from soli.input_files import parse_json
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -188,9 +189,10 @@ def _reason(message: str) -> str:
 def checked_schema(schema: Mapping[str, Any] | str) -> str:
     """The schema, an object or its JSON, as JSON; a SoliError names the keyword that cannot be enforced and where."""
     try:
-        parsed = json.loads(schema) if isinstance(schema, str) else schema
-        text = json.dumps(parsed, ensure_ascii=False, allow_nan=False)  # json.loads reads NaN, too
-    except (ValueError, TypeError, RecursionError) as error:
+        source = schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False, allow_nan=False)
+        parsed = parse_json(source, "it")
+        text = json.dumps(parsed, ensure_ascii=False)
+    except (ValueError, TypeError, RecursionError, SoliError) as error:
         raise SoliError(f"the JSON schema is not JSON ({error}): give a JSON object") from None
     if len(text) > MAX_CHARACTERS:
         raise SoliError(f"the JSON schema has {len(text):,} characters: the limit is {MAX_CHARACTERS:,}")

@@ -1,5 +1,6 @@
 """Text of a user: an argument, a file, or standard input. What cannot be text is a SoliError."""
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO, TypeVar
@@ -30,8 +31,9 @@ def stdin_lines() -> Iterator[str]:
 
 
 def file_lines(path: str) -> Iterator[str]:
-    """Lines of a text file, under the same rules."""
-    with open(path, "rb") as stream:
+    """Lines of a text file, under the same rules; a FIFO that nobody writes to is empty."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as stream:
+        os.set_blocking(stream.fileno(), True)
         yield from _lines(stream, path)
 
 
