@@ -67,11 +67,14 @@ def translate(url: str, text: str) -> None:
     sys.exit(f"{url} does not translate")
 
 
-def opened(browser: Browser, url: str, **options: Any) -> Page:
+def opened(browser: Browser, url: str, view: str = "detailed", **options: Any) -> Page:
+    """The page in a view, when the example that it runs by itself has been answered."""
     options = {"viewport": {"width": 1440, "height": 1000}, "locale": "en-GB", **options}
     page = browser.new_context(**options).new_page()
-    page.goto(url)
+    page.goto(f"{url}/#view={view}")
     page.wait_for_selector("body:not(.loading)")
+    while not page.is_visible("#run"):
+        page.wait_for_timeout(50)
     return page
 
 
@@ -127,6 +130,13 @@ def moving(browser: Browser, url: str) -> None:
     check_size(path)
 
 
+def simple(browser: Browser, url: str) -> None:
+    page = opened(browser, url, view="simple", color_scheme="light", viewport={"width": 1280, "height": 900})
+    wait_for(page, 19)
+    page.locator(".token").nth(TEA).click()
+    save(page, "page-simple.png", 900)
+
+
 def live(browser: Browser, url: str) -> None:
     page = opened(browser, url, color_scheme="dark")
     page.click("#run")
@@ -151,7 +161,7 @@ def masked(browser: Browser, url: str) -> None:
     page.focus("#grid-a")
     for key in ["ArrowDown"] * 3 + ["ArrowRight"] * 24 + ["Enter"]:
         page.keyboard.press(key)
-    page.wait_for_selector(".repertoire li")
+    page.wait_for_selector(".kinds li")
     page.click("#mute")
     page.click("#run-again")
     wait_for(page, 19)
@@ -188,7 +198,7 @@ def main() -> None:
     IMAGES.mkdir(exist_ok=True)
     with sync_playwright() as playwright, nano() as url:
         browser = playwright.chromium.launch(executable_path=chromium)
-        for picture in (moving, live, token_path, compared, masked, phone):
+        for picture in (moving, simple, live, token_path, compared, masked, phone):
             picture(browser, url)
         giant(browser)
 

@@ -19,8 +19,8 @@ async function request(path, options = {}) {
   if (key) headers.Authorization = `Bearer ${key}`;
   const answer = await reached(fetch(path, { ...options, headers, credentials: 'omit', redirect: 'error' }));
   if (answer.ok) return answer;
-  const said = await answer.json().catch(() => null);
-  const message = said?.error?.message ?? said?.detail ?? `HTTP ${answer.status}`;
+  const problem = await answer.json().catch(() => null);
+  const message = problem?.error?.message ?? problem?.detail ?? `HTTP ${answer.status}`;
   const Kind = { 401: KeyNeeded, 503: NotReady }[answer.status] ?? Error;
   throw new Kind(String(message));
 }

@@ -12,7 +12,7 @@ export const SLOW_AFTER = 5000; // milliseconds without an answer
 /** The sentence above the page; `retry` null: without a button. */
 export class Notice {
   constructor() {
-    this.kind = null; // the string it shows
+    Object.assign(this, { kind: null, retry: null }); // the string it shows, and what the button does
     byId('retry').onclick = () => {
       const { retry } = this;
       this.hide();
@@ -31,7 +31,7 @@ export class Notice {
   /** Hides the sentence, or only one of these kinds. */
   hide(...kinds) {
     if (kinds.length && !kinds.includes(this.kind)) return;
-    this.kind = null;
+    Object.assign(this, { kind: null, retry: null });
     byId('alert').textContent = '';
     byId('alert').hidden = true;
     byId('retry').hidden = true;
@@ -44,7 +44,7 @@ export class Notice {
 
 /** Watches the server; states are "ready", "loading", "slow" and "gone". */
 export class Watch {
-  /** @param {(state: string, before: string) => void} changed */
+  /** @param {(state: string) => void} changed */
   constructor(changed) {
     Object.assign(this, { changed, state: 'ready', timer: 0, asking: false });
     document.addEventListener('visibilitychange', () => { if (!document.hidden) this.ask(); });
@@ -66,8 +66,8 @@ export class Watch {
   }
 
   report(state) {
-    const before = this.state;
+    const isNew = state !== this.state;
     this.state = state;
-    if (state !== before) this.changed(state, before);
+    if (isNew) this.changed(state);
   }
 }

@@ -23,7 +23,7 @@ export class Desk {
    *   `going`: it comes again
    */
   constructor(model, does) {
-    Object.assign(this, { model, does, past: [], abort: null, asked: null, forExample: false });
+    Object.assign(this, { model, does, past: [], abort: null, lastRequest: null, forExample: false });
     [this.mode] = model.modes;
     byId('modes').replaceChildren(...model.modes.map((mode) => el('button', {
       type: 'button', role: 'radio', id: `mode-${mode}`, data: { mode, t: mode }, onClick: () => mode === this.mode || this.choose(mode),
@@ -121,7 +121,7 @@ export class Desk {
     this.abort?.abort();
     const abort = new AbortController();
     this.abort = abort;
-    this.asked = { mode: this.mode, text: texts[0], textB: texts[1] ?? null, to: byId('direction').value, example };
+    this.lastRequest = { mode: this.mode, text: texts[0], textB: texts[1] ?? null, to: byId('direction').value, example };
     this.does.begin(texts.length);
     this.dress();
     this.does.say(t('asking'));
@@ -136,9 +136,9 @@ export class Desk {
       }
       this.does.done();
     } catch (error) {
-      const given = abort.signal.aborted; // by the person, or by a newer run
+      const wasAborted = abort.signal.aborted; // by the person, or by a newer run
       abort.abort(); // one of two failed: the other need not go on
-      if (!given) this.does.failed(error);
+      if (!wasAborted) this.does.failed(error);
       else if (this.abort === abort) this.does.say(t('stopped'));
     } finally {
       if (this.abort === abort) {
@@ -202,8 +202,8 @@ export class Desk {
     return { again, end };
   }
 
-  /** The same request once more. */
-  runAgain() { return this.run(this.asked?.example ?? null); }
+  /** What is written once more; the example if nothing is. */
+  runAgain() { return this.run(byId('text-a').value.trim() ? null : this.lastRequest?.example ?? null); }
 
   /** A place for an answer, read out when it is complete. */
   answerBox(text, letter) {

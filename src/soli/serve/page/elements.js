@@ -6,17 +6,17 @@
  * @param {...(Node|string|number|null)} children
  */
 export function el(name, properties = {}, ...children) {
-  const made = document.createElement(name);
+  const element = document.createElement(name);
   for (const [key, value] of Object.entries(properties)) {
     if (value === undefined || value === null) continue;
-    if (key === 'class') made.className = value;
-    else if (key === 'data') Object.assign(made.dataset, value);
-    else if (key.startsWith('on')) made.addEventListener(key.slice(2).toLowerCase(), value);
-    else if (key.includes('-') || ['role', 'scope', 'colspan', 'for', 'lang'].includes(key)) made.setAttribute(key, value);
-    else made[key] = value;
+    if (key === 'class') element.className = value;
+    else if (key === 'data') Object.assign(element.dataset, value);
+    else if (key.startsWith('on')) element.addEventListener(key.slice(2).toLowerCase(), value);
+    else if (key.includes('-') || ['role', 'scope', 'colspan', 'for', 'lang'].includes(key)) element.setAttribute(key, value);
+    else element[key] = value;
   }
-  made.append(...children.filter((child) => child !== null).map((child) => (child instanceof Node ? child : String(child))));
-  return made;
+  element.append(...children.filter((child) => child !== null).map((child) => (child instanceof Node ? child : String(child))));
+  return element;
 }
 
 /** The element with this id; the page always has it. */

@@ -15,7 +15,7 @@ export const TRANSLATIONS = [
 // What other models answer is not known here; these are only places to start.
 export const EXAMPLES = {
   translate: TRANSLATIONS.map(({ text }) => text),
-  complete: ['The river', 'Once upon a time', '从前有一座山'],
+  complete: ['The children', '从前有一座山', '春天来了'],
   chat: ['What is a mixture of experts? Answer in one sentence.', '什么是混合专家模型？请用一句话回答。'],
 };
 

@@ -51,10 +51,10 @@ export class Geometry {
   /** The bar lines' middles: before the first group, between groups, after the last. */
   bars() {
     if (!this.gap) return [];
-    const found = [];
-    for (let e = 0; e < this.experts; e += this.perGroup) found.push(this.xs[e] - this.gap / 2);
-    found.push(this.xs[this.experts - 1] + this.widths[this.experts - 1] + this.gap / 2);
-    return found;
+    const middles = [];
+    for (let e = 0; e < this.experts; e += this.perGroup) middles.push(this.xs[e] - this.gap / 2);
+    middles.push(this.xs[this.experts - 1] + this.widths[this.experts - 1] + this.gap / 2);
+    return middles;
   }
 
   /** The cell at a place given in CSS pixels, or null. */

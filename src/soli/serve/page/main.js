@@ -38,13 +38,25 @@ function failed(error, again) {
 
 /* The server */
 
-const watch = new Watch((state, before) => {
+const askNow = () => watch.ask(); // the retry when nothing was being done
+
+let isAway = false; // the server was gone, or is another one that loads its model
+
+const watch = new Watch((state) => {
   if (!model) return; // start() says what is wrong, and goes on
-  const { kind, retry } = notice;
-  if (state === 'ready') {
+  if (state === 'slow' || (state === 'ready' && !isAway)) {
+    if (desk.running) return; // the answer's own patience has more to say
+    if (state === 'slow') notice.show('slow', {}, notice.retry ?? askNow);
+    else notice.hide('slow');
+  } else if (state === 'ready') {
+    const { retry } = notice;
+    isAway = false;
     notice.hide('gone', 'slow', 'loading');
-    if (before === 'gone') recovered(kind === 'gone' ? retry : null);
-  } else notice.show(state, {}, retry ?? (() => watch.ask()));
+    recovered(retry === askNow ? null : retry);
+  } else {
+    isAway = true;
+    notice.show(state, {}, notice.retry ?? askNow);
+  }
 });
 
 /** The server is back: what failed can be tried again; another model than before needs another page. */
@@ -118,8 +130,8 @@ byId('only-b').onchange = () => mutesChanged();
 /* Link and picture */
 
 function linkChanged() {
-  if (!desk?.asked) return;
-  const { mode, text, textB, to } = desk.asked;
+  if (!desk?.lastRequest) return;
+  const { mode, text, textB, to } = desk.lastRequest;
   byId('link').href = writeLink({
     mode, text, textB, to, masked: [...mutes], onlyB: textB !== null && byId('only-b').checked, view: currentView(),
     token: stage?.chosen?.index ?? tokenOfLink?.index ?? null, part: stage?.chosen?.part.n ?? tokenOfLink?.part ?? 0,

@@ -90,7 +90,7 @@ function tableOf(row, decision, model, chooseExpert) {
   const body = lines.map((line) => el('tr', { class: CLASS[line.kind] },
     el('th', { scope: 'row' }, el('button', { type: 'button', class: 'expert', onClick: () => chooseExpert(row, line.expert) },
       t('expertNumber', { expert: line.expert }))),
-    el('td', {}, said(line, alive && !alive.has(group(line.expert)) ? group(line.expert) : null)),
+    el('td', {}, roleOf(line, alive && !alive.has(group(line.expert)) ? group(line.expert) : null)),
     el('td', { class: 'number' }, line.share ? `${(100 * line.share).toFixed(0)} %` : ''),
     el('td', { class: 'number' }, figure(line.affinity)),
     el('td', { class: 'number' }, signed(line.biased - line.affinity)),
@@ -102,7 +102,7 @@ function tableOf(row, decision, model, chooseExpert) {
   return survived ? [el('div', { class: 'scroll' }, table), survived] : [el('div', { class: 'scroll' }, table)];
 }
 
-function said(line, deadGroup) {
+function roleOf(line, deadGroup) {
   if (line.kind === KEPT_OUT && deadGroup !== null) return t('groupOut', { group: deadGroup });
   if (line.kind === NEAR) return t('nearBy', { margin: figure(line.margin) });
   if (line.kind === KEPT_OUT && !Number.isNaN(line.margin)) return t('keptOutBy', { margin: figure(line.margin) });

@@ -51,17 +51,17 @@ export class Score {
     this.starts.push(at);
   }
 
-  put(at, row, kind, said, share) {
-    if (!(said.expert < this.model.experts)) throw new Error(`unknown expert ${said.expert}`);
+  put(at, row, kind, entry, share) {
+    if (!(entry.expert < this.model.experts)) throw new Error(`unknown expert ${entry.expert}`);
     if (at === this.capacity) this.allocate(this.capacity * 2);
     this.layer[at] = row;
-    this.expert[at] = said.expert;
+    this.expert[at] = entry.expert;
     this.kind[at] = kind;
-    this.weight[at] = said.weight ?? 0;
+    this.weight[at] = entry.weight ?? 0;
     this.share[at] = share;
-    this.affinity[at] = said.affinity ?? NaN;
-    this.biased[at] = said.biased;
-    this.margin[at] = said.margin ?? NaN;
+    this.affinity[at] = entry.affinity ?? NaN;
+    this.biased[at] = entry.biased;
+    this.margin[at] = entry.margin ?? NaN;
     return at + 1;
   }
 
@@ -76,18 +76,18 @@ export class Score {
 
   /** One layer's decision about token t, as objects, players heaviest first. */
   decision(t, row) {
-    const found = { players: [], keptOut: [], near: [], groups: this.groups[t][row] };
+    const decision = { players: [], keptOut: [], near: [], groups: this.groups[t][row] };
     for (let i = this.starts[t]; i < this.starts[t + 1]; i += 1) {
       if (this.layer[i] !== row) continue;
       const mention = {
         expert: this.expert[i], kind: this.kind[i], share: this.share[i],
         affinity: this.affinity[i], biased: this.biased[i], margin: this.margin[i],
       };
-      [found.players, found.players, found.keptOut, found.near][mention.kind].push(mention);
+      [decision.players, decision.players, decision.keptOut, decision.near][mention.kind].push(mention);
     }
-    found.players.sort((a, b) => b.share - a.share);
-    found.last = Math.min(...found.players.map((player) => player.biased)); // what a newcomer had to beat
-    return found;
+    decision.players.sort((a, b) => b.share - a.share);
+    decision.last = Math.min(...decision.players.map((player) => player.biased)); // what a newcomer had to beat
+    return decision;
   }
 
   /** How token t mentions one expert of a layer: {kind, share} or null. Playing wins over being next in line. */

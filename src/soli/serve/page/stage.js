@@ -20,7 +20,7 @@ export class Stage {
    *          muteToggled: (row: number, expert: number) => void, moved: () => void, more: () => boolean, nameOf: (row: number, expert: number) => string}} does
    */
   constructor(model, does) {
-    Object.assign(this, { model, does, parts: [], difference: null, chosen: null, asked: false, before: 0, common: null, simple: true });
+    Object.assign(this, { model, does, parts: [], difference: null, chosen: null, frameRequested: false, before: 0, common: null, simple: true });
     this.still = matchMedia('(prefers-reduced-motion: reduce)');
     this.player = new Player({
       length: () => Math.max(0, ...this.parts.map((part) => part.score.length)),
@@ -151,13 +151,13 @@ export class Stage {
   }
 
   wake() {
-    if (this.asked) return;
-    this.asked = true;
+    if (this.frameRequested) return;
+    this.frameRequested = true;
     requestAnimationFrame((now) => this.frame(now));
   }
 
   frame(now) {
-    this.asked = false;
+    this.frameRequested = false;
     const seconds = Math.min((now - this.before) / 1000, LONGEST_FRAME);
     this.before = now;
     const count = this.player.advance(seconds);
