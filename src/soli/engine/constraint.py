@@ -85,6 +85,10 @@ class ConstraintSpec:
         return cls("regex", pattern)
 
 
+class ConstraintUnmet(SoliError):
+    """A constraint that the text so far, the vocabulary or the limits of the matcher leave no way to meet."""
+
+
 class Constraint:
     """The constraint of one request, in its state after the accepted tokens."""
 
@@ -103,7 +107,7 @@ class Constraint:
         self._raise_error()
         allowed_V = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little", count=self._vocab).view(np.bool_)
         if not allowed_V.any():
-            raise SoliError("no token of the vocabulary continues the text as the constraint requires: loosen it")
+            raise ConstraintUnmet("no token of the vocabulary continues the text as the constraint requires: loosen it")
         return allowed_V
 
     def accept(self, token: int) -> None:
@@ -119,7 +123,7 @@ class Constraint:
 
     def _raise_error(self) -> None:
         if self._matcher.is_error():
-            raise SoliError(f"the constraint cannot be met ({_reason(self._matcher.get_error())}): simplify it")
+            raise ConstraintUnmet(f"the constraint cannot be met ({_reason(self._matcher.get_error())}): simplify it")
 
 
 class Constraints:
@@ -165,6 +169,16 @@ class Constraints:
             return Constraint(matcher.deep_copy(), self._vocab)
 
     def _compile(self, spec: ConstraintSpec) -> LLMatcher:
+        try:
+            return self._checked_matcher(spec)
+        except SoliError:
+            raise
+        except BaseException as error:  # a panic of the Rust side is no Exception
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            raise SoliError(f"the constraint cannot be compiled ({_reason(str(error))}): simplify it") from error
+
+    def _checked_matcher(self, spec: ConstraintSpec) -> LLMatcher:
         matcher_class = self._llguidance.LLMatcher
         if spec.kind == "regex":
             grammar, name = matcher_class.grammar_from_regex(spec.text), "regular expression"

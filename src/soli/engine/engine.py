@@ -9,6 +9,7 @@ Shapes: T tokens of a step, N of them with logits, L MoE layers, E experts.
 """
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -17,9 +18,9 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from soli.engine.constraint import Constraints
+from soli.engine.constraint import Constraints, ConstraintUnmet
 from soli.engine.detokenizer import TextStream, token_text
-from soli.engine.latent_cache import BlockManager, LatentCache, bytes_per_token
+from soli.engine.latent_cache import BlockManager, LatentCache, blocks_for, bytes_per_token
 from soli.engine.request import (
     EngineLimits,
     EngineStats,
@@ -36,9 +37,12 @@ from soli.engine.scheduler import ScheduledTokens, Scheduler, SequenceState
 from soli.engine.speculation import Drafter, VerifiedTokens, verify
 from soli.engine.text_model import TextModel
 from soli.errors import SoliError
+from soli.machine import available_memory
 from soli.model.router import Routing, count_choices, slice_routing
 
 log = logging.getLogger(__name__)
+
+LIST_BYTES_PER_BLOCK = 40  # an integer and its place in the list of free blocks
 
 
 class Engine:
@@ -55,6 +59,7 @@ class Engine:
             raise SoliError("this model has no MTP module to draft with: turn speculation off")
         self._device = model.embed_tokens.weight.device
         block_count = self._block_count()
+        _check_bookkeeping(block_count, limits, text_model.positions)
         self._blocks = BlockManager(block_count)
         positions = min(text_model.positions, block_count * limits.block_size)  # a configuration may say 10^18
         self._cache = LatentCache(block_count, limits.block_size, limits.max_running, positions)
@@ -240,13 +245,13 @@ class Engine:
     def _accept(self, sequence: SequenceState, sampled: SampledToken | SoliError) -> Event:
         """Continue or end an answer with a sampled token."""
         if isinstance(sampled, SoliError):
-            return self._end(sequence, "error", error=str(sampled))
+            return self._end_failed(sequence, sampled)
         if sampled.token in sequence.request.stop_ids:
             return self._end(sequence, "stop", sequence.stream.finish())
         try:
             sequence.sampler.accept(sampled.token)
         except SoliError as error:  # a dead end of the constraint
-            return self._end(sequence, "error", error=str(error))
+            return self._end_failed(sequence, error)
         sequence.ids.append(sampled.token)
         self._completion_tokens += 1
         text = sequence.stream.push(sampled.token)
@@ -255,6 +260,11 @@ class Engine:
         if sequence.remaining_new_tokens == 0:
             return self._end(sequence, "length", text + sequence.stream.finish(), sampled)
         return Event(sequence.request_id, sampled.token, text, sampled.logprob)
+
+    def _end_failed(self, sequence: SequenceState, error: SoliError) -> Event:
+        """The end of a request that has no next token."""
+        field = "constraint" if isinstance(error, ConstraintUnmet) else None
+        return replace(self._end(sequence, "error", error=str(error)), error_field=field)
 
     def _end(
         self,
@@ -273,7 +283,7 @@ class Engine:
         """End the requests of a step that failed."""
         expected = isinstance(error, SoliError)
         log.error("a step failed: %s", error, exc_info=None if expected else error)
-        message = str(error) if expected else f"the step failed with {type(error).__name__}; the log has more"
+        message = str(error) if expected else _failure(error)
         self._blocks.clear_prefix_cache()  # a block may be half written
         return [
             self._end(part.sequence, "error", error=message)
@@ -303,6 +313,29 @@ class Engine:
                     masks[layer] = torch.zeros(T, self._load_LE.shape[1], dtype=torch.bool)
                 masks[layer][part.row : part.row + part.count, expert] = True
         return {layer: mask_TE.to(self._device) for layer, mask_TE in masks.items()}
+
+
+def _check_bookkeeping(block_count: int, limits: EngineLimits, positions: int) -> None:
+    """SoliError when the list of blocks and the table of each running request's blocks do not fit in memory."""
+    list_bytes = block_count * LIST_BYTES_PER_BLOCK
+    table_bytes = limits.max_running * blocks_for(positions, limits.block_size) * 4
+    available = available_memory()
+    for name, size, field in (("list", list_bytes, "cache_bytes"), ("table", table_bytes, "max_running")):
+        if size > available:
+            raise SoliError(
+                f"the engine's {field} is {getattr(limits, field)}, for which the {name} of blocks takes {size:,} "
+                f"bytes, but {available:,} are available: give less"
+            )
+
+
+def _failure(error: Exception) -> str:
+    """One sentence about a step that failed with an unexpected error."""
+    size = re.search(r"(?:tried|[Uu]nable) to allocate ([0-9.]+ [A-Za-z]+)", str(error))
+    if size is None:
+        return f"the step failed with {type(error).__name__}; the log has more"
+    number, unit = size[1].split()
+    amount = f"{int(number):,} {unit}" if number.isdigit() else size[1]
+    return f"the step needs {amount} of memory at once, which are not available: ask for fewer tokens at the same time"
 
 
 def _logit_indices(parts: Sequence[ScheduledTokens]) -> list[int]:

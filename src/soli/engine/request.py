@@ -59,7 +59,8 @@ class Event:
 
     `token` None: only text that was held back, routing of a part of the prompt, or the end. `text`: whole characters
     that no stop string can include any more; often "". `routing`: of the tokens of this step, one Routing per MoE layer
-    of the main model. The last event has `finish_reason` and `usage`; with "error" also `error`, one sentence.
+    of the main model. The last event has `finish_reason` and `usage`; with "error" also `error`, one sentence, and
+    `error_field`, the field of the request that is to blame if one is.
     """
 
     request_id: int
@@ -70,6 +71,7 @@ class Event:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     error: str | None = None
+    error_field: str | None = None
 
 
 @dataclass(frozen=True)

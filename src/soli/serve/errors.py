@@ -7,11 +7,13 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from soli.errors import SoliError
 from soli.serve.protocol_responses import ErrorDetail, ErrorResponse, to_json
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+DISCONNECTED = 499  # nginx's status for a client that closed the connection before its answer
 MAX_MESSAGE = 800  # characters
 HTTP_MESSAGES = {404: "there is no such route: see /openapi.json", 405: "this route does not take that method"}
 
@@ -77,6 +79,11 @@ async def _on_invalid_body(request: Request, error: RequestValidationError) -> J
     return JSONResponse(error_body(400, message[:MAX_MESSAGE], param), 400)
 
 
+async def _on_disconnect(_: Request, __: ClientDisconnect) -> Response:
+    """Nobody reads it; the status is for the log."""
+    return Response(status_code=DISCONNECTED)
+
+
 async def _on_soli_error(_: Request, error: SoliError) -> JSONResponse:
     """The caller's error, if the field is not known."""
     return error_response(400, str(error)[:MAX_MESSAGE])
@@ -90,6 +97,7 @@ async def _on_unexpected_error(_: Request, error: Exception) -> JSONResponse:
 # Every exception of a route becomes an answer in this format.
 HANDLERS: dict[int | type[Exception], Callable[[Request, Any], Coroutine[Any, Any, Response]]] = {
     ApiError: _on_api_error,
+    ClientDisconnect: _on_disconnect,
     HTTPException: _on_http_error,
     RequestValidationError: _on_invalid_body,
     SoliError: _on_soli_error,

@@ -20,7 +20,7 @@ from fastapi.routing import APIRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from soli.errors import SoliError
-from soli.serve.errors import error_response
+from soli.serve.errors import DISCONNECTED, error_response
 from soli.serve.json_body import parse_body
 
 OPEN_PATHS = ("/health", "/ready", "/")
@@ -118,6 +118,8 @@ class AccessMiddleware:
                 raise HTTPException(
                     408, f"the body did not arrive within {self._rules.body_seconds:g} seconds"
                 ) from None
+            if message["type"] == "http.disconnect" and not complete:
+                raise HTTPException(DISCONNECTED)
             received += len(message.get("body", b""))
             complete = not message.get("more_body", False)
             if received > self._rules.body_bytes:
@@ -129,7 +131,7 @@ class AccessMiddleware:
     def _rejection(self, scope: Scope, headers: dict[bytes, bytes]) -> tuple[int, str] | None:
         """(status, message) for a request that goes no further."""
         host = headers.get(b"host", b"").decode("latin-1").lower()
-        name = host.rsplit(":", 1)[0] if host.rpartition(":")[2].isdigit() else host
+        name = host.rsplit(":", 1)[0] if re.search(r":[0-9]+$", host) else host
         if "*" not in self._rules.hosts and name not in self._rules.hosts:
             return 421, "this host name is not served here: start the server with --allow-host for it"
         is_open = scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_FOLDER)

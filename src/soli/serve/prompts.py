@@ -58,6 +58,8 @@ def completion_batch(body: CompletionBody, loaded: LoadedModel, limits: ServiceL
     request = _request(body, body.max_tokens or DEFAULT_COMPLETION_TOKENS, _format_constraint(body), loaded)
     requests = [replace(request, prompt_ids=tuple(ids), logprobs=body.logprobs) for ids in prompt_ids]
     names = _param_names(body.soli, prompt_ids="prompt", constraint="response_format")
+    if body.max_tokens is None:
+        names["max_new_tokens"] = "prompt"  # too long for the default
     return _batch(body, requests, names, loaded, limits)
 
 
@@ -100,8 +102,8 @@ def chat_batch(body: ChatBody, loaded: LoadedModel, limits: ServiceLimits) -> Re
     names = _param_names(
         body.soli, prompt_ids="messages", constraint="response_format" if forced_tool is None else "tools"
     )
-    if body.max_completion_tokens:
-        names["max_new_tokens"] = "max_completion_tokens"
+    if not body.max_tokens:
+        names["max_new_tokens"] = "max_completion_tokens" if body.max_completion_tokens else "messages"
     new_parser = _new_parser(forced_tool, constraint is not None, prompt.starts_in_reasoning, bool(tools))
     return _batch(body, [request], names, loaded, limits, new_parser)
 
@@ -126,7 +128,10 @@ def translation_batch(body: TranslateBody, loaded: LoadedModel, limits: ServiceL
         trace=body.soli.routing != "none",
         masked_experts=_masked_experts(body.soli),
     )
-    return RequestBatch((request,), 1, body.soli.routing, _param_names(body.soli, prompt_ids="text"), True)
+    names = _param_names(body.soli, prompt_ids="text")
+    if body.max_tokens is None:
+        names["max_new_tokens"] = "text"
+    return RequestBatch((request,), 1, body.soli.routing, names, True)
 
 
 def can_translate(loaded: LoadedModel) -> bool:

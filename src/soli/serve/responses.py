@@ -102,6 +102,9 @@ class ResponseBuilder:
     def _record_end(self, index: int, event: Event) -> None:
         """Keeps the last event's usage; an answer that failed is an error, not a short answer."""
         self._usages[index] = event.usage or self._usages[index]
+        if event.finish_reason == "error" and event.error_field is not None:
+            param = self._batch.param_names.get(event.error_field)
+            raise ApiError(400, event.error or "the answer failed", param)
         if event.finish_reason == "error":
             raise ApiError(500, event.error or "the answer failed")
         if event.finish_reason == "cancelled":

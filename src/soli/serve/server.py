@@ -29,6 +29,7 @@ from soli.engine.engine import Engine
 from soli.engine.request import EngineLimits
 from soli.engine.text_model import open_text_model
 from soli.errors import SoliError
+from soli.machine import memory_bytes
 from soli.serve.app import create_app
 from soli.serve.middleware import AccessRules
 from soli.serve.service import LoadedModel, Service, ServiceLimits
@@ -117,6 +118,7 @@ def run_server(
 ) -> None:
     """Serves until a signal ends it; `open_page` shows the page in a browser once the model is loaded. `log_level`:
     debug, info, warning or error. SoliError if the port is taken or the model cannot be loaded."""
+    _check_cache(engine.cache_bytes, device)
     sys.setswitchinterval(SWITCH_SECONDS)
     listener = listen(host, port)
     model_service = Service(name, lambda: load(model, device, dtype, engine), service)
@@ -131,6 +133,15 @@ def run_server(
     server.run(sockets=[listener])
     if model_service.failure is not None:
         raise model_service.failure
+
+
+def _check_cache(cache_bytes: int, device: str) -> None:
+    memory = memory_bytes()
+    if device == "cpu" and cache_bytes > memory:
+        raise SoliError(
+            f"a latent cache of {cache_bytes:,} bytes does not fit in this machine's memory of {memory:,} bytes: give "
+            f"--cache-mib of at most {memory // 2**20}"
+        )
 
 
 def load(model: str, device: str, dtype: str, limits: EngineLimits) -> LoadedModel:
