@@ -19,9 +19,9 @@ export const EXAMPLES = {
   chat: ['What is a mixture of experts? Answer in one sentence.', '什么是混合专家模型？请用一句话回答。'],
 };
 
-/** The second text of a comparison, beside the first example. */
+/** The second text of a comparison, beside the first example: of the other language, and translated correctly too. */
 export const SECOND = {
-  translate: TRANSLATIONS[0].translation,
+  translate: TRANSLATIONS[1].text,
   complete: 'The city',
   chat: 'What is a neural network? Answer in one sentence.',
 };
