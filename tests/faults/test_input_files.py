@@ -159,3 +159,27 @@ def test_a_schema_is_read_as_strictly(tmp_path: Path, schema: str, capsys: pytes
     (tmp_path / "schema.json").write_text(schema)
     assert main(["generate", "nano", "a", "--json-schema", str(tmp_path / "schema.json")]) == 1
     assert "unexpected" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["count", "nano", "--context", "1" * 400],
+        ["train", "nano-zh-en", "--dry-run", "--no-measure", "--devices", "1" * 400],
+        ["convert", "nano", "{}", "--to", "bf16", "--shard-gb", "nan"],
+        ["convert", "nano", "{}", "--to", "bf16", "--shard-gb", "1e300"],
+        ["count", "nano", "--set", "hidden_size=" + "1" * 400],
+        ["count", "nano", "--set", "rope_theta=" + "1" * 400],
+        ["count", "nano", "--set", "hidden_size=0x" + "f" * 5000],
+        ["count", "nano", "--set", "quantization_config=" + "[" * 5000],
+        ["train", "nano-zh-en", "--dry-run", "--no-measure", "--set", "schedule.batch_ramp_tokens=1000000000000000"],
+    ],
+    ids=lambda command: " ".join(command)[:50],
+)
+def test_numbers_of_the_command_line_are_bounded(
+    tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    start = time.process_time()
+    assert main([part.replace("{}", str(tmp_path / "out")) for part in command]) in (1, 2)
+    assert time.process_time() - start < 1
+    assert "unexpected" not in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from soli.cli._shared import options
+from soli.errors import SoliError
 
 
 def convert(
@@ -28,6 +29,8 @@ def convert(
     from soli.cli._shared.progress import ProgressBar
 
     options.use_threads(threads)
+    if not shard_gb <= 1e6:  # nor NaN
+        raise SoliError(f"--shard-gb is {shard_gb}; it must be a number of at most 1,000,000")
     target = Target(to, ue8m0, int(shard_gb * 1e9), group, tuple(int8 or ()))
     with ProgressBar(f"writing {to}", unit="bytes") as bar:
         conversion = convert_checkpoint(source, destination, target, bar.update)

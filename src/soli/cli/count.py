@@ -19,7 +19,7 @@ def count(
         list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A what-if; may be repeated.")
     ] = None,
     mtp: Annotated[bool, typer.Option("--mtp", help="Count the multi-token prediction modules in.")] = False,
-    context: Annotated[int, typer.Option(min=1, help="Tokens in view, for the FLOPs of attention.")] = 4096,
+    context: Annotated[int, typer.Option(min=1, max=2**62, help="Tokens in view, for the FLOPs of attention.")] = 4096,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
     """Count a model from its configuration alone; no weights are read.

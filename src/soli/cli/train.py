@@ -50,7 +50,9 @@ def train(
     as_json: Annotated[
         bool, typer.Option("--json", help="With --dry-run: the plan and the resolved recipe as JSON.")
     ] = False,
-    devices: Annotated[int, typer.Option(min=1, help="With --dry-run: devices that share the run.")] = 1,
+    devices: Annotated[
+        int, typer.Option(min=1, max=10**9, help="With --dry-run: devices that share the run.")
+    ] = 1,
     mfu: Annotated[float, typer.Option(min=0.001, max=1, help="With --dry-run: model FLOPs utilisation.")] = 0.4,
     device_tflops: Annotated[
         float,
