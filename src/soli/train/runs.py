@@ -18,6 +18,7 @@ import numpy as np
 from soli.analysis.figure import new_figure, save_figure, style_panel
 from soli.errors import SoliError
 from soli.input_files import parse_json, read_lines, read_object
+from soli.sections import LARGEST_INT
 from soli.train.run_lock import is_locked
 
 METRICS = "metrics.jsonl"
@@ -190,12 +191,10 @@ def _read_line(line: str, where: str) -> dict[str, Any]:
         entry = parse_json(line, "it", finite=False)
         of_kind = {"step": ("loss", "mtp", "tokens_per_second"), "evaluation": ("loss", "bits_per_byte")}
         numbers = ("step", "tokens", "seconds", *of_kind.get(entry["kind"], ()))
-        wrong = [key for key in numbers if not isinstance(entry[key], int | float)]
+        wrong = [key for key in numbers if not _is_number(entry[key])]
         wrong += [key for key in ("stage",) if type(entry.get(key, 0)) is not int]
         if entry["kind"] == "step":
-            wrong += [
-                name for name, load in entry["load"].items() if not isinstance(load["max_violation"], int | float)
-            ]
+            wrong += [name for name, load in entry["load"].items() if not _is_number(load["max_violation"])]
     except SoliError as error:
         raise SoliError(f"{where} is not what soli train writes ({error})") from None
     except (KeyError, TypeError, AttributeError) as error:
@@ -203,6 +202,11 @@ def _read_line(line: str, where: str) -> dict[str, Any]:
     if wrong:
         raise SoliError(f"{where} is not what soli train writes: {wrong[0]} is not a number")
     return entry
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a float, NaN included, or an integer of 64 bits."""
+    return isinstance(value, float) or (type(value) is int and abs(value) <= LARGEST_INT)
 
 
 def _state(metrics: RunMetrics, now: float) -> str:
