@@ -267,6 +267,8 @@ def _check_shape(config: ModelConfig) -> None:
 
 def check_token_ids(name: str, value: Any, vocab_size: int) -> frozenset[int]:
     """The token ids that a JSON field holds: a number or a list of them; none for null. SoliError for anything else."""
+    if name == "pad_token_id" and type(value) is int and value == -1:
+        return frozenset()  # written for "none" by many; Soli pads nothing
     tokens = [] if value is None else value if isinstance(value, list) else [value]
     if value == []:
         reject(name, value, "it must be a whole number, or a list of at least one")

@@ -44,6 +44,8 @@ def generate(folder: Path, capsys: pytest.CaptureFixture) -> tuple[int, str]:
 def test_token_ids_outside_the_vocabulary_are_rejected(
     folder: Path, file: str, field: str, ids: Any, capsys: pytest.CaptureFixture
 ) -> None:
+    if field == "pad_token_id" and ids == -1:
+        pytest.skip("-1 says that there is none")
     (folder / "generation_config.json").write_text("{}")
     edit_json(folder / file, lambda table: table.update({field: ids}))
     status, error = generate(folder, capsys)
@@ -55,6 +57,13 @@ def test_token_ids_of_the_vocabulary_are_read(folder: Path, ids: Any, capsys: py
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
     edit_json(folder / "config.json", lambda table: table.update({"eos_token_id": ids}))
     assert generate(folder, capsys)[0] == 0
+
+
+def test_a_pad_token_of_minus_one_is_none(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    for file in ("config.json", "generation_config.json"):
+        (folder / "generation_config.json").write_text("{}")
+        edit_json(folder / file, lambda table: table.update({"pad_token_id": -1}))
+        assert generate(folder, capsys)[0] == 0
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
