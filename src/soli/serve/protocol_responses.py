@@ -67,6 +67,7 @@ class TokenUsage(BaseModel):
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
     completion_tokens_details: CompletionTokensDetails
+    tokens_per_second: float | None = None  # of all choices together, after their first tokens; not OpenAI's
 
 
 class ExpertCounts(BaseModel):

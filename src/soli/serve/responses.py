@@ -51,6 +51,7 @@ class ResponseBuilder:
         text_model = service.loaded.text_model
         self._choices = [answer_format.new_choice(index, text_model, batch) for index in range(len(batch.requests))]
         self._usages: list[Usage | None] = [None] * len(batch.requests)
+        self._token_times: list[float] = []  # monotonic, of the first token and of the last one so far
         self._recorders = [RoutingRecorder(service, request) for request in batch.requests if batch.routing != "none"]
         self._head: dict[str, Any] = {
             "id": f"{answer_format.id_prefix}-{secrets.token_hex(12)}",
@@ -101,6 +102,8 @@ class ResponseBuilder:
 
     def _record_end(self, index: int, event: Event) -> None:
         """Keeps the last event's usage; an answer that failed is an error, not a short answer."""
+        if event.token is not None:
+            self._token_times[1:] = [time.monotonic()]
         self._usages[index] = event.usage or self._usages[index]
         if event.finish_reason == "error" and event.error_field is not None:
             param = self._batch.param_names.get(event.error_field)
@@ -116,6 +119,8 @@ class ResponseBuilder:
         of_prompts = usages[:: self._batch.choices_per_prompt]
         prompt_tokens = sum(usage.prompt for usage in of_prompts)
         completion_tokens = sum(usage.completion for usage in usages)
+        later_tokens = completion_tokens - len(usages)
+        seconds = self._token_times[-1] - self._token_times[0] if self._token_times else 0.0
         return protocol.TokenUsage(
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
@@ -125,6 +130,7 @@ class ResponseBuilder:
                 accepted_prediction_tokens=sum(usage.accepted for usage in usages),
                 rejected_prediction_tokens=sum(usage.drafted - usage.accepted for usage in usages),
             ),
+            tokens_per_second=round(later_tokens / seconds, 1) if later_tokens > 0 and seconds > 0 else None,
         )
 
     def _summary(self) -> dict[str, Any]:
