@@ -437,8 +437,13 @@ def test_metrics_that_cannot_be_written_leave_whole_lines(tmp_path, small_disk):
 # Signals
 
 
+def hear_hangups() -> None:
+    """In a child process: as in a terminal, also where these tests run under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def test_a_hangup_saves_the_state(folder):
-    process = start(*SAVE_AT_THE_END)
+    process = start(*SAVE_AT_THE_END, preexec_fn=hear_hangups)
     wait_for_step(process)
     message = stop(process, signal.SIGHUP)
     assert process.returncode == 0 and "state is in run" in message
@@ -459,6 +464,7 @@ def test_a_closed_terminal_saves_the_state(folder):
     """The terminal is gone when the run hears of it: what it prints then fails."""
     pid, terminal = pty.fork()
     if pid == 0:
+        hear_hangups()
         command = [sys.executable, "-m", "soli", "train", "recipe.toml", "--out", "run", *ENDLESS, *SAVE_AT_THE_END]
         os.execv(sys.executable, command)
     text = b""
