@@ -99,7 +99,7 @@ def write_random(folder: Path, config: ModelConfig, target: Target) -> None:
         names = Path(holder) / "tokenizer_config.json"
         tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<eos>"}
         names.write_text(json.dumps(tokenizer_config), encoding="utf-8")
-        extra = [tokenizer_file, names]
+        extra = {path.name: path for path in (tokenizer_file, names)}
         write(folder, config, slots(config), target, lambda slot: draw(slot, target, generator), extra)
 
 
