@@ -12,7 +12,7 @@ import time{first}
 import soli
 import torch
 torch.set_num_threads(2)
-llm = soli.LLM()
+llm = soli.LLM("nano")
 llm.generate(["warm up"], max_new_tokens=8)
 start = time.perf_counter()
 answer, = llm.generate(["In the beginning"], max_new_tokens=60)
