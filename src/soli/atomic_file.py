@@ -7,6 +7,15 @@ from pathlib import Path
 from soli.errors import SoliError
 
 
+def sync(path: Path) -> None:
+    """fsync of a file, or of a folder's list of names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def replace_file(file: Path, content: str | bytes) -> None:
     """Write a hidden draft beside `file` and rename it when every byte is on disk; text as UTF-8.
 

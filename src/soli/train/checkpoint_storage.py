@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from soli.atomic_file import sync
 from soli.checkpoint.shard import FILE_DTYPE, TORCH_DTYPE, Shard, encode_header
 from soli.errors import SoliError
 from soli.input_files import kind_of, parse_json
@@ -170,15 +171,6 @@ def load(reader: StateReader, state: dict[str, Tensor]) -> None:
 def allow_one_process() -> None:
     """Silence the warning of torch.distributed.checkpoint that a single process saves or loads: that is intended."""
     warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
-
-
-def sync(path: Path) -> None:
-    """fsync of a file, or of a folder's list of names."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _file_name(part: str, rank: int, world: int) -> str:

@@ -39,13 +39,14 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.tensor import DTensor
 
+from soli.atomic_file import sync
 from soli.checkpoint.writer import write_json
 from soli.config import load_config
 from soli.errors import SoliError
 from soli.input_files import kind_of, parse_json, read_object, read_text
 from soli.model.transformer import Transformer
 from soli.sections import NonNegativeInt, annotations_of, convert, reject_unknown
-from soli.train.checkpoint_storage import StateReader, StateWriter, allow_one_process, load, sync
+from soli.train.checkpoint_storage import StateReader, StateWriter, allow_one_process, load
 from soli.train.optimizer import Optimizer
 from soli.train.run_lock import RunIsLocked, RunLock, create_folder, lock_run
 

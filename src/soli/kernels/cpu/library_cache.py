@@ -13,6 +13,8 @@ import stat
 from pathlib import Path
 from typing import Final
 
+from soli.atomic_file import sync
+
 DIGEST_SUFFIX: Final = ".sha256"
 _WRITABLE_BY_OTHERS: Final = stat.S_IWGRP | stat.S_IWOTH
 
@@ -63,11 +65,11 @@ def install(linked: Path, library: Path) -> None:
     digest.write_text(hashlib.sha256(linked.read_bytes()).hexdigest() + "\n", encoding="ascii")
     for source, name in ((linked, library), (digest, Path(f"{library}{DIGEST_SUFFIX}"))):
         source.chmod(0o755)
-        _sync(source)
+        sync(source)
         if not name.is_file():
             remove(name)
         os.replace(source, name)
-    _sync(library.parent)
+    sync(library.parent)
 
 
 def remove(path: Path) -> None:
@@ -105,11 +107,3 @@ def _check_status(path: Path, status: os.stat_result) -> None:
         raise OSError(errno.EPERM, f"belongs to another user (id {status.st_uid})", str(path))
     if status.st_mode & _WRITABLE_BY_OTHERS:
         raise OSError(errno.EPERM, "can be written by other users", str(path))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
