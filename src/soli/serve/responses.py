@@ -65,7 +65,7 @@ class ResponseBuilder:
         async with aclosing(events):
             async for index, event in events:
                 self._choices[index].push(event)
-                self._record_end(index, event)
+                self._record(index, event)
                 if self._recorders:
                     traces[index] += await self._recorders[index].push(event)
         choices = [choice.whole() for choice in self._choices]
@@ -95,13 +95,13 @@ class ResponseBuilder:
                     if traces and self._batch.routing == "full":
                         chunk.soli = protocol.ChunkRouting(choice=index, tokens=traces)
                     yield chunk
-                self._record_end(index, event)
+                self._record(index, event)
         if self._batch.include_usage or self._recorders:
             usage: dict[str, Any] = {"usage": self._usage()} if self._batch.include_usage else {}
             yield new_chunk(**head, choices=[], **usage, **self._summary())
 
-    def _record_end(self, index: int, event: Event) -> None:
-        """Keeps the last event's usage; an answer that failed is an error, not a short answer."""
+    def _record(self, index: int, event: Event) -> None:
+        """Keeps the usage and when tokens came; an answer that failed is an error, not a short answer."""
         if event.token is not None:
             self._token_times[1:] = [time.monotonic()]
         self._usages[index] = event.usage or self._usages[index]
