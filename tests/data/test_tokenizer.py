@@ -5,6 +5,8 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, models, pre_tokenizers, processors
+from tokenizers import Tokenizer as Backend
 
 from soli.data.tokenizer import SMALLEST_VOCAB, SPECIAL_TOKENS, Tokenizer
 from soli.errors import SoliError
@@ -97,4 +99,71 @@ def test_errors_are_sentences(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[")
     with pytest.raises(SoliError, match=r"tokenizer_config\.json: not valid JSON"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def bytes_folder(folder, post_processor=None, **config):
+    """A folder with a tokenizer of 256 bytes, <b> (256) and <e> (257), and this tokenizer_config.json."""
+    vocabulary = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Backend(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ("<b>", "<e>")])
+    if post_processor is not None:
+        backend.post_processor = post_processor
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<b>", "eos_token": "<e>"} | config
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def template(single):
+    return processors.TemplateProcessing(single=single, special_tokens=[("<b>", 256), ("<e>", 257)])
+
+
+BYTE_LEVEL = processors.ByteLevel(trim_offsets=False)
+POST_PROCESSORS = {
+    "none": None,
+    "byte level": BYTE_LEVEL,
+    "bos": template("<b> $A"),
+    "bos and eos": template("<b> $A <e>"),
+    "bos twice": template("<b> <b> $A"),
+    "a template that adds nothing": template("$A"),
+    "byte level, then bos": processors.Sequence([BYTE_LEVEL, template("<b> $A")]),
+    "roberta": processors.RobertaProcessing(("<e>", 257), ("<b>", 256)),
+}
+ADD_BOS = {"absent": {}, "null": {"add_bos_token": None}, "false": {"add_bos_token": False}}
+
+
+@pytest.mark.parametrize("tokenizer_class", ["PreTrainedTokenizerFast", "LlamaTokenizerFast", None])
+@pytest.mark.parametrize("add_bos", ADD_BOS)
+@pytest.mark.parametrize("post_processor", POST_PROCESSORS)
+def test_a_text_is_surrounded_as_the_tokenizer_s_files_say(tmp_path, post_processor, add_bos, tokenizer_class):
+    transformers = pytest.importorskip("transformers")
+    config = ADD_BOS[add_bos] | {"tokenizer_class": tokenizer_class}
+    bytes_folder(tmp_path, POST_PROCESSORS[post_processor], **config)
+    (tmp_path / "config.json").write_text('{"model_type": "deepseek_v3"}')
+    prefix, suffix = Tokenizer.from_folder(tmp_path).text_affixes
+    ids = Tokenizer.from_folder(tmp_path).encode("hi")
+    assert [*prefix, *ids, *suffix] == transformers.AutoTokenizer.from_pretrained(tmp_path)("hi").input_ids
+
+
+@pytest.mark.parametrize(
+    ("post_processor", "config", "prefix"),
+    [
+        ("none", {"add_bos_token": True}, (256,)),
+        ("byte level", {"add_bos_token": True}, (256,)),  # as DeepSeek-V3's
+        ("bos", {"add_bos_token": True}, (256,)),
+        ("a template that adds nothing", {"add_bos_token": True}, ()),
+        ("none", {"add_bos_token": True, "bos_token": None}, ()),
+        ("none", {"bos_token": None}, ()),
+    ],
+)
+def test_add_bos_token_counts_where_no_template_decides(tmp_path, post_processor, config, prefix):
+    bytes_folder(tmp_path, POST_PROCESSORS[post_processor], **config)
+    assert Tokenizer.from_folder(tmp_path).text_affixes == (prefix, ())
+
+
+def test_add_bos_token_must_be_a_truth_value(tmp_path):
+    bytes_folder(tmp_path, add_bos_token="no")
+    with pytest.raises(SoliError, match=r"tokenizer_config\.json: add_bos_token is 'no'; it must be true"):
         Tokenizer.from_folder(tmp_path)

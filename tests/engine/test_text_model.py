@@ -1,10 +1,12 @@
 """Between text and tokens: how a text begins and ends, and how half a character is shown."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
+from soli.data.tokenizer import Tokenizer
 from soli.engine.text_model import open_text_model, text_model
 from soli.errors import SoliError
 from tests.engine.tiny import tiny_folder, tiny_model, tiny_text_model, tiny_tokenizer
@@ -44,18 +46,28 @@ def test_as_is_leaves_fp8_in_its_file_and_computes_the_same():
     assert float((actual - expected).norm() / expected.norm()) < 0.03
 
 
-def test_other_tokenizers_begin_with_bos_unless_configured_otherwise(tmp_path, monkeypatch):
-    tokenizer = tiny_tokenizer()
-    monkeypatch.setattr(type(tokenizer), "has_token", lambda self, token: False)
-    model = tiny_model(vocab_size=330)
-    assert text_model(model, tokenizer, tmp_path).text_prefix == (0,)
-    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
-    assert text_model(model, tokenizer, tmp_path).text_prefix == ()
+def test_other_tokenizers_begin_as_their_files_say(tmp_path, monkeypatch):
+    folder = Path(tiny_folder(tmp_path))
+    monkeypatch.setattr(Tokenizer, "has_token", lambda self, token: token != "<|text|>")
+    assert open_text_model(str(folder)).text_prefix == ()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": True}))
+    assert open_text_model(str(folder)).text_prefix == (0,)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": False}))
+    opened = open_text_model(str(folder))
+    assert opened.text_prefix == () and opened.text_prompt("the") == opened.tokenizer.encode("the")
     with pytest.raises(SoliError, match="prompt is empty"):
-        text_model(model, tokenizer, tmp_path).text_prompt("")
-    (tmp_path / "tokenizer_config.json").write_text("{")
+        opened.text_prompt("")
+    (folder / "tokenizer_config.json").write_text("{")
     with pytest.raises(SoliError, match=r"tokenizer_config\.json: not valid JSON"):
-        text_model(model, tokenizer, tmp_path)
+        open_text_model(str(folder))
+
+
+def test_tokens_around_a_text_belong_to_the_model(monkeypatch):
+    tokenizer = tiny_tokenizer()
+    monkeypatch.setattr(tokenizer, "text_affixes", ((0,), (99_999,)))
+    with pytest.raises(SoliError, match=r"the tokens \[0, 99999\] around a text, but the model's vocab_size is 330"):
+        text_model(tiny_model(vocab_size=330), tokenizer)
 
 
 def test_parts_that_do_not_belong_together_are_rejected(tmp_path):

@@ -59,17 +59,20 @@ class TextTooLong(SoliError):
 class Tokenizer:
     """Text to ids and back, around a `tokenizers.Tokenizer`."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, bos: str = "<|bos|>", eos: str = "<|eos|>") -> None:
+    def __init__(
+        self, backend: tokenizers.Tokenizer, bos: str = "<|bos|>", eos: str = "<|eos|>", add_bos: bool = False
+    ) -> None:
+        """`add_bos`: texts begin with bos where the backend's post-processor has no template that decides it."""
         backend.encode_special_tokens = True  # text that spells a special token is encoded as text
         backend.no_padding()
         backend.no_truncation()
         self._backend = backend
         self._special = {index for index, token in backend.get_added_tokens_decoder().items() if token.special}
-        self._bos, self._eos = bos, eos
+        self._bos, self._eos, self._add_bos = bos, eos, add_bos
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Self:
-        """Read `folder/tokenizer.json`, and the names of bos and eos from `tokenizer_config.json` if there is one."""
+        """Read `folder/tokenizer.json`, and bos and eos from `tokenizer_config.json` if there is one."""
         path = Path(folder) / "tokenizer.json"
         if not os.path.lexists(path):
             raise SoliError(f"{folder} has no tokenizer.json: point to a model or data folder that holds one")
@@ -79,8 +82,10 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the Rust side raises a bare Exception
             raise SoliError(f"{path} is not a readable tokenizer ({error}): fetch or build it again") from error
-        names = special_names(path.with_name("tokenizer_config.json"))
-        return cls(backend, names.get("bos_token") or "<|bos|>", names.get("eos_token") or "<|eos|>")
+        config = path.with_name("tokenizer_config.json")
+        names = special_names(config)
+        add_bos = _adds_bos(config) and "bos_token" in names
+        return cls(backend, names.get("bos_token") or "<|bos|>", names.get("eos_token") or "<|eos|>", add_bos)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
@@ -140,6 +145,22 @@ class Tokenizer:
     def has_token(self, token: str) -> bool:
         """Whether the vocabulary holds this token, by its name."""
         return self._backend.token_to_id(token) is not None
+
+    @cached_property
+    def text_affixes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The tokens before and after a text, as the tokenizer's own files say.
+
+        A template in the post-processor decides; without one `add_bos_token`, where tokenizer_config.json has it; else
+        there are none. Soli's own tokenizers, of which old ones have no template, begin with <|bos|><|text|>.
+        """
+        if not _has_template(self._backend.post_processor):
+            if self.has_token("<|text|>"):
+                return (self.bos_id, self.token_id("<|text|>")), ()
+            return ((self.bos_id,) if self._add_bos else ()), ()
+        encoding = self._backend.encode("a", add_special_tokens=True)
+        is_text = [not special for special in encoding.special_tokens_mask]
+        first = is_text.index(True) if any(is_text) else len(is_text)
+        return tuple(encoding.ids[:first]), tuple(encoding.ids[first + sum(is_text) :])
 
     def added_tokens(self) -> dict[str, int]:
         """Ids of the tokens added to the vocabulary, special or not, by name."""
@@ -217,6 +238,22 @@ def special_names(path: Path) -> dict[str, str]:
         if isinstance(name, str):
             names[key] = name
     return names
+
+
+def _adds_bos(path: Path) -> bool:
+    """`add_bos_token` of a tokenizer_config.json; an absent one and null are false."""
+    value = read_object_if_present(path).get("add_bos_token")
+    if value is not None and not isinstance(value, bool):
+        raise SoliError(f"{path}: add_bos_token is {shown(value)}; it must be true, false or null")
+    return bool(value)
+
+
+def _has_template(post_processor: Any) -> bool:
+    """Whether a post-processor decides which tokens surround a text; ByteLevel only moves offsets."""
+    if post_processor is None:
+        return False
+    state = json.loads(post_processor.__getstate__())
+    return any(part["type"] != "ByteLevel" for part in state.get("processors", [state]))
 
 
 def _check_vocabulary(path: Path, document: Any) -> None:

@@ -18,7 +18,6 @@ from soli.data.tokenizer import Tokenizer
 from soli.errors import SoliError
 from soli.input_files import read_object_if_present
 from soli.model.transformer import Transformer
-from soli.sections import shown
 
 FLOAT32_LIMIT = 512 * 2**20  # bytes of weight files
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -26,12 +25,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class TextModel:
-    """A loaded model and its tokenizer. `stop_ids` end a text, `text_prefix` begins one."""
+    """A loaded model and its tokenizer. `stop_ids` end a text; a prompt is a text between `text_prefix` and
+    `text_suffix`."""
 
     model: Transformer
     tokenizer: Tokenizer
     stop_ids: frozenset[int]
     text_prefix: tuple[int, ...]
+    text_suffix: tuple[int, ...] = ()
 
     @property
     def positions(self) -> int:
@@ -39,12 +40,12 @@ class TextModel:
         return self.model.config.max_position_embeddings
 
     def text_prompt(self, text: str) -> list[int]:
-        """The tokens of `text` after those that begin the model's training documents."""
+        """The tokens of `text` with those that the tokenizer's files put around it."""
         return self.text_prompts([text])[0]
 
     def text_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """`text_prompt` of many texts at once."""
-        prompts = [[*self.text_prefix, *ids] for ids in self.tokenizer.encode_batch(texts)]
+        prompts = [[*self.text_prefix, *ids, *self.text_suffix] for ids in self.tokenizer.encode_batch(texts)]
         if not all(prompts):
             raise SoliError("the prompt is empty and this model has no token that begins a text: give it some text")
         return prompts
@@ -111,7 +112,7 @@ def check_device(name: str) -> None:
 
 
 def text_model(model: Transformer, tokenizer: Tokenizer, folder: Path | None = None) -> TextModel:
-    """Joins a model and a tokenizer; stop tokens and prefix by config.json and the folder's other files."""
+    """Joins a model and a tokenizer; stop tokens by config.json and the folder's generation_config.json."""
     if tokenizer.vocab_size > model.config.vocab_size:
         raise SoliError(
             f"the tokenizer has {tokenizer.vocab_size} tokens but the model's vocab_size is {model.config.vocab_size}: "
@@ -120,7 +121,13 @@ def text_model(model: Transformer, tokenizer: Tokenizer, folder: Path | None = N
     stop_ids = check_token_ids("eos_token_id", model.config.eos_token_id, model.config.vocab_size)
     if folder is not None:
         stop_ids |= _generation_stop_ids(folder / "generation_config.json", model.config.vocab_size)
-    return TextModel(model, tokenizer, stop_ids, _text_prefix(model, tokenizer, folder))
+    prefix, suffix = tokenizer.text_affixes
+    if any(not 0 <= token < model.config.vocab_size for token in (*prefix, *suffix)):
+        raise SoliError(
+            f"the tokenizer puts the tokens {[*prefix, *suffix]} around a text, but the model's vocab_size is "
+            f"{model.config.vocab_size}: they do not belong together"
+        )
+    return TextModel(model, tokenizer, stop_ids, prefix, suffix)
 
 
 def _generation_stop_ids(file: Path, vocab_size: int) -> frozenset[int]:
@@ -131,15 +138,3 @@ def _generation_stop_ids(file: Path, vocab_size: int) -> frozenset[int]:
     except SoliError as error:
         raise SoliError(f"{file}: {error}") from None
     return ids["eos_token_id"]
-
-
-def _text_prefix(model: Transformer, tokenizer: Tokenizer, folder: Path | None) -> tuple[int, ...]:
-    """Soli's own plain documents begin <|bos|><|text|>; others with bos, unless tokenizer_config.json says not to."""
-    if tokenizer.has_token("<|text|>"):
-        return (tokenizer.bos_id, tokenizer.token_id("<|text|>"))
-    bos = model.config.bos_token_id
-    file = folder / "tokenizer_config.json" if folder is not None else None
-    add_bos = read_object_if_present(file).get("add_bos_token", True) if file is not None else True
-    if add_bos is not None and not isinstance(add_bos, bool):
-        raise SoliError(f"{file}: add_bos_token is {shown(add_bos)}; it must be true, false or null")
-    return (bos,) if add_bos and bos is not None else ()
