@@ -15,8 +15,8 @@ SOURCE = Path(__file__).parents[1] / "src"
 # "soli" is the package's __init__, which only offers the public names.
 LAYERS = [
     ("errors",),
-    ("atomic_file", "input_files", "links", "mapped_files"),
-    ("sections", "rope_scaling", "config", "presets", "machine", "analysis"),
+    ("atomic_file", "input_files", "links", "mapped_files", "quantities"),
+    ("sections", "arguments", "rope_scaling", "config", "presets", "machine", "analysis"),
     ("formats", "kernels", "data"),
     ("model",),
     ("checkpoint", "experts", "parallel"),

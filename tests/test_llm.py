@@ -1,12 +1,17 @@
 """soli.LLM: whole answers and streams, from threads and event loops, equal to the engine's."""
 
 import asyncio
+from dataclasses import replace
+from xml.etree import ElementTree
 
 import pytest
+import torch
 
 import soli
+from soli.analysis.notebook_views import heat_map
 from soli.engine.text_model import open_text_model
 from soli.errors import SoliError
+from soli.eval.translation import Translation, Translator
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +59,77 @@ def test_what_the_engine_rejects_is_raised_here(llm):
     with pytest.raises(SoliError, match="512 positions"):
         llm.generate("The river", max_new_tokens=600)
     assert llm.generate([]) == []
+
+
+def test_options_of_openai_and_vllm_do_what_they_say(llm):
+    [greedy] = llm.generate("The river", max_new_tokens=8)
+    assert llm.generate("The river", max_tokens=8)[0].ids == greedy.ids
+    assert llm.generate("The river", max_completion_tokens=3)[0].ids == greedy.ids[:3]
+    stopped = llm.generate("The river", max_tokens=8, stop_token_ids=[greedy.ids[2]])[0]
+    assert (stopped.ids, stopped.finish_reason) == (greedy.ids[:2], "stop")
+    assert llm.generate("The river", max_tokens=8, stop=" ")[0].text == ""
+    assert len(llm.generate("The river", max_tokens=40, ignore_eos=True)[0].ids) == 40
+    with pytest.raises(SoliError, match="stop_token_ids has 6144, but the model's tokens go from 0 to 6143"):
+        llm.generate("The river", stop_token_ids=[6144])
+
+
+def test_n_answers_are_those_of_a_request_each(llm):
+    sampling = soli.SamplingParams(temperature=0.9, seed=4)
+    answers = llm.generate(["The river", "Open the"], sampling, n=3, max_tokens=5)
+    expected = [
+        llm.generate(prompt, sampling.for_choice(choice), max_tokens=5)[0].ids
+        for prompt in ("The river", "Open the")
+        for choice in range(3)
+    ]
+    assert [answer.ids for answer in answers] == expected and len(set(expected[:3])) == 3
+    for method in (llm.stream, llm.stream_async, llm.translate, llm.request):
+        with pytest.raises(SoliError, match=r"n is 2, but \w+ gives one answer: use generate"):
+            method("The river", n=2)
+
+
+def test_prompts_are_texts_or_lists_of_ids(llm):
+    ids = llm.text_model.text_prompt("The river")
+    [expected] = llm.generate("The river", max_tokens=4)
+    for prompts in (ids, [ids], (tuple(ids),), torch.tensor(ids), torch.tensor([ids]), iter(["The river"])):
+        assert llm.generate(prompts, max_tokens=4)[0].ids == expected.ids
+    for prompts in (None, 3, b"x", {"prompt": "x"}, [{"prompt": "x"}], [None], [1.5], [[1.5]], [[True]]):
+        with pytest.raises(SoliError, match="give a text"):
+            llm.generate(prompts, max_tokens=4)
+
+
+def test_translations_are_those_of_the_translator(llm):
+    texts = ["Good morning.", " ", "他是我的朋友。"]
+    expected = list(Translator(llm.text_model).translate(texts))
+    translations = llm.translate(texts)
+    assert [(t.source, t.text, t.to) for t in translations] == [(t.source, t.text, t.to) for t in expected]
+    assert translations[1].answer is None
+    assert llm.translate("Good morning.") == translations[:1]
+    assert llm.translate("Good morning.", "en", max_tokens=2)[0].to == "en"
+    for texts in (None, [3], b"x"):
+        with pytest.raises(SoliError, match="a text to translate is"):
+            llm.translate(texts)
+    with pytest.raises(SoliError, match="cannot translate to 'fr'"):
+        llm.translate("a", "fr")
+
+
+def test_results_are_worth_reading_and_escape_their_texts(llm):
+    assert repr(llm).startswith("<soli.LLM nano: 17.4 M parameters, 6.4 M activated") and "512 positions" in repr(llm)
+    [answer] = llm.generate("The <b>river</b>", max_tokens=5, trace=True)
+    assert repr(answer).startswith(f"<Answer {answer.text!r}, length after ") and "routing of 4 layers" in repr(answer)
+    assert repr(answer.routing[0]).startswith("<Routing: 4 of 32 experts for each of ")
+    hostile = replace(answer, text="<script>alert(1)</script>")
+    views = [llm._repr_html_(), hostile._repr_html_(), answer.routing[0]._repr_html_()]
+    views += [Translation("<script>", "<script>", "zh", hostile)._repr_html_(), soli.count("nano")._repr_html_()]
+    for view in views:
+        tree = ElementTree.fromstring(f"<div>{view}</div>")
+        assert not {"script", "img", "link", "iframe"} & {element.tag for element in tree.iter()}
+        assert "http" not in view and "url(" not in view and "href" not in view
+    cells = ElementTree.fromstring(f"<div>{answer.routing[0]._repr_html_()}</div>").findall(".//g/rect")
+    assert len(cells) == 4 * len(answer.routing[0].expert_ids_TK)
+
+
+def test_the_heat_map_of_a_giant_stays_small():
+    rows = [[1.0 + expert for expert in range(256)] for _ in range(500)]
+    view = heat_map("a", rows, "token", "weight")
+    assert "the first 64 of 500 rows" in view and len(view) < 1_500_000
+    assert heat_map("a", [], "token", "weight") and heat_map("a", [[0.0, 0.0]], "token", "weight")

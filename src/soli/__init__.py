@@ -8,6 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from soli.analysis.counting import count
     from soli.checkpoint import load_model, save_model
     from soli.config import ModelConfig, preset
     from soli.engine.sampler import SamplingParams
@@ -22,6 +23,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 _MODULE_OF = {
+    "count": "soli.analysis.counting",
     "load_model": "soli.checkpoint",
     "save_model": "soli.checkpoint",
     "ModelConfig": "soli.config",
@@ -31,7 +33,17 @@ _MODULE_OF = {
     "SamplingParams": "soli.engine.sampler",
 }
 
-__all__ = ["LLM", "ModelConfig", "SamplingParams", "SoliError", "__version__", "load_model", "preset", "save_model"]
+__all__ = [
+    "LLM",
+    "ModelConfig",
+    "SamplingParams",
+    "SoliError",
+    "__version__",
+    "count",
+    "load_model",
+    "preset",
+    "save_model",
+]
 
 
 def __getattr__(name: str) -> Any:

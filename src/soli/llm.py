@@ -1,55 +1,82 @@
 """A model as Python uses it: prompts in, whole answers or their pieces out, from any thread or event loop.
 
     llm = soli.LLM("nano")
-    [answer] = llm.generate("Good morning", soli.SamplingParams(temperature=0.7, seed=1), max_new_tokens=40)
+    [answer] = llm.generate("Good morning", temperature=0.7, seed=1, max_tokens=40)
+    [translation] = llm.translate("Good morning")
 
-Requests of the same time, in one call or in several, are computed together by one engine (soli/engine). SoliError for a
-request that the engine rejects, before anything is computed for it.
+Requests of the same time, in one call or in several, are computed together by one engine (soli/engine). Options are
+Soli's, OpenAI's or vLLM's (soli/engine/options.py); what is not known is rejected by name. SoliError for a request that
+the engine rejects, before anything is computed for it.
 """
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Any, Final, Unpack
 
+from soli.analysis.notebook_views import html_text
+from soli.analysis.parameters import count
+from soli.arguments import checks_arguments
 from soli.checkpoint.writer import ProgressCallback
+from soli.data.text import Language
 from soli.data.tokenizer import Tokenizer
 from soli.engine.async_engine import AsyncEngine, Events
-from soli.engine.constraint import ConstraintSpec
 from soli.engine.engine import Engine
+from soli.engine.options import GenerationOptions, GenerationSettings, read_options
 from soli.engine.request import Answer, EngineLimits, EngineStats, Event, Request, checked
 from soli.engine.runner import RunnerName
-from soli.engine.sampler import GREEDY, SamplingParams
+from soli.engine.sampler import SamplingParams
 from soli.engine.text_model import TextModel, open_text_model, text_model
 from soli.errors import SoliError
+from soli.eval.translation import Translation, one_line, translation_request, translation_target
 from soli.model.transformer import Transformer
+from soli.quantities import scaled
+from soli.sections import shown
 
 NEW_TOKENS = 256  # unless max_new_tokens says otherwise, within the model's positions
 
 Prompt = str | Sequence[int]
 
-
-class Options(TypedDict, total=False):
-    """Options of a request besides its sampling; soli.engine.request.Request describes each."""
-
-    max_new_tokens: int
-    stop: Sequence[str]
-    logprobs: int
-    trace: bool
-    masked_experts: Collection[tuple[int, int]]
-    constraint: ConstraintSpec
+HINTS: Final[Mapping[str, str]] = {
+    "max_model_len": "give limits=soli.engine.request.EngineLimits(cache_bytes=...)",
+    "gpu_memory_utilization": "give limits=soli.engine.request.EngineLimits(cache_bytes=...)",
+    "max_num_seqs": "give limits=soli.engine.request.EngineLimits(max_running=...)",
+    "max_num_batched_tokens": "give limits=soli.engine.request.EngineLimits(tokens_per_step=...)",
+    "enforce_eager": "give runner='eager'",
+    "quantization": "the files say how weights are quantized; dtype='as-is' keeps FP8",
+    "torch_dtype": "its name is dtype",
+    "device_map": "its name is device",
+    "revision": "soli pull ID --revision REVISION fetches it; give the folder",
+    "trust_remote_code": "code of a model's folder is never run",
+    **dict.fromkeys(("temperature", "max_tokens", "max_new_tokens"), "give it to generate"),
+}
+NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {  # arguments of vLLM's class, with the values that change nothing
+    "trust_remote_code": (False,),
+    "tensor_parallel_size": (1,),
+    "pipeline_parallel_size": (1,),
+    "enforce_eager": (False,),
+    "quantization": (),
+    "revision": (),
+    "seed": (0,),
+}
 
 
 class LLM:
     """A loaded model with its engine.
 
-    `model`: a folder, "nano", or a Transformer with its `tokenizer`; a Transformer may be hooked, patched or trained on
-    between requests. `device`, `dtype`: of a folder, as `open_text_model` says. `limits`: memory and batch sizes.
-    `runner`: "eager" calls the modules one after another; "fused" computes all layers in one C++ call, or is a
-    SoliError; "auto" is fused where it can be. `progress` is called with the bytes of a folder that are read and all.
+    `model`: a folder, "nano", the ID of a downloaded model, or a Transformer with its `tokenizer`; a Transformer may be
+    hooked, patched or trained on between requests. `device`, `dtype`: of a folder, as `open_text_model` says. `limits`:
+    memory and batch sizes. `runner`: "eager" calls the modules one after another; "fused" computes all layers in one
+    C++ call, or is a SoliError; "auto" is fused where it can be. `progress` is called with the bytes of a folder that
+    are read and all.
+
+    `sampling` of its methods is a SamplingParams, or None, which is greedy; instead of it, `options` may have its
+    fields as keywords. top_k, top_p, min_p or n without a temperature mean a temperature of 1.
     """
 
+    @checks_arguments("soli.LLM", HINTS, NEUTRAL)
     def __init__(
         self,
         model: str | Path | Transformer,
@@ -62,25 +89,26 @@ class LLM:
         progress: ProgressCallback = lambda read, total: None,
     ) -> None:
         limits = limits or EngineLimits()
+        self.name = type(model).__name__ if isinstance(model, Transformer) else str(model)
         self.text_model = _text_model(model, tokenizer, device, dtype, limits.speculate, progress)
         self.engine = AsyncEngine(Engine(self.text_model, limits, runner=runner))
         self._max_pending = max(1, limits.max_waiting)
 
     def generate(
-        self, prompts: str | Sequence[Prompt], sampling: SamplingParams = GREEDY, **options: Unpack[Options]
+        self,
+        prompts: str | Sequence[Prompt],
+        sampling: SamplingParams | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> list[Answer]:
-        """Answers to one text or many prompts, in their order. A text gets the beginning of the model's documents;
-        token ids are used unchanged."""
-        answers: list[Answer] = []
-        pending: deque[tuple[Request, Events]] = deque()
-        for request in self._requests(prompts, sampling, options):
-            if len(pending) == self._max_pending:
-                answers.append(Answer.from_events(*pending.popleft()))
-            pending.append((request, self.engine.open(request)))
-        return answers + [Answer.from_events(request, events) for request, events in pending]
+        """Answers to one text or many prompts, in their order; with n, each prompt's n one after another. A text gets
+        the beginning of the model's documents; token ids are used unchanged."""
+        return self._answers(self._requests(prompts, read_options("generate", sampling, options)))
 
     async def generate_async(
-        self, prompts: str | Sequence[Prompt], sampling: SamplingParams = GREEDY, **options: Unpack[Options]
+        self,
+        prompts: str | Sequence[Prompt],
+        sampling: SamplingParams | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> list[Answer]:
         """`generate` for an event loop."""
         slots = asyncio.Semaphore(self._max_pending)
@@ -89,41 +117,68 @@ class LLM:
             async with slots:
                 return Answer.from_events(request, [event async for event in await self.engine.submit(request)])
 
-        tasks = [asyncio.ensure_future(one(request)) for request in self._requests(prompts, sampling, options)]
+        requests = self._requests(prompts, read_options("generate_async", sampling, options))
+        tasks = [asyncio.ensure_future(one(request)) for request in requests]
         try:
             return await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
 
-    def stream(self, prompt: Prompt, sampling: SamplingParams = GREEDY, **options: Unpack[Options]) -> Iterator[Event]:
+    def stream(
+        self, prompt: Prompt, sampling: SamplingParams | None = None, **options: Unpack[GenerationOptions]
+    ) -> Iterator[Event]:
         """One answer's events as they come, each with `event.text`. Closed before its end, it is cancelled."""
-        yield from map(checked, self.engine.open(self.request(prompt, sampling, **options)))
+        request = self._single("stream", prompt, sampling, options)
 
-    async def stream_async(
-        self, prompt: Prompt, sampling: SamplingParams = GREEDY, **options: Unpack[Options]
+        def events() -> Iterator[Event]:
+            yield from map(checked, self.engine.open(request))
+
+        return events()
+
+    def stream_async(
+        self, prompt: Prompt, sampling: SamplingParams | None = None, **options: Unpack[GenerationOptions]
     ) -> AsyncIterator[Event]:
         """`stream` for an event loop."""
-        async for event in await self.engine.submit(self.request(prompt, sampling, **options)):
-            yield checked(event)
+        request = self._single("stream_async", prompt, sampling, options)
 
-    def request(self, prompt: Prompt, sampling: SamplingParams = GREEDY, **options: Unpack[Options]) -> Request:
+        async def events() -> AsyncIterator[Event]:
+            async for event in await self.engine.submit(request):
+                yield checked(event)
+
+        return events()
+
+    def request(
+        self, prompt: Prompt, sampling: SamplingParams | None = None, **options: Unpack[GenerationOptions]
+    ) -> Request:
         """The engine's request for a prompt; `max_new_tokens` is 256 by default, or what the model has room for."""
-        ids = tuple(self.text_model.text_prompt(prompt) if isinstance(prompt, str) else prompt)
-        limit = options.get("max_new_tokens")
-        if limit is None:
-            limit = min(NEW_TOKENS, self.text_model.remaining_tokens(ids, "the prompt"))
-        return Request(
-            ids,
-            max_new_tokens=limit,
-            sampling=sampling,
-            stop_ids=self.text_model.stop_ids,
-            stop=tuple(options.get("stop", ())),
-            logprobs=options.get("logprobs"),
-            trace=options.get("trace", False),
-            masked_experts=frozenset(options.get("masked_experts", ())),
-            constraint=options.get("constraint"),
+        return self._single("request", prompt, sampling, options)
+
+    def translate(
+        self,
+        texts: str | Sequence[str],
+        to: Language | None = None,
+        sampling: SamplingParams | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> list[Translation]:
+        """Translations of one text or many, each as one line, in their order: English to Chinese and Chinese to English
+        unless `to` is "en" or "zh". An empty text stays empty. For models trained for it, as the bundled one is."""
+        settings = read_options("translate", sampling, options)
+        _check_one_answer("translate", settings)
+        if to not in (None, "en", "zh"):
+            raise SoliError(f"cannot translate to {shown(to)}: choose en or zh")
+        sources = _texts(texts)
+        targets = [translation_target(text, to) for text in sources]
+        requests = (
+            self._request(settings, *translation_request(self.text_model, text, target))
+            for text, target in zip(sources, targets, strict=True)
+            if target is not None
         )
+        answers = iter(self._answers(requests))
+        return [
+            Translation(text, "", None) if target is None else _translation(text, target, next(answers))
+            for text, target in zip(sources, targets, strict=True)
+        ]
 
     def stats(self) -> EngineStats:
         """The engine's metrics."""
@@ -133,11 +188,108 @@ class LLM:
         """End the engine's thread; later requests are rejected. The model is freed with this object."""
         self.engine.close()
 
-    def _requests(
-        self, prompts: str | Sequence[Prompt], sampling: SamplingParams, options: Options
-    ) -> Iterator[Request]:
-        for prompt in [prompts] if isinstance(prompts, str) else prompts:
-            yield self.request(prompt, sampling, **options)
+    def __repr__(self) -> str:
+        return f"<soli.LLM {self.name}: {', '.join(self._description())}>"
+
+    def _repr_html_(self) -> str:
+        return html_text(f"{self.name}\n" + "\n".join(self._description()))
+
+    def _description(self) -> list[str]:
+        """Size, experts, place and runner, a phrase each."""
+        model = self.text_model.model
+        config, weight = model.config, model.embed_tokens.weight
+        size = count(config)
+        phrases = [f"{scaled(size.total)} parameters", f"{scaled(size.activated)} activated for each token"]
+        if config.num_moe_layers:
+            experts = f"{config.num_experts_per_tok} of {config.n_routed_experts} experts"
+            phrases.append(f"{experts} selected in each of {config.num_moe_layers} layers")
+        dtype = str(model.compute_dtype or weight.dtype).removeprefix("torch.")
+        return [*phrases, f"{self.text_model.positions:,} positions", f"{dtype} on {weight.device}"]
+
+    def _answers(self, requests: Iterable[Request]) -> list[Answer]:
+        """Answers in order; as many requests wait as may."""
+        answers: list[Answer] = []
+        pending: deque[tuple[Request, Events]] = deque()
+        for request in requests:
+            if len(pending) == self._max_pending:
+                answers.append(Answer.from_events(*pending.popleft()))
+            pending.append((request, self.engine.open(request)))
+        return answers + [Answer.from_events(request, events) for request, events in pending]
+
+    def _requests(self, prompts: str | Sequence[Prompt], settings: GenerationSettings) -> Iterator[Request]:
+        """Each prompt's n requests."""
+        for prompt in _prompts(prompts):
+            request = self._request(settings, self._prompt_ids(prompt))
+            for choice in range(settings.n):
+                yield replace(request, sampling=request.sampling.for_choice(choice))
+
+    def _single(
+        self, method: str, prompt: Prompt, sampling: SamplingParams | None, options: Mapping[str, Any]
+    ) -> Request:
+        settings = read_options(method, sampling, options)
+        _check_one_answer(method, settings)
+        return self._request(settings, self._prompt_ids(prompt))
+
+    def _prompt_ids(self, prompt: Any) -> Sequence[int]:
+        """The tokens of a prompt: a text's, or a list of ids as it is."""
+        if isinstance(prompt, str):
+            return self.text_model.text_prompt(prompt)
+        ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+        if not isinstance(ids, list | tuple) or any(type(token) is not int for token in ids):
+            raise SoliError(f"a prompt is {shown(prompt)}: give a text, or a list of token ids")
+        return ids
+
+    def _request(self, settings: GenerationSettings, prompt_ids: Sequence[int], limit: int | None = None) -> Request:
+        """`limit`: of new tokens, where the settings have none."""
+        model = self.text_model
+        vocab_size = model.model.config.vocab_size
+        outside = [token for token in settings.stop_token_ids if not 0 <= token < vocab_size]
+        if outside:
+            raise SoliError(f"stop_token_ids has {outside[0]}, but the model's tokens go from 0 to {vocab_size - 1}")
+        if settings.max_new_tokens is not None:
+            limit = settings.max_new_tokens
+        elif limit is None:
+            limit = min(NEW_TOKENS, model.remaining_tokens(prompt_ids, "the prompt"))
+        return Request(
+            tuple(prompt_ids),
+            max_new_tokens=limit,
+            sampling=settings.sampling,
+            stop_ids=settings.stop_token_ids | (frozenset() if settings.ignore_eos else model.stop_ids),
+            stop=settings.stop,
+            logprobs=settings.logprobs,
+            trace=settings.trace,
+            masked_experts=settings.masked_experts,
+            constraint=settings.constraint,
+        )
+
+
+def _check_one_answer(method: str, settings: GenerationSettings) -> None:
+    if settings.n > 1:
+        raise SoliError(f"n is {settings.n}, but {method} gives one answer: use generate")
+
+
+def _translation(source: str, to: Language, answer: Answer) -> Translation:
+    return Translation(source, one_line(answer.text), to, answer)
+
+
+def _prompts(prompts: Any) -> Iterable[Any]:
+    """Each prompt of one text, of one list of token ids, or of many of either."""
+    if hasattr(prompts, "tolist"):
+        prompts = prompts.tolist()
+    if isinstance(prompts, str) or (isinstance(prompts, list | tuple) and prompts and type(prompts[0]) is int):
+        return [prompts]
+    if isinstance(prompts, bytes | Mapping) or not isinstance(prompts, Iterable):
+        raise SoliError(f"prompts is {shown(prompts)}: give a text, a list of texts, or lists of token ids")
+    return prompts
+
+
+def _texts(texts: str | Sequence[str]) -> list[str]:
+    """One text or many as a list."""
+    listed = [texts] if isinstance(texts, str) else list(texts) if isinstance(texts, Iterable) else [texts]
+    for text in listed:
+        if not isinstance(text, str):
+            raise SoliError(f"a text to translate is {shown(text)}: give text")
+    return listed
 
 
 def _text_model(

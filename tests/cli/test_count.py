@@ -8,8 +8,8 @@ import time
 import pytest
 
 from soli.cli import VERBS, main
-from soli.cli._shared.console import scaled
 from soli.config import PRESETS, preset
+from soli.quantities import scaled
 
 
 def run_json(capsys, *arguments: str) -> dict:

@@ -9,6 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from soli.arguments import checks_arguments
 from soli.checkpoint.memory import Storage, choose_storage
 from soli.checkpoint.name_map import Slot
 from soli.checkpoint.reader import Checkpoint
@@ -27,6 +28,7 @@ from soli.model.moe import RoutedExperts
 BUNDLED: Final = Path(__file__).parent.parent / "models"  # models that ship inside the package, by name
 
 
+@checks_arguments("soli.load_model", {"torch_dtype": "its name is dtype", "device_map": "its name is device"})
 def load_model(
     name_or_folder: str | Path,
     device: torch.device | str = "cpu",
@@ -61,11 +63,11 @@ def load_model(
         return Transformer(config, device="meta", dtype=dtype or torch.bfloat16).eval()
     checkpoint = open_checkpoint(name_or_folder, mtp)
     for note in checkpoint.notes:
-        warnings.warn(note, stacklevel=2)
+        warnings.warn(note, stacklevel=3)
     model_dtype = dtype or checkpoint.natural_dtype
     storage, storage_note = choose_storage(checkpoint, model_dtype, torch.device(device), quantized, in_place)
     if storage_note is not None:
-        warnings.warn(storage_note, stacklevel=2)
+        warnings.warn(storage_note, stacklevel=3)
     checkpoint.check_router_biases()
     checkpoint.check_copies()
     model = Transformer(checkpoint.config, device="meta", dtype=storage.dtype)

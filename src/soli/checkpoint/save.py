@@ -5,12 +5,14 @@ from pathlib import Path
 
 from torch import Tensor
 
+from soli.arguments import checks_arguments
 from soli.checkpoint.name_map import Slot, slots
 from soli.checkpoint.writer import SHARD_BYTES, TOKENIZER_FILES, Target, files_beside, write
 from soli.errors import SoliError
 from soli.model import Transformer
 
 
+@checks_arguments("soli.save_model")
 def save_model(
     model: Transformer,
     folder: str | Path,

@@ -6,10 +6,10 @@ import typer
 from rich import box
 from rich.table import Column, Table
 
-from soli.analysis import parameters
-from soli.cli._shared.console import print_json, scaled, stdout_console
-from soli.config import ModelConfig, replace, resolve
-from soli.errors import SoliError
+from soli.analysis.counting import ModelCount
+from soli.analysis.counting import count as count_model
+from soli.cli._shared.console import print_json, stdout_console
+from soli.quantities import scaled
 from soli.sections import parse_assignments
 
 
@@ -26,39 +26,14 @@ def count(
 
     Ten experts of which two are selected: soli count deepseek-v3 --set n_routed_experts=10 --set num_experts_per_tok=2
     """
-    config, note = what_if(resolve(model), parse_assignments(changes or []))
-    counted = parameters.count(config, mtp)
-    flops = parameters.flops(config, context, mtp)
-    cache = parameters.cache_bytes(config, mtp)
+    counted = count_model(model, parse_assignments(changes or []), mtp=mtp, context=context)
     if as_json:
-        print_json(_as_dict(model, config, counted, flops, cache, note), indent=2)
+        print_json(_as_dict(model, counted), indent=2)
     else:
-        _print_table(config, counted, flops, cache, mtp, note)
+        _print_table(counted, mtp)
 
 
-def what_if(config: ModelConfig, changes: dict[str, Any]) -> tuple[ModelConfig, str | None]:
-    """The changed configuration. Groups that no longer fit the experts are dropped with a note, unless named in
-    `changes`: groups limit which experts may be selected, never how many, so the count is the same."""
-    try:
-        return replace(config, changes), None
-    except SoliError as error:
-        if {"n_group", "topk_group"} & changes.keys():
-            raise
-        try:
-            ungrouped = replace(config, {**changes, "n_group": 1, "topk_group": 1})
-        except SoliError:
-            raise error from None
-    return ungrouped, f"{config.n_group} groups do not fit these experts: counted without groups"
-
-
-def _as_dict(
-    model: str,
-    config: ModelConfig,
-    counted: parameters.Count,
-    flops: parameters.Flops,
-    cache: int,
-    note: str | None,
-) -> dict[str, Any]:
+def _as_dict(model: str, counted: ModelCount) -> dict[str, Any]:
     return {
         "model": model,
         "total": counted.total,
@@ -70,27 +45,24 @@ def _as_dict(
         "mtp_own": counted.mtp_own,
         "mtp_activated": counted.mtp_activated,
         "bytes": {"bf16": counted.bytes_bf16, "fp8": counted.bytes_fp8},
-        "cache_bytes_per_token": cache,
-        "expert_bytes_read_per_token_fp8": parameters.expert_read_bytes(config),
-        "flops_per_token": {**vars(flops), "decode": flops.decode, "prefill": flops.prefill},
+        "cache_bytes_per_token": counted.cache_bytes_per_token,
+        "expert_bytes_read_per_token_fp8": counted.expert_bytes_read_per_token_fp8,
+        "flops_per_token": {
+            **vars(counted.flops),
+            "decode": counted.flops.decode,
+            "prefill": counted.flops.prefill,
+        },
         "components": counted.components,
-        "note": note,
+        "note": counted.note,
     }
 
 
-def _print_table(
-    config: ModelConfig, counted: parameters.Count, flops: parameters.Flops, cache: int, mtp: bool, note: str | None
-) -> None:
+def _print_table(counted: ModelCount, mtp: bool) -> None:
     console = stdout_console()
-    total, activated, share = counted.total, counted.activated, 100 * counted.activated / counted.total
-    console.print(
-        f"{scaled(total)} parameters, {scaled(activated)} activated for each token: {share:.1f} %",
-        style="bold",
-        soft_wrap=True,
-    )
+    console.print(counted.headline, style="bold", soft_wrap=True)
     totals = {
-        "parameters": f"{total:,}",
-        "activated": f"{activated:,}",
+        "parameters": f"{counted.total:,}",
+        "activated": f"{counted.activated:,}",
         "bf16": scaled(counted.bytes_bf16, "B"),
         "FP8": scaled(counted.bytes_fp8, "B"),
     }
@@ -99,21 +71,20 @@ def _print_table(
     for c in counted.components:
         table.add_row(c.name, f"{c.total:,}", f"{c.activated:,}", scaled(c.bytes_bf16, "B"), scaled(c.bytes_fp8, "B"))
     console.print(table)
-    for label, text in _costs(config, counted, flops, cache, mtp):
+    for label, text in _costs(counted, mtp):
         console.print(f"[bold]{label:<16}[/bold]{text}", soft_wrap=True)
-    if note:
-        console.print(f"[bold yellow]{'note':<16}[/bold yellow]{note}", soft_wrap=True)
+    if counted.note:
+        console.print(f"[bold yellow]{'note':<16}[/bold yellow]{counted.note}", soft_wrap=True)
 
 
-def _costs(
-    config: ModelConfig, counted: parameters.Count, flops: parameters.Flops, cache: int, mtp: bool
-) -> list[tuple[str, str]]:
+def _costs(counted: ModelCount, mtp: bool) -> list[tuple[str, str]]:
     """The lines under the table: what is selected, and what one token costs beside parameters."""
+    config, flops, cache = counted.config, counted.flops, counted.cache_bytes_per_token
     lines = []
     if config.num_moe_layers:
         experts = f"{config.num_experts_per_tok} of {config.n_routed_experts} routed experts"
         lines.append(("experts", f"{experts} are selected in each of {config.num_moe_layers} layers"))
-        read = scaled(parameters.expert_read_bytes(config), "B")
+        read = scaled(counted.expert_bytes_read_per_token_fp8, "B")
         lines.append(("experts read", f"{read} per token in FP8, when none is in memory"))
     if counted.router_biases:
         lines.append(("router biases", f"{counted.router_biases:,}, in the total but not in the activated"))

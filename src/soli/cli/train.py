@@ -11,13 +11,14 @@ import typer
 from rich import box
 from rich.table import Column, Table
 
-from soli.cli._shared.console import print_json, scaled, stdout_console
+from soli.cli._shared.console import print_json, stdout_console
 from soli.cli._shared.options import Assignments, Threads, use_threads
 from soli.data.recipe import DataConfig, find_recipe, load_recipe
 from soli.errors import SoliError
 from soli.plan.memory import describe_fit
 from soli.plan.schedule_plot import save_schedule_plot
 from soli.plan.training import STEP_SHARE, TrainingPlan, hours_here, plan_run
+from soli.quantities import scaled
 from soli.recipes import read_data_config
 from soli.train.settings import TrainSettings, as_recipe, read_settings
 

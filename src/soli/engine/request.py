@@ -9,14 +9,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from soli.analysis.notebook_views import heat_map, html_text
 from soli.engine.constraint import ConstraintSpec
 from soli.engine.latent_cache import blocks_for
 from soli.engine.sampler import GREEDY, SamplingParams, TokenLogprob
 from soli.engine.text_model import TextModel
 from soli.errors import SoliError
 from soli.model.moe import MoE
-from soli.model.router import Routing, join_routing
+from soli.model.router import Routing, count_choices, join_routing
 from soli.model.transformer import find_mixture
+from soli.sections import shown
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -74,7 +76,7 @@ class Event:
     error_field: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Answer:
     """A whole answer. `ids`: the new tokens, without the stop token. `logprobs`: one per new token, and `routing`: one
     Routing per MoE layer over all tokens that the model read (the prompt, then `ids`, less the last one when no stop
@@ -87,6 +89,27 @@ class Answer:
     usage: Usage
     logprobs: tuple[TokenLogprob, ...] | None
     routing: tuple[Routing, ...] | None
+
+    @property
+    def summary(self) -> str:
+        """Why it ended, and tokens of prompt and answer."""
+        return f"{self.finish_reason} after {self.usage.prompt} + {self.usage.completion} tokens"
+
+    def __repr__(self) -> str:
+        logprobs = "" if self.logprobs is None else ", with logprobs"
+        routing = "" if self.routing is None else f", with routing of {len(self.routing)} layers"
+        return f"<Answer {shown(self.text)}, {self.summary}{logprobs}{routing}>"
+
+    def _repr_html_(self) -> str:
+        return html_text(self.text) + html_text(self.summary) + self.routing_map()
+
+    def routing_map(self) -> str:
+        """The routing as HTML: per MoE layer, how often each expert was selected; empty without routing."""
+        if not self.routing:
+            return ""
+        tokens, K = self.routing[0].expert_ids_TK.shape
+        caption = f"experts selected, {K} for each of {tokens} tokens; a row per MoE layer"
+        return heat_map(caption, count_choices(self.routing).tolist(), "MoE layer", "tokens")
 
     @classmethod
     def from_events(cls, request: Request, events: Iterable[Event]) -> "Answer":

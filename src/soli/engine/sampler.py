@@ -26,14 +26,17 @@ Shapes: B requests, V vocabulary, K tokens that pass the filters.
 import math
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from soli.arguments import checks_arguments
 from soli.engine.constraint import Constraint
 from soli.errors import SoliError
+from soli.sections import shown
 
 LARGEST_LOGIT = float(np.finfo(np.float32).max)
 NOT_FINITE = "the model's logits are not finite: its weights are broken, or float16/bfloat16 overflowed"
@@ -64,6 +67,12 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        for item in fields(self):
+            value, kind = getattr(self, item.name), Integral if item.name in ("top_k", "seed") else Real
+            is_unset = item.name == "logit_bias" or (item.name == "seed" and value is None)
+            if not is_unset and (isinstance(value, bool) or not isinstance(value, kind)):
+                noun = "whole number" if kind is Integral else "number"
+                raise SoliError(f"{item.name} is {shown(value)}: give a {noun}")
         checks = (
             ("temperature", 0 <= self.temperature < math.inf, "a number from 0 (always the likeliest token) upward"),
             ("top_k", self.top_k >= 0, "0 for the whole vocabulary, or how many tokens to keep"),
@@ -95,6 +104,14 @@ class SamplingParams:
             return self
         return replace(self, seed=_philox(self.seed, choice, CHOICE) >> 1)
 
+
+SamplingParams.__init__ = checks_arguments(  # type: ignore[method-assign]
+    "soli.SamplingParams",
+    dict.fromkeys(
+        ("max_tokens", "max_new_tokens", "n", "stop", "stop_token_ids", "logprobs", "ignore_eos"),
+        "it is an argument of generate, beside sampling",
+    ),
+)(SamplingParams.__init__)
 
 GREEDY = SamplingParams()
 

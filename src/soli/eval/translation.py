@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from soli.analysis.notebook_views import html_text
 from soli.data.text import Language, language_of
 from soli.engine.engine import Engine
 from soli.engine.offline import answer_all, limits_for
@@ -18,6 +19,7 @@ from soli.engine.sampler import GREEDY, SamplingParams
 from soli.engine.text_model import TextModel
 from soli.errors import SoliError
 from soli.eval.scoring import Pair
+from soli.sections import shown
 
 BLEU_TOKENS = {"zh": "zh", "en": "13a"}
 
@@ -30,6 +32,13 @@ class Translation:
     text: str
     to: Language | None
     answer: Answer | None = None
+
+    def __repr__(self) -> str:
+        ending = "" if self.answer is None else f", {self.answer.summary}"
+        return f"<{shown(self.source)} to {self.to}: {shown(self.text)}{ending}>"
+
+    def _repr_html_(self) -> str:
+        return html_text(f"{self.source}\n{self.text}") + (self.answer.routing_map() if self.answer else "")
 
 
 @dataclass(frozen=True)
@@ -80,9 +89,8 @@ class Translator:
 
         def requests() -> Iterator[Request | None]:
             for number, line in enumerate(lines, start=1):
-                text = _normalised(line)
-                to = (self.to or target_of(text)) if text else None
-                request = None if to is None else self._request(text, to, f"line {number}")
+                to = translation_target(line, self.to)
+                request = None if to is None else self._request(_normalised(line), to, f"line {number}")
                 pending.append((line, to))
                 yield request
 
@@ -120,6 +128,12 @@ def translation_request(text_model: TextModel, text: str, to: Language | None) -
         raise SoliError("the text is empty: give something to translate")
     prompt = text_model.tokenizer.translation_prompt(line, to or target_of(line))
     return prompt, enough(text_model.remaining_tokens(prompt, "the text"), prompt)
+
+
+def translation_target(text: str, to: Language | None) -> Language | None:
+    """The language that a text is translated to: `to`, or by its script; None for an empty text."""
+    text = _normalised(text)
+    return (to or target_of(text)) if text else None
 
 
 def target_of(text: str) -> Language:

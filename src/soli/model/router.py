@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from soli import kernels
+from soli.analysis.notebook_views import heat_map
 from soli.config import ModelConfig
 from soli.model.layers import Device
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Routing:
     """One MoE layer's decision for T tokens."""
 
@@ -37,6 +38,18 @@ class Routing:
     def counts_E(self) -> Tensor:
         """Tokens per expert, int64 (E,)."""
         return kernels.count_tokens(self.expert_ids_TK, self.num_experts)
+
+    def __repr__(self) -> str:
+        return f"<Routing: {self._description()}>"
+
+    def _repr_html_(self) -> str:
+        shares_TE = torch.zeros_like(self.scores_TE).scatter(1, self.expert_ids_TK, self.weights_TK)
+        return heat_map(f"{self._description()}; a row per token", shares_TE.tolist(), "token", "weight")
+
+    def _description(self) -> str:
+        tokens, K = self.expert_ids_TK.shape
+        surviving = "" if self.groups_TG is None else f", {self.groups_TG.shape[1]} groups"
+        return f"{K} of {self.num_experts} experts for each of {tokens} tokens{surviving}"
 
 
 class Routings(Sequence[Routing]):

@@ -1,0 +1,245 @@
+"""The options of a call of soli.LLM by name: Soli's names, and those of OpenAI and vLLM for the same things.
+
+    llm.generate("Good morning", temperature=0.7, max_tokens=40, n=2, stop=["."])
+
+What the engine cannot do is rejected by name, unless its value changes nothing (`best_of=1`, `echo=False`). None is the
+default of every option. Two names of one thing, and `sampling` beside what it holds, are rejected.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, TypedDict, get_type_hints
+
+from soli.arguments import reject_unknown_arguments, without_neutral
+from soli.engine.constraint import ConstraintSpec
+from soli.engine.sampler import GREEDY, SamplingParams
+from soli.errors import SoliError
+from soli.sections import Bounds, convert, reject, shown
+
+Count = Annotated[int, Bounds(at_least=1)]
+
+
+class SamplingOptions(TypedDict, total=False):
+    """How tokens are sampled: the fields of SamplingParams."""
+
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    seed: int | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | Mapping[str, float] | None
+
+
+class GenerationOptions(SamplingOptions, total=False):
+    """Every option of `soli.LLM.generate` and its relatives; docs/python.md describes each."""
+
+    max_new_tokens: int | None
+    max_tokens: int | None
+    max_completion_tokens: int | None
+    n: int | None
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    ignore_eos: bool | None
+    logprobs: int | bool | None
+    top_logprobs: int | None
+    trace: bool | None
+    masked_experts: Collection[tuple[int, int]] | None
+    constraint: ConstraintSpec | None
+
+
+LENGTHS: Final = ("max_new_tokens", "max_tokens", "max_completion_tokens")
+KNOWN: Final = tuple(get_type_hints(GenerationOptions))
+SAMPLING: Final = tuple(get_type_hints(SamplingOptions))
+_TYPES: Final[Mapping[str, Any]] = {
+    **dict.fromkeys(LENGTHS, Count),
+    "n": Count,
+    "ignore_eos": bool,
+    "trace": bool,
+    "top_logprobs": Annotated[int, Bounds(at_least=0)],
+    **dict.fromkeys(SAMPLING, float),
+    "top_k": Annotated[int, Bounds(at_least=-1)],
+    "seed": int,
+    "stop_token_ids": list[int],
+}
+
+# Options of other engines, with the values of them that change nothing.
+NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "stream": (False,),
+    "min_tokens": (0,),
+    "prompt_logprobs": (),
+    "use_tqdm": (False,),
+    "use_beam_search": (False,),
+    "length_penalty": (1, 1.0),
+    "early_stopping": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "detokenize": (True,),
+    "truncate_prompt_tokens": (),
+    "bad_words": ([], ()),
+    "allowed_token_ids": (),
+    "logits_processors": ([], ()),
+    "lora_request": (),
+    "priority": (0,),
+    "guided_decoding": (),
+    "structured_outputs": (),
+    "response_format": ({"type": "text"},),
+}
+
+HINTS: Final[Mapping[str, str]] = {
+    "sampling_params": "its name is sampling",
+    "do_sample": "temperature=0 takes the likeliest token, above 0 samples",
+    "max_length": "max_new_tokens counts the answer alone",
+    "num_return_sequences": "its name is n",
+    "eos_token_id": "its name is stop_token_ids",
+    "stop_strings": "its name is stop",
+    "stop_sequences": "its name is stop",
+    "response_format": "give constraint=soli.engine.constraint.ConstraintSpec.json_schema(...)",
+    "model": "the model is that of the LLM",
+    "prompt": "prompts are the first argument",
+    "prompt_token_ids": "prompts, the first argument, may be lists of token ids",
+}
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """Checked options. `max_new_tokens` None: the default; `stop_token_ids` end an answer beside the model's own, which
+    `ignore_eos` leaves out; `n`: answers to each prompt."""
+
+    sampling: SamplingParams = GREEDY
+    max_new_tokens: int | None = None
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    trace: bool = False
+    masked_experts: frozenset[tuple[int, int]] = frozenset()
+    constraint: ConstraintSpec | None = None
+
+
+def read_options(
+    function: str, sampling: SamplingParams | None, options: Mapping[str, Any]
+) -> GenerationSettings:
+    """The settings that a call of `function` gives. SoliError naming the option, its value and the fix."""
+    remaining = without_neutral(function, options, NEUTRAL, HINTS)
+    reject_unknown_arguments(function, remaining, KNOWN, HINTS)
+    values = {name: _converted(name, value) for name, value in remaining.items() if value is not None}
+    lengths = _only_one(values, LENGTHS)
+    if values.get("ignore_eos") and values.get("constraint"):
+        raise SoliError("a constrained answer ends where its format does: leave ignore_eos out")
+    return GenerationSettings(
+        sampling=_sampling(function, sampling, values),
+        max_new_tokens=values[lengths[0]] if lengths else None,
+        n=values.get("n", 1),
+        stop=values.get("stop", ()),
+        stop_token_ids=frozenset(values.get("stop_token_ids", ())),
+        ignore_eos=values.get("ignore_eos", False),
+        logprobs=_logprobs(values),
+        trace=values.get("trace", False),
+        masked_experts=values.get("masked_experts", frozenset()),
+        constraint=values.get("constraint"),
+    )
+
+
+def _only_one(values: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Those of the names, each another name of the same option, that have a value: at most one."""
+    present = [name for name in names if name in values]
+    if len(present) > 1:
+        raise SoliError(f"{present[0]} and {present[1]} are two names of one option: give one of them")
+    return present
+
+
+def _sampling(function: str, sampling: SamplingParams | None, values: Mapping[str, Any]) -> SamplingParams:
+    fields = {name: values[name] for name in SAMPLING if name in values}
+    if sampling is not None:
+        if not isinstance(sampling, SamplingParams):
+            raise SoliError(f"the argument sampling of {function} is {shown(sampling)}: give a soli.SamplingParams")
+        if fields:
+            name = next(iter(fields))
+            raise SoliError(f"sampling and {name} are both given: put {name} into the SamplingParams, or leave it out")
+        return sampling
+    if fields.get("top_k") == -1:  # vLLM's spelling of no limit
+        fields["top_k"] = 0
+    filters = fields.get("top_k", 0) > 0 or fields.get("top_p", 1) < 1 or fields.get("min_p", 0) > 0
+    if (filters or values.get("n", 1) > 1) and "temperature" not in fields:
+        fields["temperature"] = 1.0  # as elsewhere: greedily these options would change nothing
+    return SamplingParams(**fields) if fields else GREEDY
+
+
+def _logprobs(values: Mapping[str, Any]) -> int | None:
+    """How many alternatives each token's log-probability comes with: vLLM's number, or OpenAI's flag and number."""
+    logprobs, top = values.get("logprobs"), values.get("top_logprobs")
+    if top is not None and (logprobs is None or logprobs is False):
+        raise SoliError("top_logprobs needs logprobs=True")
+    if top is not None and logprobs is not True:
+        raise SoliError(f"logprobs={logprobs} and top_logprobs={top} are both given: give one of them")
+    if isinstance(logprobs, bool):
+        return (top or 0) if logprobs else None
+    return logprobs
+
+
+def _converted(name: str, value: Any) -> Any:
+    """One option as its type; numbers of numpy and torch count as Python's."""
+    if name == "stop":
+        return _stop(value)
+    if name == "logit_bias":
+        return _logit_bias(value)
+    if name == "masked_experts":
+        return _masked_experts(value)
+    if name == "constraint":
+        if not isinstance(value, ConstraintSpec):
+            reject(name, value, "it must be a soli.engine.constraint.ConstraintSpec, such as ConstraintSpec.regex(...)")
+        return value
+    if name == "logprobs":
+        return value if isinstance(value, bool) else convert(name, _plain(value), Annotated[int, Bounds(at_least=0)])
+    if name == "stop_token_ids":
+        value = [_plain(token) for token in _items(name, value, "token ids")]
+    return convert(name, _plain(value), _TYPES[name])
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy or torch as Python's."""
+    return value.item() if hasattr(value, "item") and getattr(value, "size", None) is not None else value
+
+
+def _items(name: str, value: Any, content: str) -> list[Any]:
+    if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__iter__"):
+        reject(name, value, f"it must be a list of {content}")
+    return list(value)
+
+
+def _stop(value: Any) -> tuple[str, ...]:
+    texts = [value] if isinstance(value, str) else _items("stop", value, "texts")
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            reject("stop", value, "it must be a text that ends the answer, or a list of them, none empty")
+    return tuple(texts)
+
+
+def _logit_bias(value: Any) -> dict[int, float]:
+    """Token ids may be texts of digits, as in JSON."""
+    if not isinstance(value, Mapping):
+        reject("logit_bias", value, "it must be a dictionary from token ids to numbers")
+    biases: dict[int, float] = {}
+    for key, bias in value.items():
+        is_number = isinstance(key, str) and key.isascii() and key.isdigit()
+        token = convert("a token of logit_bias", int(key[:20]) if is_number else _plain(key), int)
+        if token in biases:
+            raise SoliError(f"logit_bias names token {token} twice: name it once")
+        biases[token] = convert(f"logit_bias of token {token}", _plain(bias), float)
+    return biases
+
+
+def _masked_experts(value: Any) -> frozenset[tuple[int, int]]:
+    pairs = []
+    for pair in _items("masked_experts", value, "(layer, expert) pairs"):
+        numbers = [_plain(number) for number in _items("masked_experts", pair, "(layer, expert) pairs")]
+        pairs.append(convert("a pair of masked_experts", numbers, tuple[int, int]))
+    return frozenset(pairs)
