@@ -16,6 +16,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 LAYERS = [
     ("errors",),
     ("atomic_file", "input_files", "links", "mapped_files", "quantities"),
+    ("hub",),
     ("sections", "arguments", "rope_scaling", "config", "presets", "machine", "analysis"),
     ("formats", "kernels", "data"),
     ("model",),

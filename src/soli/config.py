@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from soli.errors import SoliError
+from soli.hub.cache import find_folder, how_to_fetch
 from soli.input_files import read_object
 from soli.presets import PRESETS
 from soli.rope_scaling import RopeScaling, reject_variants
@@ -336,13 +337,17 @@ def preset(name: str) -> ModelConfig:
 
 
 def resolve(name_or_folder: str | Path) -> ModelConfig:
-    """A preset by name, else a model folder or `config.json` by path."""
+    """A preset by name, else a model folder or `config.json` by path, else a downloaded model by ID."""
     name = str(name_or_folder)
     if name in PRESETS:
         return preset(name)
     if Path(name).exists():
         return load_config(name)
-    raise SoliError(f"there is no preset and no folder {name!r}; {suggest(name, PRESETS)}")
+    folder = find_folder(name, config_only=True)
+    if folder is not None:
+        return load_config(folder)
+    advice = how_to_fetch(name, "--config-only") or f"; {suggest(name, PRESETS)}"
+    raise SoliError(f"there is no preset and no folder {name!r}{advice}")
 
 
 def replace(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:

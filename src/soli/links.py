@@ -24,7 +24,8 @@ def _real_file(file: Path) -> Path:
     folder, target = Path(os.path.realpath(file.parent)), Path(os.path.realpath(file))
     roots = [folder]
     if folder.parent.name == "snapshots":
-        roots.append(folder.parent.parent / "blobs")
+        repository = folder.parent.parent
+        roots += [repository / "blobs", repository.parent / "blobs"]  # the latter is shared by models
     if not any(target.is_relative_to(root) for root in roots):
         raise SoliError(f"{file}: is a symlink out of its folder, to {target}; put the file itself there")
     if not target.is_file():

@@ -19,6 +19,7 @@ from soli.checkpoint.writer import ProgressCallback
 from soli.config import PRESETS, resolve
 from soli.errors import SoliError
 from soli.formats.quantized import plain
+from soli.hub.cache import find_folder, how_to_fetch
 from soli.kernels import QuantizedExperts, QuantizedWeight
 from soli.links import matching_files
 from soli.model import Transformer
@@ -41,9 +42,10 @@ def load_model(
 ) -> Transformer:
     """A model in evaluation mode, its parameters trainable, every tensor checked before the first is used.
 
-    `name_or_folder` is a Hugging Face folder or "nano", the bundled model; with `device="meta"` also any preset,
-    which gives the shapes without weights or files. `dtype` None keeps the files' own, bf16 where weights are
-    quantized; router biases are fp32 always. `mtp=False` leaves the MTP modules out. Nothing is downloaded.
+    `name_or_folder` is a Hugging Face folder, the ID of a downloaded model or "nano", the bundled one; with
+    `device="meta"` also any preset, which gives the shapes without weights or files. `dtype` None keeps the files' own,
+    bf16 where weights are quantized; router biases are fp32 always. `mtp=False` leaves the MTP modules out. Nothing is
+    downloaded.
 
     `quantized` True keeps FP8, int8 and int4 weights as stored, mapped from the files and read when they are used:
     loading takes neither time nor memory for them, and they are no parameters. False dequantizes them to `dtype`. None
@@ -80,7 +82,8 @@ def load_model(
 def open_checkpoint(
     name_or_folder: str | Path, mtp: bool = True, mapped: bool = True, follow_links: bool = True
 ) -> Checkpoint:
-    """Open and check a folder, or the bundled model by name, without reading a weight. SoliError says what to do.
+    """Open and check a folder, the bundled model by name, or a downloaded one by ID, without reading a weight.
+    SoliError says what to do.
 
     `follow_links` false rejects a symlink out of the folder (soli.links) before anything is read.
     """
@@ -90,18 +93,13 @@ def open_checkpoint(
         folder = BUNDLED / name
         if not folder.is_dir():
             raise SoliError(f"{name} is a preset, a shape without weights; load it with device='meta' or give a folder")
+    if not folder.exists():
+        folder = find_folder(name) or folder
     if not folder.is_dir():
-        raise SoliError(f"{name}: there is no such folder{_how_to_fetch(name)}")
+        raise SoliError(f"{name}: there is no such folder{how_to_fetch(name)}")
     if not follow_links:
         matching_files(folder, ("*.json", "*.safetensors"))
     return Checkpoint(folder, mtp, mapped)
-
-
-def _how_to_fetch(name: str) -> str:
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
-        return ""
-    short = name.split("/")[1]
-    return f"; for the model of that name run `hf download {name} --local-dir {short}` and give the folder {short}"
 
 
 def _set_as_stored(

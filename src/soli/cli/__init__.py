@@ -27,6 +27,8 @@ VERBS = {
     "serve": "Serve a model: an OpenAI-compatible API, and a page that shows which experts are selected.",
     "routing": "Report which experts a text file selects, and which language they prefer.",
     "train": "Train a model from a recipe; a stopped run resumes.",
+    "pull": "Download a model of the Hugging Face hub into its cache.",
+    "models": "List downloaded models and remove them.",
     "runs": "List training runs and compare them.",
     "data": "Build a recipe's corpus, pack your own texts, inspect either.",
     "eval": "Score a model on held-out pairs and text.",

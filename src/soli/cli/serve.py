@@ -55,6 +55,7 @@ def serve(
     """Serve a model on this machine. The page is at http://127.0.0.1:8000/, the API at /v1."""
     from soli.checkpoint import open_checkpoint
     from soli.engine.request import EngineLimits
+    from soli.hub.cache import display_name
     from soli.serve.middleware import LOOPBACK, AccessRules
     from soli.serve.server import on_desktop, run_server
     from soli.serve.service import ServiceLimits
@@ -71,7 +72,7 @@ def serve(
     hosts = (*LOOPBACK, host, *(allow_host or ()))
     run_server(
         model,
-        name or folder.name,
+        name or display_name(model, folder),
         host,
         port,
         engine=EngineLimits(

@@ -18,6 +18,7 @@ Speculate = Annotated[
 ]
 MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Stop after this many tokens.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object per line, for programs.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do it without a question.")]
 Experts = Annotated[bool, typer.Option("--experts", help="Show which experts are selected, token by token.")]
 Detail = Annotated[bool, typer.Option("--experts-detail", help="The same with every number, a line per expert.")]
 Assignments = Annotated[
