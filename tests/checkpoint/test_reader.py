@@ -122,7 +122,7 @@ def test_a_flipped_byte_of_a_header_never_gives_other_shapes(data: st.DataObject
     [
         ("nowhere", "no such folder"),
         ("/tmp/not/there", "no such folder"),
-        ("deepseek-ai/DeepSeek-V3", "hf download deepseek-ai/DeepSeek-V3"),
+        ("deepseek-ai/DeepSeek-V3", "soli pull deepseek-ai/DeepSeek-V3"),
         ("deepseek-v3", "preset"),
     ],
 )
