@@ -133,7 +133,7 @@ def test_moe_layers():
         ({"mlp_bias": True}, ["mlp_bias", "True", "remove"]),
         ({"first_k_dense_replace": 62}, ["first_k_dense_replace", "62", "61"]),
         ({"q_lora_rank": 0}, ["q_lora_rank", "0", "null"]),
-        ({"num_key_value_heads": 8}, ["num_key_value_heads", "8", "128"]),
+        ({"num_key_value_heads": "8"}, ["num_key_value_heads", "'8'", "whole number"]),
         ({"attention_dropout": 1.0}, ["attention_dropout", "1.0", "below 1"]),
         ({"moe_intermediate_size": 0}, ["moe_intermediate_size", "0", "positive"]),
         ({"model_type": "llama"}, ["model_type", "llama", "deepseek_v3"]),
@@ -182,6 +182,118 @@ def test_a_bad_file_is_named(tmp_path, text, words):
     with pytest.raises(SoliError, match=words) as rejection:
         load_config(tmp_path)
     assert str(file) in str(rejection.value)
+
+
+ROPE = {**YARN, "mscale_all_dim": 1.0}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"llama_4_scaling": {"beta": 0.1, "original_max_position_embeddings": 16}},
+        {"llama_4_scaling_beta": 0.1},
+        {"attn_temperature_tuning": True},
+        {"sliding_window": 4096},
+        {"sliding_window": 4096, "use_sliding_window": True},
+        {"attention_chunk_size": 8192},
+        {"attn_logit_softcapping": 50.0},
+        {"final_logit_softcapping": 30.0},
+        {"query_pre_attn_scalar": 256},
+        {"partial_rotary_factor": 0.5},
+        {"rope_ratio": 2},
+        {"no_rope_layers": [1, 1, 0]},
+        {"mlp_bias": True},
+        {"qk_layernorm": True},
+        {"use_qk_norm": True},
+        {"use_mla": False},
+        {"embedding_multiplier": 12.0},
+        {"scale_depth": 1.4},
+        {"swiglu_limit": 7.0},
+        {"hidden_activation": "gelu"},
+        {"index_topk": 2048},
+        {"zero_expert_num": 4},
+        {"hc_mult": 4},
+        {"layer_types": ["full_attention"] * 60 + ["sliding_attention"]},
+        {"mlp_layer_types": ["dense"] * 2 + ["sparse"] * 59},
+        {"moe_router_activation_func": "softmax"},
+        {"shared_expert_intermediate_size": 4096},
+        {"hidden_act": "gelu"},
+        {"rope_scaling": {**ROPE, "attn_factor": 0.5}},
+        {"rope_scaling": {**ROPE, "extrapolation_factor": 0.5}},
+        {"rope_scaling": {**ROPE, "apply_yarn_scaling": False}},
+        {"rope_scaling": {**ROPE, "truncate": False}},
+        {"rope_scaling": {**ROPE, "attention_factor": 1.2}},
+        {"rope_scaling": {**ROPE, "llama_4_scaling_beta": 0.1}},
+        {"rope_scaling": {**ROPE, "partial_rotary_factor": 0.5}},
+        {"rope_scaling": {**ROPE, "something_new": 0.5}},
+        {"rope_scaling": {"type": "default", "llama_4_scaling_beta": 0.1}},
+        {"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+        {"rope_scaling": {"full_attention": {"rope_type": "default"}}},
+        {"rope_scaling": {"factor": 40}},
+        {"rope_scaling": {"type": "dynamic", "factor": 4}},
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+        {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("table", ["rope_scaling", "rope_parameters"])
+def test_a_field_that_changes_the_network_is_rejected_by_name(changes, table):
+    """Whether classic or new, inside the rope table or outside of it."""
+    if table == "rope_parameters" and "rope_scaling" not in changes:
+        pytest.skip("a field outside of the table")
+    inside = changes.get("rope_scaling", changes)
+    names = [name for name in inside if name not in ROPE] or ["type"]
+    names += [inside["rope_type"]] if "rope_type" in inside else []
+    fields = v3(rope_scaling=None)
+    fields |= {table: changes["rope_scaling"]} if "rope_scaling" in changes else changes
+    with pytest.raises(SoliError) as rejection:
+        ModelConfig.from_dict(fields)
+    assert any(name in str(rejection.value) for name in names), str(rejection.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"llama_4_scaling": None, "llama_4_scaling_beta": 0, "attn_temperature_tuning": False},
+        {"sliding_window": None},
+        {"sliding_window": 4096, "use_sliding_window": False},
+        {"sliding_window": 10**9},
+        {"attn_logit_softcapping": None, "final_logit_softcapping": 0.0, "query_pre_attn_scalar": None},
+        {"partial_rotary_factor": 1, "mlp_bias": False, "use_mla": True, "qk_layernorm": 0, "rope_ratio": 1.0},
+        {"index_topk": None, "mlp_only_layers": [], "zero_expert_num": 0},
+        {"layer_types": ["full_attention"] * 61, "mlp_layer_types": ["dense"] * 3 + ["sparse"] * 58},
+        {"moe_router_activation_func": "sigmoid", "shared_expert_intermediate_size": 2048, "rotary_emb_base": 10000},
+        {"hidden_dropout": 0.1, "use_cache": False, "pretraining_tp": 2, "torch_dtype": "float16", "_comment": "x"},
+        {"num_key_value_heads": 8},
+        {"quantization_config": {}},
+        {"quantization_config": {"quant_method": None}},
+        {"rope_scaling": {**ROPE, "attn_factor": 1.0, "extrapolation_factor": 1, "apply_yarn_scaling": True}},
+        {"rope_scaling": {**ROPE, "attention_factor": 1.0, "truncate": True, "partial_rotary_factor": 1.0}},
+        {"rope_scaling": {**ROPE, "attention_factor": None, "low_freq_factor": 1.0, "finetuned": True}},
+        {"rope_scaling": {**ROPE, "mscale_all_dim": 0, "attention_factor": 1.3688879454113936}},
+        {"rope_scaling": {"rope_type": "default", "factor": 40, "attn_factor": 0.5}},
+        {"rope_scaling": {"type": "linear", "factor": 1.0}},
+    ],
+    ids=str,
+)
+def test_a_field_without_effect_and_a_neutral_value_are_ignored(changes):
+    plain = v3(rope_scaling=changes.get("rope_scaling"), quantization_config=None)
+    config, expected = ModelConfig.from_dict(plain | changes), ModelConfig.from_dict(plain)
+    fields = [field for field in FIELDS if field != "rope_scaling"]
+    assert [getattr(config, field) for field in fields] == [getattr(expected, field) for field in fields]
+    assert ModelConfig.from_dict(config.to_dict()) == config
+
+
+def test_glm4_moe_lite_says_its_dense_layers_by_a_list():
+    bare = ModelConfig.from_dict({"model_type": "glm4_moe_lite"})
+    assert (bare.v_head_dim, bare.n_routed_experts, bare.first_k_dense_replace) == (256, 64, 1)
+    types = ["dense"] * 2 + ["sparse"] * 45
+    config = ModelConfig.from_dict({"model_type": "glm4_moe_lite", "mlp_layer_types": types})
+    assert config.first_k_dense_replace == 2 and config.to_dict()["mlp_layer_types"] == types
+    assert ModelConfig.from_dict(config.to_dict()) == config
+    assert replace(config, {"num_hidden_layers": 3}).to_dict()["mlp_layer_types"] == ["dense", "dense", "sparse"]
+    with pytest.raises(SoliError, match="mlp_layer_types"):
+        ModelConfig.from_dict({"model_type": "glm4_moe_lite", "mlp_layer_types": ["sparse", "dense"] * 24})
 
 
 def test_a_missing_file_and_a_bad_field_name_the_file(tmp_path):

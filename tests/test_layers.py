@@ -17,7 +17,7 @@ LAYERS = [
     ("errors",),
     ("atomic_file", "input_files", "links", "mapped_files", "quantities"),
     ("hub",),
-    ("sections", "arguments", "rope_scaling", "config", "presets", "machine", "analysis"),
+    ("sections", "arguments", "families", "network_fields", "rope_scaling", "config", "presets", "machine", "analysis"),
     ("formats", "kernels", "data"),
     ("model",),
     ("checkpoint", "experts", "parallel"),

@@ -3,7 +3,8 @@
 `from_dict` reads both spellings in use: `rope_scaling` with `type` (classic) or `rope_parameters` with `rope_type` and
 `rope_theta` (newer writers); `n_routed_experts` or `num_local_experts`. `to_dict` writes the classic spelling, which
 all readers know, and returns every field that Soli does not use. Impossible values are rejected at construction, by
-field, value and remedy. Nothing here imports torch.
+field, value and remedy; so are fields that change the network and that Soli does not compute (network_fields.py).
+Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from soli.errors import SoliError
+from soli.families import ALIASES, ARCHITECTURES, DERIVED, FAMILY_DEFAULTS, NULL_MEANS
 from soli.hub.cache import find_folder, how_to_fetch
 from soli.input_files import read_object
+from soli.network_fields import NEUTRAL, reject_contradictions, reject_variants
 from soli.presets import PRESETS
-from soli.rope_scaling import RopeScaling, reject_variants
+from soli.rope_scaling import RopeScaling
 from soli.sections import (
     BelowOne,
     NonNegativeFloat,
@@ -31,59 +34,9 @@ from soli.sections import (
     suggest,
 )
 
-ARCHITECTURES = {
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-    "kimi_k2": "DeepseekV3ForCausalLM",
-    "deepseek_v2": "DeepseekV2ForCausalLM",
-}
-
-# What an absent field means: for deepseek_v3 and kimi_k2 the defaults of ModelConfig, for deepseek_v2 these.
-V2_DEFAULTS: dict[str, Any] = {
-    "vocab_size": 102400,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "moe_intermediate_size": 1407,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "n_shared_experts": 2,
-    "n_routed_experts": 64,
-    "num_experts_per_tok": 0,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 0,
-    "routed_scaling_factor": 1.0,
-    "scoring_func": "softmax",
-    "topk_method": "greedy",
-    "norm_topk_prob": False,
-    "max_position_embeddings": 2048,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-# Other writers' names for a field; both may be present when they agree.
-ALIASES = {
-    "num_local_experts": "n_routed_experts",
-    "num_experts": "n_routed_experts",
-    "num_mtp_layers": "num_nextn_predict_layers",
-}
-
-# A null in these means "none of it"; in any other field that cannot be null it means the same as an absent field.
-NULL_MEANS = {
-    "n_routed_experts": 0,
-    "n_shared_experts": 0,
-    "num_nextn_predict_layers": 0,
-    "n_group": 1,
-    "topk_group": 1,
-}
-
-# Written by some libraries but derived from other fields: dropped, so that a changed copy cannot contradict itself.
-DERIVED = ("head_dim", "qk_head_dim")
+MAX_LISTED_LAYERS = 10_000  # what can be written as a list of layers; a configuration may claim 10^9
 
 TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-# Fields of relatives that would change the network if they held anything else; Soli has no such variant.
-ONLY_VALUES = {"mlp_bias": False, "use_mla": True, "qk_layernorm": False, "partial_rotary_factor": 1.0}
-
 
 @dataclass(frozen=True)
 class ModelConfig(Section, section="", exact_integers=True):
@@ -100,7 +53,7 @@ class ModelConfig(Section, section="", exact_integers=True):
     num_hidden_layers: PositiveInt = 61
     num_nextn_predict_layers: NonNegativeInt = 0
     num_attention_heads: PositiveInt = 128
-    num_key_value_heads: int | None = None  # MLA has one key per head: None and num_attention_heads are the same
+    num_key_value_heads: int | None = None  # MLA does not use it; always num_attention_heads
     n_shared_experts: NonNegativeInt = 1
     n_routed_experts: NonNegativeInt = 256
     num_experts_per_tok: NonNegativeInt = 8
@@ -141,9 +94,10 @@ class ModelConfig(Section, section="", exact_integers=True):
         super().__post_init__()
         for name, ids in token_ids.items():
             check_token_ids(name, ids, self.vocab_size)
-        if self.num_key_value_heads is None:
-            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
-        reject_variants(self.extra, ONLY_VALUES)
+        object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        if not any(value is not None for value in (self.quantization_config or {}).values()):
+            object.__setattr__(self, "quantization_config", None)
+        _check_extra(self)
         _check_shape(self)
         if self.n_routed_experts:
             _check_routing(self)
@@ -176,9 +130,10 @@ class ModelConfig(Section, section="", exact_integers=True):
         model_type = _check_family(d.get("model_type"))
         _fold_aliases(d)
         _fold_rope(d)
+        _fold_layer_types(d)
         if d.get("architectures") in [[name] for name in ARCHITECTURES.values()]:
             del d["architectures"]  # follows model_type
-        defaults = V2_DEFAULTS if model_type == "deepseek_v2" else {}
+        defaults = FAMILY_DEFAULTS.get(model_type, {})
         values = {**defaults, **{name: d.pop(name) for name in FIELDS if name in d}}
         for name, value in list(values.items()):
             if value is None and "None" not in str(FIELDS[name].type):
@@ -195,6 +150,8 @@ class ModelConfig(Section, section="", exact_integers=True):
             d["rope_scaling"] = self.rope_scaling.to_dict()
         if self.quantization_config is None:
             del d["quantization_config"]
+        if self.model_type == "glm4_moe_lite" and self.num_hidden_layers <= MAX_LISTED_LAYERS:
+            d["mlp_layer_types"] = mlp_layer_types(self)  # its other readers do not know first_k_dense_replace
         return d | self.extra
 
 
@@ -236,6 +193,54 @@ def _fold_rope(d: dict[str, Any]) -> None:
     d["rope_scaling"] = scalings[0] if scalings else None
 
 
+def _fold_layer_types(d: dict[str, Any]) -> None:
+    """Bring `mlp_layer_types`, dense layers and then sparse ones, to `first_k_dense_replace`, where that is absent."""
+    types = d.get("mlp_layer_types")
+    if isinstance(types, list) and types and d.get("first_k_dense_replace") is None:
+        d["first_k_dense_replace"] = next((i for i, kind in enumerate(types) if kind != "dense"), len(types))
+
+
+def mlp_layer_types(config: ModelConfig) -> list[str]:
+    """What newer writers say instead of `first_k_dense_replace`: which layers are mixtures."""
+    return ["sparse" if config.is_moe_layer(layer) else "dense" for layer in range(config.num_hidden_layers)]
+
+
+def _check_extra(config: ModelConfig) -> None:
+    """SoliError for a field that Soli does not have and that asks for another network than the one it would build.
+
+    Lists of the layers' types are dropped from `extra` where they say what the configuration does."""
+    extra = config.extra
+    reject_variants(extra, NEUTRAL)
+    window = extra.get("sliding_window")
+    if window and extra.get("use_sliding_window") is not False and _is_below(window, config.max_position_embeddings):
+        reject("sliding_window", window, "Soli has no such variant; remove it or set null")
+    reject_contradictions(
+        extra,
+        {
+            "scoring_function": config.scoring_func,
+            "score_function": config.scoring_func,
+            "moe_router_activation_func": config.scoring_func,
+            "shared_expert_intermediate_size": config.n_shared_experts * config.moe_intermediate_size,
+            "moe_shared_expert_intermediate_size": config.n_shared_experts * config.moe_intermediate_size,
+            "rotary_emb_base": config.rope_theta,
+        },
+    )
+    layers = config.num_hidden_layers
+    for name, is_expected in (
+        ("layer_types", lambda types: types == ["full_attention"] * layers),
+        ("mlp_layer_types", lambda types: types == mlp_layer_types(config)),
+    ):
+        types = extra.get(name)
+        if types and not (isinstance(types, list) and len(types) == layers and is_expected(types)):
+            reject(name, types, f"Soli has no such variant of {layers} layers; remove it")
+    repeated = ("layer_types", "mlp_layer_types")  # what other fields say, and would not follow when they change
+    object.__setattr__(config, "extra", {name: value for name, value in extra.items() if name not in repeated})
+
+
+def _is_below(window: Any, positions: int) -> bool:
+    return not isinstance(window, int | float) or window < positions
+
+
 def _reject_first(config: ModelConfig, *rules: tuple[bool, str, str]) -> None:
     """SoliError for the first rule that is broken; a rule is (whether it is, the field, what it must be)."""
     for is_broken, name, remedy in rules:
@@ -244,7 +249,7 @@ def _reject_first(config: ModelConfig, *rules: tuple[bool, str, str]) -> None:
 
 
 def _check_shape(config: ModelConfig) -> None:
-    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    layers = config.num_hidden_layers
     _reject_first(
         config,
         (
@@ -253,11 +258,6 @@ def _check_shape(config: ModelConfig) -> None:
             f"it counts dense layers at the start, so at most num_hidden_layers, {layers}",
         ),
         (config.qk_rope_head_dim % 2 == 1, "qk_rope_head_dim", "RoPE rotates pairs, so it must be even"),
-        (
-            config.num_key_value_heads != heads,
-            "num_key_value_heads",
-            f"latent attention has one key per head, so it must equal num_attention_heads, {heads}",
-        ),
         (
             config.rope_scaling is not None and config.rope_theta <= 1,
             "rope_theta",
@@ -353,8 +353,7 @@ def resolve(name_or_folder: str | Path) -> ModelConfig:
 def replace(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
     """A copy with fields changed; `rope_scaling.factor` reaches inside. SoliError for a name that is no field."""
     d = config.to_dict()
-    if "num_attention_heads" in changes:
-        d["num_key_value_heads"] = None  # follows the heads unless given too
+    d.pop("mlp_layer_types", None)  # follows the fields that may change
     for name, value in changes.items():
         head, _, inside = name.partition(".")
         if head not in FIELDS or (inside and head != "rope_scaling"):

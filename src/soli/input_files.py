@@ -6,6 +6,7 @@ infinities, numbers of hundreds of digits, deep nesting, half a surrogate pair. 
 the file and the place in it.
 """
 
+import codecs
 import json
 import math
 import os
@@ -67,8 +68,8 @@ def read_bytes(path: str | Path, limit: int = DOCUMENT_BYTES) -> bytes:
 
 
 def read_text(path: str | Path, limit: int = DOCUMENT_BYTES) -> str:
-    """The text of a regular file in UTF-8, without a byte order mark."""
-    return decode(read_bytes(path, limit), str(path))
+    """The text of a regular file in UTF-8; a byte order mark at its beginning is dropped."""
+    return decode(read_bytes(path, limit).removeprefix(codecs.BOM_UTF8), str(path))
 
 
 def decode(data: bytes, where: str) -> str:

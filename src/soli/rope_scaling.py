@@ -1,15 +1,14 @@
 """YaRN as a configuration has it: the table `rope_scaling` (classic) or `rope_parameters` (newer writers)."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Self
 
 from soli.errors import SoliError
+from soli.network_fields import ROPE_NEUTRAL, ROPE_WITHOUT_EFFECT, YARN_NEUTRAL, is_empty, reject_variants
 from soli.sections import Bounds, NonNegativeFloat, PositiveFloat, PositiveInt, Section, reject, shown
-
-# Fields that would change the rotation if they held anything else; Soli has no such variant.
-ONLY_VALUES = {"attention_factor": None, "truncate": True, "partial_rotary_factor": 1.0}
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,21 @@ class RopeScaling(Section, section="rope_scaling", exact_integers=True):
         super().__post_init__()
         if self.beta_fast < self.beta_slow:
             reject("rope_scaling.beta_fast", self.beta_fast, f"it must be at least beta_slow, {self.beta_slow}")
-        reject_variants(self.extra, ONLY_VALUES, "rope_scaling.")
+        reject_variants(self.extra, YARN_NEUTRAL, "rope_scaling.")
+        self._check_attention_factor(self.extra.get("attention_factor"))
+        _reject_unknown(self.extra, {*YARN_NEUTRAL, "attention_factor"})
+
+    def _check_attention_factor(self, value: Any) -> None:
+        """Files may repeat the factor on cos and sin; another one than the mscales give is rejected."""
+        computed = self.mscale_of(self.mscale) / self.mscale_of(self.mscale_all_dim)
+        if value is None or (type(value) in (int, float) and math.isclose(value, computed, rel_tol=1e-6)):
+            return
+        remedy = f"by the mscales it is {computed:.6g}; Soli has no such variant; remove it"
+        reject("rope_scaling.attention_factor", value, remedy)
+
+    def mscale_of(self, weight: float) -> float:
+        """YaRN's sqrt(1/t) = 0.1 * weight * ln(factor) + 1; one where the context is not extended."""
+        return 0.1 * weight * math.log(self.factor) + 1.0 if self.factor > 1.0 else 1.0
 
     @classmethod
     def from_dict(cls, table: Any) -> Self | None:  # type: ignore[override]
@@ -46,7 +59,8 @@ class RopeScaling(Section, section="rope_scaling", exact_integers=True):
         if kinds[-1] != kind:
             types = f"type {shown(kind)} and rope_type {shown(kinds[-1])}"
             raise SoliError(f"rope_scaling has {types}; keep one of them")
-        if kind == "default":
+        if kind == "default" or (kind == "linear" and table.get("factor") == 1):
+            _check_plain(table, is_typed=any(table.get(name) is not None for name in ("type", "rope_type")))
             return None
         for name in ("factor", "original_max_position_embeddings"):
             if kind == "yarn" and table.get(name) is None:
@@ -65,8 +79,16 @@ class RopeScaling(Section, section="rope_scaling", exact_integers=True):
         }
 
 
-def reject_variants(extra: Mapping[str, Any], only: Mapping[str, Any], prefix: str = "") -> None:
-    """SoliError when a field that Soli does not use asks for another network than the one it would build."""
-    for name, value in only.items():
-        if extra.get(name) not in (None, value):
-            reject(prefix + name, extra[name], f"Soli has no such variant; remove it or set {value!r}")
+def _check_plain(table: Mapping[str, Any], is_typed: bool) -> None:
+    """SoliError for a table of plain RoPE that asks for more than that; the parameters of YaRN have no effect there."""
+    if not is_typed and table.get("factor") not in (None, 1):
+        raise SoliError(f"rope_scaling has factor {shown(table['factor'])} but no type; add its type, such as yarn")
+    reject_variants(table, ROPE_NEUTRAL, "rope_scaling.")
+    yarn = {item.name for item in dataclasses.fields(RopeScaling)}
+    _reject_unknown(table, {*yarn, *YARN_NEUTRAL, "attention_factor", "rope_type", "rope_theta"})
+
+
+def _reject_unknown(table: Mapping[str, Any], known: set[str]) -> None:
+    for name, value in table.items():
+        if name not in known and name not in ROPE_WITHOUT_EFFECT and not is_empty(value):
+            reject(f"rope_scaling.{name}", value, "Soli does not know this field, which may change the rotation")

@@ -27,7 +27,7 @@ BAD_JSON = {
     "objects nested too deep": (b'{"a":' * 500 + b"1" + b"}" * 500, "nested"),
     "half a surrogate pair": (b'{"a": "\\ud83d"}', "surrogate"),
     "half a surrogate pair in a key": (b'{"\\udc00": 1}', "surrogate"),
-    "a byte order mark": (b"\xef\xbb\xbf{}", "byte order mark"),
+    "a second byte order mark": (b"\xef\xbb\xbf\xef\xbb\xbf{}", "byte order mark"),
     "UTF-16": ('{"a": 1}'.encode("utf-16"), "UTF-8 at byte 1"),
     "not UTF-8": (b'{"a": "\xff"}', "UTF-8 at byte 8"),
     "a NUL byte": (b'{"a": "\x00"}', "line 1"),
@@ -53,6 +53,12 @@ def test_bad_json_is_rejected_with_file_and_place(tmp_path: Path, name: str) -> 
 @pytest.mark.parametrize("text", ['{"a": [1, 1e300, null, "\\ud83d\\ude00"]}', "[" * NESTING + "]" * NESTING, '"x"'])
 def test_good_json_is_read(text: str) -> None:
     parse_json(text, "here")
+
+
+def test_a_byte_order_mark_is_dropped(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"model_type": "deepseek_v3"}')
+    assert read_json(tmp_path / "config.json") == {"model_type": "deepseek_v3"}
+    assert load_config(tmp_path).model_type == "deepseek_v3"
 
 
 def test_too_many_values_are_rejected_before_they_are_built() -> None:

@@ -115,7 +115,6 @@ DAMAGES = {
     "a layer more than the config says": Damage(
         config(num_hidden_layers=1, num_nextn_predict_layers=0), (SINGLE, "tensor model.layers.")
     ),
-    "an MTP module that the config hides": Damage(config(num_nextn_predict_layers=0), (SINGLE, "model.layers.2.")),
     "half an MTP module": Damage(tensors(drop_half_the_mtp), (SINGLE, "model.layers.2.self_attn.", "missing")),
     "wrong shape": Damage(replaced(NORM, lambda t: t[:-1].clone()), (SINGLE, NORM, "(135,)", "(136,)")),
     "wrong dtype": Damage(replaced(NORM, Tensor.int), (SINGLE, NORM, "I32")),

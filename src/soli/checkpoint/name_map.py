@@ -129,8 +129,12 @@ MTP: Final = (  # besides the rows of a block; eh_proj has no scale in the offic
     NameRow("model.layers.{i}.shared_head.head.weight", "embed_tokens.weight", ("V", "D"), HIGH, "tied", copy=True),
 )
 
-# Buffers that old exports wrote and every reader recomputes: known, and ignored.
-IGNORED: Final = ("model.layers.*.self_attn.rotary_emb.inv_freq",)
+# Buffers that some exports write and every reader recomputes, and scales of a quantized cache: known, and ignored.
+IGNORED: Final = (
+    "model.rotary_emb.*", "model.layers.*.self_attn.rotary_emb.*", "model.layers.*.rotary_emb.*",
+    "model.layers.*.self_attn.*k_scale", "model.layers.*.self_attn.*v_scale", "model.layers.*.self_attn.*q_scale",
+    "model.layers.*.self_attn.*prob_scale", "model.layers.*.self_attn.masked_bias", "model.position_ids",
+)  # fmt: skip
 
 
 def slots(config: ModelConfig) -> tuple[Slot, ...]:

@@ -23,7 +23,7 @@ from soli.sections import shown
 
 FORMAT: Final = {"F8_E4M3": "fp8", "I8": "int8", "U8": "int4"}  # dtype in a file -> format of a weight
 FLOATS: Final = ("BF16", "F16", "F32")
-SCALES: Final = ("F32", "F8_E8M0")
+SCALES: Final = ("F32", "BF16", "F16", "F8_E8M0")  # of FP8 weights; each is exact in fp32
 FP8: Final = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
 SOLI: Final = "soli"
 BITS: Final = {8: frozenset({"I8"}), 4: frozenset({"I8", "U8"})}  # dtypes that a folder of 8 or 4 bits may hold

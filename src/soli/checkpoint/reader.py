@@ -6,7 +6,8 @@ scales, and the index agrees with the shards; the first problem is an error nami
 Pickled files are never opened.
 
 A folder without *any* tensor of the MTP modules (many exports drop them) opens without them, with an entry in `notes`;
-one that lacks some of them is broken.
+one that lacks some of them is broken. MTP modules that config.json does not have are left out, with a note; so is a tie
+between embedding and head when the files hold a head of its own. Experts may be stacked (stacked.py).
 """
 
 import re
@@ -20,9 +21,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from soli.checkpoint.name_map import IGNORED, SCALE_SUFFIX, Kind, Slot, slots, unroll_slots
+from soli.checkpoint.name_map import HEAD, IGNORED, SCALE_SUFFIX, Kind, Slot, slots, unroll_slots
 from soli.checkpoint.quantization import FORMAT, quantized_dtypes, slot_problems
 from soli.checkpoint.shard import TORCH_DTYPE, Shard, TensorEntry
+from soli.checkpoint.stacked import STACKED, split_stacked
 from soli.config import load_config
 from soli.errors import SoliError
 from soli.formats.fp8 import BLOCK, check_scale
@@ -50,10 +52,23 @@ class Checkpoint:
         self.config = load_config(folder)
         self.quantized_dtypes = quantized_dtypes(folder, self.config)
         self._shards = _open_shards(folder)
+        for shard in self._shards.values():
+            shard.entries = split_stacked(shard.entries, self.config.n_routed_experts)
         self.entries = {name: entry for shard in self._shards.values() for name, entry in shard.entries.items()}
+        notes: list[str] = []
+        if self._has_own_head():
+            self.config = replace(self.config, tie_word_embeddings=False)
+            notes.append(
+                f"{folder}: lm_head.weight differs from model.embed_tokens.weight though tie_word_embeddings is true "
+                "in config.json: both are used; set it to false there"
+            )
         lacks_mtp = self._lacks_mtp()
-        note = f"{folder} holds no MTP module though config.json has one: the model is used without"
-        self.notes = (note,) if lacks_mtp and mtp else ()
+        if lacks_mtp and mtp:
+            notes.append(f"{folder} holds no MTP module though config.json has one: the model is used without")
+        self._extra_layers = self._layers_beyond(mtp)
+        if self._extra_layers:
+            notes.append(self._describe_extra_layers())
+        self.notes = tuple(notes)
         without_mtp = replace(self.config, num_nextn_predict_layers=0)
         # Unrolled lazily: of a configuration with 10^9 layers only what the files have, and some of what they lack.
         _raise_first(self._problems(unroll_slots(without_mtp if lacks_mtp else self.config)))
@@ -105,7 +120,7 @@ class Checkpoint:
         return weight.to(device).dequantize(dtype)
 
     def check_copies(self) -> None:
-        """Read the MTP modules' copies of embedding and head and compare them with the originals.
+        """Read the copies of embedding and head, those of MTP modules and a tied head, and compare with the originals.
 
         Soli has one table for both; a copy that differs would be lost silently, so it is an error naming it.
         """
@@ -130,13 +145,35 @@ class Checkpoint:
         suffixes = ("", SCALE_SUFFIX[FORMAT[dtype]]) if dtype in FORMAT else ("",)
         return all(torch.equal(self.stored(name + suffix), self.stored(other + suffix)) for suffix in suffixes)
 
+    def _has_own_head(self) -> bool:
+        """Whether the embedding is tied to a head that the files hold with other values: the head counts, as it does
+        for transformers. Reads both where the configuration ties them."""
+        embedding = "model.embed_tokens.weight"
+        if not self.config.tie_word_embeddings or not {HEAD, embedding} <= self.entries.keys():
+            return False
+        return self.entries[HEAD].shape == self.entries[embedding].shape and not self._equal(HEAD, embedding)
+
     def _lacks_mtp(self) -> bool:
         first, count = self.config.num_hidden_layers, self.config.num_nextn_predict_layers
-        layers = (re.match(r"model\.layers\.(\d{1,18})\.", name) for name in self.entries)
-        return count > 0 and not any(layer and first <= int(layer[1]) < first + count for layer in layers)
+        return count > 0 and not any(first <= _layer(name) < first + count for name in self.entries)
+
+    def _layers_beyond(self, mtp: bool) -> frozenset[int]:
+        """HF layers behind those of config.json that are left out: MTP modules, and without `mtp` any other."""
+        end = self.config.num_hidden_layers + self.config.num_nextn_predict_layers
+        layers = {_layer(name) for name in self.entries}
+        modules = {_layer(name) for name in self.entries if name.endswith(".eh_proj.weight")}
+        return frozenset(layer for layer in (modules if mtp else layers) if layer >= end)
+
+    def _describe_extra_layers(self) -> str:
+        layers = ", ".join(map(str, sorted(self._extra_layers)))
+        return (
+            f"{self.folder} holds layer {layers}, which config.json does not have: left out; num_hidden_layers is "
+            f"{self.config.num_hidden_layers} and num_nextn_predict_layers {self.config.num_nextn_predict_layers}"
+        )
 
     def _problems(self, expected: Iterable[Slot]) -> Iterable[str]:
         known = set()
+        end = self.config.num_hidden_layers + self.config.num_nextn_predict_layers
         for slot in expected:
             known |= {slot.name, *map(slot.scale_name, SCALE_SUFFIX)}
             if self.holds(slot):
@@ -146,9 +183,24 @@ class Checkpoint:
                 tensor = f"tensor {slot.name} of shape {slot.shape}"
                 yield f"{listing}: {tensor} is missing, though config.json asks for it"
         for name, entry in self.entries.items():
-            ignored = 0 in entry.shape or any(fnmatchcase(name, pattern) for pattern in IGNORED)
-            if name not in known and not ignored:  # transformers writes 0 shared experts as tensors without elements
+            if name in known or _layer(name) in self._extra_layers:
+                continue
+            if 0 in entry.shape or any(fnmatchcase(name, pattern) for pattern in IGNORED):
+                continue  # transformers writes 0 shared experts as tensors without elements
+            if _layer(name) >= end:
+                fields = "raise num_nextn_predict_layers if it is an MTP module, num_hidden_layers if not"
+                yield f"{entry} is behind the last layer of config.json: {fields}, or leave it out with mtp=False"
+            elif STACKED.fullmatch(name):
+                experts = self.config.n_routed_experts
+                yield f"{entry} of shape {entry.shape} is no stack of the {experts} experts that config.json asks for"
+            else:
                 yield f"{entry} is not part of a model with this config.json"
+
+
+def _layer(name: str) -> int:
+    """The HF layer of a tensor; -1 outside of layers."""
+    match = re.match(r"model\.layers\.(\d{1,18})\.", name)
+    return int(match[1]) if match else -1
 
 
 def _raise_first(problems: Iterable[str]) -> None:
@@ -160,12 +212,13 @@ def _raise_first(problems: Iterable[str]) -> None:
 
 def _open_shards(folder: Path) -> dict[Path, Shard]:
     single, index = folder / SINGLE, folder / INDEX
-    if single.exists() and index.exists():
+    weight_map = _read_index(index) if index.exists() else None
+    if weight_map is not None and single.exists() and set(weight_map.values()) != {SINGLE}:
         raise SoliError(f"{folder}: holds both {SINGLE} and {INDEX}; remove the one that does not belong to the model")
+    if weight_map is not None:
+        return _open_indexed(folder, weight_map)
     if single.exists():
         return {single: Shard(single)}
-    if index.exists():
-        return _open_indexed(folder, _read_index(index))
     if any(file for pattern in PICKLES for file in folder.glob(pattern)):
         raise SoliError(
             f"{folder}: holds weights as pickle files only, which can run code when opened, so Soli does not; "

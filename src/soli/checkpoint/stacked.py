@@ -1,0 +1,48 @@
+"""Experts that a file holds stacked, as transformers 5 writes them on request, seen as the separate tensors of others.
+
+    experts.gate_up_proj (E, 2F, D): of each expert the gate's F rows, then up's      experts.down_proj (E, D, F)
+
+An expert's rows lie one after another, so each is a tensor of its own at a place in the same file: nothing is read or
+copied. FP8 scales are stacked likewise, one row for 128.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Final
+
+from soli.checkpoint.shard import TensorEntry
+
+STACKED: Final = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(gate_up_proj|down_proj)(_scale_inv)?")
+MAX_EXPERTS: Final = 65_536  # of a layer; a header may claim 10^9
+PARTS: Final = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+def split_stacked(entries: Mapping[str, TensorEntry], experts: int) -> dict[str, TensorEntry]:
+    """`entries` with each stack of `experts` experts replaced by its parts; one of another shape stays as it is."""
+    split: dict[str, TensorEntry] = {}
+    for name, entry in entries.items():
+        match = STACKED.fullmatch(name)
+        parts = PARTS[match[2]] if match is not None else ()
+        if match is not None and _is_stack(entry, experts, len(parts)):
+            split.update(_parts(entry, match[1], parts, match[3] or ""))
+        else:
+            split[name] = entry
+    return split
+
+
+def _is_stack(entry: TensorEntry, experts: int, parts: int) -> bool:
+    shape = entry.shape
+    return len(shape) == 3 and 0 < shape[0] == experts <= MAX_EXPERTS and 0 not in shape and shape[1] % parts == 0
+
+
+def _parts(entry: TensorEntry, prefix: str, parts: tuple[str, ...], suffix: str) -> Iterator[tuple[str, TensorEntry]]:
+    experts, rows, columns = entry.shape
+    size = (entry.end - entry.start) // (experts * len(parts))
+    start = entry.start
+    for expert in range(experts):
+        for part in parts:
+            name = f"{prefix}.{expert}.{part}.weight{suffix}"
+            shape = (rows // len(parts), columns)
+            yield name, replace(entry, name=name, shape=shape, start=start, end=start + size)
+            start += size
