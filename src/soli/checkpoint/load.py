@@ -2,6 +2,7 @@
 
 import warnings
 from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -26,6 +27,9 @@ from soli.model import Transformer
 from soli.model.layers import Linear
 from soli.model.moe import RoutedExperts
 
+# From an open folder, the experts of each module, by its name.
+PagedExpertsFactory = Callable[[Checkpoint], Mapping[str, QuantizedExperts]]
+
 BUNDLED: Final = Path(__file__).parent.parent / "models"  # models that ship inside the package, by name
 
 
@@ -38,6 +42,7 @@ def load_model(
     mtp: bool = True,
     quantized: bool | None = None,
     in_place: bool = False,
+    paged: PagedExpertsFactory | None = None,
     progress: ProgressCallback = lambda read, total: None,
 ) -> Transformer:
     """A model in evaluation mode, its parameters trainable, every tensor checked before the first is used.
@@ -55,6 +60,9 @@ def load_model(
     written stays in this process. Experts, which are separate tensors in files, are no parameters then. The files must
     stay as they are while a model is used that has mapped weights.
 
+    `paged` makes the routed experts of a model whose experts stay in the files (soli.experts.load); nothing of them is
+    loaded. All weights are as stored then, and what is not an expert is read into memory, not mapped.
+
     `progress` is called with the bytes read and those in all. Memory: the model once, without mapped weights, and one
     tensor. Raises SoliError naming file and tensor, and before a weight is read for a model that does not fit in
     memory; warns when the files lack the MTP modules that their config.json announces.
@@ -67,14 +75,16 @@ def load_model(
     for note in checkpoint.notes:
         warnings.warn(note, stacklevel=3)
     model_dtype = dtype or checkpoint.natural_dtype
-    storage, storage_note = choose_storage(checkpoint, model_dtype, torch.device(device), quantized, in_place)
+    storage, storage_note = choose_storage(
+        checkpoint, model_dtype, torch.device(device), quantized, in_place, experts=paged is None
+    )
     if storage_note is not None:
         warnings.warn(storage_note, stacklevel=3)
     checkpoint.check_router_biases()
     checkpoint.check_copies()
     model = Transformer(checkpoint.config, device="meta", dtype=storage.dtype)
     sources = _sources(checkpoint)
-    _set_as_stored(model, checkpoint, sources, storage)
+    _set_as_stored(model, checkpoint, sources, storage, {} if paged is None else paged(checkpoint))
     _fill(model, checkpoint, sources, storage, progress)
     return model.eval()
 
@@ -103,15 +113,22 @@ def open_checkpoint(
 
 
 def _set_as_stored(
-    model: Transformer, checkpoint: Checkpoint, sources: dict[str, list[Slot]], storage: Storage
+    model: Transformer,
+    checkpoint: Checkpoint,
+    sources: dict[str, list[Slot]],
+    storage: Storage,
+    paged: Mapping[str, QuantizedExperts],
 ) -> None:
-    """Give every layer whose weights stay as stored these weights, mapped from disk."""
+    """Give every layer whose weights stay as stored these weights, mapped from disk; `paged`: experts by module."""
     device = storage.device
     for name, module in model.named_modules():
         if isinstance(module, Linear) and storage.quantized:
             weight = checkpoint.quantized(sources[f"{name}.weight"][0]) if f"{name}.weight" in sources else None
             if weight is not None:
                 module.set_quantized(weight.to(device))
+        elif name in paged:
+            assert isinstance(module, RoutedExperts)
+            module.set_quantized(paged[name])
         elif isinstance(module, RoutedExperts):
             gates_ups, downs = sources[f"{name}.gate_up_proj"], sources[f"{name}.down_proj"]
             first = (*gates_ups[:1], *downs[:1])

@@ -25,11 +25,12 @@ class Storage:
     quantized: bool
     in_place: bool
 
-    def bytes_of(self, checkpoint: Checkpoint) -> tuple[int, int]:
-        """(allocated, mapped): bytes of weights that loading allocates, and those used from the files."""
+    def bytes_of(self, checkpoint: Checkpoint, experts: bool = True) -> tuple[int, int]:
+        """(allocated, mapped): bytes of weights that loading allocates, and those used from the files; of all weights,
+        or of those that are no routed `experts`."""
         allocated = mapped = 0
         for slot in checkpoint.slots:
-            if slot.copy:
+            if slot.copy or (slot.expert is not None and not experts):
                 continue
             entry = checkpoint.entries[slot.name]
             dtype = torch.float32 if slot.kind is Kind.ROUTER_BIAS else self.dtype
@@ -50,18 +51,23 @@ class Storage:
 
 
 def choose_storage(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, quantized: bool | None, in_place: bool
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantized: bool | None,
+    in_place: bool,
+    experts: bool = True,
 ) -> tuple[Storage, str | None]:
     """How a model is loaded, and a note for the user where that is not what is usual for its files.
 
     `quantized` None: FP8 is dequantized where that fits, and stays FP8 where only that fits. True: mapped weights may
-    exceed the memory, for they are read from the disk again when they are used again. SoliError with the bytes needed
-    and available, and what would fit.
+    exceed the memory, for they are read from the disk again when they are used again. `experts` false: routed experts
+    are not loaded. SoliError with the bytes needed and available, and what would fit.
     """
     available = _available(device)
     usual = quantized if quantized is not None else "F8_E4M3" not in checkpoint.quantized_dtypes
     storage = Storage(dtype, device, usual, in_place)
-    allocated, mapped = storage.bytes_of(checkpoint)
+    allocated, mapped = storage.bytes_of(checkpoint, experts)
     from_disk = quantized is True
     if allocated + (0 if from_disk else mapped) <= available:
         return storage, None

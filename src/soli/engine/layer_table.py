@@ -11,6 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from soli.experts.store import PagedExperts
 from soli.kernels import Backend, Dispatch, cpu
 from soli.kernels.cpu import fused, structs
 from soli.kernels.cpu.backend import LOW_PRECISION, CpuBackend
@@ -88,7 +89,13 @@ class LayerTableBuilder:
         layers = (structs.CLayer * len(blocks))(*(self._layer(block) for block in blocks))
         rope = self._model.rope
         return fused.LayerTable(
-            self.cpu_backend.isa, layers, self._norm(norm), rope.inv_P, rope.scale, tuple(self._keep_alive)
+            self.cpu_backend.isa,
+            layers,
+            self._norm(norm),
+            rope.inv_P,
+            rope.scale,
+            tuple(self._keep_alive),
+            tuple(_paged_experts(block) for block in blocks),
         )
 
     def embedding_and_head(self) -> fused.EmbeddingAndHead | None:
@@ -226,6 +233,12 @@ def _part_metadata(positions_T: Tensor, cache: Cache, part: slice) -> fused.Atte
             chunks.append((start - part.start, stop - part.start, first, chunk.slots_S))
     table_BM = cache.table_BM[decode].contiguous()
     return fused.AttentionMetadata(positions_T[part], table_BM, cache.lengths_B[decode], chunks)
+
+
+def _paged_experts(block: Block) -> PagedExperts | None:
+    """A block's experts where they are read from disk as they are needed."""
+    experts = block.mlp.experts.quantized if isinstance(block.mlp, MoE) else None
+    return experts if isinstance(experts, PagedExperts) else None
 
 
 def _bytes_per_token(layer: structs.CLayer) -> int:

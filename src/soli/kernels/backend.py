@@ -10,6 +10,7 @@ row, X = C latent + R rotary width.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
@@ -26,9 +27,9 @@ from soli.kernels.cpu import ExpertTable
 class QuantizedExperts:
     """The experts of a layer, each in place: `gates` and `ups` (F, D), `downs` (D, F), one of each per expert."""
 
-    gates: tuple[QuantizedWeight, ...]
-    ups: tuple[QuantizedWeight, ...]
-    downs: tuple[QuantizedWeight, ...]
+    gates: Sequence[QuantizedWeight]
+    ups: Sequence[QuantizedWeight]
+    downs: Sequence[QuantizedWeight]
 
     def __post_init__(self) -> None:
         if not len(self.gates) == len(self.ups) == len(self.downs):
@@ -40,13 +41,23 @@ class QuantizedExperts:
     @cached_property
     def uniform(self) -> bool:
         """Whether all gates and ups have one format, group and shape, and all downs one."""
-        kinds = [{(w.format, w.group, w.shape) for w in part} for part in (self.gates + self.ups, self.downs)]
+        kinds = [{(w.format, w.group, w.shape) for w in part} for part in ((*self.gates, *self.ups), self.downs)]
         return all(len(kind) == 1 for kind in kinds)
 
     @cached_property
     def table(self) -> ExpertTable:
         """Where the C++ kernels find each matrix; SoliError for experts that are not uniform."""
         return ExpertTable.from_matrices(self.gates, self.ups, self.downs)
+
+    @cached_property
+    def values_like(self) -> Tensor:
+        """A tensor of the dtype and device of the down projections' values."""
+        return self.downs[0].values
+
+    def windows(self, expert_ids_TK: Tensor) -> Iterable[range] | None:
+        """The experts 0 ... E - 1 in consecutive ranges, each of which is in memory while it is taken; None where all
+        are in memory."""
+        return None
 
 
 class Backend(ABC):

@@ -69,7 +69,7 @@ class Dispatch(Backend):
     def quantized_experts(
         self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, experts: QuantizedExperts
     ) -> Tensor:
-        backend = self._backend(x_TD, experts.downs[0].values) if experts.uniform else self.fallback
+        backend = self._backend(x_TD, experts.values_like) if experts.uniform else self.fallback
         return backend.quantized_experts(x_TD, expert_ids_TK, weights_TK, experts)
 
     def latent_decode(

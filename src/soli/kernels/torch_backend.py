@@ -149,8 +149,9 @@ def by_expert(
 ) -> Tensor:
     """``mlp(rows, weights, *matrices of the expert)`` of each expert on its own run of rows, sorted by expert."""
     counts = counts_E.tolist()
-    runs = zip(x_PD.split(counts), weights_P1.split(counts), *matrices, strict=True)
-    parts = [mlp(rows, weights, *own) for rows, weights, *own in runs if rows.shape[0]]
+    runs = enumerate(zip(x_PD.split(counts), weights_P1.split(counts), strict=True))
+    # Only the matrices of experts with rows are taken, in ascending order: they may have to be read from disk.
+    parts = [mlp(rows, weights, *(own[e] for own in matrices)) for e, (rows, weights) in runs if rows.shape[0]]
     return torch.cat(parts) if parts else x_PD
 
 

@@ -12,7 +12,7 @@ Shapes: T tokens, D hidden, E experts, F expert width, K chosen, O output and I 
 KV blocks of S slots, M blocks of a table's row, X = C latent + R rotary width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Self
@@ -25,6 +25,7 @@ from soli.formats.quantized import QuantizedWeight
 from soli.kernels.cpu.native import DTYPES, FORMATS, Library, check_error, library
 
 FORMAT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # of plain tensors
+EXPERT_STATES = ("missing", "reading", "present", "failed")  # as enum ExpertState of csrc/paging.h
 PLAIN = {dtype: FORMATS[name] for dtype, name in FORMAT_NAMES.items()}
 
 
@@ -67,7 +68,8 @@ class ExpertTable:
     """The addresses of one layer's experts: for each its gate (F, D), up (F, D) and down (D, F), anywhere in memory.
 
     `addresses_3E2` int64 holds weight and scale of every gate, then every up, then every down; `keep_alive` holds
-    references to their memory. Gate and up share format and group; down may have its own.
+    references to their memory. Gate and up share format and group; down may have its own. `states_E` uint8 has an index
+    into EXPERT_STATES for each expert of a layer whose experts are not all in memory.
     """
 
     gate_up: tuple[str, int]  # format, group
@@ -75,6 +77,7 @@ class ExpertTable:
     shape: tuple[int, int, int]  # E, D, F
     addresses_3E2: Tensor
     keep_alive: tuple[object, ...]
+    states_E: Tensor | None = None
 
     @classmethod
     def from_plain(cls, gate_up_E2FD: Tensor, down_EDF: Tensor) -> "ExpertTable":
@@ -101,10 +104,18 @@ class ExpertTable:
         return cls(*formats, (len(downs), D, F), torch.tensor(addresses, dtype=torch.int64), (*gates, *ups, *downs))
 
 
-def experts(isa: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, table: ExpertTable) -> Tensor:
+def experts(
+    isa: int,
+    x_TD: Tensor,
+    expert_ids_TK: Tensor,
+    weights_TK: Tensor,
+    table: ExpertTable,
+    windows: Iterable[range] | None = None,
+) -> Tensor:
     """Equation 12's routed part for T tokens: (T, D), int64 (T, K), (T, K) to (T, D) in the dtype of x.
 
-    A token's experts are summed in ascending order. IndexError for an id outside 0 ... E - 1.
+    A token's experts are summed in ascending order. `windows`: the experts 0 ... E - 1 in consecutive ranges, each of
+    which need be in memory only when it is taken; None where all are. IndexError for an id outside 0 ... E - 1.
     """
     E, D, F = table.shape
     _check_tokens(x_TD, D)
@@ -113,15 +124,18 @@ def experts(isa: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, t
         raise ValueError(f"{x_TD.shape[0]} tokens, expert ids {(T, K)}, weights {tuple(weights_TK.shape)} do not fit")
     x_TD, ids_TK, weights_TK = x_TD.contiguous(), expert_ids_TK.contiguous(), weights_TK.float().contiguous()
     y_TD = torch.empty_like(x_TD)
+    sum_TD = None if windows is None else torch.zeros(T, D)
     kernels = require_library()
     in_format, in_group = table.gate_up
     out_format, out_group = table.down
-    code = kernels.experts(
-        isa, FORMATS[in_format], in_group, FORMATS[out_format], out_group,
-        E, D, F, table.addresses_3E2.data_ptr(), T, K, DTYPES[x_TD.dtype], x_TD.data_ptr(), ids_TK.data_ptr(),
-        weights_TK.data_ptr(), y_TD.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    check_error(code, E)
+    for window in windows or (range(E),):
+        code = kernels.experts(
+            isa, FORMATS[in_format], in_group, FORMATS[out_format], out_group,
+            E, D, F, table.addresses_3E2.data_ptr(), T, K, DTYPES[x_TD.dtype], x_TD.data_ptr(), ids_TK.data_ptr(),
+            weights_TK.data_ptr(), y_TD.data_ptr(), torch.get_num_threads(),
+            window.start, window.stop, 0 if sum_TD is None else sum_TD.data_ptr(),
+        )  # fmt: skip
+        check_error(code, E)
     return y_TD
 
 

@@ -72,7 +72,9 @@ class CpuBackend(Backend):
     def quantized_experts(
         self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, experts: QuantizedExperts
     ) -> Tensor:
-        return cpu.experts(self.isa, x_TD, expert_ids_TK, weights_TK, experts.table)
+        return cpu.experts(
+            self.isa, x_TD, expert_ids_TK, weights_TK, experts.table, experts.windows(expert_ids_TK)
+        )
 
     def latent_decode(
         self, q_BHX: Tensor, blocks_PSX: Tensor, table_BM: Tensor, lengths_B: Tensor, *, latent: int, scale: float

@@ -8,11 +8,12 @@ Shapes: T tokens, of which the first B are decode tokens and N get logits; D hid
 router, E experts, K chosen, G groups; P KV blocks of S slots of X values; W blocks of a block table's row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from ctypes import Array, addressof, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final, NamedTuple, Self
+from itertools import accumulate
+from typing import Any, Final, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from soli.kernels.cpu.structs import (
     CLayout,
     CMatrix,
     CNorm,
+    CPaging,
     CPrefillChunk,
     CRoutings,
     CVector,
@@ -34,6 +36,7 @@ from soli.kernels.cpu.structs import (
 
 MAX_TOKENS: Final = 512  # as in csrc/forward.h
 MAX_GROUPS: Final = 64
+READ_FAILED: Final = [*native.ERRORS].index("READ_FAILED")
 
 
 def vector(tensor: Tensor | None) -> CVector:
@@ -54,12 +57,28 @@ def weight(matrix: QuantizedWeight | Tensor | None) -> CWeight:
 
 def set_experts(feed_forward: CFeedForward, table: ExpertTable) -> None:
     """Give a layer its routed experts. `table` must outlive `feed_forward`."""
+    states = table.states_E
+    feed_forward.states = None if states is None else states.data_ptr()
     _, D, F = table.shape
     in_format, in_group = table.gate_up
     out_format, out_group = table.down
     feed_forward.expert_in = CLayout(native.FORMATS[in_format], F, D, in_group)
     feed_forward.expert_out = CLayout(native.FORMATS[out_format], D, F, out_group)
     feed_forward.experts = table.addresses_3E2.data_ptr()
+
+
+class PagedExperts(Protocol):
+    """Brings a layer's experts into memory; see soli.experts.store."""
+
+    def windows(self, expert_ids_TK: Tensor, wait: bool = True) -> Iterator[range]:
+        """The layer's experts 0 ... E - 1 in consecutive ranges. When a range is taken, those of its experts that
+        tokens chose are in memory, or without `wait` being read, until the next is taken."""
+
+    def record(self, expert_ids_TK: Tensor) -> None:
+        """Counts a pass that found all experts in memory."""
+
+    def raise_failure(self) -> None:
+        """The error of an expert that could not be read."""
 
 
 class RoutingTensors(NamedTuple):
@@ -90,12 +109,20 @@ class LayerTable:
     frequencies_R: Tensor  # float32 (R / 2) radians per position
     cos_sin_scale: float
     keep_alive: tuple[object, ...]
+    paged_experts: Sequence[PagedExperts | None] = ()  # for each layer whose experts are not all in memory
 
     @cached_property
     def routing_shape(self) -> tuple[int, int, int, int]:
         """M, the number of layers that have a router, and E, K, G of each."""
         routers = [layer.feed_forward.router for layer in self.layers if layer.feed_forward.router.weight.layout.O]
         return (len(routers), routers[0].weight.layout.O, routers[0].K, routers[0].G) if routers else (0, 0, 0, 0)
+
+
+    @cached_property
+    def router_index(self) -> list[int]:
+        """For each layer, how many layers before it have a router."""
+        has_router = (layer.feed_forward.router.weight.layout.O > 0 for layer in self.layers)
+        return [*accumulate(has_router, initial=0)]
 
 
 @dataclass(frozen=True)
@@ -205,8 +232,38 @@ def _forward(
         masked_experts=addressof(mask_addresses) if masked_experts else None,
         routings=CRoutings(*(tensor.data_ptr() for tensor in routing)), **tokens,
     )  # fmt: skip
-    native.check_error(kernels.forward(addressof(args)))
+    if any(table.paged_experts):
+        _forward_paged(kernels, table, args, routing.ids_MTK)
+    else:
+        native.check_error(kernels.forward(addressof(args)))
     return y_TD, routing
+
+
+def _forward_paged(kernels: native.Library, table: LayerTable, args: CForwardArgs, ids_MTK: Tensor) -> None:
+    """One pass, continued wherever it stops for experts that are not in memory."""
+    paging = CPaging(layer=-1)
+    args.paging = addressof(paging)
+    completed = set()
+
+    def run() -> None:
+        code = kernels.forward(addressof(args))
+        experts = table.paged_experts[paging.layer]
+        if code == READ_FAILED and experts is not None:
+            experts.raise_failure()
+        native.check_error(code)
+
+    run()
+    while paging.layer >= 0:
+        layer = paging.layer
+        experts = table.paged_experts[layer]
+        assert experts is not None
+        for window in experts.windows(ids_MTK[table.router_index[layer]], wait=False):
+            paging.layer, paging.begin, paging.end = layer, window.start, window.stop
+            run()
+        completed.add(layer)
+    for layer, experts in enumerate(table.paged_experts):
+        if experts is not None and layer not in completed:
+            experts.record(ids_MTK[table.router_index[layer]])
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> Array[c_void_p]:

@@ -35,6 +35,8 @@ ERRORS: Final[dict[str, tuple[type[Exception], str]]] = {
     "BAD_SLOT": (IndexError, "a row of the block table, or a chunk, does not lead to as many slots as its length says"),
     "TOO_MANY_TOKENS": (ValueError, "more tokens than one fused forward takes"),
     "BAD_TOKEN_ID": (IndexError, "a token id is not in the vocabulary"),
+    "READ_FAILED": (SoliError, "an expert's weights could not be read"),
+    "CANNOT_CONTINUE": (RuntimeError, "another forward ran on this thread since the one that is to continue"),
 }
 
 
@@ -60,7 +62,7 @@ def open_library(path: Path, descriptor: int | None = None) -> Library:
     handle = ctypes.CDLL(str(path) if descriptor is None else f"/proc/self/fd/{descriptor}")
     structs.check(handle)
     handle.soli_linear.argtypes = [*[_INT] * 5, *[_POINTER] * 2, *[_INT] * 2, *[_POINTER] * 2, _INT]
-    handle.soli_experts.argtypes = [*[_INT] * 8, _POINTER, *[_INT] * 3, *[_POINTER] * 4, _INT]
+    handle.soli_experts.argtypes = [*[_INT] * 8, _POINTER, *[_INT] * 3, *[_POINTER] * 4, *[_INT] * 3, _POINTER]
     handle.soli_latent_decode.argtypes = [
         *[_INT] * 6, *[_POINTER] * 2, *[_INT] * 2, _POINTER, _INT, _POINTER, ctypes.c_double, _POINTER, _INT
     ]  # fmt: skip

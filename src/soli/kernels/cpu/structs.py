@@ -60,7 +60,7 @@ class CFeedForward(Structure):
         *((name, CWeight) for name in ("gate", "up", "down")),
         ("router", CRouter),
         *(("expert_in", CLayout), ("expert_out", CLayout)),
-        ("experts", c_void_p),
+        *((name, c_void_p) for name in ("experts", "states")),
     )
 
 
@@ -74,6 +74,10 @@ class CPrefillChunk(Structure):
 
 class CRoutings(Structure):
     _fields_ = tuple((name, c_void_p) for name in ("ids", "weights", "scores", "biased", "groups"))
+
+
+class CPaging(Structure):
+    _fields_ = tuple((name, c_int64) for name in ("layer", "begin", "end", "pass", "threads"))
 
 
 class CForwardArgs(Structure):
@@ -93,6 +97,7 @@ class CForwardArgs(Structure):
         *((name, c_int64) for name in ("logit_count", "vocab_size")),
         *((name, c_void_p) for name in ("logits", "masked_experts")),
         ("routings", CRoutings),
+        ("paging", c_void_p),
     )
 
 
@@ -106,7 +111,7 @@ STRUCTS: Final[Mapping[str, type[Structure]]] = {
     struct.__name__.removeprefix("C"): struct
     for struct in (
         *(CMatrix, CLayout, CVector, CNorm, CWeight, CAttention, CRouter, CFeedForward, CLayer, CPrefillChunk),
-        *(CRoutings, CForwardArgs),
+        *(CRoutings, CPaging, CForwardArgs),
     )
 }
 

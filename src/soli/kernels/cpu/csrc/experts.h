@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "activations.h"
+#include "paging.h"
 
 namespace soli {
 namespace {

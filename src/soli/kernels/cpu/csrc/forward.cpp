@@ -1,6 +1,7 @@
 // The fused forward: from hidden states or token ids through all layers and the norm after them, and to the logits of
 // the tokens that get some, by one team of threads. Decode tokens of many sequences and prefill chunks come in one
-// batch.
+// batch. Where a layer's experts are not all in memory the pass stops, and another call continues it there: what it
+// has computed so far stays in the thread's scratch.
 #include "forward_attention.h"
 #include "forward_feed_forward.h"
 #include "forward_head.h"
@@ -65,14 +66,35 @@ size_t arena_bytes(const ForwardState& state) {
     return bytes;
 }
 
+// One layer. `paging`: where the pass stops, or which experts it continues with. False where it has stopped or failed.
+bool run_layer(const ForwardState& state, int64_t i, const Routings& routings, bool continues, Arena arena,
+               std::atomic<bool>& read_failed) {
+    const ForwardArgs& args = state.args;
+    const Layer& layer = args.layers[i];
+    const uint8_t* masked_experts = args.masked_experts ? args.masked_experts[i] : nullptr;
+    if (!continues) AttentionStep(state, layer.attention, args.kv_blocks[i], arena).run();
+    FeedForwardStep feed_forward(state, layer.feed_forward, routings, masked_experts, arena);
+    const int64_t E = layer.feed_forward.router.E();
+    if (!continues && !feed_forward.choose_experts()) return false;
+    const int64_t begin = continues ? args.paging->begin : 0;
+    const int64_t end = continues ? args.paging->end : E;
+    const bool complete = feed_forward.compute(begin, end, continues);
+    if (!complete) read_failed = true;
+    return complete && end == E;
+}
+
 }  // namespace
 
 // Writes the tokens' latents into the KV blocks, the routers' decisions, y and the logits. Returns an ErrorCode.
 extern "C" int soli_forward(const ForwardArgs* arguments) {
     static thread_local Scratch scratch;
     static thread_local ThreadBudget budget;
-    Team team(budget, arguments->threads);
+    static thread_local int64_t pass = 0;
     ForwardArgs args = *arguments;
+    const int64_t start = args.paging ? args.paging->layer : -1;
+    if (start >= 0 && args.paging->pass != pass) return CANNOT_CONTINUE;
+    if (start < 0) pass++;
+    Team team(budget, args.threads, start < 0 ? 0 : args.paging->threads);
     args.threads = team.threads;
     int64_t slots[MAX_TOKENS];
     if (args.T > MAX_TOKENS) return TOO_MANY_TOKENS;
@@ -89,25 +111,36 @@ extern "C" int soli_forward(const ForwardArgs* arguments) {
     state.cos = scratch.take<float>(args.T * pairs);
     state.sin = scratch.take<float>(args.T * pairs);
     const Arena arena = {scratch.take<uint8_t>(step_bytes)};
+    std::atomic<bool> read_failed{false};
+    std::atomic<int64_t> stopped_at{-1};
 #pragma omp parallel num_threads(args.threads) if (args.threads > 1)
     {
+        if (start < 0) {
 #pragma omp for nowait
-        for (int64_t t = 0; t < args.T; t++) embed_token(state, pairs, t);
-        team.barrier();
-        Routings routings = args.routings;
-        for (int64_t i = 0; i < args.layer_count; i++) {
-            const Layer& layer = args.layers[i];
-            const uint8_t* masked_experts = args.masked_experts ? args.masked_experts[i] : nullptr;
-            AttentionStep(state, layer.attention, args.kv_blocks[i], arena).run();
-            FeedForwardStep(state, layer.feed_forward, routings, masked_experts, arena).run();
-            routings = next_routings(routings, layer.feed_forward.router, args.T);
+            for (int64_t t = 0; t < args.T; t++) embed_token(state, pairs, t);
+            team.barrier();
         }
+        Routings routings = args.routings;
+        int64_t i = 0;
+        for (; i < args.layer_count; i++) {
+            if (i >= start && !run_layer(state, i, routings, i == start, arena, read_failed)) break;
+            routings = next_routings(routings, args.layers[i].feed_forward.router, args.T);
+        }
+        if (i < args.layer_count) {
+            stopped_at = i;
+        } else {
 #pragma omp for nowait
-        for (int64_t t = 0; t < args.T; t++) store_final_norm(state, t);
-        team.barrier();
-        if (args.logit_count) HeadStep(state, arena).run();
+            for (int64_t t = 0; t < args.T; t++) store_final_norm(state, t);
+            team.barrier();
+            if (args.logit_count) HeadStep(state, arena).run();
+        }
     }
-    return NO_ERROR;
+    if (args.paging) {
+        args.paging->layer = stopped_at;
+        args.paging->pass = pass;
+        args.paging->threads = args.threads;
+    }
+    return read_failed ? READ_FAILED : NO_ERROR;
 }
 
 }  // namespace soli

@@ -82,6 +82,7 @@ struct FeedForward {
     Layout expert_in;       // routed experts' gate and up (F, D)
     Layout expert_out;      // routed experts' down (D, F)
     const Matrix* experts;  // E gates, then E ups, then E downs
+    const uint8_t* states;  // (E) of type ExpertState; null where all experts are in memory for good
 };
 
 struct Layer {
@@ -103,6 +104,15 @@ struct Routings {
     float* scores;    // (T, E)
     float* biased;    // (T, E)
     uint8_t* groups;  // (T, G): 1 for a selected group
+};
+
+// How a forward pass stops and continues where a layer's experts are not in memory. It stops after the layer's routing.
+// Then it computes some of the experts, `begin` ... `end` - 1, and adds them to the residual stream; with the last of
+// them, `end` = E, it goes on to the layers after.
+struct Paging {
+    int64_t layer;  // in: where to continue, -1 to start; out: where the pass stopped, -1 at its end
+    int64_t begin, end;
+    int64_t pass, threads;  // which pass of this thread is to continue, and the number of its threads
 };
 
 struct ForwardArgs {
@@ -129,6 +139,7 @@ struct ForwardArgs {
     float* logits;                         // (logit_count, vocab_size), rounded to dtype
     const uint8_t* const* masked_experts;  // null; or for each layer null or (T, E): 1 for an expert not to select
     Routings routings;                     // of the first layer that has a router; the others follow
+    Paging* paging;                        // null where all experts are in memory
 };
 
 }  // namespace soli

@@ -1,6 +1,10 @@
 // The feed-forward network of one layer for T tokens: x += network(norm x), a dense network, or routed and shared
 // experts (equation 12). The dense network and the shared experts are one expert that all tokens chose with weight one.
 //
+// Where experts are not all in memory, choose_experts() and compute() may be in two calls of the library, and compute() in
+// several, each for some of the experts in ascending order: a token's sum has the same order then. What compute() reads
+// is in the arena and does not depend on the calling thread.
+//
 // Shapes: T tokens, D hidden, E experts, F width, K chosen, P = T * K pairs of token and expert.
 #pragma once
 #include "forward_router.h"
@@ -40,7 +44,9 @@ public:
         take(arena, routed_hidden, P);
         normed = state.take_per_thread<float>(arena, args.D);
         logits = arena.take<float>(T * E);
+        order = arena.take<int64_t>(E);
         active_count = arena.take<int64_t>(1);
+        failed = arena.take<int64_t>(1);
         shared_values = arena.take<float>(T * shared.in.O);
         routed_values = arena.take<float>(P * routed.in.O);
         used = arena.used;
@@ -48,7 +54,9 @@ public:
 
     size_t used;
 
-    void run() {
+    // Routes every token and computes the shared experts' hidden rows; whether all experts that were chosen are in
+    // memory, or on their way.
+    bool choose_experts() {
         state.for_each_token([&](int64_t t) { norm_input(t); });
         // Without a barrier after it: the router does not read the shared experts' hidden rows.
 #pragma omp for schedule(static) nowait
@@ -58,11 +66,27 @@ public:
         for (int64_t i = 0; i < row_blocks(E); i++) multiply_row_block(f.router.weight, router_input, T, i, {}, logits);
         state.team.barrier();
         route_tokens();
+        bool present = true;
+        for (int64_t i = 0; f.states && i < *active_count; i++)
+            present &= load_state(f.states + routed_pairs.active[i]) != MISSING;
+        return present;
+    }
+
+    // Adds the experts `begin` ... `end` - 1 to the residual stream, and with the last ones the shared experts. False
+    // where an expert's weights could not be read; nothing has been added then.
+    // `in_order_of_state`: the experts in memory first, so that the others are read meanwhile.
+    bool compute(int64_t begin, int64_t end, bool in_order_of_state) {
         // `active_count` is written by one thread; the pairs' arrays are shared, these fields are not.
-        shared_pairs.active_count = shared.in.O > 0;
         routed_pairs.active_count = *active_count;
-        gate_up_routed();
+        shared_pairs.active_count = end == E && shared.in.O > 0;
+        int64_t* active_end = routed_pairs.active + routed_pairs.active_count;
+        first_active = std::lower_bound(routed_pairs.active, active_end, begin) - routed_pairs.active;
+        last_active = std::lower_bound(routed_pairs.active, active_end, end) - routed_pairs.active;
+        if (in_order_of_state) order_by_state();
+        gate_up_routed(in_order_of_state ? order : routed_pairs.active + first_active);
+        if (f.states && *failed) return false;
         down_and_combine_all();
+        return true;
     }
 
 private:
@@ -104,6 +128,17 @@ private:
         shared_pairs.assign_all(T);
         routed_pairs.sort_by_expert(E, f.router.K, P, routings.ids, routings.weights);
         *active_count = routed_pairs.active_count;
+        *failed = 0;
+    }
+
+    void order_by_state() {
+#pragma omp single nowait
+        {
+            std::copy(routed_pairs.active + first_active, routed_pairs.active + last_active, order);
+            std::stable_partition(order, order + last_active - first_active,
+                                  [&](int64_t e) { return load_state(f.states + e) == PRESENT; });
+        }
+        state.team.barrier();
     }
 
     void copy_token(int64_t p) {
@@ -111,13 +146,17 @@ private:
         std::memcpy(routed_input.data + p * bytes, expert_input.data + routed_pairs.token[p] * bytes, bytes);
     }
 
-    void gate_up_routed() {
+    void gate_up_routed(const int64_t* experts) {
         const int64_t expert_spans = spans(routed.in.O);
-        const int64_t items = routed_pairs.active_count * expert_spans;
+        const int64_t items = (last_active - first_active) * expert_spans;
         // Dynamic: experts have different numbers of tokens.
 #pragma omp for schedule(dynamic, omp_chunk(items, T, 3 * args.threads)) nowait
         for (int64_t i = 0; i < items; i++) {
-            const int64_t e = routed_pairs.active[i / expert_spans];
+            const int64_t e = experts[i / expert_spans];
+            if (f.states && !wait_until_present(f.states + e)) {
+                __atomic_store_n(failed, 1, __ATOMIC_RELAXED);
+                continue;
+            }
             gate_up_span(routed, e, routed_input, routed_pairs.start[e], routed_pairs.start[e + 1], i % expert_spans,
                          routed_values, routed_hidden);
         }
@@ -128,7 +167,7 @@ private:
         const int64_t rows = down_rows_per_item(args.D, T, P, routed_pairs.active_count, args.threads);
 #pragma omp for schedule(static) nowait
         for (int64_t row = 0; row < args.D; row += rows) {
-            for (int64_t i = 0; i < routed_pairs.active_count; i++)
+            for (int64_t i = first_active; i < last_active; i++)
                 down_and_combine(routed, routed_pairs.active[i], routed_hidden, routed_pairs, row, rows, state.x);
             if (shared_pairs.active_count) down_and_combine(shared, 0, shared_hidden, shared_pairs, row, rows, state.x);
         }
@@ -163,7 +202,10 @@ private:
     float* logits;          // (T, E)
     float* shared_values;   // (T, F)
     float* routed_values;   // (P, F)
+    int64_t* order;         // (E) the experts to compute, in the order of their gate and up products
     int64_t* active_count;  // of routed_pairs
+    int64_t* failed;        // 1 where an expert could not be read
+    int64_t first_active = 0, last_active = 0;  // of the active experts, the ones to compute
 };
 
 }  // namespace

@@ -30,6 +30,8 @@ enum ErrorCode {
     BAD_SLOT,         // a sequence has no slot, or one outside the KV blocks
     TOO_MANY_TOKENS,  // more than MAX_TOKENS in one forward
     BAD_TOKEN_ID,     // a token id is not in the vocabulary
+    READ_FAILED,      // an expert's weights could not be read
+    CANNOT_CONTINUE,  // another forward ran on this thread since the one that is to continue
 };
 
 // The addresses of one matrix; `scale` is null for FP32 and BF16.

@@ -67,11 +67,15 @@ private:
 // The threads of one call. Its lifetime is the call's.
 class Team {
 public:
-    Team(ThreadBudget& budget, int64_t requested)
-        : threads(budget.threads(requested)),
-          budget_(budget),
+    // `fixed`: the number of threads, where a call continues what another one began; else 0. Such a call waits for the
+    // disk, which says nothing about the cores.
+    Team(ThreadBudget& budget, int64_t requested, int64_t fixed = 0)
+        : threads(fixed ? fixed : budget.threads(requested)),
+          budget_(fixed ? nullptr : &budget),
           start_(now()) {}
-    ~Team() { budget_.report(threads, asleep_, now() - start_); }
+    ~Team() {
+        if (budget_) budget_->report(threads, asleep_, now() - start_);
+    }
 
     const int64_t threads;
 
@@ -114,7 +118,7 @@ private:
 #endif
     }
 
-    ThreadBudget& budget_;
+    ThreadBudget* budget_;
     const double start_;
     double asleep_ = 0;  // of thread 0, seconds
     alignas(64) std::atomic<uint32_t> arrived_{0};

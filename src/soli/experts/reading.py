@@ -1,0 +1,191 @@
+"""Reads ranges of files into memory, many at a time, by threads: direct I/O where the file system has it.
+
+Direct reads go from the disk to the cache of experts without a copy in the page cache, which would take memory twice.
+A file system without direct I/O is read through the page cache, after one line that says so. The two are never mixed on
+one file.
+"""
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from soli.errors import SoliError
+from soli.experts.sources import Read
+
+log = logging.getLogger(__name__)
+
+THREADS: Final = 8
+BLOCK: Final = 2**21  # bytes of one read at most: so a single expert keeps several threads busy
+
+
+@dataclass
+class ReadStats:
+    """Bytes and seconds of reads, counted while any is in flight."""
+
+    bytes: int = 0
+    reads: int = 0
+    busy_seconds: float = 0.0
+
+
+class Pending:
+    """The reads of one expert that are not done. `done(error)` is called once, by the thread that finishes the last."""
+
+    def __init__(self, count: int, done: Callable[[Exception | None], None]) -> None:
+        self._left = count
+        self._done = done
+        self._error: Exception | None = None
+        self._lock = threading.Lock()
+
+    def finish(self, error: Exception | None) -> None:
+        with self._lock:
+            self._error = self._error or error
+            self._left -= 1
+            last = self._left == 0
+        if last:
+            self._done(self._error)
+
+
+class Reader:
+    """Opens `files` and reads from them into `memory`. `direct` None: direct I/O where it works.
+
+    SoliError naming the file where it cannot be opened; errors of reads go to those who submitted them.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        memory: memoryview,
+        *,
+        threads: int = THREADS,
+        block: int = BLOCK,
+        direct: bool | None = None,
+    ) -> None:
+        self._memory, self._block = memory, block
+        self._files = [_File(path, direct is not False) for path in files]
+        buffered = next((file.path for file in self._files if not file.direct), None)
+        if buffered is not None and direct is None:
+            log.warning("%s: its file system has no direct I/O, so experts are read through the page cache", buffered)
+        self._queue: queue.SimpleQueue[tuple[Read, int, Pending] | None] = queue.SimpleQueue()
+        self.stats = ReadStats()
+        self._lock = threading.Lock()
+        self._in_flight, self._busy_since = 0, 0.0
+        self._threads = [threading.Thread(target=self._work, daemon=True, name="expert reads") for _ in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def direct(self) -> bool:
+        """Whether every file is read past the page cache."""
+        return all(file.direct for file in self._files)
+
+    def submit(self, reads: Sequence[Read], base: int, done: Callable[[Exception | None], None]) -> None:
+        """Read into the memory from `base` on; `done` gets None or the error, on a thread of this reader."""
+        pieces = [piece for read in reads for piece in split(read, self._block)]
+        pending = Pending(len(pieces), done)
+        for piece in pieces:
+            self._queue.put((piece, base, pending))
+
+    def close(self) -> None:
+        """Ends the threads after what was submitted, and closes the files."""
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
+        for file in self._files:
+            os.close(file.descriptor)
+
+    def _work(self) -> None:
+        while (item := self._queue.get()) is not None:
+            read, base, pending = item
+            self._count(1, 0)
+            error: Exception | None = None
+            try:
+                target = self._memory[base + read.offset : base + read.offset + read.length]
+                self._files[read.file].read(target, read.start, read.needed)
+            except Exception as failure:
+                error = failure
+            self._count(-1, read.length)
+            pending.finish(error)
+
+    def _count(self, change: int, size: int) -> None:
+        """Follow reads in flight: the time in which there is at least one is what the disk was busy."""
+        now = time.perf_counter()
+        with self._lock:
+            if self._in_flight:
+                self.stats.busy_seconds += now - self._busy_since
+            self._busy_since = now
+            self._in_flight += change
+            self.stats.bytes += size
+            self.stats.reads += size > 0
+
+
+class _File:
+    """An open file that must stay as it is."""
+
+    def __init__(self, path: Path, direct: bool) -> None:
+        self.path = path
+        self.direct = False
+        try:
+            if direct and hasattr(os, "O_DIRECT"):
+                self.descriptor = self._open_direct()
+            if not self.direct:
+                self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._identity = self._stat()
+        except OSError as error:
+            raise SoliError(f"{path}: cannot be read ({error.strerror})") from None
+
+    def read(self, target: memoryview, start: int, needed: int) -> None:
+        """Fill `target` from byte `start` on; of its end, behind `needed` bytes, the file may have none."""
+        done = 0
+        while done < needed:
+            try:
+                count = os.preadv(self.descriptor, [target[done:]], start + done)
+            except OSError as error:
+                raise SoliError(f"{self.path}: cannot be read at byte {start + done} ({error.strerror})") from None
+            if count == 0:
+                raise SoliError(f"{self.path}: became shorter while it was in use: restore it")
+            done += count
+            if done < needed and self.direct:
+                done -= done % 512  # a direct read continues at a block's first byte
+        if self._stat() != self._identity:
+            raise SoliError(f"{self.path}: changed while it was in use: start again")
+
+    def _open_direct(self) -> int:
+        """Open for direct I/O, and try it: some file systems reject it only when reading."""
+        import mmap
+
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+        except OSError:
+            return -1
+        try:
+            os.preadv(descriptor, [mmap.mmap(-1, mmap.PAGESIZE)], 0)
+        except OSError:
+            os.close(descriptor)
+            return -1
+        self.direct = True
+        return descriptor
+
+    def _stat(self) -> tuple[int, int]:
+        status = os.fstat(self.descriptor)
+        return status.st_size, status.st_mtime_ns
+
+
+def split(read: Read, block: int) -> list[Read]:
+    """The same bytes in reads of up to `block` bytes, a multiple of the alignment."""
+    return [
+        Read(
+            read.file,
+            read.start + at,
+            min(block, read.length - at),
+            read.offset + at,
+            max(0, min(block, read.needed - at)),
+        )
+        for at in range(0, read.length, block)
+    ]

@@ -1,0 +1,359 @@
+"""The expert store: a cache of a stated number of bytes over the files that a model's routed experts are in.
+
+A slot holds one expert. The experts of a layer are a table of addresses and states (`soli.kernels.cpu.ExpertTable`),
+which the C++ kernels read; the store changes it only while no kernel runs, but for the state of an expert that is being
+read, which the thread that reads it changes. So a kernel can compute the experts that are in memory while the others
+are read, and waits for each in turn.
+
+When a batch chooses more experts of a layer than fit, they come in windows, in ascending order: each is read once, and
+while one window is computed the next is read. Results have the same bits as with all experts in memory.
+
+One thread at a time may use a store. Shapes: E experts, T tokens, K chosen, D hidden, F expert width.
+"""
+
+import mmap
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Final, Self, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from soli.errors import SoliError
+from soli.experts.policy import DEFAULT, POLICIES, Key
+from soli.experts.reading import Reader
+from soli.experts.sources import ALIGNMENT, ExpertLayout, LayerSource, Part, Sources, needs_copy
+from soli.formats.fp8 import check_scale
+from soli.formats.quantized import QuantizedWeight
+from soli.kernels import QuantizedExperts
+from soli.kernels.cpu import EXPERT_STATES, ExpertTable
+
+MISSING, READING, PRESENT, FAILED = range(len(EXPERT_STATES))
+POISON: Final = 0xFF  # of every byte of a slot before it is filled, in tests: NaN in float formats
+
+
+@dataclass
+class StoreStats:
+    """`hits` and `misses`: experts that a layer's tokens chose, each once per forward pass."""
+
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+
+
+class ExpertStore:
+    """`capacity` slots for the experts of `sources`. `poison` fills slots before they are read, for tests.
+
+    SoliError for fewer slots than one token chooses in a layer.
+    """
+
+    def __init__(
+        self,
+        sources: Sources,
+        capacity: int,
+        *,
+        policy: str = DEFAULT,
+        direct: bool | None = None,
+        poison: bool = False,
+    ) -> None:
+        self.sources = sources
+        self.capacity = min(capacity, sources.count)
+        self.slot_bytes = sources.slot_bytes
+        self._poison = poison
+        self._memory = mmap.mmap(-1, max(1, self.capacity) * self.slot_bytes)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
+        self._free = [*range(self.capacity)][::-1]
+        self._slots: dict[Key, int] = {}
+        self._policy = POLICIES[policy](self.capacity, len(sources.layers))
+        self.stats = StoreStats()
+        self._locked: set[Key] = set()
+        self._errors: dict[Key, Exception] = {}
+        self._arrived = threading.Condition()
+        self.layers = [PagedExperts.of(self, at, source) for at, source in enumerate(sources.layers)]
+        self.reader = Reader(sources.files, memoryview(self._memory), direct=direct)
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether no expert is ever evicted."""
+        return self.capacity >= self.sources.count
+
+    @property
+    def nbytes(self) -> int:
+        """Of all slots."""
+        return self.capacity * self.slot_bytes
+
+    def windows(self, layer: int, chosen: Sequence[int], wait: bool) -> Iterator[range]:
+        """The experts 0 ... E - 1 of a layer in consecutive ranges, for tokens that chose `chosen`, in ascending order.
+
+        While a range is used, the experts chosen from it are in memory; without `wait` they may still be on their way
+        (see EXPERT_STATES). SoliError where one cannot be read.
+        """
+        E = len(self.sources.layers[layer].experts)
+        parts = self._parts(layer, chosen)
+        try:
+            self._load(layer, parts[0], parts[0])
+            for at, part in enumerate(parts):
+                following = parts[at + 1] if at + 1 < len(parts) else ()
+                both_fit = len(part) + len(following) <= self.capacity
+                if both_fit:
+                    self._load(layer, following, (*part, *following))
+                if wait:
+                    self.wait(layer, part)
+                yield range(part[0] if at else 0, following[0] if following else E)
+                self.wait(layer, part)
+                if not both_fit:
+                    self._load(layer, following, following)
+        finally:
+            self._locked.clear()
+
+    def weights(self, layer: int, expert: int) -> tuple[QuantizedWeight, QuantizedWeight, QuantizedWeight]:
+        """Gate, up and down of one expert, read now if they are not in memory; valid until the next call."""
+        if self.layers[layer].states[expert] != PRESENT:
+            self._load(layer, [expert], [expert])
+            self.wait(layer, [expert])
+        return self._weights(layer, expert)
+
+    def record(self, layer: int, chosen: Sequence[int]) -> None:
+        """Count the use of experts that were all in memory."""
+        self.stats.hits += len(chosen)
+        if not self.holds_all:
+            for expert in chosen:
+                self._policy.touch((layer, expert))
+
+    def wait(self, layer: int, experts: Sequence[int]) -> None:
+        """Until they have been read. SoliError where one could not be; it is missing again then."""
+        states = self.layers[layer].states
+        with self._arrived:
+            while any(states[expert] == READING for expert in experts):
+                self._arrived.wait()
+        for expert in experts:
+            if states[expert] == FAILED:
+                key = layer, expert
+                error = self._errors.pop(key)
+                self._release(key)
+                raise error
+
+    def close(self) -> None:
+        """Ends the threads that read."""
+        self.reader.close()
+
+    def _parts(self, layer: int, chosen: Sequence[int]) -> list[Sequence[int]]:
+        """The chosen experts in parts of which two fit in memory at once, or in one part where all fit."""
+        if len(chosen) <= self.capacity:
+            return [chosen]
+        size = max(1, self.capacity // 2)
+        return [chosen[at : at + size] for at in range(0, len(chosen), size)]
+
+    def _load(self, layer: int, experts: Sequence[int], locked: Sequence[int]) -> None:
+        """Have experts in memory or on their way; those of `locked` stay."""
+        states = self.layers[layer].states
+        self._locked = {(layer, expert) for expert in locked}
+        for expert in experts:
+            if states[expert] == FAILED:  # of an earlier pass
+                self._errors.pop((layer, expert), None)
+                self._release((layer, expert))
+            if states[expert] == MISSING:
+                self.stats.misses += 1
+                self._read(layer, expert)
+            else:
+                self.stats.hits += 1
+                self._policy.touch((layer, expert))
+
+    def _read(self, layer: int, expert: int) -> None:
+        key = layer, expert
+        slot = self._free.pop() if self._free else self._evict(layer)
+        self._slots[key] = slot
+        self._policy.add(key)
+        base = slot * self.slot_bytes
+        if self._poison:
+            self._bytes[base : base + self.slot_bytes] = POISON
+        self.layers[layer].states[expert] = READING
+        self.reader.submit(self.sources.layers[layer].experts[expert].reads, base, partial(self._arrive, key))
+
+    def _evict(self, layer: int) -> int:
+        """The slot of an expert that leaves; waits where all that may leave are being read."""
+        while True:
+            reading = 0
+            for key in self._policy.candidates(layer):
+                if key in self._locked:
+                    continue
+                with self._arrived:
+                    state = self.layers[key[0]].states[key[1]]
+                if state != READING:
+                    self.stats.evictions += 1
+                    self._errors.pop(key, None)
+                    return self._release(key, to_free=False)
+                reading += 1
+            assert reading, "every slot is in use"
+            with self._arrived:
+                self._arrived.wait(timeout=0.1)
+
+    def _release(self, key: Key, to_free: bool = True) -> int:
+        """Take an expert out of the table; its slot."""
+        slot = self._slots.pop(key)
+        self._policy.remove(key)
+        self.layers[key[0]].states[key[1]] = MISSING
+        if to_free:
+            self._free.append(slot)
+        return slot
+
+    def _arrive(self, key: Key, error: Exception | None) -> None:
+        """On the thread that finished an expert's last read: check it, and enter its addresses."""
+        layer, expert = key
+        experts = self.layers[layer]
+        if error is None:
+            try:
+                experts.set_addresses(expert, self._addresses(layer, expert))
+            except Exception as failure:
+                error = failure
+        with self._arrived:
+            if error is not None:
+                self._errors[key] = error
+            experts.states[expert] = PRESENT if error is None else FAILED
+            self._arrived.notify_all()
+
+    def _weights(self, layer: int, expert: int) -> tuple[QuantizedWeight, QuantizedWeight, QuantizedWeight]:
+        source = self.sources.layers[layer]
+        layout = source.experts[expert]
+        base = self._slots[layer, expert] * self.slot_bytes
+        offsets = _copied_offsets(layout)
+        gate, up, down = (
+            QuantizedWeight(
+                matrix.format,
+                self._tensor(base, layout.parts[i], offsets, matrix.values_dtype, matrix.values_shape),
+                None
+                if matrix.scale_dtype is None
+                else self._tensor(base, layout.parts[3 + i], offsets, matrix.scale_dtype, matrix.scale_shape),
+                matrix.shape,
+                matrix.group,
+            )
+            for i, matrix in enumerate(source.matrices)
+        )
+        return gate, up, down
+
+    def _tensor(
+        self, base: int, part: Part | None, offsets: dict[Part, int], dtype: torch.dtype, shape: tuple[int, ...]
+    ) -> Tensor:
+        """A part where it is used, in the dtype that is computed with."""
+        assert part is not None
+        nbytes = part.nbytes // part.dtype.itemsize * dtype.itemsize
+        start = base + offsets.get(part, part.offset)
+        return self._bytes[start : start + nbytes].view(dtype).view(shape)
+
+    def _addresses(self, layer: int, expert: int) -> Tensor:
+        """(3, 2): of values and scale of each matrix, after what must be copied is copied and scales are checked."""
+        layout = self.sources.layers[layer].experts[expert]
+        base = self._slots[layer, expert] * self.slot_bytes
+        for part, offset in _copied_offsets(layout).items():
+            raw = self._bytes[base + part.offset : base + part.offset + part.nbytes].clone()
+            values = raw.view(part.dtype)
+            if part.dtype == torch.float8_e8m0fnu:
+                values = values.float()
+            copied = values.view(torch.uint8)
+            self._bytes[base + offset : base + offset + len(copied)] = copied
+        matrices = self._weights(layer, expert)
+        for i, matrix in enumerate(matrices):
+            if matrix.format == "fp8" and matrix.scale is not None:
+                try:
+                    check_scale(matrix.scale)
+                except SoliError as error:
+                    scale = layout.parts[3 + i]
+                    raise SoliError(f"{scale.name if scale else ''}: {error}") from None
+        return torch.tensor(
+            [[w.values.data_ptr(), 0 if w.scale is None else w.scale.data_ptr()] for w in matrices], dtype=torch.int64
+        )
+
+
+def _copied_offsets(layout: ExpertLayout) -> dict[Part, int]:
+    """Where in a slot each part is copied to that cannot be used where it was read."""
+    offsets: dict[Part, int] = {}
+    end = sum(read.length for read in layout.reads)
+    for part in layout.parts:
+        if part is not None and needs_copy(part):
+            offsets[part] = end
+            end = (end + 4 * part.nbytes + 63) // 64 * 64
+    assert end <= layout.nbytes + ALIGNMENT
+    return offsets
+
+
+class PagedExperts(QuantizedExperts):
+    """The experts of a layer as the model's experts seam sees them, read from disk when they are needed.
+
+    `gates[e]`, `ups[e]` and `downs[e]` read expert e; the C++ kernels take `windows` and `table`.
+    """
+
+    @classmethod
+    def of(cls, store: ExpertStore, layer: int, source: LayerSource) -> Self:
+        """Layer number `layer` of a store."""
+        E = len(source.experts)
+        parts = (_Matrices(E, partial(_nth_weight, store, layer, nth)) for nth in range(3))
+        experts = cls(*parts)
+        gate, up, down = source.matrices
+        states_E = torch.zeros(E, dtype=torch.uint8)
+        addresses_3E2 = torch.zeros(3, E, 2, dtype=torch.int64)
+        D, F = down.shape
+        table = ExpertTable((gate.format, gate.group), (down.format, down.group), (E, D, F), addresses_3E2, (), states_E)
+        attributes = {
+            "_store": store,
+            "_layer": layer,
+            "table": table,
+            "uniform": gate == up,
+            "states": states_E.numpy(),
+            "values_like": torch.empty(0, dtype=down.values_dtype),
+        }
+        for name, value in attributes.items():
+            object.__setattr__(experts, name, value)
+        return experts
+
+    _store: ExpertStore
+    _layer: int
+    states: NDArray[np.uint8]
+
+    def set_addresses(self, expert: int, addresses_32: Tensor) -> None:
+        self.table.addresses_3E2[:, expert] = addresses_32
+
+    def windows(self, expert_ids_TK: Tensor, wait: bool = True) -> Iterator[range]:
+        return self._store.windows(self._layer, chosen_experts(expert_ids_TK), wait)
+
+    def record(self, expert_ids_TK: Tensor) -> None:
+        """Count a pass in which all experts that tokens chose were in memory."""
+        self._store.record(self._layer, chosen_experts(expert_ids_TK))
+
+    def raise_failure(self) -> None:
+        """The error of an expert that could not be read."""
+        failed = [expert for expert, state in enumerate(self.states.tolist()) if state == FAILED]
+        self._store.wait(self._layer, failed)
+
+
+def chosen_experts(expert_ids_TK: Tensor) -> list[int]:
+    """Each expert that a token chose, once, in ascending order."""
+    return sorted(set(expert_ids_TK.flatten().tolist()))
+
+
+def _nth_weight(store: ExpertStore, layer: int, nth: int, expert: int) -> QuantizedWeight:
+    return store.weights(layer, expert)[nth]
+
+
+class _Matrices(Sequence[QuantizedWeight]):
+    """The gates, ups or downs of a layer, each read when it is asked for."""
+
+    def __init__(self, count: int, get: Callable[[int], QuantizedWeight]) -> None:
+        self._count, self._get = count, get
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> QuantizedWeight: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[QuantizedWeight]: ...
+    def __getitem__(self, index: int | slice) -> QuantizedWeight | Sequence[QuantizedWeight]:
+        if isinstance(index, slice):
+            return [self._get(at) for at in range(self._count)[index]]
+        return self._get(range(self._count)[index])

@@ -1,0 +1,27 @@
+// Experts that are not all in memory: each has a state, which a reading thread changes while a kernel runs.
+#pragma once
+#include <cstdint>
+#include <ctime>
+
+namespace soli {
+namespace {
+
+// In the order of EXPERT_STATES in ../__init__.py. Only a PRESENT expert has an address that may be read.
+enum ExpertState : uint8_t { MISSING, READING, PRESENT, FAILED };
+
+inline ExpertState load_state(const uint8_t* state) {
+    return static_cast<ExpertState>(__atomic_load_n(state, __ATOMIC_ACQUIRE));
+}
+
+// Returns when an expert is no longer being read; whether it is in memory. A read takes milliseconds, so the thread
+// sleeps and leaves its core to whoever reads.
+inline bool wait_until_present(const uint8_t* state) {
+    for (ExpertState now = load_state(state);; now = load_state(state)) {
+        if (now != READING) return now == PRESENT;
+        const timespec pause = {0, 20'000};
+        nanosleep(&pause, nullptr);
+    }
+}
+
+}  // namespace
+}  // namespace soli
