@@ -30,6 +30,7 @@ from soli.model.moe import RoutedExperts
 # From an open folder, the experts of each module, by its name.
 PagedExpertsFactory = Callable[[Checkpoint], Mapping[str, QuantizedExperts]]
 
+CACHE_LINE: Final = 64  # bytes
 BUNDLED: Final = Path(__file__).parent.parent / "models"  # models that ship inside the package, by name
 
 
@@ -71,7 +72,7 @@ def load_model(
         config = resolve(name_or_folder)
         config = config if mtp else replace(config, num_nextn_predict_layers=0)
         return Transformer(config, device="meta", dtype=dtype or torch.bfloat16).eval()
-    checkpoint = open_checkpoint(name_or_folder, mtp)
+    checkpoint = open_checkpoint(name_or_folder, mtp, mapped=paged is None)
     for note in checkpoint.notes:
         warnings.warn(note, stacklevel=3)
     model_dtype = dtype or checkpoint.natural_dtype
@@ -152,6 +153,18 @@ def _as_stored(checkpoint: Checkpoint, slot: Slot) -> QuantizedWeight:
     return plain(checkpoint.values(slot, torch.bfloat16 if is_bf16 else torch.float32))
 
 
+def _allocate(shape: torch.Size, dtype: torch.dtype, device: torch.device, offset: int) -> Tensor:
+    """Memory for a tensor, aligned to a cache line as one at byte `offset` of a mapped file: torch's products may round
+    otherwise where memory is aligned otherwise, and a model has the same bits mapped and read into memory."""
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = torch.empty(shape.numel() * dtype.itemsize + CACHE_LINE, dtype=torch.uint8)
+    start = (offset - memory.data_ptr()) % CACHE_LINE
+    if (memory.data_ptr() + start) % dtype.itemsize:
+        start = -memory.data_ptr() % CACHE_LINE
+    return memory[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+
+
 def _sources(checkpoint: Checkpoint) -> dict[str, list[Slot]]:
     """The slots that fill each tensor of Soli, without copies."""
     sources: dict[str, list[Slot]] = defaultdict(list)
@@ -179,7 +192,8 @@ def _fill(
         if storage.in_place and storage.device.type == "cpu" and sources[name][0].expert is None:
             parameter = checkpoint.parameter(sources[name][0], empty.dtype)
         if parameter is None:
-            parameter = torch.empty(empty.shape, dtype=empty.dtype, device=storage.device)
+            first = checkpoint.entries[sources[name][0].name]
+            parameter = _allocate(empty.shape, empty.dtype, storage.device, first.start)
             for slot in sources[name]:
                 slot_view({name: parameter}, slot).copy_(checkpoint.values(slot, empty.dtype, storage.device))
         filled[name] = parameter

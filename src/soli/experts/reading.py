@@ -6,6 +6,7 @@ one file.
 """
 
 import logging
+import mmap
 import os
 import queue
 import threading
@@ -20,7 +21,10 @@ from soli.experts.sources import Read
 
 log = logging.getLogger(__name__)
 
+OnArrival = Callable[[Exception | None], None]
+
 THREADS: Final = 8
+SECTOR: Final = 512  # bytes
 BLOCK: Final = 2**21  # bytes of one read at most: so a single expert keeps several threads busy
 
 
@@ -34,11 +38,11 @@ class ReadStats:
 
 
 class Pending:
-    """The reads of one expert that are not done. `done(error)` is called once, by the thread that finishes the last."""
+    """The reads of one expert that are in flight. `on_arrival(error)` is called once, by the thread of the last."""
 
-    def __init__(self, count: int, done: Callable[[Exception | None], None]) -> None:
+    def __init__(self, count: int, on_arrival: OnArrival) -> None:
         self._left = count
-        self._done = done
+        self._on_arrival = on_arrival
         self._error: Exception | None = None
         self._lock = threading.Lock()
 
@@ -48,7 +52,7 @@ class Pending:
             self._left -= 1
             last = self._left == 0
         if last:
-            self._done(self._error)
+            self._on_arrival(self._error)
 
 
 class Reader:
@@ -84,10 +88,10 @@ class Reader:
         """Whether every file is read past the page cache."""
         return all(file.direct for file in self._files)
 
-    def submit(self, reads: Sequence[Read], base: int, done: Callable[[Exception | None], None]) -> None:
-        """Read into the memory from `base` on; `done` gets None or the error, on a thread of this reader."""
+    def submit(self, reads: Sequence[Read], base: int, on_arrival: OnArrival) -> None:
+        """Read into the memory from `base` on; `on_arrival` gets None or the error, on a thread of this reader."""
         pieces = [piece for read in reads for piece in split(read, self._block)]
-        pending = Pending(len(pieces), done)
+        pending = Pending(len(pieces), on_arrival)
         for piece in pieces:
             self._queue.put((piece, base, pending))
 
@@ -142,24 +146,22 @@ class _File:
 
     def read(self, target: memoryview, start: int, needed: int) -> None:
         """Fill `target` from byte `start` on; of its end, behind `needed` bytes, the file may have none."""
-        done = 0
-        while done < needed:
+        end = 0  # of what has been read
+        while end < needed:
             try:
-                count = os.preadv(self.descriptor, [target[done:]], start + done)
+                count = os.preadv(self.descriptor, [target[end:]], start + end)
             except OSError as error:
-                raise SoliError(f"{self.path}: cannot be read at byte {start + done} ({error.strerror})") from None
+                raise SoliError(f"{self.path}: cannot be read at byte {start + end} ({error.strerror})") from None
             if count == 0:
                 raise SoliError(f"{self.path}: became shorter while it was in use: restore it")
-            done += count
-            if done < needed and self.direct:
-                done -= done % 512  # a direct read continues at a block's first byte
+            end += count
+            if end < needed and self.direct:
+                end -= end % SECTOR  # a direct read continues at a block's first byte
         if self._stat() != self._identity:
             raise SoliError(f"{self.path}: changed while it was in use: start again")
 
     def _open_direct(self) -> int:
         """Open for direct I/O, and try it: some file systems reject it only when reading."""
-        import mmap
-
         try:
             descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
         except OSError:

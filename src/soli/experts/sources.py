@@ -2,7 +2,7 @@
 
 An expert has six parts: gate, up and down, and the scales of each where its format has scales. Parts that are near each
 other in a file are read together. Direct I/O reads whole blocks of ALIGNMENT bytes into memory that is aligned alike,
-so a part lies in its slot as it lies in its file, modulo ALIGNMENT.
+so a part has the same address in its slot as in its file, modulo ALIGNMENT.
 
 Shapes: E experts, D hidden, F expert width.
 """
@@ -10,7 +10,6 @@ Shapes: E experts, D hidden, F expert width.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import prod
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -173,8 +172,13 @@ def layout(entries: Sequence[TensorEntry | None], files: dict[Path, int]) -> Exp
     runs: list[list[TensorEntry]] = [[entry] for entry in present[:1]]
     for one, other in pairwise(present):
         near = one.file == other.file and other.start - one.end <= MERGE_GAP
-        runs[-1].append(other) if near else runs.append([other])
-    reads, offsets, end = [], {}, 0
+        if near:
+            runs[-1].append(other)
+        else:
+            runs.append([other])
+    reads: list[Read] = []
+    offsets: dict[str, int] = {}
+    end = 0
     for run in runs:
         start = run[0].start // ALIGNMENT * ALIGNMENT
         length = aligned(run[-1].end - start)
@@ -203,7 +207,3 @@ def needs_copy(part: Part) -> bool:
 def aligned(size: int) -> int:
     """`size` rounded up to whole blocks of direct I/O."""
     return (size + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
-
-
-def elements(shape: Sequence[int]) -> int:
-    return prod(shape)

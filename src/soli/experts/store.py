@@ -120,11 +120,12 @@ class ExpertStore:
         return self._weights(layer, expert)
 
     def record(self, layer: int, chosen: Sequence[int]) -> None:
-        """Count the use of experts that were all in memory."""
+        """Count the use of experts that were all in memory; some may have left it for those of a later layer."""
         self.stats.hits += len(chosen)
         if not self.holds_all:
             for expert in chosen:
-                self._policy.touch((layer, expert))
+                if (layer, expert) in self._slots:
+                    self._policy.touch((layer, expert))
 
     def wait(self, layer: int, experts: Sequence[int]) -> None:
         """Until they have been read. SoliError where one could not be; it is missing again then."""

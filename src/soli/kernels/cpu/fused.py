@@ -67,7 +67,7 @@ def set_experts(feed_forward: CFeedForward, table: ExpertTable) -> None:
     feed_forward.experts = table.addresses_3E2.data_ptr()
 
 
-class PagedExperts(Protocol):
+class ExpertPager(Protocol):
     """Brings a layer's experts into memory; see soli.experts.store."""
 
     def windows(self, expert_ids_TK: Tensor, wait: bool = True) -> Iterator[range]:
@@ -109,7 +109,7 @@ class LayerTable:
     frequencies_R: Tensor  # float32 (R / 2) radians per position
     cos_sin_scale: float
     keep_alive: tuple[object, ...]
-    paged_experts: Sequence[PagedExperts | None] = ()  # for each layer whose experts are not all in memory
+    paged_experts: Sequence[ExpertPager | None] = ()  # for each layer whose experts are not all in memory
 
     @cached_property
     def routing_shape(self) -> tuple[int, int, int, int]:

@@ -69,8 +69,7 @@ int run_experts(const Experts& layer, int64_t dtype, int64_t max_threads, int64_
             const int64_t rows = std::min(down_rows, D - row);
             for (int64_t t = 0; t < T && starts_at_zero; t++)
                 std::fill(sum + t * D + row, sum + t * D + row + rows, 0.0f);
-            for (const int64_t* e = first; e < last; e++)
-                down_and_combine(layer, *e, out, pairs, row, down_rows, sum);
+            for (const int64_t* e = first; e < last; e++) down_and_combine(layer, *e, out, pairs, row, down_rows, sum);
             for (int64_t t = 0; t < T && end == layer.E; t++) store_as(dtype, sum + t * D + row, rows, y, t * D + row);
         }
         team.barrier();
@@ -99,9 +98,8 @@ extern "C" int soli_experts(int64_t isa, int64_t in_format, int64_t in_group, in
     for (int64_t t = 0; t < T; t += part) {
         const uint8_t* part_x = static_cast<const uint8_t*>(x) + t * token_bytes;
         uint8_t* part_y = static_cast<uint8_t*>(y) + t * token_bytes;
-        const int error =
-            run_experts(layer, dtype, threads, std::min(part, T - t), part_x, ids + t * K, weights + t * K, part_y, begin,
-                        end, sum ? sum + t * D : nullptr);
+        const int error = run_experts(layer, dtype, threads, std::min(part, T - t), part_x, ids + t * K,
+                                      weights + t * K, part_y, begin, end, sum ? sum + t * D : nullptr);
         if (error) return error;
     }
     return NO_ERROR;

@@ -1,9 +1,9 @@
 // The feed-forward network of one layer for T tokens: x += network(norm x), a dense network, or routed and shared
 // experts (equation 12). The dense network and the shared experts are one expert that all tokens chose with weight one.
 //
-// Where experts are not all in memory, choose_experts() and compute() may be in two calls of the library, and compute() in
-// several, each for some of the experts in ascending order: a token's sum has the same order then. What compute() reads
-// is in the arena and does not depend on the calling thread.
+// Where experts are not all in memory, choose_experts() and compute() may be in two calls of the library, and compute()
+// in several, each for some of the experts in ascending order: a token's sum has the same order then. What compute()
+// reads is in the arena and does not depend on the calling thread.
 //
 // Shapes: T tokens, D hidden, E experts, F width, K chosen, P = T * K pairs of token and expert.
 #pragma once

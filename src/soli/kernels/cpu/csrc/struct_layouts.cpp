@@ -81,13 +81,12 @@ STRUCT(ForwardArgs, FIELD(isa), FIELD(dtype), FIELD(threads), FIELD(T), FIELD(D)
        FIELD(kv_blocks), FIELD(block_count), FIELD(block_size), FIELD(blocks_per_sequence), FIELD(num_decode_tokens),
        FIELD(chunk_count), FIELD(block_table), FIELD(lengths), FIELD(chunks), FIELD(positions), FIELD(frequencies),
        FIELD(cos_sin_scale), FIELD(x), FIELD(token_ids), FIELD(norm), FIELD(y), FIELD(head), FIELD(logit_indices),
-       FIELD(logit_count), FIELD(vocab_size), FIELD(logits), FIELD(masked_experts), FIELD(routings),
-       FIELD(paging))
+       FIELD(logit_count), FIELD(vocab_size), FIELD(logits), FIELD(masked_experts), FIELD(routings), FIELD(paging))
 
 constexpr StructLayout STRUCT_LAYOUTS[] = {
-    layout_of<Matrix>(), layout_of<Layout>(),       layout_of<Vector>(),   layout_of<Norm>(),
-    layout_of<Weight>(), layout_of<Attention>(),    layout_of<Router>(),   layout_of<FeedForward>(),
-    layout_of<Layer>(),  layout_of<PrefillChunk>(), layout_of<Routings>(), layout_of<Paging>(),
+    layout_of<Matrix>(),      layout_of<Layout>(),       layout_of<Vector>(),   layout_of<Norm>(),
+    layout_of<Weight>(),      layout_of<Attention>(),    layout_of<Router>(),   layout_of<FeedForward>(),
+    layout_of<Layer>(),       layout_of<PrefillChunk>(), layout_of<Routings>(), layout_of<Paging>(),
     layout_of<ForwardArgs>(),
 };
 

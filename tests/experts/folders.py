@@ -1,0 +1,62 @@
+"""A small mixture in every format that experts are read from disk in, and answers of it."""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import torch
+
+from soli.checkpoint import load_model, save_model
+from soli.data.tokenizer import Tokenizer
+from soli.engine.engine import Engine
+from soli.engine.offline import answer_all, limits_for
+from soli.engine.request import Answer, Request
+from soli.engine.runner import RunnerName
+from soli.engine.text_model import text_model
+from soli.model import Transformer
+from tests.engine.tiny import tiny_model, tiny_tokenizer
+
+FORMATS = ("bf16", "fp32", "fp8", "fp8 with scales of powers of two", "int8", "int4")
+SHAPE = {
+    "vocab_size": 330, "hidden_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 4, "intermediate_size": 64,
+    "max_position_embeddings": 256, "q_lora_rank": 32, "v_head_dim": 32, "kv_lora_rank": 32,
+}  # fmt: skip
+K, E, LAYERS = 3, 16, 4  # layers with experts, the MTP module's included
+
+
+@cache
+def mixture_folder(format: str, shard_bytes: int = 2**30) -> Path:
+    """16 experts in each of three layers and an MTP module, of which a token chooses 3."""
+    folder = Path(mkdtemp(prefix="soli-test-")) / "model"
+    name, _, powers_of_two = format.partition(" with ")
+    save_model(tiny_model("v3", **SHAPE), folder, name, ue8m0=bool(powers_of_two), shard_bytes=shard_bytes)
+    return folder
+
+
+def resident_model(format: str, mtp: bool = True) -> Transformer:
+    """The same in memory, with weights as stored."""
+    return load_model(mixture_folder(format), quantized=True, in_place=True, mtp=mtp)
+
+
+def requests(lengths: Sequence[int], new_tokens: int = 12, seed: int = 0) -> list[Request]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        Request(tuple(torch.randint(10, 300, (length,), generator=generator).tolist()), new_tokens, logprobs=0)
+        for length in lengths
+    ]
+
+
+def answers(
+    model: Transformer, prompts: Sequence[Request], runner: RunnerName = "fused", speculate: bool = False
+) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
+    """Tokens and their log-probabilities."""
+    tokenizer: Tokenizer = tiny_tokenizer()
+    together = text_model(model, tokenizer)
+    engine = Engine(together, limits_for(together, len(prompts), 250, speculate=speculate), runner=runner)
+    return [bits(answer) for answer in answer_all(engine, prompts) if answer is not None]
+
+
+def bits(answer: Answer) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    assert answer.logprobs is not None
+    return answer.ids, tuple(one.logprob for one in answer.logprobs)

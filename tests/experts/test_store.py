@@ -1,0 +1,194 @@
+"""The expert store: the same bits as with all experts in memory, whatever fits; errors name file and tensor."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from soli.checkpoint import open_checkpoint
+from soli.engine.runner import FusedRunner
+from soli.errors import SoliError
+from soli.experts.load import load_paged_model
+from soli.experts.policy import POLICIES
+from soli.experts.reading import Reader, split
+from soli.experts.sources import ALIGNMENT, Read, sources_of
+from soli.experts.store import PRESENT, ExpertStore
+from soli.kernels import Dispatch
+from soli.model.layers import set_backend
+from tests.experts.folders import FORMATS, LAYERS, E, K, answers, mixture_folder, requests, resident_model
+from tests.kernels.weights import needs_kernels
+
+PROMPTS = (1, 60)
+
+
+@needs_kernels
+@pytest.mark.parametrize("runner", ["fused", "eager"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_bits_are_those_of_the_resident_model(format, runner) -> None:
+    prompts = requests(PROMPTS, new_tokens=6)
+    expected = answers(resident_model(format), prompts, runner)
+    for capacity in (K, E) if runner == "eager" else (K, K + 2, E, LAYERS * E):
+        model, store = load_paged_model(mixture_folder(format), capacity, poison=True)
+        assert answers(model, prompts, runner) == expected
+        assert (store.stats.evictions == 0) == (capacity == LAYERS * E)
+        assert store.stats.misses > 0
+        store.close()
+
+
+@needs_kernels
+@settings(max_examples=8)
+@given(
+    format=st.sampled_from(FORMATS),
+    capacity=st.integers(K, LAYERS * E),
+    lengths=st.lists(st.integers(1, 80), min_size=1, max_size=3),
+    policy=st.sampled_from([*POLICIES]),
+    speculate=st.booleans(),
+)
+def test_the_bits_at_random_sizes(format, capacity, lengths, policy, speculate) -> None:
+    prompts = requests(lengths)
+    expected = answers(resident_model(format), prompts, speculate=speculate)
+    model, store = load_paged_model(mixture_folder(format), capacity, policy=policy, poison=True)
+    assert answers(model, prompts, speculate=speculate) == expected
+    assert store.capacity == capacity
+    store.close()
+
+
+def test_plain_torch_reads_experts_one_after_another() -> None:
+    prompts = requests((5, 20))
+    outputs = []
+    for model in (resident_model("fp8"), load_paged_model(mixture_folder("fp8"), K, poison=True)[0]):
+        set_backend(model, Dispatch("torch"))
+        outputs.append(answers(model, prompts, "eager"))
+    assert outputs[0] == outputs[1]
+
+
+@needs_kernels
+def test_a_pass_never_stops_when_all_experts_are_in_memory(monkeypatch) -> None:
+    model, store = load_paged_model(mixture_folder("int8"), LAYERS * E)
+    prompts = requests((40,))
+    first = answers(model, prompts)
+    monkeypatch.setattr(ExpertStore, "windows", lambda *_: pytest.fail("a pass stopped"))
+    misses = store.stats.misses
+    assert answers(model, prompts) == first
+    assert store.stats.misses == misses
+    store.close()
+
+
+@needs_kernels
+def test_each_expert_of_a_prompt_is_read_once() -> None:
+    model, store = load_paged_model(mixture_folder("bf16"), 4, mtp=False)
+    answers(model, requests((200,), new_tokens=1))
+    assert store.stats.misses <= 3 * E
+    assert store.stats.misses > 4 * 3  # more than fit at once
+    store.close()
+
+
+def copy_of(format: str, folder: Path) -> Path:
+    shutil.copytree(mixture_folder(format), folder)
+    return folder / "model.safetensors"
+
+
+@needs_kernels
+@pytest.mark.parametrize("runner", ["fused", "eager"])
+def test_a_file_that_shrinks_or_changes_ends_the_request_with_its_name(tmp_path, runner) -> None:
+    file = copy_of("int8", tmp_path / "copy")
+    for damage in (lambda: os.truncate(file, ALIGNMENT), lambda: os.utime(file, (1, 1))):
+        file.unlink()
+        shutil.copy(mixture_folder("int8") / "model.safetensors", file)
+        model, store = load_paged_model(tmp_path / "copy", K, poison=True)
+        expected = answers(model, requests((9,), 2), runner)
+        damage()
+        with pytest.raises(SoliError, match=f"{file}: (became shorter|changed)"):
+            answers(model, requests((30,), 5), runner)
+        store.close()
+        assert expected
+
+
+@needs_kernels
+def test_after_an_error_the_expert_is_read_again(monkeypatch) -> None:
+    model, store = load_paged_model(mixture_folder("fp8"), E, poison=True)
+    prompts = requests((30,))
+    read = type(store.reader._files[0]).read
+    failures = iter([True])
+
+    def fail_once(self, target, start, needed):
+        if next(failures, False):
+            raise OSError(5, "Input/output error")
+        read(self, target, start, needed)
+
+    monkeypatch.setattr(type(store.reader._files[0]), "read", fail_once)
+    with pytest.raises(SoliError):
+        answers(model, prompts)
+    assert answers(model, prompts) == answers(resident_model("fp8"), prompts)
+    store.close()
+
+
+def test_scales_that_are_not_positive_name_their_tensor(tmp_path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = copy_of("fp8", tmp_path / "copy")
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.experts.5.up_proj.weight_scale_inv"
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    store = ExpertStore(sources_of(open_checkpoint(tmp_path / "copy")), E)
+    with pytest.raises(SoliError, match=rf"tensor {name}"):
+        store.weights(0, 5)
+    store.close()
+
+
+def test_too_few_slots_are_rejected() -> None:
+    with pytest.raises(SoliError, match="3 experts"):
+        load_paged_model(mixture_folder("bf16"), K - 1)
+
+
+def test_a_reader_without_direct_io_reads_the_same(tmp_path) -> None:
+    data = os.urandom(3 * ALIGNMENT + 100)
+    (tmp_path / "file").write_bytes(data)
+    for direct in (None, False):
+        memory = bytearray(4 * ALIGNMENT) if direct is False else None
+        if memory is None:
+            import mmap
+
+            memory = mmap.mmap(-1, 4 * ALIGNMENT)
+        reader = Reader([tmp_path / "file"], memoryview(memory), direct=direct, block=ALIGNMENT)
+        results: list[Exception | None] = []
+        reader.submit([Read(0, ALIGNMENT, 3 * ALIGNMENT, 0, 2 * ALIGNMENT + 100)], 0, results.append)
+        reader.close()
+        assert results == [None]
+        assert bytes(memory[: 2 * ALIGNMENT + 100]) == data[ALIGNMENT:]
+        assert reader.stats.bytes == 3 * ALIGNMENT
+
+
+def test_reads_are_split_into_blocks() -> None:
+    pieces = split(Read(0, 0, 5 * ALIGNMENT, 0, 4 * ALIGNMENT + 7), 2 * ALIGNMENT)
+    assert [(piece.start, piece.length, piece.needed) for piece in pieces] == [
+        (0, 2 * ALIGNMENT, 2 * ALIGNMENT),
+        (2 * ALIGNMENT, 2 * ALIGNMENT, 2 * ALIGNMENT),
+        (4 * ALIGNMENT, ALIGNMENT, 7),
+    ]
+
+
+@needs_kernels
+def test_another_pass_on_the_thread_cannot_be_continued() -> None:
+    """What a stopped pass has computed is in the thread's scratch."""
+    model, store = load_paged_model(mixture_folder("int8"), K)
+    runner = FusedRunner(model)
+    assert not all(state == PRESENT for state in store.layers[0].states)
+    with torch.inference_mode():
+        interrupted = store.layers[0].windows
+        resident = resident_model("int8")
+
+        def interrupt(*args, **options):
+            answers(resident, requests((3,), 1))
+            yield from interrupted(*args, **options)
+
+        object.__setattr__(store.layers[0], "windows", interrupt)
+        assert runner.name == "fused"
+        with pytest.raises(SoliError, match="RuntimeError"):
+            answers(model, requests((9,), 2))
+    store.close()
