@@ -67,6 +67,15 @@ def test_plain_torch_reads_experts_one_after_another() -> None:
 
 
 @needs_kernels
+def test_experts_may_be_in_several_files() -> None:
+    prompts = requests((20,))
+    model, store = load_paged_model(mixture_folder("fp8", shard_bytes=20_000), K, poison=True)
+    assert len(store.sources.files) > 3
+    assert answers(model, prompts) == answers(resident_model("fp8"), prompts)
+    store.close()
+
+
+@needs_kernels
 def test_a_pass_never_stops_when_all_experts_are_in_memory(monkeypatch) -> None:
     model, store = load_paged_model(mixture_folder("int8"), LAYERS * E)
     prompts = requests((40,))

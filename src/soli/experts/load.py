@@ -26,7 +26,8 @@ def load_paged_model(
 ) -> tuple[Transformer, ExpertStore]:
     """A model on the CPU, as stored, and the store of its experts, of which `capacity` are in memory at once.
 
-    `policy`, `direct` and `poison` as in ExpertStore. SoliError for a folder without routed experts, and what `load_model` raises.
+    `policy`, `direct` and `poison` as in ExpertStore. SoliError for a folder without routed experts, and what
+    `load_model` raises.
     """
     stores: list[ExpertStore] = []
 

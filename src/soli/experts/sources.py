@@ -167,8 +167,8 @@ def _expert(checkpoint: Checkpoint, slots: Iterable[Slot], files: dict[Path, int
 
 def layout(entries: Sequence[TensorEntry | None], files: dict[Path, int]) -> ExpertLayout:
     """Plan the reads of an expert whose parts are `entries`; `files` numbers their files, and grows."""
-    present = sorted({entry.start: entry for entry in entries if entry is not None and entry.end > entry.start}.values(),
-                     key=lambda entry: (str(entry.file), entry.start))  # fmt: skip
+    present = [entry for entry in entries if entry is not None and entry.end > entry.start]
+    present.sort(key=lambda entry: (str(entry.file), entry.start))
     runs: list[list[TensorEntry]] = [[entry] for entry in present[:1]]
     for one, other in pairwise(present):
         near = one.file == other.file and other.start - one.end <= MERGE_GAP

@@ -299,7 +299,8 @@ class PagedExperts(QuantizedExperts):
         states_E = torch.zeros(E, dtype=torch.uint8)
         addresses_3E2 = torch.zeros(3, E, 2, dtype=torch.int64)
         D, F = down.shape
-        table = ExpertTable((gate.format, gate.group), (down.format, down.group), (E, D, F), addresses_3E2, (), states_E)
+        formats = (gate.format, gate.group), (down.format, down.group)
+        table = ExpertTable(*formats, (E, D, F), addresses_3E2, (), states_E)
         attributes = {
             "_store": store,
             "_layer": layer,
