@@ -40,7 +40,8 @@ class Call:
 class Faults:
     """`cuts`: by file name, after how many bytes each of its next transfers ends; `sizes`: what the list says of a
     file; `damage`: files sent with other bytes; `statuses`: by path, an answer without content; `delay`: seconds
-    before each block of a file; `hide_sizes`: the list has none; `ignore_range`: files are sent whole."""
+    before each block of a file; `hide_sizes`: the list has none; `no_tree`: there is no list of the tree;
+    `ignore_range`: files are sent whole."""
 
     cuts: dict[str, list[int]] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
@@ -48,6 +49,7 @@ class Faults:
     statuses: dict[str, int] = field(default_factory=dict)
     delay: float = 0.0
     hide_sizes: bool = False
+    no_tree: bool = False
     ignore_range: bool = False
 
 
@@ -133,6 +135,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if commit not in repository.files:
                 return self._send(404, error="RevisionNotFound")
             entries = [_entry(hub, name, content) for name, content in repository.files[commit].items()]
+            if parts[2:3] == ["tree"] and hub.faults.no_tree:
+                return self._send(404)
             if parts[2:3] == ["tree"]:
                 return self._send_json([_tree_entry(hub, *item) for item in repository.files[commit].items()])
             return self._send_json({"id": "/".join(parts[:2]), "sha": commit, "siblings": entries})

@@ -170,10 +170,11 @@ def test_a_new_configuration_does_not_hide_the_old_model(hub: Hub) -> None:
     assert fetch_config(ID) != folder == find_folder(ID)
 
 
-def test_sizes_come_from_the_tree_where_the_list_has_none(hub: Hub) -> None:
+@pytest.mark.parametrize("no_tree", [False, True])
+def test_sizes_come_from_elsewhere_where_the_list_has_none(hub: Hub, no_tree: bool) -> None:
     files = sharded_files()
     hub.add(ID, files)
-    hub.faults.hide_sizes = True
+    hub.faults.hide_sizes, hub.faults.no_tree = True, no_tree
     plan = plan_pull(requested_model(ID))
     assert plan.weight_bytes == sum(len(files[name]) for name in SHARDS)
     assert (fetch(plan) / SHARDS[1]).read_bytes() == files[SHARDS[1]]
@@ -248,6 +249,19 @@ def test_a_single_file_of_weights(hub: Hub) -> None:
     hub.add("org/none", {"config.json": b"{}", "README.md": b""})
     with pytest.raises(SoliError, match=r"has neither model\.safetensors nor"):
         pull("org/none")
+
+
+def test_shards_are_those_of_the_index_whatever_their_names(hub: Hub) -> None:
+    files = sharded_files()
+    weight_map = {"a": "part-a.safetensors", "b": "part-b.safetensors"}
+    files["model.safetensors.index.json"] = json.dumps({"weight_map": weight_map}).encode()
+    for shard, name in zip(SHARDS, weight_map.values(), strict=True):
+        files[name] = files.pop(shard)
+    hub.add(ID, {**files, "consolidated.safetensors": b"again"})
+    folder = pull()
+    assert {file.name for file in folder.glob("*.safetensors")} == set(weight_map.values())
+    hub.add("org/both", {**sharded_files(), "model.safetensors": b"again", "other-1-of-1.safetensors": b"again"})
+    assert {file.name for file in pull("org/both").glob("*.safetensors")} == set(SHARDS)
 
 
 def test_a_list_that_lies_about_a_size(hub: Hub) -> None:

@@ -174,8 +174,7 @@ def fetch(plan: PullPlan, progress: Progress = lambda fetched, total: None) -> P
     transfer = _Transfer(plan, progress)
     with hub_failures(plan.model), _short_chunks():
         transfer.fetch_all(plan.files)
-        _check_index(plan)
-        transfer.fetch_all(plan.weights)
+        transfer.fetch_all(_indexed(plan))
         _record_revision(plan)
     return plan.folder
 
@@ -186,11 +185,13 @@ def fetch_config(name: str, revision: str | None = None) -> Path:
 
 
 def _weight_names(model: ModelId, names: Collection[str]) -> list[str]:
-    """The safetensors files that hold the weights: the shards where there is an index, else the single one."""
+    """The safetensors files that may hold the weights: where there is an index the shards, which it will name, else the
+    single file."""
     if INDEX in names:
-        shards = sorted(name for name in names if SHARD.fullmatch(name))
+        shards = [name for name in names if SHARD.fullmatch(name)]
+        shards = shards or [name for name in names if name.endswith(".safetensors") and "/" not in name]
         if shards:
-            return shards
+            return sorted(shards)
     if SINGLE in names:
         return [SINGLE]
     if any(fnmatchcase(name, pattern) for name in names for pattern in UNREAD_WEIGHTS):
@@ -202,28 +203,38 @@ def _weight_names(model: ModelId, names: Collection[str]) -> list[str]:
 
 
 def _fill_sizes(api: "HfApi", model: ModelId, commit: str, listed: dict[str, RemoteFile], names: set[str]) -> None:
-    """Sizes that the list of files lacks, from the repository's tree."""
+    """Sizes that the list of files lacks: from the repository's tree, or from the files' own headers."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+
     if any(listed[name].size is None for name in names):
-        for entry in api.list_repo_tree(model.repo, recursive=True, revision=commit):
-            if entry.path in names:
-                listed[entry.path] = replace(listed[entry.path], size=getattr(entry, "size", None))
+        with contextlib.suppress(HfHubHTTPError):  # mirrors do not always have it
+            for entry in api.list_repo_tree(model.repo, recursive=True, revision=commit):
+                if entry.path in names:
+                    listed[entry.path] = replace(listed[entry.path], size=getattr(entry, "size", None))
+    for name in names:
+        if listed[name].size is None:
+            url = hf_hub_url(model.repo, name, revision=commit, endpoint=_endpoint())
+            listed[name] = replace(listed[name], size=get_hf_file_metadata(url, endpoint=_endpoint()).size)
 
 
 def _is_file_of(file: Path, size: int | None) -> bool:
     return file.is_file() and (size is None or file.stat().st_size == size)
 
 
-def _check_index(plan: PullPlan) -> None:
-    """The index, where there is one, names exactly shards that the repository has."""
+def _indexed(plan: PullPlan) -> tuple[RemoteFile, ...]:
+    """The weights that the index names, or all without one; SoliError for one that the repository does not have."""
     if not any(file.name == INDEX for file in plan.files) or not plan.weights:
-        return
+        return plan.weights
+    shards = shards_of(plan.folder / INDEX)
     available = {file.name for file in plan.weights}
-    absent = [shard for shard in shards_of(plan.folder / INDEX) if shard not in available]
+    absent = [shard for shard in shards if shard not in available]
     if absent:
         raise SoliError(
             f"{plan.model}: its {INDEX} names {absent[0]}, which the repository does not have, so it is incomplete "
             "there: no weights were downloaded"
         )
+    return tuple(file for file in plan.weights if file.name in shards)
 
 
 def _record_revision(plan: PullPlan) -> None:
