@@ -47,6 +47,7 @@ def sharded_files(size: int = 600_000) -> dict[str, bytes]:
         "model.safetensors.index.json": json.dumps({"weight_map": weight_map}).encode(),
         "tokenizer.json": b"{}",
         "chat_template.jinja": b"{{ messages }}",
+        "additional_chat_templates/rag.jinja": b"{{ documents }}",
         "README.md": b"# A model",
         "LICENSE": b"free",
     }

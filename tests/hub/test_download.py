@@ -31,7 +31,9 @@ def test_it_fetches_what_soli_reads_and_nothing_else(hub: Hub, cache: Path) -> N
     plan = plan_pull(requested_model(ID))
     folder = fetch(plan, lambda fetched, total: steps.append((fetched, total)))
     names = {"config.json", "model.safetensors.index.json", "tokenizer.json", "chat_template.jinja", "README.md"}
-    assert {file.name for file in folder.iterdir()} == {*names, "LICENSE", *SHARDS}
+    names |= {"LICENSE", "additional_chat_templates/rag.jinja"}
+    fetched = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+    assert fetched == {*names, *SHARDS}
     assert all((folder / name).read_bytes() == files[name] for name in (*names, *SHARDS))
     assert not [call for call in hub.calls if any(one in call.path for one in (".bin", ".py", ".gguf", "original"))]
     assert steps[-1] == (plan.total_bytes, plan.total_bytes) and plan.remaining_bytes == plan.total_bytes
@@ -44,7 +46,7 @@ def test_the_cache_is_that_of_hugging_face(hub: Hub, cache: Path) -> None:
     folder = pull()
     assert snapshot_download(ID, cache_dir=cache, local_files_only=True) == str(folder)
     [repo] = scan_cache_dir(cache).repos
-    assert (repo.repo_id, len(next(iter(repo.revisions)).files)) == (ID, 8)
+    assert (repo.repo_id, len(next(iter(repo.revisions)).files)) == (ID, 9)
     hub.calls.clear()
     assert pull() == folder and not [call for call in hub.calls if "resolve" in call.path]
 
@@ -337,10 +339,11 @@ def test_offline_and_unreachable(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_names_from_a_hostile_hub_leave_no_folder(hub: Hub, cache: Path) -> None:
-    files = {**sharded_files(), "../../../evil.json": b"x", "..\\tokenizer.json": b"x"}
+    hostile = ("../../../evil.json", "..\\tokenizer.json", "additional_chat_templates/../x.jinja", "../x.jinja")
+    files = sharded_files() | dict.fromkeys(hostile, b"x")
     repository = hub.add(ID, files)
     pull()
-    assert not list(cache.parent.rglob("evil.json"))
+    assert not [file for name in ("evil.json", "x.jinja", "*\\*") for file in cache.parent.rglob(name)]
     repository.files["../../x"] = files
     repository.refs["main"] = "../../x"
     with pytest.raises(SoliError, match="names no commit for it"):

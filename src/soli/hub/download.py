@@ -46,7 +46,7 @@ SIDE_FILES: Final = (
     CONFIG, "generation_config.json",
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tiktoken.model", "*.tiktoken",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template.jinja", "chat_template.json", "*.jinja",
+    "chat_template.jinja", "chat_template.json", "*.jinja", "additional_chat_templates/*.jinja",
     "README.md", "LICENSE*", "LICENCE*", "*-LICENSE*", "NOTICE*",
 )  # fmt: skip
 CONFIG_FILES: Final = (CONFIG, INDEX)
@@ -127,11 +127,18 @@ def plan_pull(model: ModelId, config_only: bool = False) -> PullPlan:
         raise SoliError(f"{model}: has no {CONFIG}, so it is no model that Soli reads")
     weights = [] if config_only else _weight_names(model, listed)
     patterns = CONFIG_FILES if config_only else (*SIDE_FILES, *([INDEX] if SINGLE not in weights else []))
-    names = [name for name in sorted(listed) if any(fnmatchcase(name, one) for one in patterns) and "/" not in name]
+    names = [name for name in sorted(listed) if any(_matches(name, pattern) for pattern in patterns)]
     with hub_failures(model):
         _fill_sizes(api, model, commit, listed, {*names, *weights})
     plan = PullPlan(model, commit, tuple(listed[name] for name in names), tuple(listed[name] for name in weights))
     return _with_local_state(plan)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a file's path matches, folder by folder; never one that leads out of its folder."""
+    parts, patterns = name.split("/"), pattern.split("/")
+    matches = len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
+    return matches and ".." not in parts and "\\" not in name
 
 
 def _remote_file(sibling: Any) -> RemoteFile:
