@@ -16,6 +16,9 @@ from soli.engine.constraint import Constraints, ConstraintSpec
 from soli.engine.engine import Engine
 from soli.engine.request import EngineLimits, Request
 from soli.errors import SoliError
+from soli.serve.responses import CompletionChoiceBuilder, ResponseBuilder, RoutingRecorder
+from soli.serve.server import JsonFormatter
+from tests.serve.scripted import ScriptedEvents
 from tests.serve.tiny_server import scripted_server, tiny, tiny_server
 
 COMPLETIONS, CHAT, TRANSLATE = "/v1/completions", "/v1/chat/completions", "/soli/translate"
@@ -160,6 +163,40 @@ def test_a_client_that_leaves_is_one_line(caplog, case):
     [record] = [record for record in caplog.records if not record.name.startswith("httpx")]
     assert record.levelno == logging.INFO and record.exc_info is None
     assert record.fields["status"] == (200 if case == "in the stream" else 499)
+
+
+PLACES = {
+    "the events": (ScriptedEvents, "__anext__"),
+    "a piece": (CompletionChoiceBuilder, "push"),
+    "the usage": (ResponseBuilder, "_usage"),
+    "a trace": (RoutingRecorder, "_trace"),
+}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("place", PLACES)
+def test_an_error_that_nothing_expects_is_logged_and_ends_the_answer(caplog, monkeypatch, place, stream):
+    """One event or a 500 for the client, without the error's text; in the log the places in the code, once."""
+
+    def fail(*_):
+        raise ZeroDivisionError("private words")
+
+    options = {"stream_options": {"include_usage": True}, "stream": True} if stream else {}
+    body = {"prompt": "x", "max_tokens": 4, "soli": {"routing": "full"}, **options}
+    with scripted_server(lambda _: "word " * 4) as (url, engine), tiny_server() as tiny_url:
+        monkeypatch.setattr(*PLACES[place], fail)
+        monkeypatch.setattr(logging.getLogger("uvicorn"), "propagate", True)  # a server of tests is silent
+        caplog.set_level(logging.ERROR, "uvicorn.error")
+        answer = httpx.post((tiny_url if place == "a trace" else url) + COMPLETIONS, json=body, timeout=20)
+        assert engine.running == 0
+    events = [line.removeprefix("data: ") for line in answer.text.split("\n\n") if line]
+    assert answer.status_code == (200 if stream else 500) and (events[-1] == "[DONE]") == stream
+    error = json.loads(events[-2] if stream else answer.text)["error"]
+    assert error["type"] == "server_error" and "ZeroDivisionError" in error["message"]
+    assert sum("error" in event for event in events) == 1 and "private" not in answer.text
+    [record] = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    line = JsonFormatter().format(record)
+    assert json.loads(line)["error"] == "ZeroDivisionError" and "test_api_errors.py" in line and "private" not in line
 
 
 def test_a_step_without_memory_says_how_many_bytes():

@@ -17,6 +17,7 @@ from soli.checkpoint import load_model
 from soli.cli import main
 from soli.kernels.cpu import build
 from soli.plan import machine_report
+from soli.serve import server
 from tests.engine.tiny import tiny_folder
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +64,34 @@ def test_loading_tells_how_far_it_is(folder):
     totals = {total for _, total in calls}
     assert len(totals) == 1 and [read for read, _ in calls] == sorted(read for read, _ in calls)
     assert calls[-1][0] == totals.pop()
+
+
+def test_a_server_tells_how_far_loading_is(folder):
+    """A line of its log every so often, in a process of its own whose weights take long."""
+    code = (
+        "import sys; from soli.cli import main; from soli.serve import server; from soli.checkpoint.reader import Checkpoint;"
+        "import time; read = Checkpoint.values; server.LOADING_SECONDS = 0.1;"
+        "Checkpoint.values = lambda *arguments: time.sleep(0.05) or read(*arguments);"
+        "sys.exit(main(['serve', sys.argv[1], '--port', '0', '--dtype', 'bfloat16']))"
+    )
+    server = subprocess.Popen([sys.executable, "-c", code, folder], stderr=subprocess.PIPE, text=True)
+    lines = []
+    for line in server.stderr:
+        lines += [json.loads(line)] if line.startswith("{") else []
+        if lines and lines[-1]["message"] == "ready":
+            server.terminate()
+    assert server.wait() == 0
+    loading = [line for line in lines if line["message"] == "loading"]
+    assert len(loading) > 2 and lines.index(loading[-1]) < [line["message"] for line in lines].index("ready")
+    assert [line["bytes"] for line in loading] == sorted({line["bytes"] for line in loading})
+    assert all(0 < line["percent"] <= 100 and line["bytes"] <= line["of"] for line in loading)
+
+
+def test_a_model_that_loads_at_once_has_no_line(caplog):
+    log = server.LoadingLog("nano")
+    for read in range(10):
+        log.update(read, 10)
+    assert caplog.records == []
 
 
 def test_an_example_without_a_server_ends_with_a_sentence():

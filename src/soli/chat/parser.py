@@ -66,7 +66,7 @@ def parse_forced_call(text: str, name: str | None) -> ToolCall | None:
         if name is not None:
             return ToolCall(name, text.strip())
         return ToolCall(value["name"], json.dumps(value["arguments"], ensure_ascii=False))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -1,7 +1,6 @@
 """`soli data build RECIPE` makes a recipe's corpus and tokens from public packages, `soli data pack` makes tokens from
 a user's own files, `soli data inspect` shows either."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +16,7 @@ from soli.data.pack import Input, PackConfig, pack_inputs
 from soli.data.readers import InputLayout
 from soli.data.recipe import load_recipe
 from soli.data.token_files import inspect_folder, read_meta
+from soli.input_files import read_object
 from soli.recipes import corpus_builder, read_data_config
 
 app = typer.Typer(help="Build, pack and inspect corpora.", no_args_is_help=True, rich_markup_mode=None)
@@ -162,7 +162,7 @@ def _print_line(line: str) -> None:
 
 def _print_counts(folder: Path, as_json: bool) -> None:
     """counts.json and meta.json of a finished build, as one table or one JSON object."""
-    counts = json.loads((folder / "counts.json").read_text(encoding="utf-8"))
+    counts = read_object(folder / "counts.json")
     meta = read_meta(folder)
     if as_json:
         print_json({**counts, "meta": meta}, indent=2)

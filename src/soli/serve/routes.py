@@ -5,6 +5,7 @@ Rejections come before the first byte of either. An answer is cancelled when its
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Annotated, Any, TypeVar
@@ -23,6 +24,8 @@ from soli.serve.prompts import RequestBatch, can_translate, chat_batch, completi
 from soli.serve.protocol_requests import ChatBody, CompletionBody, TranslateBody
 from soli.serve.responses import CHAT, COMPLETION, TRANSLATION, AnswerFormat, ResponseBuilder
 from soli.serve.service import LoadedModel, Service, ServiceLimits
+
+log = logging.getLogger("soli.serve")
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": protocol.ErrorResponse} for status in (400, 401, 404, 408, 413, 421, 429, 500, 503, 504)
@@ -143,8 +146,9 @@ async def respond(
 
 
 class EventStream(Response):
-    """Each chunk as one `data:` line, then [DONE]; an error on the way is the last line before it. `chunks` is closed
-    when the client disconnects, and after `seconds`, since a client that does not read could take for ever."""
+    """Each chunk as one `data:` line, then [DONE]; an error on the way is the last line before it, and one that nothing
+    expects is logged. `chunks` is closed when the client disconnects, and after `seconds`, since a client that does not
+    read could take for ever."""
 
     def __init__(self, chunks: AsyncGenerator[BaseModel, None], seconds: float) -> None:
         super().__init__()
@@ -153,7 +157,9 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM_HEADERS})
-        await _run_while_connected(self._send(send), receive, self._seconds)
+        finished = await _run_while_connected(self._send(send), receive, self._seconds)
+        if finished is not None:
+            finished.result()
 
     async def _send(self, send: Send) -> None:
         async with aclosing(self._chunks), aclosing(self._data()) as lines:
@@ -169,8 +175,8 @@ class EventStream(Response):
         except ApiError as error:
             yield json.dumps(error.body, ensure_ascii=False)
         except Exception as error:
-            yield json.dumps(error_body(500, f"the answer failed with {type(error).__name__}"))
-            raise
+            log.exception("a stream failed")
+            yield json.dumps(error_body(500, f"the answer failed with {type(error).__name__}; the server's log has more"))
         yield "[DONE]"
 
 

@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 import webbrowser
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ from soli.serve.service import LoadedModel, Service, ServiceLimits
 log = logging.getLogger("soli.serve")
 
 SWITCH_SECONDS = 0.001  # how long a thread that prepares a request may keep streams from running Python
+LOADING_SECONDS = 2.0  # without a line about the model that is loaded, and between two of them
 FLUSH_SECONDS = 2  # after the drain, for clients to read the ends of their answers
 EXIT_SECONDS = 4.0  # after the drain the process has ended, whatever its threads compute
 
@@ -146,7 +148,7 @@ def _check_cache(cache_bytes: int, device: str) -> None:
 
 def load(model: str, device: str, dtype: str, limits: EngineLimits) -> LoadedModel:
     """A folder, or "nano", with its engine and its chat template. What a first request would wait for is done here."""
-    text_model = open_text_model(model, device, dtype, mtp=limits.speculate)
+    text_model = open_text_model(model, device, dtype, mtp=limits.speculate, progress=LoadingLog(model).update)
     template = ChatTemplate.from_folder(open_checkpoint(model).folder, text_model.tokenizer)
     engine = Engine(text_model, limits)
     with suppress(SoliError):  # a request with a constraint is told
@@ -155,6 +157,22 @@ def load(model: str, device: str, dtype: str, limits: EngineLimits) -> LoadedMod
     gc.collect()
     gc.freeze()  # what was loaded stays: no collection traverses it again, which stops all threads for its time
     return LoadedModel(text_model, AsyncEngine(engine), template)
+
+
+class LoadingLog:
+    """How far loading is: a line of the log each time it has taken two seconds more."""
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._last_line = time.monotonic()
+
+    def update(self, bytes_read: int, total: int) -> None:
+        """`bytes_read` of `total` bytes of weights are loaded."""
+        if time.monotonic() - self._last_line < LOADING_SECONDS:
+            return
+        self._last_line = time.monotonic()
+        fields = {"model": self._model, "bytes": bytes_read, "of": total, "percent": round(100 * bytes_read / total)}
+        log.info("loading", extra={"fields": fields})
 
 
 def listen(host: str, port: int) -> socket.socket:

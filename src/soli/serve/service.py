@@ -165,12 +165,15 @@ class Service:
 
 async def merge_events(streams: Sequence[AsyncEvents], seconds: float) -> AsyncGenerator[tuple[int, Event], None]:
     """The events of all streams as they come, each with its stream's index. All streams are closed at the end, also
-    when the caller leaves early, and after so many seconds (ApiError 504)."""
-    queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+    when the caller leaves early, after an error of one of them, and after so many seconds (ApiError 504)."""
+    queue: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
 
     async def pump(index: int, stream: AsyncEvents) -> None:
-        async for event in stream:
-            queue.put_nowait((index, event))
+        try:
+            async for event in stream:
+                queue.put_nowait((index, event))
+        except Exception as error:
+            queue.put_nowait((index, error))
 
     tasks = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
     deadline = asyncio.get_running_loop().time() + seconds
@@ -179,6 +182,8 @@ async def merge_events(streams: Sequence[AsyncEvents], seconds: float) -> AsyncG
         while unfinished:
             async with asyncio.timeout_at(deadline):
                 index, event = await queue.get()
+            if isinstance(event, Exception):
+                raise event
             unfinished -= event.finish_reason is not None
             yield index, event
     except TimeoutError:
