@@ -69,8 +69,8 @@ def test_loading_tells_how_far_it_is(folder):
 def test_a_server_tells_how_far_loading_is(folder):
     """A line of its log every so often, in a process of its own whose weights take long."""
     code = (
-        "import sys; from soli.cli import main; from soli.serve import server; from soli.checkpoint.reader import Checkpoint;"
-        "import time; read = Checkpoint.values; server.LOADING_SECONDS = 0.1;"
+        "import sys, time; from soli.cli import main; from soli.serve import server;"
+        "from soli.checkpoint.reader import Checkpoint; read = Checkpoint.values; server.LOADING_SECONDS = 0.1;"
         "Checkpoint.values = lambda *arguments: time.sleep(0.05) or read(*arguments);"
         "sys.exit(main(['serve', sys.argv[1], '--port', '0', '--dtype', 'bfloat16']))"
     )

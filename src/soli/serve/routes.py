@@ -176,7 +176,8 @@ class EventStream(Response):
             yield json.dumps(error.body, ensure_ascii=False)
         except Exception as error:
             log.exception("a stream failed")
-            yield json.dumps(error_body(500, f"the answer failed with {type(error).__name__}; the server's log has more"))
+            message = f"the answer failed with {type(error).__name__}; the server's log has more"
+            yield json.dumps(error_body(500, message))
         yield "[DONE]"
 
 
