@@ -1,7 +1,8 @@
 """Files that are written whole or not at all: what was there before a failure, or a kill, is still there after it."""
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from soli.errors import SoliError
@@ -14,6 +15,17 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """SoliError that names `path` where writing fails, on a full disk for example."""
+    try:
+        yield
+    except OSError as error:
+        raise SoliError(
+            f"{path} cannot be written ({error.strerror or error}): check the folder's free space and permissions"
+        ) from None
 
 
 def replace_file(file: Path, content: str | bytes) -> None:

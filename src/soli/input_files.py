@@ -104,10 +104,18 @@ def read_object_if_present(path: Path, limit: int = DOCUMENT_BYTES) -> dict[str,
 def read_lines(path: str | Path, limit: int = LINE_BYTES) -> Iterator[tuple[int, bytes]]:
     """Number and bytes of each line of a regular file, with its line break where it has one; one line in memory."""
     with open_regular(path) as stream:
-        for number, line in enumerate(iter(lambda: stream.readline(limit + 1), b""), 1):
+        for number, line in enumerate(iter(lambda: read_line(stream, path, limit + 1), b""), 1):
             if len(line) > limit:
                 raise SoliError(f"{path}, line {number}: is longer than {limit:,} bytes")
             yield number, line
+
+
+def read_line(stream: BinaryIO, path: str | Path, limit: int) -> bytes:
+    """The next line of a file, or its first `limit` bytes; SoliError where the disk fails."""
+    try:
+        return stream.readline(limit)
+    except OSError as error:
+        raise SoliError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def kind_of(value: Any) -> str:

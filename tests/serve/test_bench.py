@@ -96,6 +96,21 @@ def test_the_command_writes_json_and_a_plot(tmp_path, capsys):
     assert (tmp_path / "load.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    "chunk", ['{"choices": 3}', '{"choices": [3]}', '{"usage": {}}', '{"usage": 5}', '{"a"', '{"usage": ' + "[" * 5000]
+)
+def test_a_server_that_sends_something_else_has_failed_requests(chunk):
+    app = FastAPI()
+
+    @app.post("/v1/completions")
+    async def completions(body: dict):
+        return StreamingResponse(iter([f"data: {chunk}\n\n"]), media_type="text/event-stream")
+
+    with live(app) as url:
+        row = asyncio.run(measure(TargetServer(url, "stand-in"), math.inf, Workload(requests=2)))
+    assert row["failed"] == 2 and row["tokens"] == 0 and row["errors"]
+
+
 def test_the_table_has_a_line_per_rate(capsys):
     with live(stub_server()) as url:
         assert main(["bench", "serve", url, "--rates", "100", "--requests", "2"]) == 0

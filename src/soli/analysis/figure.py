@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from soli.atomic_file import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,5 +35,7 @@ def style_panel(axis: Axes, title: str, xlabel: str = "", ylabel: str = "") -> N
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write the figure as a PNG."""
-    figure.savefig(path, dpi=DPI, format="png")
+    """Write the figure as a PNG; SoliError where that fails."""
+    image = BytesIO()
+    figure.savefig(image, dpi=DPI, format="png")
+    replace_file(Path(path), image.getvalue())

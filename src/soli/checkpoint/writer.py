@@ -197,7 +197,7 @@ def _new_folder(folder: Path, size: int) -> Iterator[Path]:
         partial.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(partial.parent).free
         if size > free:
-            raise SoliError(f"{folder}: needs {size / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free on that disk")
+            raise SoliError(f"{folder}: needs {size:,} bytes, but {free:,} bytes are free on that disk")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         yield partial

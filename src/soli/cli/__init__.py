@@ -5,6 +5,7 @@ What a user can cause is a SoliError: one sentence on stderr and exit status 1; 
 with 130. SOLI_DEBUG=1 shows the traceback of any error.
 """
 
+import errno
 import importlib
 import os
 import re
@@ -123,6 +124,8 @@ def _reason(error: Exception) -> str:
         return f"this needs the package {package}; install it with: pip install {package}"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        return f"standard output, or a file, cannot be written ({error.strerror}): check where it leads"
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # the latter in torch's RuntimeError
         size = re.search(r"allocate (\d+) bytes", str(error))
         needed = f" for {int(size[1]):,} bytes" if size else ""

@@ -18,6 +18,7 @@ import httpx
 import typer
 from rich.table import Table
 
+from soli.atomic_file import replace_file
 from soli.cli._shared import options
 from soli.cli._shared.console import number_columns, print_json, stdout_console
 from soli.cli._shared.progress import ProgressBar
@@ -59,12 +60,12 @@ def serve(
         with ProgressBar("requests", len(arrival_rates) * len(load.seeds) * requests) as bar:
             rows = [asyncio.run(measure(server, rate, load, bar.advance)) for rate in arrival_rates]
     result = {"server": target, "model": server.model, "load": vars(load), "rows": rows}
-    if out is not None:
-        _save(out, result, f"{server.model}, {prompt_words} words in, {new_tokens} tokens out")
     if as_json:
         print_json(result)
     else:
         _print(rows)
+    if out is not None:
+        _save(out, result, f"{server.model}, {prompt_words} words in, {new_tokens} tokens out")
 
 
 def _numbers(text: str, name: str, kind: type) -> list[Any]:
@@ -76,7 +77,7 @@ def _numbers(text: str, name: str, kind: type) -> list[Any]:
 
 def _save(out: Path, result: dict[str, Any], title: str) -> None:
     save_plot(out.with_name(f"{out.name}.png"), result["rows"], title)
-    out.with_name(f"{out.name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    replace_file(out.with_name(f"{out.name}.json"), json.dumps(result, indent=2) + "\n")
     print(f"soli: wrote {out}.json and {out}.png", file=sys.stderr)
 
 

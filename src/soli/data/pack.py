@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
+from soli.atomic_file import write_errors
 from soli.data.documents import Document, Pair, ReportStep, draw_copies, encode_documents, pair_documents, text_document
 from soli.data.entries import BadLineLog
 from soli.data.readers import InputLayout, usable_entries
@@ -97,10 +98,11 @@ def pack_inputs(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SoliError(f"{out} exists already: choose another --out, or remove it first")
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
     try:
-        bad_lines = _pack_into(partial, config, tokenizer, tokenizer_folder, report, print_line)
-        partial.replace(out)
+        with write_errors(out):
+            partial.mkdir(parents=True)
+            bad_lines = _pack_into(partial, config, tokenizer, tokenizer_folder, report, print_line)
+            partial.replace(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return {**read_meta(out), "bad_lines": bad_lines}

@@ -13,7 +13,7 @@ from pathlib import Path
 from soli.data.arrow import read_dataset, read_parquet
 from soli.data.entries import BLANK, EXCERPT_CHARACTERS, BadLine, BadLineLog, TextEntry, missing_column, text_entry
 from soli.errors import SoliError
-from soli.input_files import open_regular, read_bytes
+from soli.input_files import open_regular, read_bytes, read_line
 
 FORMAT_OF_SUFFIX = {
     ".jsonl": "jsonl",
@@ -125,10 +125,10 @@ def read_file(path: Path, form: str, layout: InputLayout) -> Iterator[TextEntry 
 def _lines(path: Path) -> Iterator[TextEntry | BadLine]:
     """Each line of a file without its ending; a leading byte order mark is dropped."""
     with open_regular(path) as raw:
-        for number, line in enumerate(iter(lambda: raw.readline(LONGEST_LINE + 1), b""), 1):
+        for number, line in enumerate(iter(lambda: read_line(raw, path, LONGEST_LINE + 1), b""), 1):
             if len(line) > LONGEST_LINE:
                 while line and not line.endswith(b"\n"):
-                    line = raw.readline(LONGEST_LINE)
+                    line = read_line(raw, path, LONGEST_LINE)
                 yield BadLine(number, f"longer than {LONGEST_LINE:,} bytes")
                 continue
             try:

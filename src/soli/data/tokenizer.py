@@ -6,6 +6,7 @@ text as DeepSeek-V3's does, and a special token's name in a user's text stays te
 """
 
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -16,7 +17,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from soli.atomic_file import replace_file
-from soli.errors import SoliError
+from soli.errors import SoliError, library_errors
 from soli.input_files import TABLE_BYTES, kind_of, parse_json, read_object_if_present, read_text
 from soli.sections import is_text, shown
 
@@ -29,6 +30,7 @@ SPECIAL_TOKENS = (
 )  # fmt: skip
 
 MAX_VOCAB = 2**24  # ids of a tokenizer that is read
+MAX_GROWTH = 64  # how many times longer normalizers, or decoders, may make a text; in practice up to 3
 SMALLEST_VOCAB = len(SPECIAL_TOKENS) + 256
 
 # DeepSeek-V3's pre-tokenization (its tokenizer.json; "deepseek-v3" in llama.cpp), applied one after another: what BPE
@@ -77,11 +79,13 @@ class Tokenizer:
         if not os.path.lexists(path):
             raise SoliError(f"{folder} has no tokenizer.json: point to a model or data folder that holds one")
         text = read_text(path, TABLE_BYTES)
-        _check_vocabulary(path, parse_json(text, str(path)))
-        try:
+        document = parse_json(text, str(path))
+        _check_vocabulary(path, document)
+        _check_growth(path, document)
+        with library_errors(
+            lambda reason: SoliError(f"{path} is not a readable tokenizer ({reason}): fetch or build it again")
+        ):
             backend = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the Rust side raises a bare Exception
-            raise SoliError(f"{path} is not a readable tokenizer ({error}): fetch or build it again") from error
         config = path.with_name("tokenizer_config.json")
         names = special_names(config)
         add_bos = _adds_bos(config) and "bos_token" in names
@@ -157,7 +161,10 @@ class Tokenizer:
             if self.has_token("<|text|>"):
                 return (self.bos_id, self.token_id("<|text|>")), ()
             return ((self.bos_id,) if self._add_bos else ()), ()
-        encoding = self._backend.encode("a", add_special_tokens=True)
+        with library_errors(_broken):
+            encoding = self._backend.encode("a", add_special_tokens=True)
+        if outside := [index for index in encoding.ids if index >= self.vocab_size]:
+            raise _broken(f"its post_processor adds token {outside[0]}, but there are {self.vocab_size}")
         is_text = [not special for special in encoding.special_tokens_mask]
         first = is_text.index(True) if any(is_text) else len(is_text)
         return tuple(encoding.ids[:first]), tuple(encoding.ids[first + sum(is_text) :])
@@ -184,19 +191,23 @@ class Tokenizer:
         """Ids of plain text, without bos or eos."""
         if len(text) >= LONG_TEXT:
             return self.encode_batch([text])[0]  # unlike `encode` of the backend, releases the interpreter lock
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        with library_errors(_broken):
+            return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts at once, on all cores."""
-        return [list(item.ids) for item in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+        with library_errors(_broken):
+            return [list(item.ids) for item in self._backend.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; special tokens are omitted, broken UTF-8 shows as U+FFFD."""
-        return str(self._backend.decode([int(i) for i in ids], skip_special_tokens=True))
+        with library_errors(_broken):
+            return str(self._backend.decode([int(i) for i in ids], skip_special_tokens=True))
 
     def token_text(self, index: int) -> str:
         """One token as a person reads it: special tokens by name, partial characters as U+FFFD."""
-        return str(self._backend.decode([int(index)], skip_special_tokens=False))
+        with library_errors(_broken):
+            return str(self._backend.decode([int(index)], skip_special_tokens=False))
 
     def token_bytes(self, index: int) -> bytes:
         """The UTF-8 bytes of a token, which may end inside a character; none for an unknown id."""
@@ -256,6 +267,10 @@ def _has_template(post_processor: Any) -> bool:
     return any(part["type"] != "ByteLevel" for part in state.get("processors", [state]))
 
 
+def _broken(reason: str) -> SoliError:
+    return SoliError(f"this model's tokenizer.json fails on a text ({reason}): fetch or build it again")
+
+
 def _check_vocabulary(path: Path, document: Any) -> None:
     """SoliError for ids that the tokenizers library would take and fail on, or allocate memory for, later."""
     if not isinstance(document, dict):
@@ -269,3 +284,23 @@ def _check_vocabulary(path: Path, document: Any) -> None:
     for token, index in ids:
         if type(index) is not int or not 0 <= index < MAX_VOCAB:
             raise SoliError(f"{path}: the id of {token!r} is {shown(index)}; it must be from 0 to {MAX_VOCAB - 1:,}")
+
+
+def _check_growth(path: Path, document: dict[str, Any]) -> None:
+    """SoliError for replacements, one after another, that may make gigabytes of a short text."""
+    for field in ("normalizer", "pre_tokenizer", "decoder"):
+        growth = _growth(document.get(field))
+        if growth > MAX_GROWTH:
+            raise SoliError(
+                f"{path}: {field} may make a text {growth:,} times longer; at most {MAX_GROWTH} times is possible here"
+            )
+
+
+def _growth(step: Any) -> int:
+    """How many times longer a text may become in a step of a tokenizer and in the steps within it."""
+    if isinstance(step, list):
+        return math.prod(map(_growth, step))
+    if not isinstance(step, dict):
+        return 1
+    own = max((len(step[name]) for name in ("content", "prepend") if isinstance(step.get(name), str)), default=1)
+    return max(1, own) * math.prod(_growth(item) for item in step.values() if isinstance(item, list))

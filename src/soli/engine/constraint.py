@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from soli.errors import SoliError
+from soli.errors import SoliError, library_errors
 from soli.input_files import parse_json
 
 if TYPE_CHECKING:
@@ -103,7 +103,8 @@ class Constraint:
 
     def mask(self) -> NDArray[np.bool_]:
         """Which tokens (V) may come next, the end among them where the text may end; SoliError at a dead end."""
-        bits = self._matcher.compute_bitmask()
+        with library_errors(_unmet):
+            bits = self._matcher.compute_bitmask()
         self._raise_error()
         allowed_V = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little", count=self._vocab).view(np.bool_)
         if not allowed_V.any():
@@ -112,7 +113,8 @@ class Constraint:
 
     def accept(self, token: int) -> None:
         """Appends a token; SoliError for one that the mask excludes, or when the limits of the matcher are exceeded."""
-        self._matcher.consume_token(token)
+        with library_errors(_unmet):
+            self._matcher.consume_token(token)
         self._raise_error()
 
     def rollback(self, tokens: int) -> None:
@@ -123,7 +125,7 @@ class Constraint:
 
     def _raise_error(self) -> None:
         if self._matcher.is_error():
-            raise ConstraintUnmet(f"the constraint cannot be met ({_reason(self._matcher.get_error())}): simplify it")
+            raise _unmet(self._matcher.get_error())
 
 
 class Constraints:
@@ -139,12 +141,8 @@ class Constraints:
         end_ids = sorted(token for token in stop_ids if token < tokenizer.vocab_size)
         if not end_ids:
             raise SoliError("structured output needs a model that ends its texts: give config.json an eos_token_id")
-        try:
+        with library_errors(_no_constraints):
             self._tokens = self._llguidance.LLTokenizer(tokenizer.to_json(), n_vocab=vocab, eos_token=end_ids)
-        except Exception as error:  # the Rust side documents no exception types
-            raise SoliError(
-                f"this tokenizer cannot be constrained ({_reason(str(error))}): structured output needs byte-level BPE"
-            ) from error
         self._vocab = vocab
         self._compiled: OrderedDict[ConstraintSpec, LLMatcher] = OrderedDict()  # the last MAX_COMPILED
         self._lock = threading.Lock()  # of _compiled, held for no longer than a copy takes
@@ -169,14 +167,8 @@ class Constraints:
             return Constraint(matcher.deep_copy(), self._vocab)
 
     def _compile(self, spec: ConstraintSpec) -> LLMatcher:
-        try:
+        with library_errors(_no_grammar):
             return self._checked_matcher(spec)
-        except SoliError:
-            raise
-        except BaseException as error:  # a panic of the Rust side is no Exception
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
-            raise SoliError(f"the constraint cannot be compiled ({_reason(str(error))}): simplify it") from error
 
     def _checked_matcher(self, spec: ConstraintSpec) -> LLMatcher:
         matcher_class = self._llguidance.LLMatcher
@@ -191,6 +183,19 @@ class Constraints:
             raise SoliError(f"the {name} is not supported ({_reason(matcher.get_error())}): change it")
         Constraint(matcher, self._vocab).mask()  # raises for a constraint that nothing satisfies
         return matcher
+
+
+def _no_constraints(message: str) -> SoliError:
+    reason = _reason(message)
+    return SoliError(f"this tokenizer cannot be constrained ({reason}): structured output needs byte-level BPE")
+
+
+def _no_grammar(message: str) -> SoliError:
+    return SoliError(f"the constraint cannot be compiled ({_reason(message)}): simplify it")
+
+
+def _unmet(message: str) -> SoliError:
+    return ConstraintUnmet(f"the constraint cannot be met ({_reason(message)}): simplify it")
 
 
 def _reason(message: str) -> str:

@@ -23,6 +23,7 @@ import numpy as np
 
 from soli.analysis.figure import new_figure, save_figure, style_panel
 from soli.errors import SoliError
+from soli.input_files import parse_json
 
 WORDS = (
     "time year people way day man thing woman life child world school state family student group country problem hand "
@@ -223,11 +224,11 @@ async def _send(client: httpx.AsyncClient, body: dict[str, Any], due: float) -> 
             async for line in answer.aiter_lines():
                 complete = complete or line == "data: [DONE]"
                 if line.startswith("data: {"):
-                    _record_chunk(json.loads(line[6:]), timing, time.perf_counter() - due)
+                    _record_chunk(parse_json(line[6:], "a chunk"), timing, time.perf_counter() - due)
             timing.end = time.perf_counter() - due
             if not complete and timing.error is None:
                 timing.error = "the stream broke off"
-    except (httpx.HTTPError, ValueError) as error:
+    except (httpx.HTTPError, SoliError, ValueError, LookupError, TypeError, AttributeError) as error:  # of any server
         timing.error = f"{type(error).__name__}: {_error_message(str(error))}"
     return timing
 
@@ -238,14 +239,14 @@ def _record_chunk(chunk: dict[str, Any], timing: RequestTiming, seconds: float) 
     if any(choice.get("text") for choice in chunk.get("choices") or ()):
         timing.pieces.append(seconds)
     if usage := chunk.get("usage"):
-        timing.prompt_tokens = usage["prompt_tokens"]
-        timing.tokens = usage["completion_tokens"]
+        timing.prompt_tokens = int(usage["prompt_tokens"])
+        timing.tokens = int(usage["completion_tokens"])
 
 
 def _error_message(body: str) -> str:
     """The message of an error's body, shortened."""
-    with contextlib.suppress(ValueError, LookupError, TypeError):
-        body = json.loads(body)["error"]["message"]
+    with contextlib.suppress(SoliError, LookupError, TypeError):
+        body = parse_json(body, "the body")["error"]["message"]
     return " ".join(str(body).split())[:200]
 
 

@@ -38,7 +38,13 @@ def file_lines(path: str) -> Iterator[str]:
 
 
 def _lines(stream: BinaryIO, name: str) -> Iterator[str]:
-    for number, line in enumerate(iter(lambda: stream.readline(LONGEST_LINE + 2), b""), start=1):
+    def read_line() -> bytes:
+        try:
+            return stream.readline(LONGEST_LINE + 2)
+        except OSError as error:
+            raise SoliError(f"{name} cannot be read ({error.strerror or error})") from None
+
+    for number, line in enumerate(iter(read_line, b""), start=1):
         where = f"line {number} of {name}"
         text = line.removesuffix(b"\n").removesuffix(b"\r")
         if len(text) > LONGEST_LINE:
