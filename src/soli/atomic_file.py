@@ -1,6 +1,7 @@
 """Files that are written whole or not at all: what was there before a failure, or a kill, is still there after it."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,6 +27,15 @@ def write_errors(path: Path) -> Iterator[None]:
         raise SoliError(
             f"{path} cannot be written ({error.strerror or error}): check the folder's free space and permissions"
         ) from None
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with all that it holds, or whatever else has its name, if it is there: a file, a symlink, or a
+    FIFO, which `shutil.rmtree` would open and wait for."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def replace_file(file: Path, content: str | bytes) -> None:

@@ -520,6 +520,27 @@ def test_what_is_no_run_folder_is_rejected_in_one_sentence(tmp_path, data, place
         assert run.read_text() == "mine"
 
 
+def _fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _loop(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize("name", ["step-00000012", ".step-00000012", ".step-00000012.old"])
+@pytest.mark.parametrize("make", [_fifo, Path.touch, _loop])
+def test_what_is_in_the_place_of_a_checkpoint_is_replaced(folder, name, make, capsys):
+    """A FIFO as well: what removes folders opens one, and waits."""
+    assert main(["train", "recipe.toml", "--out", "run"]) == 0
+    [saved] = (folder / "run" / "checkpoints").glob("step-*12")
+    shutil.rmtree(saved)
+    make(saved.with_name(name))
+    assert main(["train", "recipe.toml", "--out", "run"]) == 0
+    assert read_progress(saved).step == 12
+    assert not list(saved.parent.glob(".*"))
+
+
 def test_a_read_only_folder_is_rejected_in_one_sentence(tmp_path, data, small_disk):
     train(prepare(settings(), {}, data, small_disk))
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)

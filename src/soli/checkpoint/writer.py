@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from soli.atomic_file import remove
 from soli.checkpoint.name_map import HEAD, Kind, Slot, slots
 from soli.checkpoint.quantization import FP8, describe_integers, module_patterns
 from soli.checkpoint.reader import INDEX, SINGLE
@@ -198,14 +199,15 @@ def _new_folder(folder: Path, size: int) -> Iterator[Path]:
         free = shutil.disk_usage(partial.parent).free
         if size > free:
             raise SoliError(f"{folder}: needs {size:,} bytes, but {free:,} bytes are free on that disk")
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
         partial.mkdir()
         yield partial
         partial.rename(folder)
     except OSError as error:
         raise SoliError(f"{folder}: cannot be written ({error.strerror or error})") from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):
+            remove(partial)
 
 
 def _split_into_shards(slots: Sequence[Slot], target: Target) -> list[list[Slot]]:

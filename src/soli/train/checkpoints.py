@@ -23,11 +23,12 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
-import shutil
 import uuid
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -39,7 +40,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.tensor import DTensor
 
-from soli.atomic_file import sync
+from soli.atomic_file import remove, sync
 from soli.checkpoint.writer import write_json
 from soli.config import load_config
 from soli.errors import SoliError
@@ -196,7 +197,8 @@ class CheckpointSaver:
         except dcp.CheckpointException as error:
             cause = next(iter(error.failures.values()))[0]
             if not isinstance(cause, RunIsLocked):  # else what is there belongs to another process
-                shutil.rmtree(folder.draft, ignore_errors=True)
+                with suppress(OSError):
+                    remove(folder.draft)
             raise SoliError(_explain_failure(cause, folder)) from None
 
 
@@ -307,7 +309,7 @@ class _CheckpointFolder:
     def create(self) -> None:
         create_folder(self.final.parent)
         for unfinished in self.final.parent.glob(".step-*"):  # of killed runs
-            shutil.rmtree(unfinished)
+            remove(unfinished)
         self.draft.mkdir()
 
     def commit(self) -> None:
@@ -315,8 +317,8 @@ class _CheckpointFolder:
             write_json(self.draft / name, document)
             sync(self.draft / name)
         sync(self.draft)
-        if self.final.exists():
-            remove(self.final)
+        if os.path.lexists(self.final):
+            remove_checkpoint(self.final)
         self.draft.rename(self.final)
         sync(self.final.parent)
         prune(self.run, self.keep)
@@ -373,14 +375,14 @@ def prune(run: Path, keep: int) -> None:
     retained = {*saved[-keep:], *stage_ends(saved), best_checkpoint(run)}
     for checkpoint in saved:
         if checkpoint not in retained:
-            remove(checkpoint)
+            remove_checkpoint(checkpoint)
 
 
-def remove(checkpoint: Path) -> None:
+def remove_checkpoint(checkpoint: Path) -> None:
     """Remove a checkpoint; killed half-way, it leaves a hidden folder, as an unfinished save does."""
     hidden = checkpoint.with_name(f".{checkpoint.name}.old")
     checkpoint.rename(hidden)
-    shutil.rmtree(hidden)
+    remove(hidden)
 
 
 def model_state(model: Transformer) -> dict[str, Tensor]:

@@ -23,7 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
-from soli.kernels.cpu.library_cache import check_folder, install, make_private, open_verified, remove
+from soli.atomic_file import remove
+from soli.kernels.cpu.library_cache import check_folder, install, make_private, open_verified
 
 SOURCES: Final = Path(__file__).parent / "csrc"
 # No contraction: the source says what is one rounding and what is two, so every tile size gives the same bits. Nothing

@@ -8,12 +8,11 @@ beside it. What does not pass is compiled again; a folder of another user is not
 import errno
 import hashlib
 import os
-import shutil
 import stat
 from pathlib import Path
 from typing import Final
 
-from soli.atomic_file import sync
+from soli.atomic_file import remove, sync
 
 DIGEST_SUFFIX: Final = ".sha256"
 _WRITABLE_BY_OTHERS: Final = stat.S_IWGRP | stat.S_IWOTH
@@ -70,14 +69,6 @@ def install(linked: Path, library: Path) -> None:
             remove(name)
         os.replace(source, name)
     sync(library.parent)
-
-
-def remove(path: Path) -> None:
-    """Remove a file, a symlink or a folder with all that is in it, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _open_private(file: Path) -> int:
