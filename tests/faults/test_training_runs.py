@@ -358,6 +358,7 @@ def test_only_folders_named_by_a_step_are_checkpoints(tmp_path):
     for name in ("step-00000004", "step-00000012", "step-100000000", "step-00000012.bak", "step-00000012 (copy)"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     (tmp_path / "checkpoints/step-00000099").write_text("a file")
+    (tmp_path / "checkpoints/step-٠٠٠٠٠٠٩٩").mkdir()
     names = [path.name for path in checkpoints(tmp_path)]
     assert names == ["step-00000004", "step-00000012", "step-100000000"]
 

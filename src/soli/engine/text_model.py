@@ -104,7 +104,7 @@ def open_text_model(
 
 def check_device(name: str) -> None:
     """Rejects a device that cannot run a model here."""
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", name):
         raise SoliError(f"device is {name!r}: choose cpu or cuda")
     if name != "cpu" and int(name[5:] or 0) >= torch.cuda.device_count():
         gpus = torch.cuda.device_count()

@@ -54,7 +54,7 @@ from soli.train.run_lock import RunIsLocked, RunLock, create_folder, lock_run
 REMOVE = "remove this checkpoint to resume from the one before"
 CHECKPOINT_ID = "checkpoint_id"  # keys of state.json beside the progress; version 0.2 and before wrote none
 CONFIG_DIGEST = "config_sha256"
-NAME = re.compile(r"step-(\d{8,})")
+NAME = re.compile(r"step-([0-9]{8,})")
 RNG = "torch_rng"  # of process 0; of process n with the suffix .n
 CUDA_RNG = "cuda_rng"
 
