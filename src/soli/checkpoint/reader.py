@@ -199,7 +199,7 @@ class Checkpoint:
 
 def _layer(name: str) -> int:
     """The HF layer of a tensor; -1 outside of layers."""
-    match = re.match(r"model\.layers\.(\d{1,18})\.", name)
+    match = re.match(r"model\.layers\.([0-9]{1,18})\.", name)
     return int(match[1]) if match else -1
 
 
