@@ -148,3 +148,20 @@ def test_access_rules(service):
     assert call(service, "GET", "/health", host="evil.example").status_code == 421
     large = call(service, "POST", "/v1/completions", b"x" * 101, rules=rules, authorization="Bearer secret")
     assert large.status_code == 413
+
+
+def test_every_name_is_a_model_with_its_context_length():
+    engine = AsyncEngine(Engine(TEXT_MODEL, EngineLimits(cache_bytes=2**20, block_size=4)))
+    service = Service(["tiny", "gpt-4o", "org/tiny"], lambda: LoadedModel(TEXT_MODEL, engine, None))
+    before = call(service, "GET", "/v1/models").json()["data"]
+    assert [model["id"] for model in before] == ["tiny", "gpt-4o", "org/tiny"]
+    assert not any("max_model_len" in model for model in before)
+    service._loaded = service._load()
+    models = call(service, "GET", "/v1/models").json()["data"]
+    assert all(model["max_model_len"] == TEXT_MODEL.positions for model in models)
+    for name in ("tiny", "gpt-4o", "org/tiny"):
+        assert call(service, "GET", f"/v1/models/{name}").json()["id"] == name
+        assert post(service, "/v1/completions", {"prompt": "x", "model": name}).json()["model"] == "tiny"
+    error = post(service, "/v1/completions", {"prompt": "x", "model": "other"}).json()["error"]
+    assert error["param"] == "model" and "tiny or gpt-4o or org/tiny" in error["message"]
+    engine.close()

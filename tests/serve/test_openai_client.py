@@ -299,7 +299,7 @@ def test_the_async_client_runs_many_at_once(url):
         ({"n": 0}, "n", "1"),
         ({"stop": ""}, "stop", ""),
         ({"seed": 2**63}, "seed", ""),
-        ({"service_tier": "flex"}, "service_tier", "not supported"),
+        ({"prediction": {"type": "content", "content": "x"}}, "prediction", "not supported"),
         ({"messages": []}, "messages", ""),
         ({"messages": [{"role": "boss", "content": "x"}]}, "messages.0.role", ""),
         ({"messages": [{"role": "developer", "content": "x"}]}, "messages", "there is no developer here"),

@@ -17,7 +17,9 @@ def serve(
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = 8000,
-    name: Annotated[str | None, typer.Option(help="What the model is called; by default as its folder.")] = None,
+    name: Annotated[
+        list[str] | None, typer.Option(help="What the model is called, by default as its folder; several are aliases.")
+    ] = None,
     api_key: Annotated[
         str | None, typer.Option(help="Require this key; better set as SOLI_API_KEY, which other users cannot see.")
     ] = None,
@@ -67,12 +69,14 @@ def serve(
         )
     if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
         raise SoliError("the API key may have only printable ASCII characters, without spaces: choose another")
+    if name and not all(name):
+        raise SoliError("--name is empty: give the model a name, or leave it out")
     folder = open_checkpoint(model).folder
     options.use_threads(threads)
     hosts = (*LOOPBACK, host, *(allow_host or ()))
     run_server(
         model,
-        name or display_name(model, folder),
+        name or [display_name(model, folder)],
         host,
         port,
         engine=EngineLimits(

@@ -21,6 +21,7 @@ from torch import Tensor
 from soli.engine.constraint import Constraints, ConstraintUnmet
 from soli.engine.detokenizer import TextStream, token_text
 from soli.engine.latent_cache import BlockManager, LatentCache, blocks_for, bytes_per_token
+from soli.engine.prompt_logprobs import prompt_logprobs
 from soli.engine.request import (
     EngineLimits,
     EngineStats,
@@ -182,10 +183,18 @@ class Engine:
             rejected = 0 if tokens is None else len(sequence.drafts) - tokens.accepted_drafts
             committed = ScheduledTokens(sequence, part.start, part.count - rejected, part.row)
             sequence.computed += committed.count
+            try:
+                logprobs = prompt_logprobs(self._model, part, output.hidden_TD)
+            except SoliError as error:
+                events.append(self._end_failed(sequence, error))
+                continue
             routing = self._new_routing(committed, output.routing)
+            progress = Event(sequence.request_id, routing=routing, prompt_logprobs=logprobs)
             if self._drafter is None:
                 self._scheduler.register_full_blocks(sequence)
-            events += self._accept_all(sequence, tokens, routing)
+            events += self._accept_all(sequence, tokens, progress)
+            if part.is_last and not sequence.request.max_new_tokens:
+                events.append(self._end(sequence, "length"))
             if sequence.request_id in self._sequences:
                 committed_parts.append(committed)
                 if tokens is not None and sequence.remaining_new_tokens > 1:
@@ -212,7 +221,7 @@ class Engine:
 
     def _sample(self, parts: Sequence[ScheduledTokens], logits_NV: Tensor) -> dict[SequenceState, VerifiedTokens]:
         """The next tokens of sequences whose last token is in the step; drafts are verified."""
-        last = [part.sequence for part in parts if part.is_last]
+        last = [part.sequence for part in parts if part.samples]
         if not any(sequence.drafts for sequence in last):
             tokens = sample(logits_NV, [one.sampler for one in last], [one.request.logprobs for one in last])
             return {one: VerifiedTokens((token,), 0) for one, token in zip(last, tokens, strict=True)}
@@ -223,9 +232,9 @@ class Engine:
         }
 
     def _accept_all(
-        self, sequence: SequenceState, tokens: VerifiedTokens | None, routing: tuple[Routing, ...] | None
+        self, sequence: SequenceState, tokens: VerifiedTokens | None, progress: Event
     ) -> list[Event]:
-        """The events of one request in a step; the last of them has the routing."""
+        """The events of one request in a step; the last of them has what `progress` says about tokens read."""
         events: list[Event] = []
         if tokens is not None:
             sequence.drafted += len(sequence.drafts)
@@ -237,9 +246,9 @@ class Engine:
                 events.append(self._accept(sequence, token))
                 if events[-1].finish_reason is not None:
                     break
-        if routing is not None:
-            last = events.pop() if events else Event(sequence.request_id)
-            events.append(replace(last, routing=routing))
+        if progress.routing is not None or progress.prompt_logprobs:
+            last = events.pop() if events else progress
+            events.append(replace(last, routing=progress.routing, prompt_logprobs=progress.prompt_logprobs))
         return events
 
     def _accept(self, sequence: SequenceState, sampled: SampledToken | SoliError) -> Event:
@@ -247,7 +256,7 @@ class Engine:
         if isinstance(sampled, SoliError):
             return self._end_failed(sequence, sampled)
         if sampled.token in sequence.request.stop_ids:
-            return self._end(sequence, "stop", sequence.stream.finish())
+            return replace(self._end(sequence, "stop", sequence.stream.finish()), stop_logprob=sampled.logprob)
         try:
             sequence.sampler.accept(sampled.token)
         except SoliError as error:  # a dead end of the constraint
@@ -277,7 +286,8 @@ class Engine:
         self._scheduler.remove(sequence)
         del self._sequences[sequence.request_id]
         token, logprob = (sampled.token, sampled.logprob) if sampled else (None, None)
-        return Event(sequence.request_id, token, text, logprob, None, reason, sequence.usage, error)
+        usage = sequence.usage
+        return Event(sequence.request_id, token, text, logprob, finish_reason=reason, usage=usage, error=error)
 
     def _end_all(self, parts: Sequence[ScheduledTokens], error: Exception) -> list[Event]:
         """End the requests of a step that failed."""
@@ -343,6 +353,6 @@ def _logit_indices(parts: Sequence[ScheduledTokens]) -> list[int]:
     return [
         part.row + index
         for part in parts
-        if part.is_last
+        if part.samples
         for index in range(part.count - 1 - len(part.sequence.drafts), part.count)
     ]

@@ -25,10 +25,11 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to continue.
+    """A prompt to continue. `max_new_tokens` 0, with `prompt_logprobs` alone: nothing is sampled.
 
     `stop`: strings that end the text and are no part of it, also across token borders. `logprobs`: None for none, k for
-    the sampled token's and the k likeliest. `trace`: the routing of every token that is computed, of the prompt too.
+    the sampled token's and the k likeliest; `prompt_logprobs`: likewise, of every token of the prompt but the first.
+    `trace`: the routing of every token that is computed, of the prompt too.
     `masked_experts`: (layer, expert) pairs that must not be selected; layers are numbered as in the files.
     `constraint`: what the whole text must be; it ends where nothing else can follow.
     """
@@ -39,6 +40,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     trace: bool = False
     masked_experts: frozenset[tuple[int, int]] = frozenset()
     constraint: ConstraintSpec | None = None
@@ -59,10 +61,11 @@ class Usage:
 class Event:
     """The progress of one request in one step.
 
-    `token` None: only text that was held back, routing of a part of the prompt, or the end. `text`: whole characters
-    that no stop string can include any more; often "". `routing`: of the tokens of this step, one Routing per MoE layer
-    of the main model. The last event has `finish_reason` and `usage`; with "error" also `error`, one sentence, and
-    `error_field`, the field of the request that is to blame if one is.
+    `token` None: only text that was held back, what was read of the prompt, or the end. `text`: whole characters that
+    no stop string can include any more; often "". `prompt_logprobs`: of the next tokens of the prompt, from the second.
+    `stop_logprob`: of the stop token that ended the text, which is not part of it. `routing`: of the tokens of this
+    step, one Routing per MoE layer of the main model. The last event has `finish_reason` and `usage`; with "error" also
+    `error`, one sentence, and `error_field`, the field of the request that is to blame if one is.
     """
 
     request_id: int
@@ -70,6 +73,8 @@ class Event:
     text: str = ""
     logprob: TokenLogprob | None = None
     routing: tuple[Routing, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    stop_logprob: TokenLogprob | None = None
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     error: str | None = None
@@ -78,9 +83,10 @@ class Event:
 
 @dataclass(frozen=True, repr=False)
 class Answer:
-    """A whole answer. `ids`: the new tokens, without the stop token. `logprobs`: one per new token, and `routing`: one
-    Routing per MoE layer over all tokens that the model read (the prompt, then `ids`, less the last one when no stop
-    token followed it), each None unless the request asks for it."""
+    """A whole answer. `ids`: the new tokens, without the stop token. `logprobs`: one per new token, `prompt_logprobs`:
+    one per token of the prompt but the first, and `routing`: one Routing per MoE layer over all tokens that the model
+    read (the prompt, then `ids`, less the last one when no stop token followed it), each None unless the request asks
+    for it."""
 
     prompt_ids: tuple[int, ...]
     ids: tuple[int, ...]
@@ -89,6 +95,7 @@ class Answer:
     usage: Usage
     logprobs: tuple[TokenLogprob, ...] | None
     routing: tuple[Routing, ...] | None
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
 
     @property
     def summary(self) -> str:
@@ -125,6 +132,11 @@ class Answer:
             usage=last.usage,
             logprobs=None if request.logprobs is None else tuple(event.logprob for event in events if event.logprob),
             routing=tuple(map(join_routing, zip(*parts, strict=True))) if parts else None,
+            prompt_logprobs=(
+                None
+                if request.prompt_logprobs is None
+                else tuple(logprob for event in events for logprob in event.prompt_logprobs)
+            ),
         )
 
 
@@ -207,7 +219,7 @@ def check_request(request: Request, text_model: TextModel, limits: EngineLimits,
         raise RejectedRequest(
             "prompt_ids", f"the prompt holds token {max(prompt)}, but the model's vocabulary ends at {vocab - 1}"
         )
-    if limit < 1:
+    if limit < (request.prompt_logprobs is None):
         raise RejectedRequest("max_new_tokens", f"max_new_tokens is {limit}: ask for at least 1")
     together = f"the prompt has {len(prompt)} tokens and asks for {limit} more"
     if len(prompt) + limit > text_model.positions:

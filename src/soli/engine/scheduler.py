@@ -33,6 +33,7 @@ class SequenceState:
     computed: int = 0
     cached: int = 0  # tokens of the prompt that the prefix cache held when the sequence first ran
     traced: int = 0  # tokens whose routing is in an event
+    scored: int = 0  # tokens of the prompt whose successors' log-probabilities are in an event
     drafted: int = 0
     accepted: int = 0
     row: int = -1  # of the block tables, while it runs
@@ -75,8 +76,13 @@ class ScheduledTokens:
 
     @property
     def is_last(self) -> bool:
-        """Whether nothing remains to compute after it, so that tokens can be sampled."""
+        """Whether nothing remains to compute after it."""
         return self.start + self.count == len(self.sequence.ids) + len(self.sequence.drafts)
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are sampled from its logits."""
+        return self.is_last and self.sequence.request.max_new_tokens > 0
 
 
 class Scheduler:
@@ -140,7 +146,7 @@ class Scheduler:
             self.waiting.remove(sequence)
 
     def _admit(self) -> bool:
-        """Run the first that waits, if there is a free slot and its tokens, and one more, would fit now."""
+        """Run the first that waits, if there is a free slot and its tokens, and the next one, would fit now."""
         if not self.waiting or not self._free_rows:
             return False
         sequence = self.waiting[0]
@@ -148,7 +154,7 @@ class Scheduler:
             sequence.weights_version = self._weights_version
             sequence.keys = []
         cached_keys = self._cached_prefix(sequence)
-        tokens = len(sequence.ids) + len(sequence.drafts) + 1
+        tokens = len(sequence.ids) + len(sequence.drafts) + min(1, sequence.request.max_new_tokens)
         needed = blocks_for(tokens, self._limits.block_size) - len(cached_keys)
         if needed > self._block_manager.available - self._block_manager.count_evictable(cached_keys):
             return False
@@ -206,8 +212,9 @@ class Scheduler:
 
     def _cached_prefix(self, sequence: SequenceState) -> list[bytes]:
         """Keys of the full blocks that are in the prefix cache. The last token is always computed, for its logits; of a
-        request that wants a trace everything is."""
-        if sequence.request.trace or not self._limits.prefix_sharing:
+        request that wants a trace, or log-probabilities of its prompt, everything is."""
+        request = sequence.request
+        if request.trace or request.prompt_logprobs is not None or not self._limits.prefix_sharing:
             return []
         full = (len(sequence.ids) - 1) // self._limits.block_size
         self._extend_keys(sequence, full)

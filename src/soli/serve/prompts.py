@@ -17,6 +17,7 @@ from soli.engine.sampler import SamplingParams
 from soli.engine.text_model import TextModel
 from soli.errors import SoliError
 from soli.eval.translation import translation_request
+from soli.serve.echo import PromptText
 from soli.serve.errors import ApiError
 from soli.serve.protocol_requests import (
     ChatBody,
@@ -46,6 +47,7 @@ class RequestBatch:
     param_names: Mapping[str, str]  # the body's names of the requests' fields, for rejections
     include_usage: bool = False  # in the last chunk of a stream
     new_parser: Callable[[], OutputParser] = PlainParser  # of a chat's answers, one for each
+    prompt_texts: tuple[PromptText, ...] = ()  # where answers begin with their prompts
 
 
 def completion_batch(body: CompletionBody, loaded: LoadedModel, limits: ServiceLimits) -> RequestBatch:
@@ -54,13 +56,34 @@ def completion_batch(body: CompletionBody, loaded: LoadedModel, limits: ServiceL
     if isinstance(prompts, str) or isinstance(prompts[0], int):
         prompts = [prompts]
     _check_choices(body, len(prompts), limits)
-    prompt_ids = _completion_prompts(prompts, loaded.text_model, longest_prompt(loaded, limits))
-    request = _request(body, body.max_tokens or DEFAULT_COMPLETION_TOKENS, _format_constraint(body), loaded)
-    requests = [replace(request, prompt_ids=tuple(ids), logprobs=body.logprobs) for ids in prompt_ids]
+    _check_completion(body)
+    prompt_ids = _completion_prompts(prompts, loaded.text_model, longest_prompt(loaded, limits, body.max_tokens))
+    max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+    request = _request(body, max_tokens, _format_constraint(body), loaded)
+    logprobs = None if body.logprobs is False else body.logprobs
+    prompt_logprobs = logprobs if body.echo else None
+    if max_tokens == 0 and prompt_logprobs is None:
+        prompt_logprobs = 0  # the engine computes a prompt without an answer for its log-probabilities alone
+    request = replace(request, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+    requests = [replace(request, prompt_ids=tuple(ids)) for ids in prompt_ids]
     names = _param_names(body.soli, prompt_ids="prompt", constraint="response_format")
     if body.max_tokens is None:
         names["max_new_tokens"] = "prompt"  # too long for the default
-    return _batch(body, requests, names, loaded, limits)
+    batch = _batch(body, requests, names, loaded, limits)
+    if not body.echo:
+        return batch
+    texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
+    tokenizer = loaded.text_model.tokenizer
+    prompt_texts = [PromptText.of(ids, tokenizer, text) for ids, text in zip(prompt_ids, texts, strict=True)]
+    return replace(batch, prompt_texts=tuple(prompt_texts))
+
+
+def _check_completion(body: CompletionBody) -> None:
+    """Rejects what OpenAI's completions can have and these cannot."""
+    if body.suffix:
+        raise ApiError(400, "a text is not completed towards a suffix here: leave suffix out", "suffix")
+    if body.best_of not in (None, 1, body.n or 1):
+        raise ApiError(400, "the best of several answers is not selected here: leave best_of out, or give n", "best_of")
 
 
 def _size(text: str) -> int:
@@ -150,9 +173,9 @@ def _check_choices(body: GenerationBody, prompts: int, limits: ServiceLimits) ->
         )
 
 
-def longest_prompt(loaded: LoadedModel, limits: ServiceLimits) -> int:
-    """How many tokens a prompt may have."""
-    return min(limits.prompt_tokens, loaded.text_model.positions - 1)
+def longest_prompt(loaded: LoadedModel, limits: ServiceLimits, new_tokens: int | None = None) -> int:
+    """How many tokens a prompt may have that at least one token follows, or none with `new_tokens` 0."""
+    return min(limits.prompt_tokens, loaded.text_model.positions - (new_tokens != 0))
 
 
 def _batch(
@@ -165,7 +188,7 @@ def _batch(
 ) -> RequestBatch:
     choices = body.n or 1
     longest = max(len(request.prompt_ids) for request in prompts)
-    max_tokens = longest_prompt(loaded, limits)
+    max_tokens = longest_prompt(loaded, limits, prompts[0].max_new_tokens)
     if longest > max_tokens:
         raise ApiError(
             400,
@@ -173,7 +196,7 @@ def _batch(
             param_names["prompt_ids"],
             "context_length_exceeded",
         )
-    if body.stream_options is not None and not body.stream:
+    if body.stream_options is not None and body.stream_options.include_usage and not body.stream:
         raise ApiError(400, "stream_options needs stream to be true", "stream_options")
     requests = [
         replace(request, sampling=request.sampling.for_choice(choice))
@@ -219,7 +242,7 @@ def _sampling(body: GenerationBody, vocab_size: int) -> SamplingParams:
         )
     return SamplingParams(
         temperature=1.0 if body.temperature is None else body.temperature,
-        top_k=body.top_k,
+        top_k=max(0, body.top_k),
         top_p=1.0 if body.top_p is None else body.top_p,
         min_p=body.min_p,
         repetition_penalty=body.repetition_penalty,
@@ -266,7 +289,7 @@ def _render(
     try:
         size = sum(_size(message.text) for message in body.messages)
         template.check_length(size, max_tokens * SHRINKS)
-        return template.render(messages, tools, body.chat_template_kwargs, allow_reasoning, max_tokens)
+        return template.render(messages, tools, _template_variables(body), allow_reasoning, max_tokens)
     except TextTooLong as error:
         raise ApiError(400, str(error), "messages", "context_length_exceeded") from error
     except RejectedMessages as error:
@@ -274,10 +297,16 @@ def _render(
         raise ApiError(400, str(error), param) from error
 
 
+def _template_variables(body: ChatBody) -> dict[str, Any]:
+    """Further variables of the template; one that it does not use has no effect."""
+    effort = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
+    return effort | body.chat_template_kwargs
+
+
 def _check_chat(body: ChatBody) -> None:
     if body.max_tokens and body.max_completion_tokens:
         raise ApiError(400, "give max_tokens or max_completion_tokens, not both", "max_tokens")
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs to be true", "top_logprobs")
 
 
@@ -303,7 +332,7 @@ def _new_parser(
 def _tools(body: ChatBody, template: ChatTemplate) -> tuple[list[dict[str, Any]] | None, str | None]:
     """The tools for the template, and the one that must be called ("": any)."""
     if not body.tools:
-        if body.tool_choice not in (None, "none"):
+        if body.tool_choice not in (None, "none", "auto"):
             raise ApiError(400, "tool_choice needs tools", "tool_choice")
         return None, None
     if not template.supports_tools:

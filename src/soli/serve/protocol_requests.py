@@ -1,8 +1,9 @@
 """The JSON bodies that the API accepts, in OpenAI's names.
 
-A field that is not here is rejected by name, never ignored. Numbers must be numbers and strings strings (nothing is
-converted), and NaN is no number. Lists are bounded and end at their first invalid item, so that validating a body,
-which nothing can interrupt, takes milliseconds.
+A field that is not here is rejected by name, never ignored. Null asks for nothing: a field that is null is absent,
+known or not. Fields that only inform or hint are accepted and unused. Numbers must be numbers and strings strings
+(nothing is converted), and NaN is no number. Lists are bounded and end at their first invalid item, so that validating
+a body, which nothing can interrupt, takes milliseconds.
 """
 
 from typing import Annotated, Any, Literal
@@ -28,6 +29,12 @@ LayerAndExpert = Annotated[list[Annotated[int, Field(ge=0, le=2**31)]], Field(mi
 LayersAndExperts = Annotated[list[LayerAndExpert], Field(max_length=4096)]
 
 
+def _check_no_functions(functions: Any) -> Any:
+    if functions:
+        raise ValueError("is the old name of tools and not supported: give tools")
+    return functions
+
+
 def _check_bias_count(biases: Any) -> Any:
     if isinstance(biases, dict) and len(biases) > MAX_BIASES:
         raise ValueError(f"has {len(biases):,} entries: at most {MAX_BIASES:,} are possible")
@@ -38,15 +45,26 @@ TokenKey = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,8})$")]  # one way to 
 LogitBias = Annotated[dict[TokenKey, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_check_bias_count)]
 
 
+def _describe_nulls(schema: dict[str, Any]) -> None:
+    """Says in the JSON schema of a class that optional fields and unknown ones may be null."""
+    schema["additionalProperties"] = {"type": "null"}
+    for name, field in schema.get("properties", {}).items():
+        if name not in schema.get("required", ()) and {"type": "null"} not in field.get("anyOf", ()):
+            outer = {key: field.pop(key) for key in ("title", "description", "default", "deprecated") if key in field}
+            schema["properties"][name] = {"anyOf": [*field.get("anyOf", [field]), {"type": "null"}], **outer}
+
+
 class RequestBody(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra=_describe_nulls)
 
     @model_validator(mode="before")
     @classmethod
-    def _bound_fields(cls, fields: Any) -> Any:
-        if isinstance(fields, dict) and len(fields) > MAX_FIELDS:
+    def _drop_nulls(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        if len(fields) > MAX_FIELDS:
             raise ValueError(f"has {len(fields):,} fields, of which at most {len(cls.model_fields)} are known")
-        return fields
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 class SoliOptions(RequestBody):
@@ -60,7 +78,11 @@ class SoliOptions(RequestBody):
 
 
 class StreamOptions(RequestBody):
+    """`include_obfuscation` pads chunks with random text, and `continuous_usage_stats` (vLLM's) has usage in each."""
+
     include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+    continuous_usage_stats: Literal[False] = False
 
 
 class JsonSchema(RequestBody):
@@ -73,18 +95,30 @@ class JsonSchema(RequestBody):
 class ResponseFormat(RequestBody):
     """What the answer must be. "regex" is not OpenAI's: a text that matches `pattern` from end to end."""
 
-    type: Literal["text", "json_object", "json_schema", "regex"]
+    type: Literal["text", "json_object", "json_schema", "regex"] = "text"
     json_schema: JsonSchema | None = None
     pattern: Annotated[str, Field(min_length=1)] | None = None
 
 
-class GenerationBody(RequestBody):
+class Hints(RequestBody):
+    """What a caller may say about itself and its wishes for billing, storage and caches: accepted, and unused."""
+
+    user: str | None = None
+    metadata: dict[str, Any] = {}
+    store: bool = False
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+
+
+class GenerationBody(Hints):
     """How tokens are sampled and where the answer ends; shared by completions and chat completions."""
 
     model: str | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=2**31)] = 0
+    top_k: Annotated[int, Field(ge=0, le=2**31)] | Literal[-1] = 0  # -1 as in vLLM: the whole vocabulary, as 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] = 1.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -97,7 +131,6 @@ class GenerationBody(RequestBody):
     n: Annotated[int, Field(ge=1, le=1024)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None  # the caller's own record of who asks; unused
     soli: SoliOptions = SoliOptions()
 
 
@@ -125,11 +158,14 @@ Prompts = Annotated[
 
 
 class CompletionBody(GenerationBody):
-    """POST /v1/completions"""
+    """POST /v1/completions. `logprobs` false is null; `max_tokens` 0 computes the prompt alone."""
 
     prompt: Prompts
-    max_tokens: Count | None = None
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | Literal[False] | None = None
+    echo: bool = False
+    best_of: Count | None = None
+    suffix: str = ""
 
 
 class FunctionCall(RequestBody):
@@ -198,6 +234,11 @@ class ChatBody(GenerationBody):
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] = {}
+    reasoning_effort: str | None = None  # for templates that have a use for it
+    verbosity: str | None = None  # a hint; unused
+    modalities: list[Literal["text"]] = []
+    functions: Annotated[list[Any], Field(max_length=0), BeforeValidator(_check_no_functions)] = []
+    function_call: Literal["none", "auto"] = "none"  # the old name of tool_choice
 
 
 class TranslateBody(RequestBody):

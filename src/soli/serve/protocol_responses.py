@@ -37,10 +37,14 @@ class HealthStatus(BaseModel):
 
 
 class ModelCard(BaseModel):
+    """A name of the model. `max_model_len`, vLLM's: tokens of a prompt and its answer together; absent while the model
+    is being loaded."""
+
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
+    max_model_len: int | None = None
 
 
 class ModelList(BaseModel):
@@ -121,9 +125,12 @@ class GenerationChunk(GenerationBase):
 
 
 class CompletionLogprobs(BaseModel):
+    """An entry per token. With `echo` the first has no log-probability, as nothing is before it, and a token that ends
+    the text is listed too."""
+
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 

@@ -14,6 +14,7 @@ from soli.engine.request import Event, FinishReason, Request, Usage
 from soli.engine.sampler import TokenLogprob
 from soli.engine.text_model import TextModel
 from soli.serve import protocol_responses as protocol
+from soli.serve.echo import ListedToken, PromptEcho
 from soli.serve.errors import ApiError
 from soli.serve.prompts import RequestBatch
 from soli.serve.protocol_requests import FunctionCall, MessageToolCall
@@ -68,7 +69,7 @@ class ResponseBuilder:
                 self._record(index, event)
                 if self._recorders:
                     traces[index] += await self._recorders[index].push(event)
-        choices = [choice.whole() for choice in self._choices]
+        choices = await asyncio.to_thread(lambda: [choice.whole() for choice in self._choices])  # may be long
         if self._batch.routing == "full":
             for choice, tokens in zip(choices, traces, strict=True):
                 choice.soli = protocol.ChoiceRouting(tokens=tokens)
@@ -186,27 +187,37 @@ class RoutingRecorder:
 
 @dataclass
 class CompletionChoiceBuilder:
-    """A choice of /v1/completions and /soli/translate."""
+    """A choice of /v1/completions and /soli/translate. `echo`: of the prompt, at the head of the text."""
 
     index: int
     text_model: TextModel
+    echo: PromptEcho | None = None
     text: str = ""
     finish_reason: FinishReason | None = None
-    logprobs: list[tuple[TokenLogprob, int]] = field(default_factory=list)  # with the token's offset in the text
+    logprobs: list[ListedToken] = field(default_factory=list)
 
     def push(self, event: Event) -> protocol.CompletionChunkChoice | None:
-        logprobs = [(event.logprob, len(self.text))] if event.logprob is not None else []
-        self.text += event.text
+        text, logprobs = ("", []) if self.echo is None else self.echo.push(event)
+        self._add(event.logprob, len(self.text + text), logprobs)
+        text += event.text
+        if self.echo is not None:
+            self._add(event.stop_logprob, len(self.text + text), logprobs)
+        self.text += text
         self.logprobs += logprobs
         self.finish_reason = event.finish_reason
-        if not (event.text or logprobs or event.finish_reason):
+        if not (text or logprobs or event.finish_reason):
             return None
-        return protocol.CompletionChunkChoice(**self._fields(event.text, logprobs))
+        return protocol.CompletionChunkChoice(**self._fields(text, logprobs))
 
     def whole(self) -> protocol.CompletionChoice:
         return protocol.CompletionChoice(**self._fields(self.text, self.logprobs))
 
-    def _fields(self, text: str, logprobs: Sequence[tuple[TokenLogprob, int]]) -> dict[str, Any]:
+    @staticmethod
+    def _add(logprob: TokenLogprob | None, offset: int, tokens: list[ListedToken]) -> None:
+        if logprob is not None:
+            tokens.append(ListedToken(logprob.token, offset, logprob))
+
+    def _fields(self, text: str, logprobs: Sequence[ListedToken]) -> dict[str, Any]:
         return {
             "index": self.index,
             "text": text,
@@ -214,15 +225,20 @@ class CompletionChoiceBuilder:
             "finish_reason": self.finish_reason,
         }
 
-    def _describe(self, logprobs: Sequence[tuple[TokenLogprob, int]]) -> protocol.CompletionLogprobs:
+    def _describe(self, logprobs: Sequence[ListedToken]) -> protocol.CompletionLogprobs:
         return protocol.CompletionLogprobs(
-            tokens=[token_name(self.text_model, drawn.token) for drawn, _ in logprobs],
-            token_logprobs=[drawn.logprob for drawn, _ in logprobs],
-            top_logprobs=[
-                {token_name(self.text_model, token): logprob for token, logprob in drawn.top} for drawn, _ in logprobs
-            ],
-            text_offset=[offset for _, offset in logprobs],
+            tokens=[token_name(self.text_model, one.token) for one in logprobs],
+            token_logprobs=[None if one.logprob is None else one.logprob.logprob for one in logprobs],
+            top_logprobs=[None if one.logprob is None else self._top(one.logprob) for one in logprobs],
+            text_offset=[one.offset for one in logprobs],
         )
+
+    def _top(self, logprob: TokenLogprob) -> dict[str, float]:
+        """The likeliest tokens, and the token itself if there are any."""
+        tokens = dict(logprob.top)
+        if tokens:
+            tokens.setdefault(logprob.token, logprob.logprob)
+        return {token_name(self.text_model, token): value for token, value in tokens.items()}
 
 
 class ChatChoiceBuilder:
@@ -318,13 +334,21 @@ def token_name(text_model: TextModel, token: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token_bytes)
 
 
+def new_completion_choice(index: int, text_model: TextModel, batch: RequestBatch) -> CompletionChoiceBuilder:
+    """The builder of choice `index` of a batch."""
+    if not batch.prompt_texts:
+        return CompletionChoiceBuilder(index, text_model)
+    prompt = batch.prompt_texts[index // batch.choices_per_prompt]
+    return CompletionChoiceBuilder(index, text_model, PromptEcho(prompt, batch.requests[index].logprobs is not None))
+
+
 COMPLETION = AnswerFormat(
     "cmpl",
     protocol.CompletionResponse,
     "text_completion",
     protocol.CompletionChunk,
     "text_completion",
-    lambda index, text_model, _: CompletionChoiceBuilder(index, text_model),
+    new_completion_choice,
 )
 TRANSLATION = replace(
     COMPLETION,

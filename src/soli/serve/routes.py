@@ -41,14 +41,14 @@ def openai_router(service: Service) -> APIRouter:
     """Models, completions, chat completions."""
     routes = APIRouter(prefix="/v1", responses=ERRORS, route_class=StrictRoute)
 
-    @routes.get("/models")
+    @routes.get("/models", response_model_exclude_unset=True)
     def models() -> protocol.ModelList:
-        return protocol.ModelList(object="list", data=[model(service.name)])
+        return protocol.ModelList(object="list", data=[model_card(service, name) for name in service.names])
 
-    @routes.get("/models/{name:path}")
-    def model(name: str) -> protocol.ModelCard:
+    @routes.get("/models/{name:path}", response_model_exclude_unset=True)
+    def model(name: Annotated[str, Path(min_length=1)]) -> protocol.ModelCard:
         service.check_model(name)
-        return protocol.ModelCard(id=service.name, object="model", created=service.created, owned_by="soli")
+        return model_card(service, name)
 
     @routes.post("/completions", response_model=None, responses=described(COMPLETION))
     async def completions(body: CompletionBody, request: Request) -> Response:
@@ -88,6 +88,14 @@ def soli_router(service: Service) -> APIRouter:
         return await respond(service, request, body, translation_batch, TRANSLATION, body.stream)
 
     return routes
+
+
+def model_card(service: Service, name: str) -> protocol.ModelCard:
+    """One of the model's names."""
+    card = protocol.ModelCard(id=name, object="model", created=service.created, owned_by="soli")
+    if service.context_length is not None:
+        card.max_model_len = service.context_length
+    return card
 
 
 def described(answer_format: AnswerFormat) -> dict[int | str, dict[str, Any]]:
@@ -142,7 +150,8 @@ async def respond(
     finished = await _run_while_connected(builder.whole(events), request.receive)
     if finished is None:
         raise ClientDisconnect
-    return JSONResponse(protocol.to_json(finished.result()))
+    response = finished.result()
+    return await asyncio.to_thread(lambda: JSONResponse(protocol.to_json(response)))  # may be long
 
 
 class EventStream(Response):

@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 import webbrowser
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from types import FrameType
@@ -105,7 +105,7 @@ def _end_process() -> None:
 
 def run_server(
     model: str,
-    name: str,
+    names: Sequence[str],
     host: str,
     port: int,
     *,
@@ -118,16 +118,16 @@ def run_server(
     open_page: bool = False,
     log_level: str = "info",
 ) -> None:
-    """Serves until a signal ends it; `open_page` shows the page in a browser once the model is loaded. `log_level`:
-    debug, info, warning or error. SoliError if the port is taken or the model cannot be loaded."""
+    """Serves the model under `names` until a signal ends it; `open_page` shows the page in a browser once it is loaded.
+    `log_level`: debug, info, warning or error. SoliError if the port is taken or the model cannot be loaded."""
     _check_cache(engine.cache_bytes, device)
     sys.setswitchinterval(SWITCH_SECONDS)
     listener = listen(host, port)
-    model_service = Service(name, lambda: load(model, device, dtype, engine), service)
+    model_service = Service(names, lambda: load(model, device, dtype, engine), service)
     configure_log(log_level)
     server = _uvicorn(create_app(model_service, rules), model_service, drain_seconds)
     url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/"
-    print(f"soli: serving {name} on {url} (the API under /v1)", file=sys.stderr)
+    print(f"soli: serving {model_service.name} on {url} (the API under /v1)", file=sys.stderr)
     model_service.start(
         on_failure=lambda _: setattr(server, "should_exit", True),
         on_ready=lambda: open_page and webbrowser.open(url),

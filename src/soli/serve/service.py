@@ -43,10 +43,14 @@ class ServiceLimits:
 
 
 class Service:
-    """`load` runs in a thread that `start` starts; `failure` is what it raised, if it did."""
+    """`load` runs in a thread that `start` starts; `failure` is what it raised, if it did. `names`: what requests may
+    call the model; answers have the first."""
 
-    def __init__(self, name: str, load: Callable[[], LoadedModel], limits: ServiceLimits | None = None) -> None:
-        self.name = name
+    def __init__(
+        self, names: str | Sequence[str], load: Callable[[], LoadedModel], limits: ServiceLimits | None = None
+    ) -> None:
+        self.names = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
+        self.name = self.names[0]
         self.limits = limits or ServiceLimits()
         self.created = int(time.time())
         self.failure: Exception | None = None
@@ -121,10 +125,17 @@ class Service:
         if self._loaded is not None:
             self._loaded.engine.close()
 
+    @property
+    def context_length(self) -> int | None:
+        """How many tokens a prompt and its answer may have together; None as long as there is no model."""
+        return None if self._loaded is None else self._loaded.text_model.positions
+
     def check_model(self, name: str | None) -> None:
-        """ApiError 404 for another model than the one that is served."""
-        if name is not None and name != self.name:
-            raise ApiError(404, f"there is no model {name[:80]!r} here: this server has {self.name}", "model")
+        """ApiError 404 for another model than the one that is served; no name, or an empty one, is that one's."""
+        if name and name not in self.names:
+            raise ApiError(
+                404, f"there is no model {name[:80]!r} here: this server has {' or '.join(self.names)}", "model"
+            )
 
     def check_accepting(self) -> None:
         """ApiError 503 while the server is stopping."""
