@@ -32,7 +32,7 @@ from soli.engine.text_model import TextModel, open_text_model, text_model
 from soli.errors import SoliError
 from soli.eval.translation import Translation, one_line, translation_request, translation_target
 from soli.model.transformer import Transformer
-from soli.quantities import scaled
+from soli.quantities import parse_bytes, scaled
 from soli.sections import shown
 
 NEW_TOKENS = 256  # unless max_new_tokens says otherwise, within the model's positions
@@ -69,8 +69,9 @@ class LLM:
     `model`: a folder, "nano", the ID of a downloaded model, or a Transformer with its `tokenizer`; a Transformer may be
     hooked, patched or trained on between requests. `device`, `dtype`: of a folder, as `open_text_model` says. `limits`:
     memory and batch sizes. `runner`: "eager" calls the modules one after another; "fused" computes all layers in one
-    C++ call, or is a SoliError; "auto" is fused where it can be. `progress` is called with the bytes of a folder that
-    are read and all.
+    C++ call, or is a SoliError; "auto" is fused where it can be. `memory`: bytes, or a size as "16GB", that the model
+    may take; experts that do not fit are read from disk as they are needed. `progress` is called with the bytes of a
+    folder that are read and all.
 
     `sampling` of its methods is a SamplingParams, or None, which is greedy; instead of it, `options` may have its
     fields as keywords. top_k, top_p, min_p or n without a temperature mean a temperature of 1.
@@ -86,11 +87,12 @@ class LLM:
         dtype: str = "auto",
         limits: EngineLimits | None = None,
         runner: RunnerName = "auto",
+        memory: int | str | None = None,
         progress: ProgressCallback = lambda read, total: None,
     ) -> None:
         limits = limits or EngineLimits()
         self.name = type(model).__name__ if isinstance(model, Transformer) else str(model)
-        self.text_model = _text_model(model, tokenizer, device, dtype, limits.speculate, progress)
+        self.text_model = _text_model(model, tokenizer, device, dtype, limits.speculate, progress, memory)
         self.engine = AsyncEngine(Engine(self.text_model, limits, runner=runner))
         self._max_pending = max(1, limits.max_waiting)
 
@@ -299,8 +301,12 @@ def _text_model(
     dtype: str,
     mtp: bool,
     progress: ProgressCallback,
+    memory: int | str | None,
 ) -> TextModel:
+    size = None if memory is None else parse_bytes(memory, "memory")
     if isinstance(model, Transformer):
+        if size is not None:
+            raise SoliError("memory= is for a folder, whose experts can be read from disk; this model is in memory")
         if tokenizer is None:
             raise SoliError("a Transformer needs its tokenizer: give tokenizer=soli.data.tokenizer.Tokenizer")
         return text_model(model, tokenizer)
@@ -308,4 +314,4 @@ def _text_model(
         raise SoliError(f"model is a {type(model).__name__}: give a folder, nano, or a soli.model.Transformer")
     if tokenizer is not None:
         raise SoliError("a folder has its own tokenizer: give tokenizer= with a Transformer alone")
-    return open_text_model(str(model), device, dtype, mtp, progress)
+    return open_text_model(str(model), device, dtype, mtp, progress, size)

@@ -65,6 +65,12 @@ def available_memory() -> int:
     return max(0, min(left))
 
 
+def resident_memory() -> int:
+    """Bytes of this process that are in memory now."""
+    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
 def _cgroup_limits() -> Iterator[tuple[int, int]]:
     """(limit, bytes used without page cache) of this process's memory cgroup and of those around it, version 1 or 2."""
     for folder in _cgroup_folders():

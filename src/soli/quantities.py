@@ -1,4 +1,27 @@
-"""Large numbers for a person."""
+"""Large numbers for a person, and sizes as a person writes them."""
+
+import re
+from typing import Final
+
+from soli.errors import SoliError
+from soli.sections import shown
+
+DECIMAL: Final = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+BINARY: Final = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+UNITS: Final = {"B": 1} | DECIMAL | BINARY
+LARGEST_BYTES: Final = 2**60
+
+
+def parse_bytes(text: str | int, name: str) -> int:
+    """"16GB" -> 16 * 10^9, "1.5 GiB" -> 1.5 * 2^30; a number alone is bytes. SoliError names `name`, the value and
+    what is read."""
+    match = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,9})?)\s*([A-Za-z]*)\s*", str(text), re.ASCII)
+    units = {unit.lower(): size for unit, size in UNITS.items()}
+    if match and (match[2] or "B").lower() in units:
+        size = int(float(match[1]) * units[(match[2] or "B").lower()])
+        if 0 < size <= LARGEST_BYTES:
+            return size
+    raise SoliError(f"{name} is {shown(text)}: give a size such as 16GB (10^9 bytes) or 16GiB (2^30)")
 
 
 def scaled(value: float, unit: str = "") -> str:

@@ -164,9 +164,10 @@ def test_a_reader_without_direct_io_reads_the_same(tmp_path) -> None:
             import mmap
 
             memory = mmap.mmap(-1, 4 * ALIGNMENT)
-        reader = Reader([tmp_path / "file"], memoryview(memory), direct=direct, block=ALIGNMENT)
+        reader = Reader([tmp_path / "file"], direct=direct, block=ALIGNMENT)
         results: list[Exception | None] = []
-        reader.submit([Read(0, ALIGNMENT, 3 * ALIGNMENT, 0, 2 * ALIGNMENT + 100)], 0, results.append)
+        reads = [Read(0, ALIGNMENT, 3 * ALIGNMENT, 0, 2 * ALIGNMENT + 100)]
+        reader.submit(reads, memoryview(memory), results.append)
         reader.close()
         assert results == [None]
         assert bytes(memory[: 2 * ALIGNMENT + 100]) == data[ALIGNMENT:]

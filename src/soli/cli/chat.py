@@ -31,6 +31,7 @@ def chat(
     max_new_tokens: options.MaxNewTokens = None,
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
+    memory: options.Memory = None,
     threads: options.Threads = None,
 ) -> None:
     """Chat with a model. Answers go to standard output; reasoning (R1) is shown dim, on a terminal only."""
@@ -38,7 +39,7 @@ def chat(
 
     sampling = SamplingParams(temperature, top_p=top_p, seed=seed)
     options.use_threads(threads)
-    llm, template = open_chat(model, device, dtype)
+    llm, template = open_chat(model, device, dtype, memory)
     conversation = Conversation(llm, template, sampling, max_new_tokens, system)
     if sys.stdin.isatty():
         import readline  # noqa: F401  (line editing and history for input())
@@ -55,7 +56,7 @@ def chat(
             _answer(conversation, line)
 
 
-def open_chat(model: str, device: str, dtype: str) -> tuple[LLM, ChatTemplate]:
+def open_chat(model: str, device: str, dtype: str, memory: str | None = None) -> tuple[LLM, ChatTemplate]:
     """The model and its chat template; SoliError, before any weight is read, for a model without one."""
     from soli.chat.templates import ChatTemplate
     from soli.checkpoint import open_checkpoint
@@ -68,7 +69,7 @@ def open_chat(model: str, device: str, dtype: str) -> tuple[LLM, ChatTemplate]:
             f"{model} has no chat template, so it was not trained to chat: use soli generate to continue a text, or "
             "soli translate"
         )
-    return load_llm(model, device, dtype), template
+    return load_llm(model, device, dtype, memory), template
 
 
 class Conversation:

@@ -32,6 +32,7 @@ def eval(
     json: options.Json = False,
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
+    memory: options.Memory = None,
     threads: options.Threads = None,
 ) -> None:
     """Score a model on held-out pairs (chrF and BLEU, both directions) and on held-out text (bits per byte)."""
@@ -45,7 +46,7 @@ def eval(
     from soli.eval.translation import evaluate_direction
 
     options.use_threads(threads)
-    text_model = load_text_model(model, device, dtype, mtp=True)
+    text_model = load_text_model(model, device, dtype, True, memory)
     report = Report(model)
     if rows:
         with ProgressBar("translating pairs", 2 * len(rows)) as bar:

@@ -10,7 +10,7 @@ import typer
 
 from soli.cli._shared import options
 from soli.cli._shared.console import print_json, sanitize_for_terminal
-from soli.cli._shared.loading import Stopwatch, load_text_model
+from soli.cli._shared.loading import Stopwatch, load_text_model, note_memory
 from soli.cli._shared.text_input import argument_lines, stdin_lines
 from soli.errors import SoliError
 from soli.input_files import open_regular
@@ -69,6 +69,7 @@ def generate(
     json: options.Json = False,
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
+    memory: options.Memory = None,
     threads: options.Threads = None,
 ) -> None:
     """Continue a prompt. Only the continuation goes to standard output."""
@@ -94,7 +95,7 @@ def generate(
     )
     constraint = _constraint_spec(json_schema, regex)
     options.use_threads(threads)
-    text_model = load_text_model(model, device, dtype, mtp=speculate)
+    text_model = load_text_model(model, device, dtype, speculate, memory)
     prompt_ids = text_model.text_prompt(text)
     remaining = text_model.remaining_tokens(prompt_ids, "the prompt")
     request = Request(
@@ -109,6 +110,7 @@ def generate(
     )
     longest = len(prompt_ids) + request.max_new_tokens
     engine = Engine(text_model, limits_for(text_model, 1, longest, speculate=speculate))
+    note_memory(text_model)
     events = []
     stopwatch = Stopwatch()
     for event in stream(engine, request):

@@ -52,6 +52,7 @@ def serve(
     ] = "info",
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
+    memory: options.Memory = None,
     threads: options.Threads = None,
 ) -> None:
     """Serve a model on this machine. The page is at http://127.0.0.1:8000/, the API at /v1."""
@@ -91,6 +92,7 @@ def serve(
         drain_seconds=drain_seconds,
         device=device,
         dtype=dtype,
+        memory=options.memory_bytes(memory),
         open_page=(host in LOOPBACK and on_desktop()) if open_page is None else open_page,
         log_level=log_level,
     )

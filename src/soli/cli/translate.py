@@ -9,7 +9,7 @@ import typer
 
 from soli.cli._shared import options
 from soli.cli._shared.console import print_json
-from soli.cli._shared.loading import load_text_model
+from soli.cli._shared.loading import load_text_model, note_memory
 from soli.cli._shared.text_input import argument_lines, stdin_lines
 from soli.errors import SoliError
 
@@ -33,6 +33,7 @@ def translate(
     json: options.Json = False,
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
+    memory: options.Memory = None,
     threads: options.Threads = None,
 ) -> None:
     """Translate between English and Chinese. Standard output gets the translation alone, line for line."""
@@ -44,7 +45,7 @@ def translate(
 
     options.use_threads(threads)
     translator = Translator(
-        text_model=load_text_model(model, device, dtype, mtp=speculate),
+        text_model=load_text_model(model, device, dtype, speculate, memory),
         to=to,  # type: ignore[arg-type]
         sampling=SamplingParams(temperature, top_k, top_p, seed),
         max_new_tokens=max_new_tokens,
@@ -52,6 +53,7 @@ def translate(
         batch_size=batch_size,
         speculate=speculate,
     )
+    note_memory(translator.text_model)
     # A person typing line after line wants each answer at once.
     window = 1 if text == "-" and sys.stdin.isatty() else None
     for translation in translator.translate(lines, window):

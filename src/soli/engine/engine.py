@@ -35,6 +35,7 @@ from soli.engine.request import (
 from soli.engine.runner import ForwardOutput, ModelRunner, RunnerName
 from soli.engine.sampler import SampledToken, SamplerState, sample
 from soli.engine.scheduler import ScheduledTokens, Scheduler, SequenceState
+from soli.engine.scratch import step_bytes
 from soli.engine.speculation import Drafter, VerifiedTokens, verify
 from soli.engine.text_model import TextModel
 from soli.errors import SoliError
@@ -43,6 +44,7 @@ from soli.model.router import Routing, count_choices, slice_routing
 
 log = logging.getLogger(__name__)
 
+MIN_STEP_TOKENS = 16  # however little memory there is
 LIST_BYTES_PER_BLOCK = 40  # an integer and its place in the list of free blocks
 
 
@@ -54,8 +56,8 @@ class Engine:
         self, text_model: TextModel, limits: EngineLimits | None = None, *, runner: RunnerName = "auto"
     ) -> None:
         self.text_model = text_model
-        self.limits = limits = limits or EngineLimits()
         model = self._model = text_model.model
+        self.limits = limits = _within_budget(text_model, limits or EngineLimits())
         if limits.speculate and not len(model.mtp):
             raise SoliError("this model has no MTP module to draft with: turn speculation off")
         self._device = model.embed_tokens.weight.device
@@ -323,6 +325,21 @@ class Engine:
                     masks[layer] = torch.zeros(T, self._load_LE.shape[1], dtype=torch.bool)
                 masks[layer][part.row : part.row + part.count, expert] = True
         return {layer: mask_TE.to(self._device) for layer, mask_TE in masks.items()}
+
+
+def _within_budget(text_model: TextModel, limits: EngineLimits) -> EngineLimits:
+    """The same limits, with a latent cache for which the model's memory has room, and steps of so few tokens that their
+    scratch takes a quarter of what is not weights; the model's experts get the rest."""
+    budget, model = text_model.budget, text_model.model
+    if budget is None:
+        return limits
+    dtype = model.compute_dtype or model.embed_tokens.weight.dtype
+    least_tokens = max(MIN_STEP_TOKENS, limits.max_running)
+    while (scratch := step_bytes(model.config, limits, dtype)) > (budget.total - budget.resident) // 4:
+        if limits.tokens_per_step <= least_tokens:
+            break
+        limits = replace(limits, tokens_per_step=max(least_tokens, limits.tokens_per_step // 2))
+    return replace(limits, cache_bytes=max(1, budget.divide(limits.cache_bytes, scratch)))
 
 
 def _check_bookkeeping(block_count: int, limits: EngineLimits, positions: int) -> None:

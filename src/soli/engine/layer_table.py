@@ -6,11 +6,11 @@ Weights stay in place, in any of the five formats. `Unsupported` names the modul
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final
 
 import torch
 from torch import Tensor, nn
 
+from soli.engine.scratch import tokens_per_call
 from soli.experts.store import PagedExperts
 from soli.kernels import Backend, Dispatch, cpu
 from soli.kernels.cpu import fused, structs
@@ -20,9 +20,6 @@ from soli.model.layers import MLP, Linear, RMSNorm
 from soli.model.moe import MoE, RoutedExperts
 from soli.model.router import Router, Routings
 from soli.model.transformer import Block, Transformer
-
-SCRATCH: Final = 128 << 20  # bytes of C++ scratch memory per call; more tokens go in several calls
-MIN_TOKENS: Final = 64  # of a call, whatever memory they take
 
 Masks = Mapping[int, Tensor]
 
@@ -37,7 +34,7 @@ class FusedLayers:
     def __init__(self, builder: LayerTableBuilder, blocks: Sequence[Block], norm: RMSNorm) -> None:
         self.table = builder.layer_table(blocks, norm)
         token_bytes = max(_bytes_per_token(layer) for layer in self.table.layers)
-        self.max_tokens = max(MIN_TOKENS, min(fused.MAX_TOKENS, SCRATCH // token_bytes))  # of one call
+        self.max_tokens = tokens_per_call(token_bytes)
         self._width = blocks[0].self_attn.C + blocks[0].self_attn.R
         self._layers = [block.self_attn.layer for block in blocks]  # as the cache numbers them
         self._like = torch.empty(0, dtype=builder.dtype)

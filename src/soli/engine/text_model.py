@@ -5,19 +5,25 @@ no position for an answer.
 """
 
 import re
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from soli.checkpoint import load_model, open_checkpoint
+from soli.checkpoint.memory import Storage
 from soli.checkpoint.writer import ProgressCallback
 from soli.config import TOKEN_FIELDS, check_token_ids
 from soli.data.tokenizer import Tokenizer
 from soli.errors import SoliError
+from soli.experts.budget import MemoryBudget, default_memory
+from soli.experts.load import load_within
 from soli.input_files import read_object_if_present
+from soli.machine import available_memory
 from soli.model.transformer import Transformer
+from soli.quantities import scaled
 
 FLOAT32_LIMIT = 512 * 2**20  # bytes of weight files
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -26,13 +32,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 @dataclass(frozen=True)
 class TextModel:
     """A loaded model and its tokenizer. `stop_ids` end a text; a prompt is a text between `text_prefix` and
-    `text_suffix`."""
+    `text_suffix`. `budget`: of a model whose experts are read from disk as they are needed."""
 
     model: Transformer
     tokenizer: Tokenizer
     stop_ids: frozenset[int]
     text_prefix: tuple[int, ...]
     text_suffix: tuple[int, ...] = ()
+    budget: MemoryBudget | None = None
 
     @property
     def positions(self) -> int:
@@ -75,6 +82,7 @@ def open_text_model(
     dtype: str = "auto",
     mtp: bool = False,
     progress: ProgressCallback = lambda read, total: None,
+    memory: int | None = None,
 ) -> TextModel:
     """Loads a folder, or "nano", the bundled model; its MTP modules only when `mtp`.
 
@@ -82,11 +90,25 @@ def open_text_model(
     files, with FP8 weights dequantized where that fits in memory. "as-is": that of the files, and FP8 weights stay in
     their format, mapped from disk, even where they are larger than the memory. On a CPU weights that need no other
     dtype are used from the files where they are.
+
+    `memory`: bytes that the model may take. Its weights are as stored then, and the routed experts that do not fit are
+    read from disk as they are needed; an Engine divides the bytes (soli.experts.budget). None: all experts in memory,
+    or where they do not fit as stored, what the machine has less a margin, with a warning that says so.
     """
     if dtype not in ("auto", "as-is", *DTYPES):
         raise SoliError(f"dtype is {dtype!r}: choose auto, as-is, {' or '.join(DTYPES)}")
     check_device(device)
     folder = open_checkpoint(name_or_folder).folder
+    if memory is None and device == "cpu" and dtype in ("auto", "as-is"):
+        memory = _memory_for_paging(name_or_folder, mtp)
+    if memory is not None:
+        if device != "cpu" or dtype not in ("auto", "as-is"):
+            raise SoliError(
+                f"with a limit of memory experts are computed on the CPU as they are stored, not on {device} in "
+                f"{dtype}: leave out device and dtype, or the limit"
+            )
+        model, budget = load_within(name_or_folder, memory, mtp=mtp, progress=progress)
+        return replace(text_model(model, Tokenizer.from_folder(folder), folder), budget=budget)
     if dtype == "auto" and sum(path.stat().st_size for path in folder.glob("*.safetensors")) <= FLOAT32_LIMIT:
         dtype = "float32"
     quantized = True if dtype == "as-is" else None
@@ -100,6 +122,21 @@ def open_text_model(
         progress=progress,
     )
     return text_model(model, Tokenizer.from_folder(folder), folder)
+
+
+def _memory_for_paging(name_or_folder: str, mtp: bool) -> int | None:
+    """Bytes to use for a model whose experts do not fit in memory as they are stored; None for one that fits."""
+    checkpoint = open_checkpoint(name_or_folder, mtp)
+    stored = sum(Storage(checkpoint.natural_dtype, torch.device("cpu"), True, True).bytes_of(checkpoint))
+    memory, margin = default_memory()
+    if stored <= available_memory() or not checkpoint.config.n_routed_experts:
+        return None
+    warnings.warn(
+        f"the model takes {scaled(stored, 'B')}, more than is available, so its experts are read from disk as they are "
+        f"needed, with {scaled(memory, 'B')} of memory: what is available less {scaled(margin, 'B')}",
+        stacklevel=3,
+    )
+    return memory
 
 
 def check_device(name: str) -> None:

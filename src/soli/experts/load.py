@@ -3,20 +3,25 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from soli.checkpoint.load import load_model
+from torch import nn
+
+from soli.checkpoint.load import load_model, open_checkpoint
 from soli.checkpoint.reader import Checkpoint
 from soli.checkpoint.writer import ProgressCallback
 from soli.errors import SoliError
+from soli.experts.budget import MemoryBudget
 from soli.experts.policy import DEFAULT
-from soli.experts.sources import sources_of
+from soli.experts.sources import Sources, sources_of
 from soli.experts.store import ExpertStore
 from soli.kernels import QuantizedExperts
+from soli.machine import resident_memory
 from soli.model import Transformer
+from soli.model.layers import Linear
 
 
 def load_paged_model(
     name_or_folder: str | Path,
-    capacity: int,
+    capacity: int | None = None,
     *,
     mtp: bool = True,
     policy: str = DEFAULT,
@@ -24,7 +29,8 @@ def load_paged_model(
     poison: bool = False,
     progress: ProgressCallback = lambda read, total: None,
 ) -> tuple[Transformer, ExpertStore]:
-    """A model on the CPU, as stored, and the store of its experts, of which `capacity` are in memory at once.
+    """A model on the CPU, as stored, and the store of its experts, of which `capacity` are in memory at once; None: as
+    many as a token chooses in a layer, until the store is resized.
 
     `policy`, `direct` and `poison` as in ExpertStore. SoliError for a folder without routed experts, and what
     `load_model` raises.
@@ -33,14 +39,60 @@ def load_paged_model(
 
     def paged(checkpoint: Checkpoint) -> Mapping[str, QuantizedExperts]:
         sources = sources_of(checkpoint)
-        K = checkpoint.config.num_experts_per_tok
-        if capacity < min(K, sources.count):
+        least = least_experts(checkpoint, sources)
+        if capacity is not None and capacity < least:
             raise SoliError(
-                f"{checkpoint.folder}: a token chooses {K} experts of a layer, but only {capacity} fit in memory: give "
-                f"{(K - capacity) * sources.slot_bytes:,} bytes more"
+                f"{checkpoint.folder}: a token chooses {least} experts of a layer, but only {capacity} fit in memory: "
+                f"give {(least - capacity) * sources.slot_bytes:,} bytes more"
             )
-        stores.append(ExpertStore(sources, capacity, policy=policy, direct=direct, poison=poison))
+        size = least if capacity is None else capacity
+        stores.append(ExpertStore(sources, size, policy=policy, direct=direct, poison=poison))
         return {source.name: experts for source, experts in zip(sources.layers, stores[0].layers, strict=True)}
 
     model = load_model(name_or_folder, mtp=mtp, quantized=True, paged=paged, progress=progress)
     return model, stores[0]
+
+
+def load_within(
+    name_or_folder: str | Path,
+    memory: int,
+    *,
+    mtp: bool = True,
+    progress: ProgressCallback = lambda read, total: None,
+) -> tuple[Transformer, MemoryBudget]:
+    """A model that takes `memory` bytes, and how they are divided. SoliError, before a weight is read, where the
+    weights that stay in memory take more."""
+    checkpoint = open_checkpoint(name_or_folder, mtp)
+    sources = sources_of(checkpoint)
+    least = least_experts(checkpoint, sources)
+    resident = sum(
+        entry.end - entry.start
+        for slot in checkpoint.slots
+        if slot.expert is None and not slot.copy
+        for entry in [checkpoint.entries[slot.name]]
+    )
+    if resident + least * sources.slot_bytes > memory:
+        raise SoliError(
+            f"{checkpoint.folder}: the weights that stay in memory take {resident:,} bytes and the {least} experts "
+            f"that a token chooses in a layer {least * sources.slot_bytes:,}, but {memory:,} bytes are allowed: "
+            f"allow more"
+        )
+    overhead = resident_memory()
+    model, store = load_paged_model(name_or_folder, mtp=mtp, progress=progress)
+    return model, MemoryBudget(memory, resident_bytes(model), overhead, least, store)
+
+
+def least_experts(checkpoint: Checkpoint, sources: Sources) -> int:
+    """How many experts must be in memory at once."""
+    return min(checkpoint.config.num_experts_per_tok or 1, sources.count)
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Of all weights but those of routed experts."""
+    tensors = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    quantized = (
+        module.quantized.nbytes
+        for module in model.modules()
+        if isinstance(module, Linear) and module.quantized is not None
+    )
+    return sum(tensors.values()) + sum(quantized)

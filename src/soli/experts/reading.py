@@ -56,7 +56,7 @@ class Pending:
 
 
 class Reader:
-    """Opens `files` and reads from them into `memory`. `direct` None: direct I/O where it works.
+    """Opens `files` and reads from them. `direct` None: direct I/O where it works.
 
     SoliError naming the file where it cannot be opened; errors of reads go to those who submitted them.
     """
@@ -64,18 +64,17 @@ class Reader:
     def __init__(
         self,
         files: Sequence[Path],
-        memory: memoryview,
         *,
         threads: int = THREADS,
         block: int = BLOCK,
         direct: bool | None = None,
     ) -> None:
-        self._memory, self._block = memory, block
+        self._block = block
         self._files = [_File(path, direct is not False) for path in files]
         buffered = next((file.path for file in self._files if not file.direct), None)
         if buffered is not None and direct is None:
             log.warning("%s: its file system has no direct I/O, so experts are read through the page cache", buffered)
-        self._queue: queue.SimpleQueue[tuple[Read, int, Pending] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Read, memoryview, Pending] | None] = queue.SimpleQueue()
         self.stats = ReadStats()
         self._lock = threading.Lock()
         self._in_flight, self._busy_since = 0, 0.0
@@ -88,12 +87,12 @@ class Reader:
         """Whether every file is read past the page cache."""
         return all(file.direct for file in self._files)
 
-    def submit(self, reads: Sequence[Read], base: int, on_arrival: OnArrival) -> None:
-        """Read into the memory from `base` on; `on_arrival` gets None or the error, on a thread of this reader."""
+    def submit(self, reads: Sequence[Read], slot: memoryview, on_arrival: OnArrival) -> None:
+        """Read into a slot, whose address is aligned; `on_arrival` gets None or the error, on one of the threads."""
         pieces = [piece for read in reads for piece in split(read, self._block)]
         pending = Pending(len(pieces), on_arrival)
         for piece in pieces:
-            self._queue.put((piece, base, pending))
+            self._queue.put((piece, slot, pending))
 
     def close(self) -> None:
         """Ends the threads after what was submitted, and closes the files."""
@@ -106,11 +105,11 @@ class Reader:
 
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
-            read, base, pending = item
+            read, slot, pending = item
             self._count(1, 0)
             error: Exception | None = None
             try:
-                target = self._memory[base + read.offset : base + read.offset + read.length]
+                target = slot[read.offset : read.offset + read.length]
                 self._files[read.file].read(target, read.start, read.needed)
             except Exception as failure:
                 error = failure

@@ -61,22 +61,31 @@ class ExpertStore:
         poison: bool = False,
     ) -> None:
         self.sources = sources
-        self.capacity = min(capacity, sources.count)
         self.slot_bytes = sources.slot_bytes
-        self._poison = poison
+        self._poison, self._policy_name = poison, policy
+        self.stats = StoreStats()
+        self._locked: set[Key] = set()
+        self._errors: dict[Key, Exception] = {}
+        self._slots: dict[Key, int] = {}
+        self._arrived = threading.Condition()
+        self.layers = [PagedExperts.of(self, at, source) for at, source in enumerate(sources.layers)]
+        self.reader = Reader(sources.files, direct=direct)
+        self.resize(capacity)
+
+    def resize(self, capacity: int) -> None:
+        """Make room for `capacity` experts; those in memory are forgotten. No pass may be running."""
+        for key in [*self._slots]:
+            self.wait_for_any(key)
+            self._release(key)
+        self._errors.clear()
+        self.capacity = min(capacity, self.sources.count)
         self._memory = mmap.mmap(-1, max(1, self.capacity) * self.slot_bytes)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
+        self._view = memoryview(self._memory)
         self._free = [*range(self.capacity)][::-1]
-        self._slots: dict[Key, int] = {}
-        self._policy = POLICIES[policy](self.capacity, len(sources.layers))
-        self.stats = StoreStats()
-        self._locked: set[Key] = set()
-        self._errors: dict[Key, Exception] = {}
-        self._arrived = threading.Condition()
-        self.layers = [PagedExperts.of(self, at, source) for at, source in enumerate(sources.layers)]
-        self.reader = Reader(sources.files, memoryview(self._memory), direct=direct)
+        self._policy = POLICIES[self._policy_name](self.capacity, len(self.sources.layers))
 
     @property
     def holds_all(self) -> bool:
@@ -140,6 +149,13 @@ class ExpertStore:
                 self._release(key)
                 raise error
 
+    def wait_for_any(self, key: Key) -> None:
+        """Until an expert is not being read, whatever came of it."""
+        states = self.layers[key[0]].states
+        with self._arrived:
+            while states[key[1]] == READING:
+                self._arrived.wait()
+
     def close(self) -> None:
         """Ends the threads that read."""
         self.reader.close()
@@ -175,7 +191,8 @@ class ExpertStore:
         if self._poison:
             self._bytes[base : base + self.slot_bytes] = POISON
         self.layers[layer].states[expert] = READING
-        self.reader.submit(self.sources.layers[layer].experts[expert].reads, base, partial(self._arrive, key))
+        target = self._view[base : base + self.slot_bytes]
+        self.reader.submit(self.sources.layers[layer].experts[expert].reads, target, partial(self._arrive, key))
 
     def _evict(self, layer: int) -> int:
         """The slot of an expert that leaves; waits where all that may leave are being read."""

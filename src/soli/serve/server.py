@@ -115,6 +115,7 @@ def run_server(
     drain_seconds: float,
     device: str = "cpu",
     dtype: str = "auto",
+    memory: int | None = None,
     open_page: bool = False,
     log_level: str = "info",
 ) -> None:
@@ -123,7 +124,7 @@ def run_server(
     _check_cache(engine.cache_bytes, device)
     sys.setswitchinterval(SWITCH_SECONDS)
     listener = listen(host, port)
-    model_service = Service(names, lambda: load(model, device, dtype, engine), service)
+    model_service = Service(names, lambda: load(model, device, dtype, engine, memory), service)
     configure_log(log_level)
     server = _uvicorn(create_app(model_service, rules), model_service, drain_seconds)
     url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/"
@@ -146,11 +147,14 @@ def _check_cache(cache_bytes: int, device: str) -> None:
         )
 
 
-def load(model: str, device: str, dtype: str, limits: EngineLimits) -> LoadedModel:
+def load(model: str, device: str, dtype: str, limits: EngineLimits, memory: int | None = None) -> LoadedModel:
     """A folder, or "nano", with its engine and its chat template. What a first request would wait for is done here."""
-    text_model = open_text_model(model, device, dtype, mtp=limits.speculate, progress=LoadingLog(model).update)
+    progress = LoadingLog(model).update
+    text_model = open_text_model(model, device, dtype, limits.speculate, progress, memory)
     template = ChatTemplate.from_folder(open_checkpoint(model).folder, text_model.tokenizer)
     engine = Engine(text_model, limits)
+    if text_model.budget is not None:
+        log.info("%s", text_model.budget)
     with suppress(SoliError):  # a request with a constraint is told
         engine.prepare_constraints()
     _ = text_model.tokenizer.longest_token

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import TYPE_CHECKING
 
+from soli.cli._shared import options
 from soli.cli._shared.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -12,20 +14,28 @@ if TYPE_CHECKING:
     from soli.llm import LLM
 
 
-def load_text_model(model: str, device: str, dtype: str, mtp: bool = False) -> TextModel:
+def load_text_model(model: str, device: str, dtype: str, mtp: bool = False, memory: str | None = None) -> TextModel:
     """`open_text_model`, whose progress is shown once it takes long."""
     from soli.engine.text_model import open_text_model
 
     with ProgressBar(f"loading {model}", unit="bytes") as bar:
-        return open_text_model(model, device, dtype, mtp, bar.update)
+        return open_text_model(model, device, dtype, mtp, bar.update, options.memory_bytes(memory))
 
 
-def load_llm(model: str, device: str, dtype: str) -> LLM:
+def load_llm(model: str, device: str, dtype: str, memory: str | None = None) -> LLM:
     """`soli.LLM`, likewise."""
     from soli.llm import LLM
 
     with ProgressBar(f"loading {model}", unit="bytes") as bar:
-        return LLM(model, device=device, dtype=dtype, progress=bar.update)
+        llm = LLM(model, device=device, dtype=dtype, progress=bar.update, memory=options.memory_bytes(memory))
+    note_memory(llm.text_model)
+    return llm
+
+
+def note_memory(text_model: TextModel) -> None:
+    """How the memory of a model is divided whose experts are read from disk, once its engine is made: a line."""
+    if text_model.budget is not None:
+        print(f"soli: {text_model.budget}", file=sys.stderr)
 
 
 class Stopwatch:

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from soli.quantities import parse_bytes
+
 MAX_THREADS = max(256, os.cpu_count() or 1)  # OpenMP ends the process when the system has no more
 
 Temperature = Annotated[float, typer.Option(help="0 selects the most likely token; higher values sample more evenly.")]
@@ -28,10 +30,23 @@ Device = Annotated[str, typer.Option(help="cpu, or cuda.")]
 Dtype = Annotated[
     str, typer.Option(help="float32, bfloat16, auto (float32 for small models) or as-is (FP8 stays in the file).")
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Take at most so much memory, as 16GB or 8GiB, and read experts that do not fit from disk as they are "
+        "needed; by default all of a model is in memory, or where it does not fit what this machine has less a margin.",
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(min=1, max=MAX_THREADS, help="Threads that compute; by default as many as PyTorch takes."),
 ]
+
+
+def memory_bytes(size: str | None) -> int | None:
+    """--memory in bytes; None without it."""
+    return None if size is None else parse_bytes(size, "--memory")
 
 
 def use_threads(count: int | None) -> None:

@@ -1,0 +1,32 @@
+"""How much memory a step of the engine takes beside weights and latent cache."""
+
+from typing import Final
+
+import torch
+
+from soli.config import ModelConfig
+from soli.engine.request import EngineLimits
+from soli.kernels.cpu import fused
+
+SCRATCH: Final = 128 << 20  # bytes of C++ scratch memory per call; more tokens go in several calls
+MIN_TOKENS: Final = 64  # of a call, whatever memory they take
+
+
+def tokens_per_call(token_bytes: int) -> int:
+    """Of the fused forward, where each takes so many bytes of scratch."""
+    return max(MIN_TOKENS, min(fused.MAX_TOKENS, SCRATCH // token_bytes))
+
+
+def step_bytes(config: ModelConfig, limits: EngineLimits, dtype: torch.dtype) -> int:
+    """About what a step of `limits.tokens_per_step` tokens allocates: scratch of the fused forward, hidden states, the
+    routers' decisions twice (in parts and joined), logits of all running requests with a copy for sampling."""
+    H, N, R, V = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+    D, F = config.hidden_size, config.moe_intermediate_size or 0
+    E, K, T = config.n_routed_experts or 0, config.num_experts_per_tok or 0, limits.tokens_per_step
+    dense = max(config.intermediate_size, F * (config.n_shared_experts or 0))
+    token_bytes = 4 * max(H * (2 * (N + R) + 2 * V) + 4 * D, 2 * D + 2 * dense + K * (D + 2 * F))
+    call = min(T, tokens_per_call(token_bytes)) * token_bytes
+    routing = config.num_hidden_layers * T * (8 * E + 12 * K + config.n_group) if E else 0
+    hidden = 4 * T * D * dtype.itemsize
+    logits = 3 * limits.max_running * config.vocab_size * 4
+    return call + 2 * routing + hidden + logits

@@ -1,0 +1,63 @@
+"""What a stated number of bytes is divided into: weights that stay, latent cache, scratch, and experts.
+
+The bytes are what Soli allocates. Interpreter and libraries come on top: `overhead`, measured when the model is opened.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+from soli.errors import SoliError
+from soli.experts.store import ExpertStore
+from soli.machine import available_memory
+from soli.quantities import scaled
+
+MARGIN: Final = 0.1  # of the available memory, left to the system where no size is stated
+MIN_MARGIN: Final = 2**29  # bytes
+
+
+def default_memory() -> tuple[int, int]:
+    """(bytes to use, margin that is left), of what this machine has available now, cgroup limits included."""
+    available = available_memory()
+    margin = max(MIN_MARGIN, int(MARGIN * available))
+    return max(0, available - margin), margin
+
+
+@dataclass
+class MemoryBudget:
+    """`total` bytes for a model of which `resident` stay in memory, and the store of its experts. `least` experts must
+    be in memory at once: those that a token chooses in a layer."""
+
+    total: int
+    resident: int
+    overhead: int
+    least: int
+    store: ExpertStore
+    latent_cache: int = 0
+    scratch: int = 0
+
+    def divide(self, latent_cache: int, scratch: int) -> int:
+        """Give the experts what is left beside a latent cache of up to `latent_cache` bytes, which takes half of it at
+        most, and `scratch`; the bytes of the latent cache. SoliError with the bytes needed where that is too little."""
+        left = self.total - self.resident - scratch
+        self.scratch = scratch
+        self.latent_cache = min(latent_cache, max(0, left // 2))
+        capacity = (left - self.latent_cache) // self.store.slot_bytes
+        if capacity < self.least:
+            needed = self.resident + scratch + 2 * self.least * self.store.slot_bytes
+            raise SoliError(
+                f"{self.total:,} bytes of memory are too few for this model: weights that stay take "
+                f"{self.resident:,}, scratch {scratch:,}, the {self.least} experts that a token chooses in a layer "
+                f"{self.least * self.store.slot_bytes:,}, and the latent cache as much again: give {needed:,} or more"
+            )
+        if capacity < self.store.capacity or self.store.capacity < self.store.sources.count:
+            self.store.resize(capacity)
+        return self.latent_cache
+
+    def __str__(self) -> str:
+        store = self.store
+        return (
+            f"{scaled(self.total, 'B')} of memory: {scaled(self.resident, 'B')} weights that stay, "
+            f"{scaled(self.latent_cache, 'B')} latent cache, {scaled(self.scratch, 'B')} scratch, "
+            f"{scaled(store.nbytes, 'B')} for {store.capacity:,} of {store.sources.count:,} experts; the others are "
+            f"read from disk as they are needed. Python and its libraries take {scaled(self.overhead, 'B')} on top"
+        )

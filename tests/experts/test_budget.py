@@ -1,0 +1,95 @@
+"""--memory: what it is divided into, and that no more is allocated."""
+
+import subprocess
+import sys
+
+import pytest
+
+from soli.engine.engine import Engine
+from soli.engine.offline import limits_for
+from soli.engine.request import EngineLimits
+from soli.engine.text_model import open_text_model
+from soli.errors import SoliError
+from soli.llm import LLM
+from soli.quantities import parse_bytes
+from tests.kernels.weights import needs_kernels
+
+MB = 10**6
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("16GB", 16 * 10**9), ("8GiB", 8 * 2**30), ("1.5 MB", 1_500_000), ("500kb", 500_000), ("16", 16), (2**22, 2**22)],
+)
+def test_sizes_are_decimal_or_binary(text, size) -> None:
+    assert parse_bytes(text, "--memory") == size
+
+
+@pytest.mark.parametrize("text", ["", "16G", "0GB", "-1GB", "1e9", "GB", "9" * 30, "16 GB 2", "١GB", "nan", "0.0"])
+def test_other_sizes_are_rejected_with_the_units(text) -> None:
+    with pytest.raises(SoliError, match=r"--memory is .*16GB.*16GiB"):
+        parse_bytes(text, "--memory")
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", [10 * MB, 14 * MB, 20 * MB, 100 * MB])
+def test_the_parts_are_no_more_than_the_whole(size) -> None:
+    text_model = open_text_model("nano", memory=size)
+    engine = Engine(text_model, EngineLimits(max_running=2))
+    budget = text_model.budget
+    assert budget is not None
+    assert budget.resident + budget.latent_cache + budget.scratch + budget.store.nbytes <= size
+    assert budget.store.capacity >= text_model.model.config.num_experts_per_tok
+    assert engine.limits.cache_bytes <= budget.latent_cache
+    assert "experts" in str(budget)
+
+
+@needs_kernels
+def test_answers_are_those_of_the_resident_model() -> None:
+    text = "He drank a cup of tea."
+    expected = LLM("nano", dtype="as-is").translate(text)
+    [translation] = LLM("nano", memory="12MB").translate(text)
+    assert [translation] == expected
+
+
+def test_too_little_memory_is_rejected_with_the_bytes_needed() -> None:
+    with pytest.raises(SoliError, match=r"weights that stay in memory take 7,\d{3},\d{3} bytes .* 3,000,000 bytes"):
+        open_text_model("nano", memory=3 * MB)
+    text_model = open_text_model("nano", memory=8_500_000)
+    with pytest.raises(SoliError, match=r"give [0-9,]+ or more"):
+        Engine(text_model, limits_for(text_model, 1, 64))
+
+
+@pytest.mark.parametrize("options", [{"dtype": "float32"}, {"device": "cuda"}])
+def test_another_dtype_or_device_is_rejected(options) -> None:
+    with pytest.raises(SoliError):
+        open_text_model("nano", memory=20 * MB, **options)
+
+
+def test_a_model_larger_than_the_machine_reads_its_experts_from_disk(monkeypatch) -> None:
+    monkeypatch.setattr("soli.engine.text_model.available_memory", lambda: 12 * MB)
+    monkeypatch.setattr("soli.experts.budget.available_memory", lambda: 12 * MB)
+    monkeypatch.setattr("soli.experts.budget.MIN_MARGIN", MB)
+    with pytest.warns(UserWarning, match=r"more than is available.*10\.8 MB of memory.*less 1\.2 MB"):
+        text_model = open_text_model("nano")
+    assert text_model.budget is not None
+    assert text_model.budget.total == 10_800_000
+
+
+@needs_kernels
+def test_a_process_takes_no_more_than_it_was_given(tmp_path) -> None:
+    """Peak memory beside what Python and its libraries take: within 3 % or 16 MB."""
+    code = """
+import resource, torch
+from soli.llm import LLM
+from soli.engine.engine import Engine
+LLM("nano", memory="100MB").translate("Good morning.")  # whatever libraries allocate once
+def peak():
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+llm = LLM("nano", memory="11MB")
+llm.translate(["He drank a cup of tea."] * 40)
+print(peak() - before)
+"""
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(output) < 11 * MB + 16 * MB
