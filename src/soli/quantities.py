@@ -4,7 +4,6 @@ import re
 from typing import Final
 
 from soli.errors import SoliError
-from soli.sections import shown
 
 DECIMAL: Final = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 BINARY: Final = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -21,7 +20,7 @@ def parse_bytes(text: str | int, name: str) -> int:
         size = int(float(match[1]) * units[(match[2] or "B").lower()])
         if 0 < size <= LARGEST_BYTES:
             return size
-    raise SoliError(f"{name} is {shown(text)}: give a size such as 16GB (10^9 bytes) or 16GiB (2^30)")
+    raise SoliError(f"{name} is {str(text)[:40]!r}: give a size such as 16GB (10^9 bytes) or 16GiB (2^30)")
 
 
 def scaled(value: float, unit: str = "") -> str:
