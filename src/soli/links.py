@@ -13,13 +13,15 @@ from soli.errors import SoliError
 
 def matching_files(folder: Path, patterns: Iterable[str]) -> dict[str, Path]:
     """Name -> the file itself, for each file of `folder` that matches a pattern. SoliError naming a symlink that leads
-    elsewhere or nowhere."""
+    elsewhere or nowhere, and what is no file, such as a FIFO."""
     entries = {entry for pattern in patterns for entry in folder.glob(pattern)}
-    return {entry.name: _real_file(entry) for entry in sorted(entries) if entry.is_symlink() or entry.is_file()}
+    return {entry.name: _real_file(entry) for entry in sorted(entries)}
 
 
 def _real_file(file: Path) -> Path:
     if not file.is_symlink():
+        if not file.is_file():
+            raise SoliError(f"{file}: is not a regular file; remove it, or fetch the file of this name")
         return file
     folder, target = Path(os.path.realpath(file.parent)), Path(os.path.realpath(file))
     roots = [folder]

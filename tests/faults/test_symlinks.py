@@ -10,6 +10,7 @@ from soli.checkpoint import load_model, save_model
 from soli.checkpoint.convert import convert_checkpoint
 from soli.checkpoint.load import BUNDLED
 from soli.checkpoint.writer import Target
+from soli.cli import main
 from soli.data.pack import Input, PackConfig, pack_inputs
 from soli.data.readers import InputLayout
 from soli.errors import SoliError
@@ -171,3 +172,23 @@ def test_a_symlink_in_place_of_the_hidden_folder_is_not_followed(folder, tmp_pat
 def test_loading_for_use_follows_what_its_owner_linked(folder, tmp_path) -> None:
     move(folder / "model.safetensors", tmp_path / "shared" / "model.safetensors")
     assert load_model(folder)
+
+
+def _directory(path: Path) -> None:
+    path.mkdir()
+
+
+def _gigabytes(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(50 << 30)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "modeling.py", "tokenizer.model", "extra.json"])
+@pytest.mark.parametrize("make", [os.mkfifo, _directory, _gigabytes])
+def test_what_cannot_be_copied_is_rejected_by_name_and_at_once(make, name, folder, tmp_path, capsys) -> None:
+    """Left out of the copy it would be missed later; a sparse file would fill the disk."""
+    make(folder / name)
+    assert main(["convert", str(folder), str(tmp_path / "converted"), "--to", "bf16"]) == 1
+    error = capsys.readouterr().err
+    assert str(folder / name) in error and error.count("\n") == 1 and "unexpected" not in error
+    assert not (tmp_path / "converted").exists()

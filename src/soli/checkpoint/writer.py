@@ -27,7 +27,7 @@ from soli.config import ModelConfig
 from soli.errors import SoliError
 from soli.formats import HIGH_PRECISION
 from soli.formats.quantized import CODECS, INT8, Codec, Fp8Codec, IntegerCodec, QuantizedWeight
-from soli.input_files import open_regular
+from soli.input_files import TABLE_BYTES, open_regular
 from soli.links import matching_files
 
 SHARD_BYTES: Final = 5_000_000_000
@@ -181,9 +181,14 @@ def write(
 
 def files_beside(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
     """Files of `folder` by name that match `patterns`, without the configuration and the index, which are rewritten.
-    SoliError naming a symlink out of the folder."""
-    files = matching_files(folder, patterns)
-    return {name: file for name, file in files.items() if name != "config.json" and not name.endswith(".index.json")}
+    SoliError naming a symlink out of the folder, or a file that is too large for one of them."""
+    matches = matching_files(folder, patterns).items()
+    files = {name: file for name, file in matches if name != "config.json" and not name.endswith(".index.json")}
+    for name, file in files.items():
+        size = file.stat().st_size
+        if size > TABLE_BYTES:
+            raise SoliError(f"{folder / name}: is {size:,} bytes long, but such a file has at most {TABLE_BYTES:,}")
+    return files
 
 
 @contextmanager
@@ -199,7 +204,8 @@ def _new_folder(folder: Path, size: int) -> Iterator[Path]:
         free = shutil.disk_usage(partial.parent).free
         if size > free:
             raise SoliError(f"{folder}: needs {size:,} bytes, but {free:,} bytes are free on that disk")
-        remove(partial)
+        if partial.is_dir() and not partial.is_symlink():  # of a killed process
+            remove(partial)
         partial.mkdir()
         yield partial
         partial.rename(folder)
