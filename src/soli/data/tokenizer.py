@@ -2,7 +2,8 @@
 
 Every string has a token sequence and is decoded unchanged: the base alphabet is the 256 bytes. A new tokenizer splits
 text as DeepSeek-V3's does, and a special token's name in a user's text stays text. Reads any folder with a
-`tokenizer.json`; rejects one that is missing or broken, and a translation prompt without its tokens.
+`tokenizer.json`, and Kimi's and Moonlight's `tiktoken.model`; rejects one that is missing or broken, and a translation
+prompt without its tokens.
 """
 
 import json
@@ -17,6 +18,8 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from soli.atomic_file import replace_file
+from soli.data import tiktoken_model
+from soli.data.tiktoken_model import SYMBOLS
 from soli.errors import SoliError, library_errors
 from soli.input_files import TABLE_BYTES, kind_of, parse_json, read_object_if_present, read_text
 from soli.sections import is_text, shown
@@ -42,11 +45,8 @@ PRE_TOKENS = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
 
-# The byte of each of GPT-2's byte symbols: itself where printable, else the next free code point from 256 on.
-_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
-_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
-_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
-
+# The byte of each of GPT-2's byte symbols.
+_BYTE_OF = {symbol: byte for byte, symbol in SYMBOLS.items()}
 
 LONG_TEXT = 4096  # characters from which `encode` lets other threads run
 
@@ -74,18 +74,14 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Self:
-        """Read `folder/tokenizer.json`, and bos and eos from `tokenizer_config.json` if there is one."""
+        """Read `folder/tokenizer.json`, else its `tiktoken.model`, and bos and eos from `tokenizer_config.json`."""
         path = Path(folder) / "tokenizer.json"
-        if not os.path.lexists(path):
+        if os.path.lexists(path):
+            backend = _read_backend(path)
+        elif os.path.lexists(path.with_name(tiktoken_model.FILE)):
+            backend = tiktoken_model.read_backend(Path(folder))
+        else:
             raise SoliError(f"{folder} has no tokenizer.json: point to a model or data folder that holds one")
-        text = read_text(path, TABLE_BYTES)
-        document = parse_json(text, str(path))
-        _check_vocabulary(path, document)
-        _check_growth(path, document)
-        with library_errors(
-            lambda reason: SoliError(f"{path} is not a readable tokenizer ({reason}): fetch or build it again")
-        ):
-            backend = tokenizers.Tokenizer.from_str(text)
         config = path.with_name("tokenizer_config.json")
         names = special_names(config)
         add_bos = _adds_bos(config) and "bos_token" in names
@@ -235,6 +231,18 @@ class Tokenizer:
             raise SoliError(f"cannot translate to {to!r}: choose en or zh")
         source, target = ("en", "zh") if to == "zh" else ("zh", "en")
         return [self.bos_id, self.token_id(f"<|{source}|>"), *self.encode(text), self.token_id(f"<|{target}|>")]
+
+
+def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    """The tokenizer of a `tokenizer.json`, checked before the library reads it."""
+    text = read_text(path, TABLE_BYTES)
+    document = parse_json(text, str(path))
+    _check_vocabulary(path, document)
+    _check_growth(path, document)
+    with library_errors(
+        lambda reason: SoliError(f"{path} is not a readable tokenizer ({reason}): fetch or build it again")
+    ):
+        return tokenizers.Tokenizer.from_str(text)
 
 
 def special_names(path: Path) -> dict[str, str]:
