@@ -316,13 +316,13 @@ def test_a_disk_that_fills_meanwhile(hub: Hub, monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_statuses(hub: Hub, status: int, message: str) -> None:
-    hub.faults.statuses[f"/api/models/{ID}"] = status
+    hub.faults.statuses[f"/api/models/{ID}/revision/main"] = status
     with pytest.raises(SoliError, match=message):
         pull()
 
 
 def test_a_server_that_is_no_hub(hub: Hub) -> None:
-    hub.faults.statuses[f"/api/models/{ID}"] = 200
+    hub.faults.statuses[f"/api/models/{ID}/revision/main"] = 200
     with pytest.raises(SoliError, match="does not answer as a Hugging Face hub"):
         pull()
 

@@ -19,7 +19,8 @@ from soli.input_files import TABLE_BYTES, read_object
 CONFIG: Final = "config.json"
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
-COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+COMMIT: Final = re.compile(r"[0-9a-f]{40}")  # a revision like this is a commit and no branch
+FOLDER_NAME: Final = re.compile(r"[A-Za-z0-9]{1,64}")  # of a commit, whatever a mirror calls it
 LONGEST_ID = 96  # characters, as the hub has it
 _REPO = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?(?:/[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?)?")
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/+-]{0,254}")
@@ -154,7 +155,7 @@ def _refs(folder: Path) -> dict[str, str]:
     root = folder / "refs"
     files = [file for file in root.rglob("*") if file.is_file()] if root.is_dir() else []
     refs = {file.relative_to(root).as_posix(): file.read_text("utf-8", "replace").strip()[:64] for file in files}
-    return {ref: commit for ref, commit in refs.items() if COMMIT.fullmatch(commit)}
+    return {ref: commit for ref, commit in refs.items() if FOLDER_NAME.fullmatch(commit)}
 
 
 def _cached_revision(repo: str, folder: Path, refs: dict[str, str]) -> CachedRevision:

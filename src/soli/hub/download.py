@@ -25,6 +25,7 @@ from soli.errors import SoliError
 from soli.hub.cache import (
     COMMIT,
     CONFIG,
+    FOLDER_NAME,
     INDEX,
     SINGLE,
     ModelId,
@@ -118,10 +119,10 @@ def plan_pull(model: ModelId, config_only: bool = False) -> PullPlan:
     """Asks the hub what a model consists of; downloads nothing. SoliError, a sentence, for whatever is in the way."""
     with hub_failures(model):
         api = _api()
-        info = api.model_info(model.repo, revision=model.revision, files_metadata=True)
+        info = api.model_info(model.repo, revision=model.revision or "main", files_metadata=True)
         commit = info.sha or ""
         listed = {file.rfilename: _remote_file(file) for file in info.siblings or ()}
-    if not COMMIT.fullmatch(commit):
+    if not FOLDER_NAME.fullmatch(commit):
         raise SoliError(f"{model}: {_endpoint()} names no commit for it, so it is no Hugging Face hub: see HF_ENDPOINT")
     if CONFIG not in listed:
         raise SoliError(f"{model}: has no {CONFIG}, so it is no model that Soli reads")
