@@ -9,6 +9,7 @@ import torch
 
 import soli
 from soli.analysis.notebook_views import heat_map
+from soli.engine.request import EngineLimits
 from soli.engine.text_model import open_text_model
 from soli.errors import SoliError
 from soli.eval.translation import Translation, Translator
@@ -71,6 +72,24 @@ def test_options_of_openai_and_vllm_do_what_they_say(llm):
     assert len(llm.generate("The river", max_tokens=40, ignore_eos=True)[0].ids) == 40
     with pytest.raises(SoliError, match="stop_token_ids has 6144, but the model's tokens go from 0 to 6143"):
         llm.generate("The river", stop_token_ids=[6144])
+
+
+@pytest.mark.parametrize("speculate", [False, True])
+def test_an_answer_has_its_least_tokens_before_it_may_end(speculate):
+    llm = soli.LLM("nano", limits=EngineLimits(speculate=speculate))
+    seeds = [soli.SamplingParams(temperature=0.8, seed=seed) for seed in range(20)]
+    answers = {sampling: llm.generate("The river", sampling, max_tokens=40)[0] for sampling in (None, *seeds)}
+    ended = {sampling: answer for sampling, answer in answers.items() if answer.finish_reason == "stop"}
+    assert None in ended and len(ended) > 3
+    for sampling, free in ended.items():
+        assert llm.generate("The river", sampling, max_tokens=40, min_tokens=len(free.ids))[0].ids == free.ids
+        least = min(40, len(free.ids) + 5)
+        [longer] = llm.generate("The river", sampling, max_tokens=40, min_tokens=least)
+        assert len(longer.ids) >= least and longer.ids[: len(free.ids)] == free.ids
+        assert not set(longer.ids[:least]) & llm.text_model.stop_ids
+    with pytest.raises(SoliError, match="min_new_tokens is 9: give 0 to max_new_tokens, 3"):
+        llm.generate("The river", max_tokens=3, min_tokens=9)
+    llm.close()
 
 
 def test_n_answers_are_those_of_a_request_each(llm):

@@ -262,6 +262,7 @@ class LLM:
             trace=settings.trace,
             masked_experts=settings.masked_experts,
             constraint=settings.constraint,
+            min_new_tokens=settings.min_new_tokens,
         )
 
 

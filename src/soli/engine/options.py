@@ -39,6 +39,7 @@ class GenerationOptions(SamplingOptions, total=False):
     max_new_tokens: int | None
     max_tokens: int | None
     max_completion_tokens: int | None
+    min_tokens: int | None
     n: int | None
     stop: str | Sequence[str] | None
     stop_token_ids: Sequence[int] | None
@@ -55,6 +56,7 @@ KNOWN: Final = tuple(get_type_hints(GenerationOptions))
 SAMPLING: Final = tuple(get_type_hints(SamplingOptions))
 _TYPES: Final[Mapping[str, Any]] = {
     **dict.fromkeys(LENGTHS, Count),
+    "min_tokens": Annotated[int, Bounds(at_least=0)],
     "n": Count,
     "ignore_eos": bool,
     "trace": bool,
@@ -71,7 +73,6 @@ NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "echo": (False,),
     "suffix": ("",),
     "stream": (False,),
-    "min_tokens": (0,),
     "prompt_logprobs": (),
     "use_tqdm": (False,),
     "use_beam_search": (False,),
@@ -114,6 +115,7 @@ class GenerationSettings:
 
     sampling: SamplingParams = GREEDY
     max_new_tokens: int | None = None
+    min_new_tokens: int = 0
     n: int = 1
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
@@ -132,11 +134,13 @@ def read_options(
     reject_unknown_arguments(function, remaining, KNOWN, HINTS)
     values = {name: _converted(name, value) for name, value in remaining.items() if value is not None}
     lengths = _only_one(values, LENGTHS)
-    if values.get("ignore_eos") and values.get("constraint"):
-        raise SoliError("a constrained answer ends where its format does: leave ignore_eos out")
+    for name in ("ignore_eos", "min_tokens"):
+        if values.get(name) and values.get("constraint"):
+            raise SoliError(f"a constrained answer ends where its format does: leave {name} out")
     return GenerationSettings(
         sampling=_sampling(function, sampling, values),
         max_new_tokens=values[lengths[0]] if lengths else None,
+        min_new_tokens=values.get("min_tokens", 0),
         n=values.get("n", 1),
         stop=values.get("stop", ()),
         stop_token_ids=frozenset(values.get("stop_token_ids", ())),

@@ -31,7 +31,8 @@ class Request:
     the sampled token's and the k likeliest; `prompt_logprobs`: likewise, of every token of the prompt but the first.
     `trace`: the routing of every token that is computed, of the prompt too.
     `masked_experts`: (layer, expert) pairs that must not be selected; layers are numbered as in the files.
-    `constraint`: what the whole text must be; it ends where nothing else can follow.
+    `constraint`: what the whole text must be; it ends where nothing else can follow. `min_new_tokens`: none of the
+    `stop_ids` comes before so many tokens.
     """
 
     prompt_ids: tuple[int, ...]
@@ -44,6 +45,7 @@ class Request:
     trace: bool = False
     masked_experts: frozenset[tuple[int, int]] = frozenset()
     constraint: ConstraintSpec | None = None
+    min_new_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -221,6 +223,10 @@ def check_request(request: Request, text_model: TextModel, limits: EngineLimits,
         )
     if limit < (request.prompt_logprobs is None):
         raise RejectedRequest("max_new_tokens", f"max_new_tokens is {limit}: ask for at least 1")
+    if not 0 <= request.min_new_tokens <= limit:
+        raise RejectedRequest(
+            "min_new_tokens", f"min_new_tokens is {request.min_new_tokens}: give 0 to max_new_tokens, {limit}"
+        )
     together = f"the prompt has {len(prompt)} tokens and asks for {limit} more"
     if len(prompt) + limit > text_model.positions:
         raise RejectedRequest(

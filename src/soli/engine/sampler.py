@@ -25,7 +25,7 @@ Shapes: B requests, V vocabulary, K tokens that pass the filters.
 
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 
@@ -218,13 +218,20 @@ class Penalties:
 
 
 class SamplerState:
-    """The sampling state of one request: its parameters, its tokens so far and their counts, its constraint.
+    """The sampling state of one request: its parameters, its tokens so far and their counts, its constraint. None of
+    `end_ids` is among the first `min_tokens`.
 
     Rejects a bias for a token that the vocabulary does not have.
     """
 
     def __init__(
-        self, params: SamplingParams, prompt_ids: Sequence[int], vocab: int, constraint: Constraint | None = None
+        self,
+        params: SamplingParams,
+        prompt_ids: Sequence[int],
+        vocab: int,
+        constraint: Constraint | None = None,
+        min_tokens: int = 0,
+        end_ids: Collection[int] = (),
     ) -> None:
         largest = max(params.logit_bias, default=0)
         if largest >= vocab:
@@ -234,6 +241,8 @@ class SamplerState:
         self._tokens: list[int] = []
         self._penalties = Penalties(params, prompt_ids, vocab) if params.changes_logits else None
         self._constraint = constraint
+        self._min_tokens = min_tokens if end_ids else 0
+        self._end_ids = np.array(sorted(end_ids), dtype=np.int64)
 
     @property
     def position(self) -> int:
@@ -243,7 +252,12 @@ class SamplerState:
     @property
     def is_argmax(self) -> bool:
         """Whether the next token is that of the model's largest logit."""
-        return self.params.temperature == 0 and self._penalties is None and self._constraint is None
+        return self.params.temperature == 0 and self._logits_are_final
+
+    @property
+    def _logits_are_final(self) -> bool:
+        """Whether nothing changes the model's logits."""
+        return self._penalties is None and self._constraint is None and self.position >= self._min_tokens
 
     @property
     def finished(self) -> bool:
@@ -268,17 +282,20 @@ class SamplerState:
                 self._penalties.count(token, -1)
 
     def process(self, logits_V: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The logits of the next token after penalties and bias, -inf where the constraint excludes it.
+        """The logits of the next token after penalties and bias, -inf where the constraint excludes it or the answer
+        may not end yet.
 
         The argument is not changed. SoliError where the constraint allows no token.
         """
-        if self._penalties is None and self._constraint is None:
+        if self._logits_are_final:
             return logits_V
         logits_V = logits_V.copy()
         if self._penalties is not None:
             self._penalties.apply(logits_V)
         if self._constraint is not None:
             logits_V[~self._constraint.mask()] = -np.inf
+        if self.position < self._min_tokens:
+            logits_V[self._end_ids] = -np.inf
         return logits_V
 
     def distribution(self, logits_V: NDArray[np.float32]) -> Distribution:
