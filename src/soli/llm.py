@@ -259,6 +259,7 @@ class LLM:
             stop_ids=settings.stop_token_ids | (frozenset() if settings.ignore_eos else model.stop_ids),
             stop=settings.stop,
             logprobs=settings.logprobs,
+            prompt_logprobs=settings.prompt_logprobs,
             trace=settings.trace,
             masked_experts=settings.masked_experts,
             constraint=settings.constraint,

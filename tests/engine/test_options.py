@@ -144,6 +144,7 @@ def test_sampling_of_another_type_is_rejected(sampling):
         ({"logit_bias": {-3: 1}}, "logit_bias of token -3"),
         ({"masked_experts": [3]}, "masked_experts is 3"),
         ({"masked_experts": [(1, 2, 3)]}, "a pair of masked_experts"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs is -1"),
         ({"min_tokens": -1}, "min_tokens is -1"),
         ({"constraint": ConstraintSpec.regex("[0-9]"), "min_tokens": 3}, "leave min_tokens out"),
         ({"ignore_eos": 1}, "ignore_eos is 1"),

@@ -46,6 +46,7 @@ class GenerationOptions(SamplingOptions, total=False):
     ignore_eos: bool | None
     logprobs: int | bool | None
     top_logprobs: int | None
+    prompt_logprobs: int | None
     trace: bool | None
     masked_experts: Collection[tuple[int, int]] | None
     constraint: ConstraintSpec | None
@@ -55,12 +56,10 @@ LENGTHS: Final = ("max_new_tokens", "max_tokens", "max_completion_tokens")
 KNOWN: Final = tuple(get_type_hints(GenerationOptions))
 SAMPLING: Final = tuple(get_type_hints(SamplingOptions))
 _TYPES: Final[Mapping[str, Any]] = {
-    **dict.fromkeys(LENGTHS, Count),
-    "min_tokens": Annotated[int, Bounds(at_least=0)],
+    **dict.fromkeys(("min_tokens", "prompt_logprobs", "top_logprobs"), Annotated[int, Bounds(at_least=0)]),
     "n": Count,
     "ignore_eos": bool,
     "trace": bool,
-    "top_logprobs": Annotated[int, Bounds(at_least=0)],
     **dict.fromkeys(SAMPLING, float),
     "top_k": Annotated[int, Bounds(at_least=-1)],
     "seed": int,
@@ -73,7 +72,6 @@ NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "echo": (False,),
     "suffix": ("",),
     "stream": (False,),
-    "prompt_logprobs": (),
     "use_tqdm": (False,),
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
@@ -121,6 +119,7 @@ class GenerationSettings:
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     trace: bool = False
     masked_experts: frozenset[tuple[int, int]] = frozenset()
     constraint: ConstraintSpec | None = None
@@ -132,7 +131,8 @@ def read_options(
     """The settings that a call of `function` gives. SoliError naming the option, its value and the fix."""
     remaining = without_neutral(function, options, NEUTRAL, HINTS)
     reject_unknown_arguments(function, remaining, KNOWN, HINTS)
-    values = {name: _converted(name, value) for name, value in remaining.items() if value is not None}
+    least = 1 if remaining.get("prompt_logprobs") is None else 0  # new tokens
+    values = {name: _converted(name, value, least) for name, value in remaining.items() if value is not None}
     lengths = _only_one(values, LENGTHS)
     for name in ("ignore_eos", "min_tokens"):
         if values.get(name) and values.get("constraint"):
@@ -146,6 +146,7 @@ def read_options(
         stop_token_ids=frozenset(values.get("stop_token_ids", ())),
         ignore_eos=values.get("ignore_eos", False),
         logprobs=_logprobs(values),
+        prompt_logprobs=values.get("prompt_logprobs"),
         trace=values.get("trace", False),
         masked_experts=values.get("masked_experts", frozenset()),
         constraint=values.get("constraint"),
@@ -189,8 +190,10 @@ def _logprobs(values: Mapping[str, Any]) -> int | None:
     return logprobs
 
 
-def _converted(name: str, value: Any) -> Any:
+def _converted(name: str, value: Any, least_new_tokens: int) -> Any:
     """One option as its type; numbers of numpy and torch count as Python's."""
+    if name in LENGTHS:
+        return convert(name, _plain(value), Annotated[int, Bounds(at_least=least_new_tokens)])
     if name == "stop":
         return _stop(value)
     if name == "logit_bias":
