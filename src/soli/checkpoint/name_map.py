@@ -129,11 +129,13 @@ MTP: Final = (  # besides the rows of a block; eh_proj has no scale in the offic
     NameRow("model.layers.{i}.shared_head.head.weight", "embed_tokens.weight", ("V", "D"), HIGH, "tied", copy=True),
 )
 
-# Buffers that some exports write and every reader recomputes, and scales of a quantized cache: known, and ignored.
+# Buffers that some exports write and every reader recomputes, scales of a quantized cache, and what fills the pages
+# of a pack: known, and ignored.
 IGNORED: Final = (
     "model.rotary_emb.*", "model.layers.*.self_attn.rotary_emb.*", "model.layers.*.rotary_emb.*",
     "model.layers.*.self_attn.*k_scale", "model.layers.*.self_attn.*v_scale", "model.layers.*.self_attn.*q_scale",
     "model.layers.*.self_attn.*prob_scale", "model.layers.*.self_attn.masked_bias", "model.position_ids",
+    "model.layers.*.mlp.experts.*.padding",
 )  # fmt: skip
 
 

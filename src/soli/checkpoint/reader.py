@@ -85,6 +85,10 @@ class Checkpoint:
         """Whether the files have this slot; only copies may be absent."""
         return slot.name in self.entries
 
+    def metadata(self, file: Path) -> dict[str, Any]:
+        """What the header of a shard has beside its tensors."""
+        return self._shards[file].metadata
+
     def stored(self, name: str) -> Tensor:
         """A tensor as stored, mapped from disk and read-only unless the checkpoint reads into memory."""
         shard = self._shards[self.entries[name].file]

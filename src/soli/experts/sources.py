@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 import torch
 
 from soli.checkpoint.name_map import SCALE_SUFFIX, Slot
+from soli.checkpoint.pack import checksums
 from soli.checkpoint.quantization import FORMAT
 from soli.checkpoint.reader import Checkpoint
 from soli.checkpoint.shard import TORCH_DTYPE, TensorEntry
@@ -48,11 +49,15 @@ class Part(NamedTuple):
 
 
 class ExpertLayout(NamedTuple):
-    """How one expert is read, and the six parts of it: gate, up, down and their scales, None where there is none."""
+    """How one expert is read, and the six parts of it: gate, up, down and their scales, None where there is none.
+
+    `checksum`: CRC-32 of the first `needed` bytes of the one read, where the files are a pack.
+    """
 
     reads: tuple[Read, ...]
     parts: tuple[Part | None, ...]
     nbytes: int  # of a slot, aligned
+    checksum: int | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,13 @@ def _layer(checkpoint: Checkpoint, name: str, slots: Sequence[Slot], files: dict
     layer = slots[0].layer
     assert layer is not None
     experts = tuple(_expert(checkpoint, triple, files) for triple in triples)
+    file = checkpoint.entries[slots[0].name].file
+    crcs = checksums(checkpoint.metadata(file), file)
+    if crcs is not None:
+        if len(crcs) != len(experts) or any(len(expert.reads) != 1 for expert in experts):
+            raise SoliError(f"{file}: is a pack, but its experts are not as its header says: pack it again")
+        pairs = zip(experts, crcs, strict=True)
+        experts = tuple(expert._replace(checksum=crc) for expert, crc in pairs)
     return LayerSource(name, layer, matrices, experts)
 
 

@@ -13,6 +13,7 @@ One thread at a time may use a store. Shapes: E experts, T tokens, K chosen, D h
 
 import mmap
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -66,6 +67,7 @@ class ExpertStore:
         self.stats = StoreStats()
         self._locked: set[Key] = set()
         self._errors: dict[Key, Exception] = {}
+        self._verified: set[Key] = set()
         self._slots: dict[Key, int] = {}
         self._arrived = threading.Condition()
         self.layers = [PagedExperts.of(self, at, source) for at, source in enumerate(sources.layers)]
@@ -236,6 +238,18 @@ class ExpertStore:
             experts.states[expert] = PRESENT if error is None else FAILED
             self._arrived.notify_all()
 
+    def _verify(self, key: Key, layout: ExpertLayout, base: int) -> None:
+        """Compare an expert of a pack with its checksum, the first time that it is read."""
+        if layout.checksum is None or key in self._verified:
+            return
+        if zlib.crc32(self._view[base : base + layout.reads[0].needed]) != layout.checksum:
+            part = layout.parts[0]
+            raise SoliError(
+                f"{part.name if part else 'an expert'}: what was read does not have the checksum of its expert: pack "
+                "the model again"
+            )
+        self._verified.add(key)
+
     def _weights(self, layer: int, expert: int) -> tuple[QuantizedWeight, QuantizedWeight, QuantizedWeight]:
         source = self.sources.layers[layer]
         layout = source.experts[expert]
@@ -268,6 +282,7 @@ class ExpertStore:
         """(3, 2): of values and scale of each matrix, after what must be copied is copied and scales are checked."""
         layout = self.sources.layers[layer].experts[expert]
         base = self._slots[layer, expert] * self.slot_bytes
+        self._verify((layer, expert), layout, base)
         for part, offset in _copied_offsets(layout).items():
             raw = self._bytes[base + part.offset : base + part.offset + part.nbytes].clone()
             values = raw.view(part.dtype)
