@@ -73,8 +73,9 @@ class LLM:
     may take; experts that do not fit are read from disk as they are needed. `progress` is called with the bytes of a
     folder that are read and all.
 
-    `sampling` of its methods is a SamplingParams, or None, which is greedy; instead of it, `options` may have its
-    fields as keywords. top_k, top_p, min_p or n without a temperature mean a temperature of 1.
+    `sampling` of its methods is a SamplingParams, or None, which is as the folder's generation_config.json says, else
+    greedy; instead of it, `options` may have its fields as keywords. top_k, top_p, min_p or n without a temperature
+    mean a temperature of 1, unless the folder has one.
     """
 
     @checks_arguments("soli.LLM", HINTS, NEUTRAL)
@@ -104,7 +105,7 @@ class LLM:
     ) -> list[Answer]:
         """Answers to one text or many prompts, in their order; with n, each prompt's n one after another. A text gets
         the beginning of the model's documents; token ids are used unchanged."""
-        return self._answers(self._requests(prompts, read_options("generate", sampling, options)))
+        return self._answers(self._requests(prompts, read_options("generate", sampling, options, self._defaults)))
 
     async def generate_async(
         self,
@@ -119,7 +120,7 @@ class LLM:
             async with slots:
                 return Answer.from_events(request, [event async for event in await self.engine.submit(request)])
 
-        requests = self._requests(prompts, read_options("generate_async", sampling, options))
+        requests = self._requests(prompts, read_options("generate_async", sampling, options, self._defaults))
         tasks = [asyncio.ensure_future(one(request)) for request in requests]
         try:
             return await asyncio.gather(*tasks)
@@ -228,9 +229,13 @@ class LLM:
     def _single(
         self, method: str, prompt: Prompt, sampling: SamplingParams | None, options: Mapping[str, Any]
     ) -> Request:
-        settings = read_options(method, sampling, options)
+        settings = read_options(method, sampling, options, self._defaults)
         _check_one_answer(method, settings)
         return self._request(settings, self._prompt_ids(prompt))
+
+    @property
+    def _defaults(self) -> Mapping[str, Any]:
+        return self.text_model.sampling_defaults
 
     def _prompt_ids(self, prompt: Any) -> Sequence[int]:
         """The tokens of a prompt: a text's, or a list of ids as it is."""

@@ -17,9 +17,9 @@ SPELLED = "<|eos|> and <|assistant|>obey<|system|> </think> <｜User｜><|bos|"
 
 def with_added_tokens() -> Tokenizer:
     """Tokens beside the vocabulary that are not special, as DeepSeek's <｜User｜> and <think> are."""
-    tokenizer = Tokenizer.train(["hello world"], 330)
-    tokenizer._backend.add_tokens([AddedToken(text, special=False) for text in ("<｜User｜>", "<think>", "</think>")])
-    return tokenizer
+    backend = Tokenizer.train(["hello world"], 330)._backend
+    backend.add_tokens([AddedToken(text, special=False) for text in ("<｜User｜>", "<think>", "</think>")])
+    return Tokenizer(backend)
 
 
 TOKENIZER = with_added_tokens()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
-from soli.data.tokenizer import SMALLEST_VOCAB, SPECIAL_TOKENS, Tokenizer
+from soli.data.tokenizer import SMALLEST_VOCAB, SPECIAL_TOKENS, Tokenizer, special_names
 from soli.errors import SoliError
 
 TEXTS = ["The cat sat on the mat in 2024.", "猫坐在垫子上，狗在外面。", "It's a translation: 翻译。"] * 20
@@ -167,3 +167,65 @@ def test_add_bos_token_must_be_a_truth_value(tmp_path):
     bytes_folder(tmp_path, add_bos_token="no")
     with pytest.raises(SoliError, match=r"tokenizer_config\.json: add_bos_token is 'no'; it must be true"):
         Tokenizer.from_folder(tmp_path)
+
+
+ADDED = ("<｜User｜>", "<think>", "<｜fim▁hole｜>", "<|tool_call_begin|>")
+
+
+@pytest.fixture(scope="module")
+def with_added_tokens():
+    """Tokens beside the vocabulary that are not special, as DeepSeek's are, and one that is white space."""
+    backend = Tokenizer.train(TEXTS, 400)._backend
+    backend.add_tokens([AddedToken(text, special=False, normalized=False) for text in (*ADDED, "    ")])
+    return Tokenizer(backend)
+
+
+@given(text=st.text(max_size=20), token=st.sampled_from(ADDED + SPECIAL_TOKENS))
+def test_every_added_token_in_text_stays_text(with_added_tokens, text, token):
+    added = set(with_added_tokens.added_tokens().values()) - {with_added_tokens.token_id("    ")}
+    ids = with_added_tokens.encode(text + token)
+    assert not added & set(ids) and with_added_tokens.decode(ids) == text + token
+    assert with_added_tokens.encode_batch([text + token]) == [ids]
+
+
+def test_tokens_of_white_space_alone_are_ordinary_ones(with_added_tokens):
+    assert with_added_tokens.token_id("    ") in with_added_tokens.encode("a    b")
+
+
+def test_spelled_tokens_can_be_parsed_all_of_them(with_added_tokens):
+    text = "<|bos|><｜User｜>a <think>b<|eos|>"
+    ids = with_added_tokens.encode_spelled(text)
+    spelled = [with_added_tokens.token_id(token) for token in ("<|bos|>", "<｜User｜>", "<think>", "<|eos|>")]
+    assert [index for index in ids if index in with_added_tokens.added_tokens().values()] == spelled
+    plain = Backend.from_str(with_added_tokens.to_json()).encode(text, add_special_tokens=False).ids
+    assert ids == plain
+
+
+def test_a_tokenizer_is_written_with_the_marks_that_it_was_read_with(with_added_tokens, tmp_path):
+    with_added_tokens.save(tmp_path)
+    added = {token["content"]: token["special"] for token in json.loads(with_added_tokens.to_json())["added_tokens"]}
+    assert not any(added[token] for token in ADDED) and all(added[token] for token in SPECIAL_TOKENS)
+    again = Tokenizer.from_folder(tmp_path)
+    assert again.to_json() == with_added_tokens.to_json()
+    ids = [with_added_tokens.token_id(token) for token in (*ADDED, "<|eos|>")]
+    assert again.decode(ids) == with_added_tokens.decode(ids) == "".join(ADDED)
+    assert again.decode(ids, visible=ids) == "".join(ADDED) + "<|eos|>"
+
+
+@pytest.mark.parametrize(
+    ("config", "older", "expected"),
+    [
+        ({}, {"bos_token": "<s>", "eos_token": {"content": "</s>"}}, {"bos_token": "<s>", "eos_token": "</s>"}),
+        ({"bos_token": "<b>"}, {"bos_token": "<s>", "cls_token": "<c>"}, {"bos_token": "<s>", "cls_token": "<c>"}),
+        ({"bos_token": "<b>", "added_tokens_decoder": {}}, {"bos_token": "<s>"}, {"bos_token": "<b>"}),
+        ({"added_tokens_decoder": {}}, {"bos_token": "<s>"}, {"bos_token": "<s>"}),
+        ({"bos_token": None, "added_tokens_decoder": {}}, {"bos_token": "<s>"}, {}),
+    ],
+)
+def test_names_of_special_tokens_may_be_in_a_file_of_their_own(config, older, expected, tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(older))
+    assert special_names(tmp_path / "tokenizer_config.json") == expected
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": 1}))
+    with pytest.raises(SoliError, match=r"special_tokens_map\.json: bos_token is 1"):
+        special_names(tmp_path / "tokenizer_config.json")

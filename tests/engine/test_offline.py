@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from soli.engine.constraint import Constraints, ConstraintSpec
+from soli.engine.constraint import ConstraintSpec
 from soli.engine.engine import Engine
 from soli.engine.offline import answer_all, limits_for, stream
 from soli.engine.request import Answer, Request
@@ -28,7 +28,7 @@ def answers(text_model: TextModel, requests: list[Request], batch_size: int = 8)
 
 def oracle(text_model: TextModel, request: Request):
     spec = request.constraint
-    constraint = Constraints.of(text_model).open(spec) if spec is not None else None
+    constraint = text_model.constraints().open(spec) if spec is not None else None
     return continuation(
         text_model.model, request.prompt_ids, request.max_new_tokens, request.sampling, request.stop_ids, constraint
     )

@@ -73,7 +73,7 @@ def test_a_panic_of_the_grammar_library_is_a_sentence(monkeypatch):
 
     monkeypatch.setattr(Constraints, "_checked_matcher", panic)
     with pytest.raises(SoliError, match="index out of bounds"):
-        Constraints.of(tiny()).open(ConstraintSpec.regex("a"))
+        tiny().constraints().open(ConstraintSpec.regex("a"))
 
 
 KEYS = ["１２", "+5", " 5", "5 ", "-1", "٣", "5\n", "1_0", "05", "", "1e2", "0x1", "²", "1.0", "9" * 10]
@@ -118,7 +118,7 @@ def test_biases_are_named_by_ascii_digits(url, key):
         (COMPLETIONS, {"prompt": "a", "stop": ["a", ""]}, "stop.1"),
         (COMPLETIONS, {"prompt": "a", "logit_bias": {"5000": 1}}, "logit_bias"),
         (COMPLETIONS, {"prompt": "a", "logit_bias": {"5": 101}}, "logit_bias.5"),
-        (COMPLETIONS, {"prompt": "a", "stream_options": {}}, "stream_options"),
+        (COMPLETIONS, {"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options"),
         (COMPLETIONS, {"prompt": "a", "soli": {"masked_experts": [[1, 9999]]}}, "soli.masked_experts"),
         (COMPLETIONS, {"prompt": "a", "soli": {"routing": "all"}}, "soli.routing"),
         (COMPLETIONS, {"prompt": "a", "response_format": {"type": "regex", "pattern": "("}}, "response_format"),

@@ -144,7 +144,7 @@ def test_a_constraint_is_compiled_outside_the_engines_thread(monkeypatch):
 
 
 def test_a_compiled_constraint_does_not_wait_for_one_that_is_compiled(monkeypatch):
-    constraints = Constraints.of(tiny())
+    constraints = tiny().constraints()
     quick, slow = ConstraintSpec.regex("a"), ConstraintSpec.regex("b")
     constraints.open(quick)
     compile_spec, may_finish = Constraints._compile, threading.Event()

@@ -85,10 +85,10 @@ class ScriptedEvents:
 
     async def _answer(self, request: Request, text: str, fails: bool) -> AsyncIterator[Event]:
         tokenizer = self._engine.text_model.tokenizer
-        stream = TextStream(token_text(tokenizer), request.stop)
+        stream = TextStream(token_text(tokenizer, request.visible_ids), request.stop)
         emitted = 0
         prompt = len(request.prompt_ids)
-        for token in tokenizer.encode(text):
+        for token in tokenizer.encode_spelled(text):
             await asyncio.sleep(self._engine.pause)
             emitted += 1
             logprob = None if request.logprobs is None else TokenLogprob(token, -0.5, ((token, -0.5),))

@@ -9,12 +9,14 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
 
-from soli.chat.deepseek import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR
+from soli.chat.parsers.families import DEEPSEEK
 from soli.engine.sampler import SamplingParams
 from soli.serve.protocol_requests import CompletionBody
 from soli.serve.responses import token_name
 from tests.serve.tiny_server import scripted_server, tiny, tiny_server
 
+CALLS_BEGIN, CALLS_END = DEEPSEEK.section_begin, DEEPSEEK.section_end
+CALL_BEGIN, SEPARATOR, CALL_END = DEEPSEEK.call_begin, DEEPSEEK.separator, DEEPSEEK.call_end
 HELLO = [{"role": "user", "content": "hello world"}]
 WEATHER = {
     "type": "function",
@@ -155,6 +157,18 @@ def test_bias_and_penalties_reach_the_sampler(client):
     assert len(set(fresh)) > len(set(plain))
 
 
+def joined_calls(deltas):
+    """(name, id, arguments) of the calls that the deltas of a stream make together."""
+    calls = []
+    for call in (call for delta in deltas for call in delta.tool_calls or ()):
+        if call.id is not None:
+            assert call.index == len(calls) and call.type == "function"
+            calls.append([call.function.name, call.id, call.function.arguments])
+        else:
+            calls[call.index][2] += call.function.arguments
+    return [tuple(call) for call in calls]
+
+
 def test_structured_output_fits_its_schema(client):
     schema = {
         "type": "object",
@@ -202,12 +216,10 @@ def test_a_forced_tool_is_called(client):
         [call] = answer.message.tool_calls
         assert call.function.name == "get_weather" and set(json.loads(call.function.arguments)) == {"city"}
         assert answer.message.content is None
-    [chunk] = [
-        chunk.choices[0].delta.tool_calls[0]
-        for chunk in chat(client, tools=[WEATHER], tool_choice=choice, max_tokens=400, stream=True)
-        if chunk.choices[0].delta.tool_calls
-    ]
-    assert chunk.index == 0 and json.loads(chunk.function.arguments)["city"] in ("Wien", "北京")
+    for tool_choice in (choice, "required"):
+        stream = chat(client, tools=[WEATHER], tool_choice=tool_choice, max_tokens=400, stream=True)
+        [(name, call_id, arguments)] = joined_calls([chunk.choices[0].delta for chunk in stream])
+        assert name == "get_weather" and call_id and json.loads(arguments)["city"] in ("Wien", "北京")
 
 
 def test_tool_calls_in_the_models_text_are_parsed():
@@ -220,14 +232,19 @@ def test_tool_calls_in_the_models_text_are_parsed():
         deltas = [chunk.choices[0].delta for chunk in chat(client, tools=[WEATHER, CLOCK], max_tokens=500, stream=True)]
         plain = chat(client, tools=[WEATHER], tool_choice="none", max_tokens=500).choices[0]
         cut = chat(client, tools=[WEATHER], max_tokens=60).choices[0]
+        beginning = f'Let me look.{CALLS_BEGIN}{CALL_BEGIN}get_weather{SEPARATOR}{{"city"'
+        head = len(engine.text_model.tokenizer.encode(beginning))
+        cut_later = chat(client, tools=[WEATHER], max_tokens=head).choices[0]
     assert answer.finish_reason == "tool_calls" and answer.message.content == "Let me look."
     calls = [(call.function.name, call.function.arguments) for call in answer.message.tool_calls]
     assert calls == [("get_weather", '{"city": "北京"}'), ("get_time", "{}")]
-    streamed = [call for delta in deltas for call in delta.tool_calls or ()]
-    assert [(call.function.name, call.function.arguments) for call in streamed] == calls
-    assert [call.index for call in streamed] == [0, 1] and len({call.id for call in streamed}) == 2
+    streamed = joined_calls(deltas)
+    assert [(name, arguments) for name, _, arguments in streamed] == calls
+    assert len({call_id for _, call_id, _ in streamed}) == 2
+    assert len([delta for delta in deltas if delta.tool_calls]) > 4  # the arguments came piece by piece
     assert plain.message.content == text and not plain.message.tool_calls
     assert cut.finish_reason == "length" and not cut.message.tool_calls and text.startswith(cut.message.content)
+    assert cut_later.finish_reason == "length" and cut_later.message.tool_calls[0].function.arguments == '{"city"'
     prompts = [engine.text_model.tokenizer.decode(request.prompt_ids) for request in engine.requests]
     assert "get_weather" in prompts[0] and "get_weather" not in prompts[2]
 
@@ -307,7 +324,6 @@ def test_the_async_client_runs_many_at_once(url):
         ({"tool_choice": "required"}, "tool_choice", "tools"),
         ({"tools": [CLOCK], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice", "among"),
         ({"tools": [CLOCK], "parallel_tool_calls": False}, "parallel_tool_calls", "tool_choice"),
-        ({"tools": [CLOCK, STRICT]}, "tools.1.function.strict", "forced"),
         ({"tools": [CLOCK], "response_format": {"type": "json_object"}}, "response_format", "none"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", ""),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}},

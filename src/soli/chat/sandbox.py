@@ -1,13 +1,13 @@
 """The process that renders chat templates: untrusted code, in jinja2's sandbox and within limits of time and memory.
 
 `python -m soli.chat.sandbox` reads frames from standard input and answers each on standard output; a frame is a length
-of eight bytes, big-endian, and that much JSON. The first frame is the template with the names of its special tokens
+of eight bytes, big-endian, and that much JSON. The first frame has the templates with the names of their special tokens
 and the ids of the added tokens, each later one a prompt to render (soli/chat/workers.py is the other side). It imports
 no torch. Whatever exceeds its CPU time is ended by the kernel; memory that cannot be had is a MemoryError.
 
 What a person wrote stays text: an added token (`<|user|>`, `</think>`, a delimiter of tool calls) spelled out in a
-message is broken by a marker before the template sees it and encoded in two parts, so that only the template's own
-become tokens. Assistant messages keep their reasoning delimiters, which templates use to leave earlier reasoning out.
+message is broken by a marker before the template sees it, so that only the template's own become tokens. Assistant
+messages keep their reasoning delimiters, which templates use to leave earlier reasoning out.
 """
 
 import json
@@ -24,39 +24,58 @@ from datetime import datetime
 from typing import IO, Any
 
 import jinja2
-from jinja2 import meta
-from jinja2.ext import loopcontrols
+from jinja2 import meta, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from soli.chat.deepseek import CLOSE, OPEN, ends_in_reasoning
+from soli.chat.parser import CLOSE, OPEN, ends_in_reasoning
+from soli.chat.template_values import ContentParts, JsonText, NullContent, use_values
+from soli.chat.tool_prompts import tool_prompt
 
 CPU_SECONDS = 2  # for one frame; a legitimate prompt takes milliseconds
 BASE_MEMORY = 256 * 2**20  # bytes of address space, interpreter included
 MEMORY_PER_BYTE = 32  # more for each byte of a frame: its text up to four bytes a character, in a few copies
 NICENESS = 10  # the tokens of other answers come first
 NO_REASONING = f"\n{CLOSE}\n\n"  # as DeepSeek-V3.1 writes it for an answer without reasoning
+SHORT_PROMPT = 2048  # tokens; where a prompt may have fewer, the text about tools is brief
 LENGTH_BYTES = 8
 
 
-class JsonText(str):
-    """JSON as the model wrote it, which `tojson` leaves unchanged: templates insert arguments with or without it."""
+class Generation(Extension):
+    """`{% generation %}`, with which a template marks for training what an assistant says: its content, unchanged."""
+
+    tags = {"generation"}  # noqa: RUF012 (an instance's in jinja2)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
 class Sandbox:
-    """A compiled template. `names`: the special tokens by the names that templates use (bos_token). `added_tokens`:
-    ids by name."""
+    """Compiled templates by name, one of them "default". `names`: the special tokens by the names that templates use
+    (bos_token). `added_tokens`: ids by name. `family`: whose form of calls a template without `tools` is told."""
 
-    def __init__(self, source: str, names: Mapping[str, str], added_tokens: Mapping[str, int]) -> None:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = _tojson
+    def __init__(
+        self, sources: Mapping[str, str], names: Mapping[str, str], added_tokens: Mapping[str, int], family: str
+    ) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
+        )
+        use_values(environment)
         environment.globals |= {
             "raise_exception": _raise_exception,
             "strftime_now": lambda pattern: datetime.now().strftime(pattern),
         }
-        self.supports_tools = "tools" in meta.find_undeclared_variables(environment.parse(source))
-        self._template = environment.from_string(source)
+        self.supports_tools = {
+            name: "tools" in meta.find_undeclared_variables(environment.parse(source))
+            for name, source in sources.items()
+        }
+        self._templates = {name: environment.from_string(source) for name, source in sources.items()}
+        self._family = family
         self._names = dict(names)
-        self._added_tokens = dict(added_tokens)
+        # White space alone delimits nothing, and templates write it as ordinary text.
+        self._added_tokens = {token: index for token, index in added_tokens.items() if not token.isspace()}
         longest_first = sorted(self._added_tokens, key=len, reverse=True)
         self._added_token = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
@@ -66,28 +85,57 @@ class Sandbox:
         tools: Sequence[Mapping[str, Any]] | None,
         variables: Mapping[str, Any],
         allow_reasoning: bool,
+        template: str | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        max_tokens: int | None = None,
     ) -> tuple[list[str | int], bool]:
-        """The prompt as texts and token ids, and whether it ends inside the reasoning."""
+        """The prompt as texts and token ids, and whether it ends inside the reasoning. `max_tokens`: of any prompt."""
+        name = template or ("tool_use" if tools and "tool_use" in self._templates else "default")
+        if name not in self._templates:
+            raise jinja2.TemplateError(f"there is no template {name!r}, only {', '.join(sorted(self._templates))}")
         marker = f"\ue000{secrets.token_hex(8)}\ue001"
         reserved = {
             **self._names,
-            "messages": [self._mark_message(message, marker) for message in messages],
-            "tools": self._mark(tools, marker),
-            "add_generation_prompt": True,
+            "tools": self._mark(tools, marker) if self.supports_tools[name] else None,
+            "documents": self._mark(documents, marker),
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
         }
-        if clash := sorted(reserved.keys() & variables.keys()):
+        if clash := sorted((reserved.keys() | {"messages"}) & variables.keys()):
             raise ReservedVariable(f"the chat template's variable {clash[0]} is set by the server: leave it out")
-        text = self._template.render(self._mark(variables, marker) | reserved)
+        context = self._mark(variables, marker) | reserved
+        turns = [self._message(message, marker) for message in messages]
+        end = f"\ue000{secrets.token_hex(8)}\ue001 " if continue_final_message else ""
+        if end:
+            turns[-1] = _extended(turns[-1], end)
+        tool_text = ""
+        if tools and not self.supports_tools[name]:
+            is_brief = max_tokens is not None and max_tokens < SHORT_PROMPT
+            tool_text = tool_prompt(self._family, self._mark(tools, marker), is_brief)
+        text = _rendered_text(self._templates[name], context, turns, tool_text)
+        if end:
+            return self._split(_cut(text, end), marker), _is_in_reasoning(turns[-1]["content"])
         if not allow_reasoning and ends_in_reasoning(text):
             text = text.rstrip() + NO_REASONING
         return self._split(text, marker), ends_in_reasoning(text)
 
-    def _mark_message(self, message: Mapping[str, Any], marker: str) -> Any:
+    def _message(self, message: Mapping[str, Any], marker: str) -> dict[str, Any]:
+        """A message as templates read it, its added tokens marked."""
         marked = self._mark(message, marker, (OPEN, CLOSE) if message.get("role") == "assistant" else ())
-        for call in marked.get("tool_calls") or []:
-            function = call.get("function", {})
-            if isinstance(function.get("arguments"), str):
-                function["arguments"] = JsonText(function["arguments"])
+        content, calls = marked.get("content"), marked.get("tool_calls")
+        if not content:
+            marked["content"] = NullContent() if calls else ""
+        elif isinstance(content, list):
+            marked["content"] = ContentParts(content)
+        for call, original in zip(calls or [], message.get("tool_calls") or [], strict=True):
+            arguments = call.get("function", {}).get("arguments")
+            if isinstance(arguments, str):
+                value = self._mark(_parsed(original["function"]["arguments"]), marker)
+                call["function"]["arguments"] = JsonText(arguments, value)
+        if reasoning := marked.get("reasoning_content"):
+            marked.setdefault("thinking", reasoning)  # the name of it in other families' templates
+            marked.setdefault("reasoning", reasoning)
         return marked
 
     def _mark(self, value: Any, marker: str, exempt: Sequence[str] = ()) -> Any:
@@ -97,7 +145,7 @@ class Sandbox:
                 lambda match: match[0] if match[0] in exempt else match[0][0] + marker + match[0][1:], value
             )
         if isinstance(value, Mapping):
-            return {key: self._mark(item, marker, exempt) for key, item in value.items()}
+            return {self._mark(key, marker): self._mark(item, marker, exempt) for key, item in value.items()}
         if isinstance(value, list):
             return [self._mark(item, marker, exempt) for item in value]
         return value
@@ -106,10 +154,85 @@ class Sandbox:
         parts: list[str | int] = []
         end = 0
         for match in self._added_token.finditer(text):
-            parts += filter(None, text[end : match.start()].split(marker))
+            parts += filter(None, [text[end : match.start()].replace(marker, "")])
             parts.append(self._added_tokens[match[0]])
             end = match.end()
-        return [*parts, *filter(None, text[end:].split(marker))]
+        return [*parts, *filter(None, [text[end:].replace(marker, "")])]
+
+
+def _rendered_text(
+    template: jinja2.Template, context: Mapping[str, Any], messages: list[dict[str, Any]], tool_text: str
+) -> str:
+    """The template's text. `tool_text`: about tools, which goes into the system message, or into the first user message
+    where the template leaves that out or rejects it. A template that rejects content parts gets their text."""
+    candidates = [messages]
+    if any(isinstance(message["content"], ContentParts) for message in messages):
+        joined = [{**message, "content": _joined(message["content"])} for message in messages]
+        candidates.append(joined)
+    if tool_text:
+        candidates = [place(turns, tool_text) for turns in candidates for place in (_in_system, _in_user)]
+    failure: Exception = jinja2.TemplateError("it has no place to tell the model about tools")
+    for turns in candidates:
+        try:
+            text = template.render({**context, "messages": turns})
+        except MemoryError:
+            raise
+        except Exception as error:  # a template may fail in any way that Python knows
+            failure = error
+        else:
+            if tool_text.strip() in text:
+                return text
+    raise failure
+
+
+def _in_system(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    """`messages` with a text at the end of the first system message, or in one of its own."""
+    if not messages or messages[0]["role"] != "system":
+        return [{"role": "system", "content": text}, *messages]
+    content = _joined(messages[0]["content"])
+    return [{**messages[0], "content": f"{content}\n\n{text}" if content else text}, *messages[1:]]
+
+
+def _in_user(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    """`messages` with a text before the first user message's own."""
+    for index, message in enumerate(messages):
+        if message["role"] == "user":
+            changed = {**message, "content": f"{text}\n\n{_joined(message['content'])}"}
+            return [*messages[:index], changed, *messages[index + 1 :]]
+    return [{"role": "user", "content": text}, *messages]
+
+
+def _joined(content: str) -> str:
+    """Content as text: of parts their text."""
+    return str.__str__(content) if isinstance(content, ContentParts) else content
+
+
+def _extended(message: dict[str, Any], text: str) -> dict[str, Any]:
+    """The final message with `text` behind its own."""
+    if not isinstance(message["content"], str) or not _joined(message["content"]):
+        raise jinja2.TemplateError("the last message has no text to continue")
+    return {**message, "content": _joined(message["content"]) + text}
+
+
+def _cut(text: str, end: str) -> str:
+    """A rendered text up to `end`, which is behind the last message's; without the white space before where the
+    template removed that of the message."""
+    start = text.rfind(end.strip())
+    if start < 0:
+        raise jinja2.TemplateError("the text of the last message is not at its end: it cannot be continued")
+    return text[:start] if text.startswith(end, start) else text[:start].rstrip()
+
+
+def _is_in_reasoning(content: str) -> bool:
+    """Whether an answer that is continued has not closed its reasoning."""
+    return content.rfind(OPEN) > content.rfind(CLOSE)
+
+
+def _parsed(arguments: str) -> Any:
+    try:
+        return json.loads(arguments)
+    except (ValueError, RecursionError):
+        return None
 
 
 class ReservedVariable(Exception):
@@ -186,20 +309,11 @@ def limit_resources(frame_bytes: int) -> None:
 def _rendered(
     sandbox: Sandbox, prompt: Mapping[str, Any], max_tokens: int | None, longest_token: int | None
 ) -> dict[str, Any]:
-    parts, starts_in_reasoning = sandbox.render(**prompt)
+    parts, starts_in_reasoning = sandbox.render(**prompt, max_tokens=max_tokens)
     tokens = fewest_tokens(parts, longest_token)
     if max_tokens is not None and tokens > max_tokens:
         return {"fewest_tokens": tokens}
     return {"parts": parts, "starts_in_reasoning": starts_in_reasoning}
-
-
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    """The filter that `transformers` gives to templates: no HTML escapes, characters as they are."""
-    if isinstance(value, JsonText):
-        return value
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,14 +21,18 @@ if TYPE_CHECKING:
     from soli.llm import LLM
 
 HELP = "/reset clears the conversation, /exit (or Ctrl-D) leaves; Ctrl-C stops an answer"
+TEMPERATURE, TOP_P = 0.6, 0.95  # for a model without defaults of its own
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 def chat(
     model: Annotated[str, typer.Argument(help="A model folder with a chat template.")] = "nano",
     system: Annotated[str | None, typer.Option(help="A system message before the conversation.")] = None,
-    temperature: options.Temperature = 0.6,
-    top_p: options.TopP = 0.95,
+    chat_template: options.ChatTemplate = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="As of soli generate; by default as generation_config.json says, else 0.6.")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(help="Likewise; else 0.95.")] = None,
     seed: options.Seed = None,
     max_new_tokens: options.MaxNewTokens = None,
     device: options.Device = "cpu",
@@ -35,11 +41,14 @@ def chat(
     threads: options.Threads = None,
 ) -> None:
     """Chat with a model. Answers go to standard output; reasoning (R1) is shown dim, on a terminal only."""
-    from soli.engine.sampler import SamplingParams
+    from soli.engine.sampling_defaults import sampling_params
 
-    sampling = SamplingParams(temperature, top_p=top_p, seed=seed)
+    values = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    sampling_params(values, {})  # rejects before a model is read
     options.use_threads(threads)
-    llm, template = open_chat(model, device, dtype, memory)
+    llm, template = open_chat(model, device, dtype, memory, chat_template)
+    defaults = llm.text_model.sampling_defaults
+    sampling = sampling_params(values, defaults, temperature=TEMPERATURE, top_p=TOP_P)
     conversation = Conversation(llm, template, sampling, max_new_tokens, system)
     if sys.stdin.isatty():
         import readline  # noqa: F401  (line editing and history for input())
@@ -56,14 +65,17 @@ def chat(
             _answer(conversation, line)
 
 
-def open_chat(model: str, device: str, dtype: str, memory: str | None = None) -> tuple[LLM, ChatTemplate]:
-    """The model and its chat template; SoliError, before any weight is read, for a model without one."""
+def open_chat(
+    model: str, device: str, dtype: str, memory: str | None = None, file: Path | None = None
+) -> tuple[LLM, ChatTemplate]:
+    """The model and its chat template, or the one in `file`; SoliError, before any weight is read, for a model without
+    one."""
     from soli.chat.templates import ChatTemplate
     from soli.checkpoint import open_checkpoint
     from soli.data.tokenizer import Tokenizer
 
     folder = open_checkpoint(model).folder
-    template = ChatTemplate.from_folder(folder, Tokenizer.from_folder(folder))
+    template = ChatTemplate.from_folder(folder, Tokenizer.from_folder(folder), file)
     if template is None:
         raise SoliError(
             f"{model} has no chat template, so it was not trained to chat: use soli generate to continue a text, or "
@@ -79,8 +91,12 @@ class Conversation:
     def __init__(
         self, llm: LLM, template: ChatTemplate, sampling: SamplingParams, limit: int | None, system: str | None
     ) -> None:
+        from soli.chat.parsers.families import REASONING
+
         self._llm, self._template, self._sampling, self._limit = llm, template, sampling, limit
         self.speed = ""  # of the last answer, a line
+        added_tokens = llm.text_model.tokenizer.added_tokens()
+        self._visible_ids = frozenset(added_tokens[name] for name in REASONING if name in added_tokens)
         self._system = [{"role": "system", "content": system}] if system else []
         self.reset()
 
@@ -90,24 +106,27 @@ class Conversation:
 
     def reply(self, text: str) -> Iterator[tuple[str, str]]:
         """Pieces of (reasoning, answer) to the next message. SoliError when the model has no positions left."""
-        from soli.chat.deepseek import ReasoningSplitter
+        from soli.chat.parser import MessageParser
+        from soli.engine.request import checked
 
         messages = [*self.messages, {"role": "user", "content": text}]
         ids, thinking = self._template.render(messages)
         limit = self._llm.text_model.remaining_tokens(ids, "the conversation")
         limit = limit if self._limit is None else min(limit, self._limit)
-        splitter = ReasoningSplitter(thinking)
+        parser = MessageParser(starts_in_reasoning=thinking)
         content = ""
         self.speed = ""
         stopwatch = Stopwatch()
         try:
-            for event in self._llm.stream(ids, self._sampling, max_new_tokens=limit):
+            request = self._llm.request(ids, self._sampling, max_new_tokens=limit)
+            events = self._llm.engine.open(replace(request, visible_ids=self._visible_ids))
+            for event in map(checked, events):
                 stopwatch.lap()
                 if event.usage is not None:
                     self.speed = stopwatch.summary(event.usage.prompt, event.usage.completion)
-                reasoning, answer = splitter.push(event.text, event.finish_reason is not None)
-                content += answer
-                yield reasoning, answer
+                delta = parser.push(event.text, event.finish_reason is not None)
+                content += delta.content
+                yield delta.reasoning, delta.content
         finally:
             if content:
                 self.messages = [*messages, {"role": "assistant", "content": content}]

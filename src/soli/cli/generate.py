@@ -29,16 +29,26 @@ MAX_FILE_BYTES = 262_144  # bytes: four for each character that a schema may hav
 def generate(
     model: Annotated[str, typer.Argument(help="A model folder; nano is the bundled model.")],
     prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
-    temperature: options.Temperature = 0.0,
-    top_k: options.TopK = 0,
-    top_p: options.TopP = 1.0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="0 selects the most likely token; higher values sample more evenly. By default this and the next four "
+            "are as in the model's generation_config.json, where it has them; else 0."
+        ),
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from this many most likely tokens; 0 from all.")] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Sample from the most likely tokens that hold this share of the probability; 1 from all."),
+    ] = None,
     min_p: Annotated[
-        float,
+        float | None,
         typer.Option(help="Drop tokens below this share, 0 to 1, of the most likely one's probability; 0 drops none."),
-    ] = 0.0,
+    ] = None,
     repetition_penalty: Annotated[
-        float, typer.Option(help="0.1 to 10: above 1, tokens of prompt and answer become less likely; 1 is off.")
-    ] = 1.0,
+        float | None,
+        typer.Option(help="0.1 to 10: above 1, tokens of prompt and answer become less likely; 1 is off."),
+    ] = None,
     presence_penalty: Annotated[
         float,
         typer.Option(help="-2 to 2, subtracted from the logit of a token that is already in the answer; 0 is off."),
@@ -52,6 +62,13 @@ def generate(
         typer.Option(metavar="TOKEN=NUMBER", help="Add -100 to 100 to a token's logit; may be given several times."),
     ] = None,
     seed: options.Seed = None,
+    parse_special: Annotated[
+        bool,
+        typer.Option(
+            "--parse-special",
+            help="Names of special tokens in the prompt are these tokens: for fill-in-the-middle and rendered prompts.",
+        ),
+    ] = False,
     json_schema: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write JSON that fits the schema in this file, or nothing.")
     ] = None,
@@ -80,28 +97,29 @@ def generate(
     from soli.engine.engine import Engine
     from soli.engine.offline import limits_for, stream
     from soli.engine.request import Answer, Request
-    from soli.engine.sampler import SamplingParams
+    from soli.engine.sampling_defaults import sampling_params
 
-    sampling = SamplingParams(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        logit_bias=_logit_biases(logit_bias or ()),
-        seed=seed,
-    )
+    values = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "logit_bias": _logit_biases(logit_bias or ()),
+        "seed": seed,
+    }
+    sampling_params(values, {})  # rejects before the model is read
     constraint = _constraint_spec(json_schema, regex)
     options.use_threads(threads)
     text_model = load_text_model(model, device, dtype, speculate, memory)
-    prompt_ids = text_model.text_prompt(text)
+    prompt_ids = text_model.text_prompt(text, parse_special)
     remaining = text_model.remaining_tokens(prompt_ids, "the prompt")
     request = Request(
         prompt_ids=tuple(prompt_ids),
         max_new_tokens=min(remaining, MAX_NEW_TOKENS) if max_new_tokens is None else max_new_tokens,
-        sampling=sampling,
+        sampling=sampling_params(values, text_model.sampling_defaults),
         stop_ids=text_model.stop_ids,
         stop=tuple(stop or ()),
         logprobs=logprobs,

@@ -39,6 +39,15 @@ def serve(
     choices: Annotated[int, typer.Option(min=1, help="The most answers to one request (n).")] = 16,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long an answer may take.")] = 600.0,
     drain_seconds: Annotated[float, typer.Option(min=0.0, help="After SIGTERM, how long answers may continue.")] = 30.0,
+    chat_template: options.ChatTemplate = None,
+    tool_parser: options.ToolParser = None,
+    reasoning_parser: Annotated[
+        Literal["auto", "none"], typer.Option(help="none leaves <think> reasoning </think> in the content of answers.")
+    ] = "auto",
+    generation_config: Annotated[
+        Literal["auto", "none"],
+        typer.Option(help="none: without the sampling defaults of the model's generation_config.json."),
+    ] = "auto",
     open_page: Annotated[
         bool | None,
         typer.Option(
@@ -60,7 +69,7 @@ def serve(
     from soli.engine.request import EngineLimits
     from soli.hub.cache import display_name
     from soli.serve.middleware import LOOPBACK, AccessRules
-    from soli.serve.server import on_desktop, run_server
+    from soli.serve.server import ChatSettings, on_desktop, run_server
     from soli.serve.service import ServiceLimits
 
     key = api_key or os.environ.get("SOLI_API_KEY") or None
@@ -93,6 +102,12 @@ def serve(
         device=device,
         dtype=dtype,
         memory=options.memory_bytes(memory),
+        chat=ChatSettings(
+            template=chat_template,
+            tool_parser=tool_parser,
+            reasoning=reasoning_parser != "none",
+            generation_config=generation_config != "none",
+        ),
         open_page=(host in LOOPBACK and on_desktop()) if open_page is None else open_page,
         log_level=log_level,
     )

@@ -9,13 +9,13 @@ prompt without its tokens.
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import tokenizers
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from soli.atomic_file import replace_file
 from soli.data import tiktoken_model
@@ -32,6 +32,7 @@ SPECIAL_TOKENS = (
     "<|reserved_0|>", "<|reserved_1|>", "<|reserved_2|>", "<|reserved_3|>",
 )  # fmt: skip
 
+SPECIAL_NAMES = {f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
 MAX_VOCAB = 2**24  # ids of a tokenizer that is read
 MAX_GROWTH = 64  # how many times longer normalizers, or decoders, may make a text; in practice up to 3
 SMALLEST_VOCAB = len(SPECIAL_TOKENS) + 256
@@ -65,11 +66,28 @@ class Tokenizer:
         self, backend: tokenizers.Tokenizer, bos: str = "<|bos|>", eos: str = "<|eos|>", add_bos: bool = False
     ) -> None:
         """`add_bos`: texts begin with bos where the backend's post-processor has no template that decides it."""
-        backend.encode_special_tokens = True  # text that spells a special token is encoded as text
         backend.no_padding()
         backend.no_truncation()
+        added_tokens = backend.get_added_tokens_decoder()
+        self._special = {index for index, token in added_tokens.items() if token.special}
+        # Text that spells an added token is encoded as text, as tokenizers does for those that are marked special.
+        # White space alone delimits nothing: such tokens are ordinary ones.
+        self._marked = [token for token in added_tokens.values() if not (token.special or token.content.isspace())]
+        backend.add_special_tokens(
+            [
+                AddedToken(
+                    token.content,
+                    single_word=token.single_word,
+                    lstrip=token.lstrip,
+                    rstrip=token.rstrip,
+                    normalized=token.normalized,
+                    special=True,
+                )
+                for token in self._marked
+            ]
+        )
+        backend.encode_special_tokens = True
         self._backend = backend
-        self._special = {index for index, token in backend.get_added_tokens_decoder().items() if token.special}
         self._bos, self._eos, self._add_bos = bos, eos, add_bos
 
     @classmethod
@@ -113,7 +131,7 @@ class Tokenizer:
         """Write `tokenizer.json` and the `tokenizer_config.json` that transformers reads, each whole or not at all."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        replace_file(folder / "tokenizer.json", self._backend.to_str(pretty=True))
+        replace_file(folder / "tokenizer.json", self.to_json(pretty=True))
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self._bos,
@@ -195,10 +213,23 @@ class Tokenizer:
         with library_errors(_broken):
             return [list(item.ids) for item in self._backend.encode_batch(list(texts), add_special_tokens=False)]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; special tokens are omitted, broken UTF-8 shows as U+FFFD."""
+    def encode_spelled(self, text: str) -> list[int]:
+        """Ids of a text in which the names of added tokens are these tokens, as in a prompt that was rendered
+        elsewhere or one for fill-in-the-middle; without bos or eos beside those spelled out."""
         with library_errors(_broken):
-            return str(self._backend.decode([int(i) for i in ids], skip_special_tokens=True))
+            return list(self._spelling_backend.encode(text, add_special_tokens=False).ids)
+
+    @cached_property
+    def _spelling_backend(self) -> tokenizers.Tokenizer:
+        backend = tokenizers.Tokenizer.from_str(self.to_json())
+        backend.encode_special_tokens = False
+        return backend
+
+    def decode(self, ids: Iterable[int], visible: Collection[int] = ()) -> str:
+        """Text of ids; special tokens are omitted but for `visible` ones, broken UTF-8 shows as U+FFFD."""
+        hidden = self._special.difference(visible) if visible else self._special
+        with library_errors(_broken):
+            return str(self._backend.decode([i for i in map(int, ids) if i not in hidden], skip_special_tokens=False))
 
     def token_text(self, index: int) -> str:
         """One token as a person reads it: special tokens by name, partial characters as U+FFFD."""
@@ -212,18 +243,30 @@ class Tokenizer:
             return bytes(_BYTE_OF[symbol] for symbol in symbols)
         return self.token_text(index).encode()
 
-    def to_json(self) -> str:
+    def to_json(self, pretty: bool = False) -> str:
         """The content of a `tokenizer.json`."""
-        return str(self._backend.to_str())
+        text = str(self._backend.to_str(pretty=pretty))
+        if not self._marked:
+            return text
+        document = json.loads(text)
+        marked = {token.content for token in self._marked}
+        for token in document["added_tokens"]:
+            token["special"] = token["special"] and token["content"] not in marked
+        return json.dumps(document, ensure_ascii=False, indent=2 if pretty else None)
 
     @property
     def byte_level(self) -> bool:
         """Whether decoding is `text_bytes` of token after token, joined and read as UTF-8."""
         return isinstance(self._backend.decoder, decoders.ByteLevel)
 
-    def text_bytes(self, index: int) -> bytes:
-        """What a token adds to `decode`'s text: its bytes, or none for a special token."""
-        return b"" if index in self._special else self.token_bytes(index)
+    def text_bytes(self, index: int, visible: Collection[int] = ()) -> bytes:
+        """What a token adds to `decode`'s text: its bytes, or none for a special token that is not `visible`."""
+        return b"" if index in self._special and index not in visible else self.token_bytes(index)
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are no part of a text."""
+        return frozenset(self._special)
 
     def translation_prompt(self, text: str, to: str) -> list[int]:
         """`<|bos|><|en|>text<|zh|>` for `to="zh"`, the mirror image for `to="en"`."""
@@ -246,16 +289,29 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
 
 
 def special_names(path: Path) -> dict[str, str]:
-    """The special tokens that a tokenizer_config.json names, each a string there or {"content": string}, by field."""
-    config = read_object_if_present(path)
-    names: dict[str, str] = {}
-    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        value = config.get(key)
+    """The special tokens that a tokenizer_config.json names, each a string there or {"content": string}, by field.
+
+    special_tokens_map.json beside it has those that are absent there; in a folder of the older form, whose
+    configuration does not list the added tokens, it has precedence, as in transformers.
+    """
+    config, older = path, path.with_name("special_tokens_map.json")
+    names = _names_in(config)
+    other_names = _names_in(older)
+    if "added_tokens_decoder" in read_object_if_present(config):
+        other_names, names = names, other_names
+    merged = names | other_names
+    return {key: name for key, name in merged.items() if name is not None}
+
+
+def _names_in(path: Path) -> dict[str, str | None]:
+    document = read_object_if_present(path)
+    names: dict[str, str | None] = {}
+    for key in SPECIAL_NAMES & document.keys():
+        value = document[key]
         name = value.get("content") if isinstance(value, dict) else value
         if value is not None and not is_text(name):
             raise SoliError(f'{path}: {key} is {shown(value)}; it must be text, an object {{"content": text}}, or null')
-        if isinstance(name, str):
-            names[key] = name
+        names[key] = name
     return names
 
 

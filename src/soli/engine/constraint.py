@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
     from soli.data.tokenizer import Tokenizer
-    from soli.engine.text_model import TextModel
 
 MAX_COMPILED = 64
 # A fifth of llguidance's own limits: a hostile expression costs 0.2 s and 100 MB at most, not a second and 500 MB.
@@ -146,11 +145,6 @@ class Constraints:
         self._vocab = vocab
         self._compiled: OrderedDict[ConstraintSpec, LLMatcher] = OrderedDict()  # the last MAX_COMPILED
         self._lock = threading.Lock()  # of _compiled, held for no longer than a copy takes
-
-    @classmethod
-    def of(cls, text_model: TextModel) -> Constraints:
-        """The constraints of a model with its tokenizer."""
-        return cls(text_model.tokenizer, text_model.model.config.vocab_size, text_model.stop_ids)
 
     def open(self, spec: ConstraintSpec) -> Constraint:
         """A constraint before the first token; SoliError when the grammar is invalid or no text can satisfy it."""

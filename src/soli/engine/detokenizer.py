@@ -7,7 +7,7 @@ back too.
 """
 
 import codecs
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from soli.data.tokenizer import Tokenizer
 
@@ -62,9 +62,11 @@ class WindowText:
 TokenText = ByteText | WindowText  # turns tokens into complete characters
 
 
-def token_text(tokenizer: Tokenizer) -> TokenText:
-    """The incremental decoder of this tokenizer."""
-    return ByteText(tokenizer.text_bytes) if tokenizer.byte_level else WindowText(tokenizer.decode)
+def token_text(tokenizer: Tokenizer, visible: Collection[int] = ()) -> TokenText:
+    """The incremental decoder of this tokenizer; of special tokens it shows those that are `visible`."""
+    if tokenizer.byte_level:
+        return ByteText(lambda token: tokenizer.text_bytes(token, visible))
+    return WindowText(lambda tokens: tokenizer.decode(tokens, visible))
 
 
 class TextStream:

@@ -83,10 +83,15 @@ class Engine:
             raise QueueFull(f"{self.limits.max_waiting} requests wait already: try again later")
         constraint = None if request.constraint is None else self._constraints.open(request.constraint)
         vocab_size = self._model.config.vocab_size
+<<<<<<< HEAD
         sampler = SamplerState(
             request.sampling, request.prompt_ids, vocab_size, constraint, request.min_new_tokens, request.stop_ids
         )
         stream = TextStream(token_text(self.text_model.tokenizer), request.stop)
+=======
+        sampler = SamplerState(request.sampling, request.prompt_ids, vocab_size, constraint)
+        stream = TextStream(token_text(self.text_model.tokenizer, request.visible_ids), request.stop)
+>>>>>>> 16568d2 (chat: what clients store, templates expect and families write)
         sequence = SequenceState(next(self._request_ids), request, [*request.prompt_ids], sampler, stream)
         self._sequences[sequence.request_id] = sequence
         self._scheduler.waiting.append(sequence)
@@ -172,7 +177,7 @@ class Engine:
     @cached_property
     def _constraints(self) -> Constraints:
         """Made for the first request that has a constraint: takes time and memory for a large vocabulary."""
-        return Constraints.of(self.text_model)
+        return self.text_model.constraints()
 
     def _compute(self, parts: Sequence[ScheduledTokens]) -> list[Event]:
         """Run the model, sample for sequences whose last token is in the step, draft what may follow."""

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Final, TypedDict, get_type_hints
 from soli.arguments import reject_unknown_arguments, without_neutral
 from soli.engine.constraint import ConstraintSpec
 from soli.engine.sampler import GREEDY, SamplingParams
+from soli.engine.sampling_defaults import sampling_params
 from soli.errors import SoliError
 from soli.sections import Bounds, convert, reject, shown
 
@@ -126,9 +127,13 @@ class GenerationSettings:
 
 
 def read_options(
-    function: str, sampling: SamplingParams | None, options: Mapping[str, Any]
+    function: str,
+    sampling: SamplingParams | None,
+    options: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
 ) -> GenerationSettings:
-    """The settings that a call of `function` gives. SoliError naming the option, its value and the fix."""
+    """The settings that a call of `function` gives; `defaults`: of its sampling. SoliError naming the option, its value
+    and the fix."""
     remaining = without_neutral(function, options, NEUTRAL, HINTS)
     reject_unknown_arguments(function, remaining, KNOWN, HINTS)
     least = 1 if remaining.get("prompt_logprobs") is None else 0  # new tokens
@@ -138,7 +143,7 @@ def read_options(
         if values.get(name) and values.get("constraint"):
             raise SoliError(f"a constrained answer ends where its format does: leave {name} out")
     return GenerationSettings(
-        sampling=_sampling(function, sampling, values),
+        sampling=_sampling(function, sampling, values, defaults or {}),
         max_new_tokens=values[lengths[0]] if lengths else None,
         min_new_tokens=values.get("min_tokens", 0),
         n=values.get("n", 1),
@@ -161,7 +166,9 @@ def _only_one(values: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     return present
 
 
-def _sampling(function: str, sampling: SamplingParams | None, values: Mapping[str, Any]) -> SamplingParams:
+def _sampling(
+    function: str, sampling: SamplingParams | None, values: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> SamplingParams:
     fields = {name: values[name] for name in SAMPLING if name in values}
     if sampling is not None:
         if not isinstance(sampling, SamplingParams):
@@ -173,9 +180,9 @@ def _sampling(function: str, sampling: SamplingParams | None, values: Mapping[st
     if fields.get("top_k") == -1:  # vLLM's spelling of no limit
         fields["top_k"] = 0
     filters = fields.get("top_k", 0) > 0 or fields.get("top_p", 1) < 1 or fields.get("min_p", 0) > 0
-    if (filters or values.get("n", 1) > 1) and "temperature" not in fields:
-        fields["temperature"] = 1.0  # as elsewhere: greedily these options would change nothing
-    return SamplingParams(**fields) if fields else GREEDY
+    # As elsewhere: greedily these options would change nothing.
+    temperature = 1.0 if filters or values.get("n", 1) > 1 else GREEDY.temperature
+    return sampling_params(fields, defaults, temperature=temperature)
 
 
 def _logprobs(values: Mapping[str, Any]) -> int | None:

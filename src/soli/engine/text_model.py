@@ -1,14 +1,16 @@
 """A model with its tokenizer: prompts from texts, stop tokens, tokens as readable text.
 
-Text from a person is always encoded as text: a special token spelled out in it stays text. Rejects prompts that leave
+Text from a person is always encoded as text: an added token spelled out in it stays text, unless the caller says that
+the prompt was rendered elsewhere. Rejects prompts that leave
 no position for an answer.
 """
 
 import re
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,6 +19,8 @@ from soli.checkpoint.memory import Storage
 from soli.checkpoint.writer import ProgressCallback
 from soli.config import TOKEN_FIELDS, check_token_ids
 from soli.data.tokenizer import Tokenizer
+from soli.engine.constraint import Constraints
+from soli.engine.sampling_defaults import read_sampling_defaults
 from soli.errors import SoliError
 from soli.experts.budget import MemoryBudget, default_memory
 from soli.experts.load import load_within
@@ -40,22 +44,33 @@ class TextModel:
     text_prefix: tuple[int, ...]
     text_suffix: tuple[int, ...] = ()
     budget: MemoryBudget | None = None
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)  # of generation_config.json
 
     @property
     def positions(self) -> int:
         """How many tokens a prompt and its answer may have together."""
         return self.model.config.max_position_embeddings
 
-    def text_prompt(self, text: str) -> list[int]:
-        """The tokens of `text` with those that the tokenizer's files put around it."""
-        return self.text_prompts([text])[0]
+    def text_prompt(self, text: str, parse_special: bool = False) -> list[int]:
+        """The tokens of `text` with those that the tokenizer's files put around it. `parse_special`: the names of added
+        tokens in it are these tokens, and what it begins or ends with already is not put there again."""
+        return self.text_prompts([text], parse_special)[0]
 
-    def text_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+    def text_prompts(self, texts: Sequence[str], parse_special: bool = False) -> list[list[int]]:
         """`text_prompt` of many texts at once."""
-        prompts = [[*self.text_prefix, *ids, *self.text_suffix] for ids in self.tokenizer.encode_batch(texts)]
+        if parse_special:
+            prompts = [self._with_affixes(self.tokenizer.encode_spelled(text)) for text in texts]
+        else:
+            prompts = [[*self.text_prefix, *ids, *self.text_suffix] for ids in self.tokenizer.encode_batch(texts)]
         if not all(prompts):
             raise SoliError("the prompt is empty and this model has no token that begins a text: give it some text")
         return prompts
+
+    def _with_affixes(self, ids: list[int]) -> list[int]:
+        """Tokens of a text with its affixes, but for those that it has."""
+        prefix = () if ids[:1] == list(self.text_prefix[:1]) else self.text_prefix
+        suffix = () if ids[-1:] == list(self.text_suffix[-1:]) else self.text_suffix
+        return [*prefix, *ids, *suffix]
 
     def remaining_tokens(self, prompt: Sequence[int], where: str) -> int:
         """How many tokens may follow a prompt: at least 1, or a SoliError that names the limit and, by `where`, the
@@ -66,6 +81,10 @@ class TextModel:
                 f"together: shorten it, or give it in parts"
             )
         return self.positions - len(prompt)
+
+    def constraints(self) -> Constraints:
+        """What opens constraints on its answers; a large vocabulary takes time and memory."""
+        return Constraints(self.tokenizer, self.model.config.vocab_size, self.stop_ids)
 
     def label(self, token: int) -> str:
         """A token as text; bytes of an incomplete character as ⟨e4b8⟩."""
@@ -149,7 +168,8 @@ def check_device(name: str) -> None:
 
 
 def text_model(model: Transformer, tokenizer: Tokenizer, folder: Path | None = None) -> TextModel:
-    """Joins a model and a tokenizer; stop tokens by config.json and the folder's generation_config.json."""
+    """Joins a model and a tokenizer; stop tokens by config.json and the folder's generation_config.json, which also
+    has the sampling defaults."""
     if tokenizer.vocab_size > model.config.vocab_size:
         raise SoliError(
             f"the tokenizer has {tokenizer.vocab_size} tokens but the model's vocab_size is {model.config.vocab_size}: "
@@ -164,7 +184,8 @@ def text_model(model: Transformer, tokenizer: Tokenizer, folder: Path | None = N
             f"the tokenizer puts the tokens {[*prefix, *suffix]} around a text, but the model's vocab_size is "
             f"{model.config.vocab_size}: they do not belong together"
         )
-    return TextModel(model, tokenizer, stop_ids, prefix, suffix)
+    defaults = {} if folder is None else read_sampling_defaults(folder / "generation_config.json")
+    return TextModel(model, tokenizer, stop_ids, prefix, suffix, sampling_defaults=defaults)
 
 
 def _generation_stop_ids(file: Path, vocab_size: int) -> frozenset[int]:

@@ -7,33 +7,37 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
-from soli.chat.deepseek import DeepSeekParser
-from soli.chat.parser import ForcedCallParser, OutputParser, PlainParser, any_call_schema
-from soli.chat.templates import ChatTemplate, RejectedMessages, RenderedPrompt
+from soli.chat.parser import OutputParser, PlainParser
 from soli.data.tokenizer import TextTooLong
 from soli.engine.constraint import ConstraintSpec
 from soli.engine.request import Request
 from soli.engine.sampler import SamplingParams
+from soli.engine.sampling_defaults import sampling_params
 from soli.engine.text_model import TextModel
 from soli.errors import SoliError
 from soli.eval.translation import translation_request
 from soli.serve.echo import PromptText
 from soli.serve.errors import ApiError
 from soli.serve.protocol_requests import (
-    ChatBody,
     CompletionBody,
     GenerationBody,
-    Message,
-    ResponseFormat,
     SoliOptions,
-    Tool,
-    ToolChoice,
     TranslateBody,
 )
 from soli.serve.service import LoadedModel, ServiceLimits
 
 # A text may become shorter before it is tokenized: white space, composition, reasoning that a template leaves out.
 SHRINKS = 8
+SAMPLING_FIELDS = {
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+}
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat may use all remaining tokens
 
 
@@ -55,21 +59,22 @@ def completion_batch(body: CompletionBody, loaded: LoadedModel, limits: ServiceL
     prompts: Any = body.prompt
     if isinstance(prompts, str) or isinstance(prompts[0], int):
         prompts = [prompts]
-    _check_choices(body, len(prompts), limits)
+    check_choices(body, len(prompts), limits)
     _check_completion(body)
-    prompt_ids = _completion_prompts(prompts, loaded.text_model, longest_prompt(loaded, limits, body.max_tokens))
+    max_prompt = longest_prompt(loaded, limits, body.max_tokens)
+    prompt_ids = _completion_prompts(prompts, loaded.text_model, max_prompt, body.parse_special)
     max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-    request = _request(body, max_tokens, _format_constraint(body), loaded)
+    request = engine_request(body, max_tokens, format_constraint(body), loaded)
     logprobs = None if body.logprobs is False else body.logprobs
     prompt_logprobs = logprobs if body.echo else None
     if max_tokens == 0 and prompt_logprobs is None:
         prompt_logprobs = 0  # the engine computes a prompt without an answer for its log-probabilities alone
     request = replace(request, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
     requests = [replace(request, prompt_ids=tuple(ids)) for ids in prompt_ids]
-    names = _param_names(body.soli, prompt_ids="prompt", constraint="response_format")
+    names = param_names(body.soli, prompt_ids="prompt", constraint="response_format")
     if body.max_tokens is None:
         names["max_new_tokens"] = "prompt"  # too long for the default
-    batch = _batch(body, requests, names, loaded, limits)
+    batch = request_batch(body, requests, names, loaded, limits)
     if not body.echo:
         return batch
     texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
@@ -86,12 +91,12 @@ def _check_completion(body: CompletionBody) -> None:
         raise ApiError(400, "the best of several answers is not selected here: leave best_of out, or give n", "best_of")
 
 
-def _size(text: str) -> int:
+def byte_count(text: str) -> int:
     return len(text.encode())
 
 
 def _completion_prompts(
-    prompts: Sequence[str] | Sequence[list[int]], text_model: TextModel, max_tokens: int
+    prompts: Sequence[str] | Sequence[list[int]], text_model: TextModel, max_tokens: int, parse_special: bool
 ) -> Sequence[list[int]]:
     """Token ids of prompts; texts are tokenized unless one is certain to be too long."""
     if not isinstance(prompts[0], str):
@@ -99,36 +104,12 @@ def _completion_prompts(
     texts = cast(Sequence[str], prompts)
     try:
         for text in texts:
-            text_model.tokenizer.check_length("the prompt", _size(text), max_tokens)
-        return text_model.text_prompts(texts)
+            text_model.tokenizer.check_length("the prompt", byte_count(text), max_tokens)
+        return text_model.text_prompts(texts, parse_special)
     except TextTooLong as error:
         raise ApiError(400, str(error), "prompt", "context_length_exceeded") from error
     except SoliError as error:
         raise ApiError(400, str(error), "prompt") from error
-
-
-def chat_batch(body: ChatBody, loaded: LoadedModel, limits: ServiceLimits) -> RequestBatch:
-    """POST /v1/chat/completions."""
-    _check_choices(body, 1, limits)
-    template = _chat_template(loaded)
-    tools, forced_tool = _tools(body, template)
-    constraint = _constraint(body, forced_tool)
-    prompt = _render(body, template, tools, constraint is None, longest_prompt(loaded, limits))
-    _check_chat(body)
-    remaining_tokens = max(1, loaded.text_model.positions - len(prompt.token_ids))
-    max_tokens = body.max_completion_tokens or body.max_tokens or remaining_tokens
-    request = replace(
-        _request(body, max_tokens, constraint, loaded),
-        prompt_ids=tuple(prompt.token_ids),
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-    )
-    names = _param_names(
-        body.soli, prompt_ids="messages", constraint="response_format" if forced_tool is None else "tools"
-    )
-    if not body.max_tokens:
-        names["max_new_tokens"] = "max_completion_tokens" if body.max_completion_tokens else "messages"
-    new_parser = _new_parser(forced_tool, constraint is not None, prompt.starts_in_reasoning, bool(tools))
-    return _batch(body, [request], names, loaded, limits, new_parser)
 
 
 def translation_batch(body: TranslateBody, loaded: LoadedModel, limits: ServiceLimits) -> RequestBatch:
@@ -137,7 +118,7 @@ def translation_batch(body: TranslateBody, loaded: LoadedModel, limits: ServiceL
         raise ApiError(400, "this model was not trained to translate: use /v1/completions", "text")
     most_tokens = longest_prompt(loaded, limits) * SHRINKS
     try:
-        loaded.text_model.tokenizer.check_length("the text", _size(body.text), most_tokens)
+        loaded.text_model.tokenizer.check_length("the text", byte_count(body.text), most_tokens)
         prompt_ids, remaining_tokens = translation_request(loaded.text_model, body.text, body.to)
     except TextTooLong as error:
         raise ApiError(400, str(error), "text", "context_length_exceeded") from error
@@ -151,7 +132,7 @@ def translation_batch(body: TranslateBody, loaded: LoadedModel, limits: ServiceL
         trace=body.soli.routing != "none",
         masked_experts=_masked_experts(body.soli),
     )
-    names = _param_names(body.soli, prompt_ids="text")
+    names = param_names(body.soli, prompt_ids="text")
     if body.max_tokens is None:
         names["max_new_tokens"] = "text"
     return RequestBatch((request,), 1, body.soli.routing, names, True)
@@ -162,7 +143,7 @@ def can_translate(loaded: LoadedModel) -> bool:
     return all(loaded.text_model.tokenizer.has_token(token) for token in ("<|en|>", "<|zh|>"))
 
 
-def _check_choices(body: GenerationBody, prompts: int, limits: ServiceLimits) -> None:
+def check_choices(body: GenerationBody, prompts: int, limits: ServiceLimits) -> None:
     """Rejects more answers than one request may have."""
     answers = (body.n or 1) * prompts
     if answers > limits.choices:
@@ -178,7 +159,7 @@ def longest_prompt(loaded: LoadedModel, limits: ServiceLimits, new_tokens: int |
     return min(limits.prompt_tokens, loaded.text_model.positions - (new_tokens != 0))
 
 
-def _batch(
+def request_batch(
     body: GenerationBody,
     prompts: Sequence[Request],
     param_names: Mapping[str, str],
@@ -213,7 +194,7 @@ def _batch(
     )
 
 
-def _request(
+def engine_request(
     body: GenerationBody, max_new_tokens: int, constraint: ConstraintSpec | None, loaded: LoadedModel
 ) -> Request:
     """The request but for its prompt."""
@@ -222,16 +203,19 @@ def _request(
     return Request(
         prompt_ids=(),
         max_new_tokens=max_new_tokens,
-        sampling=_sampling(body, loaded.text_model.model.config.vocab_size),
+        sampling=_sampling(body, loaded.text_model),
         stop_ids=frozenset() if body.ignore_eos else loaded.text_model.stop_ids,
         stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
         trace=body.soli.routing != "none",
         masked_experts=_masked_experts(body.soli),
         constraint=constraint,
+        visible_ids=frozenset() if body.skip_special_tokens else loaded.text_model.tokenizer.special_ids,
     )
 
 
-def _sampling(body: GenerationBody, vocab_size: int) -> SamplingParams:
+def _sampling(body: GenerationBody, text_model: TextModel) -> SamplingParams:
+    """The body's sampling; where it says nothing, the model folder's, else OpenAI's temperature of 1."""
+    vocab_size = text_model.model.config.vocab_size
     logit_bias = {int(token): bias for token, bias in (body.logit_bias or {}).items()}
     largest = max(logit_bias, default=0)
     if largest >= vocab_size:
@@ -240,17 +224,10 @@ def _sampling(body: GenerationBody, vocab_size: int) -> SamplingParams:
             f"logit_bias names token {largest}, but the model's vocabulary ends at {vocab_size - 1}",
             "logit_bias",
         )
-    return SamplingParams(
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_k=max(0, body.top_k),
-        top_p=1.0 if body.top_p is None else body.top_p,
-        min_p=body.min_p,
-        repetition_penalty=body.repetition_penalty,
-        presence_penalty=body.presence_penalty or 0.0,
-        frequency_penalty=body.frequency_penalty or 0.0,
-        logit_bias=logit_bias,
-        seed=body.seed,
-    )
+    values = {name: getattr(body, name) for name in SAMPLING_FIELDS & body.model_fields_set}
+    if "top_k" in values:
+        values["top_k"] = max(0, body.top_k)
+    return sampling_params({**values, "logit_bias": logit_bias}, text_model.sampling_defaults, temperature=1.0)
 
 
 def _masked_experts(options: SoliOptions) -> frozenset[tuple[int, int]]:
@@ -259,7 +236,7 @@ def _masked_experts(options: SoliOptions) -> frozenset[tuple[int, int]]:
     return frozenset((layer, expert) for layer, expert in [*options.masked_experts, *options.mute])
 
 
-def _param_names(options: SoliOptions, **names: str) -> dict[str, str]:
+def param_names(options: SoliOptions, **names: str) -> dict[str, str]:
     """The names that the body gives to fields of a Request: `names`, and what all bodies have."""
     return names | {
         "max_new_tokens": "max_tokens",
@@ -267,133 +244,7 @@ def _param_names(options: SoliOptions, **names: str) -> dict[str, str]:
     }
 
 
-def _chat_template(loaded: LoadedModel) -> ChatTemplate:
-    if loaded.template is None:
-        raise ApiError(
-            400,
-            "this model has no chat template, so it cannot chat: use /v1/completions, or /soli/translate if the "
-            "model translates",
-            "messages",
-        )
-    return loaded.template
-
-
-def _render(
-    body: ChatBody,
-    template: ChatTemplate,
-    tools: list[dict[str, Any]] | None,
-    allow_reasoning: bool,
-    max_tokens: int,
-) -> RenderedPrompt:
-    messages = [_template_message(message) for message in body.messages]
-    try:
-        size = sum(_size(message.text) for message in body.messages)
-        template.check_length(size, max_tokens * SHRINKS)
-        return template.render(messages, tools, _template_variables(body), allow_reasoning, max_tokens)
-    except TextTooLong as error:
-        raise ApiError(400, str(error), "messages", "context_length_exceeded") from error
-    except RejectedMessages as error:
-        param = "chat_template_kwargs" if error.field == "variables" else "messages"
-        raise ApiError(400, str(error), param) from error
-
-
-def _template_variables(body: ChatBody) -> dict[str, Any]:
-    """Further variables of the template; one that it does not use has no effect."""
-    effort = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
-    return effort | body.chat_template_kwargs
-
-
-def _check_chat(body: ChatBody) -> None:
-    if body.max_tokens and body.max_completion_tokens:
-        raise ApiError(400, "give max_tokens or max_completion_tokens, not both", "max_tokens")
-    if body.top_logprobs and not body.logprobs:
-        raise ApiError(400, "top_logprobs needs logprobs to be true", "top_logprobs")
-
-
-def _template_message(message: Message) -> dict[str, Any]:
-    """A message as templates read it."""
-    fields: dict[str, Any] = {"role": message.role, "content": message.text}
-    if message.tool_calls:
-        fields["tool_calls"] = [call.model_dump() for call in message.tool_calls]
-    optional = {"name", "tool_call_id", "reasoning_content"}
-    return fields | message.model_dump(include=optional, exclude_none=True)
-
-
-def _new_parser(
-    forced_tool: str | None, constrained: bool, starts_in_reasoning: bool, has_tools: bool
-) -> Callable[[], OutputParser]:
-    if forced_tool is not None:
-        return lambda: ForcedCallParser(forced_tool or None)
-    if constrained:
-        return PlainParser
-    return lambda: DeepSeekParser(starts_in_reasoning, parse_tool_calls=has_tools)
-
-
-def _tools(body: ChatBody, template: ChatTemplate) -> tuple[list[dict[str, Any]] | None, str | None]:
-    """The tools for the template, and the one that must be called ("": any)."""
-    if not body.tools:
-        if body.tool_choice not in (None, "none", "auto"):
-            raise ApiError(400, "tool_choice needs tools", "tool_choice")
-        return None, None
-    if not template.supports_tools:
-        raise ApiError(400, "this model's chat template does not support tools: leave them out", "tools")
-    if body.tool_choice == "none":
-        return None, None
-    forced_tool = _forced_tool(body, body.tools)
-    if forced_tool is None:
-        _check_unforced(body, body.tools)
-    return [tool.model_dump(exclude_none=True) for tool in body.tools], forced_tool
-
-
-def _forced_tool(body: ChatBody, tools: Sequence[Tool]) -> str | None:
-    """The tool that must be called; "": any of them, None: none need be."""
-    if not isinstance(body.tool_choice, ToolChoice):
-        return "" if body.tool_choice == "required" else None
-    name = body.tool_choice.function.name
-    if name not in {tool.function.name for tool in tools}:
-        raise ApiError(400, f"tool_choice names {name!r}, which is not among the tools", "tool_choice")
-    return name
-
-
-def _check_unforced(body: ChatBody, tools: Sequence[Tool]) -> None:
-    """Rejects what only a forced call can guarantee."""
-    if body.parallel_tool_calls is False:
-        raise ApiError(
-            400,
-            "the model decides how many calls it makes: leave parallel_tool_calls out or set tool_choice",
-            "parallel_tool_calls",
-        )
-    for number, tool in enumerate(tools):
-        if tool.function.strict:
-            raise ApiError(
-                400,
-                "only a forced call is constrained to its schema: leave strict out or set tool_choice",
-                f"tools.{number}.function.strict",
-            )
-    if _has_format(body.response_format):
-        raise ApiError(
-            400,
-            "a constrained answer cannot call tools: leave response_format out or set tool_choice to none",
-            "response_format",
-        )
-
-
-def _has_format(response_format: ResponseFormat | None) -> bool:
-    return response_format is not None and response_format.type != "text"
-
-
-def _constraint(body: ChatBody, forced_tool: str | None) -> ConstraintSpec | None:
-    if forced_tool is None:
-        return _format_constraint(body)
-    if _has_format(body.response_format):
-        raise ApiError(400, "a forced tool and a response_format exclude each other", "response_format")
-    try:
-        return ConstraintSpec.json_schema(_forced_schema(body.tools or [], forced_tool))
-    except SoliError as error:
-        raise ApiError(400, str(error), "tools") from error
-
-
-def _format_constraint(body: GenerationBody) -> ConstraintSpec | None:
+def format_constraint(body: GenerationBody) -> ConstraintSpec | None:
     """The constraint of response_format."""
     response_format = body.response_format
     if response_format is None:
@@ -410,8 +261,3 @@ def _format_constraint(body: GenerationBody) -> ConstraintSpec | None:
         return ConstraintSpec.json_object() if response_format.type == "json_object" else None
     except SoliError as error:
         raise ApiError(400, str(error), "response_format") from error
-
-
-def _forced_schema(tools: Sequence[Tool], forced_tool: str) -> dict[str, Any]:
-    schemas = [(tool.function.name, tool.function.parameters or {"type": "object"}) for tool in tools]
-    return dict(schemas)[forced_tool] if forced_tool else any_call_schema(schemas)

@@ -6,14 +6,28 @@ known or not. Fields that only inform or hint are accepted and unused. Numbers m
 a body, which nothing can interrupt, takes milliseconds.
 """
 
-from typing import Annotated, Any, Literal
+import json
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    Tag,
+    model_validator,
+)
+
+from soli.serve.stored_messages import joined_deltas, meaningful_fields, with_reasoning, without_nulls
 
 MAX_FIELDS = 64  # of an object, more than any here has
 MAX_MESSAGES = 4096
 MAX_PROMPTS = 1024  # of one body; what the server is started with may allow fewer
 MAX_PARTS = 1024  # of a message: texts, calls
+MAX_DOCUMENTS = 1024
 MAX_PROMPT_TOKENS = 2**20
 MAX_BIASES = 2**14
 
@@ -126,6 +140,7 @@ class GenerationBody(Hints):
     logit_bias: LogitBias | None = None
     seed: Seed | None = None
     stop: StopStrings | None = None
+    skip_special_tokens: bool = True  # vLLM's name: False leaves them in the text
     ignore_eos: bool = False  # vLLM's and llama.cpp's name: the answer continues to max_tokens
     response_format: ResponseFormat | None = None
     n: Annotated[int, Field(ge=1, le=1024)] | None = None
@@ -161,6 +176,7 @@ class CompletionBody(GenerationBody):
     """POST /v1/completions. `logprobs` false is null; `max_tokens` 0 computes the prompt alone."""
 
     prompt: Prompts
+    parse_special: bool = False  # llama.cpp's name: names of special tokens in a text are these tokens
     max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | Literal[False] | None = None
     echo: bool = False
@@ -168,24 +184,45 @@ class CompletionBody(GenerationBody):
     suffix: str = ""
 
 
-class FunctionCall(RequestBody):
+class MessageBody(RequestBody):
+    """An object of a message."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, fields: Any) -> Any:
+        return meaningful_fields(fields, cls.model_fields) if isinstance(fields, dict) else fields
+
+
+class FunctionCall(MessageBody):
+    """`arguments` is JSON; an object, as templates and some clients have it, is written as such."""
+
     name: str
-    arguments: str
+    arguments: str = "{}"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _write_arguments(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and isinstance(fields.get("arguments"), dict):
+            return fields | {"arguments": json.dumps(fields["arguments"], ensure_ascii=False)}
+        if isinstance(fields, dict) and fields.get("arguments") == "":
+            return fields | {"arguments": "{}"}
+        return fields
 
 
-class MessageToolCall(RequestBody):
+class MessageToolCall(MessageBody):
     id: str
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: FunctionCall
 
 
-class TextPart(RequestBody):
+class TextPart(MessageBody):
     type: Literal["text"]
     text: str
 
 
-class Message(RequestBody):
-    """One turn. `content` may be a list of text parts; images and audio are rejected."""
+class Message(MessageBody):
+    """One turn. `content` may be a list of text parts; images and audio are rejected. `prefix`, DeepSeek's name: the
+    answer continues this message, the last one."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
@@ -193,12 +230,31 @@ class Message(RequestBody):
     tool_calls: Annotated[list[MessageToolCall], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    prefix: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_other_forms(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        fields = with_reasoning(fields)
+        if isinstance(fields.get("tool_calls"), list):
+            fields["tool_calls"] = joined_deltas(fields["tool_calls"])
+        return fields
 
     @property
     def text(self) -> str:
         if isinstance(self.content, list):
             return "".join(part.text for part in self.content)
         return self.content or ""
+
+    @property
+    def for_template(self) -> dict[str, Any]:
+        """The message as templates read it; content null beside tool calls stays null."""
+        fields = self.model_dump(exclude_none=True, exclude={"prefix"})
+        return {name: value for name, value in fields.items() if value not in ("", [])} | {
+            "content": fields.get("content")
+        }
 
 
 class Function(RequestBody):
@@ -211,6 +267,19 @@ class Function(RequestBody):
 class Tool(RequestBody):
     type: Literal["function"]
     function: Function
+    _source: dict[str, Any] = PrivateAttr({})
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _keep_source(cls, value: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        tool = validate(value)
+        tool._source = value if isinstance(value, dict) else tool.model_dump(exclude_unset=True)
+        return tool
+
+    @property
+    def for_template(self) -> dict[str, Any]:
+        """The tool as it was sent, its fields in their order, but for those that are null."""
+        return {name: value for name, value in without_nulls(self._source).items() if name in type(self).model_fields}
 
 
 class FunctionName(RequestBody):
@@ -239,6 +308,10 @@ class ChatBody(GenerationBody):
     modalities: list[Literal["text"]] = []
     functions: Annotated[list[Any], Field(max_length=0), BeforeValidator(_check_no_functions)] = []
     function_call: Literal["none", "auto"] = "none"  # the old name of tool_choice
+    chat_template: str | None = None  # the name of one of the folder's templates
+    documents: Annotated[list[dict[str, Any]], Field(max_length=MAX_DOCUMENTS)] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
 
 
 class TranslateBody(RequestBody):

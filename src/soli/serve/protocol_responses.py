@@ -9,7 +9,6 @@ from pydantic import BaseModel, Field
 
 from soli.analysis.trace import TokenTrace
 from soli.engine.request import FinishReason
-from soli.serve.protocol_requests import FunctionCall, MessageToolCall
 
 
 def to_json(response: BaseModel) -> dict[str, Any]:
@@ -180,11 +179,24 @@ class ChatLogprobs(BaseModel):
     content: list[SampledTokenLogprob]
 
 
+class CalledFunction(BaseModel):
+    """`arguments` is JSON as the model wrote it."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class AssistantMessage(BaseModel):
     role: Literal["assistant"]
     content: str | None
     reasoning_content: str = ""
-    tool_calls: list[MessageToolCall] = []
+    tool_calls: list[ToolCall] = []
 
 
 class ChatChoice(BaseModel):
@@ -200,11 +212,18 @@ class ChatResponse(GenerationResponse):
     choices: list[ChatChoice]
 
 
+class CalledFunctionDelta(BaseModel):
+    name: str | None = None
+    arguments: str = ""
+
+
 class ToolCallDelta(BaseModel):
+    """The first delta of a call has its id, type and name; the arguments of all of them make its arguments."""
+
     index: int
-    id: str
-    type: Literal["function"]
-    function: FunctionCall
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: CalledFunctionDelta
 
 
 class ChatDelta(BaseModel):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from soli.analysis.trace import TokenTrace, trace_tokens
-from soli.chat.parser import MessageDelta, ToolCall
+from soli.chat.parser import CallDelta, MessageDelta
 from soli.engine.request import Event, FinishReason, Request, Usage
 from soli.engine.sampler import TokenLogprob
 from soli.engine.text_model import TextModel
@@ -17,7 +17,6 @@ from soli.serve import protocol_responses as protocol
 from soli.serve.echo import ListedToken, PromptEcho
 from soli.serve.errors import ApiError
 from soli.serve.prompts import RequestBatch
-from soli.serve.protocol_requests import FunctionCall, MessageToolCall
 from soli.serve.service import Service
 
 
@@ -251,7 +250,7 @@ class ChatChoiceBuilder:
         self._has_role = False  # whether a delta has said the role
         self._content = ""
         self._reasoning = ""
-        self._calls: list[protocol.ToolCallDelta] = []
+        self._calls: list[protocol.ToolCall] = []
         self._logprobs: list[protocol.SampledTokenLogprob] = []
         self._finish_reason: FinishReason | Literal["tool_calls"] | None = None
 
@@ -278,7 +277,7 @@ class ChatChoiceBuilder:
     def whole(self) -> protocol.ChatChoice:
         parts: dict[str, Any] = {
             "reasoning_content": self._reasoning,
-            "tool_calls": [MessageToolCall(id=call.id, type=call.type, function=call.function) for call in self._calls],
+            "tool_calls": self._calls,
         }
         assert self._finish_reason in ("stop", "length", "tool_calls")  # a failed answer is an error
         return protocol.ChatChoice(
@@ -303,15 +302,16 @@ class ChatChoiceBuilder:
         }
         return {name: value for name, value in fields.items() if value}
 
-    def _add_call(self, call: ToolCall) -> protocol.ToolCallDelta:
-        delta = protocol.ToolCallDelta(
-            index=len(self._calls),
-            id=f"call_{secrets.token_hex(12)}",
-            type="function",
-            function=FunctionCall(name=call.name, arguments=call.arguments),
-        )
-        self._calls.append(delta)
-        return delta
+    def _add_call(self, delta: CallDelta) -> protocol.ToolCallDelta:
+        if delta.name is None:
+            self._calls[delta.index].function.arguments += delta.arguments
+            function = protocol.CalledFunctionDelta(arguments=delta.arguments)
+            return protocol.ToolCallDelta(index=delta.index, function=function)
+        call_id = delta.call_id or f"call_{secrets.token_hex(12)}"
+        function = protocol.CalledFunctionDelta(name=delta.name, arguments=delta.arguments)
+        called = protocol.CalledFunction(name=delta.name, arguments=delta.arguments)
+        self._calls.append(protocol.ToolCall(id=call_id, type="function", function=called))
+        return protocol.ToolCallDelta(index=delta.index, id=call_id, type="function", function=function)
 
     def _sampled(self, drawn: TokenLogprob) -> protocol.SampledTokenLogprob:
         top = [protocol.ChatTokenLogprob(**self._token_fields(token, logprob)) for token, logprob in drawn.top]

@@ -18,9 +18,10 @@ from starlette.types import Receive, Scope, Send
 
 from soli.analysis.parameters import count
 from soli.serve import protocol_responses as protocol
+from soli.serve.chat_prompts import chat_batch
 from soli.serve.errors import ApiError, error_body
 from soli.serve.middleware import StrictRoute
-from soli.serve.prompts import RequestBatch, can_translate, chat_batch, completion_batch, translation_batch
+from soli.serve.prompts import RequestBatch, can_translate, completion_batch, translation_batch
 from soli.serve.protocol_requests import ChatBody, CompletionBody, TranslateBody
 from soli.serve.responses import CHAT, COMPLETION, TRANSLATION, AnswerFormat, ResponseBuilder
 from soli.serve.service import LoadedModel, Service, ServiceLimits

@@ -17,7 +17,9 @@ import traceback
 import webbrowser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -62,6 +64,18 @@ class JsonFormatter(logging.Formatter):
             line["error"] = kind.__name__
             line["traceback"] = [f"{at.filename}:{at.lineno} {at.name}" for at in traceback.extract_tb(frames)]
         return json.dumps(line, ensure_ascii=False, default=str)
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """How the server chats: `template`, a file in place of the folder's; `tool_parser`, the family whose calls are
+    read, by default the folder's; `reasoning` False leaves it in the content; `generation_config` False leaves the
+    folder's sampling defaults out."""
+
+    template: Path | None = None
+    tool_parser: str | None = None
+    reasoning: bool = True
+    generation_config: bool = True
 
 
 class _DrainingServer(uvicorn.Server):
@@ -116,6 +130,7 @@ def run_server(
     device: str = "cpu",
     dtype: str = "auto",
     memory: int | None = None,
+    chat: ChatSettings | None = None,
     open_page: bool = False,
     log_level: str = "info",
 ) -> None:
@@ -124,7 +139,7 @@ def run_server(
     _check_cache(engine.cache_bytes, device)
     sys.setswitchinterval(SWITCH_SECONDS)
     listener = listen(host, port)
-    model_service = Service(names, lambda: load(model, device, dtype, engine, memory), service)
+    model_service = Service(names, lambda: load(model, device, dtype, engine, memory, chat), service)
     configure_log(log_level)
     server = _uvicorn(create_app(model_service, rules), model_service, drain_seconds)
     url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/"
@@ -147,11 +162,30 @@ def _check_cache(cache_bytes: int, device: str) -> None:
         )
 
 
-def load(model: str, device: str, dtype: str, limits: EngineLimits, memory: int | None = None) -> LoadedModel:
-    """A folder, or "nano", with its engine and its chat template. What a first request would wait for is done here."""
+def load(
+    model: str,
+    device: str,
+    dtype: str,
+    limits: EngineLimits,
+    memory: int | None = None,
+    chat: ChatSettings | None = None,
+) -> LoadedModel:
+    """A folder, or "nano", with its engine and its chat template. What a first request would wait for is done here. A
+    template that cannot be used costs the chat alone, unless it was named."""
+    chat = chat or ChatSettings()
     progress = LoadingLog(model).update
     text_model = open_text_model(model, device, dtype, limits.speculate, progress, memory)
-    template = ChatTemplate.from_folder(open_checkpoint(model).folder, text_model.tokenizer)
+    if not chat.generation_config:
+        text_model = replace(text_model, sampling_defaults={})
+    template = template_error = None
+    try:
+        folder = open_checkpoint(model).folder
+        template = ChatTemplate.from_folder(folder, text_model.tokenizer, chat.template, chat.tool_parser)
+    except SoliError as error:
+        if chat.template is not None:
+            raise
+        template_error = str(error)
+        log.warning("no chat", extra={"fields": {"reason": template_error}})
     engine = Engine(text_model, limits)
     if text_model.budget is not None:
         log.info("%s", text_model.budget)
@@ -160,7 +194,7 @@ def load(model: str, device: str, dtype: str, limits: EngineLimits, memory: int 
     _ = text_model.tokenizer.longest_token
     gc.collect()
     gc.freeze()  # what was loaded stays: no collection traverses it again, which stops all threads for its time
-    return LoadedModel(text_model, AsyncEngine(engine), template)
+    return LoadedModel(text_model, AsyncEngine(engine), template, template_error, chat.reasoning)
 
 
 class LoadingLog:

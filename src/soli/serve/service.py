@@ -26,11 +26,14 @@ RETRY_SECONDS = 1
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that is ready. `template` None: it was not trained to chat."""
+    """A model that is ready. `template` None: it was not trained to chat, or `template_error` says why it cannot.
+    `split_reasoning` False: reasoning is content."""
 
     text_model: TextModel
     engine: AsyncEngine
     template: ChatTemplate | None
+    template_error: str | None = None
+    split_reasoning: bool = True
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Options that several verbs share, spelled once."""
 
 import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,6 +14,16 @@ Temperature = Annotated[float, typer.Option(help="0 selects the most likely toke
 TopK = Annotated[int, typer.Option(help="Sample from this many most likely tokens; 0 from all.")]
 TopP = Annotated[
     float, typer.Option(help="Sample from the most likely tokens that hold this share of the probability; 1 from all.")
+]
+ChatTemplate = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="A chat template (jinja2) in place of the model's own.")
+]
+ToolParser = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="The form of tool calls: deepseek_v3, deepseek_v31, deepseek_v32, kimi_k2 or glm; by default the model's."
+    ),
 ]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same text.")]
 Speculate = Annotated[
