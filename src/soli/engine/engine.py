@@ -83,15 +83,10 @@ class Engine:
             raise QueueFull(f"{self.limits.max_waiting} requests wait already: try again later")
         constraint = None if request.constraint is None else self._constraints.open(request.constraint)
         vocab_size = self._model.config.vocab_size
-<<<<<<< HEAD
         sampler = SamplerState(
             request.sampling, request.prompt_ids, vocab_size, constraint, request.min_new_tokens, request.stop_ids
         )
-        stream = TextStream(token_text(self.text_model.tokenizer), request.stop)
-=======
-        sampler = SamplerState(request.sampling, request.prompt_ids, vocab_size, constraint)
         stream = TextStream(token_text(self.text_model.tokenizer, request.visible_ids), request.stop)
->>>>>>> 16568d2 (chat: what clients store, templates expect and families write)
         sequence = SequenceState(next(self._request_ids), request, [*request.prompt_ids], sampler, stream)
         self._sequences[sequence.request_id] = sequence
         self._scheduler.waiting.append(sequence)

@@ -31,13 +31,10 @@ class Request:
     the sampled token's and the k likeliest; `prompt_logprobs`: likewise, of every token of the prompt but the first.
     `trace`: the routing of every token that is computed, of the prompt too.
     `masked_experts`: (layer, expert) pairs that must not be selected; layers are numbered as in the files.
-<<<<<<< HEAD
     `constraint`: what the whole text must be; it ends where nothing else can follow. `min_new_tokens`: none of the
     `stop_ids` comes before so many tokens.
-=======
     `constraint`: what the whole text must be; it ends where nothing else can follow. `visible_ids`: special tokens that
     are part of the text, which others are not.
->>>>>>> 16568d2 (chat: what clients store, templates expect and families write)
     """
 
     prompt_ids: tuple[int, ...]
@@ -50,11 +47,8 @@ class Request:
     trace: bool = False
     masked_experts: frozenset[tuple[int, int]] = frozenset()
     constraint: ConstraintSpec | None = None
-<<<<<<< HEAD
     min_new_tokens: int = 0
-=======
     visible_ids: frozenset[int] = frozenset()
->>>>>>> 16568d2 (chat: what clients store, templates expect and families write)
 
 
 @dataclass(frozen=True)
