@@ -9,6 +9,7 @@ DECIMAL: Final = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 BINARY: Final = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 UNITS: Final = {"B": 1} | DECIMAL | BINARY
 LARGEST_BYTES: Final = 2**60
+LARGEST_FLOPS: Final = 10**21
 
 
 def parse_bytes(text: str | int, name: str) -> int:
@@ -21,6 +22,24 @@ def parse_bytes(text: str | int, name: str) -> int:
         if 0 < size <= LARGEST_BYTES:
             return size
     raise SoliError(f"{name} is {str(text)[:40]!r}: give a size such as 16GB (10^9 bytes) or 16GiB (2^30)")
+
+
+def parse_rate(text: str | int, name: str) -> int:
+    """Bytes per second: "7GB/s" -> 7 * 10^9; the "/s" may be left out. SoliError as for a size."""
+    try:
+        return parse_bytes(re.sub(r"\s*/\s*s(ec)?\s*$", "", str(text)), name)
+    except SoliError:
+        raise SoliError(f"{name} is {str(text)[:40]!r}: give a rate such as 7GB/s (10^9 bytes per second)") from None
+
+
+def parse_flops(text: str | int, name: str) -> float:
+    """FLOP per second: "1.5T", "1.5TFLOPS" and "1.5 TFLOP/s" -> 1.5 * 10^12. SoliError as for a size."""
+    match = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,9})?)\s*([kMGTP]?)(?:FLOPS?)?(?:/s)?\s*", str(text), re.ASCII)
+    if match:
+        rate = float(match[1]) * 1000 ** " kMGTP".index(match[2] or " ")
+        if 0 < rate <= LARGEST_FLOPS:
+            return rate
+    raise SoliError(f"{name} is {str(text)[:40]!r}: give a rate such as 1.5TFLOPS (10^12 operations per second)")
 
 
 def scaled(value: float, unit: str = "") -> str:

@@ -35,7 +35,7 @@ from soli.engine.request import (
 from soli.engine.runner import ForwardOutput, ModelRunner, RunnerName
 from soli.engine.sampler import SampledToken, SamplerState, sample
 from soli.engine.scheduler import ScheduledTokens, Scheduler, SequenceState
-from soli.engine.scratch import step_bytes
+from soli.engine.scratch import limit_scratch
 from soli.engine.speculation import Drafter, VerifiedTokens, verify
 from soli.engine.text_model import TextModel
 from soli.errors import SoliError
@@ -44,7 +44,6 @@ from soli.model.router import Routing, count_choices, slice_routing
 
 log = logging.getLogger(__name__)
 
-MIN_STEP_TOKENS = 16  # however little memory there is
 LIST_BYTES_PER_BLOCK = 40  # an integer and its place in the list of free blocks
 
 
@@ -336,11 +335,7 @@ def _within_budget(text_model: TextModel, limits: EngineLimits) -> EngineLimits:
     if budget is None:
         return limits
     dtype = model.compute_dtype or model.embed_tokens.weight.dtype
-    least_tokens = max(MIN_STEP_TOKENS, limits.max_running)
-    while (scratch := step_bytes(model.config, limits, dtype)) > (budget.total - budget.resident) // 4:
-        if limits.tokens_per_step <= least_tokens:
-            break
-        limits = replace(limits, tokens_per_step=max(least_tokens, limits.tokens_per_step // 2))
+    limits, scratch = limit_scratch(model.config, limits, dtype, budget.total - budget.resident)
     return replace(limits, cache_bytes=max(1, budget.divide(limits.cache_bytes, scratch)))
 
 

@@ -22,6 +22,18 @@ def default_memory() -> tuple[int, int]:
     return max(0, available - margin), margin
 
 
+def divide_bytes(free: int, latent_cache: int, slot_bytes: int) -> tuple[int, int]:
+    """(bytes of the latent cache, experts) in the bytes that weights and scratch leave: a latent cache of up to
+    `latent_cache` bytes, which takes half of them at most, and experts of `slot_bytes` each."""
+    latent_cache = min(latent_cache, max(0, free // 2))
+    return latent_cache, (free - latent_cache) // slot_bytes
+
+
+def least_bytes(experts: int, slot_bytes: int) -> int:
+    """For the fewest experts that must be in memory at once, and a latent cache of as much."""
+    return 2 * experts * slot_bytes
+
+
 @dataclass
 class MemoryBudget:
     """`total` bytes for a model of which `resident` stay in memory, and the store of its experts. `least` experts must
@@ -40,10 +52,9 @@ class MemoryBudget:
         most, and `scratch`; the bytes of the latent cache. SoliError with the bytes needed where that is too little."""
         left = self.total - self.resident - scratch
         self.scratch = scratch
-        self.latent_cache = min(latent_cache, max(0, left // 2))
-        capacity = (left - self.latent_cache) // self.store.slot_bytes
+        self.latent_cache, capacity = divide_bytes(left, latent_cache, self.store.slot_bytes)
         if capacity < self.least:
-            needed = self.resident + scratch + 2 * self.least * self.store.slot_bytes
+            needed = self.resident + scratch + least_bytes(self.least, self.store.slot_bytes)
             raise SoliError(
                 f"{self.total:,} bytes of memory are too few for this model: weights that stay take "
                 f"{self.resident:,}, scratch {scratch:,}, the {self.least} experts that a token chooses in a layer "
