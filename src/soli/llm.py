@@ -13,12 +13,16 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Unpack
 
 from soli.analysis.notebook_views import html_text
 from soli.analysis.parameters import count
-from soli.arguments import checks_arguments
+from soli.arguments import checks_arguments, without_neutral
+from soli.chat.answer import ChatAnswer, ChatPrompt, Messages, conversations, parse_answer, render_chat
+from soli.chat.templates import ChatTemplate
+from soli.checkpoint import open_checkpoint
 from soli.checkpoint.writer import ProgressCallback
 from soli.data.text import Language
 from soli.data.tokenizer import Tokenizer
@@ -62,6 +66,15 @@ NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {  # arguments of vLLM's class, 
     "seed": (0,),
 }
 
+CHAT_NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {  # of vLLM's and OpenAI's chats
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template": (),
+    "tool_choice": ("auto",),
+    "parallel_tool_calls": (True,),
+    "reasoning_effort": (),
+}
+
 
 class LLM:
     """A loaded model with its engine.
@@ -93,6 +106,7 @@ class LLM:
     ) -> None:
         limits = limits or EngineLimits()
         self.name = type(model).__name__ if isinstance(model, Transformer) else str(model)
+        self._has_folder = not isinstance(model, Transformer)
         self.text_model = _text_model(model, tokenizer, device, dtype, limits.speculate, progress, memory)
         self.engine = AsyncEngine(Engine(self.text_model, limits, runner=runner))
         self._max_pending = max(1, limits.max_waiting)
@@ -183,13 +197,47 @@ class LLM:
             for text, target in zip(sources, targets, strict=True)
         ]
 
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> list[ChatAnswer]:
+        """Answers to one conversation or several, by the folder's chat template, in their order; with n, each one's n
+        one after another. `answer.message` continues the conversation.
+
+        `tools`: as in OpenAI's API; the model calls them or not. `chat_template_kwargs`: variables of the template.
+        max_new_tokens is by default as many as the model has room for.
+        """
+        settings = read_options("chat", sampling, without_neutral("chat", options, CHAT_NEUTRAL), self._defaults)
+        if settings.constraint is not None and tools:
+            raise SoliError("a constrained answer cannot call tools: leave tools or constraint out")
+        prompts = [
+            render_chat(self._chat_template, conversation, tools, chat_template_kwargs, settings.constraint is not None)
+            for conversation in conversations(messages)
+        ]
+        requests = [
+            replace(self._chat_request(settings, prompt), sampling=settings.sampling.for_choice(choice))
+            for prompt in prompts
+            for choice in range(settings.n)
+        ]
+        parsers = [prompt.new_parser() for prompt in prompts for _ in range(settings.n)]
+        answers = self._answers(requests)
+        return [parse_answer(answer, parser) for answer, parser in zip(answers, parsers, strict=True)]
+
     def stats(self) -> EngineStats:
         """The engine's metrics."""
         return self.engine.stats()
 
     def close(self) -> None:
-        """End the engine's thread; later requests are rejected. The model is freed with this object."""
+        """End the engine's thread and the template's processes; later requests are rejected. The model is freed with
+        this object."""
         self.engine.close()
+        if "_chat_template" in vars(self):
+            self._chat_template.close()
 
     def __repr__(self) -> str:
         return f"<soli.LLM {self.name}: {', '.join(self._description())}>"
@@ -208,6 +256,19 @@ class LLM:
             phrases.append(f"{experts} selected in each of {config.num_moe_layers} layers")
         dtype = str(model.compute_dtype or weight.dtype).removeprefix("torch.")
         return [*phrases, f"{self.text_model.positions:,} positions", f"{dtype} on {weight.device}"]
+
+    @cached_property
+    def _chat_template(self) -> ChatTemplate:
+        """The folder's; SoliError for a model without one."""
+        folder = open_checkpoint(self.name).folder if self._has_folder else None
+        template = None if folder is None else ChatTemplate.from_folder(folder, self.text_model.tokenizer)
+        if template is None:
+            raise SoliError(f"{self.name} has no chat template, so it was not trained to chat: use generate")
+        return template
+
+    def _chat_request(self, settings: GenerationSettings, prompt: ChatPrompt) -> Request:
+        limit = self.text_model.remaining_tokens(prompt.token_ids, "the conversation")
+        return replace(self._request(settings, prompt.token_ids, limit), visible_ids=prompt.visible_ids)
 
     def _answers(self, requests: Iterable[Request]) -> list[Answer]:
         """Answers in order; as many requests wait as may."""

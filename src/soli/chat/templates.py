@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self, TypedDict, Unpack
 
 from soli.chat import deepseek_v32_template
-from soli.chat.parsers.families import Family, detect_family, family_by_name
+from soli.chat.parsers.families import REASONING, Family, detect_family, family_by_name
 from soli.chat.workers import RenderFailure, RenderWorkers
 from soli.data.tokenizer import TextTooLong, Tokenizer, special_names
 from soli.errors import SoliError
@@ -122,6 +122,11 @@ class ChatTemplate:
         texts = iter(self._tokenizer.encode_batch([part for part in parts if isinstance(part, str)]))
         token_ids = [token for part in parts for token in (next(texts) if isinstance(part, str) else [part])]
         return RenderedPrompt(token_ids, reply["starts_in_reasoning"])
+
+    def parsed_ids(self, has_tools: bool) -> frozenset[int]:
+        """Tokens that an answer's parser reads: in the text, even where the tokenizer says that they are special."""
+        names = {*REASONING, *(self.family.tokens if has_tools else ())}
+        return frozenset(index for name, index in self._tokenizer.added_tokens().items() if name in names)
 
     def check_length(self, text_bytes: int, most: int) -> None:
         """TextTooLong for messages whose texts, so many bytes together, have more than `most` tokens for certain."""

@@ -5,9 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from soli.chat.parser import ForcedCallParser, MessageParser, OutputParser, PlainParser, any_call_schema
-from soli.chat.parsers.families import REASONING
 from soli.chat.templates import ChatTemplate, RejectedMessages, RenderedPrompt, RenderOptions
-from soli.data.tokenizer import TextTooLong, Tokenizer
+from soli.data.tokenizer import TextTooLong
 from soli.engine.constraint import ConstraintSpec
 from soli.errors import SoliError
 from soli.serve.errors import ApiError
@@ -42,7 +41,7 @@ def chat_batch(body: ChatBody, loaded: LoadedModel, limits: ServiceLimits) -> Re
         chat_request,
         prompt_ids=tuple(prompt.token_ids),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        visible_ids=chat_request.visible_ids | _parsed_ids(template, tools, loaded.text_model.tokenizer),
+        visible_ids=chat_request.visible_ids | template.parsed_ids(bool(tools.usable)),
     )
     names = param_names(
         body.soli, prompt_ids="messages", constraint="response_format" if tools.forced is None else "tools"
@@ -180,9 +179,3 @@ def _new_parser(
     return lambda: MessageParser(
         family.new_format(tools.schemas) if tools.usable else None, starts_in_reasoning, loaded.split_reasoning
     )
-
-
-def _parsed_ids(template: ChatTemplate, tools: _Tools, tokenizer: Tokenizer) -> frozenset[int]:
-    """Tokens that the parser reads: in the text, even where the tokenizer says that they are special."""
-    names = {*REASONING, *(template.family.tokens if tools.usable else ())}
-    return frozenset(index for name, index in tokenizer.added_tokens().items() if name in names)
