@@ -268,7 +268,8 @@ class LLM:
 
     def _chat_request(self, settings: GenerationSettings, prompt: ChatPrompt) -> Request:
         limit = self.text_model.remaining_tokens(prompt.token_ids, "the conversation")
-        return replace(self._request(settings, prompt.token_ids, limit), visible_ids=prompt.visible_ids)
+        request = self._request(settings, prompt.token_ids, limit)
+        return replace(request, visible_ids=request.visible_ids | prompt.visible_ids)
 
     def _answers(self, requests: Iterable[Request]) -> list[Answer]:
         """Answers in order; as many requests wait as may."""
@@ -283,7 +284,7 @@ class LLM:
     def _requests(self, prompts: str | Sequence[Prompt], settings: GenerationSettings) -> Iterator[Request]:
         """Each prompt's n requests."""
         for prompt in _prompts(prompts):
-            request = self._request(settings, self._prompt_ids(prompt))
+            request = self._request(settings, self._prompt_ids(prompt, settings))
             for choice in range(settings.n):
                 yield replace(request, sampling=request.sampling.for_choice(choice))
 
@@ -292,16 +293,16 @@ class LLM:
     ) -> Request:
         settings = read_options(method, sampling, options, self._defaults)
         _check_one_answer(method, settings)
-        return self._request(settings, self._prompt_ids(prompt))
+        return self._request(settings, self._prompt_ids(prompt, settings))
 
     @property
     def _defaults(self) -> Mapping[str, Any]:
         return self.text_model.sampling_defaults
 
-    def _prompt_ids(self, prompt: Any) -> Sequence[int]:
+    def _prompt_ids(self, prompt: Any, settings: GenerationSettings) -> Sequence[int]:
         """The tokens of a prompt: a text's, or a list of ids as it is."""
         if isinstance(prompt, str):
-            return self.text_model.text_prompt(prompt)
+            return self.text_model.text_prompt(prompt, settings.parse_special)
         ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
         if not isinstance(ids, list | tuple) or any(type(token) is not int for token in ids):
             raise SoliError(f"a prompt is {shown(prompt)}: give a text, or a list of token ids")
@@ -330,6 +331,7 @@ class LLM:
             masked_experts=settings.masked_experts,
             constraint=settings.constraint,
             min_new_tokens=settings.min_new_tokens,
+            visible_ids=frozenset() if settings.skip_special_tokens else model.tokenizer.special_ids,
         )
 
 

@@ -34,6 +34,8 @@ def render_chat(
     is_constrained: bool = False,
 ) -> ChatPrompt:
     """The prompt up to where the assistant's message starts. `is_constrained`: the answer is all content."""
+    if variables is not None and not isinstance(variables, Mapping):
+        raise SoliError(f"chat_template_kwargs is {shown(variables)}; give a dictionary of the template's variables")
     schemas = {} if tools is None else dict(map(_tool_schema, tools))
     prompt = template.render(messages, tools or None, variables, allow_reasoning=not is_constrained)
 
@@ -56,7 +58,7 @@ def _tool_schema(tool: Any) -> tuple[str, Mapping[str, Any]]:
 
 
 @dataclass(frozen=True)
-class ToolCall:
+class ChatToolCall:
     """A call of the tool `name`; `arguments` is JSON as the model wrote it, valid or not."""
 
     name: str
@@ -72,7 +74,7 @@ class ChatAnswer:
 
     content: str
     reasoning: str
-    tool_calls: tuple[ToolCall, ...]
+    tool_calls: tuple[ChatToolCall, ...]
     answer: Answer
 
     @property
@@ -113,25 +115,36 @@ class ChatAnswer:
 def parse_answer(answer: Answer, parser: OutputParser) -> ChatAnswer:
     """The parts of a whole answer. Calls that the model's family gives no ID get one."""
     delta = parser.push(answer.text, last=True)
-    calls = [ToolCall(one.name or "", one.arguments, one.call_id or _new_call_id()) for one in delta.tool_calls]
+    calls = [ChatToolCall(one.name or "", one.arguments, one.call_id or _new_call_id()) for one in delta.tool_calls]
     return ChatAnswer(delta.content, delta.reasoning, tuple(calls), answer)
 
 
 def conversations(messages: Any) -> list[list[Message]]:
     """One conversation or several, each a list of messages: dictionaries, or objects of OpenAI's client. SoliError for
     what is none."""
-    listed = list(messages) if isinstance(messages, Sequence) and not isinstance(messages, str | bytes) else [messages]
-    if listed and all(isinstance(one, list | tuple) for one in listed):
-        return [[_message(message) for message in conversation] for conversation in listed]
-    return [[_message(message) for message in listed]]
+    if not isinstance(messages, list | tuple) or not messages:
+        raise SoliError(f'messages is {shown(messages)}: give a list of messages, {{"role": "user", "content": TEXT}}')
+    if all(isinstance(one, list | tuple) for one in messages):
+        return [conversation for one in messages for conversation in conversations([_message(each) for each in one])]
+    return [[_message(message) for message in messages]]
 
 
 def _message(message: Any) -> Message:
-    if hasattr(message, "model_dump"):
-        message = message.model_dump(exclude_none=True)
+    if isinstance(message, ChatAnswer):
+        message = message.message
+    elif hasattr(message, "model_dump"):
+        message = message.model_dump()
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise SoliError(f'a message is {shown(message)}: give {{"role": "user", "content": TEXT}}')
-    return {name: value for name, value in message.items() if value is not None or name == "content"}
+    fields = {name: _without_nulls(value) for name, value in message.items() if value not in (None, "", [])}
+    return fields | {"content": message.get("content")}  # null beside tool calls stays null
+
+
+def _without_nulls(value: Any) -> Any:
+    """As clients store it, a field that is null is one that is absent."""
+    if isinstance(value, Mapping):
+        return {name: _without_nulls(one) for name, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _new_call_id() -> str:

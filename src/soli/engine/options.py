@@ -45,6 +45,8 @@ class GenerationOptions(SamplingOptions, total=False):
     stop: str | Sequence[str] | None
     stop_token_ids: Sequence[int] | None
     ignore_eos: bool | None
+    skip_special_tokens: bool | None
+    parse_special: bool | None
     logprobs: int | bool | None
     top_logprobs: int | None
     prompt_logprobs: int | None
@@ -59,7 +61,7 @@ SAMPLING: Final = tuple(get_type_hints(SamplingOptions))
 _TYPES: Final[Mapping[str, Any]] = {
     **dict.fromkeys(("min_tokens", "prompt_logprobs", "top_logprobs"), Annotated[int, Bounds(at_least=0)]),
     "n": Count,
-    "ignore_eos": bool,
+    **dict.fromkeys(("ignore_eos", "parse_special", "skip_special_tokens"), bool),
     "trace": bool,
     **dict.fromkeys(SAMPLING, float),
     "top_k": Annotated[int, Bounds(at_least=-1)],
@@ -77,7 +79,6 @@ NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
     "early_stopping": (False,),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "include_stop_str_in_output": (False,),
     "detokenize": (True,),
@@ -110,7 +111,8 @@ HINTS: Final[Mapping[str, str]] = {
 @dataclass(frozen=True)
 class GenerationSettings:
     """Checked options. `max_new_tokens` None: the default; `stop_token_ids` end an answer beside the model's own, which
-    `ignore_eos` leaves out; `n`: answers to each prompt."""
+    `ignore_eos` leaves out; `n`: answers to each prompt; `skip_special_tokens`: the text does not show them;
+    `parse_special`: names of special tokens in a text prompt are these tokens."""
 
     sampling: SamplingParams = GREEDY
     max_new_tokens: int | None = None
@@ -119,6 +121,8 @@ class GenerationSettings:
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    parse_special: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     trace: bool = False
@@ -150,6 +154,8 @@ def read_options(
         stop=values.get("stop", ()),
         stop_token_ids=frozenset(values.get("stop_token_ids", ())),
         ignore_eos=values.get("ignore_eos", False),
+        skip_special_tokens=values.get("skip_special_tokens", True),
+        parse_special=values.get("parse_special", False),
         logprobs=_logprobs(values),
         prompt_logprobs=values.get("prompt_logprobs"),
         trace=values.get("trace", False),
