@@ -99,4 +99,5 @@ class ScriptedEvents:
             yield Event(0, finish_reason="error", error="the step failed", usage=Usage(prompt, emitted))
             return
         reason = "length" if emitted == request.max_new_tokens and not stream.stopped else "stop"
-        yield Event(0, None, stream.finish(), finish_reason=reason, usage=Usage(prompt, emitted))
+        text, usage = stream.finish(), Usage(prompt, emitted)
+        yield Event(0, None, text, stop_string=stream.stop_string, finish_reason=reason, usage=usage)

@@ -72,15 +72,20 @@ def token_text(tokenizer: Tokenizer, visible: Collection[int] = ()) -> TokenText
 class TextStream:
     """Turns the tokens of one generation into pieces of text whose concatenation is the final text.
 
-    Once a stop string is complete, `stopped` is true and the text ends before it (before the longest of several that
-    end at the same character).
+    Once a stop string is complete, `stop_string` is that string and the text ends before it (before the longest of
+    several that end at the same character).
     """
 
     def __init__(self, tokens: TokenText, stops: Sequence[str] = ()) -> None:
         self._tokens = tokens
         self._stops = [_StopString(stop) for stop in stops if stop]
         self._held = ""
-        self.stopped = False
+        self.stop_string: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended the text."""
+        return self.stop_string is not None
 
     def push(self, token: int) -> str:
         """The characters that this token completes; often none, for a token that ends inside a character."""
@@ -99,7 +104,7 @@ class TextStream:
         for index in range(scanned, len(text)):
             longest = max(stop.push(text[index]) for stop in self._stops)
             if longest:
-                self.stopped = True
+                self.stop_string = text[index + 1 - longest : index + 1]
                 self._held = ""
                 return text[: index + 1 - longest]
         end = len(text) - max(stop.matched for stop in self._stops)

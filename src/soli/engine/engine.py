@@ -289,8 +289,16 @@ class Engine:
         self._scheduler.remove(sequence)
         del self._sequences[sequence.request_id]
         token, logprob = (sampled.token, sampled.logprob) if sampled else (None, None)
-        usage = sequence.usage
-        return Event(sequence.request_id, token, text, logprob, finish_reason=reason, usage=usage, error=error)
+        return Event(
+            sequence.request_id,
+            token,
+            text,
+            logprob,
+            stop_string=sequence.stream.stop_string,
+            finish_reason=reason,
+            usage=sequence.usage,
+            error=error,
+        )
 
     def _end_all(self, parts: Sequence[ScheduledTokens], error: Exception) -> list[Event]:
         """End the requests of a step that failed."""

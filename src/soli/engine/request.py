@@ -68,7 +68,8 @@ class Event:
 
     `token` None: only text that was held back, what was read of the prompt, or the end. `text`: whole characters that
     no stop string can include any more; often "". `prompt_logprobs`: of the next tokens of the prompt, from the second.
-    `stop_logprob`: of the stop token that ended the text, which is not part of it. `routing`: of the tokens of this
+    `stop_logprob`: of the stop token that ended the text, and `stop_string`: the one that did; neither is part of it.
+    `routing`: of the tokens of this
     step, one Routing per MoE layer of the main model. The last event has `finish_reason` and `usage`; with "error" also
     `error`, one sentence, and `error_field`, the field of the request that is to blame if one is.
     """
@@ -80,6 +81,7 @@ class Event:
     routing: tuple[Routing, ...] | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     stop_logprob: TokenLogprob | None = None
+    stop_string: str | None = None
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     error: str | None = None

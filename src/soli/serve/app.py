@@ -20,6 +20,7 @@ from starlette.types import ASGIApp
 
 from soli import __version__
 from soli.serve.errors import HANDLERS
+from soli.serve.messages_api.routes import anthropic_router
 from soli.serve.middleware import AccessMiddleware, AccessRules
 from soli.serve.protocol_responses import HealthStatus, to_json
 from soli.serve.routes import openai_router, soli_router
@@ -47,7 +48,7 @@ def create_app(service: Service, rules: AccessRules | None = None) -> ASGIApp:
     """The application; `service.start` starts loading its model."""
     rules = rules or AccessRules()
     app = FastAPI(title="Soli", version=__version__, docs_url=None, redoc_url=None, exception_handlers=HANDLERS)
-    for router in (_probes(service), openai_router(service), soli_router(service), _page()):
+    for router in (_probes(service), openai_router(service), anthropic_router(service), soli_router(service), _page()):
         app.include_router(router)
     protected = AccessMiddleware(app, rules)
     if not rules.origins:
@@ -57,7 +58,7 @@ def create_app(service: Service, rules: AccessRules | None = None) -> ASGIApp:
         protected,
         allow_origins=rules.origins,
         allow_methods=["GET", "POST"],
-        allow_headers=["Authorization", "Content-Type"],
+        allow_headers=["Authorization", "Content-Type", "X-Api-Key", "Anthropic-Version", "Anthropic-Beta"],
     )
 
 

@@ -1,4 +1,5 @@
-"""Errors in the format of OpenAI's API: {"error": {"message", "type", "param", "code"}}."""
+"""Errors in the format of OpenAI's API: {"error": {"message", "type", "param", "code"}}; on the routes of Anthropic's
+in that one's: {"type": "error", "error": {"type", "message"}}, whose message names the field."""
 
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
@@ -10,8 +11,25 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from soli.errors import SoliError
-from soli.serve.protocol_responses import ErrorDetail, ErrorResponse, to_json
+from soli.serve.protocol_responses import (
+    AnthropicErrorDetail,
+    AnthropicErrorResponse,
+    ErrorDetail,
+    ErrorResponse,
+    to_json,
+)
 
+ANTHROPIC_PATH = "/v1/messages"
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 DISCONNECTED = 499  # nginx's status for a client that closed the connection before its answer
 MAX_MESSAGE = 800  # characters
@@ -31,8 +49,13 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.body = error_body(status, message, param, code)
+        self.param = param
+        self.code = code
         self.headers = None if retry_after is None else {"Retry-After": str(retry_after)}
+
+    def body(self, path: str) -> dict[str, Any]:
+        """The JSON body on the route of `path`."""
+        return error_body(path, self.status, str(self), self.param, self.code)
 
 
 class BodyError(HTTPException):
@@ -44,39 +67,47 @@ class BodyError(HTTPException):
         self.param = param
 
 
-def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """The JSON body of an error."""
+def error_body(
+    path: str, status: int, message: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """The JSON body of an error on the route of `path`."""
+    if path.startswith(ANTHROPIC_PATH):
+        kind = ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+        named = message if param is None or message.startswith(param) else f"{param}: {message}"
+        return to_json(AnthropicErrorResponse(type="error", error=AnthropicErrorDetail(type=kind, message=named)))
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     return to_json(ErrorResponse(error=ErrorDetail(message=message, type=kind, param=param, code=code)))
 
 
-def error_response(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+def error_response(path: str, status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """An error of no particular field."""
-    return JSONResponse(error_body(status, message), status, headers)
+    return JSONResponse(error_body(path, status, message), status, headers)
 
 
-async def _on_api_error(_: Request, error: ApiError) -> JSONResponse:
-    return JSONResponse(error.body, error.status, error.headers)
+async def _on_api_error(request: Request, error: ApiError) -> JSONResponse:
+    return JSONResponse(error.body(request.url.path), error.status, error.headers)
 
 
-async def _on_http_error(_: Request, error: HTTPException) -> JSONResponse:
+async def _on_http_error(request: Request, error: HTTPException) -> JSONResponse:
     """Routes and methods that do not exist, bodies that are not JSON."""
     message = HTTP_MESSAGES.get(error.status_code, str(error.detail))
     param = error.param if isinstance(error, BodyError) else None
-    return JSONResponse(error_body(error.status_code, message, param), error.status_code, error.headers)
+    body = error_body(request.url.path, error.status_code, message, param)
+    return JSONResponse(body, error.status_code, error.headers)
 
 
 async def _on_invalid_body(request: Request, error: RequestValidationError) -> JSONResponse:
     """The first invalid field of the body, named by its path: messages.0.content."""
     first = _most_specific(error.errors())
     if "json" not in request.headers.get("content-type", "") and first["loc"][0] == "body":
-        return error_response(400, "the body is not declared as JSON: send it with Content-Type: application/json")
+        message = "the body is not declared as JSON: send it with Content-Type: application/json"
+        return error_response(request.url.path, 400, message)
     param = _param(first["loc"], error.body, first["type"] == "missing") or None
     if first["type"] == "extra_forbidden":
         message = f"{param} is not supported: leave it out"
     else:
         message = f"{param or 'the body'}: {str(first['msg']).removeprefix('Value error, ')}"
-    return JSONResponse(error_body(400, message[:MAX_MESSAGE], param), 400)
+    return JSONResponse(error_body(request.url.path, 400, message[:MAX_MESSAGE], param), 400)
 
 
 async def _on_disconnect(_: Request, __: ClientDisconnect) -> Response:
@@ -84,14 +115,15 @@ async def _on_disconnect(_: Request, __: ClientDisconnect) -> Response:
     return Response(status_code=DISCONNECTED)
 
 
-async def _on_soli_error(_: Request, error: SoliError) -> JSONResponse:
+async def _on_soli_error(request: Request, error: SoliError) -> JSONResponse:
     """The caller's error, if the field is not known."""
-    return error_response(400, str(error)[:MAX_MESSAGE])
+    return error_response(request.url.path, 400, str(error)[:MAX_MESSAGE])
 
 
-async def _on_unexpected_error(_: Request, error: Exception) -> JSONResponse:
+async def _on_unexpected_error(request: Request, error: Exception) -> JSONResponse:
     """A bug: the log has it, the caller learns only its type."""
-    return error_response(500, f"the server failed with {type(error).__name__}; its log has more")
+    message = f"the server failed with {type(error).__name__}; its log has more"
+    return error_response(request.url.path, 500, message)
 
 
 # Every exception of a route becomes an answer in this format.

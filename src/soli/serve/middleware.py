@@ -25,6 +25,7 @@ from soli.serve.json_body import parse_body
 
 OPEN_PATHS = ("/health", "/ready", "/")
 OPEN_FOLDER = "/static/"
+ID_HEADERS = (b"x-request-id", b"request-id")  # OpenAI's and Anthropic's
 POLLED_PATHS = ("/health", "/ready", "/metrics")
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 
@@ -77,7 +78,8 @@ class AccessMiddleware:
             nonlocal status, body_bytes
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", request_id.encode())]}
+                ids = [(name, request_id.encode()) for name in ID_HEADERS]
+                message = {**message, "headers": [*message.get("headers", ()), *ids]}
             body_bytes += len(message.get("body", b""))
             await send(message)
 
@@ -101,7 +103,7 @@ class AccessMiddleware:
             return
         status, message = rejection
         headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
-        await error_response(status, message, headers)(scope, receive, send)
+        await error_response(scope["path"], status, message, headers)(scope, receive, send)
 
     def _limited(self, receive: Receive) -> Receive:
         """`receive`, which rejects a body that is too large or arrives too slowly."""
@@ -136,7 +138,7 @@ class AccessMiddleware:
             return 421, "this host name is not served here: start the server with --allow-host for it"
         is_open = scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_FOLDER)
         if not is_open and not self._has_key(headers):
-            return 401, "an API key is required: send it as 'Authorization: Bearer KEY'"
+            return 401, "an API key is required: send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'"
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or len(length) > 15:
             return 400, "Content-Length is not a number of bytes"
@@ -145,8 +147,11 @@ class AccessMiddleware:
     def _has_key(self, headers: dict[bytes, bytes]) -> bool:
         if self._rules.key is None:
             return True
-        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-        return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._rules.key.encode())
+        scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+        keys = [token] if scheme.lower() == b"bearer" else []
+        if b"x-api-key" in headers:  # of Anthropic's clients
+            keys.append(headers[b"x-api-key"])
+        return any([hmac.compare_digest(key.strip(), self._rules.key.encode()) for key in keys])
 
     def _too_large(self) -> str:
         return f"the body has more than {self._rules.body_bytes} bytes, the limit of this server"

@@ -10,6 +10,8 @@ from pydantic import BaseModel, Field
 from soli.analysis.trace import TokenTrace
 from soli.engine.request import FinishReason
 
+STOP_REASON = "The stop string that ended the text, as in vLLM; absent if none did."
+
 
 def to_json(response: BaseModel) -> dict[str, Any]:
     """The JSON object of a response."""
@@ -27,6 +29,18 @@ class ErrorResponse(BaseModel):
     """The body of every rejection."""
 
     error: ErrorDetail
+
+
+class AnthropicErrorDetail(BaseModel):
+    type: str
+    message: str
+
+
+class AnthropicErrorResponse(BaseModel):
+    """The body of every rejection of a route of Anthropic's API."""
+
+    type: Literal["error"]
+    error: AnthropicErrorDetail
 
 
 class HealthStatus(BaseModel):
@@ -138,6 +152,7 @@ class CompletionChunkChoice(BaseModel):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
+    stop_reason: str | None = Field(None, description=STOP_REASON)
 
 
 class CompletionChoice(CompletionChunkChoice):
@@ -204,6 +219,7 @@ class ChatChoice(BaseModel):
     message: AssistantMessage
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length", "tool_calls"]
+    stop_reason: str | None = Field(None, description=STOP_REASON)
     soli: ChoiceRouting | None = None
 
 
@@ -238,6 +254,7 @@ class ChatChunkChoice(BaseModel):
     delta: ChatDelta
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | Literal["tool_calls"] | None
+    stop_reason: str | None = Field(None, description=STOP_REASON)
 
 
 class ChatChunk(GenerationChunk):

@@ -193,6 +193,7 @@ class CompletionChoiceBuilder:
     echo: PromptEcho | None = None
     text: str = ""
     finish_reason: FinishReason | None = None
+    stop_string: str | None = None
     logprobs: list[ListedToken] = field(default_factory=list)
 
     def push(self, event: Event) -> protocol.CompletionChunkChoice | None:
@@ -204,6 +205,7 @@ class CompletionChoiceBuilder:
         self.text += text
         self.logprobs += logprobs
         self.finish_reason = event.finish_reason
+        self.stop_string = event.stop_string
         if not (text or logprobs or event.finish_reason):
             return None
         return protocol.CompletionChunkChoice(**self._fields(text, logprobs))
@@ -222,6 +224,7 @@ class CompletionChoiceBuilder:
             "text": text,
             "logprobs": self._describe(logprobs) if logprobs else None,
             "finish_reason": self.finish_reason,
+            **stop_reason(self.stop_string),
         }
 
     def _describe(self, logprobs: Sequence[ListedToken]) -> protocol.CompletionLogprobs:
@@ -253,12 +256,14 @@ class ChatChoiceBuilder:
         self._calls: list[protocol.ToolCall] = []
         self._logprobs: list[protocol.SampledTokenLogprob] = []
         self._finish_reason: FinishReason | Literal["tool_calls"] | None = None
+        self._stop_string: str | None = None
 
     def push(self, event: Event) -> protocol.ChatChunkChoice | None:
         last = event.finish_reason is not None
         fields = self._delta_fields(self._parser.push(event.text, last))
         logprobs = [] if event.logprob is None else [self._sampled(event.logprob)]
         self._logprobs += logprobs
+        self._stop_string = event.stop_string
         if last:
             called_tools = event.finish_reason == "stop" and self._calls
             self._finish_reason = "tool_calls" if called_tools else event.finish_reason
@@ -272,6 +277,7 @@ class ChatChoiceBuilder:
             delta=protocol.ChatDelta(**fields),
             logprobs=protocol.ChatLogprobs(content=logprobs) if logprobs else None,
             finish_reason=self._finish_reason,
+            **stop_reason(self._stop_string),
         )
 
     def whole(self) -> protocol.ChatChoice:
@@ -289,6 +295,7 @@ class ChatChoiceBuilder:
             ),
             logprobs=protocol.ChatLogprobs(content=self._logprobs) if self._logprobs else None,
             finish_reason=self._finish_reason,
+            **stop_reason(self._stop_string),
         )
 
     def _delta_fields(self, delta: MessageDelta) -> dict[str, Any]:
@@ -323,6 +330,11 @@ class ChatChoiceBuilder:
             "logprob": logprob,
             "bytes": list(self._text_model.tokenizer.token_bytes(token)),
         }
+
+
+def stop_reason(stop_string: str | None) -> dict[str, Any]:
+    """The field of a choice whose text a stop string ended."""
+    return {} if stop_string is None else {"stop_reason": stop_string}
 
 
 def token_name(text_model: TextModel, token: int) -> str:

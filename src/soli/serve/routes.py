@@ -1,41 +1,24 @@
-"""The routes of the API: OpenAI's under /v1, Soli's own under /soli; whole answers, and streams of server-sent events.
+"""The routes of the API: OpenAI's under /v1, Soli's own under /soli."""
 
-Rejections come before the first byte of either. An answer is cancelled when its client disconnects.
-"""
-
-import asyncio
-import json
-import logging
-from collections.abc import AsyncGenerator, Callable, Coroutine
-from contextlib import aclosing
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query, Request
-from pydantic import BaseModel
-from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response
 
 from soli.analysis.parameters import count
 from soli.serve import protocol_responses as protocol
+from soli.serve.answering import respond
 from soli.serve.chat_prompts import chat_batch
-from soli.serve.errors import ApiError, error_body
+from soli.serve.errors import ApiError
 from soli.serve.middleware import StrictRoute
-from soli.serve.prompts import RequestBatch, can_translate, completion_batch, translation_batch
+from soli.serve.prompts import can_translate, completion_batch, translation_batch
 from soli.serve.protocol_requests import ChatBody, CompletionBody, TranslateBody
-from soli.serve.responses import CHAT, COMPLETION, TRANSLATION, AnswerFormat, ResponseBuilder
-from soli.serve.service import LoadedModel, Service, ServiceLimits
-
-log = logging.getLogger("soli.serve")
+from soli.serve.responses import CHAT, COMPLETION, TRANSLATION, AnswerFormat
+from soli.serve.service import LoadedModel, Service
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": protocol.ErrorResponse} for status in (400, 401, 404, 408, 413, 421, 429, 500, 503, 504)
 }
-EVENT_STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-UNREAD_SECONDS = 30.0  # how much longer than the answer its reader may take
-
-Body = TypeVar("Body", bound=BaseModel)
-Result = TypeVar("Result")
 
 
 def openai_router(service: Service) -> APIRouter:
@@ -128,85 +111,3 @@ def describe(name: str, loaded: LoadedModel) -> protocol.ModelDescription:
         modes=[mode for mode, is_supported in supported.items() if is_supported],
         context=loaded.text_model.positions,
     )
-
-
-async def respond(
-    service: Service,
-    request: Request,
-    body: Body,
-    to_batch: Callable[[Body, LoadedModel, ServiceLimits], RequestBatch],
-    answer_format: AnswerFormat,
-    stream: bool | None,
-) -> Response:
-    """The answer to a body: a stream or a whole response."""
-    try:
-        batch = await asyncio.to_thread(to_batch, body, service.loaded, service.limits)
-    except ApiError:
-        service.check_accepting()  # the reason may be that the server is stopping
-        raise
-    builder = ResponseBuilder(service, batch, answer_format)
-    events = await service.submit(batch.requests, batch.param_names)
-    if stream:
-        return EventStream(builder.chunks(events), service.limits.seconds + UNREAD_SECONDS)
-    finished = await _run_while_connected(builder.whole(events), request.receive)
-    if finished is None:
-        raise ClientDisconnect
-    response = finished.result()
-    return await asyncio.to_thread(lambda: JSONResponse(protocol.to_json(response)))  # may be long
-
-
-class EventStream(Response):
-    """Each chunk as one `data:` line, then [DONE]; an error on the way is the last line before it, and one that nothing
-    expects is logged. `chunks` is closed when the client disconnects, and after `seconds`, since a client that does not
-    read could take for ever."""
-
-    def __init__(self, chunks: AsyncGenerator[BaseModel, None], seconds: float) -> None:
-        super().__init__()
-        self._chunks = chunks
-        self._seconds = seconds
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM_HEADERS})
-        finished = await _run_while_connected(self._send(send), receive, self._seconds)
-        if finished is not None:
-            finished.result()
-
-    async def _send(self, send: Send) -> None:
-        async with aclosing(self._chunks), aclosing(self._data()) as lines:
-            async for data in lines:
-                line = f"data: {data}\n\n".encode()
-                await send({"type": "http.response.body", "body": line, "more_body": True})
-            await send({"type": "http.response.body", "body": b""})
-
-    async def _data(self) -> AsyncGenerator[str, None]:
-        try:
-            async for chunk in self._chunks:
-                yield json.dumps(protocol.to_json(chunk), ensure_ascii=False)
-        except ApiError as error:
-            yield json.dumps(error.body, ensure_ascii=False)
-        except Exception as error:
-            log.exception("a stream failed")
-            message = f"the answer failed with {type(error).__name__}; the server's log has more"
-            yield json.dumps(error_body(500, message))
-        yield "[DONE]"
-
-
-async def _run_while_connected(
-    work: Coroutine[Any, Any, Result], receive: Receive, seconds: float | None = None
-) -> asyncio.Task[Result] | None:
-    """The finished task of `work`; None if it was cancelled, at the client's disconnect or after so many seconds."""
-    working = asyncio.create_task(work)
-    disconnect = asyncio.create_task(_disconnect(receive))
-    try:
-        await asyncio.wait((working, disconnect), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        return working if working.done() else None
-    finally:
-        disconnect.cancel()
-        working.cancel()
-        await asyncio.gather(working, disconnect, return_exceptions=True)
-
-
-async def _disconnect(receive: Receive) -> None:
-    """Returns when the client has disconnected."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
