@@ -22,6 +22,7 @@ ALWAYS = [not_a_server_error, status_code_conformance, content_type_conformance,
 ROUTES = [
     "GET /health", "GET /ready", "GET /metrics", "GET /v1/models", "GET /v1/models/{name}", "POST /v1/completions",
     "POST /v1/chat/completions", "GET /soli/model", "GET /soli/experts/{layer}/{expert}", "POST /soli/translate",
+    "POST /v1/responses", "POST /v1/messages", "POST /v1/messages/count_tokens",
 ]  # fmt: skip
 POSTS = [route for route in ROUTES if route.startswith("POST")]
 

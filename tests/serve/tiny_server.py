@@ -36,8 +36,8 @@ def tiny() -> TextModel:
     return text_model(tiny_model(vocab_size=330, max_position_embeddings=1024), tiny_tokenizer())
 
 
-def template() -> ChatTemplate:
-    return ChatTemplate(TEMPLATE, tiny_tokenizer(), {"bos_token": "<|bos|>"})
+def template(source: str = TEMPLATE) -> ChatTemplate:
+    return ChatTemplate(source, tiny_tokenizer(), {"bos_token": "<|bos|>"})
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from soli.serve.errors import HANDLERS
 from soli.serve.messages_api.routes import anthropic_router
 from soli.serve.middleware import AccessMiddleware, AccessRules
 from soli.serve.protocol_responses import HealthStatus, to_json
+from soli.serve.responses_api.routes import responses_router
 from soli.serve.routes import openai_router, soli_router
 from soli.serve.service import Service
 
@@ -48,7 +49,7 @@ def create_app(service: Service, rules: AccessRules | None = None) -> ASGIApp:
     """The application; `service.start` starts loading its model."""
     rules = rules or AccessRules()
     app = FastAPI(title="Soli", version=__version__, docs_url=None, redoc_url=None, exception_handlers=HANDLERS)
-    for router in (_probes(service), openai_router(service), anthropic_router(service), soli_router(service), _page()):
+    for router in (_probes(service), *_api(service), _page()):
         app.include_router(router)
     protected = AccessMiddleware(app, rules)
     if not rules.origins:
@@ -60,6 +61,10 @@ def create_app(service: Service, rules: AccessRules | None = None) -> ASGIApp:
         allow_methods=["GET", "POST"],
         allow_headers=["Authorization", "Content-Type", "X-Api-Key", "Anthropic-Version", "Anthropic-Beta"],
     )
+
+
+def _api(service: Service) -> tuple[APIRouter, ...]:
+    return openai_router(service), responses_router(service), anthropic_router(service), soli_router(service)
 
 
 def _probes(service: Service) -> APIRouter:
