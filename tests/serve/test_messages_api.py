@@ -5,10 +5,12 @@ import json
 import httpx
 import pytest
 
-from soli.chat.deepseek import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR
+from soli.chat.parsers.families import DEEPSEEK
 from soli.serve.middleware import AccessRules
 from tests.serve.tiny_server import scripted_server, tiny, tiny_server
 
+CALLS_BEGIN, CALLS_END = DEEPSEEK.section_begin, DEEPSEEK.section_end
+CALL_BEGIN, SEPARATOR, CALL_END = DEEPSEEK.call_begin, DEEPSEEK.separator, DEEPSEEK.call_end
 HELLO = [{"role": "user", "content": "hello world"}]
 WEATHER = {
     "name": "get_weather",
@@ -155,6 +157,14 @@ def test_an_answer_can_be_sent_back_with_the_results():
     places = [prompt.index(text) for text in ("be brief", "hello world", "Let me look.", "sunny", "no city")]
     assert places == sorted(places) and '{"city": "Wien"}' in prompt[places[2] : places[3]]
     assert prompt.index("Error: no city") < prompt.index("And now?")
+
+
+def test_an_answer_continues_the_last_message_of_the_assistant():
+    turns = [*HELLO, {"role": "assistant", "content": "I would say"}]
+    with scripted_server(lambda request: " yes") as (url, engine):
+        assert message(url, messages=turns)["content"][0]["text"] == " yes"
+        prompt = engine.text_model.tokenizer.decode(engine.requests[-1].prompt_ids)
+    assert prompt.endswith("I would say")
 
 
 def test_a_stop_sequence_is_named(tiny_url):

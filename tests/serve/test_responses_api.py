@@ -5,11 +5,13 @@ import json
 import httpx
 import pytest
 
-from soli.chat.deepseek import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR
+from soli.chat.parsers.families import DEEPSEEK
 from soli.serve.responses_api.prompts import chat_fields
 from soli.serve.responses_api.requests import ResponsesBody
 from tests.serve.tiny_server import TEMPLATE, scripted_server, template, tiny_server
 
+CALLS_BEGIN, CALLS_END = DEEPSEEK.section_begin, DEEPSEEK.section_end
+CALL_BEGIN, SEPARATOR, CALL_END = DEEPSEEK.call_begin, DEEPSEEK.separator, DEEPSEEK.call_end
 SCHEMA = {
     "type": "object",
     "properties": {"city": {"type": "string", "enum": ["Wien", "北京"]}},
@@ -168,7 +170,7 @@ def test_an_answer_can_be_sent_back_with_the_results():
 
 
 def test_items_of_one_turn_are_one_message():
-    call = {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}", "id": "fc_1", "status": "completed"}
+    call = {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}", "id": "fc_1"}
     items = [
         {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]},
         {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]},

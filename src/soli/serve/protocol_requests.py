@@ -10,6 +10,7 @@ import json
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -18,6 +19,7 @@ from pydantic import (
     ModelWrapValidatorHandler,
     PrivateAttr,
     Tag,
+    WithJsonSchema,
     model_validator,
 )
 
@@ -41,6 +43,16 @@ TokenIds = Annotated[
 PromptList = Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
 LayerAndExpert = Annotated[list[Annotated[int, Field(ge=0, le=2**31)]], Field(min_length=2, max_length=2)]
 LayersAndExperts = Annotated[list[LayerAndExpert], Field(max_length=4096)]
+
+
+def _check_off(value: bool) -> bool:
+    if value:
+        raise ValueError("is not supported: leave it out")
+    return value
+
+
+# What cannot be turned on. A Literal would take 0.0 for false.
+Off = Annotated[bool, AfterValidator(_check_off), WithJsonSchema({"type": "boolean", "const": False})]
 
 
 def _check_no_functions(functions: Any) -> Any:
@@ -95,8 +107,8 @@ class StreamOptions(RequestBody):
     """`include_obfuscation` pads chunks with random text, and `continuous_usage_stats` (vLLM's) has usage in each."""
 
     include_usage: bool = False
-    include_obfuscation: Literal[False] = False
-    continuous_usage_stats: Literal[False] = False
+    include_obfuscation: Off = False
+    continuous_usage_stats: Off = False
 
 
 class JsonSchema(RequestBody):
@@ -178,7 +190,7 @@ class CompletionBody(GenerationBody):
     prompt: Prompts
     parse_special: bool = False  # llama.cpp's name: names of special tokens in a text are these tokens
     max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
-    logprobs: Annotated[int, Field(ge=0, le=20)] | Literal[False] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | Off | None = None
     echo: bool = False
     best_of: Count | None = None
     suffix: str = ""

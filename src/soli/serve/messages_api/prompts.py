@@ -46,10 +46,14 @@ def prompt_batch(body: AnthropicPrompt, loaded: LoadedModel, limits: ServiceLimi
 
 def chat_fields(body: AnthropicPrompt) -> dict[str, Any]:
     """The fields of a chat that say the same as those of the prompt."""
-    messages = [{"role": "system", "content": chat_content(body.system)}] if body.system else []
+    messages: list[dict[str, Any]] = []
+    if body.system:
+        messages.append({"role": "system", "content": chat_content(body.system)})
     for number, message in enumerate(body.messages):
         for converted in chat_messages(message, f"messages.{number}"):
             append_turn(messages, converted)
+    if messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]:
+        messages[-1]["prefix"] = True  # the answer continues it
     fields: dict[str, Any] = {"messages": messages, "tools": [_tool(tool) for tool in body.tools or ()]}
     if body.tool_choice is not None:
         fields |= _tool_choice(body)

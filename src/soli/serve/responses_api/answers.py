@@ -208,8 +208,8 @@ class ResponseItemsBuilder:
         item.status = status
         place = {"item_id": item.id, "output_index": self._index}
         if item.type == "function_call":
-            done = {"arguments": item.arguments, "name": item.name}
-            yield self._event("response.function_call_arguments.done", **place, **done)
+            call = {"arguments": item.arguments, "name": item.name}
+            yield self._event("response.function_call_arguments.done", **place, **call)
         for part in item.content:
             kind = "output_text" if item.type == "message" else "reasoning_text"
             logprobs = {"logprobs": part["logprobs"]} if item.type == "message" else {}

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from soli.serve.protocol_requests import MAX_MESSAGES, MAX_PARTS, Count, Hints, RequestBody
+from soli.serve.protocol_requests import MAX_MESSAGES, MAX_PARTS, Count, Hints, Off, RequestBody
 
 Status = Literal["in_progress", "completed", "incomplete"]
 
@@ -119,7 +119,7 @@ class ReasoningOptions(RequestBody):
 
 
 class ObfuscationOptions(RequestBody):
-    include_obfuscation: Literal[False] = False
+    include_obfuscation: Off = False
 
 
 Includable = Literal[
@@ -159,7 +159,7 @@ class ResponsesBody(Hints):
     reasoning: ReasoningOptions | None = None
     include: Annotated[list[Includable], Field(max_length=64)] | None = None
     truncation: Literal["disabled"] | None = None
-    background: Literal[False] = False
+    background: Off = False
     stream: bool = False
     stream_options: ObfuscationOptions | None = None
     previous_response_id: Reference = None
