@@ -1,14 +1,17 @@
 """Every public function of soli rejects keyword arguments that it does not have, and says what was meant."""
 
 import inspect
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import soli
 from soli.arguments import UnknownArgument, checks_arguments
 from soli.checkpoint import load_model
 from soli.engine.options import KNOWN
+from soli.errors import SoliError
 
 CALLABLES = [name for name in soli.__all__ if callable(getattr(soli, name)) and name != "SoliError"]
 
@@ -56,6 +59,40 @@ def test_arguments_of_an_llm(arguments, message):
 def test_names_of_other_libraries_are_translated():
     with pytest.raises(UnknownArgument, match="its name is dtype"):
         load_model("nano", torch_dtype="auto")
+
+
+def test_none_is_the_default_of_every_argument_that_has_one():
+    options = ("tokenizer", "device", "dtype", "limits", "runner", "progress")
+    soli.LLM("nano", **dict.fromkeys(options)).close()
+    assert soli.SamplingParams(temperature=None, logit_bias=None) == soli.SamplingParams()
+    assert soli.count("nano", None, mtp=None, context=None) == soli.count("nano")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: soli.LLM("nano", limits={"max_running": 1}), "limits of soli.LLM is {'max_running': 1}; give a soli"),
+        (lambda: soli.LLM("nano", device=3), "device of soli.LLM is 3; give cpu or cuda"),
+        (lambda: soli.LLM("nano", device="gpu"), "device is 'gpu'"),
+        (lambda: soli.LLM("nano", dtype=torch.float32), "dtype of soli.LLM is torch.float32; give auto"),
+        (lambda: soli.LLM("nano", progress=3), "progress of soli.LLM is 3"),
+        (lambda: soli.LLM("nano", tokenizer="x"), "tokenizer of soli.LLM is 'x'"),
+        (lambda: soli.LLM(None), "model is a NoneType: give a folder"),
+        (lambda: soli.load_model(None), "name_or_folder of soli.load_model is None; give a folder"),
+        (lambda: soli.load_model("nano", dtype="float32"), "dtype of soli.load_model is 'float32'; give a torch.dtype"),
+        (lambda: soli.load_model("nano", device="gpu"), "device is 'gpu'; give cpu, cuda or meta"),
+        (lambda: soli.load_model("nano", device="cuda:99"), "PyTorch sees"),
+        (lambda: soli.save_model(None, "x"), "model of soli.save_model is None"),
+        (lambda: soli.preset(None), "there is no preset None"),
+    ],
+)
+def test_values_of_another_type_are_one_sentence(call, message):
+    with pytest.raises(SoliError, match=re.escape(message)):
+        call()
+
+
+def test_a_device_of_torch_is_one():
+    soli.LLM("nano", device=torch.device("cpu")).close()
 
 
 def test_a_checked_function_keeps_its_signature_and_its_own_errors():

@@ -49,13 +49,21 @@ def without_neutral(
     return remaining
 
 
+Expected = Mapping[str, tuple[tuple[type, ...], str]]  # by argument: its types, and what to give
+
+
 def checks_arguments(
-    function: str, hints: Mapping[str, str] | None = None, neutral: Mapping[str, tuple[Any, ...]] | None = None
+    function: str,
+    hints: Mapping[str, str] | None = None,
+    neutral: Mapping[str, tuple[Any, ...]] | None = None,
+    expected: Expected | None = None,
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Decorator: unknown keyword arguments of `function`, as messages call it, are rejected as above."""
+    """Decorator: unknown keyword arguments of `function`, as messages call it, are rejected as above, and values that
+    are not of an `expected` type by a SoliError. None is the default of every argument that has one."""
 
     def decorate(implementation: Callable[P, T]) -> Callable[P, T]:
-        known = [name for name in inspect.signature(implementation).parameters if name != "self"]
+        signature = inspect.signature(implementation)
+        known = [name for name in signature.parameters if name != "self"]
 
         @functools.wraps(implementation)
         def checked(*positional: P.args, **arguments: P.kwargs) -> T:
@@ -63,8 +71,27 @@ def checks_arguments(
             if not named.keys() <= set(known):
                 named = without_neutral(function, named, neutral or {}, hints)
                 reject_unknown_arguments(function, named, known, hints)
-            return implementation(*positional, **named)  # type: ignore[arg-type]
+            try:
+                bound = signature.bind(*positional, **named)
+            except TypeError:
+                return implementation(*positional, **named)  # type: ignore[arg-type]  # raises Python's own error
+            _use_defaults(bound, signature)
+            _check_types(function, bound.arguments, expected or {})
+            return implementation(*bound.args, **bound.kwargs)
 
         return checked
 
     return decorate
+
+
+def _use_defaults(bound: inspect.BoundArguments, signature: inspect.Signature) -> None:
+    """Drops every None whose argument has a default."""
+    for name, parameter in signature.parameters.items():
+        if parameter.default is not parameter.empty and name in bound.arguments and bound.arguments[name] is None:
+            bound.arguments[name] = parameter.default
+
+
+def _check_types(function: str, arguments: Mapping[str, Any], expected: Expected) -> None:
+    for name, (types, remedy) in expected.items():
+        if name in arguments and not isinstance(arguments[name], types):
+            raise SoliError(f"the argument {name} of {function} is {shown(arguments[name])}; give {remedy}")

@@ -332,7 +332,7 @@ def load_config(path: str | Path) -> ModelConfig:
 def preset(name: str) -> ModelConfig:
     """A published configuration by name, such as `deepseek-v3`; the names are the keys of PRESETS."""
     if name not in PRESETS:
-        raise SoliError(f"there is no preset {name!r}; {suggest(name, PRESETS)}")
+        raise SoliError(f"there is no preset {shown(name)}; {suggest(str(name), PRESETS)}")
     return ModelConfig.from_dict(PRESETS[name])
 
 

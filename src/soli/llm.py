@@ -11,15 +11,18 @@ the engine rejects, before anything is computed for it.
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from types import NoneType
 from typing import Any, Final, Unpack
+
+import torch
 
 from soli.analysis.notebook_views import html_text
 from soli.analysis.parameters import count
-from soli.arguments import checks_arguments, without_neutral
+from soli.arguments import Expected, checks_arguments, without_neutral
 from soli.chat.answer import ChatAnswer, ChatPrompt, Messages, conversations, parse_answer, render_chat
 from soli.chat.templates import ChatTemplate
 from soli.checkpoint import open_checkpoint
@@ -66,6 +69,13 @@ NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {  # arguments of vLLM's class, 
     "seed": (0,),
 }
 
+EXPECTED: Final[Expected] = {
+    "device": ((str, torch.device), "cpu or cuda"),
+    "dtype": ((str,), "auto, as-is, float32 or bfloat16, as text"),
+    "limits": ((EngineLimits, NoneType), "a soli.engine.request.EngineLimits"),
+    "tokenizer": ((Tokenizer, NoneType), "a soli.data.tokenizer.Tokenizer"),
+    "progress": ((Callable,), "a function of two numbers"),  # type: ignore[dict-item]
+}
 CHAT_NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {  # of vLLM's and OpenAI's chats
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
@@ -91,13 +101,13 @@ class LLM:
     mean a temperature of 1, unless the folder has one.
     """
 
-    @checks_arguments("soli.LLM", HINTS, NEUTRAL)
+    @checks_arguments("soli.LLM", HINTS, NEUTRAL, EXPECTED)
     def __init__(
         self,
         model: str | Path | Transformer,
         *,
         tokenizer: Tokenizer | None = None,
-        device: str = "cpu",
+        device: str | torch.device = "cpu",
         dtype: str = "auto",
         limits: EngineLimits | None = None,
         runner: RunnerName = "auto",
@@ -107,7 +117,7 @@ class LLM:
         limits = limits or EngineLimits()
         self.name = type(model).__name__ if isinstance(model, Transformer) else str(model)
         self._has_folder = not isinstance(model, Transformer)
-        self.text_model = _text_model(model, tokenizer, device, dtype, limits.speculate, progress, memory)
+        self.text_model = _text_model(model, tokenizer, str(device), dtype, limits.speculate, progress, memory)
         self.engine = AsyncEngine(Engine(self.text_model, limits, runner=runner))
         self._max_pending = max(1, limits.max_waiting)
 

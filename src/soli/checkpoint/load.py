@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import NoneType
 from typing import Final
 
 import torch
@@ -34,7 +35,18 @@ CACHE_LINE: Final = 64  # bytes
 BUNDLED: Final = Path(__file__).parent.parent / "models"  # models that ship inside the package, by name
 
 
-@checks_arguments("soli.load_model", {"torch_dtype": "its name is dtype", "device_map": "its name is device"})
+@checks_arguments(
+    "soli.load_model",
+    {"torch_dtype": "its name is dtype", "device_map": "its name is device"},
+    expected={
+        "name_or_folder": ((str, Path), "a folder, an ID or nano"),
+        "dtype": ((torch.dtype, NoneType), "a torch.dtype, such as torch.float32"),
+        "device": ((str, torch.device), "cpu, cuda or meta"),
+        "mtp": ((bool,), "True or False"),
+        "quantized": ((bool, NoneType), "True, False or None"),
+        "progress": ((Callable,), "a function of two numbers"),  # type: ignore[dict-item]
+    },
+)
 def load_model(
     name_or_folder: str | Path,
     device: torch.device | str = "cpu",
@@ -68,7 +80,7 @@ def load_model(
     tensor. Raises SoliError naming file and tensor, and before a weight is read for a model that does not fit in
     memory; warns when the files lack the MTP modules that their config.json announces.
     """
-    if torch.device(device).type == "meta":
+    if _checked_device(device).type == "meta":
         config = resolve(name_or_folder)
         config = config if mtp else replace(config, num_nextn_predict_layers=0)
         return Transformer(config, device="meta", dtype=dtype or torch.bfloat16).eval()
@@ -88,6 +100,17 @@ def load_model(
     _set_as_stored(model, checkpoint, sources, storage, {} if paged is None else paged(checkpoint))
     _fill(model, checkpoint, sources, storage, progress)
     return model.eval()
+
+
+def _checked_device(device: torch.device | str) -> torch.device:
+    try:
+        checked = torch.device(device)
+    except RuntimeError:
+        raise SoliError(f"device is {device!r}; give cpu, cuda or meta") from None
+    if checked.type == "cuda" and (checked.index or 0) >= torch.cuda.device_count():
+        gpus = torch.cuda.device_count()
+        raise SoliError(f"device is {str(device)!r}, but PyTorch sees {gpus} GPUs on this machine: use cpu")
+    return checked
 
 
 def open_checkpoint(

@@ -12,7 +12,10 @@ from soli.errors import SoliError
 from soli.model import Transformer
 
 
-@checks_arguments("soli.save_model")
+@checks_arguments(
+    "soli.save_model",
+    expected={"model": ((Transformer,), "a soli.model.Transformer"), "folder": ((str, Path), "a new folder's path")},
+)
 def save_model(
     model: Transformer,
     folder: str | Path,

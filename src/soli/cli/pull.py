@@ -65,6 +65,6 @@ def _summary(plan: PullPlan) -> str:
     ]
     if plan.weights:
         available, size = available_memory(), plan.weight_bytes
-        fits = "" if size <= available else "; more than that is read from the disk with --dtype as-is"
+        fits = "" if size <= available else "; what does not fit is read from disk when it is needed"
         lines.append(f"  memory  {scaled(available, 'B')} available, weights {scaled(size, 'B')} as stored{fits}")
     return "\n".join(lines)
