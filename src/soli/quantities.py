@@ -42,6 +42,15 @@ def parse_flops(text: str | int, name: str) -> float:
     raise SoliError(f"{name} is {str(text)[:40]!r}: give a rate such as 1.5TFLOPS (10^12 operations per second)")
 
 
+def parse_share(text: str, name: str) -> float:
+    """"25%" -> 0.25; SoliError for what is no share above 0 and up to 100 %."""
+    match = re.fullmatch(r"\s*(\d{1,3}(?:\.\d{1,9})?)\s*%\s*", text, re.ASCII)
+    share = float(match[1]) / 100 if match else 0.0
+    if not 0 < share <= 1:
+        raise SoliError(f"{name} is {text[:40]!r}: give a share above 0 % and up to 100 %, such as 25%")
+    return share
+
+
 def scaled(value: float, unit: str = "") -> str:
     """671026419200 -> "671.0 B"; bytes and FLOPs take SI prefixes, "689.4 GB"."""
     prefixes = ("", "k", "M", "G") if unit else ("", "K", "M", "B")

@@ -27,6 +27,7 @@ VERBS = {
     "chat": "Talk with a chat-tuned model in the terminal.",
     "serve": "Serve a model: an OpenAI-compatible API, and a page that shows which experts are selected.",
     "routing": "Report which experts a text file selects, and which language they prefer.",
+    "experts": "Record which experts tokens choose, and compare what a cache of them would bring.",
     "train": "Train a model from a recipe; a stopped run resumes.",
     "pull": "Download a model of the Hugging Face hub into its cache.",
     "models": "List downloaded models and remove them.",

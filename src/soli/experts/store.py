@@ -87,7 +87,8 @@ class ExpertStore:
         self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
         self._view = memoryview(self._memory)
         self._free = [*range(self.capacity)][::-1]
-        self._policy = POLICIES[self._policy_name](self.capacity, len(self.sources.layers))
+        experts = max(len(layer.experts) for layer in self.sources.layers)
+        self._policy = POLICIES[self._policy_name](self.capacity, len(self.sources.layers), experts)
 
     @property
     def holds_all(self) -> bool:
@@ -130,13 +131,15 @@ class ExpertStore:
             self.wait(layer, [expert])
         return self._weights(layer, expert)
 
-    def record(self, layer: int, chosen: Sequence[int]) -> None:
-        """Count the use of experts that were all in memory; some may have left it for those of a later layer."""
-        self.stats.hits += len(chosen)
+    def use(self, layer: int, expert_ids_TK: Tensor) -> None:
+        """Tell the policy what tokens choose, before it is loaded."""
         if not self.holds_all:
-            for expert in chosen:
-                if (layer, expert) in self._slots:
-                    self._policy.touch((layer, expert))
+            self._policy.use(layer, expert_ids_TK.numpy())
+
+    def record(self, layer: int, expert_ids_TK: Tensor) -> None:
+        """Count the use of experts that were all in memory; some may have left it for those of a later layer."""
+        self.stats.hits += len(chosen_experts(expert_ids_TK))
+        self.use(layer, expert_ids_TK)
 
     def wait(self, layer: int, experts: Sequence[int]) -> None:
         """Until they have been read. SoliError where one could not be; it is missing again then."""
@@ -182,7 +185,6 @@ class ExpertStore:
                 self._read(layer, expert)
             else:
                 self.stats.hits += 1
-                self._policy.touch((layer, expert))
 
     def _read(self, layer: int, expert: int) -> None:
         key = layer, expert
@@ -353,11 +355,12 @@ class PagedExperts(QuantizedExperts):
         self.table.addresses_3E2[:, expert] = addresses_32
 
     def windows(self, expert_ids_TK: Tensor, wait: bool = True) -> Iterator[range]:
+        self._store.use(self._layer, expert_ids_TK)
         return self._store.windows(self._layer, chosen_experts(expert_ids_TK), wait)
 
     def record(self, expert_ids_TK: Tensor) -> None:
         """Count a pass in which all experts that tokens chose were in memory."""
-        self._store.record(self._layer, chosen_experts(expert_ids_TK))
+        self._store.record(self._layer, expert_ids_TK)
 
     def raise_failure(self) -> None:
         """The error of an expert that could not be read."""

@@ -243,7 +243,13 @@ def _forward_paged(kernels: native.Library, table: LayerTable, args: CForwardArg
     """One pass, continued wherever it stops for experts that are not in memory."""
     paging = CPaging(layer=-1)
     args.paging = addressof(paging)
-    completed = set()
+    recorded = 0  # layers whose experts the pagers know to be used
+
+    def record_hits(stop: int) -> None:
+        for layer in range(recorded, stop):
+            experts = table.paged_experts[layer]
+            if experts is not None:
+                experts.record(ids_MTK[table.router_index[layer]])
 
     def run() -> None:
         code = kernels.forward(addressof(args))
@@ -257,13 +263,12 @@ def _forward_paged(kernels: native.Library, table: LayerTable, args: CForwardArg
         layer = paging.layer
         experts = table.paged_experts[layer]
         assert experts is not None
+        record_hits(layer)
         for window in experts.windows(ids_MTK[table.router_index[layer]], wait=False):
             paging.layer, paging.begin, paging.end = layer, window.start, window.stop
             run()
-        completed.add(layer)
-    for layer, experts in enumerate(table.paged_experts):
-        if experts is not None and layer not in completed:
-            experts.record(ids_MTK[table.router_index[layer]])
+        recorded = layer + 1
+    record_hits(len(table.paged_experts))
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> Array[c_void_p]:
