@@ -23,7 +23,7 @@ LAYERS = [
     ("checkpoint", "experts", "parallel"),
     ("engine",),
     ("train", "chat", "eval"),
-    ("llm",),
+    ("llm", "llm_arguments"),
     ("serve", "plan"),
     ("recipes",),
     ("cli",),

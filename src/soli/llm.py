@@ -11,18 +11,17 @@ the engine rejects, before anything is computed for it.
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from types import NoneType
-from typing import Any, Final, Unpack
+from typing import Any, Unpack
 
 import torch
 
 from soli.analysis.notebook_views import html_text
 from soli.analysis.parameters import count
-from soli.arguments import Expected, checks_arguments, without_neutral
+from soli.arguments import checks_arguments, without_neutral
 from soli.chat.answer import ChatAnswer, ChatPrompt, Messages, conversations, parse_answer, render_chat
 from soli.chat.templates import ChatTemplate
 from soli.checkpoint import open_checkpoint
@@ -35,55 +34,25 @@ from soli.engine.options import GenerationOptions, GenerationSettings, read_opti
 from soli.engine.request import Answer, EngineLimits, EngineStats, Event, Request, checked
 from soli.engine.runner import RunnerName
 from soli.engine.sampler import SamplingParams
-from soli.engine.text_model import TextModel, open_text_model, text_model
 from soli.errors import SoliError
 from soli.eval.translation import Translation, one_line, translation_request, translation_target
+from soli.llm_arguments import (
+    CHAT_NEUTRAL,
+    EXPECTED,
+    HINTS,
+    NEUTRAL,
+    check_one_answer,
+    model_with_tokenizer,
+    prompt_list,
+    text_list,
+)
 from soli.model.transformer import Transformer
-from soli.quantities import parse_bytes, scaled
+from soli.quantities import scaled
 from soli.sections import shown
 
 NEW_TOKENS = 256  # unless max_new_tokens says otherwise, within the model's positions
 
 Prompt = str | Sequence[int]
-
-HINTS: Final[Mapping[str, str]] = {
-    "max_model_len": "give limits=soli.engine.request.EngineLimits(cache_bytes=...)",
-    "gpu_memory_utilization": "give limits=soli.engine.request.EngineLimits(cache_bytes=...)",
-    "max_num_seqs": "give limits=soli.engine.request.EngineLimits(max_running=...)",
-    "max_num_batched_tokens": "give limits=soli.engine.request.EngineLimits(tokens_per_step=...)",
-    "enforce_eager": "give runner='eager'",
-    "quantization": "the files say how weights are quantized; dtype='as-is' keeps FP8",
-    "torch_dtype": "its name is dtype",
-    "device_map": "its name is device",
-    "revision": "soli pull ID --revision REVISION fetches it; give the folder",
-    "trust_remote_code": "code of a model's folder is never run",
-    **dict.fromkeys(("temperature", "max_tokens", "max_new_tokens"), "give it to generate"),
-}
-NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {  # arguments of vLLM's class, with the values that change nothing
-    "trust_remote_code": (False,),
-    "tensor_parallel_size": (1,),
-    "pipeline_parallel_size": (1,),
-    "enforce_eager": (False,),
-    "quantization": (),
-    "revision": (),
-    "seed": (0,),
-}
-
-EXPECTED: Final[Expected] = {
-    "device": ((str, torch.device), "cpu or cuda"),
-    "dtype": ((str,), "auto, as-is, float32 or bfloat16, as text"),
-    "limits": ((EngineLimits, NoneType), "a soli.engine.request.EngineLimits"),
-    "tokenizer": ((Tokenizer, NoneType), "a soli.data.tokenizer.Tokenizer"),
-    "progress": ((Callable,), "a function of two numbers"),  # type: ignore[dict-item]
-}
-CHAT_NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {  # of vLLM's and OpenAI's chats
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-    "chat_template": (),
-    "tool_choice": ("auto",),
-    "parallel_tool_calls": (True,),
-    "reasoning_effort": (),
-}
 
 
 class LLM:
@@ -117,7 +86,7 @@ class LLM:
         limits = limits or EngineLimits()
         self.name = type(model).__name__ if isinstance(model, Transformer) else str(model)
         self._has_folder = not isinstance(model, Transformer)
-        self.text_model = _text_model(model, tokenizer, str(device), dtype, limits.speculate, progress, memory)
+        self.text_model = model_with_tokenizer(model, tokenizer, str(device), dtype, limits.speculate, progress, memory)
         self.engine = AsyncEngine(Engine(self.text_model, limits, runner=runner))
         self._max_pending = max(1, limits.max_waiting)
 
@@ -191,10 +160,10 @@ class LLM:
         """Translations of one text or many, each as one line, in their order: English to Chinese and Chinese to English
         unless `to` is "en" or "zh". An empty text stays empty. For models trained for it, as the bundled one is."""
         settings = read_options("translate", sampling, options)
-        _check_one_answer("translate", settings)
+        check_one_answer("translate", settings)
         if to not in (None, "en", "zh"):
             raise SoliError(f"cannot translate to {shown(to)}: choose en or zh")
-        sources = _texts(texts)
+        sources = text_list(texts)
         targets = [translation_target(text, to) for text in sources]
         requests = (
             self._request(settings, *translation_request(self.text_model, text, target))
@@ -293,7 +262,7 @@ class LLM:
 
     def _requests(self, prompts: str | Sequence[Prompt], settings: GenerationSettings) -> Iterator[Request]:
         """Each prompt's n requests."""
-        for prompt in _prompts(prompts):
+        for prompt in prompt_list(prompts):
             request = self._request(settings, self._prompt_ids(prompt, settings))
             for choice in range(settings.n):
                 yield replace(request, sampling=request.sampling.for_choice(choice))
@@ -302,7 +271,7 @@ class LLM:
         self, method: str, prompt: Prompt, sampling: SamplingParams | None, options: Mapping[str, Any]
     ) -> Request:
         settings = read_options(method, sampling, options, self._defaults)
-        _check_one_answer(method, settings)
+        check_one_answer(method, settings)
         return self._request(settings, self._prompt_ids(prompt, settings))
 
     @property
@@ -345,53 +314,5 @@ class LLM:
         )
 
 
-def _check_one_answer(method: str, settings: GenerationSettings) -> None:
-    if settings.n > 1:
-        raise SoliError(f"n is {settings.n}, but {method} gives one answer: use generate")
-
-
 def _translation(source: str, to: Language, answer: Answer) -> Translation:
     return Translation(source, one_line(answer.text), to, answer)
-
-
-def _prompts(prompts: Any) -> Iterable[Any]:
-    """Each prompt of one text, of one list of token ids, or of many of either."""
-    if hasattr(prompts, "tolist"):
-        prompts = prompts.tolist()
-    if isinstance(prompts, str) or (isinstance(prompts, list | tuple) and prompts and type(prompts[0]) is int):
-        return [prompts]
-    if isinstance(prompts, bytes | Mapping) or not isinstance(prompts, Iterable):
-        raise SoliError(f"prompts is {shown(prompts)}: give a text, a list of texts, or lists of token ids")
-    return prompts
-
-
-def _texts(texts: str | Sequence[str]) -> list[str]:
-    """One text or many as a list."""
-    listed = [texts] if isinstance(texts, str) else list(texts) if isinstance(texts, Iterable) else [texts]
-    for text in listed:
-        if not isinstance(text, str):
-            raise SoliError(f"a text to translate is {shown(text)}: give text")
-    return listed
-
-
-def _text_model(
-    model: str | Path | Transformer,
-    tokenizer: Tokenizer | None,
-    device: str,
-    dtype: str,
-    mtp: bool,
-    progress: ProgressCallback,
-    memory: int | str | None,
-) -> TextModel:
-    size = None if memory is None else parse_bytes(memory, "memory")
-    if isinstance(model, Transformer):
-        if size is not None:
-            raise SoliError("memory= is for a folder, whose experts can be read from disk; this model is in memory")
-        if tokenizer is None:
-            raise SoliError("a Transformer needs its tokenizer: give tokenizer=soli.data.tokenizer.Tokenizer")
-        return text_model(model, tokenizer)
-    if not isinstance(model, str | Path):
-        raise SoliError(f"model is a {type(model).__name__}: give a folder, nano, or a soli.model.Transformer")
-    if tokenizer is not None:
-        raise SoliError("a folder has its own tokenizer: give tokenizer= with a Transformer alone")
-    return open_text_model(str(model), device, dtype, mtp, progress, size)

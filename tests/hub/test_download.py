@@ -13,7 +13,8 @@ from huggingface_hub import constants, scan_cache_dir, snapshot_download
 
 from soli.errors import SoliError
 from soli.hub.cache import find_folder, list_revisions, parse_id
-from soli.hub.download import check_disk, fetch, fetch_config, plan_pull, requested_model
+from soli.hub.download import fetch, fetch_config
+from soli.hub.pull_plan import check_disk, plan_pull, requested_model
 from tests.hub.conftest import SHARDS, sharded_files
 from tests.hub.stand_in import MAIN, Hub
 
@@ -288,7 +289,7 @@ def test_a_file_that_arrives_damaged(hub: Hub, cache: Path) -> None:
 def test_a_full_disk_is_noticed_before(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add(ID, sharded_files())
     plan = plan_pull(requested_model(ID))
-    monkeypatch.setattr("soli.hub.download.free_disk_bytes", lambda: 1_000_000)
+    monkeypatch.setattr("soli.hub.pull_plan.free_disk_bytes", lambda: 1_000_000)
     for action in (check_disk, fetch):
         with pytest.raises(SoliError, match=r"1\.2 MB remain to be downloaded, but the disk of .* has 1\.0 MB free"):
             action(plan)

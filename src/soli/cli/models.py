@@ -42,7 +42,7 @@ def remove(
     yes: options.Yes = False,
 ) -> None:
     """Remove a model from the cache, or one revision of it."""
-    from soli.hub.download import requested_model
+    from soli.hub.pull_plan import requested_model
     from soli.hub.removal import remove_model, size_of
 
     requested = requested_model(model)

@@ -15,7 +15,7 @@ from soli.machine import available_memory
 from soli.quantities import scaled
 
 if TYPE_CHECKING:
-    from soli.hub.download import PullPlan
+    from soli.hub.pull_plan import PullPlan
 
 
 def pull(
@@ -34,7 +34,8 @@ def pull(
     Sizes, free disk and memory are shown first. HF_ENDPOINT, HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE and HF_TOKEN are
     those of Hugging Face's own tools. The folder is printed; other verbs take the ID.
     """
-    from soli.hub.download import check_disk, fetch, plan_pull, requested_model
+    from soli.hub.download import fetch
+    from soli.hub.pull_plan import check_disk, plan_pull, requested_model
 
     plan = plan_pull(requested_model(model, revision), config_only)
     check_disk(plan)
@@ -54,7 +55,7 @@ def pull(
 def _summary(plan: PullPlan) -> str:
     """What will be downloaded, and what there is room for."""
     from soli.hub.cache import cache_folder
-    from soli.hub.download import free_disk_bytes
+    from soli.hub.pull_plan import free_disk_bytes
 
     here = plan.total_bytes - plan.remaining_bytes
     files = f"{len(plan.files) + len(plan.weights)} files, {scaled(plan.total_bytes, 'B')}"
