@@ -12,6 +12,7 @@ import pytest
 import soli
 from soli.checkpoint import open_checkpoint
 from soli.cli import main
+from soli.cli.data import tokenizer_folder
 from soli.hub.cache import display_name
 from tests.hub.conftest import SHARDS, sharded_files
 from tests.hub.stand_in import MAIN, Hub
@@ -51,6 +52,7 @@ def test_what_was_pulled_runs_by_its_id(hub: Hub, capsys: pytest.CaptureFixture[
     assert main(["convert", ID, str(tmp_path / "fp8"), "--to", "fp8"]) == 0
     assert (tmp_path / "fp8" / "tokenizer.json").read_bytes() == (NANO / "tokenizer.json").read_bytes()
     assert display_name(ID, folder) == ID and display_name(str(tmp_path / "fp8"), tmp_path / "fp8") == "fp8"
+    assert tokenizer_folder(ID) == folder and tokenizer_folder(str(tmp_path)) == tmp_path
     llm = soli.LLM(ID)
     assert ID in repr(llm)
     llm.close()
