@@ -29,6 +29,7 @@ import torch
 
 from soli.checkpoint.convert import convert_checkpoint
 from soli.checkpoint.name_map import Kind, Slot, slots
+from soli.checkpoint.pack import write_pack
 from soli.checkpoint.writer import Encoded, Target, write
 from soli.config import ModelConfig
 from soli.formats.quantized import INT8, Fp8Codec, QuantizedWeight
@@ -90,8 +91,8 @@ def make(lab: Path, shape: str, kind: str) -> Path:
     return path
 
 
-def write_random(folder: Path, config: ModelConfig, target: Target) -> None:
-    """A folder of random weights and a tokenizer. Memory: one tensor."""
+def write_random(folder: Path, config: ModelConfig, target: Target, pack: bool = False) -> None:
+    """A folder of random weights and a tokenizer, or a pack of them. Memory: one tensor."""
     generator = torch.Generator().manual_seed(0)
     with tempfile.TemporaryDirectory() as holder:
         tokenizer_file = Path(holder) / "tokenizer.json"
@@ -100,7 +101,26 @@ def write_random(folder: Path, config: ModelConfig, target: Target) -> None:
         tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<eos>"}
         names.write_text(json.dumps(tokenizer_config), encoding="utf-8")
         extra = {path.name: path for path in (tokenizer_file, names)}
-        write(folder, config, slots(config), target, lambda slot: draw(slot, target, generator), extra)
+        if pack:
+            write_pack(
+                folder,
+                config,
+                slots(config),
+                target,
+                lambda slot: drawn_tensors(slot, target, generator),
+                repr(target),
+                extra,
+                lambda written, total: None,
+            )
+        else:
+            write(folder, config, slots(config), target, lambda slot: draw(slot, target, generator), extra)
+
+
+def drawn_tensors(slot: Slot, target: Target, generator: torch.Generator) -> list[torch.Tensor]:
+    """The same as the tensors of the files: values, and scales where there are any."""
+    value = draw(slot, target, generator)
+    tensors = (value,) if isinstance(value, torch.Tensor) else (value.values, value.scale)
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def draw(slot: Slot, target: Target, generator: torch.Generator) -> Encoded:

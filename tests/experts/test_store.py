@@ -46,12 +46,13 @@ def test_the_bits_are_those_of_the_resident_model(format, runner) -> None:
     capacity=st.integers(K, LAYERS * E),
     lengths=st.lists(st.integers(1, 80), min_size=1, max_size=3),
     policy=st.sampled_from([*POLICIES]),
+    prefetch=st.sampled_from(["auto", "on", "off"]),
     speculate=st.booleans(),
 )
-def test_the_bits_at_random_sizes(format, capacity, lengths, policy, speculate) -> None:
+def test_the_bits_at_random_sizes(format, capacity, lengths, policy, prefetch, speculate) -> None:
     prompts = requests(lengths)
     expected = answers(resident_model(format), prompts, speculate=speculate)
-    model, store = load_paged_model(mixture_folder(format), capacity, policy=policy, poison=True)
+    model, store = load_paged_model(mixture_folder(format), capacity, policy=policy, prefetch=prefetch, poison=True)
     assert answers(model, prompts, speculate=speculate) == expected
     assert store.capacity == capacity
     store.close()

@@ -25,6 +25,7 @@ def load_paged_model(
     *,
     mtp: bool = True,
     policy: str = DEFAULT,
+    prefetch: str = "auto",
     direct: bool | None = None,
     poison: bool = False,
     progress: ProgressCallback = lambda read, total: None,
@@ -32,7 +33,7 @@ def load_paged_model(
     """A model on the CPU, as stored, and the store of its experts, of which `capacity` are in memory at once; None: as
     many as a token chooses in a layer, until the store is resized.
 
-    `policy`, `direct` and `poison` as in ExpertStore. SoliError for a folder without routed experts, and what
+    `policy`, `prefetch`, `direct` and `poison` as in ExpertStore. SoliError for a folder without routed experts, and what
     `load_model` raises.
     """
     stores: list[ExpertStore] = []
@@ -46,7 +47,7 @@ def load_paged_model(
                 f"give {(least - capacity) * sources.slot_bytes:,} bytes more"
             )
         size = least if capacity is None else capacity
-        stores.append(ExpertStore(sources, size, policy=policy, direct=direct, poison=poison))
+        stores.append(ExpertStore(sources, size, policy=policy, prefetch=prefetch, direct=direct, poison=poison))
         return {source.name: experts for source, experts in zip(sources.layers, stores[0].layers, strict=True)}
 
     model = load_model(name_or_folder, mtp=mtp, quantized=True, paged=paged, progress=progress)

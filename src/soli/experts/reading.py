@@ -8,9 +8,9 @@ one file.
 import logging
 import mmap
 import os
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ OnArrival = Callable[[Exception | None], None]
 
 THREADS: Final = 8
 SECTOR: Final = 512  # bytes
+LATER_AT_ONCE: Final = 2  # blocks
 BLOCK: Final = 2**21  # bytes of one read at most: so a single expert keeps several threads busy
 
 
@@ -38,10 +39,12 @@ class ReadStats:
 
 
 class Pending:
-    """The reads of one expert that are in flight. `on_arrival(error)` is called once, by the thread of the last."""
+    """The reads of one expert into its slot. `on_arrival(error)` is called once, by the thread of the last."""
 
-    def __init__(self, count: int, on_arrival: OnArrival) -> None:
-        self._left = count
+    def __init__(self, pieces: Sequence[Read], slot: memoryview, on_arrival: OnArrival) -> None:
+        self.pieces, self.slot = pieces, slot
+        self.started = False
+        self._left = len(pieces)
         self._on_arrival = on_arrival
         self._error: Exception | None = None
         self._lock = threading.Lock()
@@ -58,7 +61,9 @@ class Pending:
 class Reader:
     """Opens `files` and reads from them. `direct` None: direct I/O where it works.
 
-    SoliError naming the file where it cannot be opened; errors of reads go to those who submitted them.
+    What is needed is read first. What may be needed is read while nothing else is, LATER_AT_ONCE blocks at a time, so
+    that little is in the way of what is needed next. SoliError naming the file where it cannot be opened; errors of
+    reads go to those who submitted them.
     """
 
     def __init__(
@@ -74,10 +79,13 @@ class Reader:
         buffered = next((file.path for file in self._files if not file.direct), None)
         if buffered is not None and direct is None:
             log.warning("%s: its file system has no direct I/O, so experts are read through the page cache", buffered)
-        self._queue: queue.SimpleQueue[tuple[Read, memoryview, Pending] | None] = queue.SimpleQueue()
         self.stats = ReadStats()
-        self._lock = threading.Lock()
-        self._in_flight, self._busy_since = 0, 0.0
+        self._ready = threading.Condition()
+        self._needed: deque[tuple[Read, Pending]] = deque()
+        self._later: deque[tuple[Read, Pending]] = deque()
+        self._in_flight = {True: 0, False: 0}  # pieces, by whether they are needed
+        self._busy_since = 0.0
+        self._closed = False
         self._threads = [threading.Thread(target=self._work, daemon=True, name="expert reads") for _ in range(threads)]
         for thread in self._threads:
             thread.start()
@@ -87,45 +95,83 @@ class Reader:
         """Whether every file is read past the page cache."""
         return all(file.direct for file in self._files)
 
-    def submit(self, reads: Sequence[Read], slot: memoryview, on_arrival: OnArrival) -> None:
+    def submit(
+        self, reads: Sequence[Read], slot: memoryview, on_arrival: OnArrival, needed: bool = True
+    ) -> Pending:
         """Read into a slot, whose address is aligned; `on_arrival` gets None or the error, on one of the threads."""
         pieces = [piece for read in reads for piece in split(read, self._block)]
-        pending = Pending(len(pieces), on_arrival)
-        for piece in pieces:
-            self._queue.put((piece, slot, pending))
+        pending = Pending(pieces, slot, on_arrival)
+        with self._ready:
+            (self._needed if needed else self._later).extend((piece, pending) for piece in pieces)
+            self._ready.notify_all()
+        return pending
+
+    def promote(self, pending: Pending) -> None:
+        """What may be needed is needed."""
+        with self._ready:
+            self._needed.extend(item for item in self._later if item[1] is pending)
+            self._remove_later(pending)
+            self._ready.notify_all()
+
+    def cancel(self, pending: Pending) -> bool:
+        """Drop what is not needed; whether nothing of it had been read. Otherwise it arrives."""
+        with self._ready:
+            if not pending.started:
+                self._remove_later(pending)
+            return not pending.started
 
     def close(self) -> None:
         """Ends the threads after what was submitted, and closes the files."""
-        for _ in self._threads:
-            self._queue.put(None)
+        with self._ready:
+            self._closed = True
+            self._ready.notify_all()
         for thread in self._threads:
             thread.join()
         for file in self._files:
             os.close(file.descriptor)
 
+    def _remove_later(self, pending: Pending) -> None:
+        self._later = deque(item for item in self._later if item[1] is not pending)
+
     def _work(self) -> None:
-        while (item := self._queue.get()) is not None:
-            read, slot, pending = item
-            self._count(1, 0)
+        while (item := self._take()) is not None:
+            read, pending, needed = item
             error: Exception | None = None
             try:
-                target = slot[read.offset : read.offset + read.length]
+                target = pending.slot[read.offset : read.offset + read.length]
                 self._files[read.file].read(target, read.start, read.needed)
             except Exception as failure:
                 error = failure
-            self._count(-1, read.length)
+            with self._ready:
+                self._count(needed, -1)
+                self.stats.bytes += read.length
+                self.stats.reads += 1
+                if not needed or not self._in_flight[True]:
+                    self._ready.notify_all()
             pending.finish(error)
 
-    def _count(self, change: int, size: int) -> None:
+    def _take(self) -> tuple[Read, Pending, bool] | None:
+        """The next piece, and whether it is needed; None at the end."""
+        with self._ready:
+            while True:
+                idle = not self._in_flight[True] and self._in_flight[False] < LATER_AT_ONCE
+                needed = bool(self._needed)
+                if needed or (self._later and idle):
+                    read, pending = (self._needed if needed else self._later).popleft()
+                    pending.started = True
+                    self._count(needed, 1)
+                    return read, pending, needed
+                if self._closed and not self._later:
+                    return None
+                self._ready.wait()
+
+    def _count(self, needed: bool, change: int) -> None:
         """Follow reads in flight: the time in which there is at least one is what the disk was busy."""
         now = time.perf_counter()
-        with self._lock:
-            if self._in_flight:
-                self.stats.busy_seconds += now - self._busy_since
-            self._busy_since = now
-            self._in_flight += change
-            self.stats.bytes += size
-            self.stats.reads += size > 0
+        if sum(self._in_flight.values()):
+            self.stats.busy_seconds += now - self._busy_since
+        self._busy_since = now
+        self._in_flight[needed] += change
 
 
 class _File:

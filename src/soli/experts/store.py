@@ -26,7 +26,8 @@ from torch import Tensor
 
 from soli.errors import SoliError
 from soli.experts.policy import DEFAULT, POLICIES, Key
-from soli.experts.reading import Reader
+from soli.experts.prefetch import Prefetcher
+from soli.experts.reading import Pending, Reader
 from soli.experts.sources import ALIGNMENT, ExpertLayout, LayerSource, Part, Sources, needs_copy
 from soli.formats.fp8 import check_scale
 from soli.formats.quantized import QuantizedWeight
@@ -58,6 +59,7 @@ class ExpertStore:
         capacity: int,
         *,
         policy: str = DEFAULT,
+        prefetch: str = "auto",
         direct: bool | None = None,
         poison: bool = False,
     ) -> None:
@@ -66,6 +68,9 @@ class ExpertStore:
         self._poison, self._policy_name = poison, policy
         self.stats = StoreStats()
         self._locked: set[Key] = set()
+        self.prefetcher = Prefetcher(prefetch)
+        self._guesses: dict[Key, Pending] = {}  # experts that are read ahead, until a layer knows what it needs
+        self._open_guesses: set[Key] = set()  # of which is not known whether they are right
         self._errors: dict[Key, Exception] = {}
         self._verified: set[Key] = set()
         self._slots: dict[Key, int] = {}
@@ -76,6 +81,7 @@ class ExpertStore:
 
     def resize(self, capacity: int) -> None:
         """Make room for `capacity` experts; those in memory are forgotten. No pass may be running."""
+        self._resolve_guesses(None, ())
         for key in [*self._slots]:
             self.wait_for_any(key)
             self._release(key)
@@ -107,6 +113,7 @@ class ExpertStore:
         (see EXPERT_STATES). SoliError where one cannot be read.
         """
         E = len(self.sources.layers[layer].experts)
+        self._resolve_guesses(layer, chosen)
         parts = self._parts(layer, chosen)
         try:
             self._load(layer, parts[0], parts[0])
@@ -124,6 +131,35 @@ class ExpertStore:
         finally:
             self._locked.clear()
 
+    def prefetch(self, layer: int, guessed: Sequence[int]) -> None:
+        """Read experts ahead that the layer may need, while nothing that is needed is being read. What is locked, or is
+        guessed, stays in memory."""
+        states = self.layers[layer].states
+        missing = [expert for expert in guessed if states[expert] == MISSING]
+        locked = self._locked
+        self._locked = locked | {(layer, expert) for expert in guessed}
+        for expert in missing[: self.capacity - len(self._locked)]:
+            slot = self._free.pop() if self._free else self._evict(layer, wait=False)
+            if slot is None:
+                break
+            self.prefetcher.stats.guessed += 1
+            self._open_guesses.add((layer, expert))
+            self._guesses[layer, expert] = self._read((layer, expert), slot, needed=False)
+        self._locked = locked
+
+    def _resolve_guesses(self, layer: int | None, chosen: Sequence[int]) -> None:
+        """The layer knows what it needs: right guesses are read at once, others dropped where nothing was read yet."""
+        used = {key for key in self._open_guesses if key[0] == layer and key[1] in chosen}
+        self.prefetcher.stats.used += len(used)
+        self._open_guesses = {key for key in self._open_guesses if key[0] != layer and layer is not None}
+        for key, pending in self._guesses.items():
+            if key in used:
+                self.reader.promote(pending)
+            elif self.reader.cancel(pending) and self.layers[key[0]].states[key[1]] == READING:
+                self.prefetcher.stats.cancelled += 1
+                self._release(key)
+        self._guesses.clear()
+
     def weights(self, layer: int, expert: int) -> tuple[QuantizedWeight, QuantizedWeight, QuantizedWeight]:
         """Gate, up and down of one expert, read now if they are not in memory; valid until the next call."""
         if self.layers[layer].states[expert] != PRESENT:
@@ -138,7 +174,9 @@ class ExpertStore:
 
     def record(self, layer: int, expert_ids_TK: Tensor) -> None:
         """Count the use of experts that were all in memory; some may have left it for those of a later layer."""
-        self.stats.hits += len(chosen_experts(expert_ids_TK))
+        chosen = chosen_experts(expert_ids_TK)
+        self._resolve_guesses(layer, chosen)
+        self.stats.hits += len(chosen)
         self.use(layer, expert_ids_TK)
 
     def wait(self, layer: int, experts: Sequence[int]) -> None:
@@ -182,13 +220,14 @@ class ExpertStore:
                 self._release((layer, expert))
             if states[expert] == MISSING:
                 self.stats.misses += 1
-                self._read(layer, expert)
+                slot = self._free.pop() if self._free else self._evict(layer)
+                assert slot is not None
+                self._read((layer, expert), slot)
             else:
                 self.stats.hits += 1
 
-    def _read(self, layer: int, expert: int) -> None:
-        key = layer, expert
-        slot = self._free.pop() if self._free else self._evict(layer)
+    def _read(self, key: Key, slot: int, needed: bool = True) -> Pending:
+        layer, expert = key
         self._slots[key] = slot
         self._policy.add(key)
         base = slot * self.slot_bytes
@@ -196,10 +235,11 @@ class ExpertStore:
             self._bytes[base : base + self.slot_bytes] = POISON
         self.layers[layer].states[expert] = READING
         target = self._view[base : base + self.slot_bytes]
-        self.reader.submit(self.sources.layers[layer].experts[expert].reads, target, partial(self._arrive, key))
+        reads = self.sources.layers[layer].experts[expert].reads
+        return self.reader.submit(reads, target, partial(self._arrive, key), needed)
 
-    def _evict(self, layer: int) -> int:
-        """The slot of an expert that leaves; waits where all that may leave are being read."""
+    def _evict(self, layer: int, wait: bool = True) -> int | None:
+        """The slot of an expert that leaves. Where all that may leave are being read: waits, or without `wait` None."""
         while True:
             reading = 0
             for key in self._policy.candidates(layer):
@@ -212,6 +252,8 @@ class ExpertStore:
                     self._errors.pop(key, None)
                     return self._release(key, to_free=False)
                 reading += 1
+            if not wait:
+                return None
             assert reading, "every slot is in use"
             with self._arrived:
                 self._arrived.wait(timeout=0.1)
@@ -361,6 +403,19 @@ class PagedExperts(QuantizedExperts):
     def record(self, expert_ids_TK: Tensor) -> None:
         """Count a pass in which all experts that tokens chose were in memory."""
         self._store.record(self._layer, expert_ids_TK)
+
+    @property
+    def prefetches(self) -> bool:
+        """Whether the next pass is to guess experts."""
+        return not self._store.holds_all and self._store.prefetcher.enabled
+
+    def prefetch(self, expert_ids_TK: Tensor) -> None:
+        """Read experts ahead that the layer may choose."""
+        self._store.prefetch(self._layer, chosen_experts(expert_ids_TK))
+
+    def observe(self, seconds: float) -> None:
+        """A pass of a few tokens that waited for experts took so long."""
+        self._store.prefetcher.observe(seconds)
 
     def raise_failure(self) -> None:
         """The error of an expert that could not be read."""

@@ -8,6 +8,7 @@ Shapes: T tokens, of which the first B are decode tokens and N get logits; D hid
 router, E experts, K chosen, G groups; P KV blocks of S slots of X values; W blocks of a block table's row.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from ctypes import Array, addressof, c_int64, c_void_p
 from dataclasses import dataclass
@@ -34,7 +35,8 @@ from soli.kernels.cpu.structs import (
     CWeight,
 )
 
-MAX_TOKENS: Final = 512  # as in csrc/forward.h
+MAX_TOKENS: Final = 8192  # as in csrc/forward_args.h
+MAX_PREDICTED_TOKENS: Final = 16  # as in csrc/forward_prediction.h
 MAX_GROUPS: Final = 64
 READ_FAILED: Final = [*native.ERRORS].index("READ_FAILED")
 
@@ -73,6 +75,16 @@ class ExpertPager(Protocol):
     def windows(self, expert_ids_TK: Tensor, wait: bool = True) -> Iterator[range]:
         """The layer's experts 0 ... E - 1 in consecutive ranges. When a range is taken, those of its experts that
         tokens chose are in memory, or without `wait` being read, until the next is taken."""
+
+    @property
+    def prefetches(self) -> bool:
+        """Whether the next pass is to guess which experts a layer will choose."""
+
+    def prefetch(self, expert_ids_TK: Tensor) -> None:
+        """Reads experts ahead that the layer may choose."""
+
+    def observe(self, seconds: float) -> None:
+        """A pass of a few tokens that waited for experts took so long."""
 
     def record(self, expert_ids_TK: Tensor) -> None:
         """Counts a pass that found all experts in memory."""
@@ -241,7 +253,11 @@ def _forward(
 
 def _forward_paged(kernels: native.Library, table: LayerTable, args: CForwardArgs, ids_MTK: Tensor) -> None:
     """One pass, continued wherever it stops for experts that are not in memory."""
-    paging = CPaging(layer=-1)
+    start = time.perf_counter()
+    T, K = ids_MTK.shape[1:]
+    predicted_TK = torch.empty(min(T, MAX_PREDICTED_TOKENS), K, dtype=torch.int64)
+    guesses = T <= MAX_PREDICTED_TOKENS and any(experts.prefetches for experts in table.paged_experts if experts)
+    paging = CPaging(layer=-1, predicted=predicted_TK.data_ptr() if guesses else None)
     args.paging = addressof(paging)
     recorded = 0  # layers whose experts the pagers know to be used
 
@@ -264,11 +280,19 @@ def _forward_paged(kernels: native.Library, table: LayerTable, args: CForwardArg
         experts = table.paged_experts[layer]
         assert experts is not None
         record_hits(layer)
+        following = table.paged_experts[layer + 1] if paging.predicted_tokens else None
         for window in experts.windows(ids_MTK[table.router_index[layer]], wait=False):
+            if following is not None:
+                following.prefetch(predicted_TK)
+                following = None
             paging.layer, paging.begin, paging.end = layer, window.start, window.stop
             run()
         recorded = layer + 1
+    stopped = recorded > 0
     record_hits(len(table.paged_experts))
+    if stopped and T <= MAX_PREDICTED_TOKENS:
+        pager = next(experts for experts in table.paged_experts if experts is not None)
+        pager.observe(time.perf_counter() - start)
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> Array[c_void_p]:

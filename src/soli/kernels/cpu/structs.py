@@ -77,7 +77,11 @@ class CRoutings(Structure):
 
 
 class CPaging(Structure):
-    _fields_ = tuple((name, c_int64) for name in ("layer", "begin", "end", "pass", "threads"))
+    _fields_ = (
+        *((name, c_int64) for name in ("layer", "begin", "end", "pass", "threads")),
+        ("predicted", c_void_p),
+        ("predicted_tokens", c_int64),
+    )
 
 
 class CForwardArgs(Structure):

@@ -5,6 +5,7 @@
 #include "forward_attention.h"
 #include "forward_feed_forward.h"
 #include "forward_head.h"
+#include "forward_prediction.h"
 
 namespace soli {
 namespace {
@@ -66,16 +67,35 @@ size_t arena_bytes(const ForwardState& state) {
     return bytes;
 }
 
+// Whether the experts of the layer after layer i are to be predicted.
+bool next_router(const ForwardArgs& args, int64_t i) {
+    return args.paging && args.paging->predicted && i + 1 < args.layer_count &&
+           args.layers[i + 1].feed_forward.router.E();
+}
+
+// Bytes that predictions need.
+size_t prediction_bytes(const ForwardState& state) {
+    size_t bytes = 0;
+    for (int64_t i = 0; i < state.args.layer_count; i++)
+        if (next_router(state.args, i))
+            bytes = std::max(bytes, PredictionStep(state, state.args.layers[i + 1].feed_forward, {nullptr}).used);
+    return bytes;
+}
+
 // One layer. `paging`: where the pass stops, or which experts it continues with. False where it has stopped or failed.
 bool run_layer(const ForwardState& state, int64_t i, const Routings& routings, bool continues, Arena arena,
-               std::atomic<bool>& read_failed) {
+               Arena prediction, std::atomic<bool>& read_failed) {
     const ForwardArgs& args = state.args;
     const Layer& layer = args.layers[i];
     const uint8_t* masked_experts = args.masked_experts ? args.masked_experts[i] : nullptr;
     if (!continues) AttentionStep(state, layer.attention, args.kv_blocks[i], arena).run();
     FeedForwardStep feed_forward(state, layer.feed_forward, routings, masked_experts, arena);
     const int64_t E = layer.feed_forward.router.E();
-    if (!continues && !feed_forward.choose_experts()) return false;
+    if (!continues && !feed_forward.choose_experts()) {
+        if (next_router(args, i))
+            PredictionStep(state, args.layers[i + 1].feed_forward, prediction).run(args.paging->predicted);
+        return false;
+    }
     const int64_t begin = continues ? args.paging->begin : 0;
     const int64_t end = continues ? args.paging->end : E;
     const bool complete = feed_forward.compute(begin, end, continues);
@@ -106,11 +126,13 @@ extern "C" int soli_forward(const ForwardArgs* arguments) {
     const size_t step_bytes = arena_bytes(state);
     const size_t x_bytes = Scratch::bytes<float>(args.T * args.D);
     const size_t rope_bytes = Scratch::bytes<float>(args.T * pairs);
-    if (!scratch.reserve(x_bytes + 2 * rope_bytes + step_bytes)) return NO_MEMORY;
+    const size_t guess_bytes = prediction_bytes(state);
+    if (!scratch.reserve(x_bytes + 2 * rope_bytes + step_bytes + guess_bytes)) return NO_MEMORY;
     state.x = scratch.take<float>(args.T * args.D);
     state.cos = scratch.take<float>(args.T * pairs);
     state.sin = scratch.take<float>(args.T * pairs);
     const Arena arena = {scratch.take<uint8_t>(step_bytes)};
+    const Arena prediction = {scratch.take<uint8_t>(guess_bytes)};
     std::atomic<bool> read_failed{false};
     std::atomic<int64_t> stopped_at{-1};
 #pragma omp parallel num_threads(args.threads) if (args.threads > 1)
@@ -123,7 +145,7 @@ extern "C" int soli_forward(const ForwardArgs* arguments) {
         Routings routings = args.routings;
         int64_t i = 0;
         for (; i < args.layer_count; i++) {
-            if (i >= start && !run_layer(state, i, routings, i == start, arena, read_failed)) break;
+            if (i >= start && !run_layer(state, i, routings, i == start, arena, prediction, read_failed)) break;
             routings = next_routings(routings, args.layers[i].feed_forward.router, args.T);
         }
         if (i < args.layer_count) {
@@ -137,6 +159,8 @@ extern "C" int soli_forward(const ForwardArgs* arguments) {
     }
     if (args.paging) {
         args.paging->layer = stopped_at;
+        args.paging->predicted_tokens =
+            stopped_at >= 0 && next_router(args, stopped_at) ? std::min(args.T, MAX_PREDICTED_TOKENS) : 0;
         args.paging->pass = pass;
         args.paging->threads = args.threads;
     }

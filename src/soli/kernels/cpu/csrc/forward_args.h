@@ -10,7 +10,7 @@
 
 namespace soli {
 
-constexpr int64_t MAX_TOKENS = 512;
+constexpr int64_t MAX_TOKENS = 8192;
 constexpr int64_t MAX_GROUPS = 64;
 
 // float32 or bfloat16 numbers in place; without data there is no vector.
@@ -112,7 +112,9 @@ struct Routings {
 struct Paging {
     int64_t layer;  // in: where to continue, -1 to start; out: where the pass stopped, -1 at its end
     int64_t begin, end;
-    int64_t pass, threads;  // which pass of this thread is to continue, and the number of its threads
+    int64_t pass, threads;     // which pass of this thread is to continue, and the number of its threads
+    int64_t* predicted;        // null, or (T, K): out, where it stopped, experts that the next layer may choose
+    int64_t predicted_tokens;  // out: how many rows of `predicted` are written, 0 where the next layer has no router
 };
 
 struct ForwardArgs {

@@ -76,7 +76,8 @@ STRUCT(FeedForward, FIELD(norm), FIELD(gate), FIELD(up), FIELD(down), FIELD(rout
 STRUCT(Layer, FIELD(attention), FIELD(feed_forward))
 STRUCT(PrefillChunk, FIELD(start), FIELD(stop), FIELD(first_position), FIELD(slots))
 STRUCT(Routings, FIELD(ids), FIELD(weights), FIELD(scores), FIELD(biased), FIELD(groups))
-STRUCT(Paging, FIELD(layer), FIELD(begin), FIELD(end), FIELD(pass), FIELD(threads))
+STRUCT(Paging, FIELD(layer), FIELD(begin), FIELD(end), FIELD(pass), FIELD(threads), FIELD(predicted),
+       FIELD(predicted_tokens))
 STRUCT(ForwardArgs, FIELD(isa), FIELD(dtype), FIELD(threads), FIELD(T), FIELD(D), FIELD(layer_count), FIELD(layers),
        FIELD(kv_blocks), FIELD(block_count), FIELD(block_size), FIELD(blocks_per_sequence), FIELD(num_decode_tokens),
        FIELD(chunk_count), FIELD(block_table), FIELD(lengths), FIELD(chunks), FIELD(positions), FIELD(frequencies),
