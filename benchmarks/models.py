@@ -56,6 +56,7 @@ FOLDERS = ("bf16", "fp8", "int8", "int4")
 GGUFS = ("gguf-bf16", "gguf-q8_0", "gguf-q4_0")
 ALL = {"tiny": FOLDERS + GGUFS, "small": FOLDERS + GGUFS, "nano": FOLDERS + GGUFS, "large": ("int4", "gguf-q4_0")}
 STD = 0.02
+OUTPUTS = ("down_proj.weight", "o_proj.weight")
 VALUES_STD = {"int4": 4.61, "int8": 73.3}  # of uniform codes, so that random quantized values make weights of STD
 
 
@@ -117,10 +118,15 @@ def write_random(folder: Path, config: ModelConfig, target: Target, pack: bool =
 
 
 def drawn_tensors(slot: Slot, target: Target, generator: torch.Generator) -> list[torch.Tensor]:
-    """The same as the tensors of the files: values, and scales where there are any."""
+    """The same as the tensors of the files, values, and scales where there are any, for a model that is read from disk:
+    embeddings are larger and what layers add to them is smaller, so that tokens are routed differently in every layer.
+    """
     value = draw(slot, target, generator)
-    tensors = (value,) if isinstance(value, torch.Tensor) else (value.values, value.scale)
-    return [tensor for tensor in tensors if tensor is not None]
+    factor = 50.0 if slot.soli == "embed_tokens.weight" else 0.1 if slot.name.endswith(OUTPUTS) else 1.0
+    if isinstance(value, torch.Tensor):
+        return [value * factor]
+    assert value.scale is not None
+    return [value.values, value.scale * factor]
 
 
 def draw(slot: Slot, target: Target, generator: torch.Generator) -> Encoded:

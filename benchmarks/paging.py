@@ -1,0 +1,177 @@
+"""Models larger than memory: experts read from disk, beside the disk's own bandwidth and the run that is all in memory.
+
+    python benchmarks/paging.py LAB int4 --share 25 50 75 100 [--prefetch auto] [--rounds 3]
+
+Writes LAB/models/large-FORMAT-pack, the shape of Moonlight-16B-A3B with random weights (int4 9 GB, fp8 16 GB), unless
+it is there, and measures for each share of its experts in memory: tokens per second of decoding, seconds to the first
+token of a prompt of 512, bytes read per token, and the share of the disk's bandwidth. That is measured in the same
+round: random experts of the same files, read by the same reader. Files are read past the page cache (direct I/O), so
+nothing is warm but the cache of experts. Random weights route nearly uniformly: hits are about the share in memory.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import models
+import record
+import torch
+
+from soli.checkpoint import load_model
+from soli.checkpoint.writer import Target
+from soli.data.tokenizer import Tokenizer
+from soli.engine.engine import Engine
+from soli.engine.offline import limits_for, stream
+from soli.engine.request import Request
+from soli.engine.sampler import SamplingParams
+from soli.engine.text_model import text_model
+from soli.experts.load import load_paged_model
+from soli.experts.store import ExpertStore
+from soli.model import Transformer
+
+PROMPT = int(os.environ.get("PROMPT", "512"))
+NEW_TOKENS = 48
+WARM_TOKENS = 16  # before decoding is measured
+DISK_EXPERTS = 64
+
+
+def main() -> None:
+    options = record.parser(__doc__, rounds=3)
+    options.add_argument("lab", type=Path)
+    options.add_argument("format", choices=("int4", "int8", "fp8"))
+    options.add_argument("--share", type=float, nargs="+", default=[25, 50, 75, 100], help="percent of the experts")
+    options.add_argument("--prefetch", choices=("auto", "on", "off"), default="auto")
+    options.add_argument("--policy", default="lru")
+    options.add_argument("--tokens", type=int, default=NEW_TOKENS)
+    options.add_argument("--output", help="name of the JSON in results/")
+    arguments = options.parse_args()
+    folder = arguments.lab / "models" / f"large-{arguments.format}-pack"
+    if not folder.exists():
+        models.write_random(folder, models.config("large"), Target(arguments.format), pack=True)
+    rows = []
+    for share in arguments.share:
+        rounds = [
+            alone(paged, folder, share / 100, arguments.prefetch, arguments.policy, arguments.tokens)
+            for _ in range(arguments.rounds)
+        ]
+        rows.append({"share": share, **{name: median(rounds, name) for name in rounds[0]}})
+        print(rows[-1], flush=True)
+    resident = [alone(in_memory, folder, arguments.tokens) for _ in range(arguments.rounds)]
+    rows.append({"share": "resident", **{name: median(resident, name) for name in resident[0]}})
+    print(rows[-1], flush=True)
+    if arguments.output:
+        record.finish(arguments.output, {"shape": "large", "format": arguments.format, "prompt": PROMPT}, rows)
+
+
+def alone(build: Callable[..., Callable[[], dict[str, float]]], *options: object) -> dict[str, float]:
+    """What a contender measures, in a process of its own."""
+    with record.alone(build, *options, threads=os.cpu_count() or 1) as measure:
+        return measure()
+
+
+def median(rounds: list[dict[str, float]], name: str) -> float:
+    return statistics.median(one[name] for one in rounds)
+
+
+def paged(*options: Any) -> Callable[[], dict[str, float]]:
+    """Experts from disk, as a contender."""
+    return lambda: measure(*options)
+
+
+def in_memory(*options: Any) -> Callable[[], dict[str, float]]:
+    """All weights in memory, as a contender."""
+    return lambda: measure_resident(*options)
+
+
+def measure(folder: Path, share: float, prefetch: str, policy: str, tokens: int) -> dict[str, float]:
+    """One round with a share of the experts in memory."""
+    count = models.config("large").n_routed_experts * 26
+    model, store = load_paged_model(folder, round(share * count), prefetch=prefetch, policy=policy)
+    disk = disk_bandwidth(store)
+    if share == 1:
+        warm_all(store)
+    before = store.reader.stats.bytes
+    prompt_seconds, decode_seconds, decode_bytes = run(model, folder, tokens, store)
+    stats = store.stats
+    result = {
+        "disk GB/s": disk / 1e9,
+        "tokens/s": tokens / decode_seconds,
+        "first token s": prompt_seconds,
+        "MB per token": decode_bytes / tokens / 1e6,
+        "of disk bandwidth": decode_bytes / decode_seconds / disk,
+        "GB in all": (store.reader.stats.bytes - before) / 1e9,
+        "hits": stats.hits / max(1, stats.hits + stats.misses),
+        "precision": store.prefetcher.stats.precision,
+        "guessed": store.prefetcher.stats.guessed,
+        "prefetch": store.prefetcher.stats.enabled,
+    }
+    return {name: float(value) for name, value in result.items()}
+
+
+def measure_resident(folder: Path, tokens: int) -> dict[str, float]:
+    """The same with all weights mapped, after every page has been read."""
+    model = load_model(folder, quantized=True, in_place=True, mtp=False)
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as data:
+            while data.read(2**24):
+                pass
+    prompt_seconds, decode_seconds, _ = run(model, folder, tokens, None)
+    return {"tokens/s": tokens / decode_seconds, "first token s": prompt_seconds}
+
+
+def run(model: Transformer, folder: Path, tokens: int, store: ExpertStore | None) -> tuple[float, float, int]:
+    """Seconds to the first token of a prompt, seconds of `tokens` after some, and the bytes read in these."""
+    together = text_model(model, Tokenizer.from_folder(folder))
+    engine = Engine(together, limits_for(together, 1, PROMPT + WARM_TOKENS + tokens + 8))
+    generator = torch.Generator().manual_seed(random.randrange(10**6))
+    ids = torch.randint(2, 30_000, (PROMPT,), generator=generator).tolist()
+    start = time.perf_counter()
+    first = begin = 0.0
+    bytes_before = 0
+    # Tokens at random: the likeliest of random weights repeat, and so would their experts.
+    sampling = SamplingParams(temperature=100.0, seed=random.randrange(10**6))
+    for number, _ in enumerate(stream(engine, Request(tuple(ids), WARM_TOKENS + tokens + 1, sampling))):
+        now = time.perf_counter()
+        if number == 0:
+            first = now - start
+        if number == WARM_TOKENS:
+            begin, bytes_before = now, store.reader.stats.bytes if store else 0
+        if number == WARM_TOKENS + tokens:
+            return first, now - begin, (store.reader.stats.bytes if store else 0) - bytes_before
+    raise RuntimeError("the answer ended early")
+
+
+def disk_bandwidth(store: ExpertStore) -> float:
+    """Bytes per second of reading random experts, as many at a time as the reader takes."""
+    layers = store.sources.layers
+    chosen = [random.choice(random.choice(layers).experts) for _ in range(DISK_EXPERTS)]
+    arrived = threading.Semaphore(0)
+    slots = store._view
+    start, size = time.perf_counter(), 0
+    for number, expert in enumerate(chosen):
+        base = number % min(16, store.capacity) * store.slot_bytes
+        store.reader.submit(expert.reads, slots[base : base + store.slot_bytes], lambda _: arrived.release())
+        size += sum(read.length for read in expert.reads)
+    for _ in chosen:
+        arrived.acquire()
+    return size / (time.perf_counter() - start)
+
+
+def warm_all(store: ExpertStore) -> None:
+    """Every expert in memory."""
+    for layer, source in enumerate(store.sources.layers):
+        for _ in store.windows(layer, range(len(source.experts)), wait=True):
+            pass
+
+
+
+
+if __name__ == "__main__":
+    main()
