@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from soli import kernels
-from soli.engine import layer_table
+from soli.engine import scratch
 from soli.engine.latent_cache import MAX_ABSORBED_TOKENS, LatentCache
 from soli.engine.layer_table import Unsupported
 from soli.engine.runner import EagerRunner, FusedRunner, ModelRunner, Runner
@@ -193,8 +193,8 @@ def test_prompts_are_batch_invariant_and_invariant_to_chunks(isa, dtype, monkeyp
                 assert torch.equal(read_texts(model, (70,), ids_BT[row : row + 1], (row,)), whole[row : row + 1])
     finally:
         torch.set_num_threads(threads)
-    monkeypatch.setattr(layer_table, "MIN_TOKENS", 6)
-    monkeypatch.setattr(layer_table, "SCRATCH", 1)  # calls of six tokens, which cut texts anywhere
+    monkeypatch.setattr(scratch, "MIN_TOKENS", 6)
+    monkeypatch.setattr(scratch, "SCRATCH", 1)  # calls of six tokens, which cut texts anywhere
     assert torch.equal(read_texts(model, (70,), ids_BT, (0, 1, 2, 3)), whole)
 
 

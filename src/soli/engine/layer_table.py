@@ -34,7 +34,7 @@ class FusedLayers:
     def __init__(self, builder: LayerTableBuilder, blocks: Sequence[Block], norm: RMSNorm) -> None:
         self.table = builder.layer_table(blocks, norm)
         token_bytes = max(_bytes_per_token(layer) for layer in self.table.layers)
-        self.max_tokens = tokens_per_call(token_bytes)
+        self.max_tokens = tokens_per_call(token_bytes, paged=any(self.table.paged_experts))
         self._width = blocks[0].self_attn.C + blocks[0].self_attn.R
         self._layers = [block.self_attn.layer for block in blocks]  # as the cache numbers them
         self._like = torch.empty(0, dtype=builder.dtype)

@@ -13,6 +13,7 @@ from soli.engine.text_model import TextModel
 from soli.errors import SoliError
 
 CACHE_BYTES = 2**30  # the default's limit: only a single text of more than that takes more
+PAGED_TOKENS_PER_STEP = 8192  # each expert is read once per step, so as long as memory allows
 TOKENS_PER_STEP = 2048  # nobody waits for a token while a prompt is read, so steps are longer than a server's
 
 
@@ -36,7 +37,7 @@ def limits_for(
     return EngineLimits(
         cache_bytes=max(text_bytes, min(batch_size * text_bytes, CACHE_BYTES)),
         max_running=batch_size,
-        tokens_per_step=max(TOKENS_PER_STEP, batch_size),
+        tokens_per_step=max(PAGED_TOKENS_PER_STEP if text_model.budget else TOKENS_PER_STEP, batch_size),
         prefix_sharing=False,
         speculate=speculate,
     )

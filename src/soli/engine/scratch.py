@@ -10,13 +10,15 @@ from soli.engine.request import EngineLimits
 from soli.kernels.cpu import fused
 
 SCRATCH: Final = 128 << 20  # bytes of C++ scratch memory per call; more tokens go in several calls
+MAX_TOKENS: Final = 512  # of a call; more are no faster
 MIN_TOKENS: Final = 64  # of a call, whatever memory they take
 MIN_STEP_TOKENS: Final = 16  # however little memory there is
 
 
-def tokens_per_call(scratch: int) -> int:
-    """Of the fused forward, where each takes so many bytes of scratch."""
-    return max(MIN_TOKENS, min(fused.MAX_TOKENS, SCRATCH // scratch))
+def tokens_per_call(scratch: int, paged: bool = False) -> int:
+    """Of the fused forward, where each takes so many bytes of scratch. Where experts are read from disk, as many as a
+    step has, for each expert is read once per call: `limit_scratch` bounds the step."""
+    return fused.MAX_TOKENS if paged else max(MIN_TOKENS, min(MAX_TOKENS, SCRATCH // scratch))
 
 
 def token_bytes(config: ModelConfig) -> int:
@@ -39,11 +41,12 @@ def limit_scratch(
 
 
 def step_bytes(config: ModelConfig, limits: EngineLimits, dtype: torch.dtype) -> int:
-    """About what a step of `limits.tokens_per_step` tokens allocates: scratch of the fused forward, hidden states, the
-    routers' decisions twice (in parts and joined), logits of all running requests with a copy for sampling."""
+    """About what a step of `limits.tokens_per_step` tokens allocates where experts are read from disk: scratch of the
+    fused forward, hidden states, the routers' decisions twice (in parts and joined), logits of all running requests
+    with a copy for sampling."""
     E, K, T = config.n_routed_experts or 0, config.num_experts_per_tok or 0, limits.tokens_per_step
     each = token_bytes(config)
-    call = min(T, tokens_per_call(each)) * each
+    call = min(T, tokens_per_call(each, paged=True)) * each
     routing = config.num_hidden_layers * T * (8 * E + 12 * K + config.n_group) if E else 0
     hidden = 4 * T * config.hidden_size * dtype.itemsize
     logits = 3 * limits.max_running * config.vocab_size * 4

@@ -33,8 +33,8 @@ def load_paged_model(
     """A model on the CPU, as stored, and the store of its experts, of which `capacity` are in memory at once; None: as
     many as a token chooses in a layer, until the store is resized.
 
-    `policy`, `prefetch`, `direct` and `poison` as in ExpertStore. SoliError for a folder without routed experts, and what
-    `load_model` raises.
+    `policy`, `prefetch`, `direct` and `poison` as in ExpertStore. SoliError for a folder without routed experts, and
+    what `load_model` raises.
     """
     stores: list[ExpertStore] = []
 
