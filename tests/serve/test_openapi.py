@@ -23,6 +23,7 @@ ROUTES = [
     "GET /health", "GET /ready", "GET /metrics", "GET /v1/models", "GET /v1/models/{name}", "POST /v1/completions",
     "POST /v1/chat/completions", "GET /soli/model", "GET /soli/experts/{layer}/{expert}", "POST /soli/translate",
     "POST /v1/responses", "POST /v1/messages", "POST /v1/messages/count_tokens",
+    "POST /tokenize", "POST /detokenize",
 ]  # fmt: skip
 POSTS = [route for route in ROUTES if route.startswith("POST")]
 

@@ -26,6 +26,7 @@ from soli.serve.protocol_responses import HealthStatus, to_json
 from soli.serve.responses_api.routes import responses_router
 from soli.serve.routes import openai_router, soli_router
 from soli.serve.service import Service
+from soli.serve.tokenizing import tokenizer_router
 
 NOT_READY: dict[int | str, dict[str, Any]] = {503: {"model": HealthStatus, "description": "Not ready"}}
 PAGE_FOLDER = Path(__file__).parent / "page"
@@ -64,7 +65,8 @@ def create_app(service: Service, rules: AccessRules | None = None) -> ASGIApp:
 
 
 def _api(service: Service) -> tuple[APIRouter, ...]:
-    return openai_router(service), responses_router(service), anthropic_router(service), soli_router(service)
+    routers = (openai_router, responses_router, anthropic_router, tokenizer_router, soli_router)
+    return tuple(router(service) for router in routers)
 
 
 def _probes(service: Service) -> APIRouter:
