@@ -120,8 +120,8 @@ def expected():
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"batch_size": 8}, {"num_concurrent": 4, "batch_size": 2}, {"tokenizer_backend": "auto", "tokenizer": None}],
-    ids=["one by one", "in batches", "concurrently", "with the server's tokenizer"],
+    [{}, {"batch_size": 8}, {"num_concurrent": 4, "batch_size": 2}, {"tokenizer_backend": "auto"}],
+    ids=["one by one", "in batches", "concurrently", "the default tokenizer backend"],
 )
 def test_log_likelihoods_are_those_of_teacher_forcing(task, server, expected, arguments):
     answers, accuracy = evaluate(task, server, **arguments)
