@@ -16,7 +16,7 @@ except ModuleNotFoundError:
 
 def main(prompt: str, address: str = "http://127.0.0.1:8000/v1") -> None:
     client = OpenAI(base_url=address, api_key=os.environ.get("SOLI_API_KEY", "none"))
-    [model] = client.models.list()
+    model = next(iter(client.models.list()))
     chunks = client.completions.create(
         model=model.id,
         prompt=prompt,

@@ -159,6 +159,9 @@ def test_every_name_is_a_model_with_its_context_length():
     service._loaded = service._load()
     models = call(service, "GET", "/v1/models").json()["data"]
     assert all(model["max_model_len"] == TEXT_MODEL.positions for model in models)
+    listed = call(service, "GET", "/v1/models", **{"anthropic-version": "2023-06-01"}).json()
+    assert [model["id"] for model in listed["data"]] == ["tiny", "gpt-4o", "org/tiny"]
+    assert (listed["first_id"], listed["last_id"], listed["has_more"]) == ("tiny", "org/tiny", False)
     for name in ("tiny", "gpt-4o", "org/tiny"):
         assert call(service, "GET", f"/v1/models/{name}").json()["id"] == name
         assert post(service, "/v1/completions", {"prompt": "x", "model": name}).json()["model"] == "tiny"

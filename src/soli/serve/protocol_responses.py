@@ -65,6 +65,24 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
+class AnthropicModel(BaseModel):
+    """A name of the model in Anthropic's shape."""
+
+    type: Literal["model"]
+    id: str
+    display_name: str
+    created_at: str
+    lifecycle: Literal["active"]
+    max_input_tokens: int | None = None
+
+
+class AnthropicModelList(BaseModel):
+    data: list[AnthropicModel]
+    has_more: bool
+    first_id: str
+    last_id: str
+
+
 class PromptTokensDetails(BaseModel):
     """Prompt tokens found in the prefix cache."""
 

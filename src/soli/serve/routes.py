@@ -1,8 +1,9 @@
 """The routes of the API: OpenAI's under /v1, Soli's own under /soli."""
 
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Query, Request
+from fastapi import APIRouter, Header, Path, Query, Request
 from starlette.responses import Response
 
 from soli.analysis.parameters import count
@@ -26,13 +27,19 @@ def openai_router(service: Service) -> APIRouter:
     routes = APIRouter(prefix="/v1", responses=ERRORS, route_class=StrictRoute)
 
     @routes.get("/models", response_model_exclude_unset=True)
-    def models() -> protocol.ModelList:
+    def models(
+        anthropic_version: Annotated[str | None, Header()] = None,
+    ) -> protocol.ModelList | protocol.AnthropicModelList:
+        if anthropic_version is not None:  # the header of that API's clients
+            return anthropic_models(service)
         return protocol.ModelList(object="list", data=[model_card(service, name) for name in service.names])
 
     @routes.get("/models/{name:path}", response_model_exclude_unset=True)
-    def model(name: Annotated[str, Path(min_length=1)]) -> protocol.ModelCard:
+    def model(
+        name: Annotated[str, Path(min_length=1)], anthropic_version: Annotated[str | None, Header()] = None
+    ) -> protocol.ModelCard | protocol.AnthropicModel:
         service.check_model(name)
-        return model_card(service, name)
+        return model_card(service, name) if anthropic_version is None else anthropic_model(service, name)
 
     @routes.post("/completions", response_model=None, responses=described(COMPLETION))
     async def completions(body: CompletionBody, request: Request) -> Response:
@@ -80,6 +87,22 @@ def model_card(service: Service, name: str) -> protocol.ModelCard:
     if service.context_length is not None:
         card.max_model_len = service.context_length
     return card
+
+
+def anthropic_model(service: Service, name: str) -> protocol.AnthropicModel:
+    """The same in Anthropic's shape."""
+    created = datetime.fromtimestamp(service.created, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    card = protocol.AnthropicModel(type="model", id=name, display_name=name, created_at=created, lifecycle="active")
+    if service.context_length is not None:
+        card.max_input_tokens = service.context_length
+    return card
+
+
+def anthropic_models(service: Service) -> protocol.AnthropicModelList:
+    """All names, on one page."""
+    first, *_, last = service.names * 2
+    models = [anthropic_model(service, name) for name in service.names]
+    return protocol.AnthropicModelList(data=models, has_more=False, first_id=first, last_id=last)
 
 
 def described(answer_format: AnswerFormat) -> dict[int | str, dict[str, Any]]:

@@ -92,8 +92,9 @@ def test_counting(client):
 
 
 def test_models(client):
-    assert client.models.retrieve("tiny").id == "tiny"
-    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").display_name == "tiny"
+    [model] = client.models.list()
+    assert (model.id, model.type, model.max_input_tokens) == ("tiny", "model", 1024) and model.created_at.year > 2000
 
 
 def test_many_at_once(tiny_url):

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from soli.engine.sampler import SamplingParams
 from soli.serve import protocol_responses as protocol
 from soli.serve.errors import ApiError
 from soli.serve.responses_api.requests import ResponsesBody
@@ -97,10 +98,13 @@ class ResponseEvent(BaseModel):
 
 
 class ResponseItemsBuilder:
-    """Turns the chunks of one chat into events, and keeps the response that they make up. `count_tokens`: of a text."""
+    """Turns the chunks of one chat, sampled as `sampling` says, into events, and keeps the response that they make up.
+    `count_tokens`: of a text."""
 
-    def __init__(self, body: ResponsesBody, model: str, count_tokens: Callable[[str], int]) -> None:
-        self.response = _response(body, model)
+    def __init__(
+        self, body: ResponsesBody, model: str, sampling: SamplingParams, count_tokens: Callable[[str], int]
+    ) -> None:
+        self.response = _response(body, model, sampling)
         self._count_tokens = count_tokens
         self._with_logprobs = "message.output_text.logprobs" in (body.include or ()) or bool(body.top_logprobs)
         self._sequence_number = -1
@@ -249,7 +253,7 @@ class ResponseItemsBuilder:
         )
 
 
-def _response(body: ResponsesBody, model: str) -> ResponseObject:
+def _response(body: ResponsesBody, model: str, sampling: SamplingParams) -> ResponseObject:
     """The response before its first item."""
     choice = body.tool_choice
     text = {"format": {"type": "text"}}
@@ -273,12 +277,12 @@ def _response(body: ResponsesBody, model: str) -> ResponseObject:
         reasoning={"effort": body.reasoning and body.reasoning.effort, "summary": None},
         service_tier="default",
         store=False,
-        temperature=1.0 if body.temperature is None else body.temperature,
+        temperature=sampling.temperature,
         text=text,
         tool_choice=choice.model_dump() if isinstance(choice, BaseModel) else choice or "auto",
         tools=[tool.model_dump() | {"strict": tool.strict is True} for tool in body.tools or ()],
         top_logprobs=body.top_logprobs or 0,
-        top_p=1.0 if body.top_p is None else body.top_p,
+        top_p=sampling.top_p,
         truncation="disabled",
         usage=None,
     )

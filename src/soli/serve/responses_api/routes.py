@@ -29,7 +29,8 @@ def responses_router(service: Service) -> APIRouter:
         batch = await make_batch(service, body, response_batch)
         chat, events = await start(service, batch, CHAT)
         tokenizer = service.loaded.text_model.tokenizer
-        builder = ResponseItemsBuilder(body, service.name, lambda text: len(tokenizer.encode(text)))
+        sampling = batch.requests[0].sampling
+        builder = ResponseItemsBuilder(body, service.name, sampling, lambda text: len(tokenizer.encode(text)))
         if body.stream:
             return EventStream(named_lines(builder.events(chat.chunks(events)), builder.failure), service)
         return await whole_response(builder.whole(chat.chunks(events)), request)
