@@ -65,7 +65,7 @@ def test_a_structured_answer(tiny_url, kind):
     async def work():
         settings = agents.ModelSettings(max_tokens=200)
         async with AsyncOpenAI(base_url=f"{tiny_url}/v1", max_retries=0) as client:
-            asked = agent(kind, client, output_type=Place, model_settings=settings)
-            return (await agents.Runner.run(asked, "hello")).final_output
+            writer = agent(kind, client, output_type=Place, model_settings=settings)
+            return (await agents.Runner.run(writer, "hello")).final_output
 
     assert isinstance(run(work()), Place)
