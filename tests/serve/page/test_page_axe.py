@@ -37,6 +37,9 @@ def test_no_violation_in_either_view(mock, open_page, width, scheme, locale):
     token(page, 9).click()
     assert violations(page) == []
     assert page.evaluate("document.documentElement.scrollWidth") == width
+    tables = "[...document.querySelectorAll('.scroll')]"
+    overflows = page.evaluate(f"{tables}.map((box) => box.scrollWidth - box.clientWidth)")
+    assert overflows == [0] * len(mock.model["layers"])  # each layer's table is seen whole
 
 
 @pytest.mark.parametrize("width", [390, 1280])
