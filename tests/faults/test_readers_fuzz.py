@@ -28,6 +28,7 @@ from soli.errors import SoliError
 from tests.train.toy import RECIPE, tiny_model, write_data
 
 SECONDS = 3.0  # of the processor, for one command
+HANGING = 90.0  # seconds by the clock: a machine that computes much else gives little of its processors
 MEMORY = 3 << 30  # bytes of address space that one command may add: libraries, thread stacks, and little else
 SAMPLE = 6  # damages of each document in the quick suite
 
@@ -346,11 +347,11 @@ def _fault(command: tuple[str, ...], folder: Path, capsys: Any, statuses: tuple[
     """What is wrong with the answer of a command; None where nothing is."""
     capsys.readouterr()
     start = time.process_time()
-    signal.setitimer(signal.ITIMER_REAL, 20)
+    signal.setitimer(signal.ITIMER_REAL, HANGING)
     try:
         status = _run(command, folder)
     except _TooLongError:
-        return "takes longer than 20 seconds"
+        return f"takes longer than {HANGING:.0f} seconds"
     except BaseException as error:
         return f"raises {type(error).__name__}: {error}"
     finally:
