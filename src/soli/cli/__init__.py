@@ -22,6 +22,7 @@ from soli.errors import SoliError
 
 VERBS = {
     "count": "Count parameters, bytes, cache and FLOPs of a model, or of a what-if.",
+    "plan": "What a model takes, whether it runs here, and how fast, before it is downloaded.",
     "translate": "Translate between English and Chinese with the bundled model.",
     "generate": "Continue a prompt with the model in a folder.",
     "chat": "Talk with a chat-tuned model in the terminal.",

@@ -5,28 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from shlex import join, quote
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-from rich import box
-from rich.table import Column, Table
 
-from soli.cli._shared.console import print_json, stdout_console
-from soli.cli._shared.options import Assignments, Threads, use_threads
+from soli.cli._shared.options import Assignments, Threads, is_on_command_line, use_threads
+from soli.cli._shared.training_plan import DEVICE_TFLOPS, MFU, print_training_plan
 from soli.data.recipe import DataConfig, find_recipe, load_recipe
 from soli.errors import SoliError
-from soli.plan.memory import describe_fit
-from soli.plan.schedule_plot import save_schedule_plot
-from soli.plan.training import STEP_SHARE, TrainingPlan, hours_here, plan_run
-from soli.quantities import scaled
 from soli.recipes import read_data_config
-from soli.train.settings import TrainSettings, as_recipe, read_settings
-
-if TYPE_CHECKING:
-    from soli.plan.throughput import MeasuredDevice
-
-Lines = list[tuple[str, str]]
-
+from soli.train.settings import read_settings
 
 # Options that only planning reads, by parameter.
 PLANNING = {
@@ -54,11 +42,11 @@ def train(
     devices: Annotated[
         int, typer.Option(min=1, max=10**9, help="With --dry-run: devices that share the run.")
     ] = 1,
-    mfu: Annotated[float, typer.Option(min=0.001, max=1, help="With --dry-run: model FLOPs utilisation.")] = 0.4,
+    mfu: Annotated[float, typer.Option(min=0.001, max=1, help="With --dry-run: model FLOPs utilisation.")] = MFU,
     device_tflops: Annotated[
         float,
         typer.Option(min=0.001, help="With --dry-run: a device's peak; the default is an H100's or H800's, bf16."),
-    ] = 989,
+    ] = DEVICE_TFLOPS,
     measure: Annotated[
         bool, typer.Option("--measure/--no-measure", help="With --dry-run: time this device for about a second.")
     ] = True,
@@ -66,7 +54,7 @@ def train(
     threads: Threads = None,
 ) -> None:
     """Train a model from a recipe; a stopped run resumes."""
-    planning = [option for name, option in PLANNING.items() if _is_on_command_line(ctx, name)]
+    planning = [option for name, option in PLANNING.items() if is_on_command_line(ctx, name)]
     if planning and not dry_run:
         raise typer.BadParameter(f"{' and '.join(planning)} only with --dry-run: a run trains on one device, this one")
     path = find_recipe(recipe)
@@ -76,18 +64,13 @@ def train(
     data = table.get("data", {})
     use_threads(threads)
     if dry_run:
-        _dry_run(settings, data, devices, mfu, device_tflops, measure, as_json, plot)
+        print_training_plan(settings, data, devices, mfu, device_tflops, measure, as_json, plot)
         return
     _require_data(data_config, recipe, assignments or [])
     from soli.train.setup import prepare
     from soli.train.trainer import train as run_training
 
     run_training(prepare(settings, data, Path(data_config.folder), out or Path("runs") / path.parent.name))
-
-
-def _is_on_command_line(ctx: typer.Context, name: str) -> bool:
-    source = ctx.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def _require_data(config: DataConfig, recipe: str, assignments: Sequence[str]) -> None:
@@ -102,142 +85,3 @@ def _require_data(config: DataConfig, recipe: str, assignments: Sequence[str]) -
         settings = [f"--set={assignment}" for assignment in assignments if assignment.startswith("data.")]
         command = join(["soli", "data", "build", recipe, *settings])
     raise SoliError(f"{folder} has no {', '.join(missing)}: build the recipe's data with: {command}")
-
-
-def _dry_run(
-    settings: TrainSettings,
-    data: dict[str, Any],
-    devices: int,
-    mfu: float,
-    device_tflops: float,
-    measure: bool,
-    as_json: bool,
-    plot: Path | None,
-) -> None:
-    """Print what a run needs; with `plot`, draw its schedules into that file."""
-    here = None
-    if measure:
-        from soli.plan.throughput import measure_device
-
-        here = measure_device(settings)
-    precision = here.computes if here else None
-    kind = here.kind if here else "cpu" if settings.run.device == "cpu" else "cuda"
-    plan = plan_run(settings, devices, mfu, device_tflops, precision, kind)
-    if plot is not None:
-        save_schedule_plot(plot, settings)
-    if as_json:
-        document: dict[str, Any] = {"plan": plan, "recipe": as_recipe(settings, data)}
-        if here is not None:
-            hours = hours_here(settings, plan.flops, here.tflops, here.precision)
-            document["device"] = {**vars(here), "hours": hours}
-        print_json(document, indent=2)
-        return
-    console = stdout_console()
-    console.print(_phases(plan))
-    lines = _constants(settings, data.get("fim_rate", 0.0)) + _memory(plan, settings, devices, here)
-    for label, text in lines + _time(plan, settings, devices, mfu, device_tflops, here):
-        console.print(f"[bold]{label:<12}[/bold]{text}", soft_wrap=True)
-
-
-def _phases(plan: TrainingPlan) -> Table:
-    tokens, steps = sum(phase.tokens for phase in plan.phases), sum(phase.steps for phase in plan.phases)
-    totals = {"tokens": f"{tokens:,}", "steps": f"{steps:,}", "length": "", "batch": "", "rate": ""}
-    columns = [Column(title, footer, justify="right", no_wrap=True) for title, footer in totals.items()]
-    name = Column("phase", "total", no_wrap=True, min_width=len("extension 2"))
-    table = Table(name, *columns, box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False)
-    for phase in plan.phases:
-        batch, rate = _span(phase.batch_sequences, ","), _span(phase.learning_rate, ".2e")
-        table.add_row(phase.name, f"{phase.tokens:,}", f"{phase.steps:,}", f"{phase.sequence_length:,}", batch, rate)
-    return table
-
-
-def _constants(settings: TrainSettings, fim_rate: float) -> Lines:
-    """What the recipe sets besides its phases: optimizer, ramp, balance, MTP, data, YaRN."""
-    optimizer, schedule, balance, losses = settings.optimizer, settings.schedule, settings.balance, settings.losses
-    adamw = f"betas {optimizer.beta1:g} / {optimizer.beta2:g}, eps {optimizer.eps:g}"
-    name = f"Muon for matrices, momentum {optimizer.momentum:g}; AdamW for the rest" if optimizer.name == "muon" else ""
-    decay = f"decay {optimizer.weight_decay:g} but for norms and biases, clip {optimizer.clip:g}"
-    lines = [("optimizer", f"{name or 'AdamW'}, {adamw}, {decay}, moments {optimizer.moments}")]
-    if optimizer.router_rate != 1:
-        lines.append(("routers", f"at {optimizer.router_rate:g} of the learning rate"))
-    lines.append(("start", f"normal, deviation {settings.model.initializer_range:g}"))
-    if schedule.batch_sequences_start is not None:
-        ramp = f"{schedule.batch_sequences_start:,} -> {schedule.batch_sequences:,} sequences"
-        lines.append(("batch ramp", f"{ramp} over {schedule.batch_ramp_tokens:,} tokens"))
-    end = "" if balance.gamma_tokens is None else f" until {balance.gamma_tokens:,} tokens, then 0"
-    late = losses.mtp_late_after_tokens
-    then = "" if late is None else f" until {late:,} tokens, then {losses.mtp_weight_late:g}"
-    start = f"from {losses.mtp_from_tokens:,} tokens on, " if losses.mtp_from_tokens else ""
-    depth = settings.model.num_nextn_predict_layers
-    lines += [
-        ("balance", f"gamma {balance.gamma:g}{end}; alpha {balance.alpha:g}"),
-        ("MTP", f"depth {depth}, {start}lambda {losses.mtp_weight:g}{then}" if depth else "none"),
-        ("data", f"fill-in-the-middle rate {fim_rate:g}"),
-    ]
-    for number, phase in enumerate(settings.extension, 1):
-        if (yarn := phase.rope_scaling) is not None:
-            ramp = f"beta {yarn.beta_fast:g} / {yarn.beta_slow:g}, mscale {yarn.mscale:g} / {yarn.mscale_all_dim:g}"
-            text = f"factor {yarn.factor:g} of {yarn.original_max_position_embeddings:,}, {ramp}"
-            lines.append((f"YaRN {number}", text))
-    return lines
-
-
-def _memory(plan: TrainingPlan, settings: TrainSettings, devices: int, here: MeasuredDevice | None) -> Lines:
-    run = settings.run
-    parts = f"{scaled(plan.parameters)} with MTP modules, {scaled(plan.activated)} activated per token"
-    share = "on one device" if devices == 1 else f"on each of {devices:,} devices"
-    sizes = {
-        "weights": plan.memory.weights,
-        "gradients": plan.memory.gradients,
-        "moments": plan.memory.moments,
-        f"{plan.precision} copies": plan.memory.copies,
-        "activations": plan.memory.activations,
-        "largest operation": plan.memory.transient,
-    }
-    by_kind = ", ".join(f"{name} {scaled(size, 'B')}" for name, size in sizes.items() if size)
-    micro = f"micro-batch of {run.micro_sequences} x {settings.schedule.sequence_length:,} tokens in {plan.precision}"
-    recomputed = ", activations recomputed" if run.activation_checkpointing else ""
-    lines = [
-        ("parameters", parts),
-        ("FLOPs", f"{plan.flops:.3g} in all: three forward passes per token"),
-        ("memory", f"{scaled(plan.memory.total, 'B')} {share}, {micro}{recomputed}"),
-        ("", by_kind),
-    ]
-    for number, memory in enumerate(plan.extension_memory, 1):
-        sizes_each = f"{scaled(memory.total, 'B')} on each, activations {scaled(memory.activations, 'B')}"
-        lines.append((f"extension {number}", sizes_each))
-    if here is not None:
-        verdict = describe_fit(settings, plan.precision, here.kind, devices, here.memory)
-        lines.append(("memory here", f"{scaled(here.memory, 'B')}: {verdict}"))
-    return lines
-
-
-def _time(
-    plan: TrainingPlan,
-    settings: TrainSettings,
-    devices: int,
-    mfu: float,
-    device_tflops: float,
-    here: MeasuredDevice | None,
-) -> Lines:
-    lines: Lines = []
-    if here is not None:
-        hours = hours_here(settings, plan.flops, here.tflops, here.precision)
-        peak = f" of {here.peak_tflops:g} stated" if here.peak_tflops else ""
-        measured = f"{here.title}: {here.tflops:.3g} TFLOP/s{peak} measured on products in {here.precision}"
-        lines += [
-            ("this device", f"{measured}, about {hours:,.1f} hours at {100 * STEP_SHARE[here.precision]:g} %"),
-            ("", "of that rate, the share that a step of nano-zh-en reaches on one CPU core"),
-        ]
-    lines.append(("GPU-hours", f"{plan.gpu_hours:,.1f} at {100 * mfu:g} % of {device_tflops:g} TFLOP/s"))
-    if devices > 1:
-        lines.append(("days", f"{plan.gpu_hours / devices / 24:,.1f} on {devices:,} devices"))
-    if plan.paper_gpu_hours:
-        measured = f"{plan.paper_gpu_hours:,} H800-hours without extension (arXiv 2412.19437, table 1)"
-        lines.append(("the paper's", measured))
-    return lines
-
-
-def _span(values: tuple[Any, Any], form: str) -> str:
-    first, last = (format(value, form) for value in values)
-    return first if first == last else f"{first} -> {last}"

@@ -66,3 +66,9 @@ def use_threads(count: int | None) -> None:
         import torch
 
         torch.set_num_threads(count)
+
+
+def is_on_command_line(ctx: typer.Context, name: str) -> bool:
+    """Whether a parameter has its value from the command line, not by default."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

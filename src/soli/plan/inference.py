@@ -1,0 +1,191 @@
+"""How fast a model runs whose routed experts are partly in memory and partly on disk: a model of time, without torch.
+
+A forward pass of T tokens goes through the layers one after the other. With B bytes per second at which the kernels
+read weights of a format, and A FLOP per second of their products,
+
+    compute(bytes, FLOPs) = max(bytes / B, FLOPs / A)
+
+Weights that stay in memory and the latent cache are computed so. Of the E experts of a layer the T tokens choose
+
+    n = E (1 - (1 - K / E)^T)        in expectation, with even routing; K for one token
+
+different ones, each of `e` bytes, of which m are not in memory. The reads of a layer's misses overlap with the gate and
+up products (two thirds of an expert) of its cached experts; the last expert to arrive and the down products (one third)
+come after them, and so does the next layer, whose choices are not known before. With c = compute(one expert):
+
+    read(m)  = latency + m e / disk rate,  0 for m = 0
+    layer(m) = max(read(m) + [m > 0] 2/3 c, 2/3 n c) + 1/3 n c
+
+One token's misses are K independent draws of probability 1 - h; a chunk of tokens misses n (1 - s) experts. With s the
+share of experts that are in memory, h = s where all experts are chosen equally often, which is the lower bound: the
+cache cannot do worse than by chance. With a skew z experts are chosen as often as r^-z by rank r, and
+
+    h = sum over ranks 1 ... s E of r^-z / sum over ranks 1 ... E of r^-z
+
+holds where the cache has the most frequent ones. Beside these each layer, and each step, takes a constant time that no
+byte explains. The bound is the resource that is busy for the longest part of the time: disk, memory or arithmetic.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import comb
+from typing import Final
+
+from soli.analysis.parameters import EMBEDDING, ROUTED, cache_bytes, flops
+from soli.plan.sizes import ModelSizes
+
+KERNEL_EFFICIENCY: Final = 0.75  # of memory bandwidth, at which Soli's kernels read weights: measured 72 to 83 %
+FLOPS_PER_BYTE: Final = 15.0  # of a stated machine: FLOP per byte of its memory bandwidth, where none are stated
+DISK_LATENCY: Final = 1e-4  # seconds, of a stated disk
+LAYER_SECONDS: Final = 40e-6  # of a stated machine
+STEP_SECONDS: Final = 300e-6
+MAX_DRAWS: Final = 512  # experts of a token up to which misses are summed over their distribution
+
+
+@dataclass(frozen=True)
+class MachineRates:
+    """Bytes and FLOP per second, and seconds. `weight_rates`: at which kernels read weights of a format for one token;
+    `flop_rates`: of products with many tokens, by the weights' format."""
+
+    memory_rate: float
+    disk_rate: float
+    weight_rates: Mapping[str, float]
+    flop_rates: Mapping[str, float]
+    disk_latency: float = DISK_LATENCY
+    layer_seconds: float = LAYER_SECONDS
+    step_seconds: float = STEP_SECONDS
+
+
+def stated_machine(memory_rate: float, disk_rate: float, flop_rate: float | None) -> MachineRates:
+    """A machine that is not here: kernels reach KERNEL_EFFICIENCY of its memory bandwidth."""
+    formats = ("fp32", "bf16", "fp8", "int8", "int4")
+    rate = FLOPS_PER_BYTE * memory_rate if flop_rate is None else flop_rate
+    return MachineRates(
+        memory_rate, disk_rate, dict.fromkeys(formats, KERNEL_EFFICIENCY * memory_rate), dict.fromkeys(formats, rate)
+    )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """`tokens` in `seconds`; for how many of them disk, memory and arithmetic are busy; bytes read from disk, and the
+    share of chosen experts that is in memory."""
+
+    tokens: int
+    seconds: float
+    disk_seconds: float
+    memory_seconds: float
+    arithmetic_seconds: float
+    disk_bytes: float
+    hit_rate: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def bound(self) -> str:
+        """disk, memory or arithmetic."""
+        busy = {"disk": self.disk_seconds, "memory": self.memory_seconds, "arithmetic": self.arithmetic_seconds}
+        return max(busy, key=lambda resource: busy[resource])
+
+
+def predict_decode(
+    sizes: ModelSizes, machine: MachineRates, share: float, context: int, hit_rate: float
+) -> Prediction:
+    """One new token after `context` others; `share` of all experts is in memory, where `hit_rate` of a token's are."""
+    step = _Step(sizes, machine)
+    step.add_resident(1)
+    attention = flops(sizes.config, context).attention_decode
+    step.add_compute("bf16", context * cache_bytes(sizes.config), attention)
+    step.add_experts(1, share, hit_rate)
+    return step.prediction(1, hit_rate)
+
+
+def predict_prompt(
+    sizes: ModelSizes, machine: MachineRates, share: float, tokens: int, tokens_per_call: int
+) -> Prediction:
+    """A prompt, in calls of up to `tokens_per_call` tokens, each of which reads the experts that its tokens choose."""
+    step = _Step(sizes, machine)
+    for start in range(0, tokens, tokens_per_call):
+        count = min(tokens_per_call, tokens - start)
+        step.add_resident(count)
+        seen = flops(sizes.config, 2 * start + count)  # its prefill is that of the mean over so many tokens
+        step.add_compute("bf16", (start + count) * cache_bytes(sizes.config), count * seen.attention_prefill)
+        step.add_experts(count, share, share)
+    return step.prediction(tokens, share)
+
+
+def expected_hit_rate(share: float, experts: int, skew: float = 0.0) -> float:
+    """The share of a token's experts in memory, where `share` of a layer's experts are: those chosen most often."""
+    if skew == 0 or share >= 1:
+        return min(1.0, share)
+    frequencies = [rank**-skew for rank in range(1, experts + 1)]
+    cached = share * experts
+    whole = int(cached)
+    return (sum(frequencies[:whole]) + (cached - whole) * frequencies[whole]) / sum(frequencies)
+
+
+class _Step:
+    """Sums of a forward pass."""
+
+    def __init__(self, sizes: ModelSizes, machine: MachineRates) -> None:
+        self._sizes, self._machine = sizes, machine
+        self._seconds = self._disk = self._memory = self._arithmetic = self._disk_bytes = 0.0
+
+    def prediction(self, tokens: int, hit_rate: float) -> Prediction:
+        return Prediction(
+            tokens, self._seconds, self._disk, self._memory, self._arithmetic, self._disk_bytes, hit_rate
+        )
+
+    def add_compute(self, format: str, size: float, operations: float) -> float:
+        """Weights that are read once, and operations with them; the seconds."""
+        memory = size / self._machine.weight_rates[format]
+        arithmetic = operations / self._machine.flop_rates[format]
+        self._memory += memory
+        self._arithmetic += arithmetic
+        self._seconds += max(memory, arithmetic)
+        return max(memory, arithmetic)
+
+    def add_resident(self, tokens: int) -> None:
+        """All parts but routed experts, for so many tokens of which the last has logits."""
+        for part in self._sizes.parts:
+            if part.name == ROUTED:
+                continue
+            rows = 1 if part.name in (EMBEDDING, "head") else tokens
+            self.add_compute(part.format, part.bytes_per_token, rows * part.flops_per_token)
+        self._seconds += self._machine.step_seconds
+        self._seconds += self._machine.layer_seconds * self._sizes.config.num_hidden_layers
+
+    def add_experts(self, tokens: int, share: float, hit_rate: float) -> None:
+        """The routed experts of all layers."""
+        sizes, machine, layers = self._sizes, self._machine, self._sizes.layers
+        E, K = sizes.config.n_routed_experts, sizes.config.num_experts_per_tok
+        routed = next(part for part in sizes.parts if part.name == ROUTED)
+        chosen = K if tokens == 1 else E * (1 - (1 - K / E) ** tokens)
+        operations = routed.flops_per_token * tokens / layers
+        memory = chosen * sizes.expert_bytes / machine.weight_rates[routed.format]
+        arithmetic = operations / machine.flop_rates[routed.format]
+        compute = max(memory, arithmetic)
+        self._memory += layers * memory
+        self._arithmetic += layers * arithmetic
+        for misses, probability in _misses(tokens, chosen, share, hit_rate):
+            read_bytes = misses * sizes.expert_bytes
+            read = (machine.disk_latency if misses else 0.0) + read_bytes / machine.disk_rate
+            last = 2 / 3 * compute / chosen if misses else 0.0
+            seconds = max(read + last, 2 / 3 * compute) + compute / 3
+            self._seconds += layers * probability * seconds
+            self._disk += layers * probability * read
+            self._disk_bytes += layers * probability * read_bytes
+
+
+def _misses(tokens: int, chosen: float, share: float, hit_rate: float) -> list[tuple[float, float]]:
+    """(experts of a layer that are not in memory, probability)."""
+    if tokens > 1:
+        return [(chosen * (1 - share), 1.0)]
+    draws = int(chosen)
+    if hit_rate >= 1 or hit_rate <= 0 or draws > MAX_DRAWS:
+        return [(draws * (1 - hit_rate), 1.0)]
+    return [
+        (float(misses), comb(draws, misses) * (1 - hit_rate) ** misses * hit_rate ** (draws - misses))
+        for misses in range(draws + 1)
+    ]
