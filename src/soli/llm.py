@@ -248,7 +248,8 @@ class LLM:
     def _chat_request(self, settings: GenerationSettings, prompt: ChatPrompt) -> Request:
         limit = self.text_model.remaining_tokens(prompt.token_ids, "the conversation")
         request = self._request(settings, prompt.token_ids, limit)
-        return replace(request, visible_ids=request.visible_ids | prompt.visible_ids)
+        constraint = request.constraint or prompt.constraint
+        return replace(request, visible_ids=request.visible_ids | prompt.visible_ids, constraint=constraint)
 
     def _answers(self, requests: Iterable[Request]) -> list[Answer]:
         """Answers in order; as many requests wait as may."""

@@ -323,8 +323,6 @@ def test_the_async_client_runs_many_at_once(url):
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream"),
         ({"tool_choice": "required"}, "tool_choice", "tools"),
         ({"tools": [CLOCK], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice", "among"),
-        ({"tools": [CLOCK], "parallel_tool_calls": False}, "parallel_tool_calls", "tool_choice"),
-        ({"tools": [CLOCK], "response_format": {"type": "json_object"}}, "response_format", "none"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", ""),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}},
          "response_format", "enforced"),

@@ -9,6 +9,7 @@ from typing import Any
 from soli.analysis.notebook_views import html_text
 from soli.chat.parser import MessageParser, OutputParser, PlainParser
 from soli.chat.templates import ChatTemplate
+from soli.engine.constraint import ConstraintSpec
 from soli.engine.request import Answer
 from soli.errors import SoliError
 from soli.sections import shown
@@ -19,11 +20,12 @@ Messages = Sequence[Message]
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """`visible_ids`: special tokens that the parser of the answer reads."""
+    """`visible_ids`: special tokens that the parser of the answer reads; `constraint`: of strict tools."""
 
     token_ids: list[int]
     visible_ids: frozenset[int]
     new_parser: Callable[[], OutputParser]
+    constraint: ConstraintSpec | None
 
 
 def render_chat(
@@ -45,7 +47,9 @@ def render_chat(
         calls = template.family.new_format(schemas) if schemas else None
         return MessageParser(calls, prompt.starts_in_reasoning)
 
-    return ChatPrompt(prompt.token_ids, template.parsed_ids(bool(schemas)), new_parser)
+    strict = [tool["function"]["name"] for tool in tools or () if tool["function"].get("strict")]
+    constraint = template.call_constraint(schemas, strict) if strict else None
+    return ChatPrompt(prompt.token_ids, template.parsed_ids(bool(schemas)), new_parser, constraint)
 
 
 def _tool_schema(tool: Any) -> tuple[str, Mapping[str, Any]]:

@@ -7,14 +7,16 @@ renders messages, and "tool_use", where there is one, messages with tools.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypedDict, Unpack
 
 from soli.chat import deepseek_v32_template
+from soli.chat.parsers.call_grammar import strict_calls
 from soli.chat.parsers.families import REASONING, Family, detect_family, family_by_name
 from soli.chat.workers import RenderFailure, RenderWorkers
 from soli.data.tokenizer import TextTooLong, Tokenizer, special_names
+from soli.engine.constraint import ConstraintSpec
 from soli.errors import SoliError
 from soli.input_files import read_object_if_present, read_text
 from soli.sections import is_text, shown
@@ -127,6 +129,20 @@ class ChatTemplate:
         """Tokens that an answer's parser reads: in the text, even where the tokenizer says that they are special."""
         names = {*REASONING, *(self.family.tokens if has_tools else ())}
         return frozenset(index for name, index in self._tokenizer.added_tokens().items() if name in names)
+
+    def call_constraint(
+        self,
+        schemas: Mapping[str, Mapping[str, Any]],
+        strict: Collection[str],
+        parallel: bool = True,
+        content: Mapping[str, Any] | None = None,
+    ) -> ConstraintSpec:
+        """What an answer must be so that calls of the tools named in `strict` fit their schemas; the other arguments
+        say what `strict_calls` says."""
+        tokens = self._tokenizer.added_tokens()
+        token_ids = {name: tokens[name] for name in (*REASONING, *self.family.tokens) if name in tokens}
+        enforced = {name: schema if name in strict else None for name, schema in schemas.items()}
+        return strict_calls(self.family.new_format(schemas), enforced, token_ids, REASONING, parallel, content)
 
     def check_length(self, text_bytes: int, most: int) -> None:
         """TextTooLong for messages whose texts, so many bytes together, have more than `most` tokens for certain."""

@@ -59,13 +59,13 @@ ANNOTATIONS = {
 class ConstraintSpec:
     """What a text must be. SoliError for what is wrong with any tokenizer."""
 
-    kind: Literal["json_schema", "regex"]
+    kind: Literal["json_schema", "regex", "grammar"]
     text: str
 
     def __post_init__(self) -> None:
         if self.kind == "json_schema":
             object.__setattr__(self, "text", checked_schema(self.text))
-        elif not 0 < len(self.text) <= MAX_CHARACTERS:
+        elif self.kind == "regex" and not 0 < len(self.text) <= MAX_CHARACTERS:
             raise SoliError(f"the regular expression has {len(self.text):,} characters: give 1 to {MAX_CHARACTERS:,}")
 
     @classmethod
@@ -82,6 +82,11 @@ class ConstraintSpec:
     def regex(cls, pattern: str) -> ConstraintSpec:
         """A text that matches from its beginning to its end; Rust's syntax, no look-around, no back-references."""
         return cls("regex", pattern)
+
+    @classmethod
+    def grammar(cls, lark: str) -> ConstraintSpec:
+        """A text of llguidance's Lark, of this package's own making: nothing in it is checked here."""
+        return cls("grammar", lark)
 
 
 class ConstraintUnmet(SoliError):
@@ -168,6 +173,8 @@ class Constraints:
         matcher_class = self._llguidance.LLMatcher
         if spec.kind == "regex":
             grammar, name = matcher_class.grammar_from_regex(spec.text), "regular expression"
+        elif spec.kind == "grammar":
+            grammar, name = matcher_class.grammar_from_lark(spec.text), "schema of a strict tool"
         else:
             overrides = {"whitespace_pattern": WHITE_SPACE}
             grammar, name = matcher_class.grammar_from_json_schema(spec.text, overrides=overrides), "JSON schema"

@@ -32,9 +32,8 @@ class Request:
     `trace`: the routing of every token that is computed, of the prompt too.
     `masked_experts`: (layer, expert) pairs that must not be selected; layers are numbered as in the files.
     `constraint`: what the whole text must be; it ends where nothing else can follow. `min_new_tokens`: none of the
-    `stop_ids` comes before so many tokens.
-    `constraint`: what the whole text must be; it ends where nothing else can follow. `visible_ids`: special tokens that
-    are part of the text, which others are not.
+    `stop_ids` comes before so many tokens. `visible_ids`: special tokens that are part of the text, which others are
+    not.
     """
 
     prompt_ids: tuple[int, ...]

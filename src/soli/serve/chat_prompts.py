@@ -1,5 +1,6 @@
 """From a chat's body to the engine's request: messages rendered by the template, tools, how the answer is parsed."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from soli.chat.parser import ForcedCallParser, MessageParser, OutputParser, PlainParser, any_call_schema
 from soli.chat.templates import ChatTemplate, RejectedMessages, RenderedPrompt, RenderOptions
 from soli.data.tokenizer import TextTooLong
-from soli.engine.constraint import ConstraintSpec
+from soli.engine.constraint import ConstraintSpec, checked_schema
 from soli.errors import SoliError
 from soli.serve.errors import ApiError
 from soli.serve.prompts import (
@@ -30,12 +31,13 @@ def chat_batch(body: ChatBody, loaded: LoadedModel, limits: ServiceLimits) -> Re
     check_choices(body, 1, limits)
     template = _chat_template(loaded)
     tools = _Tools(body)
-    constraint = _constraint(body, tools.forced)
-    prompt = _render(body, template, tools.for_template, constraint is None, longest_prompt(loaded, limits))
+    constraint = _constraint(body, template, tools)
+    is_free = constraint is None or (constraint.kind == "grammar" and not _has_format(body.response_format))
+    prompt = _render(body, template, tools.for_template, is_free, longest_prompt(loaded, limits))
     _check_chat(body)
     remaining_tokens = max(1, loaded.text_model.positions - len(prompt.token_ids))
     max_tokens = body.max_completion_tokens or body.max_tokens or remaining_tokens
-    new_parser = _new_parser(loaded, tools, constraint is not None, prompt.starts_in_reasoning)
+    new_parser = _new_parser(loaded, tools, is_free, prompt.starts_in_reasoning)
     chat_request = engine_request(body, max_tokens, constraint, loaded)
     chat_request = replace(
         chat_request,
@@ -44,7 +46,7 @@ def chat_batch(body: ChatBody, loaded: LoadedModel, limits: ServiceLimits) -> Re
         visible_ids=chat_request.visible_ids | template.parsed_ids(bool(tools.usable)),
     )
     names = param_names(
-        body.soli, prompt_ids="messages", constraint="response_format" if tools.forced is None else "tools"
+        body.soli, prompt_ids="messages", constraint="tools" if tools.usable else "response_format"
     )
     if not body.max_tokens:
         names["max_new_tokens"] = "max_completion_tokens" if body.max_completion_tokens else "messages"
@@ -111,12 +113,21 @@ class _Tools:
             raise ApiError(400, "tool_choice needs tools", "tool_choice")
         self.usable: Sequence[Tool] = () if body.tool_choice == "none" else body.tools or ()
         self.forced = self._forced(body)
-        if self.usable and self.forced is None:
-            _check_unforced(body)
 
     @property
     def for_template(self) -> list[dict[str, Any]] | None:
         return [tool.for_template for tool in self.usable] or None
+
+    @property
+    def strict(self) -> set[str]:
+        """Names of those whose arguments must fit their schemas; ApiError for a schema that cannot be enforced."""
+        for number, tool in enumerate(self.usable):
+            try:
+                if tool.function.strict:
+                    checked_schema(tool.function.parameters)
+            except SoliError as error:
+                raise ApiError(400, str(error), f"tools.{number}.function.parameters") from error
+        return {tool.function.name for tool in self.usable if tool.function.strict}
 
     @property
     def schemas(self) -> dict[str, dict[str, Any]]:
@@ -132,50 +143,43 @@ class _Tools:
         return name
 
 
-def _check_unforced(body: ChatBody) -> None:
-    """Rejects what only a forced call can guarantee."""
-    if body.parallel_tool_calls is False:
-        raise ApiError(
-            400,
-            "the model decides how many calls it makes: leave parallel_tool_calls out or set tool_choice",
-            "parallel_tool_calls",
-        )
-    if _has_format(body.response_format):
-        raise ApiError(
-            400,
-            "a constrained answer cannot call tools: leave response_format out or set tool_choice to none",
-            "response_format",
-        )
-
-
 def _has_format(response_format: ResponseFormat | None) -> bool:
     return response_format is not None and response_format.type != "text"
 
 
-def _constraint(body: ChatBody, forced_tool: str | None) -> ConstraintSpec | None:
-    if forced_tool is None:
-        return format_constraint(body)
-    if _has_format(body.response_format):
-        raise ApiError(400, "a forced tool and a response_format exclude each other", "response_format")
-    try:
-        return ConstraintSpec.json_schema(_forced_schema(body.tools or [], forced_tool))
-    except SoliError as error:
-        raise ApiError(400, str(error), "tools") from error
+def _constraint(body: ChatBody, template: ChatTemplate, tools: _Tools) -> ConstraintSpec | None:
+    """What the answer must be: of a certain format, one forced call, or calls that fit strict tools."""
+    if tools.forced is not None:
+        if _has_format(body.response_format):
+            raise ApiError(400, "a forced tool and a response_format exclude each other", "response_format")
+        try:
+            return ConstraintSpec.json_schema(_forced_schema(tools))
+        except SoliError as error:
+            raise ApiError(400, str(error), "tools") from error
+    format_spec = format_constraint(body)
+    is_parallel = body.parallel_tool_calls is not False
+    if not tools.usable or (is_parallel and format_spec is None and not tools.strict):
+        return format_spec
+    if format_spec is not None and format_spec.kind != "json_schema":
+        raise ApiError(400, "an answer that may call tools can be JSON, not a regular expression", "response_format")
+    content = None if format_spec is None else json.loads(format_spec.text)
+    return template.call_constraint(tools.schemas, tools.strict, is_parallel, content)
 
 
-def _forced_schema(tools: Sequence[Tool], forced_tool: str) -> dict[str, Any]:
-    schemas = [(tool.function.name, tool.function.parameters or {"type": "object"}) for tool in tools]
-    return dict(schemas)[forced_tool] if forced_tool else any_call_schema(schemas)
+def _forced_schema(tools: _Tools) -> dict[str, Any]:
+    return tools.schemas[tools.forced] if tools.forced else any_call_schema(list(tools.schemas.items()))
 
 
 def _new_parser(
-    loaded: LoadedModel, tools: _Tools, is_constrained: bool, starts_in_reasoning: bool
+    loaded: LoadedModel, tools: _Tools, is_free: bool, starts_in_reasoning: bool
 ) -> Callable[[], OutputParser]:
+    """`is_free`: the answer may have reasoning and text of any form."""
     if tools.forced is not None:
         return lambda: ForcedCallParser(tools.forced or None)
-    if is_constrained:
+    if not is_free and not tools.usable:
         return PlainParser
     family = _chat_template(loaded).family
+    split_reasoning = loaded.split_reasoning and is_free
     return lambda: MessageParser(
-        family.new_format(tools.schemas) if tools.usable else None, starts_in_reasoning, loaded.split_reasoning
+        family.new_format(tools.schemas) if tools.usable else None, starts_in_reasoning, split_reasoning
     )
