@@ -171,3 +171,12 @@ def test_special_tokens_are_shown_where_that_is_asked_for(llm: soli.LLM) -> None
     assert special in parsed.prompt_ids
     assert special not in llm.generate(f"hello{name}", max_tokens=1)[0].prompt_ids[1:]
     assert replace(parsed, text="") != parsed
+
+
+def test_strict_tools_constrain_the_answer(llm: soli.LLM) -> None:
+    strict = {"type": "function", "function": {**TOOL["function"], "strict": True}}
+    prompt = render_chat(llm._chat_template, USER, [strict])
+    assert prompt.constraint is not None and render_chat(llm._chat_template, USER, [TOOL]).constraint is None
+    impossible = {"type": "function", "function": {"name": "f", "strict": True, "parameters": {"not": {}}}}
+    with pytest.raises(SoliError, match="'not' at /not, which cannot be enforced"):
+        llm.chat(USER, tools=[impossible])

@@ -29,6 +29,7 @@ def defaults(tmp_path, document):
         ({"top_k": 20, "repetition_penalty": 1.05}, {"top_k": 20, "repetition_penalty": 1.05}),
         ({"temperature": None, "top_k": -1, "min_p": 0.1}, {"top_k": 0, "min_p": 0.1}),
         ({"do_sample": False, "temperature": 0.6, "top_k": 50}, {"temperature": 0.0}),
+        ({"do_sample": True, "top_p": 0.9}, {"temperature": 1.0, "top_p": 0.9}),
         ({"_from_model_config": True, "bos_token_id": 0}, {}),
     ],
 )

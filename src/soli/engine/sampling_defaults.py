@@ -1,8 +1,8 @@
 """The sampling that a model folder asks for in generation_config.json, where a request says nothing about it.
 
 temperature, top_k, top_p, min_p and repetition_penalty are read; `do_sample: false` means temperature 0 whatever the
-others say. In the API, the CLI and Python alike, what a request says takes precedence. `soli serve
---generation-config none` leaves the file out.
+others say, and true means 1 where they say nothing. In the API, the CLI and Python alike, what a request says takes
+precedence. `soli serve --generation-config none` leaves the file out.
 """
 
 from collections.abc import Mapping
@@ -30,12 +30,14 @@ def read_sampling_defaults(file: Path) -> dict[str, Any]:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int if name == "top_k" else int | float):
             raise SoliError(f"{file}: {name} is {shown(value)}; it must be a number")
+    if do_sample:
+        values.setdefault("temperature", 1.0)
     values["top_k"] = max(0, values.get("top_k", 0))  # -1 is vLLM's "off"
     try:
         SamplingParams(**values)
     except SoliError as error:
         raise SoliError(f"{file}: {error}") from None
-    return {name: value for name, value in values.items() if name in document}
+    return {name: value for name, value in values.items() if name in document or name == "temperature"}
 
 
 def sampling_params(values: Mapping[str, Any], defaults: Mapping[str, Any], **fallbacks: Any) -> SamplingParams:
