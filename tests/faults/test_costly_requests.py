@@ -51,6 +51,11 @@ COSTLY = {
     "many biases": (COMPLETIONS, {"prompt": "a", "logit_bias": BIASES}, "logit_bias"),
     "invalid biases": (COMPLETIONS, {"prompt": "a", "logit_bias": NO_BIASES}, "logit_bias"),
     "long translation": ("/soli/translate", {"text": "a " * 2**20}, "text"),
+    "long text to tokenize": ("/tokenize", {"prompt": TEXT}, "prompt"),
+    "long message to tokenize": ("/tokenize", {"messages": [{"role": "user", "content": TEXT}]}, "messages"),
+    "a million tokens": ("/detokenize", {"tokens": [1] * 1_000_000}, "tokens"),
+    "long input": ("/v1/responses", {"input": TEXT}, "input"),
+    "60,000 items": ("/v1/responses", {"input": [USER] * 60_000}, "input"),
 }  # fmt: skip
 
 

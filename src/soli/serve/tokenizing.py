@@ -24,6 +24,8 @@ from soli.serve.protocol_requests import (
 from soli.serve.responses import token_name
 from soli.serve.service import LoadedModel, Service, ServiceLimits
 
+MOST_TOKENS = 2**16  # of one request, or the model's positions: lists of more hold the interpreter's lock for too long
+
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": protocol.ErrorResponse} for status in (400, 401, 404, 408, 413, 421, 500, 503)
 }
@@ -81,7 +83,7 @@ def tokenizer_router(service: Service) -> APIRouter:
     @routes.post("/detokenize")
     async def detokenize(body: DetokenizeBody) -> DetokenizeResponse:
         service.check_model(body.model)
-        return await asyncio.to_thread(_detokenize, body, service.loaded)
+        return await asyncio.to_thread(_detokenize, body, service.loaded, service.limits)
 
     return routes
 
@@ -94,12 +96,24 @@ def _tokenize(body: TokenizeBody, loaded: LoadedModel, limits: ServiceLimits) ->
     return TokenizeResponse(count=len(ids), max_model_len=loaded.text_model.positions, tokens=ids, token_strs=names)
 
 
+def _most_tokens(loaded: LoadedModel, limits: ServiceLimits) -> int:
+    return min(limits.prompt_tokens, max(MOST_TOKENS, loaded.text_model.positions))
+
+
 def _text_ids(body: TokenizeBody, text: str, loaded: LoadedModel, limits: ServiceLimits) -> list[int]:
-    text_model, tokenizer = loaded.text_model, loaded.text_model.tokenizer
+    most = _most_tokens(loaded, limits)
     try:
-        tokenizer.check_length("the prompt", byte_count(text), limits.prompt_tokens)
+        loaded.text_model.tokenizer.check_length("the prompt", byte_count(text), most)
+        ids = _encode(body, text, loaded)
+        if len(ids) > most:
+            raise TextTooLong("the prompt", len(ids), most)
     except TextTooLong as error:
         raise ApiError(400, str(error), "prompt", "context_length_exceeded") from error
+    return ids
+
+
+def _encode(body: TokenizeBody, text: str, loaded: LoadedModel) -> list[int]:
+    text_model, tokenizer = loaded.text_model, loaded.text_model.tokenizer
     if body.add_special_tokens and text:
         return text_model.text_prompt(text, body.parse_special)
     if body.add_special_tokens:
@@ -114,7 +128,9 @@ def _chat_ids(body: TokenizeBody, loaded: LoadedModel, limits: ServiceLimits) ->
     return list(chat_batch(chat, loaded, limits).requests[0].prompt_ids)
 
 
-def _detokenize(body: DetokenizeBody, loaded: LoadedModel) -> DetokenizeResponse:
+def _detokenize(body: DetokenizeBody, loaded: LoadedModel, limits: ServiceLimits) -> DetokenizeResponse:
+    if len(body.tokens) > (most := _most_tokens(loaded, limits)):
+        raise ApiError(400, f"tokens has {len(body.tokens):,} items; at most {most:,} are possible here", "tokens")
     tokenizer, vocab_size = loaded.text_model.tokenizer, loaded.text_model.model.config.vocab_size
     largest = max(body.tokens, default=0)
     if largest >= vocab_size:
