@@ -52,7 +52,7 @@ def test_compare_as_json(folder, capsys):
         (["compare", "a", "c"], "c is no run"),
         (["compare", "a"], "two or more"),
         (["compare", "a", "runs/a"], "two or more, each once"),
-        (["compare", "a", "b", "--png", "no/where.png"], "no/where.png: No such file"),
+        (["compare", "a", "b", "--png", "no/where.png"], "no/where.png cannot be written (No such file"),
     ],
 )
 def test_bad_input_is_one_sentence(folder, capsys, arguments, words):

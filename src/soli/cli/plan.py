@@ -177,10 +177,10 @@ def _plan_training(recipe: str, as_json: bool) -> None:
 
 def _fetch(name: str) -> None:
     """config.json and the index of a model of the hub, into its cache."""
-    from soli.hub.download import fetch, plan_pull, requested_model
+    from soli.hub.download import fetch_config
 
     if name not in PRESETS and not Path(name).exists():
-        fetch(plan_pull(requested_model(name), config_only=True))
+        fetch_config(name)
 
 
 def _plan_model(name: str, request: _Request, check: str | None, on_step: Callable[[str], None]) -> PlanReport:
