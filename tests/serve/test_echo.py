@@ -83,6 +83,15 @@ def test_offsets_are_where_tokens_begin(client):
             assert choice["text"].startswith(name, offset)
 
 
+def test_offsets_where_names_of_special_tokens_are_tokens(client):
+    for more in ({}, {"add_special_tokens": False}):
+        choice = complete(client, prompt="a<|eos|>b<|eos|>c", parse_special=True, logprobs=0, max_tokens=0, **more)
+        [choice] = choice["choices"]
+        places = dict(zip(choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"], strict=True))
+        assert choice["text"] == "a<|eos|>b<|eos|>c" and (places["a"], places["b"], places["c"]) == (0, 8, 16)
+        assert ("<|bos|>" in choice["logprobs"]["tokens"]) == (not more)
+
+
 @pytest.mark.parametrize("fields", [{}, {"logprobs": 1}, {"logprobs": 1, "max_tokens": 0}, {"max_tokens": 0}])
 def test_a_stream_has_the_same(client, fields):
     [choice] = complete(client, **fields)["choices"]

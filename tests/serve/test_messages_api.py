@@ -159,6 +159,11 @@ def test_an_answer_can_be_sent_back_with_the_results():
     assert prompt.index("Error: no city") < prompt.index("And now?")
 
 
+def test_a_whole_answer_can_be_sent_back(tiny_url):
+    answer = message(tiny_url, max_tokens=3)
+    assert message(tiny_url, max_tokens=3, messages=[*HELLO, answer, *HELLO])
+
+
 def test_an_answer_continues_the_last_message_of_the_assistant():
     turns = [*HELLO, {"role": "assistant", "content": "I would say"}]
     with scripted_server(lambda request: " yes") as (url, engine):

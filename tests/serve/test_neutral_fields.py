@@ -105,7 +105,10 @@ DEFAULTS = [
     {"stream": False}, {"stream_options": {}}, {"stream_options": {"include_usage": False}},
     {"stream_options": {"include_obfuscation": False}}, {"stream_options": {"continuous_usage_stats": False}},
     {"response_format": {}}, {"response_format": {"type": "text"}}, {"soli": {}}, {"soli": {"routing": "none"}},
-    {"logprobs": False}, {"model": ""}, {"model": "tiny"},
+    {"logprobs": False}, {"model": ""}, {"model": "tiny"}, {"min_tokens": 0}, {"stop_token_ids": []},
+    {"use_beam_search": False}, {"length_penalty": 1.0}, {"early_stopping": False}, {"bad_words": []}, {"priority": 0},
+    {"spaces_between_special_tokens": True}, {"include_stop_str_in_output": False}, {"logits_processors": []},
+    {"return_tokens_as_token_ids": False}, {"return_token_ids": False}, {"skip_special_tokens": True}, {"echo": False},
 ]  # fmt: skip
 CHAT_DEFAULTS = [
     {"tools": []}, {"tool_choice": "none"}, {"tool_choice": "auto"}, {"tools": [], "tool_choice": "auto"},
@@ -115,10 +118,12 @@ CHAT_DEFAULTS = [
     {"function_call": "none"}, {"verbosity": "low"}, {"reasoning_effort": "high"}, {"reasoning_effort": "none"},
     {"tools": [{"type": "function", "function": {"name": "f", "parameters": None}}]},
     {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}, "strict": False}}]},
-    {"max_tokens": None, "max_completion_tokens": 3},
+    {"max_tokens": None, "max_completion_tokens": 3}, {"add_special_tokens": False}, {"add_generation_prompt": True},
+    {"continue_final_message": False}, {"documents": []},
 ]  # fmt: skip
 COMPLETION_DEFAULTS = [
-    {"echo": False}, {"best_of": 1}, {"n": 2, "best_of": 2}, {"n": 2, "best_of": 1}, {"suffix": ""}, {"logprobs": 0},
+    {"add_special_tokens": True}, {"parse_special": False},
+    {"best_of": 1}, {"n": 2, "best_of": 2}, {"n": 2, "best_of": 1}, {"suffix": ""}, {"logprobs": 0},
     {"max_tokens": 0},
 ]  # fmt: skip
 
@@ -149,6 +154,12 @@ def test_values_that_ask_for_nothing_are_accepted(post, path, fields):
         (CHAT, {"top_logprobs": 1}, "top_logprobs"),
         (CHAT, {"max_tokens": 0}, "max_tokens"),
         (CHAT, {"top_k": -2}, "top_k"),
+        (CHAT, {"use_beam_search": True}, "use_beam_search"),
+        (CHAT, {"length_penalty": 0.5}, "length_penalty"),
+        (CHAT, {"bad_words": ["x"]}, "bad_words"),
+        (CHAT, {"spaces_between_special_tokens": False}, "spaces_between_special_tokens"),
+        (CHAT, {"stop_token_ids": [330]}, "stop_token_ids"),
+        (CHAT, {"min_tokens": 5, "response_format": {"type": "json_object"}}, "min_tokens"),
         (CHAT, {"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
         (COMPLETION, {"suffix": "end"}, "suffix"),
         (COMPLETION, {"best_of": 2}, "best_of"),

@@ -70,8 +70,7 @@ async def whole_response(work: Coroutine[Any, Any, BaseModel], request: Request)
     finished = await run_while_connected(work, request.receive)
     if finished is None:
         raise ClientDisconnect
-    result = finished.result()
-    return await asyncio.to_thread(lambda: JSONResponse(protocol.to_json(result)))  # may be long
+    return JSONResponse(protocol.to_json(finished.result()))
 
 
 class EventStream(Response):

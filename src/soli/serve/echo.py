@@ -32,16 +32,17 @@ class PromptText:
 
     @classmethod
     def of(cls, token_ids: Sequence[int], tokenizer: Tokenizer, text: str | None = None) -> "PromptText":
-        """Special tokens are no part of the text; `text` is what was sent, if it was a text."""
-        stream = TextStream(token_text(tokenizer))
+        """`text` is what was sent, if it was a text: tokens that were put around it have no place of their own. Without
+        it special tokens are no part of the text."""
+        stream = TextStream(token_text(tokenizer, () if text is None else tokenizer.special_ids))
         pieces, offsets, length = [], [], 0
         for token in token_ids:
             offsets.append(length)
-            pieces.append(stream.push(token))
-            length += len(pieces[-1])
-        if text is None:
-            return cls("".join(pieces) + stream.finish(), token_ids, offsets)
-        return cls(text, token_ids, [min(offset, len(text)) for offset in offsets])
+            piece = stream.push(token)
+            if text is None or text.startswith(piece, length):
+                pieces.append(piece)
+                length += len(piece)
+        return cls("".join(pieces) + stream.finish() if text is None else text, token_ids, offsets)
 
 
 @dataclass

@@ -62,7 +62,7 @@ def completion_batch(body: CompletionBody, loaded: LoadedModel, limits: ServiceL
     check_choices(body, len(prompts), limits)
     _check_completion(body)
     max_prompt = longest_prompt(loaded, limits, body.max_tokens)
-    prompt_ids = _completion_prompts(prompts, loaded.text_model, max_prompt, body.parse_special)
+    prompt_ids = _completion_prompts(body, prompts, loaded.text_model, max_prompt)
     max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     request = engine_request(body, max_tokens, format_constraint(body), loaded)
     logprobs = None if body.logprobs is False else body.logprobs
@@ -96,7 +96,7 @@ def byte_count(text: str) -> int:
 
 
 def _completion_prompts(
-    prompts: Sequence[str] | Sequence[list[int]], text_model: TextModel, max_tokens: int, parse_special: bool
+    body: CompletionBody, prompts: Sequence[str] | Sequence[list[int]], text_model: TextModel, max_tokens: int
 ) -> Sequence[list[int]]:
     """Token ids of prompts; texts are tokenized unless one is certain to be too long."""
     if not isinstance(prompts[0], str):
@@ -105,11 +105,23 @@ def _completion_prompts(
     try:
         for text in texts:
             text_model.tokenizer.check_length("the prompt", byte_count(text), max_tokens)
-        return text_model.text_prompts(texts, parse_special)
+        return text_tokens(text_model, texts, body.add_special_tokens, body.parse_special)
     except TextTooLong as error:
         raise ApiError(400, str(error), "prompt", "context_length_exceeded") from error
     except SoliError as error:
         raise ApiError(400, str(error), "prompt") from error
+
+
+def text_tokens(
+    text_model: TextModel, texts: Sequence[str], add_special_tokens: bool, parse_special: bool
+) -> list[list[int]]:
+    """The tokens of texts, with those that the tokenizer's files put around them or without. `parse_special`: names of
+    added tokens in them are these tokens."""
+    if add_special_tokens:
+        return text_model.text_prompts(texts, parse_special)
+    if parse_special:
+        return [text_model.tokenizer.encode_spelled(text) for text in texts]
+    return text_model.tokenizer.encode_batch(texts)
 
 
 def translation_batch(body: TranslateBody, loaded: LoadedModel, limits: ServiceLimits) -> RequestBatch:
@@ -198,19 +210,29 @@ def engine_request(
     body: GenerationBody, max_new_tokens: int, constraint: ConstraintSpec | None, loaded: LoadedModel
 ) -> Request:
     """The request but for its prompt."""
-    if constraint is not None and body.ignore_eos:
-        raise ApiError(400, "a constrained answer ends where its format does: leave ignore_eos out", "ignore_eos")
+    for name in ("ignore_eos", "min_tokens"):
+        if constraint is not None and getattr(body, name):
+            raise ApiError(400, f"a constrained answer ends where its format does: leave {name} out", name)
     return Request(
         prompt_ids=(),
         max_new_tokens=max_new_tokens,
         sampling=_sampling(body, loaded.text_model),
-        stop_ids=frozenset() if body.ignore_eos else loaded.text_model.stop_ids,
+        stop_ids=_stop_ids(body, loaded.text_model),
+        min_new_tokens=body.min_tokens,
         stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
         trace=body.soli.routing != "none",
         masked_experts=_masked_experts(body.soli),
         constraint=constraint,
         visible_ids=frozenset() if body.skip_special_tokens else loaded.text_model.tokenizer.special_ids,
     )
+
+
+def _stop_ids(body: GenerationBody, text_model: TextModel) -> frozenset[int]:
+    largest, vocab_size = max(body.stop_token_ids, default=0), text_model.model.config.vocab_size
+    if largest >= vocab_size:
+        message = f"stop_token_ids names token {largest}, but the model's vocabulary ends at {vocab_size - 1}"
+        raise ApiError(400, message, "stop_token_ids")
+    return frozenset(body.stop_token_ids) | (frozenset() if body.ignore_eos else text_model.stop_ids)
 
 
 def _sampling(body: GenerationBody, text_model: TextModel) -> SamplingParams:
@@ -240,6 +262,7 @@ def param_names(options: SoliOptions, **names: str) -> dict[str, str]:
     """The names that the body gives to fields of a Request: `names`, and what all bodies have."""
     return names | {
         "max_new_tokens": "max_tokens",
+        "min_new_tokens": "min_tokens",
         "masked_experts": "soli.mute" if "mute" in options.model_fields_set else "soli.masked_experts",
     }
 

@@ -10,22 +10,18 @@ import json
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     ModelWrapValidatorHandler,
     PrivateAttr,
     Tag,
-    WithJsonSchema,
     model_validator,
 )
 
+from soli.serve.request_body import Hints, Off, OtherOptions, RequestBody
 from soli.serve.stored_messages import joined_deltas, meaningful_fields, with_reasoning, without_nulls
 
-MAX_FIELDS = 64  # of an object, more than any here has
 MAX_MESSAGES = 4096
 MAX_PROMPTS = 1024  # of one body; what the server is started with may allow fewer
 MAX_PARTS = 1024  # of a message: texts, calls
@@ -45,16 +41,6 @@ LayerAndExpert = Annotated[list[Annotated[int, Field(ge=0, le=2**31)]], Field(mi
 LayersAndExperts = Annotated[list[LayerAndExpert], Field(max_length=4096)]
 
 
-def _check_off(value: bool) -> bool:
-    if value:
-        raise ValueError("is not supported: leave it out")
-    return value
-
-
-# What cannot be turned on. A Literal would take 0.0 for false.
-Off = Annotated[bool, AfterValidator(_check_off), WithJsonSchema({"type": "boolean", "const": False})]
-
-
 def _check_no_functions(functions: Any) -> Any:
     if functions:
         raise ValueError("is the old name of tools and not supported: give tools")
@@ -69,28 +55,6 @@ def _check_bias_count(biases: Any) -> Any:
 
 TokenKey = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,8})$")]  # one way to write each
 LogitBias = Annotated[dict[TokenKey, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_check_bias_count)]
-
-
-def _describe_nulls(schema: dict[str, Any]) -> None:
-    """Says in the JSON schema of a class that optional fields and unknown ones may be null."""
-    schema["additionalProperties"] = {"type": "null"}
-    for name, field in schema.get("properties", {}).items():
-        if name not in schema.get("required", ()) and {"type": "null"} not in field.get("anyOf", ()):
-            outer = {key: field.pop(key) for key in ("title", "description", "default", "deprecated") if key in field}
-            schema["properties"][name] = {"anyOf": [*field.get("anyOf", [field]), {"type": "null"}], **outer}
-
-
-class RequestBody(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra=_describe_nulls)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict):
-            return fields
-        if len(fields) > MAX_FIELDS:
-            raise ValueError(f"has {len(fields):,} fields, of which at most {len(cls.model_fields)} are known")
-        return {name: value for name, value in fields.items() if value is not None}
 
 
 class SoliOptions(RequestBody):
@@ -126,19 +90,7 @@ class ResponseFormat(RequestBody):
     pattern: Annotated[str, Field(min_length=1)] | None = None
 
 
-class Hints(RequestBody):
-    """What a caller may say about itself and its wishes for billing, storage and caches: accepted, and unused."""
-
-    user: str | None = None
-    metadata: dict[str, Any] = {}
-    store: bool = False
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-
-
-class GenerationBody(Hints):
+class GenerationBody(Hints, OtherOptions):
     """How tokens are sampled and where the answer ends; shared by completions and chat completions."""
 
     model: str | None = None
@@ -152,6 +104,8 @@ class GenerationBody(Hints):
     logit_bias: LogitBias | None = None
     seed: Seed | None = None
     stop: StopStrings | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, le=2**31)]], Field(max_length=1024)] = []  # vLLM's name
+    min_tokens: Annotated[int, Field(ge=0, le=2**31)] = 0  # vLLM's name: as many before the answer may end
     skip_special_tokens: bool = True  # vLLM's name: False leaves them in the text
     ignore_eos: bool = False  # vLLM's and llama.cpp's name: the answer continues to max_tokens
     response_format: ResponseFormat | None = None
@@ -188,6 +142,7 @@ class CompletionBody(GenerationBody):
     """POST /v1/completions. `logprobs` false is null; `max_tokens` 0 computes the prompt alone."""
 
     prompt: Prompts
+    add_special_tokens: bool = True  # vLLM's name: those that the tokenizer's files put around a text
     parse_special: bool = False  # llama.cpp's name: names of special tokens in a text are these tokens
     max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | Off | None = None
@@ -324,6 +279,8 @@ class ChatBody(GenerationBody):
     documents: Annotated[list[dict[str, Any]], Field(max_length=MAX_DOCUMENTS)] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    add_special_tokens: Off = False  # a template has all of them
+    echo: Off = False
 
 
 class TranslateBody(RequestBody):

@@ -68,7 +68,7 @@ class ResponseBuilder:
                 self._record(index, event)
                 if self._recorders:
                     traces[index] += await self._recorders[index].push(event)
-        choices = await asyncio.to_thread(lambda: [choice.whole() for choice in self._choices])  # may be long
+        choices = [choice.whole() for choice in self._choices]
         if self._batch.routing == "full":
             for choice, tokens in zip(choices, traces, strict=True):
                 choice.soli = protocol.ChoiceRouting(tokens=tokens)

@@ -15,6 +15,7 @@ REDUNDANT = {
     "index",
     "parsed",
     "parsed_arguments",
+    "parsed_output",
     "provider_specific_fields",
     "reasoning_details",
     "thinking_blocks",

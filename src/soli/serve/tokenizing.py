@@ -11,7 +11,7 @@ from soli.serve import protocol_responses as protocol
 from soli.serve.chat_prompts import chat_batch
 from soli.serve.errors import ApiError
 from soli.serve.middleware import StrictRoute
-from soli.serve.prompts import byte_count
+from soli.serve.prompts import byte_count, text_tokens
 from soli.serve.protocol_requests import (
     MAX_DOCUMENTS,
     MAX_MESSAGES,
@@ -113,12 +113,10 @@ def _text_ids(body: TokenizeBody, text: str, loaded: LoadedModel, limits: Servic
 
 
 def _encode(body: TokenizeBody, text: str, loaded: LoadedModel) -> list[int]:
-    text_model, tokenizer = loaded.text_model, loaded.text_model.tokenizer
-    if body.add_special_tokens and text:
-        return text_model.text_prompt(text, body.parse_special)
-    if body.add_special_tokens:
-        return [*text_model.text_prefix, *text_model.text_suffix]
-    return tokenizer.encode_spelled(text) if body.parse_special else tokenizer.encode(text)
+    text_model = loaded.text_model
+    if not text:  # text_tokens rejects a prompt without any token
+        return [*text_model.text_prefix, *text_model.text_suffix] if body.add_special_tokens else []
+    return text_tokens(text_model, [text], body.add_special_tokens, body.parse_special)[0]
 
 
 def _chat_ids(body: TokenizeBody, loaded: LoadedModel, limits: ServiceLimits) -> list[int]:

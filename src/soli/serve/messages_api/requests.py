@@ -4,10 +4,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from soli.serve.protocol_requests import MAX_MESSAGES, MAX_PARTS, Count, RequestBody, StopString
+from soli.serve.protocol_requests import MAX_MESSAGES, MAX_PARTS, Count, MessageBody, RequestBody, StopString
 
 
-class CachedBlock(RequestBody):
+class CachedBlock(MessageBody):
     """What every block may have: a hint about caching, which is automatic here."""
 
     cache_control: dict[str, Any] | None = None
@@ -19,7 +19,7 @@ class TextBlock(CachedBlock):
     citations: list[Any] | None = None  # of documents, which answers here never cite
 
 
-class ThinkingBlock(RequestBody):
+class ThinkingBlock(MessageBody):
     type: Literal["thinking"]
     thinking: str
     signature: str = ""
@@ -46,11 +46,17 @@ class ToolResultBlock(CachedBlock):
 Block = Annotated[TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")]
 
 
-class AnthropicMessage(RequestBody):
-    """One turn; images and documents are rejected."""
+class AnthropicMessage(MessageBody):
+    """One turn; images and documents are rejected. An answer may be sent back whole: what it has besides is unused."""
 
     role: Literal["user", "assistant", "system"]
     content: str | Annotated[list[Block], Field(max_length=MAX_PARTS, fail_fast=True)]
+    id: str | None = None
+    type: Literal["message"] | None = None
+    model: str | None = None
+    stop_reason: str | None = None
+    stop_sequence: str | None = None
+    usage: dict[str, Any] | None = None
 
 
 class AnthropicTool(CachedBlock):

@@ -4,12 +4,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from soli.serve.protocol_requests import MAX_MESSAGES, MAX_PARTS, Count, Hints, Off, RequestBody
+from soli.serve.protocol_requests import MAX_MESSAGES, MAX_PARTS, Count, Hints, MessageBody, Off, RequestBody
 
 Status = Literal["in_progress", "completed", "incomplete"]
 
 
-class TextItemPart(RequestBody):
+class TextItemPart(MessageBody):
     """A text of the user or of the model; images and files are rejected."""
 
     type: Literal["input_text", "output_text", "text"]
@@ -21,7 +21,7 @@ class TextItemPart(RequestBody):
 ItemTexts = str | Annotated[list[TextItemPart], Field(max_length=MAX_PARTS, fail_fast=True)]
 
 
-class MessageItem(RequestBody):
+class MessageItem(MessageBody):
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
     content: ItemTexts
@@ -30,12 +30,12 @@ class MessageItem(RequestBody):
     phase: str | None = None
 
 
-class ReasoningText(RequestBody):
+class ReasoningText(MessageBody):
     type: Literal["reasoning_text", "summary_text"]
     text: str
 
 
-class ReasoningItem(RequestBody):
+class ReasoningItem(MessageBody):
     """`content` is what the model thought; a summary alone is what is left of it elsewhere."""
 
     type: Literal["reasoning"]
@@ -45,7 +45,7 @@ class ReasoningItem(RequestBody):
     status: Status | None = None
 
 
-class FunctionCallItem(RequestBody):
+class FunctionCallItem(MessageBody):
     type: Literal["function_call"]
     call_id: str
     name: str
@@ -54,7 +54,7 @@ class FunctionCallItem(RequestBody):
     status: Status | None = None
 
 
-class FunctionOutputItem(RequestBody):
+class FunctionOutputItem(MessageBody):
     type: Literal["function_call_output"]
     call_id: str
     output: ItemTexts
