@@ -101,8 +101,8 @@ def test_a_transfer_that_always_ends_early_resumes_at_the_next_call(hub: Hub) ->
     assert (folder / SHARDS[0]).read_bytes() == files[SHARDS[0]]
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
-def test_a_pull_that_is_killed_or_interrupted_resumes(hub: Hub, cache: Path, sent: signal.Signals) -> None:
+@pytest.mark.parametrize("interruption", [signal.SIGKILL, signal.SIGINT])
+def test_a_pull_that_is_killed_or_interrupted_resumes(hub: Hub, cache: Path, interruption: signal.Signals) -> None:
     files = sharded_files(2_000_000)
     hub.add(ID, files)
     hub.faults.delay = 0.05
@@ -112,8 +112,8 @@ def test_a_pull_that_is_killed_or_interrupted_resumes(hub: Hub, cache: Path, sen
         while sum(file.stat().st_size for file in cache.glob("*/blobs/*.incomplete")) < 600_000:
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.02)
-        process.send_signal(sent)
-    assert process.returncode == (130 if sent == signal.SIGINT else -signal.SIGKILL)
+        process.send_signal(interruption)
+    assert process.returncode == (130 if interruption == signal.SIGINT else -signal.SIGKILL)
     assert not list(cache.glob("*/snapshots/*/*.safetensors"))
     [cached] = list_revisions()
     assert not cached.complete and cached.refs == ()
