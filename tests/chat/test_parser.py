@@ -248,6 +248,8 @@ def test_kimis_calls_keep_their_ids():
             ToolCall("get_time", "{}", "functions.get_time:1"),
         ],
     )
+    twice = parsed(f"{KIMI.section_begin}{first}{first}{KIMI.section_end}", "kimi_k2")[2]
+    assert [one.call_id for one in twice] == ["functions.get_weather:0", None]  # the second gets another
     wrong = f"{KIMI.section_begin}{call('functions.get_wether:0', '{}')}{KIMI.section_end}"
     assert parsed(wrong, "kimi_k2") == ("", wrong, [])
     assert parsed(call("get_time", ""), "kimi_k2")[2] == [ToolCall("get_time", "{}", "get_time")]

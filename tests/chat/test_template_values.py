@@ -200,6 +200,15 @@ def test_a_continued_message_may_be_inside_its_reasoning():
         assert sandbox.render(messages, None, {}, True, continue_final_message=True)[1] is is_inside
 
 
+def test_a_template_may_open_reasoning_before_a_continued_message():
+    source = "[A]{% if messages[-1].prefix and thinking %}<think>{% endif %}{{ messages[-1].content }}[/]"
+    sandbox = Sandbox({"default": source}, {}, {}, "deepseek_v31")
+    messages = [USER, {"role": "assistant", "content": "hm", "prefix": True}]
+    for thinking in (False, True):
+        prompt = sandbox.render(messages, None, {"thinking": thinking}, True, continue_final_message=True)
+        assert prompt == (["[A]<think>hm"] if thinking else ["[A]hm"], thinking)
+
+
 def test_reasoning_has_the_names_that_transformers_gives_it():
     source = "{{ messages[0].reasoning_content }}{{ messages[0].thinking }}"
     assert rendered(source, [{"role": "assistant", "content": "a", "reasoning_content": "hm"}]) == "hmhm"

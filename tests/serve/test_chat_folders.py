@@ -9,10 +9,12 @@ from pathlib import Path
 import httpx
 import pytest
 from tokenizers import AddedToken
+from typer.testing import CliRunner
 
 from soli.chat.parsers.delimited import Delimiters
 from soli.chat.parsers.families import DEEPSEEK, KIMI
 from soli.chat.templates import ChatTemplate
+from soli.cli import app
 from soli.data.tokenizer import Tokenizer
 from soli.engine.request import EngineLimits
 from soli.engine.sampler import SamplingParams
@@ -197,6 +199,11 @@ def test_the_family_is_that_of_the_template_or_the_tokens(folder, source, tokens
     template.close()
     with pytest.raises(SoliError, match="no tool parser 'other': choose deepseek_r1, "):
         ChatTemplate.from_folder(folder, tokenizer, tool_parser="other")
+
+
+def test_an_unknown_parser_ends_the_server_before_it_loads():
+    run = CliRunner().invoke(app, ["serve", "--tool-parser", "other", "--port", "0"])
+    assert isinstance(run.exception, SoliError) and "no tool parser 'other'" in str(run.exception)
 
 
 def test_kimis_ids_reach_the_client_and_come_back():

@@ -146,6 +146,7 @@ class MessageParser:
         self._in_section = False  # behind a call, where another one or the section's end may follow
         self._unclosed = False  # a call ended the reasoning, whose end may still be written
         self._call_count = 0
+        self._call_ids: set[str | None] = set()
         self._deltas: list[CallDelta] = []
 
     def push(self, text: str, last: bool = False) -> MessageDelta:
@@ -208,7 +209,9 @@ class MessageParser:
         if self._state == "reasoning":
             self._state = "content"
             self._unclosed = True
-        self._deltas.append(CallDelta(self._call_count, "", head.name, head.call_id))
+        call_id = None if head.call_id in self._call_ids else head.call_id  # a model may repeat itself
+        self._call_ids.add(head.call_id)
+        self._deltas.append(CallDelta(self._call_count, "", head.name, call_id))
         self._call_count += 1
         self._arguments = self._calls.arguments(head)
         self._buffer = self._buffer[head.length :]

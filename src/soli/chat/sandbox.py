@@ -115,7 +115,8 @@ class Sandbox:
             tool_text = tool_prompt(self._family, self._mark(tools, marker), is_brief)
         text = _rendered_text(self._templates[name], context, turns, tool_text)
         if end:
-            return self._split(_cut(text, end), marker), _is_in_reasoning(turns[-1]["content"])
+            text = _cut(text, end)
+            return self._split(text, marker), text.rfind(OPEN) > text.rfind(CLOSE)
         if not allow_reasoning and ends_in_reasoning(text):
             text = text.rstrip() + NO_REASONING
         return self._split(text, marker), ends_in_reasoning(text)
@@ -221,11 +222,6 @@ def _cut(text: str, end: str) -> str:
     if start < 0:
         raise jinja2.TemplateError("the text of the last message is not at its end: it cannot be continued")
     return text[:start] if text.startswith(end, start) else text[:start].rstrip()
-
-
-def _is_in_reasoning(content: str) -> bool:
-    """Whether an answer that is continued has not closed its reasoning."""
-    return content.rfind(OPEN) > content.rfind(CLOSE)
 
 
 def _parsed(arguments: str) -> Any:

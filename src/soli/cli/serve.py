@@ -65,6 +65,7 @@ def serve(
     threads: options.Threads = None,
 ) -> None:
     """Serve a model on this machine. The page is at http://127.0.0.1:8000/, the API at /v1."""
+    from soli.chat.parsers.families import family_by_name
     from soli.checkpoint import open_checkpoint
     from soli.engine.request import EngineLimits
     from soli.hub.cache import display_name
@@ -81,6 +82,8 @@ def serve(
         raise SoliError("the API key may have only printable ASCII characters, without spaces: choose another")
     if name and not all(name):
         raise SoliError("--name is empty: give the model a name, or leave it out")
+    if tool_parser is not None:
+        family_by_name(tool_parser)
     folder = open_checkpoint(model).folder
     options.use_threads(threads)
     hosts = (*LOOPBACK, host, *(allow_host or ()))

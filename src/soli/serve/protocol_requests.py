@@ -218,10 +218,9 @@ class Message(MessageBody):
     @property
     def for_template(self) -> dict[str, Any]:
         """The message as templates read it; content null beside tool calls stays null."""
-        fields = self.model_dump(exclude_none=True, exclude={"prefix"})
-        return {name: value for name, value in fields.items() if value not in ("", [])} | {
-            "content": fields.get("content")
-        }
+        fields = self.model_dump(exclude_none=True)
+        filled = {name: value for name, value in fields.items() if value not in ("", [], False)}
+        return filled | {"content": fields.get("content")}
 
 
 class Function(RequestBody):

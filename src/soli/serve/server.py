@@ -177,6 +177,8 @@ def load(
     text_model = open_text_model(model, device, dtype, limits.speculate, progress, memory)
     if not chat.generation_config:
         text_model = replace(text_model, sampling_defaults={})
+    if text_model.sampling_defaults:
+        log.info("sampling defaults of generation_config.json", extra={"fields": dict(text_model.sampling_defaults)})
     template = template_error = None
     try:
         folder = open_checkpoint(model).folder
