@@ -19,6 +19,7 @@ from soli.plan.inference import (
     DISK_LATENCY,
     KERNEL_EFFICIENCY,
     LAYER_SECONDS,
+    MISS_SECONDS,
     STEP_SECONDS,
     MachineRates,
     expected_hit_rate,
@@ -95,7 +96,7 @@ def test_decoding_by_the_equation():
     prediction = predict_decode(sizes, machine, 0.0, 512, 0.0)
     read = sum(part.bytes_per_token for part in sizes.parts if part.name != "routed experts")
     expert = sizes.expert_bytes / 6e10
-    layer = DISK_LATENCY + 8 * sizes.expert_bytes / 7e9 + 2 / 3 * expert + 8 / 3 * expert
+    layer = MISS_SECONDS + DISK_LATENCY + 8 * sizes.expert_bytes / 7e9 + 2 / 3 * expert + 8 / 3 * expert
     constant = STEP_SECONDS + 61 * LAYER_SECONDS
     assert prediction.seconds == pytest.approx((read + 512 * cache_bytes(V3)) / 6e10 + 58 * layer + constant)
     assert prediction.bound == "disk"

@@ -128,7 +128,7 @@ def plan(
         format=format,
         prompt=prompt,
         skew=skew,
-        renew=probe,
+        renew=probe or check is not None,  # what runs beside it now slows both
     )
     if fetch:
         _fetch(name)
@@ -266,6 +266,8 @@ def _print(report: PlanReport) -> None:
     count = sum(group.total for group in weights(report.model.config))
     sizes = report.sizes
     title = f"{report.model.name}: {scaled(count)} parameters, {scaled(sizes.total_bytes, 'B')} in {sizes.format}"
+    if (published := report.model.index_bytes) is not None:
+        title += f"; {scaled(published, 'B')} in the files by their index"
     console.print(title, style="bold", soft_wrap=True, markup=False)
     console.print(_parts(sizes))
     for label, text in report.lines() + (report.check_lines() if report.check else []):

@@ -21,6 +21,7 @@ from soli.engine.scratch import limit_scratch, token_bytes, tokens_per_call
 from soli.errors import SoliError
 from soli.experts.budget import divide_bytes
 from soli.hub.cache import INDEX, cache_folder, find_folder, shards_of
+from soli.input_files import TABLE_BYTES, read_object
 from soli.plan.inference import (
     KERNEL_EFFICIENCY,
     MachineRates,
@@ -58,6 +59,16 @@ class PlannedModel:
             assert self.folder is not None
             return sizes_of(open_checkpoint(self.folder))
         return sizes_in(self.config, format or self.published)
+
+    @property
+    def index_bytes(self) -> int | None:
+        """Of all tensors, MTP modules included, as the index of the files says; None without one."""
+        index = None if self.folder is None else self.folder / INDEX
+        if index is None or not index.is_file():
+            return None
+        metadata = read_object(index, TABLE_BYTES).get("metadata")
+        size = metadata.get("total_size") if isinstance(metadata, dict) else None
+        return int(size) if isinstance(size, int | float) and 0 < size < 2**62 else None
 
     @property
     def published(self) -> str:
@@ -176,7 +187,7 @@ def _divide(sizes: ModelSizes, memory: int, tokens: int) -> Division:
         slots=max(0, min(slots, sizes.experts)),
         experts=sizes.experts,
         least=sizes.least_experts,
-        tokens_per_call=min(limits.tokens_per_step, tokens_per_call(token_bytes(config))),
+        tokens_per_call=min(limits.tokens_per_step, tokens_per_call(token_bytes(config), paged=True)),
     )
 
 

@@ -43,6 +43,7 @@ class PlanReport:
             "needed_bytes": division.needed,
             "memory_bytes": division.memory,
             "total_bytes": sizes.total_bytes,
+            "index_bytes": self.model.index_bytes,
             "resident_bytes": sizes.resident_bytes,
             "latent_cache_bytes": division.latent_cache,
             "scratch_bytes": division.scratch,
