@@ -1,5 +1,6 @@
 """A model that does not fit in memory is rejected before a weight is read; what is stored as needed is not copied."""
 
+import errno
 import json
 import math
 import os
@@ -157,6 +158,10 @@ def test_the_command_keeps_fp8_and_says_so_in_one_line() -> None:
     [
         (MemoryError(), ""),
         (RuntimeError("CPUAllocator: can't allocate memory: you tried to allocate 1234 bytes"), " for 1,234 bytes"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"), ""),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), ""),
+        (RuntimeError("can't start new thread"), ""),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), ""),
     ],
 )
 def test_memory_that_ends_is_one_sentence(error, size, monkeypatch, capsys) -> None:

@@ -42,6 +42,12 @@ VERBS = {
 }
 
 
+# In the errors of torch, of CUDA, of mmap, of threads and of the dynamic linker.
+NO_MEMORY = re.compile(
+    r"can('t|not) allocate memory|out of memory|can't start new thread|failed to map segment", re.IGNORECASE
+)
+
+
 class Verbs(TyperGroup):
     """The verbs of VERBS. Help reads the table alone; a verb's module is imported when the verb is invoked."""
 
@@ -128,7 +134,7 @@ def _reason(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
         return f"standard output, or a file, cannot be written ({error.strerror}): check where it leads"
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # the latter in torch's RuntimeError
+    if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
         size = re.search(r"allocate (\d+) bytes", str(error))
         needed = f" for {int(size[1]):,} bytes" if size else ""
         return f"there is no memory left{needed}; soli doctor shows how much is available"
