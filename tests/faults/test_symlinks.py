@@ -192,3 +192,17 @@ def test_what_cannot_be_copied_is_rejected_by_name_and_at_once(make, name, folde
     error = capsys.readouterr().err
     assert str(folder / name) in error and error.count("\n") == 1 and "unexpected" not in error
     assert not (tmp_path / "converted").exists()
+
+
+def test_templates_in_a_folder_of_their_own_are_copied_and_lead_nowhere_else(folder, tmp_path) -> None:
+    (folder / "tokenizer").mkdir()  # not meant as the file of that name
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "default.jinja").write_text("a template")
+    convert_checkpoint(folder, tmp_path / "out", TO_FP8)
+    assert (tmp_path / "out" / "additional_chat_templates" / "default.jinja").read_text() == "a template"
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "key.jinja").write_text("a key")
+    shutil.rmtree(folder / "additional_chat_templates")
+    (folder / "additional_chat_templates").symlink_to(tmp_path / "secret")
+    with pytest.raises(SoliError, match=r"additional_chat_templates/key\.jinja: is a symlink out of its folder"):
+        convert_checkpoint(folder, tmp_path / "other", TO_FP8)

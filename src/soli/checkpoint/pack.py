@@ -28,10 +28,10 @@ from soli.atomic_file import remove, replace_file
 from soli.checkpoint.name_map import Slot
 from soli.checkpoint.reader import INDEX, SINGLE, Checkpoint
 from soli.checkpoint.shard import ITEM_BYTES
-from soli.checkpoint.writer import ProgressCallback, Spec, write_json
+from soli.checkpoint.writer import ProgressCallback, Spec, copy_files, write_json
 from soli.config import ModelConfig
 from soli.errors import SoliError
-from soli.input_files import open_regular, read_object_if_present
+from soli.input_files import read_object_if_present
 
 PAGE: Final = 4096
 VERSION: Final = "1"
@@ -86,9 +86,7 @@ def write_pack(
         if len(names) > 1:
             weight_map = {spec: name for name, plan in zip(names, plans, strict=True) for spec in plan.offsets}
             write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        for name, file in side_files.items():
-            with open_regular(file) as source, open(partial / name, "wb") as copy:
-                shutil.copyfileobj(source, copy)
+        copy_files(side_files, partial)
         write_json(partial / "config.json", target.config(config))
     return total
 

@@ -34,10 +34,13 @@ SHARD_BYTES: Final = 5_000_000_000
 FP8_CONFIG: Final = FP8 | {"activation_scheme": "dynamic"}
 
 # Copied with the weights: tokenizer, generation defaults, model card, licence, code (which is never run).
-SIDE_FILES: Final = ("*.json", "*.txt", "*.md", "*.model", "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
+SIDE_FILES: Final = (
+    "*.json", "*.txt", "*.md", "*.model", "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "NOTICE*",
+    "additional_chat_templates/*.jinja",
+)  # fmt: skip
 TOKENIZER_FILES: Final = (
     "tokenizer*", "tokenization*.py", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "*.tiktoken", "chat_template*",
+    "*.tiktoken", "chat_template*", "additional_chat_templates/*.jinja",
 )  # fmt: skip
 
 Spec = tuple[str, str, tuple[int, ...]]  # name, dtype, shape: one tensor in a header
@@ -172,11 +175,18 @@ def write(
             files = [(slot, file) for file, shard in zip(names, shards, strict=True) for slot in shard]
             weight_map = {name: file for slot, file in files for name, _, _ in target.specs(slot)}
             write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        for name, file in (side_files or {}).items():
-            with open_regular(file) as source, open(partial / name, "xb") as copy:
-                shutil.copyfileobj(source, copy)
+        copy_files(side_files or {}, partial)
         write_json(partial / "config.json", target.config(config))
     return total
+
+
+def copy_files(files: Mapping[str, Path], folder: Path) -> None:
+    """Copies of files into a folder, each by its name there; those of a conversion that was stopped are replaced."""
+    for name, file in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        remove(folder / name)
+        with open_regular(file) as source, open(folder / name, "xb") as copy:
+            shutil.copyfileobj(source, copy)
 
 
 def files_beside(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
