@@ -277,7 +277,7 @@ NOW = ToolCall("get_time", "{}")
 def test_deepseek_v32s_calls_are_read():
     now = f'<{DSML}invoke name="get_time">\n</{DSML}invoke>'
     text = f"I look.\n\n<{DSML}function_calls>\n{DSML_CALL}\n{now}\n</{DSML}function_calls>"
-    expected = ("", "I look.\n\n", [SEARCHED, NOW])
+    expected = ("", "I look.", [SEARCHED, NOW])  # the line breaks are the form's
     assert parsed(text, "deepseek_v32", tools=PAIR_TOOLS) == expected
     assert parsed(text.replace(DSML, ""), "deepseek_v32", tools=PAIR_TOOLS) == expected  # as it is often written
     in_reasoning = parsed(f"hm{text}", "deepseek_v32", tools=PAIR_TOOLS, starts_in_reasoning=True)
@@ -286,7 +286,8 @@ def test_deepseek_v32s_calls_are_read():
 
 def test_glms_calls_are_read():
     now = "<tool_call>get_time</tool_call>"
-    assert parsed(f"I look.\n{GLM_CALL}\n{now}\n", "glm", tools=PAIR_TOOLS) == ("", "I look.\n", [SEARCHED, NOW])
+    assert parsed(f"I look.\n{GLM_CALL}\n{now}\n", "glm", tools=PAIR_TOOLS) == ("", "I look.", [SEARCHED, NOW])
+    assert parsed("I look.\n", "glm", tools=PAIR_TOOLS) == ("", "I look.\n", [])
     one_line = "<tool_call>search<arg_key>query</arg_key><arg_value>x</arg_value></tool_call>"
     assert parsed(one_line, "glm", tools=PAIR_TOOLS)[2] == [ToolCall("search", '{"query": "x"}')]
 

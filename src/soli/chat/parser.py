@@ -72,6 +72,10 @@ class CallFormat(Protocol):
     @property
     def section_ends(self) -> tuple[str, ...]: ...
 
+    @property
+    def begins_with_space(self) -> bool:
+        """Whether white space before a call is part of the form, not of the content."""
+
     def head(self, text: str, last: bool) -> CallHead | Literal["incomplete"] | None:
         """The call at the beginning of `text`, which starts with an opening; None if there is none."""
 
@@ -86,12 +90,12 @@ class PlainParser:
 
 
 class _Part:
-    """The reasoning or the content, without the white space around it. White space that begins a part is held until
-    text follows: it belongs to the part unless `strip_leading`, and to nothing if none follows."""
+    """The reasoning or the content. White space that begins a part is held until text follows, and so is, with
+    `hold_trailing`, white space behind text: it belongs to nothing where the part ends there."""
 
-    def __init__(self, strip_leading: bool, strip_trailing: bool) -> None:
+    def __init__(self, strip_leading: bool, hold_trailing: bool) -> None:
         self.strip_leading = strip_leading
-        self._strip_trailing = strip_trailing
+        self._hold_trailing = hold_trailing
         self._spaces = ""  # held
         self._has_text = False
         self.emitted = ""  # since `take`
@@ -100,13 +104,12 @@ class _Part:
         text = self._spaces + text
         if not self._has_text and self.strip_leading:
             text = text.lstrip()
-        end = len(text.rstrip()) if self._strip_trailing or not text.strip() else len(text)
-        if not self._has_text and not end:
-            self._spaces = text
-            return
-        self._has_text = True
-        self._spaces = text[end:] if self._strip_trailing else ""
-        self.emitted += text[:end] if self._strip_trailing else text
+        end = len(text.rstrip()) if self._hold_trailing or not self._has_text else len(text)
+        if end and not self._hold_trailing:
+            end = len(text)
+        self._has_text = self._has_text or end > 0
+        self._spaces = text[end:]
+        self.emitted += text[:end]
 
     def restart(self, strip_leading: bool) -> None:
         """What follows is separate from what was before, as behind a call."""
@@ -114,9 +117,9 @@ class _Part:
         self._has_text = False
         self.strip_leading = strip_leading
 
-    def finish(self) -> None:
-        """Emits an answer that is white space alone."""
-        if not self._strip_trailing and not self.strip_leading:
+    def finish(self, is_whole: bool) -> None:
+        """The answer ends; `is_whole`: there was nothing beside this part, which may be white space alone."""
+        if self._has_text or (is_whole and not self.strip_leading):
             self.emitted += self._spaces
         self._spaces = ""
 
@@ -140,8 +143,8 @@ class MessageParser:
         if starts_in_reasoning and split_reasoning:
             self._state = "reasoning"
         self._buffer = ""
-        self._reasoning = _Part(strip_leading=True, strip_trailing=True)
-        self._content = _Part(strip_leading=False, strip_trailing=False)
+        self._reasoning = _Part(strip_leading=True, hold_trailing=True)
+        self._content = _Part(strip_leading=False, hold_trailing=calls is not None and calls.begins_with_space)
         self._arguments: ArgumentsDecoder | None = None  # of the call that goes on
         self._in_section = False  # behind a call, where another one or the section's end may follow
         self._unclosed = False  # a call ended the reasoning, whose end may still be written
@@ -254,8 +257,7 @@ class MessageParser:
         """What did not become a call is text; white space behind a call is nothing."""
         if self._buffer and self._arguments is None:
             self._emit(len(self._buffer))
-        if self._call_count == 0:
-            self._content.finish()
+        self._content.finish(is_whole=self._call_count == 0)
 
 
 class ForcedCallParser:

@@ -99,12 +99,11 @@ class Sandbox:
         reserved = {
             **self._names,
             "tools": self._mark(tools, marker) if self.supports_tools[name] else None,
-            "documents": self._mark(documents, marker),
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
         }
         if clash := sorted((reserved.keys() | {"messages"}) & variables.keys()):
             raise ReservedVariable(f"the chat template's variable {clash[0]} is set by the server: leave it out")
-        context = self._mark(variables, marker) | reserved
+        context = self._mark({"documents": documents, **variables}, marker) | reserved
         turns = [self._message(message, marker) for message in messages]
         end = f"\ue000{secrets.token_hex(8)}\ue001 " if continue_final_message else ""
         if end:

@@ -7,7 +7,7 @@ Models of these families are seen to write the arguments in a Markdown fence, or
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from soli.chat.parser import ArgumentsDecoder, CallHead, first_delimiter, safe_length
 
@@ -34,6 +34,7 @@ class DelimitedFormat:
 
     delimiters: Delimiters
     tools: Collection[str]
+    begins_with_space: ClassVar[bool] = False
 
     @property
     def openings(self) -> tuple[str, ...]:

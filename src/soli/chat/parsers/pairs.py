@@ -59,6 +59,7 @@ class DsmlFormat:
     section_begins = tuple(f"<{mark}{name}>" for mark in (DSML, "") for name in ("function_calls", "tool_calls"))
     call_begins = tuple(f"<{mark}invoke" for mark in (DSML, ""))
     section_ends = tuple(begin.replace("<", "</") for begin in section_begins)
+    begins_with_space = True
     _head = re.compile(rf'<(?:{DSML})?invoke\s+name="([^"]*)"\s*>')
 
     def __init__(self, tools: Schemas) -> None:
@@ -86,6 +87,7 @@ class GlmFormat:
     """Calls of GLM-4.5 to 4.7."""
 
     openings = ("<tool_call>",)
+    begins_with_space = True
     section_ends: tuple[str, ...] = ()
 
     def __init__(self, tools: Schemas) -> None:
