@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from soli.experts.policy import POLICIES, Frequency, NextUse
+from soli.experts.policy import POLICIES, NextUse
 
 LAYERS, E, K = 3, 8, 2
 
@@ -69,36 +69,58 @@ def test_segmented_lru_evicts_what_was_used_once_first() -> None:
     assert [expert for _, expert in policy.candidates(0)] == [1, 2, 3, 0]
 
 
+def random_ids(tokens, seed):
+    return np.random.default_rng(seed).permuted(np.tile(np.arange(E), (tokens, 1)), axis=1)[:, :K]
+
+
+def after(policy, ids, tokens_at_once):
+    """The policy when it has taken in so many tokens of a layer at once."""
+    for at in range(0, len(ids), tokens_at_once):
+        policy.use(1, ids[at : at + tokens_at_once])
+        policy.catch_up()
+    return policy
+
+
 @pytest.mark.parametrize("tokens_at_once", [1, 7, 40])
 def test_frequency_is_a_decayed_share_of_tokens(tokens_at_once) -> None:
+    ids = random_ids(40, seed=0)
+    policy = after(NextUse(4, LAYERS, E), ids, tokens_at_once)
+    for number, half_life in enumerate(NextUse.HALF_LIVES):
+        weights_T = 0.5 ** (np.arange(39, -1, -1) / half_life)
+        share_E = sum(weight * np.isin(np.arange(E), row) for weight, row in zip(weights_T, ids, strict=True))
+        np.testing.assert_allclose(policy._shares([1])[0, number], share_E / weights_T.sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("tokens_at_once", [7, 40])
+def test_followers_are_counted_alike_at_once_and_one_after_another(tokens_at_once) -> None:
+    ids = random_ids(40, seed=1)
+    expected = np.zeros((E, E))
+    for at, row in enumerate(ids):
+        for ago in range(1, min(at, NextUse.HISTORY) + 1):
+            expected[np.ix_(ids[at - ago], row)] += 0.5**ago
+    for size in (1, tokens_at_once):
+        np.testing.assert_allclose(after(NextUse(4, LAYERS, E), ids, size)._followers_LEE[1], expected, rtol=1e-5)
+
+
+def test_learned_weights_predict_better_than_the_first(tokens=600) -> None:
+    """The likelihood of what each token chose, under the values before it, where uses are independent."""
     rng = np.random.default_rng(0)
-    ids = rng.permuted(np.tile(np.arange(E), (40, 1)), axis=1)[:, :K]
-    policy = Frequency(4, LAYERS, E)
-    for at in range(0, 40, tokens_at_once):
-        policy.use(1, ids[at : at + tokens_at_once])
-        list(policy.candidates(0))
-    expected = np.zeros((2, E))
-    for row in ids:
-        for at, half_life in enumerate(Frequency.HALF_LIVES):
-            decay = 0.5 ** (1 / half_life)
-            expected[at] *= decay
-            expected[at, row] += 1 - decay
-    np.testing.assert_allclose(policy._shares_LHE[1], expected, rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["frequency", "next-use"])
-def test_tokens_at_once_are_like_one_after_another(name) -> None:
-    ids = np.random.default_rng(1).permuted(np.tile(np.arange(E), (50, 1)), axis=1)[:, :K]
-    orders = []
-    for tokens_at_once in (1, 13):
-        policy = POLICIES[name](E, LAYERS, E)
-        for expert in range(E):
-            policy.add((0, expert))
-        for at in range(0, 50, tokens_at_once):
-            policy.use(0, ids[at : at + tokens_at_once])
-            list(policy.candidates(0))
-        orders.append(list(policy.candidates(0)))
-    assert orders[0] == orders[1]
+    often = rng.permuted(np.tile([0, 0, 0, 1, 1, 2, 3, 4, 5, 6, 7], (tokens, 1)), axis=1)
+    independent = np.array([list(dict.fromkeys(row.tolist()))[:K] for row in often])
+    likelihoods = []
+    for learns in (True, False):
+        policy = NextUse(4, 1, E)
+        if not learns:
+            policy._learn = lambda *_: None
+        total = 0.0
+        for number, row in enumerate(independent):
+            if number > tokens // 2:
+                values_E = policy._values_LE[0]
+                total += values_E[row].sum() - K * np.log(np.exp(values_E).sum())
+            policy.use(0, row[None])
+            policy.catch_up()
+        likelihoods.append(total)
+    assert likelihoods[0] > likelihoods[1] + 5
 
 
 def test_next_use_knows_what_follows() -> None:

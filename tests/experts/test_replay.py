@@ -72,7 +72,7 @@ def test_no_policy_has_more_hits_than_belady(seed, capacity, name) -> None:
 @pytest.mark.parametrize("policy", [*POLICIES])
 def test_the_store_has_the_hits_that_are_predicted(policy) -> None:
     """A prompt of one token, then greedy decoding: each layer of each token is a step."""
-    model, store = load_paged_model(mixture_folder("int8"), 20, mtp=False, policy=policy)
+    model, store = load_paged_model(mixture_folder("int8"), 20, mtp=False, policy=policy, prefetch="off")
     together = text_model(model, tiny_tokenizer())
     engine = Engine(together, limits_for(together, 1, 100))
     [answer] = answer_all(engine, [Request((17,), 60, trace=True)])

@@ -5,18 +5,30 @@ in a cache that holds less than a token's experts, recency over all layers would
 use. So under LRU, LFU and segmented LRU each layer has a share of the slots, and a layer that wants more than its share
 evicts from its own. Frequency and NextUse estimate how soon an expert is used again, which compares over all layers.
 
-Shapes: T tokens, L layers, E experts of a layer, K chosen.
+Shapes: T tokens, L layers, B of them, E experts of a layer, K chosen, H half-lives.
 """
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 Key = tuple[int, int]  # layer of the cache, expert
+
+LATEST: Final = 1e6  # added to the values of experts that were used last
+PRIOR_TOKENS: Final = 2000  # that earlier runs count for at most
+
+
+@dataclass(frozen=True)
+class Usage:
+    """`shares_LE`: of `tokens` tokens or more, those that chose each expert."""
+
+    tokens: int
+    shares_LE: NDArray[np.float64]
 
 
 class Policy(ABC):
@@ -42,6 +54,16 @@ class Policy(ABC):
     def candidates(self, layer: int) -> Iterator[Key]:
         """Experts in the cache, the first to be evicted for an expert of `layer` first. Nothing changes while it is
         iterated."""
+
+    def catch_up(self) -> None:  # noqa: B027  (most policies have nothing to do)
+        """Called while experts are being read: what takes time and can be done later."""
+
+    def usage(self) -> Usage | None:
+        """How often each expert was used; None where the policy does not know."""
+        return None
+
+    def prime(self, usage: Usage) -> None:  # noqa: B027  (most policies have no use for it)
+        """Begin with what earlier runs used, before the first use."""
 
 
 class SharedPolicy(Policy):
@@ -144,127 +166,169 @@ class SegmentedLRU(SharedPolicy):
 class Frequency(Policy):
     """The expert least likely to be used for its layer's next token is evicted, of whichever layer it is.
 
-    The estimate is the share of recent tokens that chose the expert: the mean of exponentially decayed shares with
-    HALF_LIVES tokens. Uses are collected, and computed only when an expert must leave or LOG tokens have come.
+    The estimate is the share of recent tokens that chose the expert, decayed with a half-life of HALF_LIVES[0] tokens.
+    Uses are collected in a log, and computed while experts are being read; until then, the experts in the log are
+    evicted last.
     """
 
-    HALF_LIVES: Final = (4.0, 64.0)  # tokens
-    LOG: Final = 64  # tokens of a layer
-    FLOOR: Final = 1e-3  # share of tokens below which experts differ by chance
+    HALF_LIVES: tuple[float, ...] = (32.0,)  # tokens
+    FLOOR: Final = 2e-3  # share of tokens below which experts differ by chance
+    LOG: Final = 64  # tokens of a layer at most
+    FEW_LAYERS: Final = 8  # of so few one has so many of the experts that what it chose last must count at once
 
     def __init__(self, capacity: int, layers: int, experts: int) -> None:
-        self._decay = np.array([0.5 ** (1 / half_life) for half_life in self.HALF_LIVES], np.float32)
-        self._shares_LHE = np.zeros((layers, len(self._decay), experts), np.float32)
+        self._decay_H1 = 0.5 ** (1 / np.array(self.HALF_LIVES))[:, None]
+        self._sums_LHE = np.zeros((layers, len(self.HALF_LIVES), experts))
+        self._tokens_L = np.zeros(layers)
         self._logs: list[list[NDArray[np.int64]]] = [[] for _ in range(layers)]
-        self._changed: set[int] = set()  # layers with a log
-        self._tokens = [0] * layers  # in the log
+        self._log_tokens = [0] * layers
+        self._changed: set[int] = set()  # layers that have a log
         self._values_LE = np.zeros((layers, experts), np.float32)
-        self._ranks_LE = np.full((layers, experts), np.inf, np.float32)  # values of what is in the cache
-        self._cached_LE = np.zeros((layers, experts), bool)
+        self._ranks_LE = np.full((layers, experts), np.inf, np.float32)  # the value of what is in the cache
 
     def use(self, layer: int, ids_TK: NDArray[np.int64]) -> None:
         self._logs[layer].append(ids_TK)
         self._changed.add(layer)
-        self._tokens[layer] += len(ids_TK)
-        if self._tokens[layer] >= self.LOG:
-            self._update(layer)
+        self._log_tokens[layer] += len(ids_TK)
+        if self._log_tokens[layer] >= self.LOG:
+            self._update([layer])
 
     def add(self, key: Key) -> None:
-        self._cached_LE[key] = True
         self._ranks_LE[key] = self._values_LE[key]
 
     def remove(self, key: Key) -> None:
-        self._cached_LE[key] = False
         self._ranks_LE[key] = np.inf
 
     def candidates(self, layer: int) -> Iterator[Key]:
-        for changed in [*self._changed]:
-            self._update(changed)
-        ranks = self._ranks_LE.ravel().copy()
-        experts = self._ranks_LE.shape[1]
+        if len(self._logs) <= self.FEW_LAYERS:
+            self.catch_up()
+        ranks_LE = self._ranks_LE.copy()
+        for changed in self._changed:
+            for ids_TK in self._logs[changed]:
+                ranks_LE[changed, ids_TK] += LATEST
+        ranks = ranks_LE.ravel()
         while np.isfinite(ranks[at := int(ranks.argmin())]):
-            yield divmod(at, experts)
+            yield divmod(at, ranks_LE.shape[1])
             ranks[at] = np.inf
 
-    def _update(self, layer: int) -> None:
-        """Take what is in a layer's log into its values."""
-        log = self._logs[layer]
-        ids_TK = log[0] if len(log) == 1 else np.concatenate(log)
-        self._logs[layer] = []
-        self._tokens[layer] = 0
-        self._changed.discard(layer)
-        chosen_TE = np.zeros((len(ids_TK), self._values_LE.shape[1]), np.float32)
-        chosen_TE[np.arange(len(ids_TK))[:, None], ids_TK] = 1
-        self._count(layer, chosen_TE)
-        self._values_LE[layer] = self._estimate(layer)
-        self._ranks_LE[layer] = np.where(self._cached_LE[layer], self._values_LE[layer], np.inf)
+    def catch_up(self) -> None:
+        self._update(sorted(self._changed))
 
-    def _count(self, layer: int, chosen_TE: NDArray[np.float32]) -> None:
-        T = len(chosen_TE)
-        weights_HT = (1 - self._decay[:, None]) * self._decay[:, None] ** np.arange(T - 1, -1, -1)
-        self._shares_LHE[layer] *= self._decay[:, None] ** T
-        self._shares_LHE[layer] += weights_HT.astype(np.float32) @ chosen_TE
+    def usage(self) -> Usage | None:
+        self.catch_up()
+        return Usage(int(self._tokens_L.max()), self._shares([*range(len(self._tokens_L))])[:, -1])
 
-    def _estimate(self, layer: int) -> NDArray[np.float32]:
-        """Of each expert; what is larger is used sooner."""
-        share_E: NDArray[np.float32] = np.log(self._shares_LHE[layer].mean(axis=0) + self.FLOOR)
-        return share_E
+    def prime(self, usage: Usage) -> None:
+        self._tokens_L += min(usage.tokens, PRIOR_TOKENS)
+        self._sums_LHE += usage.shares_LE[:, None] * (1 - self._decay_H1 ** self._tokens_L[:, None, None])
+        self._values_LE[:] = np.log(usage.shares_LE + self.FLOOR)
+
+    def _update(self, layers: Sequence[int]) -> None:
+        """Take what is in the logs of layers into their values; those with as many tokens together."""
+        by_tokens: dict[int, list[int]] = {}
+        for layer in layers:
+            by_tokens.setdefault(self._log_tokens[layer], []).append(layer)
+        for batch in by_tokens.values():
+            ids_BTK = np.stack([np.concatenate(self._logs[layer]) for layer in batch])
+            for layer in batch:
+                self._logs[layer] = []
+                self._log_tokens[layer] = 0
+            self._changed -= {*batch}
+            B, T, _ = ids_BTK.shape
+            chosen_BTE = np.zeros((B, T, self._values_LE.shape[1]), np.float32)
+            chosen_BTE[np.arange(B)[:, None, None], np.arange(T)[:, None], ids_BTK] = 1
+            self._count(batch, chosen_BTE)
+            values_BE = self._estimate(batch)
+            self._values_LE[batch] = values_BE
+            self._ranks_LE[batch] = np.where(np.isinf(self._ranks_LE[batch]), np.inf, values_BE)
+
+    def _count(self, layers: list[int], chosen_BTE: NDArray[np.float32]) -> None:
+        T = chosen_BTE.shape[1]
+        weights_HT = (1 - self._decay_H1) * self._decay_H1 ** np.arange(T - 1, -1, -1)
+        self._sums_LHE[layers] = self._sums_LHE[layers] * self._decay_H1**T + weights_HT @ chosen_BTE
+        self._tokens_L[layers] += T
+
+    def _shares(self, layers: list[int]) -> NDArray[np.float64]:
+        """(B, H, E): the sums over what they would be for an expert that every token chose."""
+        most_BH1 = 1 - self._decay_H1 ** self._tokens_L[layers][:, None, None]
+        shares_BHE: NDArray[np.float64] = self._sums_LHE[layers] / np.maximum(most_BH1, 1e-12)
+        return shares_BHE
+
+    def _estimate(self, layers: list[int]) -> NDArray[np.float64]:
+        """(B, E): what is larger is used sooner."""
+        values_BE: NDArray[np.float64] = np.log(self._shares(layers)[:, 0] + self.FLOOR)
+        return values_BE
 
 
 class NextUse(Frequency):
-    """As Frequency, and learns which experts follow which.
+    """As Frequency, with several half-lives, and with what the latest token tells about the next.
 
-    followers[e', e] counts how often expert e' was chosen for the token after one with e, the tokens before that with
-    half the weight of the next. Under naive Bayes with the experts e of the latest tokens as evidence, of weight w_e:
-
-        log P(e') ~ log share(e') + EVIDENCE * sum_e w_e log(P(e' | e) / P(e'))
-
-    P(e' | e) is smoothed with PRIOR tokens of P(e'). Half of the exponent that naive Bayes has, because experts that
-    are chosen together say much the same.
+    log P(e) = sum_h w_h log share_h(e) + w_f sum_k log(P(e | k) / P(e)) + constant, over the half-lives h and the
+    experts k that the latest token chose. P(e | k), how often e was chosen for the HISTORY tokens after one with k,
+    each with half the weight of the one before, is smoothed with PRIOR tokens of P(e). The weights w are learned as
+    tokens come, by Newton steps on the likelihood of what the next token chose, from START on: texts of one topic and
+    texts that jump, routers that repeat themselves and routers that do not have each their own.
     """
 
-    RECENT: Final = 4  # tokens
+    HALF_LIVES = (1.0, 4.0, 16.0, 64.0, 512.0, 8192.0)
+    FLOORS: Final = (0.02, 0.01, 0.005, 0.002, 0.001, 0.001)
+    HISTORY: Final = 4
     PRIOR: Final = 4.0
-    EVIDENCE: Final = 0.5
+    START: Final = (0.0, 0.3, 0.2, 0.3, 0.1, 0.1, 0.5)
+    CONFIDENCE: Final = 300.0  # in START, as information
+    FORGET: Final = 0.9995  # of what was learned, per step
+    LEARN_EVERY: Final = 5  # updates; prime to most numbers of layers
 
     def __init__(self, capacity: int, layers: int, experts: int) -> None:
         super().__init__(capacity, layers, experts)
-        self._followers_LEE = np.zeros((layers, experts, experts), np.float32)
-        self._chosen_LE = np.zeros((layers, experts), np.float32)  # all tokens
-        self._evidence_LE = np.zeros((layers, experts), np.float32)  # sum of what followers were counted with
-        self._totals = np.zeros(layers)
-        self._recent_LRE = np.zeros((layers, self.RECENT, experts), np.float32)
+        self._followers_LEE = np.zeros((layers, experts, experts), np.float32)  # [layer, k, e]
+        self._before_LE = np.zeros((layers, experts), np.float32)  # tokens with k, as followers are counted
+        self._history_LTE = np.zeros((layers, self.HISTORY, experts), np.float32)
+        self._features: list[NDArray[np.float64] | None] = [None] * layers
+        self._weights = np.array(self.START)
+        self._information = np.eye(len(self._weights)) * self.CONFIDENCE
+        self._steps = 0
 
-    def _count(self, layer: int, chosen_TE: NDArray[np.float32]) -> None:
-        super()._count(layer, chosen_TE)
-        T = len(chosen_TE)
-        history_TE = np.concatenate((self._recent_LRE[layer], chosen_TE))
-        weights_TE = self._weights(history_TE)
-        self._recent_LRE[layer] = history_TE[T:]
-        self._followers_LEE[layer] += chosen_TE.T @ weights_TE[:-1]
-        self._evidence_LE[layer] += weights_TE[:-1].sum(axis=0)
-        self._chosen_LE[layer] += chosen_TE.sum(axis=0)
-        self._totals[layer] += T
-        self._latest_E = weights_TE[-1]
+    def _count(self, layers: list[int], chosen_BTE: NDArray[np.float32]) -> None:
+        self._steps += 1
+        if self._steps % self.LEARN_EVERY == 0:
+            self._learn(self._features[layers[0]], chosen_BTE[0, 0])
+        super()._count(layers, chosen_BTE)
+        T = chosen_BTE.shape[1]
+        history_BTE = np.concatenate((self._history_LTE[layers], chosen_BTE), axis=1)
+        before_BTE = np.zeros_like(chosen_BTE)
+        for ago in range(1, self.HISTORY + 1):
+            before_BTE += np.float32(0.5**ago) * history_BTE[:, self.HISTORY - ago : self.HISTORY - ago + T]
+        self._followers_LEE[layers] += before_BTE.transpose(0, 2, 1) @ chosen_BTE
+        self._before_LE[layers] += before_BTE.sum(axis=1)
+        self._history_LTE[layers] = history_BTE[:, T:]
 
-    def _weights(self, history_TE: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Of each expert as evidence, before each token but the first RECENT, and after the last."""
-        T = len(history_TE) - self.RECENT
-        weights_TE = np.zeros((T + 1, history_TE.shape[1]), np.float32)
-        for ago in range(1, self.RECENT + 1):
-            weights_TE += np.float32(0.5**ago) * history_TE[self.RECENT - ago : self.RECENT - ago + T + 1]
-        return weights_TE
+    def _learn(self, features_HE: NDArray[np.float64] | None, chosen_E: NDArray[np.float32]) -> None:
+        """A Newton step on sum_k log softmax(w . features)[k], over the experts k that a token chose."""
+        if features_HE is None:
+            return
+        scores_E = self._weights @ features_HE
+        p_E = np.exp(scores_E - scores_E.max())
+        p_E /= p_E.sum()
+        K, mean_H = chosen_E.sum(), features_HE @ p_E
+        gradient = features_HE @ chosen_E - K * mean_H
+        covariance = (features_HE * p_E) @ features_HE.T - np.outer(mean_H, mean_H)
+        prior = np.eye(len(mean_H)) * self.CONFIDENCE
+        self._information = self.FORGET * self._information + K * covariance + (1 - self.FORGET) * prior
+        self._weights = self._weights + np.linalg.solve(self._information, gradient)
 
-    def _estimate(self, layer: int) -> NDArray[np.float32]:
-        shares_E = super()._estimate(layer)
-        used = np.flatnonzero(self._latest_E)
-        weights = self._latest_E[used]
-        probability_E = (self._chosen_LE[layer] + 1e-2) / (self._totals[layer] + 1)
-        joint = self._followers_LEE[layer][:, used] + self.PRIOR * probability_E[:, None]
-        joint /= (self._evidence_LE[layer, used] + self.PRIOR) * probability_E[:, None]
-        gain_E: NDArray[np.float32] = np.log(joint + self.FLOOR) @ weights
-        estimate: NDArray[np.float32] = shares_E + self.EVIDENCE * gain_E
-        return estimate
+    def _estimate(self, layers: list[int]) -> NDArray[np.float64]:
+        shares_BHE = self._shares(layers)
+        latest_BK = np.stack([np.flatnonzero(self._history_LTE[layer, -1]) for layer in layers])
+        rows = np.array(layers)[:, None], latest_BK
+        p_B1E = shares_BHE[:, -1:] + 1e-4
+        joint_BKE = self._followers_LEE[rows] + self.PRIOR * p_B1E
+        ratio_BKE = joint_BKE / ((self._before_LE[rows][:, :, None] + self.PRIOR) * p_B1E)
+        gain_B1E = np.log(ratio_BKE + 1e-3).sum(axis=1, keepdims=True)
+        features_BHE = np.concatenate((np.log(shares_BHE + np.array(self.FLOORS)[:, None]), gain_B1E), axis=1)
+        for layer, features_HE in zip(layers, features_BHE, strict=True):
+            self._features[layer] = features_HE
+        return self._weights @ features_BHE
 
 
 POLICIES: Final[dict[str, type[Policy]]] = {
@@ -274,4 +338,4 @@ POLICIES: Final[dict[str, type[Policy]]] = {
     "frequency": Frequency,
     "next-use": NextUse,
 }
-DEFAULT: Final = "lru"
+DEFAULT: Final = "next-use"

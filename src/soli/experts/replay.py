@@ -77,6 +77,8 @@ def _misses(ids_TLK: NDArray[np.int64], policy: Policy, capacity: int) -> Iterat
                     cached.remove(evicted)
                 policy.add(key)
                 cached.add(key)
+            if absent:
+                policy.catch_up()
             yield len(absent)
 
 

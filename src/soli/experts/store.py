@@ -115,8 +115,11 @@ class ExpertStore:
         E = len(self.sources.layers[layer].experts)
         self._resolve_guesses(layer, chosen)
         parts = self._parts(layer, chosen)
+        misses = self.stats.misses
         try:
             self._load(layer, parts[0], parts[0])
+            if self.stats.misses > misses:
+                self._policy.catch_up()
             for at, part in enumerate(parts):
                 following = parts[at + 1] if at + 1 < len(parts) else ()
                 both_fit = len(part) + len(following) <= self.capacity
