@@ -13,8 +13,10 @@ from soli.checkpoint.name_map import Slot
 from soli.checkpoint.pack import checkpoint_signature, write_pack
 from soli.checkpoint.quantization import FORMAT
 from soli.checkpoint.reader import Checkpoint
-from soli.checkpoint.writer import SIDE_FILES, Encoded, ProgressCallback, Spec, Target, files_beside, write
+from soli.checkpoint.side_files import SIDE_FILES, TOKENIZER_FILES, collect, files_beside, tokenizer_texts
+from soli.checkpoint.writer import Encoded, ProgressCallback, Spec, Target, new_folder, write, write_side_files
 from soli.config import ModelConfig
+from soli.data.tokenizer import Tokenizer
 from soli.errors import SoliError
 from soli.formats.fp8 import is_ue8m0
 
@@ -56,16 +58,17 @@ def convert_checkpoint(
         return _pack(checkpoint, stored_slots, Path(folder), target, progress)
     assert target is not None
     _check_precision(checkpoint, target)
+    files, file_notes = collect(checkpoint.folder, SIDE_FILES, checkpoint.config, target.format)
     bytes_written = write(
         Path(folder),
         checkpoint.config,
         stored_slots,
         target,
         lambda slot: _fetch(checkpoint, slot, target),
-        files_beside(checkpoint.folder, SIDE_FILES),
+        files,
         progress,
     )
-    return _conversion(checkpoint, stored_slots, target, bytes_written)
+    return _conversion(checkpoint, stored_slots, target, bytes_written, file_notes)
 
 
 @dataclass(frozen=True)
@@ -112,9 +115,10 @@ def _pack(
             tensors = (value,) if isinstance(value, Tensor) else (value.values, value.scale)
             return [tensor for tensor in tensors if tensor is not None]
 
-    side_files = files_beside(checkpoint.folder, SIDE_FILES)
-    size = write_pack(folder, checkpoint.config, slots, layout, fetch, signature, side_files, progress)
-    return _conversion(checkpoint, slots, target if layout is target else None, size)
+    format = target.format if target is not None else "as stored"
+    files, notes = collect(checkpoint.folder, SIDE_FILES, checkpoint.config, format)
+    size = write_pack(folder, checkpoint.config, slots, layout, fetch, signature, files, progress)
+    return _conversion(checkpoint, slots, target if layout is target else None, size, notes)
 
 
 def _is_stored_as(checkpoint: Checkpoint, target: Target) -> bool:
@@ -132,11 +136,25 @@ def _check_precision(checkpoint: Checkpoint, target: Target) -> None:
         )
 
 
-def _conversion(checkpoint: Checkpoint, slots: Sequence[Slot], target: Target | None, size: int) -> Conversion:
+def _conversion(
+    checkpoint: Checkpoint, slots: Sequence[Slot], target: Target | None, size: int, file_notes: Sequence[str]
+) -> Conversion:
     bytes_read = sum(entry.end - entry.start for entry in checkpoint.entries.values())
     modules = [] if target is None else target.unquantized_modules(slots)
     notes = [f"{name} stays bf16: no group of 32, 64 or 128 divides its inputs" for name in modules]
-    return Conversion(len(slots), bytes_read, size, [*checkpoint.notes, *notes])
+    return Conversion(len(slots), bytes_read, size, [*checkpoint.notes, *file_notes, *notes])
+
+
+def export_tokenizer(source: Path, folder: Path) -> None:
+    """Write the tokenizer of the folder `source` to the new folder `folder`, as a tokenizer.json.
+
+    transformers encodes with it as Soli does. SoliError for a folder without a readable tokenizer; nothing is left at
+    `folder` then."""
+    Tokenizer.from_folder(source)
+    files = files_beside(source, TOKENIZER_FILES)
+    copies = {name: file for name, file in files.items() if not name.endswith((".py", ".model", ".tiktoken"))}
+    with new_folder(folder, sum(file.stat().st_size for file in copies.values())) as partial:
+        write_side_files(partial, {**copies, **tokenizer_texts(source)})
 
 
 def _fetch(checkpoint: Checkpoint, slot: Slot, target: Target) -> Encoded:

@@ -28,7 +28,8 @@ from soli.atomic_file import remove, replace_file
 from soli.checkpoint.name_map import Slot
 from soli.checkpoint.reader import INDEX, SINGLE, Checkpoint
 from soli.checkpoint.shard import ITEM_BYTES
-from soli.checkpoint.writer import ProgressCallback, Spec, copy_files, write_json
+from soli.checkpoint.side_files import SideFiles
+from soli.checkpoint.writer import ProgressCallback, Spec, write_json, write_side_files
 from soli.config import ModelConfig
 from soli.errors import SoliError
 from soli.input_files import read_object_if_present
@@ -58,7 +59,7 @@ def write_pack(
     target: Layout,
     fetch: Callable[[Slot], Sequence[Tensor]],
     signature: str,
-    side_files: Mapping[str, Path],
+    side_files: SideFiles,
     progress: ProgressCallback,
 ) -> int:
     """Write slots of a model as a pack, each with the tensors that `fetch` returns, those of `target.specs`; the bytes
@@ -86,7 +87,7 @@ def write_pack(
         if len(names) > 1:
             weight_map = {spec: name for name, plan in zip(names, plans, strict=True) for spec in plan.offsets}
             write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        copy_files(side_files, partial)
+        write_side_files(partial, side_files)
         write_json(partial / "config.json", target.config(config))
     return total
 

@@ -6,8 +6,10 @@ from pathlib import Path
 from torch import Tensor
 
 from soli.arguments import checks_arguments
+from soli.checkpoint.model_card import CardSource
 from soli.checkpoint.name_map import Slot, slots
-from soli.checkpoint.writer import SHARD_BYTES, TOKENIZER_FILES, Target, files_beside, write
+from soli.checkpoint.side_files import TOKENIZER_FILES, SideFiles, collect
+from soli.checkpoint.writer import SHARD_BYTES, Target, write
 from soli.errors import SoliError
 from soli.model import Transformer
 
@@ -24,16 +26,17 @@ def save_model(
     *,
     ue8m0: bool = False,
     mtp_copies: bool = True,
+    source: str = "a model in Python",
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write `model` to the new folder `folder` as "bf16", "fp32", "fp8" (128x128 blocks, `ue8m0` scales on request),
     "int8" or "int4".
 
-    `tokenizer_from` is a folder whose tokenizer files are copied. MTP modules carry copies of embedding and head, as
-    the official files do, unless `mtp_copies` is false; other programs may need them, Soli does not. Router biases
-    are fp32 in every format. Memory beyond the model: one tensor. Raises SoliError for a folder that is not empty, a
-    model without weights or with quantized ones, and values that the format cannot hold; nothing is left on the disk
-    then.
+    `tokenizer_from` is a folder whose tokenizer goes along, with a model card that names `source` for the weights.
+    MTP modules carry copies of embedding and head, as the official files do, unless `mtp_copies` is false; other
+    programs may need them, Soli does not. Router biases are fp32 in every format. Memory beyond the model: one tensor.
+    Raises SoliError for a folder that is not empty, a model without weights or with quantized ones, and values that the
+    format cannot hold; nothing is left on the disk then.
     """
     target = Target(format, ue8m0, shard_bytes)
     state = model.state_dict()
@@ -46,7 +49,10 @@ def save_model(
             "soli convert, or load it with quantized=False"
         )
     written_slots = [slot for slot in slots(model.config) if not slot.copy or (mtp_copies and slot.layer is not None)]
-    side_files = files_beside(_existing_folder(tokenizer_from), TOKENIZER_FILES) if tokenizer_from is not None else {}
+    side_files: SideFiles = {}
+    if tokenizer_from is not None:
+        folder_with_tokenizer = _existing_folder(tokenizer_from)
+        side_files, _ = collect(folder_with_tokenizer, TOKENIZER_FILES, model.config, format, CardSource(source))
     write(
         Path(folder),
         model.config,

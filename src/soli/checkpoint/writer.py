@@ -8,7 +8,7 @@ complete or not there. A folder that is not empty is never overwritten.
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from math import prod
@@ -23,25 +23,15 @@ from soli.checkpoint.name_map import HEAD, Kind, Slot, slots
 from soli.checkpoint.quantization import FP8, describe_integers, module_patterns
 from soli.checkpoint.reader import INDEX, SINGLE
 from soli.checkpoint.shard import FILE_DTYPE, ITEM_BYTES, encode_header
+from soli.checkpoint.side_files import SideFiles
 from soli.config import ModelConfig
 from soli.errors import SoliError
 from soli.formats import HIGH_PRECISION
 from soli.formats.quantized import CODECS, INT8, Codec, Fp8Codec, IntegerCodec, QuantizedWeight
-from soli.input_files import TABLE_BYTES, open_regular
-from soli.links import matching_files
+from soli.input_files import open_regular
 
 SHARD_BYTES: Final = 5_000_000_000
 FP8_CONFIG: Final = FP8 | {"activation_scheme": "dynamic"}
-
-# Copied with the weights: tokenizer, generation defaults, model card, licence, code (which is never run).
-SIDE_FILES: Final = (
-    "*.json", "*.txt", "*.md", "*.model", "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "NOTICE*",
-    "additional_chat_templates/*.jinja",
-)  # fmt: skip
-TOKENIZER_FILES: Final = (
-    "tokenizer*", "tokenization*.py", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "*.tiktoken", "chat_template*", "additional_chat_templates/*.jinja",
-)  # fmt: skip
 
 Spec = tuple[str, str, tuple[int, ...]]  # name, dtype, shape: one tensor in a header
 Encoded = Tensor | QuantizedWeight
@@ -152,17 +142,17 @@ def write(
     slots_to_write: Sequence[Slot],
     target: Target,
     fetch: Fetch,
-    side_files: Mapping[str, Path] | None = None,
+    side_files: SideFiles | None = None,
     progress: ProgressCallback = lambda written, total: None,
 ) -> int:
-    """Write slots of a model to the new folder `folder`, each with the value that `fetch` returns, and copies of
-    `side_files` by name. Returns the bytes of all tensors.
+    """Write slots of a model to the new folder `folder`, each with the value that `fetch` returns, and `side_files`.
+    Returns the bytes of all tensors.
 
     Raises SoliError when the folder is not empty, the disk lacks space, or writing fails; nothing is left then.
     """
     shards = _split_into_shards(slots_to_write, target)
     total = sum(map(target.bytes_of, slots_to_write))
-    with _new_folder(folder, total) as partial:
+    with new_folder(folder, total) as partial:
         names = [SINGLE] if len(shards) == 1 else [
             f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
         ]  # fmt: skip
@@ -175,34 +165,13 @@ def write(
             files = [(slot, file) for file, shard in zip(names, shards, strict=True) for slot in shard]
             weight_map = {name: file for slot, file in files for name, _, _ in target.specs(slot)}
             write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        copy_files(side_files or {}, partial)
+        write_side_files(partial, side_files or {})
         write_json(partial / "config.json", target.config(config))
     return total
 
 
-def copy_files(files: Mapping[str, Path], folder: Path) -> None:
-    """Copies of files into a folder, each by its name there; those of a conversion that was stopped are replaced."""
-    for name, file in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        remove(folder / name)
-        with open_regular(file) as source, open(folder / name, "xb") as copy:
-            shutil.copyfileobj(source, copy)
-
-
-def files_beside(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
-    """Files of `folder` by name that match `patterns`, without the configuration and the index, which are rewritten.
-    SoliError naming a symlink out of the folder, or a file that is too large for one of them."""
-    matches = matching_files(folder, patterns).items()
-    files = {name: file for name, file in matches if name != "config.json" and not name.endswith(".index.json")}
-    for name, file in files.items():
-        size = file.stat().st_size
-        if size > TABLE_BYTES:
-            raise SoliError(f"{folder / name}: is {size:,} bytes long, but such a file has at most {TABLE_BYTES:,}")
-    return files
-
-
 @contextmanager
-def _new_folder(folder: Path, size: int) -> Iterator[Path]:
+def new_folder(folder: Path, size: int) -> Iterator[Path]:
     """A hidden folder to fill, renamed to `folder` on success and removed on any failure, an interrupt included."""
     if folder.is_symlink():
         raise SoliError(f"{folder}: is a symlink; give the name of a new folder")
@@ -256,6 +225,19 @@ def _write_shard(file: Path, shard: Sequence[Slot], target: Target, fetch: Fetch
             yield target.bytes_of(slot)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def write_side_files(folder: Path, files: SideFiles) -> None:
+    """Copy or write each file into a folder that is being filled; those of a conversion that was stopped are replaced."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        remove(folder / name)
+        with open(folder / name, "xb") as stream:
+            if isinstance(content, str):
+                stream.write(content.encode())
+                continue
+            with open_regular(content) as source:
+                shutil.copyfileobj(source, stream)
 
 
 def write_json(file: Path, value: Any) -> None:

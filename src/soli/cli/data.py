@@ -149,7 +149,7 @@ def tokenizer_folder(name: str) -> Path:
     """The folder of the bundled model for `nano`, else the folder of that name, or of a downloaded model's ID."""
     if name == "nano":
         return Path(__file__).resolve().parents[1] / "models" / "nano"
-    return Path(name) if Path(name).exists() else find_folder(name) or Path(name)
+    return Path(name) if Path(name).exists() else find_folder(name, config_only=True) or Path(name)
 
 
 def _two_fields(pair: str) -> tuple[str, str]:

@@ -1,4 +1,7 @@
-"""`soli export RUN DST`: a Hugging Face model folder, tokenizer included, out of a training run's best checkpoint."""
+"""`soli export RUN DST`: a Hugging Face model folder out of a training run's best checkpoint, with tokenizer and card.
+
+`soli export FOLDER DST --tokenizer` writes the tokenizer alone, of a run or a model, as a tokenizer.json.
+"""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,14 +12,27 @@ from soli.cli._shared import options
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="The folder of a run of soli train.")],
+    run: Annotated[
+        str, typer.Argument(metavar="SRC", help="A run of soli train; with --tokenizer also a model, by folder or ID.")
+    ],
     dst: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")],
     format: Annotated[str, typer.Option(help="fp8 (128x128 blocks), bf16, fp32, int8 or int4.")] = "fp8",
+    tokenizer: Annotated[
+        bool, typer.Option("--tokenizer", help="Write the tokenizer alone, as tokenizer.json, also a tiktoken.model.")
+    ] = False,
     threads: options.Threads = None,
 ) -> None:
-    """Make a model folder out of a training run."""
+    """Make a model folder out of a training run, or write a model's tokenizer."""
+    options.use_threads(threads)
+    if tokenizer:
+        from soli.checkpoint.convert import export_tokenizer
+        from soli.cli.data import tokenizer_folder
+
+        export_tokenizer(tokenizer_folder(run), dst)
+        return
     from soli.checkpoint import save_model
     from soli.train.checkpoints import load_run
 
-    options.use_threads(threads)
-    save_model(load_run(run), dst, format=format, tokenizer_from=run)
+    folder = Path(run)
+    name = folder.resolve().name
+    save_model(load_run(folder), dst, format=format, tokenizer_from=folder, source=f"{name}, a run of soli train")

@@ -136,6 +136,8 @@ def _pack_into(
     report("train.bin", f"{sum(row['tokens'] for row in train.values()):,} tokens")
     for name, file in matching_files(tokenizer_folder, ("tokenizer.json", "tokenizer_config.json")).items():
         shutil.copyfile(file, folder / name)
+    if not (folder / "tokenizer.json").exists():  # the tokenizer is a tiktoken.model
+        (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
     vocab_size = tokenizer.vocab_size
     write_meta(folder, vocab_size, config.seed, train, first.valid, config.fim_rate, dtype_for(vocab_size))
     return first.bad_lines

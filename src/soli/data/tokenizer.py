@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from soli.atomic_file import replace_file
 from soli.data import tiktoken_model
@@ -32,6 +32,7 @@ SPECIAL_TOKENS = (
     "<|reserved_0|>", "<|reserved_1|>", "<|reserved_2|>", "<|reserved_3|>",
 )  # fmt: skip
 
+TEXT_PREFIX = ("<|bos|>", "<|text|>")  # of Soli's own plain documents
 SPECIAL_NAMES = {f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
 MAX_VOCAB = 2**24  # ids of a tokenizer that is read
 MAX_GROWTH = 64  # how many times longer normalizers, or decoders, may make a text; in practice up to 3
@@ -125,7 +126,7 @@ class Tokenizer:
             show_progress=False,
         )
         backend.train_from_iterator(texts, trainer)
-        return cls(backend)
+        return cls(with_affixes(backend, [SPECIAL_TOKENS.index(token) for token in TEXT_PREFIX], []))
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json` and the `tokenizer_config.json` that transformers reads, each whole or not at all."""
@@ -172,8 +173,8 @@ class Tokenizer:
         there are none. Soli's own tokenizers, of which old ones have no template, begin with <|bos|><|text|>.
         """
         if not _has_template(self._backend.post_processor):
-            if self.has_token("<|text|>"):
-                return (self.bos_id, self.token_id("<|text|>")), ()
+            if all(map(self.has_token, TEXT_PREFIX)):
+                return tuple(map(self.token_id, TEXT_PREFIX)), ()
             return ((self.bos_id,) if self._add_bos else ()), ()
         with library_errors(_broken):
             encoding = self._backend.encode("a", add_special_tokens=True)
@@ -255,6 +256,18 @@ class Tokenizer:
         return json.dumps(document, ensure_ascii=False, indent=2 if pretty else None)
 
     @property
+    def has_template(self) -> bool:
+        """Whether `to_json` says by itself which tokens surround a text, so that other readers need no other file."""
+        return _has_template(self._backend.post_processor) or self.text_affixes == ((), ())
+
+    def to_json_with_template(self) -> str:
+        """`to_json` with a post-processor that puts around a text what Soli does, for readers that go by it alone."""
+        if self.has_template:
+            return self.to_json()
+        prefix, suffix = self.text_affixes
+        return str(with_affixes(tokenizers.Tokenizer.from_str(self.to_json()), prefix, suffix).to_str())
+
+    @property
     def byte_level(self) -> bool:
         """Whether decoding is `text_bytes` of token after token, joined and read as UTF-8."""
         return isinstance(self._backend.decoder, decoders.ByteLevel)
@@ -274,6 +287,18 @@ class Tokenizer:
             raise SoliError(f"cannot translate to {to!r}: choose en or zh")
         source, target = ("en", "zh") if to == "zh" else ("zh", "en")
         return [self.bos_id, self.token_id(f"<|{source}|>"), *self.encode(text), self.token_id(f"<|{target}|>")]
+
+
+def with_affixes(backend: tokenizers.Tokenizer, prefix: Sequence[int], suffix: Sequence[int]) -> tokenizers.Tokenizer:
+    """The backend itself, with a post-processor that puts these tokens around a text; other post-processing stays."""
+    names = {index: backend.id_to_token(index) for index in (*prefix, *suffix)}
+    single = [*(names[index] for index in prefix), "$A", *(names[index] for index in suffix)]
+    template = processors.TemplateProcessing(
+        single=single, pair=[*single, "$B:1"], special_tokens=[(name, index) for index, name in names.items()]
+    )
+    former = backend.post_processor
+    backend.post_processor = template if former is None else processors.Sequence([former, template])
+    return backend
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
