@@ -124,6 +124,7 @@ def test_the_tokenizer_is_copied(tmp_path: Path) -> None:
     save_model(full_model(), tmp_path / "m", "bf16", tmp_path / "t")
     names = {file.name for file in (tmp_path / "m").iterdir()}
     assert names == {
+        "README.md",
         "config.json",
         "model.safetensors",
         "tokenizer.json",

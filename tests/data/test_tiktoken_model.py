@@ -119,8 +119,8 @@ def test_added_tokens_have_their_ids_and_are_special_or_not(tmp_path: Path) -> N
     assert (tokenizer.bos_id, tokenizer.eos_id) == (first, first + 1)
     assert tokenizer.text_affixes == ((first,), ())
     assert tokenizer.token_text(first + 3) == f"<|reserved_token_{first + 3}|>"
-    assert tokenizer.encode("a<|tool_call_begin|>b")[1:-1] == [first + 5]
-    assert tokenizer.encode("[BOS]hi") == encoding().encode_ordinary("[BOS]hi")  # a special token's name stays text
+    for text in ("a<|tool_call_begin|>b", "[BOS]hi"):  # the name of an added token in a text stays text
+        assert tokenizer.encode(text) == encoding().encode_ordinary(text)
     assert tokenizer.decode([first, *tokenizer.encode("hi"), first + 5]) == "hi<|tool_call_begin|>"
 
 

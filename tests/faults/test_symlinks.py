@@ -86,7 +86,7 @@ def test_symlinks_within_the_folder_are_copied_as_files(folder, tmp_path) -> Non
     link.symlink_to(folder)  # the folder itself may be named by one
     convert_checkpoint(link, tmp_path / "out", TO_FP8)
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
-    assert (tmp_path / "out" / "README.md").read_text() == "{}"
+    assert (tmp_path / "out" / "README.md").read_text().startswith("{}\n")
 
 
 def hub_cache(folder: Path, cache: Path) -> Path:
@@ -107,7 +107,8 @@ def test_the_symlinks_of_a_hub_cache_work(folder, tmp_path) -> None:
     convert_checkpoint(folder, tmp_path / "expected", TO_FP8)
     for file in (tmp_path / "expected").iterdir():
         copy = tmp_path / "out" / file.name
-        assert not copy.is_symlink() and copy.read_bytes() == file.read_bytes()
+        content = file.read_bytes().replace(f"| source | {folder.name} |".encode(), b"| source | org/name |")
+        assert not copy.is_symlink() and copy.read_bytes() == content
     (tmp_path / "mine").symlink_to(snapshot)
     convert_checkpoint(tmp_path / "mine", tmp_path / "out2", TO_FP8)
 

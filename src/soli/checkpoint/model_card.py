@@ -32,10 +32,12 @@ FORMATS: Final = {
 
 @dataclass(frozen=True)
 class CardSource:
-    """What a card says of where weights come from: the name, the text of the source's own card, the licence."""
+    """What a card says of where weights come from: the name, the text of the source's own card, the licence by its
+    identifier, such as mit, and in words."""
 
     name: str
     card: str | None = None
+    licence_id: str | None = None
     licence: str = "none stated; add that of the training data"
 
 
@@ -47,10 +49,9 @@ def read_source(folder: Path) -> CardSource:
     stated = LICENCE.search(front[0]) if front else None
     files = sorted(file.name for file in folder.glob("LICENSE*"))
     if stated is not None:
-        licence = f"{stated[1].strip()}, by the source's card"
-    else:
-        licence = f"see {files[0]}" if files else "the source states none"
-    return CardSource(_name(folder), card, licence)
+        licence_id = stated[1].strip()
+        return CardSource(_name(folder), card, licence_id, f"{licence_id}, by the source's card")
+    return CardSource(_name(folder), card, None, f"see {files[0]}" if files else "the source states none")
 
 
 def render_card(source: CardSource, config: ModelConfig, format: str, file: str = ".") -> str:

@@ -228,7 +228,7 @@ def _write_shard(file: Path, shard: Sequence[Slot], target: Target, fetch: Fetch
 
 
 def write_side_files(folder: Path, files: SideFiles) -> None:
-    """Copy or write each file into a folder that is being filled; those of a conversion that was stopped are replaced."""
+    """Copy or write files into a folder that is being filled; those of a conversion that was stopped are replaced."""
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         remove(folder / name)

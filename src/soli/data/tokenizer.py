@@ -151,6 +151,16 @@ class Tokenizer:
         return self.token_id(self._bos)
 
     @property
+    def has_bos(self) -> bool:
+        """Whether the folder names a bos token, or the tokenizer is Soli's own, and the vocabulary holds it."""
+        return self.has_token(self._bos)
+
+    @property
+    def has_eos(self) -> bool:
+        """`has_bos` of the eos token."""
+        return self.has_token(self._eos)
+
+    @property
     def eos_id(self) -> int:
         return self.token_id(self._eos)
 
