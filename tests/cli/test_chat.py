@@ -84,3 +84,14 @@ def test_folders_without_a_template_are_rejected(capsys):
     assert main(["chat"]) == 1
     message = capsys.readouterr().err
     assert "nano has no chat template" in message and "soli translate" in message
+
+
+def test_a_template_may_be_given(monkeypatch, capsys, folder, tmp_path):
+    file = tmp_path / "other.jinja"
+    file.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    status, other, err = talk(monkeypatch, capsys, folder, ["hello"], "--chat-template", str(file))
+    assert status == 0 and not err
+    assert other != talk(monkeypatch, capsys, folder, ["hello"])[1]
+    file.write_text("{% broken")
+    status, out, err = talk(monkeypatch, capsys, folder, ["hello"], "--chat-template", str(file))
+    assert status == 1 and not out and "does not compile" in err and err.count("\n") == 1

@@ -197,8 +197,10 @@ def test_spelled_tokens_can_be_parsed_all_of_them(with_added_tokens):
     ids = with_added_tokens.encode_spelled(text)
     spelled = [with_added_tokens.token_id(token) for token in ("<|bos|>", "<｜User｜>", "<think>", "<|eos|>")]
     assert [index for index in ids if index in with_added_tokens.added_tokens().values()] == spelled
-    plain = Backend.from_str(with_added_tokens.to_json()).encode(text, add_special_tokens=False).ids
-    assert ids == plain
+    plain = Backend.from_str(with_added_tokens.to_json())
+    for spelled_text in (text, "", "<think>", "no token", "<think><think> x <thi", "    <think>    y"):
+        expected = plain.encode(spelled_text, add_special_tokens=False).ids
+        assert with_added_tokens.encode_spelled(spelled_text) == expected
 
 
 def test_a_tokenizer_is_written_with_the_marks_that_it_was_read_with(with_added_tokens, tmp_path):

@@ -9,6 +9,7 @@ prompt without its tokens.
 import json
 import math
 import os
+import re
 from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -227,14 +228,23 @@ class Tokenizer:
     def encode_spelled(self, text: str) -> list[int]:
         """Ids of a text in which the names of added tokens are these tokens, as in a prompt that was rendered
         elsewhere or one for fill-in-the-middle; without bos or eos beside those spelled out."""
-        with library_errors(_broken):
-            return list(self._spelling_backend.encode(text, add_special_tokens=False).ids)
+        texts: list[str] = []
+        tokens: list[int] = []
+        end = 0
+        for match in self._spelled_token.finditer(text):
+            texts.append(text[end : match.start()])
+            tokens.append(self.token_id(match[0] if self.has_token(match[0]) else match[0].strip()))
+            end = match.end()
+        first, *others = self.encode_batch([*texts, text[end:]])
+        return [*first, *(index for token, ids in zip(tokens, others, strict=True) for index in (token, *ids))]
 
     @cached_property
-    def _spelling_backend(self) -> tokenizers.Tokenizer:
-        backend = tokenizers.Tokenizer.from_str(self.to_json())
-        backend.encode_special_tokens = False
-        return backend
+    def _spelled_token(self) -> re.Pattern[str]:
+        """The added tokens, the longest first, with the white space that some take with them."""
+        added = [token for token in self._backend.get_added_tokens_decoder().values() if not token.content.isspace()]
+        spaces = {True: r"\s*", False: ""}
+        patterns = [spaces[token.lstrip] + re.escape(token.content) + spaces[token.rstrip] for token in added]
+        return re.compile("|".join(sorted(patterns, key=len, reverse=True)) or r"(?!)")
 
     def decode(self, ids: Iterable[int], visible: Collection[int] = ()) -> str:
         """Text of ids; special tokens are omitted but for `visible` ones, broken UTF-8 shows as U+FFFD."""
