@@ -20,7 +20,7 @@ LAYERS = [
     ("sections", "arguments", "families", "network_fields", "rope_scaling", "config", "presets", "machine", "analysis"),
     ("formats", "kernels", "data"),
     ("model",),
-    ("checkpoint", "experts", "parallel"),
+    ("checkpoint", "experts", "parallel", "measured"),
     ("engine",),
     ("train", "chat", "eval"),
     ("llm", "llm_arguments"),

@@ -1,10 +1,8 @@
-"""What this machine has: processor, memory, disk speed, installed packages. No torch; GB are 10^9 bytes."""
+"""What this machine has: processor, memory, installed packages. No torch; GB are 10^9 bytes."""
 
 import os
 import platform
 import resource
-import shutil
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,8 +15,6 @@ BUSY_SECONDS = 0.3  # over which a machine's load is measured
 MEMORY_INFO = Path("/proc/meminfo")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 CGROUPS = Path("/sys/fs/cgroup")
-DISK_FILE = 2**27  # bytes
-BLOCK = 2**23  # bytes of one read or write
 # Instruction sets that a kernel of Soli or torch uses, in Linux's names.
 FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_vbmi", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "sve")
 
@@ -134,33 +130,6 @@ def _seconds_of_others() -> float:
     user, nice, system, _, _, irq, softirq, steal = map(int, ticks[:8])
     own = sum(os.times()[:4])
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - own
-
-
-def disk_bandwidth(folder: Path, size: int | None = None) -> float | None:
-    """GB per second of reading a file in `folder` from its beginning; None where it has no space for one.
-
-    The file is written, pushed out of the page cache and read again. A disk with a cache of its own, as in many virtual
-    machines, answers faster than it reads.
-    """
-    size = DISK_FILE if size is None else size
-    try:
-        if shutil.disk_usage(folder).free < 4 * size:
-            return None
-        with tempfile.TemporaryFile(dir=folder) as file:
-            block = os.urandom(BLOCK)
-            for _ in range(size // BLOCK):
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            file.seek(0)
-            start = time.perf_counter()
-            total = 0
-            while count := len(file.read(BLOCK)):
-                total += count
-            return total / (time.perf_counter() - start) / 1e9
-    except OSError:
-        return None
 
 
 def package_version(package: str) -> str | None:

@@ -1,10 +1,14 @@
 """`soli doctor`: every line is printed, measurements are positive, and what is missing is named."""
 
 import json
+import os
+from types import SimpleNamespace as Namespace
 
 import pytest
 
+from soli import measured
 from soli.cli import main
+from soli.experts import disk
 from soli.kernels.cpu import native
 from soli.plan import machine_report
 
@@ -12,7 +16,9 @@ from soli.plan import machine_report
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(machine_report, "SECONDS", 0.01)
-    monkeypatch.setattr(machine_report.machine, "DISK_FILE", 2 * machine_report.machine.BLOCK)
+    monkeypatch.setattr(disk, "FILE_BYTES", 4 * disk.READ_BYTES)
+    monkeypatch.setattr(disk, "TRIAL_BYTES", 2 * disk.READ_BYTES)
+    monkeypatch.setattr(measured, "FILE", f"machine-{os.getpid()}.json")  # of this test run alone
     for name in ("SOLI_KERNELS", "SOLI_CPU_ISA"):
         monkeypatch.delenv(name, raising=False)
 
@@ -26,7 +32,7 @@ def test_json_has_every_measurement(capsys, tmp_path):
 
 
 def test_the_table_names_the_kernels_in_use(capsys, monkeypatch):
-    monkeypatch.setattr(machine_report.machine, "disk_bandwidth", lambda folder: None)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda folder: Namespace(free=0))
     monkeypatch.setattr(native, "library_or_reason", lambda: "there is no C++ compiler")
     assert main(["doctor"]) == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())

@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from soli import measured as records
 from soli.cli import main
 from soli.config import preset
+from soli.experts import disk
 from soli.plan import probe
 
 STATED = ("--memory", "128GB", "--disk", "7GB/s", "--memory-speed", "80GB/s")
@@ -20,9 +22,9 @@ def run_json(capsys, *arguments: str) -> dict:
 def measured(monkeypatch, tmp_path):
     """A machine that needs no measuring."""
     rates = dict.fromkeys(("fp32", "bf16", "fp8", "int8", "int4"), 5e9)
-    monkeypatch.setattr(probe, "cache_folder", lambda: tmp_path / "cache")  # SOLI_CACHE has the compiled kernels too
+    monkeypatch.setattr(records, "cache_folder", lambda: tmp_path / "cache")  # SOLI_CACHE has the compiled kernels too
     monkeypatch.setattr(probe, "_measure_compute", lambda: probe.Compute(8e9, rates, rates, "2026-01-02"))
-    monkeypatch.setattr(probe, "_measure_disk", lambda folder: probe.Disk(1e9, 1e-4, True, "2026-01-02"))
+    monkeypatch.setattr(disk, "_measure", lambda folder: disk.Disk(1e9, 1e-4, True, "2026-01-02"))
 
 
 def test_json_of_a_stated_machine(capsys):
@@ -44,7 +46,7 @@ def test_json_of_a_stated_machine(capsys):
 
 def test_a_stated_machine_is_not_measured(capsys, monkeypatch):
     monkeypatch.setattr(probe, "_measure_compute", None)
-    monkeypatch.setattr(probe, "_measure_disk", None)
+    monkeypatch.setattr(disk, "_measure", None)
     assert run_json(capsys, "moonlight-16b-a3b", *STATED)["fits_in_memory"] is True
 
 
@@ -69,8 +71,8 @@ def test_rates_of_this_machine_are_measured_once(capsys, measured, monkeypatch):
     first = run_json(capsys, "moonlight-16b-a3b", "--memory", "16GB")
     assert first["machine"]["disk_rate"] == 1e9
     assert first["machine"]["sources"]["disk_rate"] == "measured 2026-01-02"
-    slower = probe.Disk(5e8, 1e-4, True, "2026-01-03")
-    monkeypatch.setattr(probe, "_measure_disk", lambda folder: slower)
+    slower = disk.Disk(5e8, 1e-4, True, "2026-01-03")
+    monkeypatch.setattr(disk, "_measure", lambda folder: slower)
     assert run_json(capsys, "moonlight-16b-a3b", "--memory", "16GB") == first
     renewed = run_json(capsys, "moonlight-16b-a3b", "--memory", "16GB", "--probe")
     assert renewed["machine"]["disk_rate"] == 5e8
@@ -79,7 +81,7 @@ def test_rates_of_this_machine_are_measured_once(capsys, measured, monkeypatch):
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"compute": 3}', '{"compute": {"x": 1}, "disks": {}}'])
 def test_a_damaged_cache_is_measured_again(capsys, measured, content):
-    file = probe.cache_folder() / probe.FILE
+    file = records.cache_folder() / records.FILE
     file.parent.mkdir()
     file.write_text(content)
     assert run_json(capsys, "moonlight-16b-a3b", "--memory", "16GB")["fits"] is True

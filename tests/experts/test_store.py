@@ -14,7 +14,7 @@ from soli.engine.runner import FusedRunner
 from soli.errors import SoliError
 from soli.experts.load import load_paged_model
 from soli.experts.policy import POLICIES
-from soli.experts.reading import Reader, split
+from soli.experts.reading import Reader, Settings, split
 from soli.experts.sources import ALIGNMENT, Read, sources_of
 from soli.experts.store import PRESENT, ExpertStore
 from soli.kernels import Dispatch
@@ -165,7 +165,7 @@ def test_a_reader_without_direct_io_reads_the_same(tmp_path) -> None:
             import mmap
 
             memory = mmap.mmap(-1, 4 * ALIGNMENT)
-        reader = Reader([tmp_path / "file"], direct=direct, block=ALIGNMENT)
+        reader = Reader([tmp_path / "file"], Settings(direct=direct, block=ALIGNMENT))
         results: list[Exception | None] = []
         reads = [Read(0, ALIGNMENT, 3 * ALIGNMENT, 0, 2 * ALIGNMENT + 100)]
         reader.submit(reads, memoryview(memory), results.append)

@@ -236,8 +236,9 @@ def _rates(
     model: PlannedModel, request: _Request, on_step: Callable[[str], None]
 ) -> tuple[MachineRates, dict[str, str]]:
     """The machine, and where each figure of it is from."""
+    from soli.experts.disk import measured_disk
     from soli.plan.inference import FLOPS_PER_BYTE, stated_machine
-    from soli.plan.probe import measured_compute, measured_disk
+    from soli.plan.probe import measured_compute
 
     disk_rate, latency, disk_source = request.disk_rate, None, "stated"
     if disk_rate is None:

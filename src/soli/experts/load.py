@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 from torch import nn
 
@@ -10,13 +11,17 @@ from soli.checkpoint.reader import Checkpoint
 from soli.checkpoint.writer import ProgressCallback
 from soli.errors import SoliError
 from soli.experts.budget import MemoryBudget
+from soli.experts.disk import measured_disk
 from soli.experts.policy import DEFAULT
+from soli.experts.reading import USUAL, Settings
 from soli.experts.sources import Sources, sources_of
 from soli.experts.store import ExpertStore
 from soli.kernels import QuantizedExperts
 from soli.machine import resident_memory
 from soli.model import Transformer
 from soli.model.layers import Linear
+
+MEASURED_BYTES: Final = 2**30  # of experts, below which the time of measuring the disk is not worth it
 
 
 def load_paged_model(
@@ -26,14 +31,14 @@ def load_paged_model(
     mtp: bool = True,
     policy: str = DEFAULT,
     prefetch: str = "auto",
-    direct: bool | None = None,
+    settings: Settings = USUAL,
     poison: bool = False,
     progress: ProgressCallback = lambda read, total: None,
 ) -> tuple[Transformer, ExpertStore]:
     """A model on the CPU, as stored, and the store of its experts, of which `capacity` are in memory at once; None: as
     many as a token chooses in a layer, until the store is resized.
 
-    `policy`, `prefetch`, `direct` and `poison` as in ExpertStore. SoliError for a folder without routed experts, and
+    `policy`, `prefetch`, `settings` and `poison` as in ExpertStore. SoliError for a folder without routed experts, and
     what `load_model` raises.
     """
     stores: list[ExpertStore] = []
@@ -47,7 +52,7 @@ def load_paged_model(
                 f"give {(least - capacity) * sources.slot_bytes:,} bytes more"
             )
         size = least if capacity is None else capacity
-        stores.append(ExpertStore(sources, size, policy=policy, prefetch=prefetch, direct=direct, poison=poison))
+        stores.append(ExpertStore(sources, size, policy=policy, prefetch=prefetch, settings=settings, poison=poison))
         return {source.name: experts for source, experts in zip(sources.layers, stores[0].layers, strict=True)}
 
     model = load_model(name_or_folder, mtp=mtp, quantized=True, paged=paged, progress=progress)
@@ -79,8 +84,19 @@ def load_within(
             f"allow more"
         )
     overhead = resident_memory()
-    model, store = load_paged_model(name_or_folder, mtp=mtp, progress=progress)
+    settings = _settings(checkpoint, sources)
+    model, store = load_paged_model(name_or_folder, mtp=mtp, settings=settings, progress=progress)
     return model, MemoryBudget(memory, resident_bytes(model), overhead, least, store)
+
+
+def _settings(checkpoint: Checkpoint, sources: Sources) -> Settings:
+    """How the disk of a model is best read; the usual settings for one that is too small to measure it with."""
+    if sum(len(layer.experts) * layer.expert_bytes for layer in sources.layers) < MEASURED_BYTES:
+        return USUAL
+    try:
+        return measured_disk(checkpoint.folder).settings
+    except SoliError:
+        return USUAL
 
 
 def least_experts(checkpoint: Checkpoint, sources: Sources) -> int:

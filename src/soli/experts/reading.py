@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from soli.errors import SoliError
 from soli.experts.sources import Read
@@ -38,6 +38,18 @@ class ReadStats:
     busy_seconds: float = 0.0
 
 
+class Settings(NamedTuple):
+    """How files are read: up to `threads` reads at a time, of up to `block` bytes. `direct` None: direct I/O where it
+    works; False: through the page cache."""
+
+    threads: int = THREADS
+    block: int = BLOCK
+    direct: bool | None = None
+
+
+USUAL: Final = Settings()
+
+
 class Pending:
     """The reads of one expert into its slot. `on_arrival(error)` is called once, by the thread of the last."""
 
@@ -59,25 +71,18 @@ class Pending:
 
 
 class Reader:
-    """Opens `files` and reads from them. `direct` None: direct I/O where it works.
+    """Opens `files` and reads from them.
 
     What is needed is read first. What may be needed is read while nothing else is, LATER_AT_ONCE blocks at a time, so
     that little is in the way of what is needed next. SoliError naming the file where it cannot be opened; errors of
     reads go to those who submitted them.
     """
 
-    def __init__(
-        self,
-        files: Sequence[Path],
-        *,
-        threads: int = THREADS,
-        block: int = BLOCK,
-        direct: bool | None = None,
-    ) -> None:
-        self._block = block
-        self._files = [_File(path, direct is not False) for path in files]
+    def __init__(self, files: Sequence[Path], settings: Settings = USUAL) -> None:
+        self._block = settings.block
+        self._files = [_File(path, settings.direct is not False) for path in files]
         buffered = next((file.path for file in self._files if not file.direct), None)
-        if buffered is not None and direct is None:
+        if buffered is not None and settings.direct is None:
             log.warning("%s: its file system has no direct I/O, so experts are read through the page cache", buffered)
         self.stats = ReadStats()
         self._ready = threading.Condition()
@@ -86,7 +91,9 @@ class Reader:
         self._in_flight = {True: 0, False: 0}  # pieces, by whether they are needed
         self._busy_since = 0.0
         self._closed = False
-        self._threads = [threading.Thread(target=self._work, daemon=True, name="expert reads") for _ in range(threads)]
+        self._threads = [
+            threading.Thread(target=self._work, daemon=True, name="expert reads") for _ in range(settings.threads)
+        ]
         for thread in self._threads:
             thread.start()
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from soli.errors import SoliError
 from soli.experts.policy import DEFAULT, POLICIES, Key
 from soli.experts.prefetch import Prefetcher
-from soli.experts.reading import Pending, Reader
+from soli.experts.reading import USUAL, Pending, Reader, Settings
 from soli.experts.sources import ALIGNMENT, ExpertLayout, LayerSource, Part, Sources, needs_copy
 from soli.formats.fp8 import check_scale
 from soli.formats.quantized import QuantizedWeight
@@ -60,7 +60,7 @@ class ExpertStore:
         *,
         policy: str = DEFAULT,
         prefetch: str = "auto",
-        direct: bool | None = None,
+        settings: Settings = USUAL,
         poison: bool = False,
     ) -> None:
         self.sources = sources
@@ -76,7 +76,7 @@ class ExpertStore:
         self._slots: dict[Key, int] = {}
         self._arrived = threading.Condition()
         self.layers = [PagedExperts.of(self, at, source) for at, source in enumerate(sources.layers)]
-        self.reader = Reader(sources.files, direct=direct)
+        self.reader = Reader(sources.files, settings)
         self.resize(capacity)
 
     def resize(self, capacity: int) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 
 from soli import __version__, machine
+from soli.errors import SoliError
+from soli.experts.disk import measured_disk
 from soli.kernels import Dispatch
 from soli.kernels.cpu import build, native
 
@@ -35,6 +37,7 @@ class MachineReport:
     openmp: tuple[str, ...]
     memory_gb_per_second: float
     disk_gb_per_second: float | None
+    disk_reads: str  # what is chosen for reading experts; why there is nothing
     disk_folder: str
     gpus: tuple[str, ...]
     versions: dict[str, str]
@@ -43,16 +46,14 @@ class MachineReport:
         """(label, text) of each line of the table."""
         cpp = self.kernels not in ("torch", "reference")
         kernels = f"C++ for {self.kernels}, {self.kernels_note}" if cpp else f"{self.kernels}: {self.kernels_note}"
-        disk = self.disk_gb_per_second
         memory = f"{self.memory_bytes / 2**30:.1f} GiB of memory, {self.available_bytes / 2**30:.1f} GiB available"
-        speed = f"{disk:.2f} GB/s" if disk is not None else "not measured: no space for a file, or not allowed"
         return [
             ("processor", f"{self.processor}, {self.cores} cores, {memory}"),
             ("features", " ".join(self.features) or "none that the kernels use"),
             ("kernels", kernels),
             ("threads", f"{self.threads}, {' and '.join(self.openmp) or 'no OpenMP library'}{self._load()}"),
             ("memory", f"{self.memory_gb_per_second:.1f} GB/s read by all threads"),
-            ("disk", f"{speed}, reading in {self.disk_folder}"),
+            ("disk", f"{self.disk_reads}, in {self.disk_folder}"),
             ("GPU", "; ".join(self.gpus) or "none that PyTorch sees"),
             ("versions", ", ".join(f"{name} {version}" for name, version in self.versions.items())),
         ]
@@ -70,6 +71,7 @@ def report_machine(disk_folder: Path | None = None) -> MachineReport:
     folder = disk_folder or Path(tempfile.gettempdir())
     processor = machine.processor()
     kernels, note = _kernels()
+    rate, reads = _disk(folder)
     return MachineReport(
         processor=processor.name,
         cores=processor.cores,
@@ -82,7 +84,8 @@ def report_machine(disk_folder: Path | None = None) -> MachineReport:
         threads=torch.get_num_threads(),
         openmp=tuple(Path(file).name for file in build.openmp_runtimes()),
         memory_gb_per_second=memory_bandwidth(),
-        disk_gb_per_second=machine.disk_bandwidth(folder),
+        disk_gb_per_second=rate,
+        disk_reads=reads,
         disk_folder=str(folder),
         gpus=_gpus(),
         versions={
@@ -101,6 +104,15 @@ def memory_bandwidth(size: int = MEMORY_BLOCK) -> float:
     while time.perf_counter() < end:
         best = min(best, timeit.timeit(block.sum, number=1))
     return block.nbytes / best / 1e9
+
+
+def _disk(folder: Path) -> tuple[float | None, str]:
+    """GB per second, measured now, and how experts are read from it; None and the reason."""
+    try:
+        disk = measured_disk(folder, renew=True)
+    except SoliError:
+        return None, "not measured: no space for a file, or not allowed"
+    return disk.rate / 1e9, str(disk)
 
 
 def _kernels() -> tuple[str, str]:
