@@ -1,6 +1,7 @@
 """Anthropic's Messages API: its bodies reach the template as chats do, and its answers are those of chats."""
 
 import json
+import time
 
 import httpx
 import pytest
@@ -186,7 +187,9 @@ def test_a_json_schema_constrains_the_answer(tiny_url):
 
 
 NEUTRAL = [
-    {"system": None}, {"tools": []}, {"tool_choice": {"type": "auto"}}, {"tool_choice": {"type": "none"}},
+    {"messages": [{"role": "user", "content": []}]}, {"messages": [*HELLO, {"role": "assistant", "content": []}]},
+    {"system": None}, {"system": ""}, {"system": []},
+    {"tools": []}, {"tool_choice": {"type": "auto"}}, {"tool_choice": {"type": "none"}},
     {"metadata": {"user_id": "me"}}, {"service_tier": "auto"}, {"stop_sequences": []}, {"thinking": None},
     {"thinking": {"type": "disabled"}}, {"container": None}, {"mcp_servers": None}, {"top_k": 0}, {"surprise": None},
     {"output_config": {}}, {"output_config": {"effort": "low"}}, {"cache_control": {"type": "ephemeral"}},
@@ -260,6 +263,20 @@ def test_a_failure_in_the_middle_is_an_event():
         stream = events(url)
     assert whole.status_code == 500 and whole.json()["error"]["type"] == "api_error"
     assert stream[-1]["type"] == "error" and "the step failed" in stream[-1]["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
+def test_an_answer_ends_when_its_client_leaves(path):
+    with scripted_server(lambda request: "a" * 300, pause=0.01) as (url, engine):
+        body = BASE if path == "/v1/messages" else {"input": "hi"}
+        with httpx.stream("POST", url + path, json=body | {"stream": True}) as stream:
+            lines = stream.iter_lines()
+            while "delta" not in next(lines):
+                pass
+        deadline = time.monotonic() + 10
+        while engine.running and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert (engine.running, engine.cancelled) == (0, 1)
 
 
 def test_a_call_that_was_cut_has_what_is_complete(tiny_url):

@@ -2,11 +2,12 @@
 
 import json
 
+import httpx
 import pytest
 import torch
 
 from soli.engine.text_model import open_text_model
-from tests.serve.process import server_process, wait_until_ready
+from tests.serve.process import chat_folder, server_process, wait_until_ready
 
 pytestmark = pytest.mark.slow
 lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'soli[clients]'")
@@ -54,6 +55,11 @@ def task(tmp_path_factory):
         "metadata": {"version": 1},
     }
     (folder / "soli_items.yaml").write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
+    kinds = {"until": ["\n", "."], "max_gen_toks": 8, "temperature": 0, "do_sample": False}
+    config |= {"task": "soli_texts", "output_type": "generate_until", "generation_kwargs": kinds}
+    config |= {"metric_list": [{"metric": "bypass"}], "doc_to_target": "{{choices[0]}}"}
+    del config["doc_to_choice"]
+    (folder / "soli_texts.yaml").write_text(json.dumps(config), encoding="utf-8")
     return folder
 
 
@@ -64,27 +70,29 @@ def server():
         yield url
 
 
-def evaluate(task, server, **arguments):
-    """The log-likelihood of every choice, and whether it is the greedy one; and the task's accuracy."""
+def run(name, task, server, kind="local-completions", route="completions", **arguments):
+    """lm_eval's results of a task."""
     from lm_eval.tasks import TaskManager
 
-    folder = open_text_model_folder()
-    options = {
-        "model": "nano",
-        "base_url": f"{server}/v1/completions",
-        "tokenizer_backend": "huggingface",
-        "tokenizer": str(folder),
-        "max_length": 512,
-    } | arguments
-    results = lm_eval.simple_evaluate(
-        model="local-completions",
+    options = {"model": "nano", "base_url": f"{server}/v1/{route}"} | arguments
+    if kind == "local-completions":
+        folder = str(open_text_model_folder())
+        options = {"tokenizer_backend": "huggingface", "tokenizer": folder, "max_length": 512} | options
+    return lm_eval.simple_evaluate(
+        model=kind,
         model_args=options,
-        tasks=["soli_items"],
+        tasks=[name],
         task_manager=TaskManager(include_path=str(task), include_defaults=False),
         batch_size=options.pop("batch_size", 1),
         bootstrap_iters=0,
         log_samples=True,
+        apply_chat_template=kind == "local-chat-completions",
     )
+
+
+def evaluate(task, server, **arguments):
+    """The log-likelihood of every choice, and whether it is the greedy one; and the task's accuracy."""
+    results = run("soli_items", task, server, **arguments)
     samples = sorted(results["samples"]["soli_items"], key=lambda sample: sample["doc_id"])
     answers = [[(float(value), bool(greedy)) for value, greedy in sample["filtered_resps"]] for sample in samples]
     return answers, results["results"]["soli_items"]["acc,none"]
@@ -131,3 +139,19 @@ def test_log_likelihoods_are_those_of_teacher_forcing(task, server, expected, ar
         assert [greedy for _, greedy in item] == [greedy for _, greedy in choices]
     best = [max(range(3), key=lambda choice: item[choice][0]) for item in expected]
     assert accuracy == pytest.approx(best.count(0) / 20)
+
+
+def test_texts_are_those_of_the_server(task, server):
+    results = run("soli_texts", task, server, batch_size=4, tokenized_requests=False)
+    samples = sorted(results["samples"]["soli_texts"], key=lambda sample: sample["doc_id"])
+    body = {"prompt": [text for text, _ in ITEMS[:16]], "max_tokens": 8, "temperature": 0, "stop": ["\n", "."]}
+    choices = httpx.post(f"{server}/v1/completions", json=body, timeout=60).json()["choices"]
+    assert [sample["resps"][0][0] for sample in samples[:16]] == [choice["text"] for choice in choices]
+
+
+def test_chats_are_answered(task, tmp_path):
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    with server_process(model=chat_folder(tmp_path / "nano", template)) as (_, url, _):
+        wait_until_ready(url)
+        results = run("soli_texts", task, url, "local-chat-completions", "chat/completions", num_concurrent=2)
+    assert len(results["samples"]["soli_texts"]) == 20

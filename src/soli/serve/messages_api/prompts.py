@@ -52,7 +52,7 @@ def chat_fields(body: AnthropicPrompt) -> dict[str, Any]:
     for number, message in enumerate(body.messages):
         for converted in chat_messages(message, f"messages.{number}"):
             append_turn(messages, converted)
-    if messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]:
+    if messages[-1]["role"] == "assistant" and messages[-1]["content"] and "tool_calls" not in messages[-1]:
         messages[-1]["prefix"] = True  # the answer continues it
     fields: dict[str, Any] = {"messages": messages, "tools": [_tool(tool) for tool in body.tools or ()]}
     if body.tool_choice is not None:
@@ -84,8 +84,8 @@ def append_turn(messages: list[dict[str, Any]], message: dict[str, Any]) -> None
 
 def chat_messages(message: AnthropicMessage, param: str) -> Iterator[dict[str, Any]]:
     """The messages of a chat for one message: tool results are messages of their own."""
-    if isinstance(message.content, str):
-        yield {"role": message.role, "content": message.content}
+    if isinstance(message.content, str) or not message.content:
+        yield {"role": message.role, "content": message.content or ""}
         return
     if message.role == "assistant":
         yield _assistant_message(message.content, param)
