@@ -23,7 +23,7 @@ WEATHER = {
         "additionalProperties": False,
     },
 }
-BASE = {"model": "tiny", "max_tokens": 400, "messages": HELLO}
+BASE = {"model": "tiny", "max_tokens": 400, "messages": HELLO, "temperature": 0}
 THOUGHT_AND_CALLS = (
     "hm, hm\n</think>\n\nLet me look."
     f'{CALLS_BEGIN}{CALL_BEGIN}get_weather{SEPARATOR}{{"city": "北京"}}{CALL_END}\n'
@@ -91,7 +91,8 @@ def test_an_answer_is_a_message_with_usage(tiny_url):
     assert block["type"] == "text"
     assert answer["stop_reason"] in ("max_tokens", "end_turn") and answer["usage"]["output_tokens"] <= 6
     usage = answer["usage"]
-    prompt = send(tiny_url, "/v1/messages/count_tokens", max_tokens=None).json()["input_tokens"]
+    counted = {"max_tokens": None, "temperature": None}
+    prompt = send(tiny_url, "/v1/messages/count_tokens", **counted).json()["input_tokens"]
     assert usage["input_tokens"] + usage["cache_read_input_tokens"] == prompt
 
 

@@ -19,7 +19,7 @@ SCHEMA = {
     "additionalProperties": False,
 }
 WEATHER = {"type": "function", "name": "get_weather", "description": "the weather", "parameters": SCHEMA}
-BASE = {"model": "tiny", "input": "hello world"}
+BASE = {"model": "tiny", "input": "hello world", "temperature": 0}
 CALLS = (
     f'{CALLS_BEGIN}{CALL_BEGIN}get_weather{SEPARATOR}{{"city": "北京"}}{CALL_END}\n'
     f'{CALL_BEGIN}get_weather{SEPARATOR}{{"city": "Wien"}}{CALL_END}{CALLS_END}'

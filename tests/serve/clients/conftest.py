@@ -14,7 +14,10 @@ ANSWER = "It is sunny in Wien."
 
 
 def call_then_answer(request):
-    """A call of get_weather, and the answer once the conversation has its result, "sunny"."""
+    """A call of get_weather, and the answer once the conversation has its result, "sunny"; a place where JSON must be
+    one."""
+    if request.constraint is not None:
+        return '{"indoors": true}'
     prompt = tiny().tokenizer.decode(request.prompt_ids)
     return ANSWER if "sunny" in prompt else f"Let me look.{CALL}"
 

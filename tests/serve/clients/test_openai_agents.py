@@ -63,7 +63,7 @@ def test_a_streamed_tool_loop(weather_url, kind):
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_structured_answer(tiny_url, kind):
     async def work():
-        settings = agents.ModelSettings(max_tokens=200)
+        settings = agents.ModelSettings(temperature=0, max_tokens=200)
         async with AsyncOpenAI(base_url=f"{tiny_url}/v1", max_retries=0) as client:
             writer = agent(kind, client, output_type=Place, model_settings=settings)
             return (await agents.Runner.run(writer, "hello")).final_output

@@ -69,16 +69,17 @@ def test_streamed_calls(weather):
 
 
 def test_structured_output(client):
-    parsed = client.responses.parse(model="tiny", input="hello", text_format=Place, max_output_tokens=200)
+    options = {"temperature": 0, "max_output_tokens": 200}
+    parsed = client.responses.parse(model="tiny", input="hello", text_format=Place, **options)
     assert isinstance(parsed.output_parsed, Place)
 
 
 def test_chats_with_parsed_tools(client):
     tool = pydantic_function_tool(Place)
     tool["function"].pop("strict")
-    answer = client.chat.completions.create(
-        model="tiny", messages=[{"role": "user", "content": "hi"}], tools=[tool], tool_choice="required", max_tokens=300
-    )
+    options = {"tools": [tool], "tool_choice": "required", "temperature": 0, "max_tokens": 300}
+    turns = [{"role": "user", "content": "hi"}]
+    answer = client.chat.completions.create(model="tiny", messages=turns, **options)
     assert set(json.loads(answer.choices[0].message.tool_calls[0].function.arguments)) == {"city"}
 
 
