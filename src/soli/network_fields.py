@@ -70,7 +70,7 @@ def reject_variants(extra: Mapping[str, Any], neutral: Mapping[str, tuple[Any, .
     for name, values in neutral.items():
         value = extra.get(name)
         if not is_empty(value) and value not in values:
-            examples = [example for example in values if type(example) is type(value)] or values
+            examples = [example for example in values if isinstance(example, bool) == isinstance(value, bool)] or values
             remedy = f"remove it or set {examples[0]!r}" if examples else "remove it"
             reject(prefix + name, value, f"Soli has no such variant; {remedy}")
 
