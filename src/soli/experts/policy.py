@@ -24,7 +24,7 @@ PRIOR_TOKENS: Final = 2000  # that earlier runs count for at most
 
 
 @dataclass(frozen=True)
-class Usage:
+class ExpertUsage:
     """`shares_LE`: of `tokens` tokens or more, those that chose each expert."""
 
     tokens: int
@@ -58,11 +58,11 @@ class Policy(ABC):
     def catch_up(self) -> None:  # noqa: B027  (most policies have nothing to do)
         """Called while experts are being read: what takes time and can be done later."""
 
-    def usage(self) -> Usage | None:
+    def usage(self) -> ExpertUsage | None:
         """How often each expert was used; None where the policy does not know."""
         return None
 
-    def prime(self, usage: Usage) -> None:  # noqa: B027  (most policies have no use for it)
+    def prime(self, usage: ExpertUsage) -> None:  # noqa: B027  (most policies have no use for it)
         """Begin with what earlier runs used, before the first use."""
 
 
@@ -214,11 +214,11 @@ class Frequency(Policy):
     def catch_up(self) -> None:
         self._update(sorted(self._changed))
 
-    def usage(self) -> Usage | None:
+    def usage(self) -> ExpertUsage | None:
         self.catch_up()
-        return Usage(int(self._tokens_L.max()), self._shares([*range(len(self._tokens_L))])[:, -1])
+        return ExpertUsage(int(self._tokens_L.max()), self._shares([*range(len(self._tokens_L))])[:, -1])
 
-    def prime(self, usage: Usage) -> None:
+    def prime(self, usage: ExpertUsage) -> None:
         self._tokens_L += min(usage.tokens, PRIOR_TOKENS)
         self._sums_LHE += usage.shares_LE[:, None] * (1 - self._decay_H1 ** self._tokens_L[:, None, None])
         self._values_LE[:] = np.log(usage.shares_LE + self.FLOOR)
