@@ -52,6 +52,7 @@ def test_the_bundled_model_s_tokenizer_is_exported_whole(tmp_path) -> None:
     assert main(["export", "nano", str(tmp_path / "out"), "--tokenizer"]) == 0
     bundled = Path(__file__).parents[2] / "src/soli/models/nano"
     same_tokens(tmp_path / "out", bundled, SPECIAL_TOKENS)
+    same_tokens(bundled, bundled, SPECIAL_TOKENS)
 
 
 def moonlight(path: Path) -> Path:
