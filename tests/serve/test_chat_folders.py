@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 from typer.testing import CliRunner
 
 from soli.chat.parsers.delimited import Delimiters
-from soli.chat.parsers.families import DEEPSEEK, KIMI
+from soli.chat.parsers.families import DEEPSEEK, KIMI, splits_reasoning
 from soli.chat.templates import ChatTemplate
 from soli.cli import app
 from soli.data.tokenizer import Tokenizer
@@ -202,8 +202,10 @@ def test_the_family_is_that_of_the_template_or_the_tokens(folder, source, tokens
 
 
 def test_an_unknown_parser_ends_the_server_before_it_loads():
-    run = CliRunner().invoke(app, ["serve", "--tool-parser", "other", "--port", "0"])
-    assert isinstance(run.exception, SoliError) and "no tool parser 'other'" in str(run.exception)
+    for kind in ("tool", "reasoning"):
+        run = CliRunner().invoke(app, ["serve", f"--{kind}-parser", "other", "--port", "0"])
+        assert isinstance(run.exception, SoliError) and f"no {kind} parser 'other'" in str(run.exception)
+    assert splits_reasoning("auto") and splits_reasoning("deepseek_r1") and not splits_reasoning("none")
 
 
 def test_kimis_ids_reach_the_client_and_come_back():

@@ -127,8 +127,14 @@ class ChatTemplate:
 
     def parsed_ids(self, has_tools: bool) -> frozenset[int]:
         """Tokens that an answer's parser reads: in the text, even where the tokenizer says that they are special."""
-        names = {*REASONING, *(self.family.tokens if has_tools else ())}
-        return frozenset(index for name, index in self._tokenizer.added_tokens().items() if name in names)
+        return frozenset(self._parsed_tokens(has_tools).values())
+
+    def _parsed_tokens(self, has_tools: bool) -> dict[str, int]:
+        """The same by name, those with more of a delimiter first: a vocabulary may have whole tags as tokens."""
+        parts = (*REASONING, *(self.family.tokens if has_tools else ()))
+        added = self._tokenizer.added_tokens()
+        names = sorted((name for name in added if any(part in name for part in parts)), key=len, reverse=True)
+        return {name: added[name] for name in names}
 
     def call_constraint(
         self,
@@ -139,8 +145,7 @@ class ChatTemplate:
     ) -> ConstraintSpec:
         """What an answer must be so that calls of the tools named in `strict` fit their schemas; the other arguments
         say what `strict_calls` says."""
-        tokens = self._tokenizer.added_tokens()
-        token_ids = {name: tokens[name] for name in (*REASONING, *self.family.tokens) if name in tokens}
+        token_ids = self._parsed_tokens(has_tools=True)
         enforced = {name: schema if name in strict else None for name, schema in schemas.items()}
         return strict_calls(self.family.new_format(schemas), enforced, token_ids, REASONING, parallel, content)
 

@@ -42,11 +42,16 @@ def serve(
     chat_template: options.ChatTemplate = None,
     tool_parser: options.ToolParser = None,
     reasoning_parser: Annotated[
-        Literal["auto", "none"], typer.Option(help="none leaves <think> reasoning </think> in the content of answers.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="none leaves <think> reasoning </think> in the content of answers; names of other servers "
+            "(deepseek_r1, kimi_k2, glm45) are as auto.",
+        ),
     ] = "auto",
     generation_config: Annotated[
-        Literal["auto", "none"],
-        typer.Option(help="none: without the sampling defaults of the model's generation_config.json."),
+        Literal["auto", "none", "vllm"],
+        typer.Option(help="none (vLLM's name: vllm): without the sampling defaults of generation_config.json."),
     ] = "auto",
     open_page: Annotated[
         bool | None,
@@ -65,7 +70,7 @@ def serve(
     threads: options.Threads = None,
 ) -> None:
     """Serve a model on this machine. The page is at http://127.0.0.1:8000/, the API at /v1."""
-    from soli.chat.parsers.families import family_by_name
+    from soli.chat.parsers.families import family_by_name, splits_reasoning
     from soli.checkpoint import open_checkpoint
     from soli.engine.request import EngineLimits
     from soli.hub.cache import display_name
@@ -108,8 +113,8 @@ def serve(
         chat=ChatSettings(
             template=chat_template,
             tool_parser=tool_parser,
-            reasoning=reasoning_parser != "none",
-            generation_config=generation_config != "none",
+            reasoning=splits_reasoning(reasoning_parser),
+            generation_config=generation_config == "auto",
         ),
         open_page=(host in LOOPBACK and on_desktop()) if open_page is None else open_page,
         log_level=log_level,

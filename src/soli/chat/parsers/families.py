@@ -83,6 +83,15 @@ def family_by_name(name: str) -> Family:
     return family
 
 
+def splits_reasoning(name: str) -> bool:
+    """Whether a reasoning parser that a user chose splits reasoning off: all families write `<think>`. SoliError for a
+    name that there is not."""
+    names = {"auto", "none", "think", *FAMILIES, *ALIASES}
+    if name not in names:
+        raise SoliError(f"there is no reasoning parser {name!r}: choose {', '.join(sorted(names))}")
+    return name != "none"
+
+
 def detect_family(templates: Iterable[str], added_tokens: Iterable[str], model_type: str | None) -> Family:
     """The family of a folder by its templates, tokens and model_type. DeepSeek-V3.2-Exp has V3.2's vocabulary and a
     template in V3.1's form."""
