@@ -118,7 +118,8 @@ CHAT_DEFAULTS = [
     {"function_call": "none"}, {"verbosity": "low"}, {"reasoning_effort": "high"}, {"reasoning_effort": "none"},
     {"tools": [{"type": "function", "function": {"name": "f", "parameters": None}}]},
     {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}, "strict": False}}]},
-    {"max_tokens": None, "max_completion_tokens": 3}, {"add_special_tokens": False}, {"add_generation_prompt": True},
+    {"max_tokens": None, "max_completion_tokens": 3}, {"max_tokens": 3, "max_completion_tokens": 3},
+    {"add_special_tokens": False}, {"add_generation_prompt": True},
     {"continue_final_message": False}, {"documents": []},
 ]  # fmt: skip
 COMPLETION_DEFAULTS = [
@@ -153,6 +154,7 @@ def test_values_that_ask_for_nothing_are_accepted(post, path, fields):
         (CHAT, {"tool_choice": "required"}, "tool_choice"),
         (CHAT, {"top_logprobs": 1}, "top_logprobs"),
         (CHAT, {"max_tokens": 0}, "max_tokens"),
+        (CHAT, {"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
         (CHAT, {"top_k": -2}, "top_k"),
         (CHAT, {"use_beam_search": True}, "use_beam_search"),
         (CHAT, {"length_penalty": 0.5}, "length_penalty"),

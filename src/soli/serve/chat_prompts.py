@@ -98,7 +98,7 @@ def _template_variables(body: ChatBody) -> dict[str, Any]:
 
 
 def _check_chat(body: ChatBody) -> None:
-    if body.max_tokens and body.max_completion_tokens:
+    if body.max_tokens and body.max_completion_tokens and body.max_tokens != body.max_completion_tokens:
         raise ApiError(400, "give max_tokens or max_completion_tokens, not both", "max_tokens")
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs to be true", "top_logprobs")
