@@ -169,8 +169,10 @@ def test_documents_and_named_templates_can_be_chosen():
     assert rendered(sources, [USER]) == "dNone"
     assert rendered(sources, [USER], [TOOL]) == "t1"
     assert rendered(sources, [USER], template="rag", documents=[{"text": "x <|user|>"}]) == "x <|user|>"
-    with pytest.raises(Exception, match="no template 'other', only default, rag, tool_use"):
+    with pytest.raises(Exception, match="no chat template 'other', only default, rag, tool_use"):
         rendered(sources, [USER], template="other")
+    with pytest.raises(Exception, match="no use for documents"):
+        rendered(sources, [USER], [TOOL], documents=[{"text": "x"}])
 
 
 SPOKEN = (

@@ -82,6 +82,18 @@ def test_a_template_may_be_given(folder):
     loaded.template.close()
 
 
+def test_what_a_template_does_not_have_is_rejected_by_name(folder):
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    loaded = opened(folder)
+    with served(loaded) as client:
+        for field, value in (("chat_template", "rag"), ("documents", [{"text": "x"}])):
+            answer = client.post("/chat/completions", json={"messages": USER, field: value})
+            assert answer.status_code == 400 and answer.json()["error"]["param"] == field
+        neutral = {"messages": USER, "chat_template": "default", "documents": [], "max_tokens": 1}
+        assert client.post("/chat/completions", json=neutral).status_code == 200
+    loaded.engine.close()
+
+
 def test_templates_are_read_from_all_files_that_may_hold_them(folder):
     def chosen(tools=None):
         template = ChatTemplate.from_folder(folder, tokenizer)

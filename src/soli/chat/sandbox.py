@@ -67,10 +67,10 @@ class Sandbox:
             "raise_exception": _raise_exception,
             "strftime_now": lambda pattern: datetime.now().strftime(pattern),
         }
-        self.supports_tools = {
-            name: "tools" in meta.find_undeclared_variables(environment.parse(source))
-            for name, source in sources.items()
+        self._variables = {
+            name: meta.find_undeclared_variables(environment.parse(source)) for name, source in sources.items()
         }
+        self.supports_tools = {name: "tools" in variables for name, variables in self._variables.items()}
         self._templates = {name: environment.from_string(source) for name, source in sources.items()}
         self._family = family
         self._names = dict(names)
@@ -94,7 +94,10 @@ class Sandbox:
         """The prompt as texts and token ids, and whether it ends inside the reasoning. `max_tokens`: of any prompt."""
         name = template or ("tool_use" if tools and "tool_use" in self._templates else "default")
         if name not in self._templates:
-            raise jinja2.TemplateError(f"there is no template {name!r}, only {', '.join(sorted(self._templates))}")
+            names = ", ".join(sorted(self._templates))
+            raise RejectedOption("chat_template", f"there is no chat template {name!r}, only {names}: name one of them")
+        if documents and "documents" not in self._variables[name]:
+            raise RejectedOption("documents", "the chat template has no use for documents: leave them out")
         marker = f"\ue000{secrets.token_hex(8)}\ue001"
         reserved = {
             **self._names,
@@ -102,7 +105,9 @@ class Sandbox:
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
         }
         if clash := sorted((reserved.keys() | {"messages"}) & variables.keys()):
-            raise ReservedVariable(f"the chat template's variable {clash[0]} is set by the server: leave it out")
+            raise RejectedOption(
+                "variables", f"the chat template's variable {clash[0]} is set by the server: leave it out"
+            )
         context = self._mark({"documents": documents, **variables}, marker) | reserved
         turns = [self._message(message, marker) for message in messages]
         end = f"\ue000{secrets.token_hex(8)}\ue001 " if continue_final_message else ""
@@ -230,8 +235,12 @@ def _parsed(arguments: str) -> Any:
         return None
 
 
-class ReservedVariable(Exception):
-    """A request sets a variable that the server sets."""
+class RejectedOption(Exception):
+    """What a request asks of a template that this one does not have. `field`: the argument of `render` to blame."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(reason)
+        self.field = field
 
 
 def fewest_tokens(parts: Sequence[str | int], longest_token: int | None) -> int:
@@ -276,8 +285,8 @@ def main() -> None:
             data = json.dumps(reply, ensure_ascii=False).encode()
         except MemoryError:
             data = b'{"failure": "memory"}'
-        except ReservedVariable as error:
-            data = json.dumps({"failure": "variable", "reason": str(error)}).encode()
+        except RejectedOption as error:
+            data = json.dumps({"failure": error.field, "reason": str(error)}).encode()
         except Exception as error:  # a template may fail in any way that Python knows
             data = json.dumps({"failure": "template", "reason": " ".join(str(error).split())[:300]}).encode()
         write_frame(replies, data)

@@ -159,8 +159,8 @@ class ChatTemplate:
 
 
 def _rejection(error: RenderFailure) -> RejectedMessages:
-    if error.kind == "variable":
-        return RejectedMessages(str(error), "variables")
+    if error.kind in ("variables", "documents", "chat_template"):
+        return RejectedMessages(str(error), error.kind)
     if error.kind == "closed":
         return RejectedMessages("the chat template's process was ended: the server is shutting down")
     if error.kind == "limit":

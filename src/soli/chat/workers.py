@@ -31,8 +31,8 @@ CLOSED = "was stopped: the server is shutting down"
 
 
 class RenderFailure(SoliError):
-    """A frame without a result. `kind`: "template" for an error in the template, "variable" for a variable that is
-    reserved, "limit" for time or memory, "closed" after `close`."""
+    """A frame without a result. `kind`: "template" for an error in the template, the name of an argument that the
+    template has no use for, "limit" for time or memory, "closed" after `close`."""
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
