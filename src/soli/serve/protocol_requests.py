@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BeforeValidator,
+    ConfigDict,
     Discriminator,
     Field,
     ModelWrapValidatorHandler,
@@ -19,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from soli.serve.request_body import Hints, Off, OtherOptions, RequestBody
+from soli.serve.request_body import Hints, Off, OtherOptions, RequestBody, describe_any
 from soli.serve.stored_messages import joined_deltas, meaningful_fields, with_reasoning, without_nulls
 
 MAX_MESSAGES = 4096
@@ -152,7 +153,9 @@ class CompletionBody(GenerationBody):
 
 
 class MessageBody(RequestBody):
-    """An object of a message."""
+    """An object of a message. Unknown fields that are null or empty, or repeat others, are left out."""
+
+    model_config = ConfigDict(json_schema_extra=describe_any)
 
     @model_validator(mode="before")
     @classmethod

@@ -28,6 +28,12 @@ One = Annotated[float, AfterValidator(_only(1)), WithJsonSchema({"type": "number
 Empty = Annotated[list[Any], Field(max_length=0)]
 
 
+def describe_any(schema: dict[str, Any]) -> None:
+    """`_describe_nulls`, and that other fields are possible: a schema does not tell which of them are neutral."""
+    _describe_nulls(schema)
+    schema["additionalProperties"] = True
+
+
 def _describe_nulls(schema: dict[str, Any]) -> None:
     """Says in the JSON schema of a class that optional fields and unknown ones may be null."""
     schema["additionalProperties"] = {"type": "null"}
