@@ -104,6 +104,7 @@ def test_a_damaged_cache_is_measured_again(capsys, measured, content):
         ("deepseek-v3 --gpu 4090", "--gpu is '4090'"),
         ("deepseek-v3 --gpu 24GB --gpu-speed 0", "--gpu-speed is '0'"),
         ("deepseek-v3 --format q4 --disk 1GB/s --memory-speed 9GB/s", "--format is 'q4'"),
+        ("nano --prompt 5000 --disk 1GB/s --memory-speed 9GB/s", "512 positions"),
         ("", "nothing to plan"),
         ("nano --check nosuch", "nosuch"),
         ("deepseek-v3 --check nano", "deepseek-v3 is not the model in nano"),
@@ -124,6 +125,13 @@ def test_a_model_without_experts_is_rejected(capsys, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(preset("nano").to_dict() | {"n_routed_experts": 0}))
     assert main(["plan", str(tmp_path), *STATED]) == 1
     assert "no routed experts" in capsys.readouterr().err
+
+
+def test_a_configuration_of_absurd_size_is_planned_at_once(capsys, tmp_path):
+    sizes = {"num_hidden_layers": 10**9, "n_routed_experts": 10**9, "n_group": 1, "topk_group": 1}
+    (tmp_path / "config.json").write_text(json.dumps(preset("nano").to_dict() | sizes))
+    assert run_json(capsys, str(tmp_path), *STATED)["fits"] is False
+    assert main(["plan", str(tmp_path), "--skew", "1", *STATED, "--memory", "1000000TB"]) in (0, 1)
 
 
 def test_a_folder_with_a_configuration_alone_is_planned(capsys, tmp_path):

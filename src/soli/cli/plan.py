@@ -64,7 +64,9 @@ def plan(
     format: Annotated[
         str | None, typer.Option(help="bf16, fp8, int8 or int4; by default the format of the files.")
     ] = None,
-    prompt: Annotated[int, typer.Option(min=1, max=2**20, help="Tokens of the prompt.")] = 512,
+    prompt: Annotated[
+        int | None, typer.Option(min=1, max=2**20, help="Tokens of the prompt; by default 512, or what fits.")
+    ] = None,
     skew: Annotated[
         float,
         typer.Option(
@@ -151,7 +153,7 @@ class _Request:
     gpu: int | None
     gpu_rate: float
     format: str | None
-    prompt: int
+    prompt: int | None
     skew: float
     renew: bool
 
@@ -187,6 +189,7 @@ def _plan_model(name: str, request: _Request, check: str | None, on_step: Callab
     from soli.experts.budget import default_memory
     from soli.plan.inference_plan import (
         ANSWER,
+        PROMPT,
         divide,
         find_model,
         gpu_split,
@@ -207,7 +210,10 @@ def _plan_model(name: str, request: _Request, check: str | None, on_step: Callab
     sources = {"memory": "stated" if request.memory is not None else "available here, less a margin"}
     memory = default_memory()[0] if request.memory is None else request.memory
     machine, rate_sources = _rates(model, request, on_step)
-    prompt = min(request.prompt, max(1, model.config.max_position_embeddings - ANSWER))
+    positions = model.config.max_position_embeddings
+    if request.prompt is not None and request.prompt >= positions:
+        raise SoliError(f"--prompt is {request.prompt:,}, but {name} has {positions:,} positions for it and an answer")
+    prompt = request.prompt or min(PROMPT, max(1, positions - ANSWER))
     division = divide(sizes, memory, prompt + ANSWER)
     memories = memories_to_compare(sizes, memory)
     measurement = None

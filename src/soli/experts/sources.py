@@ -9,6 +9,7 @@ Shapes: E experts, D hidden, F expert width.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -107,12 +108,12 @@ class Sources:
     files: tuple[Path, ...]
     layers: tuple[LayerSource, ...]
 
-    @property
+    @cached_property
     def slot_bytes(self) -> int:
         """Of a slot that any of the experts fits in."""
         return max(expert.nbytes for layer in self.layers for expert in layer.experts)
 
-    @property
+    @cached_property  # read for every layer of every token
     def count(self) -> int:
         """Experts in all layers together."""
         return sum(len(layer.experts) for layer in self.layers)

@@ -25,7 +25,7 @@ SECONDS: Final = 30.0  # after which no more tokens are decoded
 @dataclass(frozen=True)
 class Measurement:
     """`first_prompt_seconds`: of a prompt that finds no expert in memory. The others are of a warm cache. `hit_rate`:
-    of the experts that decoded tokens chose."""
+    of the experts that decoded tokens chose, with those that had been read ahead."""
 
     prompt_tokens: int
     new_tokens: int
@@ -77,7 +77,8 @@ def _run(
 ) -> tuple[float, list[float]]:
     """Seconds until the first token, and between tokens after it; random tokens, sampled at temperature 1."""
     vocab_size = engine.text_model.model.config.vocab_size
-    ids = tuple(random.Random(seed).randrange(vocab_size) for _ in range(prompt))
+    generator = random.Random(seed)
+    ids = tuple(generator.randrange(vocab_size) for _ in range(prompt))
     request = Request(ids, new_tokens, SamplingParams(temperature=1.0, seed=seed), stop_ids=frozenset())
     start = time.perf_counter()
     times: list[float] = []

@@ -23,8 +23,8 @@ cache cannot do worse than by chance. With a skew z experts are chosen as often 
     h = sum over ranks 1 ... s E of r^-z / sum over ranks 1 ... E of r^-z
 
 holds where the cache has the most frequent ones. Beside these each layer, and each step, takes a constant time that no
-byte explains. What the store reads ahead is not in the model. The bound is the resource that is busy for the longest
-part of the time: disk, memory or arithmetic.
+byte explains; attention's own products are slower than those with weights. What the store reads ahead is not in the
+model. The bound is the resource that is busy for the longest part of the time: disk, memory or arithmetic.
 """
 
 from collections.abc import Mapping
@@ -32,17 +32,23 @@ from dataclasses import dataclass
 from math import comb
 from typing import Final
 
-from soli.analysis.parameters import EMBEDDING, ROUTED, cache_bytes, flops
+from soli.analysis.parameters import EMBEDDING, HEAD, ROUTED, cache_bytes, flops
+from soli.errors import SoliError
 from soli.plan.sizes import ModelSizes
 
 KERNEL_EFFICIENCY: Final = 0.75  # of memory bandwidth, at which Soli's kernels read weights: measured 72 to 83 %
 FLOPS_PER_BYTE: Final = 15.0  # of a stated machine: FLOP per byte of its memory bandwidth, where none are stated
 DISK_LATENCY: Final = 1e-4  # seconds, of a stated disk
-# Processor time of nano's tokens on one core of an EPYC that no byte explains, in the engine and in C++; for a layer
-# with misses, in the store.
-STEP_SECONDS: Final = 200e-6
-LAYER_SECONDS: Final = 20e-6
+# Fitted to processor time on one core of an EPYC with AVX-512, of nano and of a model of 1.2 B in FP8 and int4. Seconds
+# that no byte explains, of a step, of a layer, and in the store of a layer with misses; what a prompt reaches of the
+# rate of its products alone; the rate of attention's own products, as a share of that of products with bf16 weights.
+STEP_SECONDS: Final = 250e-6
+LAYER_SECONDS: Final = 80e-6
 MISS_SECONDS: Final = 400e-6
+PROMPT_EFFICIENCY: Final = 0.85
+ATTENTION_IN_DECODING: Final = 0.6
+ATTENTION_IN_PROMPTS: Final = 0.3
+MAX_RANKS: Final = 1_000_000  # experts of a layer whose frequencies are summed one by one
 MAX_DRAWS: Final = 512  # experts of a token up to which misses are summed over their distribution
 
 
@@ -97,7 +103,7 @@ def predict_decode(
     """One new token after `context` others; `share` of all experts is in memory, where `hit_rate` of a token's are."""
     step = _Step(sizes, machine)
     step.add_resident(1)
-    attention = flops(sizes.config, context).attention_decode
+    attention = flops(sizes.config, context).attention_decode / ATTENTION_IN_DECODING
     step.add_compute("bf16", context * cache_bytes(sizes.config), attention)
     step.add_experts(1, share, hit_rate)
     return step.prediction(1, hit_rate)
@@ -112,7 +118,8 @@ def predict_prompt(
         count = min(tokens_per_call, tokens - start)
         step.add_resident(count)
         seen = flops(sizes.config, 2 * start + count)  # its prefill is that of the mean over so many tokens
-        step.add_compute("bf16", (start + count) * cache_bytes(sizes.config), count * seen.attention_prefill)
+        attention = count * seen.attention_prefill / ATTENTION_IN_PROMPTS
+        step.add_compute("bf16", (start + count) * cache_bytes(sizes.config), attention)
         step.add_experts(count, share, share)
     return step.prediction(tokens, share)
 
@@ -121,6 +128,8 @@ def expected_hit_rate(share: float, experts: int, skew: float = 0.0) -> float:
     """The share of a token's experts in memory, where `share` of a layer's experts are: those chosen most often."""
     if skew == 0 or share >= 1:
         return min(1.0, share)
+    if experts > MAX_RANKS:
+        raise SoliError(f"a model with {experts:,} experts in a layer can be planned with a skew of 0 alone")
     frequencies = [rank**-skew for rank in range(1, experts + 1)]
     cached = share * experts
     whole = int(cached)
@@ -153,7 +162,7 @@ class _Step:
         for part in self._sizes.parts:
             if part.name == ROUTED:
                 continue
-            rows = 1 if part.name in (EMBEDDING, "head") else tokens
+            rows = 1 if part.name in (EMBEDDING, HEAD) else tokens / _efficiency(tokens)
             self.add_compute(part.format, part.bytes_per_token, rows * part.flops_per_token)
         self._seconds += STEP_SECONDS + LAYER_SECONDS * self._sizes.config.num_hidden_layers
 
@@ -163,7 +172,7 @@ class _Step:
         E, K = sizes.config.n_routed_experts, sizes.config.num_experts_per_tok
         routed = next(part for part in sizes.parts if part.name == ROUTED)
         chosen = K if tokens == 1 else E * (1 - (1 - K / E) ** tokens)
-        operations = routed.flops_per_token * tokens / layers
+        operations = routed.flops_per_token * tokens / _efficiency(tokens) / layers
         memory = chosen * sizes.expert_bytes / machine.weight_rates[routed.format]
         arithmetic = operations / machine.flop_rates[routed.format]
         compute = max(memory, arithmetic)
@@ -178,6 +187,10 @@ class _Step:
             self._seconds += layers * probability * seconds
             self._disk += layers * probability * read
             self._disk_bytes += layers * probability * read_bytes
+
+
+def _efficiency(tokens: int) -> float:
+    return PROMPT_EFFICIENCY if tokens > 1 else 1.0
 
 
 def _misses(tokens: int, chosen: float, share: float, hit_rate: float) -> list[tuple[float, float]]:

@@ -113,9 +113,9 @@ class PlanReport:
             (name, f"{number(predicted)} tokens/s predicted, {number(measured)} measured: {100 * error:+.0f} %")
             for name, predicted, measured, error in rows
         ]
-        hits = f"{100 * speed.decode.hit_rate:.0f} % predicted, {100 * check.hit_rate:.0f} % measured"
+        reads = f"{scaled(speed.decode.disk_bytes, 'B')} per token predicted, {scaled(check.disk_bytes_per_token, 'B')}"
         tokens = f"{check.new_tokens} tokens after a prompt of {check.prompt_tokens}, with a warm cache"
-        return [*lines, ("hits", f"{hits}; {tokens}")]
+        return [*lines, ("reads", f"{reads} measured; {tokens}")]
 
     def _errors(self) -> dict[str, float]:
         """How far the prediction is from the measurement, as a share of it."""
