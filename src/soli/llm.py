@@ -215,6 +215,8 @@ class LLM:
         """End the engine's thread and the template's processes; later requests are rejected. The model is freed with
         this object."""
         self.engine.close()
+        if self.text_model.budget is not None:
+            self.text_model.budget.remember()
         if "_chat_template" in vars(self):
             self._chat_template.close()
 

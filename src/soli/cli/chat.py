@@ -38,6 +38,7 @@ def chat(
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
     memory: options.Memory = None,
+    forget: options.Forget = False,
     threads: options.Threads = None,
 ) -> None:
     """Chat with a model. Answers go to standard output; reasoning (R1) is shown dim, on a terminal only."""
@@ -46,6 +47,7 @@ def chat(
     values = {"temperature": temperature, "top_p": top_p, "seed": seed}
     sampling_params(values, {})  # rejects before a model is read
     options.use_threads(threads)
+    options.forget_usage(model, forget)
     llm, template = open_chat(model, device, dtype, memory, chat_template)
     defaults = llm.text_model.sampling_defaults
     sampling = sampling_params(values, defaults, temperature=TEMPERATURE, top_p=TOP_P)

@@ -101,6 +101,22 @@ def replay(
     _print(rows, expert_trace, skipped, BELADY)
 
 
+@app.command()
+def forget(
+    model: Annotated[str, typer.Argument(help="A model folder; nano is the bundled model.")] = "nano",
+    json: options.Json = False,
+) -> None:
+    """Forget which experts a model used with --memory, which the next run would read first."""
+    from soli.experts.load import usage_file_of
+
+    file = usage_file_of(model)
+    forgotten = file.forget()
+    if json:
+        print_json({"model": model, "file": str(file.path), "forgotten": forgotten})
+    else:
+        print(f"{file.path}: deleted" if forgotten else f"nothing is remembered of {model}")
+
+
 @dataclass(frozen=True)
 class PolicyRow:
     """`of_best`: the part of the distance from LRU to the best possible hit rate."""

@@ -87,6 +87,7 @@ def generate(
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
     memory: options.Memory = None,
+    forget: options.Forget = False,
     threads: options.Threads = None,
 ) -> None:
     """Continue a prompt. Only the continuation goes to standard output."""
@@ -113,6 +114,7 @@ def generate(
     sampling_params(values, {})  # rejects before the model is read
     constraint = _constraint_spec(json_schema, regex)
     options.use_threads(threads)
+    options.forget_usage(model, forget)
     text_model = load_text_model(model, device, dtype, speculate, memory)
     prompt_ids = text_model.text_prompt(text, parse_special)
     remaining = text_model.remaining_tokens(prompt_ids, "the prompt")

@@ -67,6 +67,7 @@ def serve(
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
     memory: options.Memory = None,
+    forget: options.Forget = False,
     threads: options.Threads = None,
 ) -> None:
     """Serve a model on this machine. The page is at http://127.0.0.1:8000/, the API at /v1."""
@@ -91,6 +92,7 @@ def serve(
         family_by_name(tool_parser)
     folder = open_checkpoint(model).folder
     options.use_threads(threads)
+    options.forget_usage(model, forget)
     hosts = (*LOOPBACK, host, *(allow_host or ()))
     run_server(
         model,

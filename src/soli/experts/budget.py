@@ -3,11 +3,14 @@
 The bytes are what Soli allocates. Interpreter and libraries come on top: `overhead`, measured when the model is opened.
 """
 
+import weakref
 from dataclasses import dataclass
 from typing import Final
 
 from soli.errors import SoliError
+from soli.experts.policy import Policy
 from soli.experts.store import ExpertStore
+from soli.experts.usage import UsageFile
 from soli.machine import available_memory
 from soli.quantities import scaled
 
@@ -46,6 +49,8 @@ class MemoryBudget:
     store: ExpertStore
     latent_cache: int = 0
     scratch: int = 0
+    usage_file: UsageFile | None = None
+    _finalizer: "weakref.finalize[..., MemoryBudget] | None" = None
 
     def divide(self, latent_cache: int, scratch: int) -> int:
         """Give the experts what is left beside a latent cache of up to `latent_cache` bytes, which takes half of it at
@@ -62,7 +67,26 @@ class MemoryBudget:
             )
         if capacity < self.store.capacity or self.store.capacity < self.store.sources.count:
             self.store.resize(capacity)
+            self._begin()
         return self.latent_cache
+
+    def remember(self) -> None:
+        """Write which experts were used, for the next run of this model; at the end of the process, or when nobody has
+        the model any more, that happens by itself."""
+        if self._finalizer is not None:
+            self._finalizer()
+
+    def _begin(self) -> None:
+        """Read what earlier runs used, and note what this one does."""
+        if self._finalizer is not None:
+            self._finalizer.detach()
+        self._finalizer = None
+        if self.usage_file is None or self.store.holds_all:
+            return
+        usage = self.usage_file.read()
+        if usage is not None:
+            self.store.begin_with(usage)
+        self._finalizer = weakref.finalize(self, _remember, self.usage_file, self.store.policy)
 
     def __str__(self) -> str:
         store = self.store
@@ -72,3 +96,9 @@ class MemoryBudget:
             f"{scaled(store.nbytes, 'B')} for {store.capacity:,} of {store.sources.count:,} experts; the others are "
             f"read from disk as they are needed. Python and its libraries take {scaled(self.overhead, 'B')} on top"
         )
+
+
+def _remember(file: UsageFile, policy: Policy) -> None:
+    usage = policy.usage()
+    if usage is not None and usage.tokens:
+        file.write(usage)

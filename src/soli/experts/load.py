@@ -16,6 +16,7 @@ from soli.experts.policy import DEFAULT
 from soli.experts.reading import USUAL, Settings
 from soli.experts.sources import Sources, sources_of
 from soli.experts.store import ExpertStore
+from soli.experts.usage import UsageFile, usage_file
 from soli.kernels import QuantizedExperts
 from soli.machine import resident_memory
 from soli.model import Transformer
@@ -86,7 +87,14 @@ def load_within(
     overhead = resident_memory()
     settings = _settings(checkpoint, sources)
     model, store = load_paged_model(name_or_folder, mtp=mtp, settings=settings, progress=progress)
-    return model, MemoryBudget(memory, resident_bytes(model), overhead, least, store)
+    file = usage_file(checkpoint, sources.layers)
+    return model, MemoryBudget(memory, resident_bytes(model), overhead, least, store, usage_file=file)
+
+
+def usage_file_of(name_or_folder: str | Path) -> UsageFile:
+    """Where it is remembered which experts of a folder were used."""
+    checkpoint = open_checkpoint(name_or_folder)
+    return usage_file(checkpoint, sources_of(checkpoint).layers)
 
 
 def _settings(checkpoint: Checkpoint, sources: Sources) -> Settings:

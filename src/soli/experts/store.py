@@ -13,6 +13,7 @@ One thread at a time may use a store. Shapes: E experts, T tokens, K chosen, D h
 
 import mmap
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from soli.errors import SoliError
-from soli.experts.policy import DEFAULT, POLICIES, Key
+from soli.experts.policy import DEFAULT, POLICIES, ExpertUsage, Key
 from soli.experts.prefetch import Prefetcher
 from soli.experts.reading import USUAL, Pending, Reader, Settings
 from soli.experts.sources import ALIGNMENT, ExpertLayout, LayerSource, Part, Sources, needs_copy
@@ -36,6 +37,8 @@ from soli.kernels.cpu import EXPERT_STATES, ExpertTable
 
 MISSING, READING, PRESENT, FAILED = range(len(EXPERT_STATES))
 POISON: Final = 0xFF  # of every byte of a slot before it is filled, in tests: NaN in float formats
+PRELOAD_SECONDS: Final = 2.0
+PRELOAD_AT_ONCE: Final = 32  # experts
 
 
 @dataclass
@@ -94,7 +97,7 @@ class ExpertStore:
         self._view = memoryview(self._memory)
         self._free = [*range(self.capacity)][::-1]
         experts = max(len(layer.experts) for layer in self.sources.layers)
-        self._policy = POLICIES[self._policy_name](self.capacity, len(self.sources.layers), experts)
+        self.policy = POLICIES[self._policy_name](self.capacity, len(self.sources.layers), experts)
 
     @property
     def holds_all(self) -> bool:
@@ -119,7 +122,7 @@ class ExpertStore:
         try:
             self._load(layer, parts[0], parts[0])
             if self.stats.misses > misses:
-                self._policy.catch_up()
+                self.policy.catch_up()
             for at, part in enumerate(parts):
                 following = parts[at + 1] if at + 1 < len(parts) else ()
                 both_fit = len(part) + len(following) <= self.capacity
@@ -163,6 +166,25 @@ class ExpertStore:
                 self._release(key)
         self._guesses.clear()
 
+    def begin_with(self, usage: ExpertUsage, seconds: float = PRELOAD_SECONDS) -> None:
+        """Let the policy know what earlier runs used, and read their most used experts for so many seconds at most."""
+        self.policy.prime(usage)
+        experts = usage.shares_LE.shape[1]
+        order = np.argsort(-usage.shares_LE, axis=None, kind="stable")[: len(self._free)]
+        hottest = [divmod(int(at), experts) for at in order if usage.shares_LE.flat[at] > 0]
+        deadline = time.monotonic() + seconds
+        for at in range(0, len(hottest), PRELOAD_AT_ONCE):
+            batch = hottest[at : at + PRELOAD_AT_ONCE]
+            if time.monotonic() > deadline:
+                break
+            for key in batch:
+                self._read(key, self._free.pop())
+            for key in batch:
+                self.wait_for_any(key)
+                if self.layers[key[0]].states[key[1]] == FAILED:  # reported where it is needed
+                    self._errors.pop(key, None)
+                    self._release(key)
+
     def weights(self, layer: int, expert: int) -> tuple[QuantizedWeight, QuantizedWeight, QuantizedWeight]:
         """Gate, up and down of one expert, read now if they are not in memory; valid until the next call."""
         if self.layers[layer].states[expert] != PRESENT:
@@ -173,7 +195,7 @@ class ExpertStore:
     def use(self, layer: int, expert_ids_TK: Tensor) -> None:
         """Tell the policy what tokens choose, before it is loaded."""
         if not self.holds_all:
-            self._policy.use(layer, expert_ids_TK.numpy())
+            self.policy.use(layer, expert_ids_TK.numpy())
 
     def record(self, layer: int, expert_ids_TK: Tensor) -> None:
         """Count the use of experts that were all in memory; some may have left it for those of a later layer."""
@@ -232,7 +254,7 @@ class ExpertStore:
     def _read(self, key: Key, slot: int, needed: bool = True) -> Pending:
         layer, expert = key
         self._slots[key] = slot
-        self._policy.add(key)
+        self.policy.add(key)
         base = slot * self.slot_bytes
         if self._poison:
             self._bytes[base : base + self.slot_bytes] = POISON
@@ -245,7 +267,7 @@ class ExpertStore:
         """The slot of an expert that leaves. Where all that may leave are being read: waits, or without `wait` None."""
         while True:
             reading = 0
-            for key in self._policy.candidates(layer):
+            for key in self.policy.candidates(layer):
                 if key in self._locked:
                     continue
                 with self._arrived:
@@ -264,7 +286,7 @@ class ExpertStore:
     def _release(self, key: Key, to_free: bool = True) -> int:
         """Take an expert out of the table; its slot."""
         slot = self._slots.pop(key)
-        self._policy.remove(key)
+        self.policy.remove(key)
         self.layers[key[0]].states[key[1]] = MISSING
         if to_free:
             self._free.append(slot)

@@ -49,6 +49,12 @@ Memory = Annotated[
         "needed; by default all of a model is in memory, or where it does not fit what this machine has less a margin.",
     ),
 ]
+Forget = Annotated[
+    bool,
+    typer.Option(
+        "--forget", help="Delete what earlier runs with --memory remembered of which experts this model uses most."
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(min=1, max=MAX_THREADS, help="Threads that compute; by default as many as PyTorch takes."),
@@ -58,6 +64,14 @@ Threads = Annotated[
 def memory_bytes(size: str | None) -> int | None:
     """--memory in bytes; None without it."""
     return None if size is None else parse_bytes(size, "--memory")
+
+
+def forget_usage(model: str, forget: bool) -> None:
+    """--forget, before a model is opened."""
+    if forget:
+        from soli.experts.load import usage_file_of
+
+        usage_file_of(model).forget()
 
 
 def use_threads(count: int | None) -> None:
