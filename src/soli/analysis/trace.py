@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from soli.analysis.residency import TIERS, Residency, Tier
 from soli.errors import SoliError
 from soli.input_files import TABLE_BYTES, read_json
 from soli.sections import annotations_of, convert, shown
@@ -39,6 +40,8 @@ class RoutingDecision(Protocol):
     def biased_TE(self) -> Tensor: ...
     @property
     def groups_TG(self) -> Tensor | None: ...
+    @property
+    def residency(self) -> Residency | None: ...
 
 
 class ExpertSelector(Protocol):
@@ -56,6 +59,14 @@ class SelectedExpert:
     affinity: float
     biased: float
     promoted_by_bias: bool  # would not have been selected with a bias of zero
+
+
+@dataclass(frozen=True)
+class PagedExpert(SelectedExpert):
+    """The same where experts are read from disk. `tier`: where it was when the layer needed it: in "memory", "reading"
+    (ahead, not yet in memory), or on "disk"."""
+
+    tier: Tier
 
 
 @dataclass(frozen=True)
@@ -94,6 +105,18 @@ class LayerTrace:
 
 
 @dataclass(frozen=True)
+class PagedLayerTrace(LayerTrace):
+    """The same where experts are read from disk. `waited_ms`: milliseconds that the layer waited for experts in the
+    forward pass that computed the token; `bytes_read`: of the experts that were not in memory. All `pass_tokens` tokens
+    of that pass share both."""
+
+    selected: tuple[PagedExpert, ...]
+    waited_ms: float
+    bytes_read: int
+    pass_tokens: int
+
+
+@dataclass(frozen=True)
 class TokenTrace:
     """One token that the model read, and the decision of every MoE layer about it. `part`: "prompt" or "answer"."""
 
@@ -101,7 +124,7 @@ class TokenTrace:
     token: int
     text: str
     part: str
-    layers: tuple[LayerTrace, ...]
+    layers: tuple[LayerTrace | PagedLayerTrace, ...]
 
 
 # The fields that are lists of other dataclasses.
@@ -149,7 +172,14 @@ def trace_layer(name: str, router: ExpertSelector, routing: RoutingDecision) -> 
         _groups(routing),
         strict=True,
     )
-    return [LayerTrace(name, *column) for column in columns]
+    if routing.residency is None:
+        return [LayerTrace(name, *column) for column in columns]
+    return [
+        PagedLayerTrace(name, _with_tiers(selected, tiers), demoted, runner_ups, groups, *cost)
+        for (selected, demoted, runner_ups, groups), (tiers, *cost) in zip(
+            columns, _costs(routing.residency), strict=True
+        )
+    ]
 
 
 def rank_runner_ups(routing: RoutingDecision, selected_TE: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,8 +216,13 @@ def _read(kind: Any, table: Any, place: str) -> Any:
     """One of the dataclasses above from a JSON object, every field there and of its type. `place` is for errors."""
     if not isinstance(table, Mapping):
         raise SoliError(f"{place} is {shown(table)}, not an object")
-    names = dict(zip(NAMES, NAMES_IN_0_1 if kind is LayerTrace and "players" in table else NAMES, strict=True))
-    if kind is SelectedExpert and "let_in" in table:  # old name
+    if kind is LayerTrace and "waited_ms" in table:
+        kind = PagedLayerTrace
+    if kind is SelectedExpert and "tier" in table:
+        kind = PagedExpert
+    is_old = issubclass(kind, LayerTrace) and "players" in table
+    names = dict(zip(NAMES, NAMES_IN_0_1 if is_old else NAMES, strict=True))
+    if issubclass(kind, SelectedExpert) and "let_in" in table:  # old name
         names["promoted_by_bias"] = "let_in"  # old name
     stored_names = {name: names.get(name, name) for name in annotations_of(kind)}
     missing = [name for name in stored_names.values() if name not in table]
@@ -224,6 +259,18 @@ def _selected(routing: RoutingDecision, promoted_TK: Tensor) -> list[tuple[Selec
     biased_TK = routing.biased_TE.gather(1, ids_TK)
     rows = _rows(ids_TK, routing.weights_TK, affinity_TK, biased_TK, promoted_TK)
     return [tuple(SelectedExpert(*expert) for expert in zip(*row, strict=True)) for row in rows]
+
+
+def _with_tiers(selected: Sequence[SelectedExpert], tiers: Sequence[int]) -> tuple[PagedExpert, ...]:
+    pairs = zip(selected, tiers, strict=True)
+    return tuple(PagedExpert(**vars(expert), tier=TIERS[tier]) for expert, tier in pairs)
+
+
+def _costs(residency: Residency) -> Iterable[tuple[Any, ...]]:
+    """Per token, its experts' tiers and what the layer cost."""
+    rounded_T = [round(milliseconds, 3) for milliseconds in residency.waited_T.tolist()]
+    others = (residency.bytes_T, residency.pass_tokens_T)
+    return zip(residency.tiers_TK.tolist(), rounded_T, *(tensor.tolist() for tensor in others), strict=True)
 
 
 def _demoted(routing: RoutingDecision, demoted_TE: Tensor) -> list[tuple[DemotedExpert, ...]]:

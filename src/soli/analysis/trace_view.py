@@ -1,7 +1,9 @@
 """A trace as a table for a terminal: tokens downward, layers across, and in each cell the selected experts.
 
 A cell reads ` 15▆41% +19▂12% -7 ~22`: expert 15 carries 41 % of the routed weight; 19 was promoted by the router's
-bias; 7 was demoted by it; 22 was the first runner-up. Layers that do not fit the width go into a further table below.
+bias; 7 was demoted by it; 22 was the first runner-up. Where experts are read from disk, `↓` behind one says that it was
+on disk when the layer needed it, `⇣` that it was being read ahead. Layers that do not fit the width go into a further
+table below.
 Colour comes from the console and repeats what the signs show.
 """
 
@@ -12,7 +14,9 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from soli.analysis.trace import LayerTrace, SelectedExpert, TokenTrace
+from soli.analysis.residency import Tier
+from soli.analysis.trace import LayerTrace, PagedExpert, PagedLayerTrace, SelectedExpert, TokenTrace
+from soli.quantities import scaled
 
 BARS = "▁▂▃▄▅▆▇█"
 SPACES = {" ": "·", "\n": "↵", "\t": "⇥"}
@@ -25,6 +29,14 @@ RUNNER_UP = "yellow"
 QUIET = "dim"
 TOKEN = "bold"
 SPECIAL = "magenta"
+MISS = "bold magenta"
+
+TIER_SIGNS: dict[Tier, str] = {"memory": " ", "reading": "⇣", "disk": "↓"}
+TIER_NAMES: dict[Tier, str] = {
+    "memory": "in memory",
+    "reading": "was being read ahead when the layer needed it",
+    "disk": "was on disk when the layer needed it",
+}
 
 
 def print_table(console: Console, tokens: Sequence[TokenTrace]) -> None:
@@ -53,7 +65,7 @@ def print_detail(console: Console, tokens: Sequence[TokenTrace]) -> None:
         console.print(_label(token).append(f"  {token.part}, position {token.position}", QUIET), soft_wrap=True)
         for layer in token.layers:
             groups = "" if layer.groups is None else f"  groups {' '.join(map(str, layer.groups))}"
-            console.print(Text(f"  {layer.layer}{groups}", QUIET), soft_wrap=True)
+            console.print(Text(f"  {layer.layer}{groups}{_cost(layer)}", QUIET), soft_wrap=True)
             for line in _detail_lines(layer):
                 console.print(line, soft_wrap=True)
     console.print(Text(summary(tokens)), soft_wrap=True)
@@ -74,7 +86,30 @@ def summary(tokens: Sequence[TokenTrace]) -> str:
         closest, layer, token = min(runner_ups, key=lambda entry: entry[0].margin)
         by = f"{closest.margin:.4f}" if closest.margin >= 1e-4 else "less than 0.0001"
         sentence += f"; closest runner-up: expert {closest.expert} in {layer} at {visible(token.text)}, by {by}"
-    return sentence
+    return sentence + _residency_summary(tokens)
+
+
+def _residency_summary(tokens: Sequence[TokenTrace]) -> str:
+    """How many of the selected experts were in memory, and what reading the others cost; empty where all always are."""
+    layers = [layer for token in tokens for layer in token.layers if isinstance(layer, PagedLayerTrace)]
+    if not layers:
+        return ""
+    tiers = [expert.tier for layer in layers for expert in layer.selected]
+    # A pass over several tokens is in the trace once for each of them.
+    milliseconds = sum(layer.waited_ms / layer.pass_tokens for layer in layers)
+    read = sum(layer.bytes_read / layer.pass_tokens for layer in layers)
+    return (
+        f"; {tiers.count('memory')} of {len(tiers)} experts were in memory: reading the others, {scaled(read, 'B')}, "
+        f"held up the layers for {milliseconds:,.1f} ms"
+    )
+
+
+def _cost(layer: LayerTrace) -> str:
+    """What reading cost a layer."""
+    if not isinstance(layer, PagedLayerTrace) or not layer.bytes_read:
+        return ""
+    tokens = f", for {layer.pass_tokens} tokens" if layer.pass_tokens > 1 else ""
+    return f"  waited {layer.waited_ms:.1f} ms, {scaled(layer.bytes_read, 'B')} read{tokens}"
 
 
 def visible(text: str) -> str:
@@ -115,7 +150,8 @@ def _signed(expert: SelectedExpert) -> str:
 def _selected(expert: SelectedExpert, share: float, width: int) -> Text:
     bar = BARS[min(len(BARS) - 1, int(share * 2 * len(BARS)))]  # half of the weight fills the bar
     entry = Text(_signed(expert).rjust(width), PROMOTED if expert.promoted_by_bias else "bold")
-    return entry.append(bar, "cyan").append(f"{100 * share:.0f}%".ljust(3), QUIET)
+    entry.append(bar, "cyan").append(f"{100 * share:.0f}%".ljust(3), QUIET)
+    return entry.append(TIER_SIGNS[expert.tier], MISS) if isinstance(expert, PagedExpert) else entry
 
 
 def _tables(columns: list[list[Text]], width: int) -> list[list[list[Text]]]:
@@ -147,6 +183,7 @@ def _detail_lines(layer: LayerTrace) -> list[Text]:
             (f"{BARS[-1] * round(20 * share):<20}", "cyan"),
             f" weight {expert.weight:.3f}  affinity {expert.affinity:.3f}  ranked {expert.biased:.3f}",
             ("  promoted by the bias" if expert.promoted_by_bias else "", PROMOTED),
+            (f"  {TIER_NAMES[expert.tier]}" if isinstance(expert, PagedExpert) else "", MISS),
         )
         for expert, share in layer.by_weight()
     ]
@@ -187,6 +224,10 @@ def _legend(tokens: Sequence[TokenTrace]) -> Text:
     for sign, style, meaning, experts in signs:
         if experts:
             entries.append(Text().append(f"{sign}{experts[0]}", style).append(meaning))
+    paged = {expert.tier: expert for layer in layers for expert in layer.selected if isinstance(expert, PagedExpert)}
+    for tier in ("disk", "reading"):
+        if tier in paged:
+            entries.append(Text(TIER_SIGNS[tier], MISS).append(f" {TIER_NAMES[tier]}"))
     return Text(" · ").join(entries)
 
 

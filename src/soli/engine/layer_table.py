@@ -53,7 +53,7 @@ class FusedLayers:
         hidden, routings = zip(*outputs, strict=True)
         if len(outputs) == 1:
             return hidden[0], Routings(*routings[0])
-        return torch.cat(hidden), Routings(*(torch.cat(parts, 1) for parts in zip(*routings, strict=True)))
+        return torch.cat(hidden), Routings(*fused.RoutingTensors.join(routings))
 
     def kv_blocks(self, cache: Cache) -> list[Tensor]:
         """Each layer's KV blocks."""

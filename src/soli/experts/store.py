@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from soli.analysis.residency import PassResidency, Residency, ResidencyRecorder
 from soli.errors import SoliError
 from soli.experts.policy import DEFAULT, POLICIES, ExpertUsage, Key
 from soli.experts.prefetch import Prefetcher
@@ -43,11 +44,13 @@ PRELOAD_AT_ONCE: Final = 32  # experts
 
 @dataclass
 class StoreStats:
-    """`hits` and `misses`: experts that a layer's tokens chose, each once per forward pass."""
+    """`hits` and `misses`: experts that a layer's tokens chose, each once per forward pass. `waited_seconds`: that
+    layers were held up by reading."""
 
     hits: int = 0
     misses: int = 0
     evictions: int = 0
+    waited_seconds: float = 0.0
 
 
 class ExpertStore:
@@ -76,6 +79,7 @@ class ExpertStore:
         self._open_guesses: set[Key] = set()  # of which is not known whether they are right
         self._errors: dict[Key, Exception] = {}
         self._verified: set[Key] = set()
+        self.recorded_states_E: NDArray[np.uint8] | None = None  # of the layer that is computed: gets what is missing
         self._slots: dict[Key, int] = {}
         self._arrived = threading.Condition()
         self.layers = [PagedExperts.of(self, at, source) for at, source in enumerate(sources.layers)]
@@ -109,13 +113,18 @@ class ExpertStore:
         """Of all slots."""
         return self.capacity * self.slot_bytes
 
-    def windows(self, layer: int, chosen: Sequence[int], wait: bool) -> Iterator[range]:
+    def windows(
+        self, layer: int, chosen: Sequence[int], wait: bool, states_E: NDArray[np.uint8] | None = None
+    ) -> Iterator[range]:
         """The experts 0 ... E - 1 of a layer in consecutive ranges, for tokens that chose `chosen`, in ascending order.
 
         While a range is used, the experts chosen from it are in memory; without `wait` they may still be on their way
-        (see EXPERT_STATES). SoliError where one cannot be read.
+        (see EXPERT_STATES). `states_E` gets what is missing when it is needed. SoliError where one cannot be read.
         """
-        E = len(self.sources.layers[layer].experts)
+        if states_E is not None:
+            self.recorded_states_E = states_E
+        E, states = len(self.sources.layers[layer].experts), self.layers[layer].states
+        start = time.perf_counter()
         self._resolve_guesses(layer, chosen)
         parts = self._parts(layer, chosen)
         misses = self.stats.misses
@@ -128,14 +137,17 @@ class ExpertStore:
                 both_fit = len(part) + len(following) <= self.capacity
                 if both_fit:
                     self._load(layer, following, (*part, *following))
-                if wait:
+                if wait and any(states[expert] != PRESENT for expert in part):
                     self.wait(layer, part)
+                    self.stats.waited_seconds += time.perf_counter() - start
                 yield range(part[0] if at else 0, following[0] if following else E)
+                start = time.perf_counter()
                 self.wait(layer, part)
                 if not both_fit:
                     self._load(layer, following, following)
         finally:
             self._locked.clear()
+            self.recorded_states_E = None
 
     def prefetch(self, layer: int, guessed: Sequence[int]) -> None:
         """Read experts ahead that the layer may need, while nothing that is needed is being read. What is locked, or is
@@ -188,8 +200,10 @@ class ExpertStore:
     def weights(self, layer: int, expert: int) -> tuple[QuantizedWeight, QuantizedWeight, QuantizedWeight]:
         """Gate, up and down of one expert, read now if they are not in memory; valid until the next call."""
         if self.layers[layer].states[expert] != PRESENT:
+            start = time.perf_counter()
             self._load(layer, [expert], [expert])
             self.wait(layer, [expert])
+            self.stats.waited_seconds += time.perf_counter() - start
         return self._weights(layer, expert)
 
     def use(self, layer: int, expert_ids_TK: Tensor) -> None:
@@ -245,6 +259,8 @@ class ExpertStore:
                 self._release((layer, expert))
             if states[expert] == MISSING:
                 self.stats.misses += 1
+                if self.recorded_states_E is not None:
+                    self.recorded_states_E[expert] = MISSING
                 slot = self._free.pop() if self._free else self._evict(layer)
                 assert slot is not None
                 self._read((layer, expert), slot)
@@ -409,6 +425,7 @@ class PagedExperts(QuantizedExperts):
             "uniform": gate == up,
             "states": states_E.numpy(),
             "values_like": torch.empty(0, dtype=down.values_dtype),
+            "expert_bytes_E": torch.tensor([sum(read.length for read in one.reads) for one in source.experts]),
         }
         for name, value in attributes.items():
             object.__setattr__(experts, name, value)
@@ -417,13 +434,19 @@ class PagedExperts(QuantizedExperts):
     _store: ExpertStore
     _layer: int
     states: NDArray[np.uint8]
+    expert_bytes_E: Tensor  # int64, that are read for each
 
     def set_addresses(self, expert: int, addresses_32: Tensor) -> None:
         self.table.addresses_3E2[:, expert] = addresses_32
 
-    def windows(self, expert_ids_TK: Tensor, wait: bool = True) -> Iterator[range]:
+    def windows(
+        self, expert_ids_TK: Tensor, wait: bool = True, states_E: NDArray[np.uint8] | None = None
+    ) -> Iterator[range]:
         self._store.use(self._layer, expert_ids_TK)
-        return self._store.windows(self._layer, chosen_experts(expert_ids_TK), wait)
+        return self._store.windows(self._layer, chosen_experts(expert_ids_TK), wait, states_E)
+
+    def residency_recorder(self, expert_ids_TK: Tensor) -> ResidencyRecorder:
+        return LayerRecorder(self._store, self, expert_ids_TK)
 
     def record(self, expert_ids_TK: Tensor) -> None:
         """Count a pass in which all experts that tokens chose were in memory."""
@@ -442,10 +465,34 @@ class PagedExperts(QuantizedExperts):
         """A pass of a few tokens that waited for experts took so long."""
         self._store.prefetcher.observe(seconds)
 
+    def count_wait(self, seconds: float) -> None:
+        """A pass was held up so long by reading."""
+        self._store.stats.waited_seconds += seconds
+
     def raise_failure(self) -> None:
         """The error of an expert that could not be read."""
         failed = [expert for expert, state in enumerate(self.states.tolist()) if state == FAILED]
         self._store.wait(self._layer, failed)
+
+
+class LayerRecorder:
+    """Where the experts of a layer are while modules compute it, one after another."""
+
+    def __init__(self, store: ExpertStore, experts: PagedExperts, expert_ids_TK: Tensor) -> None:
+        self._store, self._expert_ids_TK = store, expert_ids_TK
+        self._waited = store.stats.waited_seconds
+        self._residency = PassResidency.empty(len(expert_ids_TK), experts.expert_bytes_E[None])
+        states_E = self._residency.states_ME[0].numpy()
+        states_E[:] = experts.states
+        states_E[states_E == FAILED] = MISSING  # in an earlier pass
+        store.recorded_states_E = states_E
+
+    def finish(self) -> Residency:
+        """When the layer has been computed."""
+        self._store.recorded_states_E = None
+        waited = self._store.stats.waited_seconds - self._waited
+        self._residency.waited_M[0] = round(1e9 * waited)
+        return self._residency.of_layer(0, self._expert_ids_TK)
 
 
 def chosen_experts(expert_ids_TK: Tensor) -> list[int]:

@@ -18,6 +18,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from soli.analysis.residency import ResidencyRecorder
 from soli.errors import SoliError
 from soli.formats.quantized import QuantizedWeight
 from soli.kernels.cpu import ExpertTable
@@ -57,6 +58,10 @@ class QuantizedExperts:
     def windows(self, expert_ids_TK: Tensor) -> Iterable[range] | None:
         """The experts 0 ... E - 1 in consecutive ranges, each of which is in memory while it is taken; None where all
         are in memory."""
+        return None
+
+    def residency_recorder(self, expert_ids_TK: Tensor) -> ResidencyRecorder | None:
+        """Records where the experts are, from now until the layer is computed; None where all are in memory."""
         return None
 
 

@@ -3,10 +3,13 @@
 Shapes: B batch, T tokens (flattened inside), D hidden, E experts, F expert width, K chosen.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from soli import kernels
+from soli.analysis.residency import ResidencyRecorder
 from soli.config import ModelConfig
 from soli.model.layers import MLP, Device
 from soli.model.router import Router, Routing
@@ -51,7 +54,15 @@ class MoE(nn.Module):
         """The layer's output (B, T, D) and the router's whole decision for its B*T tokens."""
         x_TD = x_BTD.flatten(0, 1)
         routing = self.gate(x_TD, masked_TE)
+        recorder = self._residency_recorder(routing)
         y_TD = self.experts(x_TD, routing.expert_ids_TK, routing.weights_TK)
+        if recorder is not None:
+            routing = replace(routing, residency=recorder.finish())
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts(x_TD)
         return y_TD.view_as(x_BTD), routing
+
+    def _residency_recorder(self, routing: Routing) -> ResidencyRecorder | None:
+        """Of experts that are read from disk as they are needed."""
+        quantized = self.experts.quantized if isinstance(self.experts, RoutedExperts) else None
+        return None if quantized is None else quantized.residency_recorder(routing.expert_ids_TK)

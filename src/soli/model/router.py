@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from soli import kernels
 from soli.analysis.notebook_views import heat_map
+from soli.analysis.residency import PassResidency, Residency, join_residency
 from soli.config import ModelConfig
 from soli.model.layers import Device
 
@@ -30,6 +31,7 @@ class Routing:
     scores_TE: Tensor  # float32 affinity: sigmoid or softmax of the router's logits, unbiased
     biased_TE: Tensor  # float32 affinity + bias: what selection ranks; the same tensor without bias; -inf where masked
     groups_TG: Tensor | None  # bool, groups that survived; None where selection is not limited to groups
+    residency: Residency | None = None  # where the chosen experts were when they were needed; None: always in memory
 
     @property
     def num_experts(self) -> int:
@@ -56,13 +58,20 @@ class Routings(Sequence[Routing]):
     """The decisions of several layers, stacked; each is made when it is asked for.
 
     Layers M: `ids_MTK`, `weights_MTK`, `scores_MTE`, `biased_MTE` and `groups_MTG` as in Routing; of one group there is
-    no choice of groups.
+    no choice of groups. `residency`: of the forward passes over consecutive tokens, empty where all experts are in
+    memory for good.
     """
 
     def __init__(
-        self, ids_MTK: Tensor, weights_MTK: Tensor, scores_MTE: Tensor, biased_MTE: Tensor, groups_MTG: Tensor
+        self,
+        ids_MTK: Tensor,
+        weights_MTK: Tensor,
+        scores_MTE: Tensor,
+        biased_MTE: Tensor,
+        groups_MTG: Tensor,
+        residency: Sequence[PassResidency] = (),
     ) -> None:
-        self.ids_MTK, self.weights_MTK = ids_MTK, weights_MTK
+        self.ids_MTK, self.weights_MTK, self.residency = ids_MTK, weights_MTK, residency
         self.scores_MTE, self.biased_MTE, self.groups_MTG = scores_MTE, biased_MTE, groups_MTG
 
     def __len__(self) -> int:
@@ -79,7 +88,20 @@ class Routings(Sequence[Routing]):
             raise IndexError(f"layer {layer} of {len(self)}")
         groups_TG = self.groups_MTG[layer] if self.groups_MTG.shape[2] > 1 else None
         return Routing(
-            self.ids_MTK[layer], self.weights_MTK[layer], self.scores_MTE[layer], self.biased_MTE[layer], groups_TG
+            self.ids_MTK[layer],
+            self.weights_MTK[layer],
+            self.scores_MTE[layer],
+            self.biased_MTE[layer],
+            groups_TG,
+            self._layer_residency(layer),
+        )
+
+    def _layer_residency(self, layer: int) -> Residency | None:
+        if not self.residency:
+            return None
+        passes = self.ids_MTK[layer].split([one.tokens for one in self.residency])
+        return join_residency(
+            [one.of_layer(layer, ids_TK) for one, ids_TK in zip(self.residency, passes, strict=True)]
         )
 
 
@@ -92,18 +114,21 @@ def slice_routing(routing: Routing, start: int, stop: int) -> Routing:
         scores_TE=routing.scores_TE[start:stop].clone(),
         biased_TE=routing.biased_TE[start:stop].clone(),
         groups_TG=None if groups_TG is None else groups_TG[start:stop].clone(),
+        residency=None if routing.residency is None else routing.residency.of_tokens(start, stop),
     )
 
 
 def join_routing(parts: Sequence[Routing]) -> Routing:
     """One layer's decisions over consecutive tokens as one Routing."""
     groups = [part.groups_TG for part in parts if part.groups_TG is not None]
+    residency = [part.residency for part in parts if part.residency is not None]
     return Routing(
         expert_ids_TK=torch.cat([part.expert_ids_TK for part in parts]),
         weights_TK=torch.cat([part.weights_TK for part in parts]),
         scores_TE=torch.cat([part.scores_TE for part in parts]),
         biased_TE=torch.cat([part.biased_TE for part in parts]),
         groups_TG=torch.cat(groups) if groups else None,
+        residency=join_residency(residency) if residency else None,
     )
 
 

@@ -16,9 +16,12 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any, Final, NamedTuple, Protocol, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from soli.analysis.residency import PassResidency
 from soli.formats.quantized import QuantizedWeight, plain
 from soli.kernels.cpu import ExpertTable, native
 from soli.kernels.cpu.structs import (
@@ -72,9 +75,14 @@ def set_experts(feed_forward: CFeedForward, table: ExpertTable) -> None:
 class ExpertPager(Protocol):
     """Brings a layer's experts into memory; see soli.experts.store."""
 
-    def windows(self, expert_ids_TK: Tensor, wait: bool = True) -> Iterator[range]:
+    expert_bytes_E: Tensor  # int64, that are read for each
+
+    def windows(
+        self, expert_ids_TK: Tensor, wait: bool = True, states_E: NDArray[np.uint8] | None = None
+    ) -> Iterator[range]:
         """The layer's experts 0 ... E - 1 in consecutive ranges. When a range is taken, those of its experts that
-        tokens chose are in memory, or without `wait` being read, until the next is taken."""
+        tokens chose are in memory, or without `wait` being read, until the next is taken. `states_E`: gets what is
+        found to be missing."""
 
     @property
     def prefetches(self) -> bool:
@@ -85,6 +93,9 @@ class ExpertPager(Protocol):
 
     def observe(self, seconds: float) -> None:
         """A pass of a few tokens that waited for experts took so long."""
+
+    def count_wait(self, seconds: float) -> None:
+        """A pass was held up so long by reading."""
 
     def record(self, expert_ids_TK: Tensor) -> None:
         """Counts a pass that found all experts in memory."""
@@ -101,14 +112,32 @@ class RoutingTensors(NamedTuple):
     scores_MTE: Tensor
     biased_MTE: Tensor
     groups_MTG: Tensor
+    residency: tuple[PassResidency, ...] = ()  # of this pass, where experts are read from disk
 
     @classmethod
-    def empty(cls, shape: tuple[int, int, int, int], T: int) -> Self:
-        """Memory for T tokens; shape is M, E, K, G."""
-        M, E, K, G = shape
+    def empty(cls, table: "LayerTable", T: int) -> Self:
+        """Memory for T tokens."""
+        M, E, K, G = table.routing_shape
         ids_MTK = torch.empty(M, T, K, dtype=torch.int64)
         groups_MTG = torch.empty(M, T, G, dtype=torch.bool)
-        return cls(ids_MTK, torch.empty(M, T, K), torch.empty(M, T, E), torch.empty(M, T, E), groups_MTG)
+        scores_MTE, biased_MTE = torch.empty(2, M, T, E)
+        residency = (PassResidency.empty(T, table.expert_bytes_ME),) if any(table.paged_experts) else ()
+        return cls(ids_MTK, torch.empty(M, T, K), scores_MTE, biased_MTE, groups_MTG, residency)
+
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        """Those of consecutive tokens."""
+        ids_MTK, weights_MTK, scores_MTE, biased_MTE, groups_MTG = (
+            torch.cat(tensors, 1) for tensors in zip(*(part[:5] for part in parts), strict=True)
+        )
+        residency = tuple(one for part in parts for one in part.residency)
+        return cls(ids_MTK, weights_MTK, scores_MTE, biased_MTE, groups_MTG, residency)
+
+    def addresses(self) -> CRoutings:
+        """Where the C++ code writes."""
+        *tensors, residency = self
+        recorded = [tensor for one in residency for tensor in (one.states_ME, one.waited_M)]
+        return CRoutings(*(tensor.data_ptr() for tensor in (*tensors, *recorded)))
 
 
 @dataclass(frozen=True)
@@ -129,6 +158,10 @@ class LayerTable:
         routers = [layer.feed_forward.router for layer in self.layers if layer.feed_forward.router.weight.layout.O]
         return (len(routers), routers[0].weight.layout.O, routers[0].K, routers[0].G) if routers else (0, 0, 0, 0)
 
+    @cached_property
+    def expert_bytes_ME(self) -> Tensor:
+        """The bytes that are read for each expert, where all layers that have a router are paged."""
+        return torch.stack([experts.expert_bytes_E for experts in self.paged_experts if experts is not None])
 
     @cached_property
     def router_index(self) -> list[int]:
@@ -226,7 +259,7 @@ def _forward(
     T, D = shape
     _check(table, T, dtype, metadata, kv_blocks, masked_experts)
     y_TD = torch.empty(T, D, dtype=dtype)
-    routing = RoutingTensors.empty(table.routing_shape, T)
+    routing = RoutingTensors.empty(table, T)
     block_addresses = _addresses(kv_blocks)
     mask_addresses = _addresses(masked_experts)
     chunks = [CPrefillChunk(*bounds, slots.data_ptr()) for *bounds, slots in metadata.chunks]
@@ -242,18 +275,19 @@ def _forward(
         lengths=metadata.lengths_B.data_ptr(), positions=metadata.positions_T.data_ptr(),
         chunk_count=len(chunks), chunks=addressof(c_chunks),
         masked_experts=addressof(mask_addresses) if masked_experts else None,
-        routings=CRoutings(*(tensor.data_ptr() for tensor in routing)), **tokens,
+        routings=routing.addresses(), **tokens,
     )  # fmt: skip
     if any(table.paged_experts):
-        _forward_paged(kernels, table, args, routing.ids_MTK)
+        _forward_paged(kernels, table, args, routing)
     else:
         native.check_error(kernels.forward(addressof(args)))
     return y_TD, routing
 
 
-def _forward_paged(kernels: native.Library, table: LayerTable, args: CForwardArgs, ids_MTK: Tensor) -> None:
+def _forward_paged(kernels: native.Library, table: LayerTable, args: CForwardArgs, routing: RoutingTensors) -> None:
     """One pass, continued wherever it stops for experts that are not in memory."""
     start = time.perf_counter()
+    ids_MTK, (residency,) = routing.ids_MTK, routing.residency
     T, K = ids_MTK.shape[1:]
     predicted_TK = torch.empty(min(T, MAX_PREDICTED_TOKENS), K, dtype=torch.int64)
     guesses = T <= MAX_PREDICTED_TOKENS and any(experts.prefetches for experts in table.paged_experts if experts)
@@ -279,19 +313,24 @@ def _forward_paged(kernels: native.Library, table: LayerTable, args: CForwardArg
         layer = paging.layer
         experts = table.paged_experts[layer]
         assert experts is not None
+        stopped_at = time.perf_counter_ns()
         record_hits(layer)
         following = table.paged_experts[layer + 1] if paging.predicted_tokens else None
-        for window in experts.windows(ids_MTK[table.router_index[layer]], wait=False):
+        index = table.router_index[layer]
+        for window in experts.windows(ids_MTK[index], wait=False, states_E=residency.states_ME[index].numpy()):
             if following is not None:
                 following.prefetch(predicted_TK)
                 following = None
             paging.layer, paging.begin, paging.end = layer, window.start, window.stop
+            residency.waited_M[index] += time.perf_counter_ns() - stopped_at
             run()
+            stopped_at = time.perf_counter_ns()
         recorded = layer + 1
     stopped = recorded > 0
     record_hits(len(table.paged_experts))
+    pager = next(experts for experts in table.paged_experts if experts is not None)
+    pager.count_wait(residency.waited_seconds)
     if stopped and T <= MAX_PREDICTED_TOKENS:
-        pager = next(experts for experts in table.paged_experts if experts is not None)
         pager.observe(time.perf_counter() - start)
 
 

@@ -73,7 +73,7 @@ class CPrefillChunk(Structure):
 
 
 class CRoutings(Structure):
-    _fields_ = tuple((name, c_void_p) for name in ("ids", "weights", "scores", "biased", "groups"))
+    _fields_ = tuple((name, c_void_p) for name in ("ids", "weights", "scores", "biased", "groups", "states", "waited"))
 
 
 class CPaging(Structure):

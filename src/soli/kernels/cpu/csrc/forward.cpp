@@ -33,8 +33,13 @@ Routings next_routings(const Routings& current, const Router& router, int64_t T)
     const int64_t scores = T * router.E();
     const int64_t ids = scores ? T * router.K : 0;
     const int64_t groups = scores ? T * router.G : 0;
-    return {current.ids + ids, current.weights + ids, current.scores + scores, current.biased + scores,
-            current.groups + groups};
+    return {current.ids + ids,
+            current.weights + ids,
+            current.scores + scores,
+            current.biased + scores,
+            current.groups + groups,
+            current.states ? current.states + router.E() : nullptr,
+            current.waited && scores ? current.waited + 1 : current.waited};
 }
 
 // The slot that each token's latent is written to; false when a slot is outside the KV blocks, or the chunks are not

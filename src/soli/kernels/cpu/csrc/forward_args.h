@@ -104,6 +104,8 @@ struct Routings {
     float* scores;    // (T, E)
     float* biased;    // (T, E)
     uint8_t* groups;  // (T, G): 1 for a selected group
+    uint8_t* states;  // null; or (E): the ExpertState of each chosen expert when the layer needed it
+    int64_t* waited;  // null; or nanoseconds that the layer waited for experts are added to it
 };
 
 // How a forward pass stops and continues where a layer's experts are not in memory. It stops after the layer's routing.

@@ -7,6 +7,8 @@
 //
 // Shapes: T tokens, D hidden, E experts, F width, K chosen, P = T * K pairs of token and expert.
 #pragma once
+#include <utility>
+
 #include "forward_router.h"
 
 namespace soli {
@@ -47,6 +49,7 @@ public:
         order = arena.take<int64_t>(E);
         active_count = arena.take<int64_t>(1);
         failed = arena.take<int64_t>(1);
+        longest_wait = arena.take<int64_t>(1);
         shared_values = arena.take<float>(T * shared.in.O);
         routed_values = arena.take<float>(P * routed.in.O);
         used = arena.used;
@@ -128,7 +131,9 @@ private:
         shared_pairs.assign_all(T);
         routed_pairs.sort_by_expert(E, f.router.K, P, routings.ids, routings.weights);
         *active_count = routed_pairs.active_count;
-        *failed = 0;
+        *failed = *longest_wait = 0;
+        for (int64_t i = 0; f.states && i < *active_count; i++)
+            routings.states[routed_pairs.active[i]] = load_state(f.states + routed_pairs.active[i]);
     }
 
     void order_by_state() {
@@ -149,18 +154,34 @@ private:
     void gate_up_routed(const int64_t* experts) {
         const int64_t expert_spans = spans(routed.in.O);
         const int64_t items = (last_active - first_active) * expert_spans;
+        int64_t waited = 0;
         // Dynamic: experts have different numbers of tokens.
 #pragma omp for schedule(dynamic, omp_chunk(items, T, 3 * args.threads)) nowait
         for (int64_t i = 0; i < items; i++) {
             const int64_t e = experts[i / expert_spans];
-            if (f.states && !wait_until_present(f.states + e)) {
+            if (f.states && !wait_until_present(f.states + e, waited)) {
                 __atomic_store_n(failed, 1, __ATOMIC_RELAXED);
                 continue;
             }
             gate_up_span(routed, e, routed_input, routed_pairs.start[e], routed_pairs.start[e + 1], i % expert_spans,
                          routed_values, routed_hidden);
         }
+        if (waited) record_longest(waited);
         state.team.barrier();
+        if (f.states) add_wait();
+    }
+
+    void add_wait() {
+#pragma omp single nowait
+        routings.waited[0] += std::exchange(*longest_wait, 0);
+    }
+
+    // Threads wait at the same time, so the layer waited as long as the one that waited longest.
+    void record_longest(int64_t waited) {
+        int64_t longest = __atomic_load_n(longest_wait, __ATOMIC_RELAXED);
+        constexpr int relaxed = __ATOMIC_RELAXED;
+        while (waited > longest &&
+               !__atomic_compare_exchange_n(longest_wait, &longest, waited, true, relaxed, relaxed)) {}
     }
 
     void down_and_combine_all() {
@@ -205,6 +226,7 @@ private:
     int64_t* order;         // (E) the experts to compute, in the order of their gate and up products
     int64_t* active_count;  // of routed_pairs
     int64_t* failed;        // 1 where an expert could not be read
+    int64_t* longest_wait;  // nanoseconds, of the thread that waited longest for experts
     int64_t first_active = 0, last_active = 0;  // of the active experts, the ones to compute
 };
 

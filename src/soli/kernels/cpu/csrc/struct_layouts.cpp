@@ -75,7 +75,7 @@ STRUCT(FeedForward, FIELD(norm), FIELD(gate), FIELD(up), FIELD(down), FIELD(rout
        FIELD(expert_out), FIELD(experts), FIELD(states))
 STRUCT(Layer, FIELD(attention), FIELD(feed_forward))
 STRUCT(PrefillChunk, FIELD(start), FIELD(stop), FIELD(first_position), FIELD(slots))
-STRUCT(Routings, FIELD(ids), FIELD(weights), FIELD(scores), FIELD(biased), FIELD(groups))
+STRUCT(Routings, FIELD(ids), FIELD(weights), FIELD(scores), FIELD(biased), FIELD(groups), FIELD(states), FIELD(waited))
 STRUCT(Paging, FIELD(layer), FIELD(begin), FIELD(end), FIELD(pass), FIELD(threads), FIELD(predicted),
        FIELD(predicted_tokens))
 STRUCT(ForwardArgs, FIELD(isa), FIELD(dtype), FIELD(threads), FIELD(T), FIELD(D), FIELD(layer_count), FIELD(layers),
