@@ -21,8 +21,8 @@ from tests.serve.tiny_server import scripted_server, tiny_server
 ALWAYS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 ROUTES = [
     "GET /health", "GET /ready", "GET /metrics", "GET /v1/models", "GET /v1/models/{name}", "POST /v1/completions",
-    "POST /v1/chat/completions", "GET /soli/model", "GET /soli/experts/{layer}/{expert}", "POST /soli/translate",
-    "POST /v1/responses", "POST /v1/messages", "POST /v1/messages/count_tokens",
+    "POST /v1/chat/completions", "GET /soli/model", "GET /soli/experts", "GET /soli/experts/{layer}/{expert}",
+    "POST /soli/translate", "POST /v1/responses", "POST /v1/messages", "POST /v1/messages/count_tokens",
     "POST /tokenize", "POST /detokenize",
 ]  # fmt: skip
 POSTS = [route for route in ROUTES if route.startswith("POST")]

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from soli.analysis.residency import PassResidency, Residency, ResidencyRecorder
+from soli.analysis.residency import TIERS, PassResidency, Residency, ResidencyRecorder, Tier
 from soli.errors import SoliError
 from soli.experts.policy import DEFAULT, POLICIES, ExpertUsage, Key
 from soli.experts.prefetch import Prefetcher
@@ -435,6 +435,16 @@ class PagedExperts(QuantizedExperts):
     _layer: int
     states: NDArray[np.uint8]
     expert_bytes_E: Tensor  # int64, that are read for each
+
+    @property
+    def capacity(self) -> int:
+        """How many experts of all layers are in memory at once."""
+        return self._store.capacity
+
+    @property
+    def tiers(self) -> list[Tier]:
+        """Where each expert is now."""
+        return [TIERS[MISSING if state == FAILED else state] for state in self.states.tolist()]
 
     def set_addresses(self, expert: int, addresses_32: Tensor) -> None:
         self.table.addresses_3E2[:, expert] = addresses_32

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from soli.analysis.residency import Tier
 from soli.analysis.trace import TokenTrace
 from soli.engine.request import FinishReason
 
@@ -283,8 +284,16 @@ class ChatChunk(GenerationChunk):
 ModelMode = Literal["chat", "translate", "complete"]
 
 
+class PagedModel(BaseModel):
+    """A model that reads routed experts from disk as they are needed. `capacity`: how many fit in memory,
+    those of MTP modules among them."""
+
+    capacity: int
+
+
 class ModelDescription(BaseModel):
-    """GET /soli/model. `experts`: per MoE layer; `chosen`: of them per token; `total`, `activated`: parameters."""
+    """GET /soli/model. `experts`: per MoE layer; `chosen`: of them per token; `total`, `activated`: parameters.
+    `paged`: absent where all experts are in memory for good."""
 
     name: str
     layers: list[str]
@@ -296,11 +305,27 @@ class ModelDescription(BaseModel):
     activated: int
     modes: list[ModelMode]
     context: int
+    paged: PagedModel | None = None
+
+
+class LayerTiers(BaseModel):
+    """The experts of one layer that are in memory and those that are being read; the others are on disk."""
+
+    layer: str
+    memory: list[int]
+    reading: list[int]
+
+
+class ExpertTiers(BaseModel):
+    """GET /soli/experts: where the experts are now."""
+
+    layers: list[LayerTiers]
 
 
 class ExpertReport(BaseModel):
     """GET /soli/experts/{layer}/{expert}. Of `tokens_read`, the expert was selected for `selected`; `kinds` says what
-    sorts of token these were. It has no text of any request: other callers could read it."""
+    sorts of token these were. It has no text of any request: other callers could read it. `tier`: where it is now;
+    absent where all experts are in memory for good."""
 
     layer: str
     expert: int
@@ -310,3 +335,4 @@ class ExpertReport(BaseModel):
     read: int = Field(description="The old name of tokens_read.", json_schema_extra={"deprecated": True})
     tokens: list[str] = Field(description="Always empty.", json_schema_extra={"deprecated": True})
     kinds: dict[str, int]
+    tier: Tier | None = None

@@ -7,6 +7,8 @@ from fastapi import APIRouter, Header, Path, Query, Request
 from starlette.responses import Response
 
 from soli.analysis.parameters import count
+from soli.experts.store import PagedExperts
+from soli.model.moe import RoutedExperts
 from soli.serve import protocol_responses as protocol
 from soli.serve.answering import respond
 from soli.serve.chat_prompts import chat_batch
@@ -58,11 +60,15 @@ def soli_router(service: Service) -> APIRouter:
     """What the model is, what an expert was selected for, and translation."""
     routes = APIRouter(prefix="/soli", responses=ERRORS, route_class=StrictRoute)
 
-    @routes.get("/model")
+    @routes.get("/model", response_model_exclude_unset=True)
     def model() -> protocol.ModelDescription:
         return describe(service.name, service.loaded)
 
-    @routes.get("/experts/{layer}/{expert}")
+    @routes.get("/experts")
+    def experts() -> protocol.ExpertTiers:
+        return expert_tiers(service.loaded)
+
+    @routes.get("/experts/{layer}/{expert}", response_model_exclude_unset=True)
     def expert(
         layer: Annotated[int, Path(ge=0, le=10**6)],
         expert: Annotated[int, Path(ge=0, le=10**6)],
@@ -72,7 +78,11 @@ def soli_router(service: Service) -> APIRouter:
         name = f"layers.{layer}"
         if name not in description.layers or expert >= description.experts:
             raise ApiError(404, f"there is no expert {expert} in layer {layer}: see /soli/model", "expert")
-        return service.expert_statistics.report(name, expert)
+        report = service.expert_statistics.report(name, expert)
+        paged = paged_layers(service.loaded)
+        if name in paged:
+            report.tier = paged[name].tiers[expert]
+        return report
 
     @routes.post("/translate", response_model=None, responses=described(TRANSLATION))
     async def translate(body: TranslateBody, request: Request) -> Response:
@@ -122,7 +132,7 @@ def describe(name: str, loaded: LoadedModel) -> protocol.ModelDescription:
         "translate": can_translate(loaded),
         "complete": True,
     }
-    return protocol.ModelDescription(
+    description = protocol.ModelDescription(
         name=name,
         layers=layers,
         experts=config.n_routed_experts if layers else 0,
@@ -134,3 +144,29 @@ def describe(name: str, loaded: LoadedModel) -> protocol.ModelDescription:
         modes=[mode for mode, is_supported in supported.items() if is_supported],
         context=loaded.text_model.positions,
     )
+    for paged in paged_layers(loaded).values():
+        description.paged = protocol.PagedModel(capacity=paged.capacity)
+    return description
+
+
+def paged_layers(loaded: LoadedModel) -> dict[str, PagedExperts]:
+    """The layers of the main model whose experts are read from disk as they are needed, by name."""
+    return {
+        name: moe.experts.quantized
+        for name, moe in loaded.text_model.model.moe_layers()
+        if name.startswith("layers.")
+        and isinstance(moe.experts, RoutedExperts)
+        and isinstance(moe.experts.quantized, PagedExperts)
+    }
+
+
+def expert_tiers(loaded: LoadedModel) -> protocol.ExpertTiers:
+    """Where the experts of the main model are now."""
+    paged = paged_layers(loaded)
+    layers = []
+    for name, moe in loaded.text_model.model.moe_layers():
+        if name.startswith("layers."):
+            tiers = paged[name].tiers if name in paged else ["memory"] * moe.gate.weight.shape[0]
+            memory, reading = ([e for e, now in enumerate(tiers) if now == tier] for tier in ("memory", "reading"))
+            layers.append(protocol.LayerTiers(layer=name, memory=memory, reading=reading))
+    return protocol.ExpertTiers(layers=layers)

@@ -55,6 +55,25 @@ def recorded() -> list[Piece]:
     return [Piece(trace.get("source") or trace["prompt"], trace["experts"]) for trace in recordings]
 
 
+def paged(piece: Piece) -> Piece:
+    """The same of a model that reads experts from disk: by its number, an expert was on disk, being read, or in
+    memory when it was needed."""
+    prompt_tokens = sum(token["part"] == "prompt" for token in piece.tokens)
+
+    def layer_with_tiers(layer: dict[str, Any], pass_tokens: int) -> dict[str, Any]:
+        name = name_in(layer, "selected")
+        selected = [one | {"tier": ("disk", "reading", "memory")[min(2, one["expert"] % 5)]} for one in layer[name]]
+        misses = sum(one["tier"] != "memory" for one in selected)
+        cost = {"waited_ms": 1.2 * misses, "bytes_read": 600_000 * misses, "pass_tokens": pass_tokens}
+        return layer | {name: selected} | cost
+
+    tokens = []
+    for token in piece.tokens:
+        pass_tokens = prompt_tokens if token["part"] == "prompt" else 1
+        tokens.append(token | {"layers": [layer_with_tiers(layer, pass_tokens) for layer in token["layers"]]})
+    return Piece(piece.text, tokens, piece.reasoning)
+
+
 @dataclass
 class MockServer:
     """Serves on a free loopback port while used as a context. `pace`: seconds between the tokens of an answer."""
@@ -105,6 +124,16 @@ class MockServer:
             yield json.dumps({"choices": [_choice(path, token["text"])], "soli": {"tokens": [token]}})
         yield "[DONE]"
 
+    def turn_paged(self, capacity: int = 40) -> None:
+        """Serve as if the model were larger than memory."""
+        self.model = self.model | {"paged": {"capacity": capacity}}
+        self.pieces = [paged(piece) for piece in self.pieces]
+
+    def tiers(self) -> dict[str, Any]:
+        """Of each layer the experts 2, 5, 8, ... are in memory, and expert 1 is being read."""
+        experts = [*range(2, self.model["experts"], 3)]
+        return {"layers": [{"layer": name, "memory": experts, "reading": [1]} for name in self.model["layers"]]}
+
     def expert(self, layer: int, expert: int) -> dict[str, Any]:
         name = f"layers.{layer}"
         tokens: list[str] = []
@@ -117,7 +146,8 @@ class MockServer:
         kinds = dict.fromkeys(("chinese", "english", "digits", "punctuation", "other"), 0)
         for token_text in tokens:
             kinds[_kind(token_text)] += 1
-        return {
+        tier = {"tier": "memory" if expert % 3 == 2 else "disk"} if "paged" in self.model else {}
+        return tier | {
             "layer": name,
             "expert": expert,
             "selected": len(tokens),
@@ -197,6 +227,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._json(503, {"error": {"message": "the model is still being loaded"}})
         elif path == "/soli/model":
             self._json(200, self.mock.model)
+        elif path == "/soli/experts":
+            self._json(200, self.mock.tiers())
         elif path.startswith("/soli/experts/"):
             self._json(200, self.mock.expert(*map(int, path.split("/")[3:5])))
         else:

@@ -55,6 +55,11 @@ export async function getExpert(layer, expert) {
   return (await request(`/soli/experts/${layer}/${expert}`)).json();
 }
 
+/** Which experts of each layer are in memory now, and which are being read. */
+export async function getTiers() {
+  return (await request('/soli/experts')).json();
+}
+
 /**
  * Posts a request and yields the objects of its event stream as they come.
  * @param {string} path

@@ -7,6 +7,7 @@ import { el, harmless, visible } from './elements.js';
 import { LET_IN } from './score.js';
 import { t } from './strings.js';
 import { rich } from './terms.js';
+import { tierNow } from './tiers.js';
 
 const KINDS = ['chinese', 'english', 'digits', 'punctuation', 'other'];
 const MOST_HERE = 24;
@@ -78,10 +79,11 @@ function excerpts(scores, row, expert) {
     el('span', { class: 'after' }, harmless(after)), el('small', {}, percent(share)))));
 }
 
-function sinceStart({ selected: plays, tokens_read: read, kinds }) {
-  if (!plays) return [el('p', { class: 'about' }, ...rich('neverChosen', { read }))];
+function sinceStart({ selected: plays, tokens_read: read, kinds, tier }) {
+  if (!plays) return [...tierNow(tier), el('p', { class: 'about' }, ...rich('neverChosen', { read }))];
   const all = KINDS.reduce((sum, kind) => sum + (kinds[kind] ?? 0), 0) || 1;
   return [
+    ...tierNow(tier),
     el('p', { class: 'about' }, ...rich('sinceAbout', { plays, read, share: ((100 * plays) / read).toFixed(1) })),
     el('ul', { class: 'kinds', 'aria-label': t('kinds') }, ...KINDS.map((kind) => kindLine(kind, kinds[kind] ?? 0, all))),
   ];

@@ -6,6 +6,7 @@
 import { el } from './elements.js';
 import { Geometry } from './geometry.js';
 import { KEPT_OUT, LET_IN, NEAR } from './score.js';
+import { DISK, READING } from './tiers.js';
 
 const LEVELS = 32;
 const KINDS = 6;
@@ -18,7 +19,8 @@ export class Grid {
     Object.assign(this, { host, model, lights });
     this.base = el('canvas', { 'aria-hidden': 'true' });
     this.over = el('canvas', { 'aria-hidden': 'true', class: 'over' });
-    host.replaceChildren(this.base, this.over);
+    this.tiers = el('canvas', { 'aria-hidden': 'true', class: 'tiers' });
+    host.replaceChildren(this.base, this.tiers, this.over);
     this.pen = this.base.getContext('2d', { alpha: false });
     this.overPen = this.over.getContext('2d');
     this.muted = new Uint8Array(lights.value.length);
@@ -35,7 +37,7 @@ export class Grid {
     const width = this.host.clientWidth;
     if (!width) return;
     this.geometry = new Geometry(this.model, width, ratio);
-    for (const canvas of [this.base, this.over]) {
+    for (const canvas of [this.base, this.tiers, this.over]) {
       canvas.width = this.geometry.width;
       canvas.height = this.geometry.height;
       canvas.style.width = `${this.geometry.width / ratio}px`;
@@ -53,7 +55,7 @@ export class Grid {
       probe.style.color = `var(${name})`; // as a colour of an element it is resolved for the theme in force
       return style.color;
     };
-    this.ink = Object.fromEntries(['--ground', '--staff', '--bar', '--faint', '--road', '--muted-mark'].map((name) => [name, colour(name)]));
+    this.ink = Object.fromEntries(['--ground', '--staff', '--bar', '--faint', '--road', '--muted-mark', '--tier', '--tier-disk'].map((name) => [name, colour(name)]));
     const cell = this.geometry.notes ? colour('--ground') : colour('--cell');
     this.ramps = RAMPS.map((name) => ramp([cell, colour(name), colour(`${name}-bright`)]));
     this.font = style.fontFamily;
@@ -207,6 +209,26 @@ export class Grid {
     pen.beginPath();
     for (const [x, y] of line) pen.lineTo(x, y);
     pen.stroke();
+  }
+
+  /** Marks below the cells: a bar for an expert in memory, half a one while it is being read, a frame for one on disk. */
+  paintTiers(cells) {
+    const { geometry: g } = this;
+    const pen = this.tiers.getContext('2d');
+    pen.clearRect(0, 0, g.width, g.height);
+    const high = Math.max(1, Math.round((g.notes ? 3 : 1) * g.ratio));
+    const inset = g.notes ? 2 * g.ratio : 0;
+    cells?.forEach((tier, cell) => {
+      if (!tier) return;
+      const [row, expert] = [Math.floor(cell / g.experts), cell % g.experts];
+      const [left, width] = [g.xs[expert] + inset, Math.max(1, g.widths[expert] - 2 * inset)];
+      const top = g.y(row) + g.rowHeight - high - (g.notes ? g.ratio : 0);
+      pen.fillStyle = this.ink[tier === DISK ? '--tier-disk' : '--tier'];
+      if (tier === DISK && g.notes) {
+        pen.fillRect(left, top, width, g.ratio);
+        pen.fillRect(left, top + high - g.ratio, width, g.ratio);
+      } else pen.fillRect(left, top, tier === READING ? Math.max(1, width / 2) : width, high);
+    });
   }
 
   veil(row, alive) {

@@ -321,6 +321,7 @@ async function start() {
     done: () => {
       say(stage ? t('done', { count: stage.player.piece.length() }) : '');
       moved();
+      stage?.tiers.ask();
       panels?.expertAgain();
       if (tokenOfLink) showTokenOfLink();
     },

@@ -47,7 +47,7 @@ export function savePicture(stage, { title, footer, name }) {
       if (heading.textContent) line(heading.textContent, `italic 17px ${serif}`, texts.ink);
       y += 8;
       const height = grid.geometry.height / ratio;
-      if (draw) for (const canvas of [grid.base, grid.over]) pen.drawImage(canvas, MARGIN, y, grid.geometry.width / ratio, height);
+      if (draw) for (const canvas of [grid.base, grid.tiers, grid.over]) pen.drawImage(canvas, MARGIN, y, grid.geometry.width / ratio, height);
       y += height;
     }
     for (const part of stage.parts) y = tokens(part, y + 10, draw);

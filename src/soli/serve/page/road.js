@@ -6,6 +6,7 @@ import { el, visible } from './elements.js';
 import { KEPT_OUT, LET_IN, NEAR } from './score.js';
 import { t } from './strings.js';
 import { rich } from './terms.js';
+import { layerCost, layerCostLong, tierSign, tierSigns, tokenCost } from './tiers.js';
 
 const ALL_OPEN = 6; // models with up to so many layers show every table
 const KIND = ['plays', 'letInShort', 'keptOutShort', 'near'];
@@ -26,17 +27,17 @@ export function showRoad(host, { model, score, index, simple, chooseExpert }) {
   const about = el('p', { class: 'about' }, ...rich(`road${simple ? 'Simple' : 'About'}${part}`, { position: token.position, swayed, layers: rows.length }));
   const list = el('div', { class: 'road' }, ...rows.map((layer) => (simple ? players(layer, chooseExpert) : layerOf(layer, model, chooseExpert))));
   const key = simple ? [] : [el('p', { class: 'about' }, ...rich('roadSigns'))];
-  host.replaceChildren(title, about, ...key, list);
+  host.replaceChildren(title, about, ...[tokenCost(rows)].filter(Boolean), ...key, list);
 }
 
 /** A layer of the simple view: a button for each player, as wide as its share. */
 function players({ name, row, decision }, chooseExpert) {
   return el('div', { class: 'layer players' }, el('span', { class: 'name' }, name), el('span', { class: 'all' }, ...decision.players.map((player) => {
-    const button = el('button', { type: 'button', class: 'expert', onClick: () => chooseExpert(row, player.expert) },
-      el('span', { class: 'unseen' }, `${t('expert')} `), player.expert, el('small', {}, ` ${(100 * player.share).toFixed(0)} %`));
+    const button = el('button', { type: 'button', class: `expert ${player.tier}`, onClick: () => chooseExpert(row, player.expert) },
+      el('span', { class: 'unseen' }, `${t('expert')} `), player.expert, el('small', {}, ` ${(100 * player.share).toFixed(0)} %`), tierSign(player.tier));
     button.style.flexGrow = String(Math.round(100 * player.share));
     return button;
-  })));
+  })), layerCost(decision.cost));
 }
 
 function layerOf({ name, row, decision }, model, chooseExpert) {
@@ -73,7 +74,7 @@ function signs({ players, keptOut, near }) {
     ['let-in', t('countIn', { count: letIn.length }), t('letIn')],
     ['kept-out', t('countOut', { count: keptOut.length }), t('keptOut')],
   ];
-  marks.push(...next);
+  marks.push(...next, ...tierSigns(players));
   return el('span', { class: 'signs' }, ...marks.map(([kind, sign, title]) => el('span', { class: kind, title }, sign)));
 }
 
@@ -89,7 +90,7 @@ function tableOf(row, decision, model, chooseExpert) {
   const group = (expert) => Math.floor(expert / (model.experts / model.groups));
   const body = lines.map((line) => el('tr', { class: CLASS[line.kind] },
     el('th', { scope: 'row' }, el('button', { type: 'button', class: 'expert', onClick: () => chooseExpert(row, line.expert) },
-      t('expertNumber', { expert: line.expert }))),
+      t('expertNumber', { expert: line.expert }), tierSign(line.tier))),
     el('td', {}, roleOf(line, alive && !alive.has(group(line.expert)) ? group(line.expert) : null)),
     el('td', { class: 'number' }, line.share ? `${(100 * line.share).toFixed(0)} %` : ''),
     el('td', { class: 'number' }, figure(line.affinity)),
@@ -99,7 +100,7 @@ function tableOf(row, decision, model, chooseExpert) {
   const heads = ['headExpert', 'headRole', 'headWeight', 'headAffinity', 'headBias', 'headRanked'].map((key) => el('th', { scope: 'col' }, ...rich(key)));
   const table = el('table', {}, el('thead', {}, el('tr', {}, ...heads, el('td'))), el('tbody', {}, ...body));
   const survived = groups ? el('p', { class: 'about' }, ...rich('groupsSurvived', { groups: groups.join(', '), of: model.groups })) : null;
-  return survived ? [el('div', { class: 'scroll' }, table), survived] : [el('div', { class: 'scroll' }, table)];
+  return [el('div', { class: 'scroll' }, table), survived, layerCostLong(decision.cost)].filter(Boolean);
 }
 
 function roleOf(line, deadGroup) {

@@ -10,6 +10,7 @@ import { Player } from './player.js';
 import { Score } from './score.js';
 import { Strip } from './strip.js';
 import { t } from './strings.js';
+import { DISK, tierOfCell, Tiers } from './tiers.js';
 
 const LONGEST_FRAME = 0.1; // seconds; a tab that slept does not play everything at once
 
@@ -29,7 +30,18 @@ export class Stage {
     });
     new ResizeObserver(() => this.refit()).observe(byId('grids'));
     matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => this.recolour());
+    this.tiers = new Tiers(model, { changed: () => this.markTiers(), playing: () => does.more() });
     this.begin(1);
+  }
+
+  /** Marks where experts are now, or where those of the chosen token were when it needed them. */
+  markTiers() {
+    if (!this.model.paged) return;
+    const now = this.tiers.cells.map((tier) => (tier === DISK ? 0 : tier));
+    for (const part of this.parts) {
+      const own = this.chosen?.part === part ? this.chosen.index : null;
+      if (part.grid.geometry) part.grid.paintTiers(own === null ? now : part.score.tiersOf(own));
+    }
   }
 
   /** A new piece for one prompt, or for two to compare. */
@@ -140,6 +152,7 @@ export class Stage {
       part.strip.mark(own);
       if (part.grid.geometry) part.grid.paintRoad(part.score, this.simple ? null : own);
     }
+    this.markTiers();
     this.compare();
     this.does.moved();
     this.wake();
@@ -196,6 +209,7 @@ export class Stage {
   }
 
   rename() {
+    this.tiers.rename();
     for (const { cursor } of this.shown) cursor.rename();
     for (const { strip } of this.parts) strip.rename();
     if (this.difference) this.difference.heading.textContent = t('difference');
@@ -215,8 +229,8 @@ export class Stage {
       const mention = part.score.mention(this.chosen.index, row, expert);
       const states = this.simple ? ['cellPlays', 'cellPlays', 'cellRests', 'cellRests'] : ['cellPlays', 'cellLetIn', 'cellKeptOut', 'cellNear'];
       const state = mention ? t(states[mention.kind], { share: Math.round(100 * mention.share) }) : t('cellRests');
-      return `${name}: ${state}${muted}`;
+      return `${name}: ${state}${muted}${tierOfCell(mention?.tier)}`;
     }
-    return `${name}: ${t('cellPlayed', { count: part.lights.plays[cell], of: part.lights.played })}${muted}`;
+    return `${name}: ${t('cellPlayed', { count: part.lights.plays[cell], of: part.lights.played })}${muted}${tierOfCell(this.tiers.of(row, expert))}`;
   }
 }

@@ -12,7 +12,8 @@ const EXPLANATIONS = {
   router: 'aboutRouter', weight: 'aboutWeight', affinity: 'aboutAffinity', bias: 'aboutBias', ranked: 'aboutRanked',
   group: 'aboutGroup', plays: 'aboutPlays', letIn: 'aboutLetIn', keptOut: 'aboutKeptOut', near: 'aboutNear',
   muted: 'aboutMuted', road: 'aboutRoad', common: 'aboutCommon', compare: 'aboutCompare', prompt: 'aboutPrompt',
-  perSecond: 'aboutPerSecond',
+  perSecond: 'aboutPerSecond', tierMemory: 'aboutTierMemory', tierReading: 'aboutTierReading', tierDisk: 'aboutTierDisk',
+  waited: 'aboutWaited',
 };
 const HIDE_AFTER = 200; // milliseconds in which the pointer can go from the term to its explanation
 
