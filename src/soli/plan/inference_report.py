@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from soli.plan.check import Measurement
-from soli.plan.inference import MachineRates, Prediction
+from soli.plan.inference import MachineRates, Prediction, predict_decode
 from soli.plan.inference_plan import Division, GpuSplit, PlannedModel, Speed, Upgrade
 from soli.plan.sizes import ModelSizes
 from soli.quantities import scaled
@@ -113,6 +113,10 @@ class PlanReport:
             (name, f"{number(predicted)} tokens/s predicted, {number(measured)} measured: {100 * error:+.0f} %")
             for name, predicted, measured, error in rows
         ]
+        if "decode_error_at_measured_reads" in errors:
+            error = errors["decode_error_at_measured_reads"]
+            at_reads = number(check.decode_tokens_per_second * (1 + error))
+            lines.append(("", f"{at_reads} tokens/s predicted for as many bytes as this run read: {100 * error:+.0f} %"))
         reads = f"{scaled(speed.decode.disk_bytes, 'B')} per token predicted, {scaled(check.disk_bytes_per_token, 'B')}"
         tokens = f"{check.new_tokens} tokens after a prompt of {check.prompt_tokens}, with a warm cache"
         return [*lines, ("reads", f"{reads} measured; {tokens}")]
@@ -120,10 +124,17 @@ class PlanReport:
     def _errors(self) -> dict[str, float]:
         """How far the prediction is from the measurement, as a share of it."""
         assert self.check is not None and self.speed is not None
-        return {
-            "decode_error": self.speed.decode.tokens_per_second / self.check.decode_tokens_per_second - 1,
+        measured = self.check.decode_tokens_per_second
+        errors = {
+            "decode_error": self.speed.decode.tokens_per_second / measured - 1,
             "prefill_error": self.speed.prompt.tokens_per_second / self.check.prefill_tokens_per_second - 1,
         }
+        if self.division.slots < self.division.experts:  # how evenly experts are chosen is the model's and the text's
+            demand = self.sizes.config.num_experts_per_tok * self.sizes.layers * self.sizes.expert_bytes
+            hit_rate = max(0.0, 1 - self.check.disk_bytes_per_token / demand)
+            at_reads = predict_decode(self.sizes, self.machine, self.division.share, self.prompt, hit_rate)
+            errors["decode_error_at_measured_reads"] = at_reads.tokens_per_second / measured - 1
+        return errors
 
     def _format(self, name: str, sizes: ModelSizes, speeds: list[Speed | None]) -> dict[str, Any]:
         return {
