@@ -177,7 +177,7 @@ def test_prediction_and_one_run_side_by_side(capsys, measured):
     assert check["decode_error_at_measured_reads"] > -1
     assert main(["plan", "--check", "nano", "--memory", "14MB"]) == 0
     out = capsys.readouterr().out
-    assert "measured" in out and "for as many bytes as this run read" in out
+    assert "measured" in out and "for the bytes that this run read" in out
 
 
 def test_a_check_of_what_does_not_fit_is_the_prediction_alone(capsys, measured):

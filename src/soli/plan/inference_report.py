@@ -116,7 +116,7 @@ class PlanReport:
         if "decode_error_at_measured_reads" in errors:
             error = errors["decode_error_at_measured_reads"]
             at_reads = number(check.decode_tokens_per_second * (1 + error))
-            lines.append(("", f"{at_reads} tokens/s predicted for as many bytes as this run read: {100 * error:+.0f} %"))
+            lines.append(("", f"{at_reads} tokens/s predicted for the bytes that this run read: {100 * error:+.0f} %"))
         reads = f"{scaled(speed.decode.disk_bytes, 'B')} per token predicted, {scaled(check.disk_bytes_per_token, 'B')}"
         tokens = f"{check.new_tokens} tokens after a prompt of {check.prompt_tokens}, with a warm cache"
         return [*lines, ("reads", f"{reads} measured; {tokens}")]
