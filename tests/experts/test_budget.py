@@ -1,17 +1,20 @@
 """--memory: what it is divided into, and that no more is allocated."""
 
+import re
 import subprocess
 import sys
 
 import pytest
 
+from soli.cli import main
 from soli.engine.engine import Engine
-from soli.engine.offline import limits_for
-from soli.engine.request import EngineLimits
+from soli.engine.offline import answer_all, limits_for
+from soli.engine.request import EngineLimits, Request
 from soli.engine.text_model import open_text_model
 from soli.errors import SoliError
 from soli.llm import LLM
 from soli.quantities import parse_bytes
+from soli.serve.metrics import ServerMetrics
 from tests.kernels.weights import needs_kernels
 
 MB = 10**6
@@ -58,6 +61,23 @@ def test_too_little_memory_is_rejected_with_the_bytes_needed() -> None:
     text_model = open_text_model("nano", memory=8_500_000)
     with pytest.raises(SoliError, match=r"give [0-9,]+ or more"):
         Engine(text_model, limits_for(text_model, 1, 64))
+
+
+@needs_kernels
+def test_hits_and_bytes_read_are_metrics(capsys) -> None:
+    text_model = open_text_model("nano", memory=12 * MB)
+    engine = Engine(text_model, limits_for(text_model, 1, 40))
+    assert len(list(answer_all(engine, [Request((5, 6, 7), 20)]))) == 1
+    paging = engine.stats().paging
+    assert paging is not None
+    assert paging.hits + paging.misses >= 20 * 4 * 4
+    assert paging.bytes_read >= paging.misses * 98_304
+    assert paging.read_seconds > 0
+    page = ServerMetrics(lambda: True, lambda: (engine.stats(), ())).text().decode()
+    assert f"soli_expert_cache_misses_total {float(paging.misses)}" in page
+    assert float(page.partition("\nsoli_expert_read_bytes_total ")[2].split()[0]) == paging.bytes_read
+    assert main(["generate", "nano", "Good morning", "--memory", "12MB", "--max-new-tokens", "5"]) == 0
+    assert re.search(r"soli: [\d.]+% of [\d,]+ experts were in memory, .* read per token", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("options", [{"dtype": "float32"}, {"device": "cuda"}])

@@ -10,7 +10,7 @@ import typer
 
 from soli.cli._shared import options
 from soli.cli._shared.console import print_json, sanitize_for_terminal
-from soli.cli._shared.loading import Stopwatch, load_text_model, note_memory
+from soli.cli._shared.loading import Stopwatch, load_text_model, note_memory, note_paging
 from soli.cli._shared.text_input import argument_lines, stdin_lines
 from soli.errors import SoliError
 from soli.input_files import open_regular
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from soli.engine.request import Answer
     from soli.engine.sampler import TokenLogprob
     from soli.engine.text_model import TextModel
+    from soli.experts.store import PagingStats
 
 MAX_NEW_TOKENS = 256
 MAX_FILE_BYTES = 262_144  # bytes: four for each character that a schema may have
@@ -142,10 +143,12 @@ def generate(
     trace = expert_tables.token_traces(text_model, answer) if answer.routing is not None else None
     entries = None if answer.logprobs is None else _logprob_entries(text_model, answer.logprobs)
     if json:
-        _print_json(text, answer, trace, entries)
+        paging = None if text_model.budget is None else text_model.budget.store.paging()
+        _print_json(text, answer, trace, entries, paging)
         return
     print(flush=True)
     print(f"soli: {stopwatch.summary(answer.usage.prompt, answer.usage.completion)}", file=sys.stderr)
+    note_paging(text_model, answer.usage.prompt + answer.usage.completion)
     if entries is not None:
         print("", *_logprob_lines(entries), sep="\n")
     if trace is not None:
@@ -212,7 +215,11 @@ def _token_entry(text_model: TextModel, token: int, logprob: float) -> dict[str,
 
 
 def _print_json(
-    prompt: str, answer: Answer, trace: list[TokenTrace] | None, logprobs: list[dict[str, Any]] | None
+    prompt: str,
+    answer: Answer,
+    trace: list[TokenTrace] | None,
+    logprobs: list[dict[str, Any]] | None,
+    paging: PagingStats | None,
 ) -> None:
     entry: dict[str, Any] = {
         "prompt": prompt,
@@ -221,6 +228,8 @@ def _print_json(
         "prompt_tokens": answer.usage.prompt,
         "new_tokens": answer.usage.completion,
     }
+    if paging is not None:
+        entry["paging"] = paging
     if logprobs is not None:
         entry["logprobs"] = logprobs
     if trace is not None:

@@ -57,6 +57,7 @@ class Engine:
         self.text_model = text_model
         model = self._model = text_model.model
         self.limits = limits = _within_budget(text_model, limits or EngineLimits())
+        self._budget = text_model.budget
         if limits.speculate and not len(model.mtp):
             raise SoliError("this model has no MTP module to draft with: turn speculation off")
         self._device = model.embed_tokens.weight.device
@@ -144,6 +145,7 @@ class Engine:
             drafted=self._drafted,
             accepted=self._accepted,
             expert_load=tuple(map(tuple, self._load_LE.tolist())),
+            paging=None if self._budget is None else self._budget.store.paging(),
         )
 
     def _block_count(self) -> int:

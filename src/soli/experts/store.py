@@ -35,6 +35,7 @@ from soli.formats.fp8 import check_scale
 from soli.formats.quantized import QuantizedWeight
 from soli.kernels import QuantizedExperts
 from soli.kernels.cpu import EXPERT_STATES, ExpertTable
+from soli.quantities import scaled
 
 MISSING, READING, PRESENT, FAILED = range(len(EXPERT_STATES))
 POISON: Final = 0xFF  # of every byte of a slot before it is filled, in tests: NaN in float formats
@@ -51,6 +52,28 @@ class StoreStats:
     misses: int = 0
     evictions: int = 0
     waited_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class PagingStats:
+    """Of a store since it was made. Experts: `slots`, `hits`, `misses`. `bytes_read`, also ahead and in vain, but not
+    what was read before the first request; `read_seconds`, in which at least one read was in flight."""
+
+    slots: int
+    hits: int
+    misses: int
+    bytes_read: int
+    read_seconds: float
+
+    def summary(self, tokens: int) -> str:
+        """One line, of so many tokens."""
+        uses = self.hits + self.misses
+        line = f"{self.hits / max(1, uses):.1%} of {uses:,} experts were in memory"
+        if tokens and self.bytes_read:
+            line += f", {scaled(self.bytes_read / tokens, 'B')} read per token"
+        if self.read_seconds > 0:
+            line += f" at {scaled(self.bytes_read / self.read_seconds, 'B')}/s in {self.read_seconds:,.2f} s"
+        return line
 
 
 class ExpertStore:
@@ -73,6 +96,7 @@ class ExpertStore:
         self.slot_bytes = sources.slot_bytes
         self._poison, self._policy_name = poison, policy
         self.stats = StoreStats()
+        self._preloaded = 0, 0.0  # bytes, seconds
         self._locked: set[Key] = set()
         self.prefetcher = Prefetcher(prefetch)
         self._guesses: dict[Key, Pending] = {}  # experts that are read ahead, until a layer knows what it needs
@@ -178,6 +202,18 @@ class ExpertStore:
                 self._release(key)
         self._guesses.clear()
 
+    def paging(self) -> PagingStats:
+        """The metrics of cache and disk."""
+        reads = self.reader.stats
+        bytes_before, seconds_before = self._preloaded
+        return PagingStats(
+            self.capacity,
+            self.stats.hits,
+            self.stats.misses,
+            reads.bytes - bytes_before,
+            reads.busy_seconds - seconds_before,
+        )
+
     def begin_with(self, usage: ExpertUsage, seconds: float = PRELOAD_SECONDS) -> None:
         """Let the policy know what earlier runs used, and read their most used experts for so many seconds at most."""
         self.policy.prime(usage)
@@ -196,6 +232,7 @@ class ExpertStore:
                 if self.layers[key[0]].states[key[1]] == FAILED:  # reported where it is needed
                     self._errors.pop(key, None)
                     self._release(key)
+        self._preloaded = self.reader.stats.bytes, self.reader.stats.busy_seconds
 
     def weights(self, layer: int, expert: int) -> tuple[QuantizedWeight, QuantizedWeight, QuantizedWeight]:
         """Gate, up and down of one expert, read now if they are not in memory; valid until the next call."""

@@ -39,6 +39,12 @@ COUNTERS = {  # field of EngineStats: help
     "drafted": "Tokens drafted by MTP",
     "accepted": "Drafted tokens that were accepted",
 }
+PAGING_COUNTERS = {  # metric: (field of PagingStats, help)
+    "expert_cache_hits": ("hits", "Experts that were in memory when a layer chose them"),
+    "expert_cache_misses": ("misses", "Experts that were read from disk when a layer chose them"),
+    "expert_read_bytes": ("bytes_read", "Bytes of experts read from disk, ahead and in vain too"),
+    "expert_read_seconds": ("read_seconds", "Seconds in which experts were being read from disk"),
+}
 
 KINDS = ("chinese", "english", "digits", "punctuation", "other")
 
@@ -115,6 +121,11 @@ class ServerMetrics:
             yield GaugeMetricFamily(f"soli_{name}", description, value=getattr(stats, stat))
         for name, description in COUNTERS.items():
             yield CounterMetricFamily(f"soli_{name}", description, value=getattr(stats, name))
+        if stats.paging is not None:
+            slots = stats.paging.slots
+            yield GaugeMetricFamily("soli_expert_cache_slots", "Experts that fit in memory at once", value=slots)
+            for name, (stat, description) in PAGING_COUNTERS.items():
+                yield CounterMetricFamily(f"soli_{name}", description, value=getattr(stats.paging, stat))
         load = CounterMetricFamily("soli_expert_load", "How often an expert was selected", labels=["layer", "expert"])
         for layer, counts in zip(layers, stats.expert_load, strict=False):
             for expert, count in enumerate(counts):

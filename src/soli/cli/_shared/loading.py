@@ -38,6 +38,12 @@ def note_memory(text_model: TextModel) -> None:
         print(f"soli: {text_model.budget}", file=sys.stderr)
 
 
+def note_paging(text_model: TextModel, tokens: int) -> None:
+    """Of a model whose experts are read from disk, how many were in memory and what was read: a line."""
+    if text_model.budget is not None:
+        print(f"soli: {text_model.budget.store.paging().summary(tokens)}", file=sys.stderr)
+
+
 class Stopwatch:
     """The time of one answer: started before the prompt is read, told of each piece that arrives."""
 
