@@ -102,7 +102,7 @@ def test_followers_are_counted_alike_at_once_and_one_after_another(tokens_at_onc
         np.testing.assert_allclose(after(NextUse(4, LAYERS, E), ids, size)._followers_LEE[1], expected, rtol=1e-5)
 
 
-def test_learned_weights_predict_better_than_the_first(tokens=600) -> None:
+def test_learned_weights_predict_better_than_the_first(tokens=1200) -> None:
     """The likelihood of what each token chose, under the values before it, where uses are independent."""
     rng = np.random.default_rng(0)
     often = rng.permuted(np.tile([0, 0, 0, 1, 1, 2, 3, 4, 5, 6, 7], (tokens, 1)), axis=1)

@@ -271,7 +271,7 @@ class NextUse(Frequency):
     """
 
     HALF_LIVES = (1.0, 4.0, 16.0, 64.0, 512.0, 8192.0)
-    FLOORS: Final = (0.02, 0.01, 0.005, 0.002, 0.001, 0.001)
+    FLOORS: Final = (0.02, 0.01, 0.01, 0.01, 0.01, 0.01)
     HISTORY: Final = 4
     PRIOR: Final = 4.0
     START: Final = (0.0, 0.3, 0.2, 0.3, 0.1, 0.1, 0.5)
