@@ -69,4 +69,5 @@ def convert(
         print_json(result | {"bytes_read": conversion.bytes_read, "bytes_written": conversion.bytes_written})
     else:
         sizes = f"{conversion.bytes_read / 1e6:,.1f} MB to {conversion.bytes_written / 1e6:,.1f} MB"
-        print(f"{destination}: {conversion.tensors:,} tensors {"as stored" if to == "as-is" else f"as {to}"}, {sizes}")
+        form = "stored" if to == "as-is" else to
+        print(f"{destination}: {conversion.tensors:,} tensors as {form}, {sizes}")
