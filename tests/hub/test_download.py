@@ -105,7 +105,7 @@ def test_a_transfer_that_always_ends_early_resumes_at_the_next_call(hub: Hub) ->
 def test_a_pull_that_is_killed_or_interrupted_resumes(hub: Hub, cache: Path, interruption: signal.Signals) -> None:
     files = sharded_files(2_000_000)
     hub.add(ID, files)
-    hub.faults.delay = 0.05
+    hub.faults.delay = 0.2
     command = [sys.executable, "-m", "soli", "pull", ID, "--yes"]
     with subprocess.Popen(command, env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 60

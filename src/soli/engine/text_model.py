@@ -23,7 +23,8 @@ from soli.engine.constraint import Constraints
 from soli.engine.sampling_defaults import read_sampling_defaults
 from soli.errors import SoliError
 from soli.experts.budget import MemoryBudget, default_memory
-from soli.experts.load import load_within
+from soli.experts.load import least_bytes_of, load_within
+from soli.experts.sources import sources_of
 from soli.input_files import read_object_if_present
 from soli.machine import available_memory
 from soli.model.transformer import Transformer
@@ -144,11 +145,14 @@ def open_text_model(
 
 
 def _memory_for_paging(name_or_folder: str, mtp: bool) -> int | None:
-    """Bytes to use for a model whose experts do not fit in memory as they are stored; None for one that fits."""
+    """Bytes to use for a model whose experts do not fit in memory as they are stored; None for one that fits, and for
+    one of which even the rest does not, which loading rejects."""
     checkpoint = open_checkpoint(name_or_folder, mtp)
     stored = sum(Storage(checkpoint.natural_dtype, torch.device("cpu"), True, True).bytes_of(checkpoint))
     memory, margin = default_memory()
     if stored <= available_memory() or not checkpoint.config.n_routed_experts:
+        return None
+    if sum(least_bytes_of(checkpoint, sources_of(checkpoint))) > memory:
         return None
     warnings.warn(
         f"the model takes {scaled(stored, 'B')}, more than is available, so its experts are read from disk as they are "

@@ -72,17 +72,11 @@ def load_within(
     checkpoint = open_checkpoint(name_or_folder, mtp)
     sources = sources_of(checkpoint)
     least = least_experts(checkpoint, sources)
-    resident = sum(
-        entry.end - entry.start
-        for slot in checkpoint.slots
-        if slot.expert is None and not slot.copy
-        for entry in [checkpoint.entries[slot.name]]
-    )
-    if resident + least * sources.slot_bytes > memory:
+    resident, experts = least_bytes_of(checkpoint, sources)
+    if resident + experts > memory:
         raise SoliError(
             f"{checkpoint.folder}: the weights that stay in memory take {resident:,} bytes and the {least} experts "
-            f"that a token chooses in a layer {least * sources.slot_bytes:,}, but {memory:,} bytes are allowed: "
-            f"allow more"
+            f"that a token chooses in a layer {experts:,}, but {memory:,} bytes are allowed: allow more"
         )
     overhead = resident_memory()
     settings = _settings(checkpoint, sources)
@@ -110,6 +104,14 @@ def _settings(checkpoint: Checkpoint, sources: Sources) -> Settings:
 def least_experts(checkpoint: Checkpoint, sources: Sources) -> int:
     """How many experts must be in memory at once."""
     return min(checkpoint.config.num_experts_per_tok or 1, sources.count)
+
+
+def least_bytes_of(checkpoint: Checkpoint, sources: Sources) -> tuple[int, int]:
+    """(weights that stay in memory, experts that a token chooses in a layer), before a weight is read."""
+    slots = (slot for slot in checkpoint.slots if slot.expert is None and not slot.copy)
+    entries = [checkpoint.entries[slot.name] for slot in slots]
+    resident = sum(entry.end - entry.start for entry in entries)
+    return resident, least_experts(checkpoint, sources) * sources.slot_bytes
 
 
 def resident_bytes(model: nn.Module) -> int:
