@@ -101,13 +101,20 @@ def test_a_transfer_that_always_ends_early_resumes_at_the_next_call(hub: Hub) ->
     assert (folder / SHARDS[0]).read_bytes() == files[SHARDS[0]]
 
 
+def _hear_interrupts() -> None:
+    """A shell's background jobs ignore SIGINT, and so would what the tests start there."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("interruption", [signal.SIGKILL, signal.SIGINT])
 def test_a_pull_that_is_killed_or_interrupted_resumes(hub: Hub, cache: Path, interruption: signal.Signals) -> None:
     files = sharded_files(2_000_000)
     hub.add(ID, files)
     hub.faults.delay = 0.2
     command = [sys.executable, "-m", "soli", "pull", ID, "--yes"]
-    with subprocess.Popen(command, env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        command, env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=_hear_interrupts
+    ) as process:
         deadline = time.monotonic() + 60
         while len([file for file in cache.glob("*/blobs/*.incomplete") if file.stat().st_size > 2**18]) < 2:
             assert time.monotonic() < deadline and process.poll() is None
