@@ -29,6 +29,13 @@ def write_errors(path: Path) -> Iterator[None]:
         ) from None
 
 
+def check_space(path: Path, folder: Path, size: int, what: str = "bytes") -> None:
+    """SoliError that names `path` where the disk of `folder` has no room for `size` bytes."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise SoliError(f"{path}: needs {size:,} {what}, but {free:,} bytes are free on that disk")
+
+
 def remove(path: Path) -> None:
     """Remove a folder with all that it holds, or whatever else has its name, if it is there: a file, a symlink, or a
     FIFO, which `shutil.rmtree` would open and wait for."""

@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 
+import pytest
 import torch
 
 from soli.checkpoint import load_model, save_model
@@ -14,6 +15,7 @@ from soli.engine.offline import answer_all, limits_for
 from soli.engine.request import Answer, Request
 from soli.engine.runner import RunnerName
 from soli.engine.text_model import text_model
+from soli.experts.store import ExpertStore
 from soli.model import Transformer
 from tests.engine.tiny import tiny_model, tiny_tokenizer
 
@@ -60,3 +62,16 @@ def answers(
 def bits(answer: Answer) -> tuple[tuple[int, ...], tuple[float, ...]]:
     assert answer.logprobs is not None
     return answer.ids, tuple(one.logprob for one in answer.logprobs)
+
+
+def fail_next_read(store: ExpertStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One read of the disk fails, those after it do not."""
+    file = type(store.reader._files[0])
+    read, failures = file.read, iter([True])
+
+    def fail_once(self: object, target: memoryview, start: int, needed: int) -> None:
+        if next(failures, False):
+            raise OSError(5, "Input/output error")
+        read(self, target, start, needed)
+
+    monkeypatch.setattr(file, "read", fail_once)

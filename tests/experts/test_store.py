@@ -19,7 +19,17 @@ from soli.experts.sources import ALIGNMENT, Read, sources_of
 from soli.experts.store import PRESENT, ExpertStore
 from soli.kernels import Dispatch
 from soli.model.layers import set_backend
-from tests.experts.folders import FORMATS, LAYERS, E, K, answers, mixture_folder, requests, resident_model
+from tests.experts.folders import (
+    FORMATS,
+    LAYERS,
+    E,
+    K,
+    answers,
+    fail_next_read,
+    mixture_folder,
+    requests,
+    resident_model,
+)
 from tests.kernels.weights import needs_kernels
 
 PROMPTS = (1, 60)
@@ -122,15 +132,7 @@ def test_a_file_that_shrinks_or_changes_ends_the_request_with_its_name(tmp_path,
 def test_after_an_error_the_expert_is_read_again(monkeypatch) -> None:
     model, store = load_paged_model(mixture_folder("fp8"), E, poison=True)
     prompts = requests((30,))
-    read = type(store.reader._files[0]).read
-    failures = iter([True])
-
-    def fail_once(self, target, start, needed):
-        if next(failures, False):
-            raise OSError(5, "Input/output error")
-        read(self, target, start, needed)
-
-    monkeypatch.setattr(type(store.reader._files[0]), "read", fail_once)
+    fail_next_read(store, monkeypatch)
     with pytest.raises(SoliError):
         answers(model, prompts)
     assert answers(model, prompts) == answers(resident_model("fp8"), prompts)

@@ -16,7 +16,7 @@ from soli.experts.policy import ExpertUsage
 from soli.experts.store import ExpertStore
 from soli.llm import LLM
 from tests.engine.tiny import tiny_tokenizer
-from tests.experts.folders import LAYERS, E, K, bits, mixture_folder, requests
+from tests.experts.folders import LAYERS, E, K, bits, fail_next_read, mixture_folder, requests
 from tests.kernels.weights import needs_kernels
 
 MEMORY = 2_000_000  # bytes: what stays, and a part of the experts
@@ -144,15 +144,7 @@ def test_an_expert_that_cannot_be_read_ahead_is_read_when_it_is_needed(monkeypat
     from soli.experts.sources import sources_of
 
     store = ExpertStore(sources_of(open_checkpoint(mixture_folder("int8"))), K + 1)
-    read = type(store.reader._files[0]).read
-    failures = iter([True])
-
-    def fail_once(self, target, start, needed):
-        if next(failures, False):
-            raise OSError(5, "Input/output error")
-        read(self, target, start, needed)
-
-    monkeypatch.setattr(type(store.reader._files[0]), "read", fail_once)
+    fail_next_read(store, monkeypatch)
     shares = np.zeros((LAYERS, E))
     shares[1, :2] = 1.0, 0.9
     store.begin_with(ExpertUsage(100, shares))

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from typing import Any, BinaryIO, Final, Protocol
 import torch
 from torch import Tensor
 
-from soli.atomic_file import remove, replace_file
+from soli.atomic_file import check_space, remove, replace_file
 from soli.checkpoint.name_map import Slot
 from soli.checkpoint.reader import INDEX, SINGLE, Checkpoint
 from soli.checkpoint.shard import ITEM_BYTES
@@ -76,7 +75,7 @@ def write_pack(
     with _partial_folder(folder, signature) as partial:
         plans = [_Plan(shard, target) for shard in shards]
         missing = [plan for name, plan in zip(names, plans, strict=True) if not (partial / name).exists()]
-        _check_space(folder, partial, sum(plan.size for plan in missing))
+        check_space(folder, partial, sum(plan.size for plan in missing), "bytes more")
         written = 0
         for name, plan in zip(names, plans, strict=True):
             if not (partial / name).exists():
@@ -229,12 +228,6 @@ def _locked(partial: Path) -> Iterator[None]:
         except BlockingIOError:
             raise SoliError(f"{partial}: another process is writing this pack: wait for its end") from None
         yield
-
-
-def _check_space(folder: Path, partial: Path, needed: int) -> None:
-    free = shutil.disk_usage(partial).free
-    if needed > free:
-        raise SoliError(f"{folder}: needs {needed:,} bytes more, but {free:,} bytes are free on that disk")
 
 
 def _pages(size: int) -> int:

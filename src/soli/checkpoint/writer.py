@@ -18,7 +18,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from soli.atomic_file import remove
+from soli.atomic_file import check_space, remove
 from soli.checkpoint.name_map import HEAD, Kind, Slot, slots
 from soli.checkpoint.quantization import FP8, describe_integers, module_patterns
 from soli.checkpoint.reader import INDEX, SINGLE
@@ -180,9 +180,7 @@ def new_folder(folder: Path, size: int) -> Iterator[Path]:
     partial = folder.absolute().parent / f".{folder.absolute().name}.partial-{os.getpid()}"
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(partial.parent).free
-        if size > free:
-            raise SoliError(f"{folder}: needs {size:,} bytes, but {free:,} bytes are free on that disk")
+        check_space(folder, partial.parent, size)
         if partial.is_dir() and not partial.is_symlink():  # of a killed process
             remove(partial)
         partial.mkdir()

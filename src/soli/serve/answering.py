@@ -26,6 +26,7 @@ from soli.serve.service import LoadedModel, Service, ServiceLimits
 log = logging.getLogger("soli.serve")
 
 EVENT_STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+ERROR_STATUSES = (400, 401, 404, 408, 413, 421, 429, 500, 503, 504)
 UNREAD_SECONDS = 30.0  # how much longer than the answer its reader may take
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -33,6 +34,11 @@ Result = TypeVar("Result")
 ToBatch = Callable[[Body, LoadedModel, ServiceLimits], RequestBatch]
 Events = AsyncGenerator[tuple[int, Event], None]
 Lines = AsyncGenerator[str, None]
+
+
+def error_responses(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """For the description of a route that generates: an API's form of errors, for every status that it may have."""
+    return {status: {"model": model} for status in ERROR_STATUSES}
 
 
 async def make_batch(service: Service, body: Body, to_batch: ToBatch[Body]) -> RequestBatch:

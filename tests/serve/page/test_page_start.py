@@ -1,4 +1,4 @@
-"""What a visitor meets: an example, explained terms, two views, links, pictures; a server that is gone or slow."""
+"""What a visitor sees first: an example, explained terms, two views, links, pictures; a server that is gone or slow."""
 
 import re
 import struct

@@ -5,6 +5,7 @@ Models of these families are seen to write the arguments in a Markdown fence, or
 """
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -29,7 +30,7 @@ class Delimiters:
 
 
 @dataclass(frozen=True)
-class DelimitedFormat:
+class DelimitedFormat(ABC):
     """Calls of one family; the classes below read what is between CALL_BEGIN and the arguments."""
 
     delimiters: Delimiters
@@ -67,10 +68,10 @@ class DelimitedFormat:
     def arguments(self, head: CallHead) -> ArgumentsDecoder:
         return JsonArguments((self.delimiters.call_end, self.delimiters.section_end, self.delimiters.call_begin))
 
+    @abstractmethod
     def _read(self, head: str, rest: str, incomplete: bool) -> CallHead | Literal["incomplete"] | None:
         """The call of this head; `rest` is behind the separator, of which `length` characters belong to the head.
         `incomplete`: more of it may come."""
-        raise NotImplementedError
 
 
 class DeepSeekFormat(DelimitedFormat):

@@ -5,7 +5,6 @@ the source. Needs the gguf package for the header.
 """
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from math import prod
@@ -15,6 +14,7 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 import torch
 
+from soli.atomic_file import check_space
 from soli.checkpoint.convert import Conversion
 from soli.checkpoint.gguf.metadata import ARCHITECTURE, add_shape, check_config, read_chat_template
 from soli.checkpoint.gguf.tensors import GgufTensor, plan
@@ -183,9 +183,7 @@ def new_file(file: Path, size: int) -> Iterator[Path]:
     partial = file.absolute().parent / f".{file.name}.partial-{os.getpid()}"
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(partial.parent).free
-        if size > free:
-            raise SoliError(f"{file}: needs {size:,} bytes, but {free:,} bytes are free on that disk")
+        check_space(file, partial.parent, size)
         yield partial
         partial.rename(file)
     except OSError as error:

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from soli.serve import protocol_responses as protocol
-from soli.serve.answering import EventStream, make_batch, named_lines, start, whole_response
+from soli.serve.answering import EventStream, error_responses, make_batch, named_lines, start, whole_response
 from soli.serve.messages_api.answers import AnthropicAnswer, MessageBuilder, TokenCount, error_event
 from soli.serve.messages_api.prompts import message_batch, prompt_batch
 from soli.serve.messages_api.requests import AnthropicBody, AnthropicPrompt
@@ -15,8 +15,7 @@ from soli.serve.middleware import StrictRoute
 from soli.serve.responses import CHAT
 from soli.serve.service import Service
 
-STATUSES = (400, 401, 404, 408, 413, 421, 429, 500, 503, 504)
-ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": protocol.AnthropicErrorResponse} for status in STATUSES}
+ERRORS = error_responses(protocol.AnthropicErrorResponse)
 ANSWER: dict[int | str, dict[str, Any]] = {200: {"model": AnthropicAnswer, "content": {"text/event-stream": {}}}}
 
 

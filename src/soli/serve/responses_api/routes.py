@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from soli.serve import protocol_responses as protocol
-from soli.serve.answering import EventStream, make_batch, named_lines, start, whole_response
+from soli.serve.answering import EventStream, error_responses, make_batch, named_lines, start, whole_response
 from soli.serve.middleware import StrictRoute
 from soli.serve.responses import CHAT
 from soli.serve.responses_api.answers import ResponseItemsBuilder, ResponseObject
@@ -14,8 +14,7 @@ from soli.serve.responses_api.prompts import response_batch
 from soli.serve.responses_api.requests import ResponsesBody
 from soli.serve.service import Service
 
-STATUSES = (400, 401, 404, 408, 413, 421, 429, 500, 503, 504)
-ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": protocol.ErrorResponse} for status in STATUSES}
+ERRORS = error_responses(protocol.ErrorResponse)
 ANSWER: dict[int | str, dict[str, Any]] = {200: {"model": ResponseObject, "content": {"text/event-stream": {}}}}
 
 
