@@ -153,11 +153,10 @@ def disk_bandwidth(store: ExpertStore) -> float:
     layers = store.sources.layers
     chosen = [random.choice(random.choice(layers).experts) for _ in range(DISK_EXPERTS)]
     arrived = threading.Semaphore(0)
-    slots = store._view
     start, size = time.perf_counter(), 0
     for number, expert in enumerate(chosen):
-        base = number % min(16, store.capacity) * store.slot_bytes
-        store.reader.submit(expert.reads, slots[base : base + store.slot_bytes], lambda _: arrived.release())
+        slot = store.memory.view(number % min(16, store.capacity))
+        store.reader.submit(expert.reads, slot, lambda _: arrived.release())
         size += sum(read.length for read in expert.reads)
     for _ in chosen:
         arrived.acquire()

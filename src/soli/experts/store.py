@@ -11,10 +11,8 @@ while one window is computed the next is read. Results have the same bits as wit
 One thread at a time may use a store. Shapes: E experts, T tokens, K chosen, D hidden, F expert width.
 """
 
-import mmap
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,19 +24,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from soli.analysis.residency import TIERS, PassResidency, Residency, ResidencyRecorder, Tier
-from soli.errors import SoliError
 from soli.experts.policy import DEFAULT, POLICIES, ExpertUsage, Key
 from soli.experts.prefetch import Prefetcher
 from soli.experts.reading import USUAL, Pending, Reader, Settings
-from soli.experts.sources import ALIGNMENT, ExpertLayout, LayerSource, Part, Sources, needs_copy
-from soli.formats.fp8 import check_scale
+from soli.experts.slots import Slots
+from soli.experts.sources import LayerSource, Sources
 from soli.formats.quantized import QuantizedWeight
 from soli.kernels import QuantizedExperts
 from soli.kernels.cpu import EXPERT_STATES, ExpertTable
 from soli.quantities import scaled
 
 MISSING, READING, PRESENT, FAILED = range(len(EXPERT_STATES))
-POISON: Final = 0xFF  # of every byte of a slot before it is filled, in tests: NaN in float formats
 PRELOAD_SECONDS: Final = 2.0
 PRELOAD_AT_ONCE: Final = 32  # experts
 
@@ -118,11 +114,7 @@ class ExpertStore:
             self._release(key)
         self._errors.clear()
         self.capacity = min(capacity, self.sources.count)
-        self._memory = mmap.mmap(-1, max(1, self.capacity) * self.slot_bytes)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
-        self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
-        self._view = memoryview(self._memory)
+        self.memory = Slots(self.sources, self.capacity, self._verified)
         self._free = [*range(self.capacity)][::-1]
         experts = max(len(layer.experts) for layer in self.sources.layers)
         self.policy = POLICIES[self._policy_name](self.capacity, len(self.sources.layers), experts)
@@ -241,7 +233,8 @@ class ExpertStore:
             self._load(layer, [expert], [expert])
             self.wait(layer, [expert])
             self.stats.waited_seconds += time.perf_counter() - start
-        return self._weights(layer, expert)
+        key = layer, expert
+        return self.memory.weights(key, self._slots[key])
 
     def use(self, layer: int, expert_ids_TK: Tensor) -> None:
         """Tell the policy what tokens choose, before it is loaded."""
@@ -308,13 +301,11 @@ class ExpertStore:
         layer, expert = key
         self._slots[key] = slot
         self.policy.add(key)
-        base = slot * self.slot_bytes
         if self._poison:
-            self._bytes[base : base + self.slot_bytes] = POISON
+            self.memory.poison(slot)
         self.layers[layer].states[expert] = READING
-        target = self._view[base : base + self.slot_bytes]
         reads = self.sources.layers[layer].experts[expert].reads
-        return self.reader.submit(reads, target, partial(self._arrive, key), needed)
+        return self.reader.submit(reads, self.memory.view(slot), partial(self._arrive, key), needed)
 
     def _evict(self, layer: int, wait: bool = True) -> int | None:
         """The slot of an expert that leaves. Where all that may leave are being read: waits, or without `wait` None."""
@@ -351,7 +342,7 @@ class ExpertStore:
         experts = self.layers[layer]
         if error is None:
             try:
-                experts.set_addresses(expert, self._addresses(layer, expert))
+                experts.set_addresses(expert, self.memory.prepare(key, self._slots[key]))
             except Exception as failure:
                 error = failure
         with self._arrived:
@@ -359,82 +350,6 @@ class ExpertStore:
                 self._errors[key] = error
             experts.states[expert] = PRESENT if error is None else FAILED
             self._arrived.notify_all()
-
-    def _verify(self, key: Key, layout: ExpertLayout, base: int) -> None:
-        """Compare an expert of a pack with its checksum, the first time that it is read."""
-        if layout.checksum is None or key in self._verified:
-            return
-        if zlib.crc32(self._view[base : base + layout.reads[0].needed]) != layout.checksum:
-            part = layout.parts[0]
-            raise SoliError(
-                f"{part.name if part else 'an expert'}: what was read does not have the checksum of its expert: pack "
-                "the model again"
-            )
-        self._verified.add(key)
-
-    def _weights(self, layer: int, expert: int) -> tuple[QuantizedWeight, QuantizedWeight, QuantizedWeight]:
-        source = self.sources.layers[layer]
-        layout = source.experts[expert]
-        base = self._slots[layer, expert] * self.slot_bytes
-        offsets = _copied_offsets(layout)
-        gate, up, down = (
-            QuantizedWeight(
-                matrix.format,
-                self._tensor(base, layout.parts[i], offsets, matrix.values_dtype, matrix.values_shape),
-                None
-                if matrix.scale_dtype is None
-                else self._tensor(base, layout.parts[3 + i], offsets, matrix.scale_dtype, matrix.scale_shape),
-                matrix.shape,
-                matrix.group,
-            )
-            for i, matrix in enumerate(source.matrices)
-        )
-        return gate, up, down
-
-    def _tensor(
-        self, base: int, part: Part | None, offsets: dict[Part, int], dtype: torch.dtype, shape: tuple[int, ...]
-    ) -> Tensor:
-        """A part where it is used, in the dtype that is computed with."""
-        assert part is not None
-        nbytes = part.nbytes // part.dtype.itemsize * dtype.itemsize
-        start = base + offsets.get(part, part.offset)
-        return self._bytes[start : start + nbytes].view(dtype).view(shape)
-
-    def _addresses(self, layer: int, expert: int) -> Tensor:
-        """(3, 2): of values and scale of each matrix, after what must be copied is copied and scales are checked."""
-        layout = self.sources.layers[layer].experts[expert]
-        base = self._slots[layer, expert] * self.slot_bytes
-        self._verify((layer, expert), layout, base)
-        for part, offset in _copied_offsets(layout).items():
-            raw = self._bytes[base + part.offset : base + part.offset + part.nbytes].clone()
-            values = raw.view(part.dtype)
-            if part.dtype == torch.float8_e8m0fnu:
-                values = values.float()
-            copied = values.view(torch.uint8)
-            self._bytes[base + offset : base + offset + len(copied)] = copied
-        matrices = self._weights(layer, expert)
-        for i, matrix in enumerate(matrices):
-            if matrix.format == "fp8" and matrix.scale is not None:
-                try:
-                    check_scale(matrix.scale)
-                except SoliError as error:
-                    scale = layout.parts[3 + i]
-                    raise SoliError(f"{scale.name if scale else ''}: {error}") from None
-        return torch.tensor(
-            [[w.values.data_ptr(), 0 if w.scale is None else w.scale.data_ptr()] for w in matrices], dtype=torch.int64
-        )
-
-
-def _copied_offsets(layout: ExpertLayout) -> dict[Part, int]:
-    """Where in a slot each part is copied to that cannot be used where it was read."""
-    offsets: dict[Part, int] = {}
-    end = sum(read.length for read in layout.reads)
-    for part in layout.parts:
-        if part is not None and needs_copy(part):
-            offsets[part] = end
-            end = (end + 4 * part.nbytes + 63) // 64 * 64
-    assert end <= layout.nbytes + ALIGNMENT
-    return offsets
 
 
 class PagedExperts(QuantizedExperts):
