@@ -28,9 +28,6 @@ from soli.model import Transformer
 from soli.model.layers import Linear
 from soli.model.moe import RoutedExperts
 
-# From an open folder, the experts of each module, by its name.
-PagedExpertsFactory = Callable[[Checkpoint], Mapping[str, QuantizedExperts]]
-
 CACHE_LINE: Final = 64  # bytes
 BUNDLED: Final = Path(__file__).parent.parent / "models"  # models that ship inside the package, by name
 
@@ -55,7 +52,6 @@ def load_model(
     mtp: bool = True,
     quantized: bool | None = None,
     in_place: bool = False,
-    paged: PagedExpertsFactory | None = None,
     progress: ProgressCallback = lambda read, total: None,
 ) -> Transformer:
     """A model in evaluation mode, its parameters trainable, every tensor checked before the first is used.
@@ -73,9 +69,6 @@ def load_model(
     written stays in this process. Experts, which are separate tensors in files, are no parameters then. The files must
     stay as they are while a model is used that has mapped weights.
 
-    `paged` makes the routed experts of a model whose experts stay in the files (soli.experts.load); nothing of them is
-    loaded. All weights are as stored then, and what is not an expert is read into memory, not mapped.
-
     `progress` is called with the bytes read and those in all. Memory: the model once, without mapped weights, and one
     tensor. Raises SoliError naming file and tensor, and before a weight is read for a model that does not fit in
     memory; warns when the files lack the MTP modules that their config.json announces.
@@ -84,20 +77,44 @@ def load_model(
         config = resolve(name_or_folder)
         config = config if mtp else replace(config, num_nextn_predict_layers=0)
         return Transformer(config, device="meta", dtype=dtype or torch.bfloat16).eval()
-    checkpoint = open_checkpoint(name_or_folder, mtp, mapped=paged is None)
+    return load_checkpoint(
+        open_checkpoint(name_or_folder, mtp),
+        torch.device(device),
+        dtype,
+        quantized=quantized,
+        in_place=in_place,
+        progress=progress,
+    )
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    *,
+    quantized: bool | None = None,
+    in_place: bool = False,
+    paged: Mapping[str, QuantizedExperts] | None = None,
+    progress: ProgressCallback = lambda read, total: None,
+) -> Transformer:
+    """`load_model` of an open folder.
+
+    `paged` has the routed experts of each module, by its name, in a model whose experts stay in the files
+    (soli.experts.load); nothing of them is loaded. The checkpoint must not be mapped then.
+    """
     for note in checkpoint.notes:
-        warnings.warn(note, stacklevel=3)
+        warnings.warn(note, stacklevel=4)
     model_dtype = dtype or checkpoint.natural_dtype
     storage, storage_note = choose_storage(
-        checkpoint, model_dtype, torch.device(device), quantized, in_place, experts=paged is None
+        checkpoint, model_dtype, device, quantized, in_place, experts=paged is None
     )
     if storage_note is not None:
-        warnings.warn(storage_note, stacklevel=3)
+        warnings.warn(storage_note, stacklevel=4)
     checkpoint.check_router_biases()
     checkpoint.check_copies()
     model = Transformer(checkpoint.config, device="meta", dtype=storage.dtype)
     sources = _sources(checkpoint)
-    _set_as_stored(model, checkpoint, sources, storage, {} if paged is None else paged(checkpoint))
+    _set_as_stored(model, checkpoint, sources, storage, paged or {})
     _fill(model, checkpoint, sources, storage, progress)
     return model.eval()
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from soli.checkpoint import load_model, open_checkpoint
+from soli.checkpoint import Checkpoint, open_checkpoint
+from soli.checkpoint.load import load_checkpoint
 from soli.checkpoint.memory import Storage
 from soli.checkpoint.writer import ProgressCallback
 from soli.config import TOKEN_FIELDS, check_token_ids
@@ -118,9 +119,10 @@ def open_text_model(
     if dtype not in ("auto", "as-is", *DTYPES):
         raise SoliError(f"dtype is {dtype!r}: choose auto, as-is, {' or '.join(DTYPES)}")
     check_device(device)
-    folder = open_checkpoint(name_or_folder).folder
+    checkpoint = open_checkpoint(name_or_folder, mtp)
+    folder = checkpoint.folder
     if memory is None and device == "cpu" and dtype in ("auto", "as-is"):
-        memory = _memory_for_paging(name_or_folder, mtp)
+        memory = _memory_for_paging(checkpoint)
     if memory is not None:
         if device != "cpu" or dtype not in ("auto", "as-is"):
             raise SoliError(
@@ -132,11 +134,10 @@ def open_text_model(
     if dtype == "auto" and sum(path.stat().st_size for path in folder.glob("*.safetensors")) <= FLOAT32_LIMIT:
         dtype = "float32"
     quantized = True if dtype == "as-is" else None
-    model = load_model(
-        name_or_folder,
-        device=device,
-        dtype=DTYPES.get(dtype),
-        mtp=mtp,
+    model = load_checkpoint(
+        checkpoint,
+        torch.device(device),
+        DTYPES.get(dtype),
         quantized=quantized,
         in_place=True,
         progress=progress,
@@ -144,10 +145,9 @@ def open_text_model(
     return text_model(model, Tokenizer.from_folder(folder), folder)
 
 
-def _memory_for_paging(name_or_folder: str, mtp: bool) -> int | None:
+def _memory_for_paging(checkpoint: Checkpoint) -> int | None:
     """Bytes to use for a model whose experts do not fit in memory as they are stored; None for one that fits, and for
     one of which even the rest does not, which loading rejects."""
-    checkpoint = open_checkpoint(name_or_folder, mtp)
     stored = sum(Storage(checkpoint.natural_dtype, torch.device("cpu"), True, True).bytes_of(checkpoint))
     memory, margin = default_memory()
     if stored <= available_memory() or not checkpoint.config.n_routed_experts:

@@ -1,12 +1,12 @@
 """A model whose routed experts stay in its files, with a cache of them in memory."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+import torch
 from torch import nn
 
-from soli.checkpoint.load import load_model, open_checkpoint
+from soli.checkpoint.load import load_checkpoint, open_checkpoint
 from soli.checkpoint.reader import Checkpoint
 from soli.checkpoint.writer import ProgressCallback
 from soli.errors import SoliError
@@ -17,7 +17,6 @@ from soli.experts.reading import USUAL, Settings
 from soli.experts.sources import Sources, sources_of
 from soli.experts.store import ExpertStore
 from soli.experts.usage import UsageFile, usage_file
-from soli.kernels import QuantizedExperts
 from soli.machine import resident_memory
 from soli.model import Transformer
 from soli.model.layers import Linear
@@ -42,22 +41,17 @@ def load_paged_model(
     `policy`, `prefetch`, `settings` and `poison` as in ExpertStore. SoliError for a folder without routed experts, and
     what `load_model` raises.
     """
-    stores: list[ExpertStore] = []
-
-    def paged(checkpoint: Checkpoint) -> Mapping[str, QuantizedExperts]:
-        sources = sources_of(checkpoint)
-        least = least_experts(checkpoint, sources)
-        if capacity is not None and capacity < least:
-            raise SoliError(
-                f"{checkpoint.folder}: a token chooses {least} experts of a layer, but only {capacity} fit in memory: "
-                f"give {(least - capacity) * sources.slot_bytes:,} bytes more"
-            )
-        size = least if capacity is None else capacity
-        stores.append(ExpertStore(sources, size, policy=policy, prefetch=prefetch, settings=settings, poison=poison))
-        return {source.name: experts for source, experts in zip(sources.layers, stores[0].layers, strict=True)}
-
-    model = load_model(name_or_folder, mtp=mtp, quantized=True, paged=paged, progress=progress)
-    return model, stores[0]
+    checkpoint = open_checkpoint(name_or_folder, mtp, mapped=False)
+    sources = sources_of(checkpoint)
+    least = least_experts(checkpoint, sources)
+    if capacity is not None and capacity < least:
+        raise SoliError(
+            f"{checkpoint.folder}: a token chooses {least} experts of a layer, but only {capacity} fit in memory: "
+            f"give {(least - capacity) * sources.slot_bytes:,} bytes more"
+        )
+    size = least if capacity is None else capacity
+    store = ExpertStore(sources, size, policy=policy, prefetch=prefetch, settings=settings, poison=poison)
+    return _load(checkpoint, store, progress), store
 
 
 def load_within(
@@ -69,7 +63,7 @@ def load_within(
 ) -> tuple[Transformer, MemoryBudget]:
     """A model that takes `memory` bytes, and how they are divided. SoliError, before a weight is read, where the
     weights that stay in memory take more."""
-    checkpoint = open_checkpoint(name_or_folder, mtp)
+    checkpoint = open_checkpoint(name_or_folder, mtp, mapped=False)
     sources = sources_of(checkpoint)
     least = least_experts(checkpoint, sources)
     resident, experts = least_bytes_of(checkpoint, sources)
@@ -79,10 +73,16 @@ def load_within(
             f"that a token chooses in a layer {experts:,}, but {memory:,} bytes are allowed: allow more"
         )
     overhead = resident_memory()
-    settings = _settings(checkpoint, sources)
-    model, store = load_paged_model(name_or_folder, mtp=mtp, settings=settings, progress=progress)
+    store = ExpertStore(sources, least, settings=_settings(checkpoint, sources))
+    model = _load(checkpoint, store, progress)
     file = usage_file(checkpoint, sources.layers)
     return model, MemoryBudget(memory, resident_bytes(model), overhead, least, store, usage_file=file)
+
+
+def _load(checkpoint: Checkpoint, store: ExpertStore, progress: ProgressCallback) -> Transformer:
+    """A model whose experts are those of a store; what else is in the checkpoint is read into memory."""
+    paged = {source.name: experts for source, experts in zip(store.sources.layers, store.layers, strict=True)}
+    return load_checkpoint(checkpoint, torch.device("cpu"), quantized=True, paged=paged, progress=progress)
 
 
 def usage_file_of(name_or_folder: str | Path) -> UsageFile:
