@@ -8,22 +8,20 @@ Shapes: T tokens, of which the first B are decode tokens and N get logits; D hid
 router, E experts, K chosen, G groups; P KV blocks of S slots of X values; W blocks of a block table's row.
 """
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from ctypes import Array, addressof, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, Final, NamedTuple, Protocol, Self
+from typing import Any, Final, NamedTuple, Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from soli.analysis.residency import PassResidency
 from soli.formats.quantized import QuantizedWeight, plain
 from soli.kernels.cpu import ExpertTable, native
+from soli.kernels.cpu.paged_pass import ExpertPager, PagedPass
 from soli.kernels.cpu.structs import (
     CFeedForward,
     CForwardArgs,
@@ -31,7 +29,6 @@ from soli.kernels.cpu.structs import (
     CLayout,
     CMatrix,
     CNorm,
-    CPaging,
     CPrefillChunk,
     CRoutings,
     CVector,
@@ -39,9 +36,7 @@ from soli.kernels.cpu.structs import (
 )
 
 MAX_TOKENS: Final = 8192  # as in csrc/forward_args.h
-MAX_PREDICTED_TOKENS: Final = 16  # as in csrc/forward_prediction.h
 MAX_GROUPS: Final = 64
-READ_FAILED: Final = [*native.ERRORS].index("READ_FAILED")
 
 
 def vector(tensor: Tensor | None) -> CVector:
@@ -70,38 +65,6 @@ def set_experts(feed_forward: CFeedForward, table: ExpertTable) -> None:
     feed_forward.expert_in = CLayout(native.FORMATS[in_format], F, D, in_group)
     feed_forward.expert_out = CLayout(native.FORMATS[out_format], D, F, out_group)
     feed_forward.experts = table.addresses_3E2.data_ptr()
-
-
-class ExpertPager(Protocol):
-    """Brings a layer's experts into memory; see soli.experts.store."""
-
-    expert_bytes_E: Tensor  # int64, that are read for each
-
-    def windows(
-        self, expert_ids_TK: Tensor, wait: bool = True, states_E: NDArray[np.uint8] | None = None
-    ) -> Iterator[range]:
-        """The layer's experts 0 ... E - 1 in consecutive ranges. When a range is taken, those of its experts that
-        tokens chose are in memory, or without `wait` being read, until the next is taken. `states_E`: gets what is
-        found to be missing."""
-
-    @property
-    def prefetches(self) -> bool:
-        """Whether the next pass is to guess which experts a layer will choose."""
-
-    def prefetch(self, expert_ids_TK: Tensor) -> None:
-        """Reads experts ahead that the layer may choose."""
-
-    def observe(self, seconds: float) -> None:
-        """A pass of a few tokens that waited for experts took so long."""
-
-    def count_wait(self, seconds: float) -> None:
-        """A pass was held up so long by reading."""
-
-    def record(self, expert_ids_TK: Tensor) -> None:
-        """Counts a pass that found all experts in memory."""
-
-    def raise_failure(self) -> None:
-        """The error of an expert that could not be read."""
 
 
 class RoutingTensors(NamedTuple):
@@ -278,60 +241,10 @@ def _forward(
         routings=routing.addresses(), **tokens,
     )  # fmt: skip
     if any(table.paged_experts):
-        _forward_paged(kernels, table, args, routing)
+        PagedPass(kernels, args, table.paged_experts, table.router_index, routing.ids_MTK, *routing.residency).run()
     else:
         native.check_error(kernels.forward(addressof(args)))
     return y_TD, routing
-
-
-def _forward_paged(kernels: native.Library, table: LayerTable, args: CForwardArgs, routing: RoutingTensors) -> None:
-    """One pass, continued wherever it stops for experts that are not in memory."""
-    start = time.perf_counter()
-    ids_MTK, (residency,) = routing.ids_MTK, routing.residency
-    T, K = ids_MTK.shape[1:]
-    predicted_TK = torch.empty(min(T, MAX_PREDICTED_TOKENS), K, dtype=torch.int64)
-    guesses = T <= MAX_PREDICTED_TOKENS and any(experts.prefetches for experts in table.paged_experts if experts)
-    paging = CPaging(layer=-1, predicted=predicted_TK.data_ptr() if guesses else None)
-    args.paging = addressof(paging)
-    recorded = 0  # layers whose experts the pagers know to be used
-
-    def record_hits(stop: int) -> None:
-        for layer in range(recorded, stop):
-            experts = table.paged_experts[layer]
-            if experts is not None:
-                experts.record(ids_MTK[table.router_index[layer]])
-
-    def run() -> None:
-        code = kernels.forward(addressof(args))
-        experts = table.paged_experts[paging.layer]
-        if code == READ_FAILED and experts is not None:
-            experts.raise_failure()
-        native.check_error(code)
-
-    run()
-    while paging.layer >= 0:
-        layer = paging.layer
-        experts = table.paged_experts[layer]
-        assert experts is not None
-        stopped_at = time.perf_counter_ns()
-        record_hits(layer)
-        following = table.paged_experts[layer + 1] if paging.predicted_tokens else None
-        index = table.router_index[layer]
-        for window in experts.windows(ids_MTK[index], wait=False, states_E=residency.states_ME[index].numpy()):
-            if following is not None:
-                following.prefetch(predicted_TK)
-                following = None
-            paging.layer, paging.begin, paging.end = layer, window.start, window.stop
-            residency.waited_M[index] += time.perf_counter_ns() - stopped_at
-            run()
-            stopped_at = time.perf_counter_ns()
-        recorded = layer + 1
-    stopped = recorded > 0
-    record_hits(len(table.paged_experts))
-    pager = next(experts for experts in table.paged_experts if experts is not None)
-    pager.count_wait(residency.waited_seconds)
-    if stopped and T <= MAX_PREDICTED_TOKENS:
-        pager.observe(time.perf_counter() - start)
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> Array[c_void_p]:
