@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from soli.errors import SoliError
-from soli.families import ALIASES, ARCHITECTURES, DERIVED, FAMILY_DEFAULTS, NULL_MEANS
+from soli.families import ALIASES, DERIVED, FAMILIES, NULL_MEANS, ModelFamily
 from soli.hub.cache import find_folder, how_to_fetch
 from soli.input_files import read_object
 from soli.network_fields import NEUTRAL, reject_contradictions, reject_variants
@@ -103,6 +103,11 @@ class ModelConfig(Section, section="", exact_integers=True):
             _check_routing(self)
 
     @property
+    def family(self) -> ModelFamily:
+        """What this model_type changes of DeepSeek-V3."""
+        return FAMILIES[self.model_type]
+
+    @property
     def qk_head_dim(self) -> int:
         """Width of one query or key: the part without position, then the rotated part."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
@@ -127,30 +132,29 @@ class ModelConfig(Section, section="", exact_integers=True):
     def from_dict(cls, table: Mapping[str, Any]) -> ModelConfig:
         """A configuration from the JSON object of a `config.json`; SoliError for one that is impossible."""
         d = {name: value for name, value in table.items() if name not in DERIVED}
-        model_type = _check_family(d.get("model_type"))
+        family = FAMILIES[_check_family(d.get("model_type"))]
         _fold_aliases(d)
         _fold_rope(d)
         _fold_layer_types(d)
-        if d.get("architectures") in [[name] for name in ARCHITECTURES.values()]:
+        if d.get("architectures") in [[known.architecture] for known in FAMILIES.values()]:
             del d["architectures"]  # follows model_type
-        defaults = FAMILY_DEFAULTS.get(model_type, {})
-        values = {**defaults, **{name: d.pop(name) for name in FIELDS if name in d}}
+        values = {**family.defaults, **{name: d.pop(name) for name in FIELDS if name in d}}
         for name, value in list(values.items()):
             if value is None and "None" not in str(FIELDS[name].type):
-                values[name] = NULL_MEANS.get(name, defaults.get(name, FIELDS[name].default))
+                values[name] = NULL_MEANS.get(name, family.defaults.get(name, FIELDS[name].default))
         return cls(**values, extra=d)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of a `config.json`, classic spelling, unknown fields included; `from_dict` is its inverse."""
         d: dict[str, Any] = {
-            "architectures": [ARCHITECTURES[self.model_type]],
+            "architectures": [self.family.architecture],
             **{name: getattr(self, name) for name in FIELDS},
         }
         if self.rope_scaling is not None:
             d["rope_scaling"] = self.rope_scaling.to_dict()
         if self.quantization_config is None:
             del d["quantization_config"]
-        if self.model_type == "glm4_moe_lite" and self.num_hidden_layers <= MAX_LISTED_LAYERS:
+        if self.family.writes_layer_types and self.num_hidden_layers <= MAX_LISTED_LAYERS:
             d["mlp_layer_types"] = mlp_layer_types(self)  # its other readers do not know first_k_dense_replace
         return d | self.extra
 
@@ -159,8 +163,8 @@ FIELDS = {f.name: f for f in dataclasses.fields(ModelConfig) if f.name != "extra
 
 
 def _check_family(model_type: Any) -> str:
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        reject("model_type", model_type, f"Soli reads {', '.join(ARCHITECTURES)}")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        reject("model_type", model_type, f"Soli reads {', '.join(FAMILIES)}")
     return model_type
 
 

@@ -1,60 +1,77 @@
-"""The model types that Soli reads: what an absent field means in each, and other writers' names for fields."""
+"""The one table of model families: for each `model_type`, what it changes of DeepSeek-V3's network and its files.
 
-from typing import Any
+There is one network. Each field of `ModelFamily` is one difference, which the configuration, the model, the name map or
+the C++ path reads; of many families only the meaning of absent fields differs. What a configuration says by itself
+(`scoring_func`, `q_lora_rank`, `rope_interleave`, ...) is not here.
+"""
 
-ARCHITECTURES = {
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-    "kimi_k2": "DeepseekV3ForCausalLM",
-    "deepseek_v2": "DeepseekV2ForCausalLM",
-    "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
-}
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
 
-# What an absent field means: for deepseek_v3 and kimi_k2 the defaults of ModelConfig, for the others these.
-FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
-    "deepseek_v2": {
-        "vocab_size": 102400,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "moe_intermediate_size": 1407,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "n_shared_experts": 2,
-        "n_routed_experts": 64,
-        "num_experts_per_tok": 0,
-        "n_group": 1,
-        "topk_group": 1,
-        "first_k_dense_replace": 0,
-        "routed_scaling_factor": 1.0,
-        "scoring_func": "softmax",
-        "topk_method": "greedy",
-        "norm_topk_prob": False,
-        "max_position_embeddings": 2048,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-    "glm4_moe_lite": {
-        "vocab_size": 154880,
-        "hidden_size": 2048,
-        "intermediate_size": 10240,
-        "moe_intermediate_size": 1536,
-        "num_hidden_layers": 47,
-        "num_attention_heads": 20,
-        "n_routed_experts": 64,
-        "num_experts_per_tok": 4,
-        "n_group": 1,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-        "routed_scaling_factor": 1.8,
-        "q_lora_rank": 768,
-        "qk_nope_head_dim": 192,
-        "v_head_dim": 256,
-        "max_position_embeddings": 202752,
-        "rms_norm_eps": 1e-5,
-    },
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """What one `model_type` changes. The defaults are those of `deepseek_v3`."""
+
+    architecture: str = "DeepseekV3ForCausalLM"  # of config.json's `architectures`
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # an absent field; of the others ModelConfig's default
+    writes_layer_types: bool = False  # its readers know `mlp_layer_types` instead of `first_k_dense_replace`
+
+
+SOFTMAX_ROUTER: Final = {"scoring_func": "softmax", "norm_topk_prob": False, "routed_scaling_factor": 1.0}
+ONE_GROUP: Final = {"n_group": 1, "topk_group": 1}
+
+FAMILIES: Final[Mapping[str, ModelFamily]] = {
+    "deepseek_v3": ModelFamily(),
+    "kimi_k2": ModelFamily(),
+    "deepseek_v2": ModelFamily(
+        architecture="DeepseekV2ForCausalLM",
+        defaults={
+            "vocab_size": 102400,
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "moe_intermediate_size": 1407,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "n_shared_experts": 2,
+            "n_routed_experts": 64,
+            "num_experts_per_tok": 0,
+            "first_k_dense_replace": 0,
+            "topk_method": "greedy",
+            "max_position_embeddings": 2048,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            **ONE_GROUP,
+            **SOFTMAX_ROUTER,
+        },
+    ),
+    "glm4_moe_lite": ModelFamily(
+        architecture="Glm4MoeLiteForCausalLM",
+        writes_layer_types=True,
+        defaults={
+            "vocab_size": 154880,
+            "hidden_size": 2048,
+            "intermediate_size": 10240,
+            "moe_intermediate_size": 1536,
+            "num_hidden_layers": 47,
+            "num_attention_heads": 20,
+            "n_routed_experts": 64,
+            "num_experts_per_tok": 4,
+            "first_k_dense_replace": 1,
+            "routed_scaling_factor": 1.8,
+            "q_lora_rank": 768,
+            "qk_nope_head_dim": 192,
+            "v_head_dim": 256,
+            "max_position_embeddings": 202752,
+            "rms_norm_eps": 1e-5,
+            **ONE_GROUP,
+        },
+    ),
 }
 
 # Other writers' names for a field; both may be present when they agree.
-ALIASES = {
+ALIASES: Final = {
     "num_local_experts": "n_routed_experts",
     "num_experts": "n_routed_experts",
     "num_shared_experts": "n_shared_experts",
@@ -62,7 +79,7 @@ ALIASES = {
 }
 
 # A null in these means "none of it"; in any other field that cannot be null it means the same as an absent field.
-NULL_MEANS = {
+NULL_MEANS: Final = {
     "n_routed_experts": 0,
     "n_shared_experts": 0,
     "num_nextn_predict_layers": 0,
@@ -71,4 +88,4 @@ NULL_MEANS = {
 }
 
 # Written by some libraries but derived from other fields: dropped, so that a changed copy cannot contradict itself.
-DERIVED = ("head_dim", "qk_head_dim")
+DERIVED: Final = ("head_dim", "qk_head_dim")
