@@ -38,6 +38,11 @@ MAX_LISTED_LAYERS = 10_000  # what can be written as a list of layers; a configu
 
 TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
+# What a model of images and text says beside its text model's configuration, and of that what counts more than there.
+WHOLE_MODEL_FIELDS = ("quantization_config", "tie_word_embeddings")
+SHARED_FIELDS = (*TOKEN_FIELDS, "dtype", "torch_dtype", *WHOLE_MODEL_FIELDS)
+
+
 @dataclass(frozen=True)
 class ModelConfig(Section, section="", exact_integers=True):
     """A model's shape and routing, in Hugging Face names; defaults are those of `deepseek_v3` files that omit a field.
@@ -90,6 +95,8 @@ class ModelConfig(Section, section="", exact_integers=True):
 
     def __post_init__(self) -> None:
         _check_family(self.model_type)
+        if self.family.text_config:
+            reject("model_type", self.model_type, f"its text model's is {self.family.text_model_type}")
         token_ids = {name: getattr(self, name) for name in TOKEN_FIELDS}  # before 1.0 in a list becomes 1
         super().__post_init__()
         for name, ids in token_ids.items():
@@ -131,7 +138,8 @@ class ModelConfig(Section, section="", exact_integers=True):
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> ModelConfig:
         """A configuration from the JSON object of a `config.json`; SoliError for one that is impossible."""
-        d = {name: value for name, value in table.items() if name not in DERIVED}
+        text_model = _text_model(table)
+        d = {name: value for name, value in text_model.items() if name not in DERIVED}
         family = FAMILIES[_check_family(d.get("model_type"))]
         _fold_aliases(d)
         _fold_rope(d)
@@ -166,6 +174,23 @@ def _check_family(model_type: Any) -> str:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         reject("model_type", model_type, f"Soli reads {', '.join(FAMILIES)}")
     return model_type
+
+
+def _text_model(table: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields of the text model, which a model of images and text has in an object of its own."""
+    family = FAMILIES[_check_family(table.get("model_type"))]
+    if not family.text_config:
+        return table
+    text = table.get(family.text_config)
+    if not isinstance(text, Mapping):
+        reject(family.text_config, text, f"a {table['model_type']} has its text model's fields there, a JSON object")
+    inner_type = _check_family(text.get("model_type") or family.text_model_type)
+    if FAMILIES[inner_type].text_config:
+        reject(f"{family.text_config}.model_type", inner_type, "it must be that of a text model")
+    shared = {name: table[name] for name in SHARED_FIELDS if table.get(name) not in (None, {})}
+    own = {name: value for name, value in text.items() if value is not None or name not in shared}
+    whole = {name: shared[name] for name in WHOLE_MODEL_FIELDS if name in shared}
+    return {**shared, **own, **whole, "model_type": inner_type}
 
 
 def _fold_aliases(d: dict[str, Any]) -> None:
@@ -324,11 +349,16 @@ def _check_groups(config: ModelConfig) -> None:
 
 def load_config(path: str | Path) -> ModelConfig:
     """Read the `config.json` of a model folder, or that file itself; SoliError names the file and what is wrong."""
+    return load_config_and_family(path)[0]
+
+
+def load_config_and_family(path: str | Path) -> tuple[ModelConfig, ModelFamily]:
+    """The same, and the family that the file names: of a model of images and text not that of its text model."""
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
     table = read_object(file)
     try:
-        return ModelConfig.from_dict(table)
+        return ModelConfig.from_dict(table), FAMILIES[table["model_type"]]
     except SoliError as error:
         raise SoliError(f"{file}: {error}") from None
 

@@ -17,6 +17,10 @@ class ModelFamily:
     architecture: str = "DeepseekV3ForCausalLM"  # of config.json's `architectures`
     defaults: Mapping[str, Any] = field(default_factory=dict)  # an absent field; of the others ModelConfig's default
     writes_layer_types: bool = False  # its readers know `mlp_layer_types` instead of `first_k_dense_replace`
+    text_config: str = ""  # the field that has the configuration of the text model, in a model of more than text
+    text_model_type: str = ""  # the text model's type, where its configuration has none
+    tensor_prefixes: Mapping[str, str] = field(default_factory=dict)  # of its tensors' names -> of the text model's
+    left_out: tuple[str, ...] = ()  # prefixes of tensors that the text model does not have
 
 
 SOFTMAX_ROUTER: Final = {"scoring_func": "softmax", "norm_topk_prob": False, "routed_scaling_factor": 1.0}
@@ -25,6 +29,13 @@ ONE_GROUP: Final = {"n_group": 1, "topk_group": 1}
 FAMILIES: Final[Mapping[str, ModelFamily]] = {
     "deepseek_v3": ModelFamily(),
     "kimi_k2": ModelFamily(),
+    "kimi_k25": ModelFamily(
+        text_config="text_config",
+        text_model_type="kimi_k2",
+        # As published, and as transformers names them.
+        tensor_prefixes={"language_model.": "", "model.language_model.": "model."},
+        left_out=("vision_tower.", "mm_projector.", "model.vision_tower.", "model.mm_projector."),
+    ),
     "deepseek_v2": ModelFamily(
         architecture="DeepseekV2ForCausalLM",
         defaults={

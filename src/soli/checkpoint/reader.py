@@ -25,7 +25,8 @@ from soli.checkpoint.name_map import HEAD, IGNORED, SCALE_SUFFIX, Kind, Slot, sl
 from soli.checkpoint.quantization import FORMAT, quantized_dtypes, slot_problems
 from soli.checkpoint.shard import TORCH_DTYPE, Shard, TensorEntry
 from soli.checkpoint.stacked import STACKED, split_stacked
-from soli.config import load_config
+from soli.checkpoint.tensor_names import text_model_entries
+from soli.config import load_config_and_family
 from soli.errors import SoliError
 from soli.formats.fp8 import BLOCK, check_scale
 from soli.input_files import TABLE_BYTES, read_object
@@ -49,13 +50,18 @@ class Checkpoint:
         """
         self.folder = folder
         self._mapped = mapped
-        self.config = load_config(folder)
+        self.config, family = load_config_and_family(folder)
         self.quantized_dtypes = quantized_dtypes(folder, self.config)
         self._shards = _open_shards(folder)
+        left_out = 0
         for shard in self._shards.values():
-            shard.entries = split_stacked(shard.entries, self.config.n_routed_experts)
+            entries = text_model_entries(shard.entries, family)
+            left_out += len(shard.entries) - len(entries)
+            shard.entries = split_stacked(entries, self.config.n_routed_experts)
         self.entries = {name: entry for shard in self._shards.values() for name, entry in shard.entries.items()}
         notes: list[str] = []
+        if left_out:
+            notes.append(f"{folder}: {left_out:,} tensors of images are left out: the model is used for text alone")
         if self._has_own_head():
             self.config = replace(self.config, tie_word_embeddings=False)
             notes.append(

@@ -1,0 +1,23 @@
+"""Tensors of files under the names of the name map: those of a text model inside a model of images and text."""
+
+from collections.abc import Mapping
+
+from soli.checkpoint.shard import TensorEntry
+from soli.errors import SoliError
+from soli.families import ModelFamily
+
+
+def text_model_entries(entries: Mapping[str, TensorEntry], family: ModelFamily) -> dict[str, TensorEntry]:
+    """The tensors of a text model, by their names in a folder of its own. SoliError for two with one name."""
+    if not family.tensor_prefixes:
+        return {**entries}
+    own: dict[str, TensorEntry] = {}
+    for name, entry in entries.items():
+        if name.startswith(family.left_out):
+            continue
+        prefix = next((prefix for prefix in family.tensor_prefixes if name.startswith(prefix)), None)
+        own_name = name if prefix is None else family.tensor_prefixes[prefix] + name.removeprefix(prefix)
+        if own_name in own:
+            raise SoliError(f"{entry} and {own[own_name].name} are the same tensor: remove one of them")
+        own[own_name] = entry
+    return own
