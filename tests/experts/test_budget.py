@@ -12,6 +12,8 @@ from soli.engine.offline import answer_all, limits_for
 from soli.engine.request import EngineLimits, Request
 from soli.engine.text_model import open_text_model
 from soli.errors import SoliError
+from soli.experts.budget import BandwidthRates, divide_bytes
+from soli.experts.policy import policy_bytes
 from soli.llm import LLM
 from soli.quantities import parse_bytes
 from soli.serve.metrics import ServerMetrics
@@ -76,8 +78,44 @@ def test_hits_and_bytes_read_are_metrics(capsys) -> None:
     page = ServerMetrics(lambda: True, lambda: (engine.stats(), ())).text().decode()
     assert f"soli_expert_cache_misses_total {float(paging.misses)}" in page
     assert float(page.partition("\nsoli_expert_read_bytes_total ")[2].split()[0]) == paging.bytes_read
-    assert main(["generate", "nano", "Good morning", "--memory", "12MB", "--max-new-tokens", "5"]) == 0
-    assert re.search(r"soli: [\d.]+% of [\d,]+ experts were in memory, .* read per token", capsys.readouterr().err)
+    assert f"soli_expert_wait_seconds_total {paging.waited_seconds}" in page
+    assert paging.waited_seconds < paging.step_seconds
+    assert "bandwidth_share" not in page  # of a model too small to measure the disk for
+
+
+@pytest.mark.parametrize(
+    "command", [["generate", "nano", "Good morning", "--max-new-tokens", "5"], ["translate", "Good morning."]]
+)
+def test_what_was_read_is_said_at_the_end(command, capsys) -> None:
+    assert main([*command, "--memory", "12MB"]) == 0
+    line = r"soli: [\d.]+% of [\d,]+ experts were in memory, .* read per token .* ms waited per token"
+    assert re.search(line, capsys.readouterr().err)
+
+
+def test_shares_of_bandwidth_are_of_the_time_of_steps() -> None:
+    text_model = open_text_model("nano", memory=12 * MB)
+    engine = Engine(text_model, limits_for(text_model, 1, 40))
+    budget = text_model.budget
+    assert budget is not None
+    budget.rates = BandwidthRates(disk=1e9, memory=20e9)
+    assert len(list(answer_all(engine, [Request((5, 6, 7), 20)]))) == 1
+    paging = engine.stats().paging
+    assert paging is not None
+    used = budget.store.stats.bytes_used + engine.stats().steps * budget.resident_per_pass
+    assert paging.memory_share == used / paging.step_seconds / 20e9
+    assert paging.disk_share == paging.bytes_read / paging.step_seconds / 1e9
+    assert "of the disk's bandwidth and" in paging.summary(20)
+    page = ServerMetrics(lambda: True, lambda: (engine.stats(), ())).text().decode()
+    assert f"soli_disk_bandwidth_share {paging.disk_share}" in page
+    assert paging.since(paging).hits == paging.since(paging).bytes_used == 0
+
+
+def test_the_policy_s_tables_are_in_the_budget() -> None:
+    [cache, slots], [more, fewer] = (divide_bytes(10**6, 0, 1000, 2000, size) for size in (0, 10_000))
+    assert (slots, fewer) == (1000, 990)
+    assert cache == more == 0
+    assert divide_bytes(10**6, 0, 1000, 1000, 10_000) == (0, 1000)  # where all experts stay, none decides
+    assert policy_bytes(58, 256) > 58 * 256 * 256 * 4
 
 
 @pytest.mark.parametrize("options", [{"dtype": "float32"}, {"device": "cuda"}])

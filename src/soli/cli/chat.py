@@ -17,7 +17,9 @@ from soli.errors import SoliError
 
 if TYPE_CHECKING:
     from soli.chat.templates import ChatTemplate
+    from soli.engine.request import Usage
     from soli.engine.sampler import SamplingParams
+    from soli.experts.paging_stats import PagingStats
     from soli.llm import LLM
 
 HELP = "/reset clears the conversation, /exit (or Ctrl-D) leaves; Ctrl-C stops an answer"
@@ -96,7 +98,7 @@ class Conversation:
         from soli.chat.parsers.families import REASONING
 
         self._llm, self._template, self._sampling, self._limit = llm, template, sampling, limit
-        self.speed = ""  # of the last answer, a line
+        self.notes: list[str] = []  # how the last answer went, lines
         added_tokens = llm.text_model.tokenizer.added_tokens()
         self._visible_ids = frozenset(added_tokens[name] for name in REASONING if name in added_tokens)
         self._system = [{"role": "system", "content": system}] if system else []
@@ -117,21 +119,30 @@ class Conversation:
         limit = limit if self._limit is None else min(limit, self._limit)
         parser = MessageParser(starts_in_reasoning=thinking)
         content = ""
-        self.speed = ""
+        self.notes = []
         stopwatch = Stopwatch()
+        before = self._llm.stats().paging
         try:
             request = self._llm.request(ids, self._sampling, max_new_tokens=limit)
             events = self._llm.engine.open(replace(request, visible_ids=self._visible_ids))
             for event in map(checked, events):
                 stopwatch.lap()
                 if event.usage is not None:
-                    self.speed = stopwatch.summary(event.usage.prompt, event.usage.completion)
+                    self.notes = [stopwatch.summary(event.usage.prompt, event.usage.completion)]
+                    self.notes += self._paging_notes(before, event.usage)
                 delta = parser.push(event.text, event.finish_reason is not None)
                 content += delta.content
                 yield delta.reasoning, delta.content
         finally:
             if content:
                 self.messages = [*messages, {"role": "assistant", "content": content}]
+
+    def _paging_notes(self, before: PagingStats | None, usage: Usage) -> list[str]:
+        """What was read for an answer, where experts are on disk."""
+        paging = self._llm.stats().paging
+        if paging is None or before is None:
+            return []
+        return [paging.since(before).summary(usage.prompt - usage.cached + usage.completion)]
 
 
 def _lines() -> Iterator[str]:
@@ -163,5 +174,6 @@ def _answer(conversation: Conversation, line: str) -> None:
         if isinstance(error, SoliError):
             print(f"soli: {error}; {HELP}", file=sys.stderr)
     print(flush=True)
-    if conversation.speed and sys.stdin.isatty():
-        print(f"soli: {conversation.speed}", file=sys.stderr)
+    if sys.stdin.isatty():
+        for note in conversation.notes:
+            print(f"soli: {note}", file=sys.stderr)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from soli.engine.request import Answer
     from soli.engine.sampler import TokenLogprob
     from soli.engine.text_model import TextModel
-    from soli.experts.store import PagingStats
+    from soli.experts.paging_stats import PagingStats
 
 MAX_NEW_TOKENS = 256
 MAX_FILE_BYTES = 262_144  # bytes: four for each character that a schema may have
@@ -143,12 +143,11 @@ def generate(
     trace = expert_tables.token_traces(text_model, answer) if answer.routing is not None else None
     entries = None if answer.logprobs is None else _logprob_entries(text_model, answer.logprobs)
     if json:
-        paging = None if text_model.budget is None else text_model.budget.store.paging()
-        _print_json(text, answer, trace, entries, paging)
+        _print_json(text, answer, trace, entries, engine.stats().paging)
         return
     print(flush=True)
     print(f"soli: {stopwatch.summary(answer.usage.prompt, answer.usage.completion)}", file=sys.stderr)
-    note_paging(text_model, answer.usage.prompt + answer.usage.completion)
+    note_paging(engine.stats().paging, answer.usage.prompt + answer.usage.completion)
     if entries is not None:
         print("", *_logprob_lines(entries), sep="\n")
     if trace is not None:
@@ -229,7 +228,7 @@ def _print_json(
         "new_tokens": answer.usage.completion,
     }
     if paging is not None:
-        entry["paging"] = paging
+        entry["paging"] = paging.to_dict()
     if logprobs is not None:
         entry["logprobs"] = logprobs
     if trace is not None:

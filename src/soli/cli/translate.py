@@ -9,7 +9,7 @@ import typer
 
 from soli.cli._shared import options
 from soli.cli._shared.console import print_json
-from soli.cli._shared.loading import load_text_model, note_memory
+from soli.cli._shared.loading import load_text_model, note_memory, note_paging
 from soli.cli._shared.text_input import argument_lines, stdin_lines
 from soli.errors import SoliError
 
@@ -58,6 +58,8 @@ def translate(
     window = 1 if text == "-" and sys.stdin.isatty() else None
     for translation in translator.translate(lines, window):
         _print(translator, translation, json, experts_detail)
+    stats = translator.stats()
+    note_paging(stats.paging, stats.prompt_tokens + stats.completion_tokens)
 
 
 def _print(translator: Translator, translation: Translation, as_json: bool, detail: bool) -> None:

@@ -10,6 +10,7 @@ Shapes: T tokens of a step, N of them with logits, L MoE layers, E experts.
 
 import logging
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -36,7 +37,7 @@ from soli.engine.runner import ForwardOutput, ModelRunner, RunnerName
 from soli.engine.sampler import SampledToken, SamplerState, sample
 from soli.engine.scheduler import ScheduledTokens, Scheduler, SequenceState
 from soli.engine.scratch import limit_scratch
-from soli.engine.speculation import Drafter, VerifiedTokens, verify
+from soli.engine.speculation import Drafter, DraftingGain, VerifiedTokens, verify
 from soli.engine.text_model import TextModel
 from soli.errors import SoliError
 from soli.machine import available_memory
@@ -68,12 +69,13 @@ class Engine:
         self._cache = LatentCache(block_count, limits.block_size, limits.max_running, positions)
         self._scheduler = Scheduler(self._cache, self._blocks, limits)
         self._runner = ModelRunner(model, runner, drafts=limits.speculate)
-        self._drafter = Drafter(model, self._cache) if limits.speculate else None
+        self._drafter = self._new_drafter() if limits.speculate else None
         self._sequences: dict[int, SequenceState] = {}  # by request id
         self._pending_events: list[Event] = []  # of requests that were cancelled, for the next step
         mixtures = len(mixture_layers(text_model))
         self._load_LE = torch.zeros(mixtures, model.config.n_routed_experts or 0, dtype=torch.int64)
         self._request_ids = count()
+        self._step_seconds = 0.0
         self._steps = self._prompt_tokens = self._completion_tokens = self._drafted = self._accepted = 0
 
     def add(self, request: Request) -> int:
@@ -88,6 +90,7 @@ class Engine:
         )
         stream = TextStream(token_text(self.text_model.tokenizer, request.visible_ids), request.stop)
         sequence = SequenceState(next(self._request_ids), request, [*request.prompt_ids], sampler, stream)
+        sequence.speculates = self._drafter is not None and self._drafter.begins(request)
         self._sequences[sequence.request_id] = sequence
         self._scheduler.waiting.append(sequence)
         return sequence.request_id
@@ -124,10 +127,13 @@ class Engine:
         if not parts:
             return events
         self._steps += 1
+        start = time.perf_counter()
         try:
             return events + self._compute(parts)
         except Exception as error:
             return events + self._end_all(parts, error)
+        finally:
+            self._step_seconds += time.perf_counter() - start
 
     def stats(self) -> EngineStats:
         """The engine's metrics."""
@@ -145,8 +151,13 @@ class Engine:
             drafted=self._drafted,
             accepted=self._accepted,
             expert_load=tuple(map(tuple, self._load_LE.tolist())),
-            paging=None if self._budget is None else self._budget.store.paging(),
+            paging=None if self._budget is None else self._budget.paging(self._steps, self._step_seconds),
         )
+
+    def _new_drafter(self) -> Drafter:
+        """Decides by itself where experts are read from disk."""
+        pages = self._budget is not None and not self._budget.store.holds_all
+        return Drafter(self._model, self._cache, DraftingGain() if pages else None)
 
     def _block_count(self) -> int:
         model, limits = self._model, self.limits
@@ -177,7 +188,10 @@ class Engine:
 
     def _compute(self, parts: Sequence[ScheduledTokens]) -> list[Event]:
         """Run the model, sample for sequences whose last token is in the step, draft what may follow."""
+        start = time.perf_counter()
         output = self._forward(parts)
+        drafts = sum(bool(part.sequence.drafts) for part in parts)
+        decodes = all(part.samples and part.count == 1 + len(part.sequence.drafts) for part in parts)
         verified = self._sample(parts, output.logits_NV)
         events: list[Event] = []
         committed_parts: list[ScheduledTokens] = []
@@ -205,7 +219,10 @@ class Engine:
                 if tokens is not None and sequence.remaining_new_tokens > 1:
                     drafting.add(sequence)
         if self._drafter is not None:
+            seconds = time.perf_counter() - start
             self._drafter.draft(self._runner.active, committed_parts, drafting, output.hidden_TD)
+            if decodes:
+                self._drafter.observe(parts, drafts, sum(len(one.tokens) for one in verified.values()), seconds)
             for part in committed_parts:
                 self._scheduler.register_full_blocks(part.sequence)
         return events

@@ -15,7 +15,7 @@ from soli.engine.latent_cache import blocks_for
 from soli.engine.sampler import GREEDY, SamplingParams, TokenLogprob
 from soli.engine.text_model import TextModel
 from soli.errors import SoliError
-from soli.experts.store import PagingStats
+from soli.experts.paging_stats import PagingStats
 from soli.model.moe import MoE
 from soli.model.router import Routing, count_choices, join_routing
 from soli.model.transformer import find_mixture

@@ -42,6 +42,7 @@ class SequenceState:
     registered: int = 0  # blocks that are in the prefix cache
     has_run: bool = False
     weights_version: int = 0  # of the weights when it was last admitted
+    speculates: bool = False  # its blocks have the MTP module's latents too
 
     @property
     def remaining(self) -> int:
@@ -52,6 +53,12 @@ class SequenceState:
     def remaining_new_tokens(self) -> int:
         """Tokens that may still be sampled."""
         return len(self.request.prompt_ids) + self.request.max_new_tokens - len(self.ids)
+
+    def stop_speculating(self) -> None:
+        """From now on its blocks are those of a text without drafts, as the main model's latents in them are."""
+        self.speculates = False
+        self.drafts = []
+        self.keys = []
 
     @property
     def usage(self) -> Usage:
@@ -236,6 +243,7 @@ def _token_count(sequence: SequenceState, budget: int) -> int:
 
 
 def _root_key(sequence: SequenceState) -> bytes:
-    """What the latents of a text depend on besides its tokens: the weights, and the masked experts."""
+    """What the latents of a text depend on besides its tokens: the weights, the masked experts, and whether the MTP
+    module has latents of it."""
     masked_experts = np.asarray(sorted(sequence.request.masked_experts), dtype=np.int64)
-    return sequence.weights_version.to_bytes(8) + masked_experts.tobytes()
+    return sequence.weights_version.to_bytes(8) + bytes([sequence.speculates]) + masked_experts.tobytes()

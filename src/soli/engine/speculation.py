@@ -16,12 +16,20 @@ Every random number is a function of the request's seed and the token's position
 on which tokens were drafted: a request is speculated from its first token to its last, and a draft that has not been
 verified survives a preemption.
 
+Where experts are read from disk, a draft's tokens need experts of their own, and so does the module. Whether that pays
+is decided from the times of steps (`DraftingGain`), for requests whose text does not depend on it: greedy ones, and
+those without a seed.
+
 Shapes: B requests, K drafts of one request, V vocabulary, T tokens of a step, D hidden.
 """
 
+import time
+from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from statistics import mean
+from typing import Final
 
 import numpy as np
 import torch
@@ -29,6 +37,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from soli.engine.latent_cache import MAX_ABSORBED_TOKENS, LatentCache
+from soli.engine.request import Request
 from soli.engine.runner import Runner
 from soli.engine.sampler import (
     NOT_FINITE,
@@ -135,19 +144,102 @@ def _rows(logits_BV: Tensor) -> NDArray[np.float32]:
     return rows_BV
 
 
+class DraftingGain:
+    """Whether drafting pays, from the latest steps in which every request had a token to decode.
+
+    A step with drafts costs more than one without, and the module's pass comes on top; it gives more tokens. One step
+    in PROBE_EVERY is computed without drafts, so that both are measured while experts come and go. Drafting that does
+    not pay is given up, and tried anew by a request that begins after RETRY_TOKENS more.
+    """
+
+    PROBE_EVERY: Final = 4
+    STEPS: Final = 32  # of each kind, that count
+    MIN_STEPS: Final = 6  # of each kind, before it is decided
+    RETRY_TOKENS: Final = 2048
+
+    def __init__(self) -> None:
+        self._seconds_per_token: dict[bool, deque[float]] = {kind: deque(maxlen=self.STEPS) for kind in (True, False)}
+        self._steps = 0
+        self._tokens_left = 0  # until drafting is tried again
+
+    @property
+    def pays(self) -> bool:
+        """Whether to draft, as far as is known."""
+        with_drafts, without = self._seconds_per_token[True], self._seconds_per_token[False]
+        if min(len(with_drafts), len(without)) < self.MIN_STEPS:
+            return self._tokens_left == 0
+        return mean(with_drafts) < mean(without)
+
+    @property
+    def probes(self) -> bool:
+        """Whether the next step is to be one without drafts."""
+        return self._steps % self.PROBE_EVERY == 0
+
+    def observe(self, requests: int, drafts: int, tokens: int, seconds: float, module_seconds: float) -> None:
+        """A step of so many requests verified `drafts` and gave `tokens`; both models took so long."""
+        self._steps += 1
+        self._tokens_left = max(0, self._tokens_left - tokens)
+        if drafts == requests:
+            self._seconds_per_token[True].append((seconds + module_seconds) / tokens)
+        elif not drafts:
+            self._seconds_per_token[False].append(seconds / tokens)
+
+    def give_up(self) -> None:
+        """Forget what was measured, and do without for a while."""
+        for seconds in self._seconds_per_token.values():
+            seconds.clear()
+        self._tokens_left = self.RETRY_TOKENS
+
+
+def depends_on_drafts(request: Request) -> bool:
+    """Whether its text changes with which tokens were drafted."""
+    return request.sampling.temperature > 0 and request.sampling.seed is not None
+
+
 class Drafter:
     """Drafts one token ahead with the first MTP module of `model`."""
 
-    def __init__(self, model: Transformer, cache: LatentCache) -> None:
-        self._model, self._cache = model, cache
+    def __init__(self, model: Transformer, cache: LatentCache, gain: DraftingGain | None = None) -> None:
+        self._model, self._cache, self._gain = model, cache, gain
+        self._module_seconds = 0.0  # of the latest step
+
+    def begins(self, request: Request) -> bool:
+        """Whether to draft for a request, from its first token on."""
+        return self._gain is None or depends_on_drafts(request) or self._gain.pays
+
+    def observe(self, parts: Sequence[ScheduledTokens], drafts: int, tokens: int, seconds: float) -> None:
+        """A step of `parts`, each of one request that decodes, verified `drafts` and gave `tokens`; the model took so
+        long. Where drafting does not pay, requests that can do without go on without."""
+        if self._gain is None:
+            return
+        self._gain.observe(len(parts), drafts, tokens, seconds, self._module_seconds)
+        if not self._gain.pays:
+            adaptable = [part.sequence for part in parts if part.sequence.speculates]
+            adaptable = [sequence for sequence in adaptable if not depends_on_drafts(sequence.request)]
+            for sequence in adaptable:
+                sequence.stop_speculating()
+            if adaptable:
+                self._gain.give_up()
 
     def draft(
         self, runner: Runner, parts: Sequence[ScheduledTokens], drafting: Collection[SequenceState], hidden_TD: Tensor
     ) -> None:
         """Run the module over `parts`, the tokens of a step that their sequences keep, whose hidden states are in
         `hidden_TD`; draft what follows the last token of the sequences in `drafting`."""
-        if not parts:
-            return
+        start = time.perf_counter()
+        parts = [part for part in parts if part.sequence.speculates]
+        if parts:
+            self._draft(runner, parts, self._selected(drafting), hidden_TD)
+        self._module_seconds = time.perf_counter() - start
+
+    def _selected(self, drafting: Collection[SequenceState]) -> list[SequenceState]:
+        """Those to draft for in this step."""
+        probe = self._gain is not None and self._gain.probes
+        return [one for one in drafting if one.speculates and not (probe and not depends_on_drafts(one.request))]
+
+    def _draft(
+        self, runner: Runner, parts: Sequence[ScheduledTokens], drafting: Collection[SequenceState], hidden_TD: Tensor
+    ) -> None:
         parts = sorted(parts, key=lambda part: part.count > MAX_ABSORBED_TOKENS)
         output_TD = self._run_module(runner, parts, hidden_TD)
         ends = accumulate(part.count for part in parts)

@@ -14,7 +14,7 @@ from soli.analysis.notebook_views import html_text
 from soli.data.text import Language, language_of
 from soli.engine.engine import Engine
 from soli.engine.offline import answer_all, limits_for
-from soli.engine.request import Answer, Request
+from soli.engine.request import Answer, EngineStats, Request
 from soli.engine.sampler import GREEDY, SamplingParams
 from soli.engine.text_model import TextModel
 from soli.errors import SoliError
@@ -97,6 +97,10 @@ class Translator:
         for answer in answer_all(self._engine, requests(), window, on_answer):
             source, to = pending.popleft()
             yield Translation(source, "" if answer is None else one_line(answer.text), to, answer)
+
+    def stats(self) -> EngineStats:
+        """The engine's metrics."""
+        return self._engine.stats()
 
     def _request(self, text: str, to: Language, where: str) -> Request:
         prompt = self.text_model.tokenizer.translation_prompt(text, to)

@@ -4,10 +4,11 @@ The bytes are what Soli allocates. Interpreter and libraries come on top: `overh
 """
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from soli.errors import SoliError
+from soli.experts.paging_stats import PagingStats
 from soli.experts.policy import Policy
 from soli.experts.store import ExpertStore
 from soli.experts.usage import UsageFile
@@ -25,11 +26,16 @@ def default_memory() -> tuple[int, int]:
     return max(0, available - margin), margin
 
 
-def divide_bytes(free: int, latent_cache: int, slot_bytes: int) -> tuple[int, int]:
-    """(bytes of the latent cache, experts) in the bytes that weights and scratch leave: a latent cache of up to
-    `latent_cache` bytes, which takes half of them at most, and experts of `slot_bytes` each."""
-    latent_cache = min(latent_cache, max(0, free // 2))
-    return latent_cache, (free - latent_cache) // slot_bytes
+def divide_bytes(
+    free: int, latent_cache: int, slot_bytes: int, experts: int, policy_bytes: int
+) -> tuple[int, int]:
+    """(bytes of the latent cache, slots) in the bytes that weights and scratch leave: a latent cache of up to
+    `latent_cache` bytes, which takes half of them at most, and slots of `slot_bytes` each. Where there are fewer slots
+    than `experts`, the counts that decide which experts stay take `policy_bytes`."""
+    cache = min(latent_cache, max(0, free // 2))
+    if policy_bytes and (free - cache) // slot_bytes < experts:
+        return divide_bytes(free - policy_bytes, latent_cache, slot_bytes, experts, 0)
+    return cache, (free - cache) // slot_bytes
 
 
 def least_bytes(experts: int, slot_bytes: int) -> int:
@@ -37,16 +43,27 @@ def least_bytes(experts: int, slot_bytes: int) -> int:
     return 2 * experts * slot_bytes
 
 
+@dataclass(frozen=True)
+class BandwidthRates:
+    """Of this machine, in bytes per second; None where it was not measured."""
+
+    disk: float | None = None
+    memory: float | None = None
+
+
 @dataclass
 class MemoryBudget:
-    """`total` bytes for a model of which `resident` stay in memory, and the store of its experts. `least` experts must
-    be in memory at once: those that a token chooses in a layer."""
+    """`total` bytes for a model of which `resident` stay in memory, `resident_per_pass` of them read in each forward
+    pass, and the store of its experts. `least` experts must be in memory at once: those that a token chooses in a
+    layer."""
 
     total: int
     resident: int
     overhead: int
     least: int
     store: ExpertStore
+    resident_per_pass: int = 0
+    rates: BandwidthRates = BandwidthRates()
     latent_cache: int = 0
     scratch: int = 0
     usage_file: UsageFile | None = None
@@ -55,20 +72,32 @@ class MemoryBudget:
     def divide(self, latent_cache: int, scratch: int) -> int:
         """Give the experts what is left beside a latent cache of up to `latent_cache` bytes, which takes half of it at
         most, and `scratch`; the bytes of the latent cache. SoliError with the bytes needed where that is too little."""
+        store, policy = self.store, self.store.policy.nbytes
         left = self.total - self.resident - scratch
         self.scratch = scratch
-        self.latent_cache, capacity = divide_bytes(left, latent_cache, self.store.slot_bytes)
+        self.latent_cache, capacity = divide_bytes(left, latent_cache, store.slot_bytes, store.sources.count, policy)
         if capacity < self.least:
-            needed = self.resident + scratch + least_bytes(self.least, self.store.slot_bytes)
+            needed = self.resident + scratch + policy + least_bytes(self.least, store.slot_bytes)
             raise SoliError(
                 f"{self.total:,} bytes of memory are too few for this model: weights that stay take "
                 f"{self.resident:,}, scratch {scratch:,}, the {self.least} experts that a token chooses in a layer "
-                f"{self.least * self.store.slot_bytes:,}, and the latent cache as much again: give {needed:,} or more"
+                f"{self.least * store.slot_bytes:,}, and the latent cache as much again: give {needed:,} or more"
             )
-        if capacity < self.store.capacity or self.store.capacity < self.store.sources.count:
-            self.store.resize(capacity)
+        if capacity < store.capacity or store.capacity < store.sources.count:
+            store.resize(capacity)
             self._begin()
         return self.latent_cache
+
+    def paging(self, steps: int, seconds: float) -> PagingStats:
+        """What cache and disk did in so many forward passes, which took so long."""
+        stats = self.store.paging()
+        return replace(
+            stats,
+            bytes_used=stats.bytes_used + steps * self.resident_per_pass,
+            step_seconds=seconds,
+            disk_rate=self.rates.disk,
+            memory_rate=self.rates.memory,
+        )
 
     def remember(self) -> None:
         """Write which experts were used, for the next run of this model; at the end of the process, or when nobody has

@@ -10,8 +10,9 @@ from soli.checkpoint.load import load_checkpoint, open_checkpoint
 from soli.checkpoint.reader import Checkpoint
 from soli.checkpoint.writer import ProgressCallback
 from soli.errors import SoliError
-from soli.experts.budget import MemoryBudget
-from soli.experts.disk import measured_disk
+from soli.experts.budget import BandwidthRates, MemoryBudget
+from soli.experts.disk import Disk, measured_disk
+from soli.experts.memory_rate import measured_memory
 from soli.experts.policy import DEFAULT
 from soli.experts.reading import USUAL, Settings
 from soli.experts.sources import Sources, sources_of
@@ -73,10 +74,20 @@ def load_within(
             f"that a token chooses in a layer {experts:,}, but {memory:,} bytes are allowed: allow more"
         )
     overhead = resident_memory()
-    store = ExpertStore(sources, least, settings=_settings(checkpoint, sources))
+    disk = _disk(checkpoint, sources)
+    store = ExpertStore(sources, least, settings=USUAL if disk is None else disk.settings)
     model = _load(checkpoint, store, progress)
-    file = usage_file(checkpoint, sources.layers)
-    return model, MemoryBudget(memory, resident_bytes(model), overhead, least, store, usage_file=file)
+    resident = resident_bytes(model)
+    return model, MemoryBudget(
+        memory,
+        resident,
+        overhead,
+        least,
+        store,
+        resident_per_pass=resident - _embedding_bytes(model),
+        rates=BandwidthRates() if disk is None else BandwidthRates(disk.rate, measured_memory().rate),
+        usage_file=usage_file(checkpoint, sources.layers),
+    )
 
 
 def _load(checkpoint: Checkpoint, store: ExpertStore, progress: ProgressCallback) -> Transformer:
@@ -91,14 +102,14 @@ def usage_file_of(name_or_folder: str | Path) -> UsageFile:
     return usage_file(checkpoint, sources_of(checkpoint).layers)
 
 
-def _settings(checkpoint: Checkpoint, sources: Sources) -> Settings:
-    """How the disk of a model is best read; the usual settings for one that is too small to measure it with."""
+def _disk(checkpoint: Checkpoint, sources: Sources) -> Disk | None:
+    """The disk of a model; None for a model that is too small to measure it with, and where it cannot be measured."""
     if sum(len(layer.experts) * layer.expert_bytes for layer in sources.layers) < MEASURED_BYTES:
-        return USUAL
+        return None
     try:
-        return measured_disk(checkpoint.folder).settings
+        return measured_disk(checkpoint.folder)
     except SoliError:
-        return USUAL
+        return None
 
 
 def least_experts(checkpoint: Checkpoint, sources: Sources) -> int:
@@ -112,6 +123,11 @@ def least_bytes_of(checkpoint: Checkpoint, sources: Sources) -> tuple[int, int]:
     entries = [checkpoint.entries[slot.name] for slot in slots]
     resident = sum(entry.end - entry.start for entry in entries)
     return resident, least_experts(checkpoint, sources) * sources.slot_bytes
+
+
+def _embedding_bytes(model: Transformer) -> int:
+    """Of the embedding, of which a token reads one row; 0 where the head is the same weight, which it reads whole."""
+    return 0 if model.config.tie_word_embeddings else model.embed_tokens.weight.nbytes
 
 
 def resident_bytes(model: nn.Module) -> int:

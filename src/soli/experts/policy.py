@@ -66,6 +66,12 @@ class Policy(ABC):
         """Begin with what earlier runs used, before the first use."""
 
 
+    @property
+    def nbytes(self) -> int:
+        """Of its tables."""
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, np.ndarray))
+
+
 class SharedPolicy(Policy):
     """Each layer has its share of the slots, and an order of its own."""
 
@@ -339,3 +345,8 @@ POLICIES: Final[dict[str, type[Policy]]] = {
     "next-use": NextUse,
 }
 DEFAULT: Final = "next-use"
+
+
+def policy_bytes(layers: int, experts: int) -> int:
+    """That the tables of the default policy take, for so many layers of so many experts."""
+    return POLICIES[DEFAULT](1, layers, experts).nbytes

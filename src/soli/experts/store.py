@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from soli.analysis.residency import TIERS, PassResidency, Residency, ResidencyRecorder, Tier
+from soli.experts.paging_stats import PagingStats
 from soli.experts.policy import DEFAULT, POLICIES, ExpertUsage, Key
 from soli.experts.prefetch import Prefetcher
 from soli.experts.reading import USUAL, Pending, Reader, Settings
@@ -32,7 +33,6 @@ from soli.experts.sources import LayerSource, Sources
 from soli.formats.quantized import QuantizedWeight
 from soli.kernels import QuantizedExperts
 from soli.kernels.cpu import EXPERT_STATES, ExpertTable
-from soli.quantities import scaled
 
 MISSING, READING, PRESENT, FAILED = range(len(EXPERT_STATES))
 PRELOAD_SECONDS: Final = 2.0
@@ -41,35 +41,14 @@ PRELOAD_AT_ONCE: Final = 32  # experts
 
 @dataclass
 class StoreStats:
-    """`hits` and `misses`: experts that a layer's tokens chose, each once per forward pass. `waited_seconds`: that
-    layers were held up by reading."""
+    """`hits` and `misses`: experts that a layer's tokens chose, each once per forward pass, and the bytes of all of
+    them. `waited_seconds`: that layers were held up by reading."""
 
     hits: int = 0
     misses: int = 0
+    bytes_used: int = 0
     evictions: int = 0
     waited_seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class PagingStats:
-    """Of a store since it was made. Experts: `slots`, `hits`, `misses`. `bytes_read`, also ahead and in vain, but not
-    what was read before the first request; `read_seconds`, in which at least one read was in flight."""
-
-    slots: int
-    hits: int
-    misses: int
-    bytes_read: int
-    read_seconds: float
-
-    def summary(self, tokens: int) -> str:
-        """One line, of so many tokens."""
-        uses = self.hits + self.misses
-        line = f"{self.hits / max(1, uses):.1%} of {uses:,} experts were in memory"
-        if tokens and self.bytes_read:
-            line += f", {scaled(self.bytes_read / tokens, 'B')} read per token"
-        if self.read_seconds > 0:
-            line += f" at {scaled(self.bytes_read / self.read_seconds, 'B')}/s in {self.read_seconds:,.2f} s"
-        return line
 
 
 class ExpertStore:
@@ -204,6 +183,8 @@ class ExpertStore:
             self.stats.misses,
             reads.bytes - bytes_before,
             reads.busy_seconds - seconds_before,
+            bytes_used=self.stats.bytes_used,
+            waited_seconds=self.stats.waited_seconds,
         )
 
     def begin_with(self, usage: ExpertUsage, seconds: float = PRELOAD_SECONDS) -> None:
@@ -246,6 +227,7 @@ class ExpertStore:
         chosen = chosen_experts(expert_ids_TK)
         self._resolve_guesses(layer, chosen)
         self.stats.hits += len(chosen)
+        self.stats.bytes_used += len(chosen) * self.sources.layers[layer].expert_bytes
         self.use(layer, expert_ids_TK)
 
     def wait(self, layer: int, experts: Sequence[int]) -> None:
@@ -283,6 +265,7 @@ class ExpertStore:
         """Have experts in memory or on their way; those of `locked` stay."""
         states = self.layers[layer].states
         self._locked = {(layer, expert) for expert in locked}
+        self.stats.bytes_used += len(experts) * self.sources.layers[layer].expert_bytes
         for expert in experts:
             if states[expert] == FAILED:  # of an earlier pass
                 self._errors.pop((layer, expert), None)

@@ -20,6 +20,7 @@ from soli.engine.request import EngineLimits
 from soli.engine.scratch import limit_scratch, token_bytes, tokens_per_call
 from soli.errors import SoliError
 from soli.experts.budget import divide_bytes
+from soli.experts.policy import policy_bytes
 from soli.hub.cache import INDEX, cache_folder, find_folder, shards_of
 from soli.input_files import TABLE_BYTES, read_object
 from soli.plan.inference import (
@@ -178,7 +179,8 @@ def _divide(sizes: ModelSizes, memory: int, tokens: int) -> Division:
     limits = EngineLimits(cache_bytes=latents, max_running=1, tokens_per_step=TOKENS_PER_STEP)
     limits, scratch = limit_scratch(config, limits, dtype, memory - sizes.resident_bytes)
     free = memory - sizes.resident_bytes - scratch
-    latent_cache, slots = divide_bytes(free, latents, sizes.slot_bytes)
+    policy = policy_bytes(sizes.layers, config.n_routed_experts)
+    latent_cache, slots = divide_bytes(free, latents, sizes.slot_bytes, sizes.experts, policy)
     return Division(
         memory=memory,
         resident=sizes.resident_bytes,

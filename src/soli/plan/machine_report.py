@@ -2,8 +2,6 @@
 
 import platform
 import tempfile
-import time
-import timeit
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +10,10 @@ import torch
 from soli import __version__, machine
 from soli.errors import SoliError
 from soli.experts.disk import measured_disk
+from soli.experts.memory_rate import memory_bandwidth
 from soli.kernels import Dispatch
 from soli.kernels.cpu import build, native
 
-MEMORY_BLOCK = 2**28  # bytes, larger than any cache
-SECONDS = 1.0
 BUSY = 0.2  # cores; less is what any system does beside
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "transformers", "triton")
 
@@ -94,16 +91,6 @@ def report_machine(disk_folder: Path | None = None) -> MachineReport:
             **machine.package_versions(PACKAGES),
         },
     )
-
-
-def memory_bandwidth(size: int = MEMORY_BLOCK) -> float:
-    """GB per second that torch's threads read: the best sum over a block of `size` bytes within SECONDS."""
-    block = torch.ones(size // 4)
-    best = timeit.timeit(block.sum, number=1)
-    end = time.perf_counter() + SECONDS
-    while time.perf_counter() < end:
-        best = min(best, timeit.timeit(block.sum, number=1))
-    return block.nbytes / best / 1e9
 
 
 def _disk(folder: Path) -> tuple[float | None, str]:

@@ -15,12 +15,12 @@ from typing import Final
 import torch
 
 from soli import __version__, machine
+from soli.experts.memory_rate import memory_bandwidth
 from soli.formats.quantized import CODECS, QuantizedWeight
 from soli.kernels import QuantizedExperts, default_backend
 from soli.kernels.cpu import native
 from soli.measured import remembered
 from soli.plan.inference import MachineRates
-from soli.plan.machine_report import memory_bandwidth
 
 log = logging.getLogger(__name__)
 

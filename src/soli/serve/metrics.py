@@ -44,6 +44,15 @@ PAGING_COUNTERS = {  # metric: (field of PagingStats, help)
     "expert_cache_misses": ("misses", "Experts that were read from disk when a layer chose them"),
     "expert_read_bytes": ("bytes_read", "Bytes of experts read from disk, ahead and in vain too"),
     "expert_read_seconds": ("read_seconds", "Seconds in which experts were being read from disk"),
+    "expert_wait_seconds": ("waited_seconds", "Seconds that forward passes waited for experts"),
+    "weight_bytes": ("bytes_used", "Bytes of weights that forward passes read from memory"),
+    "step_seconds": ("step_seconds", "Seconds of forward passes"),
+}
+PAGING_GAUGES = {  # those that are known
+    "disk_bytes_per_second": ("disk_rate", "What the disk was measured to read"),
+    "memory_bytes_per_second": ("memory_rate", "What the memory was measured to read"),
+    "disk_bandwidth_share": ("disk_share", "Read from disk while forward passes ran, of what it can"),
+    "memory_bandwidth_share": ("memory_share", "Read from memory while forward passes ran, of what it can"),
 }
 
 KINDS = ("chinese", "english", "digits", "punctuation", "other")
@@ -126,6 +135,9 @@ class ServerMetrics:
             yield GaugeMetricFamily("soli_expert_cache_slots", "Experts that fit in memory at once", value=slots)
             for name, (stat, description) in PAGING_COUNTERS.items():
                 yield CounterMetricFamily(f"soli_{name}", description, value=getattr(stats.paging, stat))
+            for name, (stat, description) in PAGING_GAUGES.items():
+                if (value := getattr(stats.paging, stat)) is not None:
+                    yield GaugeMetricFamily(f"soli_{name}", description, value=value)
         load = CounterMetricFamily("soli_expert_load", "How often an expert was selected", labels=["layer", "expert"])
         for layer, counts in zip(layers, stats.expert_load, strict=False):
             for expert, count in enumerate(counts):

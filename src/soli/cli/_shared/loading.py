@@ -11,6 +11,7 @@ from soli.cli._shared.progress import ProgressBar
 
 if TYPE_CHECKING:
     from soli.engine.text_model import TextModel
+    from soli.experts.paging_stats import PagingStats
     from soli.llm import LLM
 
 
@@ -38,10 +39,10 @@ def note_memory(text_model: TextModel) -> None:
         print(f"soli: {text_model.budget}", file=sys.stderr)
 
 
-def note_paging(text_model: TextModel, tokens: int) -> None:
+def note_paging(paging: PagingStats | None, tokens: int) -> None:
     """Of a model whose experts are read from disk, how many were in memory and what was read: a line."""
-    if text_model.budget is not None:
-        print(f"soli: {text_model.budget.store.paging().summary(tokens)}", file=sys.stderr)
+    if paging is not None:
+        print(f"soli: {paging.summary(tokens)}", file=sys.stderr)
 
 
 class Stopwatch:
