@@ -51,6 +51,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         qk_rope_head_dim=64, v_head_dim=128, kv_lora_rank=512, q_lora_rank=None, n_group=1, topk_group=1,
         vocab_size=32768,
     ),
+    "v3-layers": dict(  # two of DeepSeek-V3's layers, of experts alone
+        hidden_size=7168, num_hidden_layers=2, first_k_dense_replace=0, intermediate_size=18432,
+        moe_intermediate_size=2048, n_routed_experts=256, num_experts_per_tok=8, n_shared_experts=1,
+        num_attention_heads=128, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, kv_lora_rank=512,
+        q_lora_rank=1536, n_group=8, topk_group=4, vocab_size=4096,
+    ),
 }  # fmt: skip
 FOLDERS = ("bf16", "fp8", "int8", "int4")
 GGUFS = ("gguf-bf16", "gguf-q8_0", "gguf-q4_0")

@@ -1,22 +1,24 @@
 """Models larger than memory: experts read from disk, beside the disk's own bandwidth and the run that is all in memory.
 
     python benchmarks/paging.py LAB int4 --share 25 50 75 100 [--prefetch auto] [--rounds 3]
+    python benchmarks/paging.py LAB fp8 --shape v3-layers --gb 4 8 16 --no-resident
 
-Writes LAB/models/large-FORMAT-pack, the shape of Moonlight-16B-A3B with random weights (int4 9 GB, fp8 16 GB), unless
-it is there, and measures for each share of its experts in memory: tokens per second of decoding, seconds to the first
-token of a prompt of 512, bytes read per token, and the share of the disk's bandwidth. That is measured in the same
-round: random experts of the same files, read by the same reader. Files are read past the page cache (direct I/O), so
-nothing is warm but the cache of experts. Random weights route nearly uniformly: hits are about the share in memory.
+Writes LAB/models/SHAPE-FORMAT-pack, unless it is there: by default the shape of Moonlight-16B-A3B with random weights
+(int4 9 GB, fp8 16 GB, bf16 32 GB), or two of DeepSeek-V3's layers (fp8 23 GB). It measures for each share of its
+experts in memory: tokens per second of decoding, seconds to the first token of a prompt of 512, bytes read per token,
+and the share of the disk's bandwidth. That is measured in the same round: random experts of the same files, read by
+the same reader. Files are read past the page cache (direct I/O), so nothing is warm but the cache of experts. Random
+weights route nearly uniformly: hits are about the share in memory.
 """
 
 from __future__ import annotations
 
 import os
 import random
-import statistics
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from soli.engine.request import Request
 from soli.engine.sampler import SamplingParams
 from soli.engine.text_model import text_model
 from soli.experts.load import load_paged_model
+from soli.experts.policy import DEFAULT
 from soli.experts.store import ExpertStore
 from soli.model import Transformer
 
@@ -40,44 +43,59 @@ PROMPT = int(os.environ.get("PROMPT", "512"))
 NEW_TOKENS = 48
 WARM_TOKENS = 16  # before decoding is measured
 DISK_EXPERTS = 64
+NOTE = (
+    "Wall time of all processors. Cold: the cache of experts is empty when the prompt comes, and decoding is measured "
+    "after the prompt and some tokens. Files are read past the page cache. Disk bandwidth is measured in each round."
+)
 
 
 def main() -> None:
     options = record.parser(__doc__, rounds=3)
     options.add_argument("lab", type=Path)
-    options.add_argument("format", choices=("int4", "int8", "fp8"))
+    options.add_argument("format", choices=("int4", "int8", "fp8", "bf16"))
+    options.add_argument("--shape", choices=("large", "v3-layers"), default="large")
     options.add_argument("--share", type=float, nargs="+", default=[25, 50, 75, 100], help="percent of the experts")
+    options.add_argument("--gb", type=float, nargs="+", help="GB of experts, in place of shares")
+    options.add_argument("--no-resident", action="store_true", help="the model does not fit in memory")
     options.add_argument("--prefetch", choices=("auto", "on", "off"), default="auto")
-    options.add_argument("--policy", default="lru")
+    options.add_argument("--policy", default=DEFAULT)
     options.add_argument("--tokens", type=int, default=NEW_TOKENS)
     options.add_argument("--output", help="name of the JSON in results/")
     arguments = options.parse_args()
-    folder = arguments.lab / "models" / f"large-{arguments.format}-pack"
+    folder = arguments.lab / "models" / f"{arguments.shape}-{arguments.format}-pack"
+    config = models.config(arguments.shape)
     if not folder.exists():
-        models.write_random(folder, models.config("large"), Target(arguments.format), pack=True)
-    rows = []
-    for share in arguments.share:
-        rounds = [
-            alone(paged, folder, share / 100, arguments.prefetch, arguments.policy, arguments.tokens)
-            for _ in range(arguments.rounds)
-        ]
-        rows.append({"share": share, **{name: median(rounds, name) for name in rounds[0]}})
-        print(rows[-1], flush=True)
-    resident = [alone(in_memory, folder, arguments.tokens) for _ in range(arguments.rounds)]
-    rows.append({"share": "resident", **{name: median(resident, name) for name in resident[0]}})
-    print(rows[-1], flush=True)
+        models.write_random(folder, config, Target(arguments.format), pack=True)
+    experts = config.n_routed_experts * config.num_moe_layers
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    shares = [100 * 1e9 * gb / size for gb in arguments.gb] if arguments.gb else arguments.share
+    contenders: dict[str, Callable[[], dict[str, float]]] = {
+        f"{share:.0f} %": partial(
+            alone, paged, folder, round(share / 100 * experts), arguments.prefetch, arguments.policy, arguments.tokens
+        )
+        for share in shares
+    }
+    if not arguments.no_resident:
+        contenders["resident"] = partial(alone, in_memory, folder, arguments.tokens)
+    rounds = record.interleaved_values(contenders, arguments.rounds)
+    rows = [{"experts in memory": name, **spreads(values)} for name, values in rounds.items()]
+    for row in rows:
+        print({name: value["median"] if isinstance(value, dict) else value for name, value in row.items()})
     if arguments.output:
-        record.finish(arguments.output, {"shape": "large", "format": arguments.format, "prompt": PROMPT}, rows)
+        size_of_run = {"shape": arguments.shape, "format": arguments.format, "prompt": PROMPT, "bytes": size}
+        hardware = record.hardware(os.cpu_count() or 1)
+        record.write(arguments.output, {"hardware": hardware, "note": NOTE, "size": size_of_run, "rows": rows})
+
+
+def spreads(rounds: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Of each value over the rounds."""
+    return {name: record.spread([one[name] for one in rounds]) for name in rounds[0]}
 
 
 def alone(build: Callable[..., Callable[[], dict[str, float]]], *options: object) -> dict[str, float]:
     """What a contender measures, in a process of its own."""
     with record.alone(build, *options, threads=os.cpu_count() or 1) as measure:
         return measure()
-
-
-def median(rounds: list[dict[str, float]], name: str) -> float:
-    return statistics.median(one[name] for one in rounds)
 
 
 def paged(*options: Any) -> Callable[[], dict[str, float]]:
@@ -90,12 +108,11 @@ def in_memory(*options: Any) -> Callable[[], dict[str, float]]:
     return lambda: measure_resident(*options)
 
 
-def measure(folder: Path, share: float, prefetch: str, policy: str, tokens: int) -> dict[str, float]:
-    """One round with a share of the experts in memory."""
-    count = models.config("large").n_routed_experts * 26
-    model, store = load_paged_model(folder, round(share * count), prefetch=prefetch, policy=policy)
+def measure(folder: Path, slots: int, prefetch: str, policy: str, tokens: int) -> dict[str, float]:
+    """One round with so many experts in memory."""
+    model, store = load_paged_model(folder, slots, prefetch=prefetch, policy=policy)
     disk = disk_bandwidth(store)
-    if share == 1:
+    if store.holds_all:
         warm_all(store)
     before = store.reader.stats.bytes
     prompt_seconds, decode_seconds, decode_bytes = run(model, folder, tokens, store)

@@ -138,6 +138,16 @@ def interleaved(contenders: Mapping[str, Callable[[], float]], rounds: int) -> d
     return measured
 
 
+def interleaved_values(contenders: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[Any]]:
+    """As `interleaved`, for contenders that need no warming up: each round begins a process."""
+    measured: dict[str, list[Any]] = {name: [] for name in contenders}
+    for number in range(rounds):
+        for name, contender in contenders.items():
+            measured[name].append(contender())
+            progress(f"round {number + 1} of {rounds}, {name}: {measured[name][-1]}")
+    return measured
+
+
 def progress(message: str) -> None:
     """A progress line on stderr."""
     print(f"  {message}", file=sys.stderr, flush=True)
