@@ -148,7 +148,7 @@ def run(model: Transformer, folder: Path, tokens: int, store: ExpertStore | None
     together = text_model(model, Tokenizer.from_folder(folder))
     engine = Engine(together, limits_for(together, 1, PROMPT + WARM_TOKENS + tokens + 8))
     generator = torch.Generator().manual_seed(random.randrange(10**6))
-    ids = torch.randint(2, 30_000, (PROMPT,), generator=generator).tolist()
+    ids = torch.randint(2, model.config.vocab_size, (PROMPT,), generator=generator).tolist()
     start = time.perf_counter()
     first = begin = 0.0
     bytes_before = 0
