@@ -18,6 +18,7 @@ from typing import Any, Literal
 from soli.errors import SoliError
 from soli.families import ALIASES, DERIVED, FAMILIES, NULL_MEANS, ModelFamily
 from soli.hub.cache import find_folder, how_to_fetch
+from soli.indexer_fields import INDEXER_TYPES, MAX_LISTED_LAYERS, check_indexer, fold_indexer
 from soli.input_files import read_object
 from soli.network_fields import NEUTRAL, reject_contradictions, reject_variants
 from soli.presets import PRESETS
@@ -33,8 +34,6 @@ from soli.sections import (
     shown,
     suggest,
 )
-
-MAX_LISTED_LAYERS = 10_000  # what can be written as a list of layers; a configuration may claim 10^9
 
 TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -80,6 +79,11 @@ class ModelConfig(Section, section="", exact_integers=True):
     rope_theta: PositiveFloat = 10000.0
     rope_scaling: RopeScaling | None = None
     rope_interleave: bool = True
+    index_topk: PositiveInt | None = None  # the tokens that one attends to in sparse attention; None: all before it
+    index_n_heads: PositiveInt | None = None
+    index_head_dim: PositiveInt | None = None
+    indexer_types: tuple[Literal["full", "shared"], ...] | None = None  # of each layer; None: all full
+    indexer_rope_interleave: bool = False
     max_position_embeddings: PositiveInt = 4096
     rms_norm_eps: PositiveFloat = 1e-6
     hidden_act: Literal["silu"] = "silu"
@@ -106,6 +110,7 @@ class ModelConfig(Section, section="", exact_integers=True):
             object.__setattr__(self, "quantization_config", None)
         _check_extra(self)
         _check_shape(self)
+        check_indexer(self, self.family.sparse_attention)
         if self.n_routed_experts:
             _check_routing(self)
 
@@ -135,6 +140,19 @@ class ModelConfig(Section, section="", exact_integers=True):
         step = self.moe_layer_freq  # of its multiples, those from first_k_dense_replace to the last layer
         return -(-self.num_hidden_layers // step) - -(-self.first_k_dense_replace // step)
 
+    def has_indexer(self, layer: int) -> bool:
+        """Whether HF layer `layer` selects tokens itself; MTP modules (layers L, L+1, ...) do in sparse attention."""
+        if self.indexer_types is None or layer >= self.num_hidden_layers:
+            return self.index_topk is not None
+        return self.indexer_types[layer] == "full"
+
+    def num_indexers(self, mtp_modules: int = 0) -> int:
+        """Layers of the main model and of so many MTP modules that have an indexer."""
+        if self.index_topk is None:
+            return 0
+        shared = 0 if self.indexer_types is None else self.indexer_types.count("shared")
+        return self.num_hidden_layers - shared + mtp_modules
+
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> ModelConfig:
         """A configuration from the JSON object of a `config.json`; SoliError for one that is impossible."""
@@ -144,6 +162,8 @@ class ModelConfig(Section, section="", exact_integers=True):
         _fold_aliases(d)
         _fold_rope(d)
         _fold_layer_types(d)
+        layers = d.get("num_hidden_layers") or family.defaults.get("num_hidden_layers", cls.num_hidden_layers)
+        fold_indexer(d, family.sparse_attention, layers)
         if d.get("architectures") in [[known.architecture] for known in FAMILIES.values()]:
             del d["architectures"]  # follows model_type
         values = {**family.defaults, **{name: d.pop(name) for name in FIELDS if name in d}}
@@ -162,6 +182,11 @@ class ModelConfig(Section, section="", exact_integers=True):
             d["rope_scaling"] = self.rope_scaling.to_dict()
         if self.quantization_config is None:
             del d["quantization_config"]
+        if self.index_topk is None:
+            for name in ("index_topk", "index_n_heads", "index_head_dim", "indexer_types", "indexer_rope_interleave"):
+                del d[name]
+        elif self.num_hidden_layers <= MAX_LISTED_LAYERS:
+            d["indexer_types"] = list(self.indexer_types or ("full",) * self.num_hidden_layers)
         if self.family.writes_layer_types and self.num_hidden_layers <= MAX_LISTED_LAYERS:
             d["mlp_layer_types"] = mlp_layer_types(self)  # its other readers do not know first_k_dense_replace
         return d | self.extra
@@ -255,8 +280,10 @@ def _check_extra(config: ModelConfig) -> None:
         },
     )
     layers = config.num_hidden_layers
+    sparse = ("indexed_attention", "deepseek_sparse_attention")  # both are transformers' names
+    kinds = sparse if config.family.sparse_attention else ("full_attention",)
     for name, is_expected in (
-        ("layer_types", lambda types: types == ["full_attention"] * layers),
+        ("layer_types", lambda types: types in [[kind] * layers for kind in kinds]),
         ("mlp_layer_types", lambda types: types == mlp_layer_types(config)),
     ):
         types = extra.get(name)
@@ -388,6 +415,11 @@ def replace(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
     """A copy with fields changed; `rope_scaling.factor` reaches inside. SoliError for a name that is no field."""
     d = config.to_dict()
     d.pop("mlp_layer_types", None)  # follows the fields that may change
+    if config.indexer_types is None:  # every layer stays full, however many there are
+        for name in INDEXER_TYPES:
+            d.pop(name, None)
+    elif type(changes.get("num_hidden_layers")) is int:
+        d["indexer_types"] = d["indexer_types"][: changes["num_hidden_layers"]]
     for name, value in changes.items():
         head, _, inside = name.partition(".")
         if head not in FIELDS or (inside and head != "rope_scaling"):

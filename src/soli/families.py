@@ -16,6 +16,7 @@ class ModelFamily:
 
     architecture: str = "DeepseekV3ForCausalLM"  # of config.json's `architectures`
     defaults: Mapping[str, Any] = field(default_factory=dict)  # an absent field; of the others ModelConfig's default
+    sparse_attention: bool = False  # DSA: an indexer selects the tokens that attention reads
     writes_layer_types: bool = False  # its readers know `mlp_layer_types` instead of `first_k_dense_replace`
     text_config: str = ""  # the field that has the configuration of the text model, in a model of more than text
     text_model_type: str = ""  # the text model's type, where its configuration has none
@@ -25,6 +26,7 @@ class ModelFamily:
 
 SOFTMAX_ROUTER: Final = {"scoring_func": "softmax", "norm_topk_prob": False, "routed_scaling_factor": 1.0}
 ONE_GROUP: Final = {"n_group": 1, "topk_group": 1}
+INDEXER: Final = {"index_topk": 2048, "index_n_heads": 64, "index_head_dim": 128, "indexer_rope_interleave": False}
 
 FAMILIES: Final[Mapping[str, ModelFamily]] = {
     "deepseek_v3": ModelFamily(),
@@ -76,6 +78,31 @@ FAMILIES: Final[Mapping[str, ModelFamily]] = {
             "v_head_dim": 256,
             "max_position_embeddings": 202752,
             "rms_norm_eps": 1e-5,
+            **ONE_GROUP,
+        },
+    ),
+    "deepseek_v32": ModelFamily(
+        architecture="DeepseekV32ForCausalLM",
+        sparse_attention=True,
+        defaults={"max_position_embeddings": 163840, **INDEXER},
+    ),
+    "glm_moe_dsa": ModelFamily(
+        architecture="GlmMoeDsaForCausalLM",
+        sparse_attention=True,
+        defaults={
+            "vocab_size": 154880,
+            "hidden_size": 6144,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 78,
+            "num_attention_heads": 64,
+            "q_lora_rank": 2048,
+            "qk_nope_head_dim": 192,
+            "v_head_dim": 256,
+            "max_position_embeddings": 202752,
+            "rms_norm_eps": 1e-5,
+            **INDEXER,
+            "index_n_heads": 32,
+            "indexer_rope_interleave": True,
             **ONE_GROUP,
         },
     ),

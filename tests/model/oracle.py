@@ -4,7 +4,16 @@ import random
 from typing import Any
 
 import torch
-from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DeepseekV32Config,
+    DeepseekV32ForCausalLM,
+    GlmMoeDsaConfig,
+    GlmMoeDsaForCausalLM,
+)
 
 from soli.config import ModelConfig
 from soli.model import Transformer
@@ -17,6 +26,13 @@ YARN = {
     "beta_slow": 1,
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
+}
+
+
+ORACLES: dict[str, tuple[type, type]] = {
+    "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
+    "deepseek_v32": (DeepseekV32Config, DeepseekV32ForCausalLM),
+    "glm_moe_dsa": (GlmMoeDsaConfig, GlmMoeDsaForCausalLM),
 }
 
 
@@ -70,6 +86,29 @@ def draw_v2_config(seed: int) -> ModelConfig:
     )
 
 
+def draw_sparse_config(model_type: str, seed: int, **fixed: Any) -> ModelConfig:
+    """As draw_config with sparse attention that selects a few of 40 tokens; GLM's layers may share a selection. With
+    eight index heads no two scores are equal."""
+    rng = random.Random(1000 + seed)
+    is_glm = model_type == "glm_moe_dsa"
+    layers = rng.choice([3, 4])
+    shared = is_glm and seed % 3 > 0
+    drawn = {
+        "num_hidden_layers": layers,
+        "q_lora_rank": rng.choice([20, 28]),
+        "index_topk": rng.choice([3, 6, 11]),
+        "index_n_heads": 8,
+        "index_head_dim": rng.choice([8, 16]),
+        "indexer_types": ["full", *rng.choices(["full", "shared"], k=layers - 2), "shared"] if shared else None,
+        "indexer_rope_interleave": is_glm,
+        "rope_interleave": True,
+        "n_shared_experts": rng.choice([1, 2]),
+        "rms_norm_eps": rng.choice([1e-5, 1e-6]),
+        **({"n_group": 1, "topk_group": 1} if is_glm else {}),
+    }
+    return draw_config(seed, model_type=model_type, **(drawn | fixed))
+
+
 def make_model(config: ModelConfig, seed: int = 0) -> Transformer:
     """A float32 model whose weights are large enough, and biases uneven enough, for every part to matter."""
     model = Transformer(config)
@@ -90,10 +129,8 @@ def make_model(config: ModelConfig, seed: int = 0) -> Transformer:
 def oracle_of(model: Transformer) -> torch.nn.Module:
     """The transformers model of the same configuration, holding copies of the same weights; MTP is left out."""
     fields = model.config.to_dict()
-    if model.config.model_type == "deepseek_v2":
-        oracle = DeepseekV2ForCausalLM(DeepseekV2Config(**fields))
-    else:
-        oracle = DeepseekV3ForCausalLM(DeepseekV3Config(**fields))
+    oracle_config, oracle_model = ORACLES.get(model.config.model_type, (DeepseekV3Config, DeepseekV3ForCausalLM))
+    oracle = oracle_model(oracle_config(**fields))
     state = {
         name if name.startswith("lm_head") else f"model.{name}": tensor.clone()
         for name, tensor in model.state_dict().items()

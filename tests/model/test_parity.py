@@ -6,10 +6,16 @@ from torch.nn import functional as F
 
 from soli.config import ModelConfig
 from soli.model import Transformer
-from tests.model.oracle import draw_config, draw_v2_config, make_model, oracle_of
+from tests.model.oracle import draw_config, draw_sparse_config, draw_v2_config, make_model, oracle_of
 
 CONFIGS = [pytest.param(draw_config(seed), id=f"v3-{seed}") for seed in range(14)]
 CONFIGS += [pytest.param(draw_v2_config(seed), id=f"v2-{seed}") for seed in range(6)]
+SPARSE = [
+    pytest.param(draw_sparse_config(family, seed), id=f"{family}-{seed}")
+    for family in ("deepseek_v32", "glm_moe_dsa")
+    for seed in range(12)
+]
+CONFIGS += SPARSE
 
 
 def tokens(seed: int = 0) -> torch.Tensor:

@@ -15,7 +15,8 @@ from soli.experts.store import PagedExperts
 from soli.kernels import Backend, Dispatch, cpu
 from soli.kernels.cpu import fused, structs
 from soli.kernels.cpu.backend import LOW_PRECISION, CpuBackend
-from soli.model.attention import Cache, LatentAttention
+from soli.model.attention import LatentAttention
+from soli.model.cache import Cache
 from soli.model.layers import MLP, Linear, RMSNorm
 from soli.model.moe import MoE, RoutedExperts
 from soli.model.router import Router, Routings
@@ -126,6 +127,8 @@ class LayerTableBuilder:
 
     def _attention(self, a: LatentAttention, norm: structs.CNorm) -> structs.CAttention:
         self._check_backend(a)
+        if a.topk is not None:
+            raise self._unsupported(a, "has sparse attention, which the C++ kernels do not compute")
         q_norm, q_a, q_a_bias = structs.CNorm(), structs.CWeight(), structs.CVector()
         if a.q_lora:
             q_norm, q_a, q_a_bias = self._norm(a.q_a_layernorm), self._weight(a.q_a_proj), self._bias(a.q_a_proj)
