@@ -18,8 +18,8 @@ LAYERS = [
     ("atomic_file", "input_files", "links", "mapped_files", "quantities"),
     ("hub",),
     (
-        *("sections", "arguments", "families", "network_fields", "indexer_fields", "rope_scaling", "config", "presets"),
-        *("machine", "analysis"),
+        *("sections", "arguments", "families", "network_fields", "indexer_fields", "rope_scaling", "config_spellings"),
+        *("config", "presets", "machine", "analysis"),
     ),
     ("formats", "kernels", "data"),
     ("model",),

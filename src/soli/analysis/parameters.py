@@ -280,4 +280,5 @@ def _mixture(config: ModelConfig, layers: int) -> list[Weights]:
         *([Weights(ROUTER, (experts,), layers, 0, "fp32")] if has_bias else []),
         *_mlp(ROUTED, width, inner, layers * experts, layers * config.num_experts_per_tok),
         *(_mlp(SHARED, width, inner * config.n_shared_experts, layers) if config.n_shared_experts else []),
+        *([Weights(NORMS, (width,), layers, layers, "high")] if config.family.norms_mixture else []),
     ]

@@ -119,6 +119,7 @@ MOE: Final = (
     NameRow("mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.gate_proj.weight", ("F*S", "D"), when="shared"),
     NameRow("mlp.shared_experts.up_proj.weight", "mlp.shared_experts.up_proj.weight", ("F*S", "D"), when="shared"),
     NameRow("mlp.shared_experts.down_proj.weight", "mlp.shared_experts.down_proj.weight", ("D", "F*S"), when="shared"),
+    NameRow("post_mlp_layernorm.weight", "post_mlp_layernorm.weight", ("D",), HIGH, "normed_mixture"),
 )
 
 EXPERT: Final = (  # gate and up share a stack: the second of two rows with one Soli name starts where the first ends
@@ -235,5 +236,6 @@ def _facts(config: ModelConfig) -> set[str]:
         "low_rank_q_with_bias": low_rank and bias,
         "biased": config.topk_method == "noaux_tc",
         "shared": bool(config.n_shared_experts),
+        "normed_mixture": config.family.norms_mixture,
     }
     return {name for name, holds in facts.items() if holds}

@@ -122,6 +122,10 @@ class LayerTableBuilder:
         return backend
 
     def _layer(self, block: Block) -> structs.CLayer:
+        if self._model.rope.query_scaling is not None:
+            raise self._unsupported(block.self_attn, "scales queries by their positions")
+        if block.post_mlp_layernorm is not None:
+            raise self._unsupported(block.post_mlp_layernorm, "norms the output of a mixture")
         attention = self._attention(block.self_attn, self._norm(block.input_layernorm))
         return structs.CLayer(attention, self._feed_forward(block.mlp, self._norm(block.post_attention_layernorm)))
 
@@ -160,7 +164,7 @@ class LayerTableBuilder:
         bias_E = self._tensor(router, "e_score_correction_bias", torch.float32) if has_bias else None
         return structs.CRouter(
             fused.weight(self._tensor(router, "weight", torch.float32, torch.bfloat16)), fused.vector(bias_E),
-            router.K, router.G, router.kept_groups, 2 if has_bias else 1,
+            router.K, router.G, router.kept_groups, router.experts_per_group_score,
             router.scoring_func != "sigmoid", router.normalise, router.scaling,
         )  # fmt: skip
 

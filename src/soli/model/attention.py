@@ -83,7 +83,7 @@ class LatentAttention(nn.Module):
     def forward(
         self,
         x_BTD: Tensor,
-        cos_sin: tuple[Tensor, Tensor],
+        cos_sin: tuple[Tensor, ...],
         cache: Cache | None = None,
         selection: Selection | None = None,
     ) -> Tensor:
@@ -123,13 +123,16 @@ class LatentAttention(nn.Module):
             parts.append(self._expanded(q_nope_1THN, q_rope_1THR, latent_1SC, rope_1SR, mask_1TS)[0])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _queries(self, x_BTQ: Tensor, cos_sin: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _queries(self, x_BTQ: Tensor, cos_sin: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """From the query latent where there is one, else from the layer's input."""
         q = self.q_b_proj(x_BTQ) if self.q_lora else self.q_proj(x_BTQ)
         q_nope_BTHN, q_rope_BTHR = q.unflatten(-1, (self.H, -1)).split((self.N, self.R), dim=-1)
-        return q_nope_BTHN, rotate(q_rope_BTHR, cos_sin, self.interleaved)
+        q_rope_BTHR = rotate(q_rope_BTHR, cos_sin, self.interleaved)
+        for scale_BT11 in cos_sin[2:]:  # llama_4_scaling
+            q_nope_BTHN, q_rope_BTHR = (part * scale_BT11.to(part.dtype) for part in (q_nope_BTHN, q_rope_BTHR))
+        return q_nope_BTHN, q_rope_BTHR
 
-    def _latents(self, x_BTD: Tensor, cos_sin: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _latents(self, x_BTD: Tensor, cos_sin: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         latent_BTC, rope_BTR = self.kv_a_proj_with_mqa(x_BTD).split((self.C, self.R), dim=-1)
         rope_BTR = rotate(rope_BTR[:, :, None], cos_sin, self.interleaved)[:, :, 0]
         return self.kv_a_layernorm(latent_BTC), rope_BTR

@@ -51,7 +51,7 @@ class Indexer(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, x_BTD: Tensor, q_latent_BTQ: Tensor, cos_sin: tuple[Tensor, Tensor], cache: Cache | None
+        self, x_BTD: Tensor, q_latent_BTQ: Tensor, cos_sin: tuple[Tensor, ...], cache: Cache | None
     ) -> Selection:
         """Select for every token of `x_BTD`, the attention's input; `q_latent_BTQ`: its normed query latents."""
         key_BTI = self._rotate(self.k_norm(self.wk(x_BTD))[:, :, None], cos_sin)[:, :, 0]
@@ -71,7 +71,7 @@ class Indexer(nn.Module):
         self,
         x_BTD: Tensor,
         q_latent_BTQ: Tensor,
-        cos_sin: tuple[Tensor, Tensor],
+        cos_sin: tuple[Tensor, ...],
         key_PSI: Tensor,
         cache: Cache,
     ) -> Selection:
@@ -96,13 +96,13 @@ class Indexer(nn.Module):
         return Selection(None, decode_BS, tuple(masks))
 
     def _queries(
-        self, x_BTD: Tensor, q_latent_BTQ: Tensor, cos_sin: tuple[Tensor, Tensor]
+        self, x_BTD: Tensor, q_latent_BTQ: Tensor, cos_sin: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor]:
         """Queries (B, T, J, I) and float32 weights of the heads (B, T, J)."""
         q_BTJI = self._rotate(self.wq_b(q_latent_BTQ).unflatten(-1, (self.J, self.I)), cos_sin)
         return q_BTJI, self.weights_proj(x_BTD.float()) * self.J**-0.5
 
-    def _rotate(self, x_BTJI: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
+    def _rotate(self, x_BTJI: Tensor, cos_sin: tuple[Tensor, ...]) -> Tensor:
         """The first R values rotated, by a layout of the indexer's own; the rest as it is."""
         rope, rest = x_BTJI.split((self.R, self.I - self.R), dim=-1)
         return torch.cat((rotate(rope, cos_sin, self.interleaved), rest), dim=-1)

@@ -41,15 +41,18 @@ class Block(nn.Module):
         self.self_attn = LatentAttention(config, layer, device, dtype)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, device, dtype)
         self.mlp: MoE | MLP
+        self.post_mlp_layernorm: RMSNorm | None = None
         if config.is_moe_layer(layer):
             self.mlp = MoE(config, device, dtype)
+            if config.family.norms_mixture:
+                self.post_mlp_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, device, dtype)
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, device, dtype)
 
     def forward(
         self,
         x_BTD: Tensor,
-        cos_sin: tuple[Tensor, Tensor],
+        cos_sin: tuple[Tensor, ...],
         cache: Cache | None = None,
         masked_TE: Tensor | None = None,
         selection: Selection | None = None,
@@ -60,6 +63,8 @@ class Block(nn.Module):
         normed_BTD = self.post_attention_layernorm(x_BTD)
         if isinstance(self.mlp, MoE):
             y_BTD, routing = self.mlp(normed_BTD, masked_TE)
+            if self.post_mlp_layernorm is not None:
+                y_BTD = self.post_mlp_layernorm(y_BTD)
             return x_BTD + y_BTD, routing
         return x_BTD + self.mlp(normed_BTD), None
 
@@ -82,7 +87,7 @@ class MTPModule(nn.Module):
         self,
         embedding_BTD: Tensor,
         hidden_BTD: Tensor,
-        cos_sin: tuple[Tensor, Tensor],
+        cos_sin: tuple[Tensor, ...],
         cache: Cache | None = None,
     ) -> tuple[Tensor, Routing | None]:
         x_BTD, routing = self.block(self.join(embedding_BTD, hidden_BTD), cos_sin, cache)
