@@ -43,6 +43,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "v2 greedy": V2 | {"topk_method": "greedy", "n_group": 1, "topk_group": 1},
     "v2 by groups": V2 | {"topk_method": "group_limited_greedy", "num_nextn_predict_layers": 0},
     "dense": {"n_routed_experts": 0, "num_nextn_predict_layers": 0},
+    "a norm after the mixture": {"model_type": "axk1"},
+    "queries scaled by position": {
+        "model_type": "mistral4",
+        "rope_parameters": {**YARN, "original_max_position_embeddings": 3, "llama_4_scaling_beta": 0.4},
+    },
 }
 
 # Index heads are many, so that no two scores are zero; texts are longer than what is selected.

@@ -86,12 +86,14 @@ class LayerTableBuilder:
     def layer_table(self, blocks: Sequence[Block], norm: RMSNorm) -> fused.LayerTable:
         layers = (structs.CLayer * len(blocks))(*(self._layer(block) for block in blocks))
         rope = self._model.rope
+        queries = rope.query_scaling
         return fused.LayerTable(
             self.cpu_backend.isa,
             layers,
             self._norm(norm),
             rope.inv_P,
             rope.scale,
+            (0.0, 1) if queries is None else (queries.beta, queries.original_max_position_embeddings),
             tuple(self._keep_alive),
             tuple(_paged_experts(block) for block in blocks),
         )
@@ -122,12 +124,11 @@ class LayerTableBuilder:
         return backend
 
     def _layer(self, block: Block) -> structs.CLayer:
-        if self._model.rope.query_scaling is not None:
-            raise self._unsupported(block.self_attn, "scales queries by their positions")
-        if block.post_mlp_layernorm is not None:
-            raise self._unsupported(block.post_mlp_layernorm, "norms the output of a mixture")
         attention = self._attention(block.self_attn, self._norm(block.input_layernorm))
-        return structs.CLayer(attention, self._feed_forward(block.mlp, self._norm(block.post_attention_layernorm)))
+        feed_forward = self._feed_forward(block.mlp, self._norm(block.post_attention_layernorm))
+        if block.post_mlp_layernorm is not None:
+            feed_forward.output_norm = self._norm(block.post_mlp_layernorm)
+        return structs.CLayer(attention, feed_forward)
 
     def _attention(self, a: LatentAttention, norm: structs.CNorm) -> structs.CAttention:
         self._check_backend(a)
