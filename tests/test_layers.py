@@ -17,7 +17,10 @@ LAYERS = [
     ("errors",),
     ("atomic_file", "input_files", "links", "mapped_files", "quantities"),
     ("hub",),
-    ("sections", "arguments", "families", "network_fields", "rope_scaling", "config", "presets", "machine", "analysis"),
+    (
+        *("sections", "arguments", "families", "network_fields", "indexer_fields", "rope_scaling", "config_spellings"),
+        *("config", "presets", "machine", "analysis"),
+    ),
     ("formats", "kernels", "data"),
     ("model",),
     ("checkpoint", "experts", "parallel", "measured"),

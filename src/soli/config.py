@@ -1,10 +1,9 @@
 """The shape of a model: every field of a Hugging Face `config.json` of the DeepSeek-V3 family, under its own name.
 
-`from_dict` reads both spellings in use: `rope_scaling` with `type` (classic) or `rope_parameters` with `rope_type` and
-`rope_theta` (newer writers); `n_routed_experts` or `num_local_experts`. `to_dict` writes the classic spelling, which
-all readers know, and returns every field that Soli does not use. Impossible values are rejected at construction, by
-field, value and remedy; so are fields that change the network and that Soli does not compute (network_fields.py).
-Nothing here imports torch.
+`from_dict` reads the spellings in use (config_spellings.py). `to_dict` writes the classic one, which all readers know,
+and returns every field that Soli does not use. Impossible values are rejected at construction, by field, value and
+remedy; so are fields that change the network and that Soli does not compute (network_fields.py). Nothing here imports
+torch.
 """
 
 from __future__ import annotations
@@ -15,13 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from soli.config_spellings import rope_fields, unify_spellings
 from soli.errors import SoliError
-from soli.families import ALIASES, DERIVED, FAMILIES, NULL_MEANS, ModelFamily
+from soli.families import DERIVED, FAMILIES, NULL_MEANS, OTHER_NETWORKS, ModelFamily
 from soli.hub.cache import find_folder, how_to_fetch
+from soli.indexer_fields import INDEXER_TYPES, MAX_LISTED_LAYERS, check_indexer, fold_indexer
 from soli.input_files import read_object
 from soli.network_fields import NEUTRAL, reject_contradictions, reject_variants
 from soli.presets import PRESETS
-from soli.rope_scaling import RopeScaling
+from soli.rope_scaling import QueryScaling, RopeScaling
 from soli.sections import (
     BelowOne,
     NonNegativeFloat,
@@ -34,8 +35,7 @@ from soli.sections import (
     suggest,
 )
 
-MAX_LISTED_LAYERS = 10_000  # what can be written as a list of layers; a configuration may claim 10^9
-
+ROPE_FIELDS = ("rope_scaling", "llama_4_scaling")
 TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # What a model of images and text says beside its text model's configuration, and of that what counts more than there.
@@ -79,7 +79,13 @@ class ModelConfig(Section, section="", exact_integers=True):
     v_head_dim: PositiveInt = 128
     rope_theta: PositiveFloat = 10000.0
     rope_scaling: RopeScaling | None = None
+    llama_4_scaling: QueryScaling | None = None
     rope_interleave: bool = True
+    index_topk: PositiveInt | None = None  # the tokens that one attends to in sparse attention; None: all before it
+    index_n_heads: PositiveInt | None = None
+    index_head_dim: PositiveInt | None = None
+    indexer_types: tuple[Literal["full", "shared"], ...] | None = None  # of each layer; None: all full
+    indexer_rope_interleave: bool = False
     max_position_embeddings: PositiveInt = 4096
     rms_norm_eps: PositiveFloat = 1e-6
     hidden_act: Literal["silu"] = "silu"
@@ -106,6 +112,7 @@ class ModelConfig(Section, section="", exact_integers=True):
             object.__setattr__(self, "quantization_config", None)
         _check_extra(self)
         _check_shape(self)
+        check_indexer(self, self.family.sparse_attention)
         if self.n_routed_experts:
             _check_routing(self)
 
@@ -135,21 +142,35 @@ class ModelConfig(Section, section="", exact_integers=True):
         step = self.moe_layer_freq  # of its multiples, those from first_k_dense_replace to the last layer
         return -(-self.num_hidden_layers // step) - -(-self.first_k_dense_replace // step)
 
+    def has_indexer(self, layer: int) -> bool:
+        """Whether HF layer `layer` selects tokens itself; MTP modules (layers L, L+1, ...) do in sparse attention."""
+        if self.indexer_types is None or layer >= self.num_hidden_layers:
+            return self.index_topk is not None
+        return self.indexer_types[layer] == "full"
+
+    def num_indexers(self, mtp_modules: int = 0) -> int:
+        """Layers of the main model and of so many MTP modules that have an indexer."""
+        if self.index_topk is None:
+            return 0
+        shared = 0 if self.indexer_types is None else self.indexer_types.count("shared")
+        return self.num_hidden_layers - shared + mtp_modules
+
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> ModelConfig:
         """A configuration from the JSON object of a `config.json`; SoliError for one that is impossible."""
         text_model = _text_model(table)
         d = {name: value for name, value in text_model.items() if name not in DERIVED}
         family = FAMILIES[_check_family(d.get("model_type"))]
-        _fold_aliases(d)
-        _fold_rope(d)
-        _fold_layer_types(d)
+        unify_spellings(d, family)
+        layers = d.get("num_hidden_layers") or family.defaults.get("num_hidden_layers", cls.num_hidden_layers)
+        fold_indexer(d, family.sparse_attention, layers)
         if d.get("architectures") in [[known.architecture] for known in FAMILIES.values()]:
             del d["architectures"]  # follows model_type
         values = {**family.defaults, **{name: d.pop(name) for name in FIELDS if name in d}}
         for name, value in list(values.items()):
             if value is None and "None" not in str(FIELDS[name].type):
                 values[name] = NULL_MEANS.get(name, family.defaults.get(name, FIELDS[name].default))
+        _drop_default_tokens(values, family)
         return cls(**values, extra=d)
 
     def to_dict(self) -> dict[str, Any]:
@@ -158,10 +179,15 @@ class ModelConfig(Section, section="", exact_integers=True):
             "architectures": [self.family.architecture],
             **{name: getattr(self, name) for name in FIELDS},
         }
-        if self.rope_scaling is not None:
-            d["rope_scaling"] = self.rope_scaling.to_dict()
+        rope = rope_fields(self.rope_scaling, self.llama_4_scaling, self.rope_theta, self.family)
+        d = {name: value for name, value in d.items() if name not in ROPE_FIELDS or name in rope} | rope
         if self.quantization_config is None:
             del d["quantization_config"]
+        if self.index_topk is None:
+            for name in ("index_topk", "index_n_heads", "index_head_dim", "indexer_types", "indexer_rope_interleave"):
+                del d[name]
+        elif self.num_hidden_layers <= MAX_LISTED_LAYERS:
+            d["indexer_types"] = list(self.indexer_types or ("full",) * self.num_hidden_layers)
         if self.family.writes_layer_types and self.num_hidden_layers <= MAX_LISTED_LAYERS:
             d["mlp_layer_types"] = mlp_layer_types(self)  # its other readers do not know first_k_dense_replace
         return d | self.extra
@@ -172,7 +198,9 @@ FIELDS = {f.name: f for f in dataclasses.fields(ModelConfig) if f.name != "extra
 
 def _check_family(model_type: Any) -> str:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        reject("model_type", model_type, f"Soli reads {', '.join(FAMILIES)}")
+        difference = OTHER_NETWORKS.get(model_type) if isinstance(model_type, str) else None
+        known = f"Soli reads {', '.join(FAMILIES)}"
+        reject("model_type", model_type, known if difference is None else f"{difference}; {known}")
     return model_type
 
 
@@ -193,40 +221,13 @@ def _text_model(table: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**shared, **own, **whole, "model_type": inner_type}
 
 
-def _fold_aliases(d: dict[str, Any]) -> None:
-    for alias, name in ALIASES.items():
-        if alias not in d:
-            continue
-        value = d.pop(alias)
-        if d.setdefault(name, value) != value:
-            values = f"{name} is {shown(d[name])} but {alias}, its other name, is {shown(value)}"
-            raise SoliError(f"{values}; keep one of them")
-
-
-def _fold_rope(d: dict[str, Any]) -> None:
-    """Bring `rope_scaling` and `rope_parameters`, whichever is there, to `rope_theta` and a RopeScaling."""
-    scalings: list[RopeScaling | None] = []
-    for name in ("rope_scaling", "rope_parameters"):
-        value = d.pop(name, None)
-        if value is None:
-            continue
-        if not isinstance(value, Mapping):
-            reject(name, value, "it must be a JSON object, or null")
-        theta = value.get("rope_theta")
-        if theta is not None and d.setdefault("rope_theta", theta) != theta:
-            values = f"rope_theta is {shown(d['rope_theta'])} but {name} has {shown(theta)}"
-            raise SoliError(f"{values}; keep one of them")
-        scalings.append(RopeScaling.from_dict(value))
-    if len(scalings) == 2 and scalings[0] != scalings[1]:
-        raise SoliError("rope_scaling and rope_parameters disagree; keep one of them")
-    d["rope_scaling"] = scalings[0] if scalings else None
-
-
-def _fold_layer_types(d: dict[str, Any]) -> None:
-    """Bring `mlp_layer_types`, dense layers and then sparse ones, to `first_k_dense_replace`, where that is absent."""
-    types = d.get("mlp_layer_types")
-    if isinstance(types, list) and types and d.get("first_k_dense_replace") is None:
-        d["first_k_dense_replace"] = next((i for i, kind in enumerate(types) if kind != "dense"), len(types))
+def _drop_default_tokens(values: dict[str, Any], family: ModelFamily) -> None:
+    """Files of small models keep the token ids of the family's large one, which their vocabulary does not have."""
+    vocabulary = values.get("vocab_size")
+    for name in TOKEN_FIELDS:
+        default = family.defaults.get(name)
+        if default is not None and values.get(name) == default and type(vocabulary) is int and default >= vocabulary:
+            values[name] = None
 
 
 def mlp_layer_types(config: ModelConfig) -> list[str]:
@@ -255,8 +256,10 @@ def _check_extra(config: ModelConfig) -> None:
         },
     )
     layers = config.num_hidden_layers
+    sparse = ("indexed_attention", "deepseek_sparse_attention")  # both are transformers' names
+    kinds = sparse if config.family.sparse_attention else ("full_attention",)
     for name, is_expected in (
-        ("layer_types", lambda types: types == ["full_attention"] * layers),
+        ("layer_types", lambda types: types in [[kind] * layers for kind in kinds]),
         ("mlp_layer_types", lambda types: types == mlp_layer_types(config)),
     ):
         types = extra.get(name)
@@ -285,6 +288,16 @@ def _check_shape(config: ModelConfig) -> None:
             config.first_k_dense_replace > layers,
             "first_k_dense_replace",
             f"it counts dense layers at the start, so at most num_hidden_layers, {layers}",
+        ),
+        (
+            config.family.is_dense and config.n_routed_experts > 0,
+            "n_routed_experts",
+            f"{config.model_type} has no mixture; remove it or set 0",
+        ),
+        (
+            config.llama_4_scaling is not None and config.family.rope_parameters is None,
+            "llama_4_scaling",
+            f"Soli has no such variant of {config.model_type}; remove it, or set model_type mistral4",
         ),
         (config.qk_rope_head_dim % 2 == 1, "qk_rope_head_dim", "RoPE rotates pairs, so it must be even"),
         (
@@ -387,10 +400,19 @@ def resolve(name_or_folder: str | Path) -> ModelConfig:
 def replace(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
     """A copy with fields changed; `rope_scaling.factor` reaches inside. SoliError for a name that is no field."""
     d = config.to_dict()
-    d.pop("mlp_layer_types", None)  # follows the fields that may change
+    if config.indexer_types is None:  # every layer stays full, however many there are
+        for name in INDEXER_TYPES:
+            d.pop(name, None)
+    elif type(changes.get("num_hidden_layers")) is int:
+        d["indexer_types"] = d["indexer_types"][: changes["num_hidden_layers"]]
+    for name in ("mlp_layer_types", "rope_parameters"):  # follow the fields that may change
+        d.pop(name, None)
+    d["rope_scaling"] = None if config.rope_scaling is None else config.rope_scaling.to_dict()
+    d["llama_4_scaling"] = None if config.llama_4_scaling is None else config.llama_4_scaling.to_dict()
     for name, value in changes.items():
         head, _, inside = name.partition(".")
         if head not in FIELDS or (inside and head != "rope_scaling"):
             raise SoliError(f"a model configuration has no field {name!r}; {suggest(head, FIELDS)}")
         d[head] = {"type": "yarn", **(d[head] or {}), inside: value} if inside else value
+    d["rope_scaling"] = d["rope_scaling"] or {"type": "default"}  # not the family's own
     return ModelConfig.from_dict(d)

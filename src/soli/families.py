@@ -16,15 +16,23 @@ class ModelFamily:
 
     architecture: str = "DeepseekV3ForCausalLM"  # of config.json's `architectures`
     defaults: Mapping[str, Any] = field(default_factory=dict)  # an absent field; of the others ModelConfig's default
+    sparse_attention: bool = False  # DSA: an indexer selects the tokens that attention reads
     writes_layer_types: bool = False  # its readers know `mlp_layer_types` instead of `first_k_dense_replace`
     text_config: str = ""  # the field that has the configuration of the text model, in a model of more than text
     text_model_type: str = ""  # the text model's type, where its configuration has none
     tensor_prefixes: Mapping[str, str] = field(default_factory=dict)  # of its tensors' names -> of the text model's
     left_out: tuple[str, ...] = ()  # prefixes of tensors that the text model does not have
+    rope_parameters: Mapping[str, Any] | None = None  # of a file without any; its table has `llama_4_scaling_beta` too
+    is_dense: bool = False  # no mixture in any layer
+    norms_mixture: bool = False  # `post_mlp_layernorm` on the output of a mixture
+    may_lack_router_biases: bool = False  # published files without them: selection is by the scores alone
+    ranks_groups_by_pairs: bool = False  # a group counts by its two best experts even where there is no router bias
+    ignored_tensors: tuple[str, ...] = ()  # patterns of tensors that published files hold and nothing uses
 
 
 SOFTMAX_ROUTER: Final = {"scoring_func": "softmax", "norm_topk_prob": False, "routed_scaling_factor": 1.0}
 ONE_GROUP: Final = {"n_group": 1, "topk_group": 1}
+INDEXER: Final = {"index_topk": 2048, "index_n_heads": 64, "index_head_dim": 128, "indexer_rope_interleave": False}
 
 FAMILIES: Final[Mapping[str, ModelFamily]] = {
     "deepseek_v3": ModelFamily(),
@@ -79,6 +87,129 @@ FAMILIES: Final[Mapping[str, ModelFamily]] = {
             **ONE_GROUP,
         },
     ),
+    "deepseek_v32": ModelFamily(
+        architecture="DeepseekV32ForCausalLM",
+        sparse_attention=True,
+        defaults={"max_position_embeddings": 163840, **INDEXER},
+    ),
+    "glm_moe_dsa": ModelFamily(
+        architecture="GlmMoeDsaForCausalLM",
+        sparse_attention=True,
+        defaults={
+            "vocab_size": 154880,
+            "hidden_size": 6144,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 78,
+            "num_attention_heads": 64,
+            "q_lora_rank": 2048,
+            "qk_nope_head_dim": 192,
+            "v_head_dim": 256,
+            "max_position_embeddings": 202752,
+            "rms_norm_eps": 1e-5,
+            **INDEXER,
+            "index_n_heads": 32,
+            "indexer_rope_interleave": True,
+            **ONE_GROUP,
+        },
+    ),
+    "sarvam_mla": ModelFamily(
+        architecture="SarvamMLAForCausalLM",
+        defaults={
+            "vocab_size": 262144,
+            "hidden_size": 4096,
+            "intermediate_size": 16384,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 64,
+            "n_routed_experts": 128,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": None,
+            "initializer_range": 0.006,
+            **ONE_GROUP,
+        },
+    ),
+    "youtu": ModelFamily(
+        architecture="YoutuForCausalLM",
+        is_dense=True,
+        defaults={
+            "vocab_size": 128256,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 16,
+            "n_routed_experts": 0,
+            "n_shared_experts": 0,
+            "first_k_dense_replace": 0,
+            "max_position_embeddings": 131072,
+            "tie_word_embeddings": True,
+            "bos_token_id": 128000,
+            "eos_token_id": 128001,
+        },
+    ),
+    "axk1": ModelFamily(
+        architecture="AXK1ForCausalLM",
+        writes_layer_types=True,
+        norms_mixture=True,
+        may_lack_router_biases=True,
+        ranks_groups_by_pairs=True,
+        ignored_tensors=("model.layers.*.post_mlp_layernorm.weight",),  # of the dense layers
+        defaults={
+            "vocab_size": 163840,
+            "num_attention_heads": 64,
+            "n_routed_experts": 192,
+            "first_k_dense_replace": 1,
+            "max_position_embeddings": 32768,
+            "bos_token_id": 163691,
+            "eos_token_id": 163691,
+        },
+    ),
+    "mistral4": ModelFamily(  # Mistral Small 4, and Mistral Large 3 in Hugging Face's names
+        architecture="Mistral4ForCausalLM",
+        ranks_groups_by_pairs=True,
+        rope_parameters={
+            "type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 128.0,
+            "original_max_position_embeddings": 8192,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+        defaults={
+            "vocab_size": 131072,
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "n_routed_experts": 128,
+            "num_experts_per_tok": 4,
+            "first_k_dense_replace": 0,
+            "topk_method": "group_limited_greedy",
+            "q_lora_rank": 1024,
+            "kv_lora_rank": 256,
+            "qk_nope_head_dim": 64,
+            "qk_rope_head_dim": 64,
+            "max_position_embeddings": 1048576,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 11,
+            **ONE_GROUP,
+            **SOFTMAX_ROUTER,
+            "norm_topk_prob": True,
+        },
+    ),
+}
+
+# Relatives that are other networks, and how: rejected by name.
+OTHER_NETWORKS: Final[Mapping[str, str]] = {
+    "minicpm3": "MiniCPM3 scales embedding, residual stream and logits, and rotates in halves",
+    "axk2": "A.X-K2 has norms with gates",
+    "deepseek_v4": "DeepSeek-V4 has another attention and hyper-connections",
+    "kimi_linear": "Kimi Linear has layers of linear attention",
+    "longcat_flash": "LongCat-Flash has two attentions in a layer and experts that compute nothing",
+    "mistral_large4": "Mistral Large 4 has another attention",
+    "glm5_next": "GLM-5.3-Flash has another attention",
 }
 
 # Other writers' names for a field; both may be present when they agree.
@@ -99,4 +230,4 @@ NULL_MEANS: Final = {
 }
 
 # Written by some libraries but derived from other fields: dropped, so that a changed copy cannot contradict itself.
-DERIVED: Final = ("head_dim", "qk_head_dim")
+DERIVED: Final = ("head_dim", "qk_head_dim", "q_head_dim")

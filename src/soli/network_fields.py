@@ -22,12 +22,11 @@ NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "nope_layer_interval": OFF, "rope_local_base_freq": NONE, "use_dynamic_ntk": OFF, "use_logn_attn": OFF,
     "mrope_section": NONE,
     # what attends to what, and how strongly
-    "use_mla": (True,), "llama_4_scaling": NONE, "llama_4_scaling_beta": OFF, "attn_temperature_tuning": OFF,
+    "use_mla": (True,), "llama_4_scaling_beta": OFF, "attn_temperature_tuning": OFF,
     "attention_chunk_size": OFF, "is_causal": (True,), "use_bidirectional_attention": OFF, "add_cross_attention": OFF,
     "attn_logit_softcapping": OFF, "attn_logit_softcap": OFF, "query_pre_attn_scalar": NONE,
     "attention_multiplier": NONE, "attention_sinks": OFF, "use_attention_sinks": OFF, "attn_output_gate": OFF,
     "attention_output_gate": OFF, "gated_attention": OFF, "use_gated_attention": OFF, "clip_qkv": OFF,
-    "index_topk": OFF, "index_n_heads": OFF, "index_head_dim": OFF, "indexer_types": NONE,
     "sparse_attention_config": NONE, "linear_attn_config": NONE, "use_short_conv": OFF,
     "qk_layernorm": OFF, "use_qk_layernorm": OFF, "qk_norm": OFF, "use_qk_norm": OFF,
     # biases

@@ -52,6 +52,60 @@ DEEPSEEK_V3: dict[str, Any] = {
     },
 }
 
+DEEPSEEK_V32: dict[str, Any] = {
+    **DEEPSEEK_V3,
+    "model_type": "deepseek_v32",
+    "index_topk": 2048,
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "quantization_config": {**DEEPSEEK_V3["quantization_config"], "scale_fmt": "ue8m0"},
+}
+
+GLM_5: dict[str, Any] = {
+    "model_type": "glm_moe_dsa",
+    "vocab_size": 154880,
+    "hidden_size": 6144,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 78,
+    "num_nextn_predict_layers": 1,
+    "num_attention_heads": 64,
+    "n_shared_experts": 1,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 3,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+    "q_lora_rank": 2048,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 192,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 256,
+    "index_topk": 2048,
+    "index_n_heads": 32,
+    "index_head_dim": 128,
+    "rope_interleave": True,
+    "indexer_rope_interleave": True,
+    "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"},
+    "max_position_embeddings": 202752,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": None,
+    "eos_token_id": [154820, 154827, 154829],
+    "pad_token_id": 154820,
+}
+
+GLM_5_2: dict[str, Any] = {
+    **GLM_5,
+    "index_topk_freq": 4,  # layers 0, 1, 2, 6, 10, ... 74 have an indexer
+    "index_skip_topk_offset": 3,
+    "rope_parameters": {"rope_theta": 8000000, "rope_type": "default"},
+    "max_position_embeddings": 1048576,
+}
+
 KIMI_K2: dict[str, Any] = {
     **DEEPSEEK_V3,
     "model_type": "kimi_k2",
@@ -181,6 +235,9 @@ NANO: dict[str, Any] = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     "deepseek-v3": DEEPSEEK_V3,
+    "deepseek-v3.2": DEEPSEEK_V32,
+    "glm-5": GLM_5,
+    "glm-5.2": GLM_5_2,
     "kimi-k2": KIMI_K2,
     "moonlight-16b-a3b": MOONLIGHT_16B_A3B,
     "deepseek-v2-lite": DEEPSEEK_V2_LITE,

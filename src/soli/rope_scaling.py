@@ -1,4 +1,6 @@
-"""YaRN as a configuration has it: the table `rope_scaling` (classic) or `rope_parameters` (newer writers)."""
+"""YaRN as a configuration has it: the table `rope_scaling` (classic) or `rope_parameters` (newer writers). Beside it
+the `llama_4_scaling` of queries, which Mistral's models have.
+"""
 
 import dataclasses
 import math
@@ -9,6 +11,18 @@ from typing import Annotated, Any, Self
 from soli.errors import SoliError
 from soli.network_fields import ROPE_NEUTRAL, ROPE_WITHOUT_EFFECT, YARN_NEUTRAL, is_empty, reject_variants
 from soli.sections import Bounds, NonNegativeFloat, PositiveFloat, PositiveInt, Section, reject, shown
+
+
+@dataclass(frozen=True)
+class QueryScaling(Section, section="llama_4_scaling", exact_integers=True):
+    """Every query times 1 + beta ln(1 + floor(position / original_max_position_embeddings))."""
+
+    beta: NonNegativeFloat
+    original_max_position_embeddings: PositiveInt
+
+    def to_dict(self) -> dict[str, Any]:
+        """The table as JSON has it."""
+        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
@@ -55,6 +69,7 @@ class RopeScaling(Section, section="rope_scaling", exact_integers=True):
         if not isinstance(table, Mapping):
             reject("rope_scaling", table, "it must be a JSON object, or null")
         kinds = [table[name] for name in ("type", "rope_type") if table.get(name) is not None] or ["default"]
+        kinds = ["yarn" if kind == "deepseek_yarn" else kind for kind in kinds]
         kind = kinds[0]
         if kinds[-1] != kind:
             types = f"type {shown(kind)} and rope_type {shown(kinds[-1])}"

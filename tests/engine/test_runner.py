@@ -333,7 +333,7 @@ def test_what_does_not_fit_is_rejected() -> None:
         run(table_BM=torch.zeros(1, 1, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"torch.int32 \(1, 1\) is no contiguous torch.int32 \(0, 1\)"):
         run(lengths_B=torch.ones(0, dtype=torch.int32))
-    step.cache._layers[1] = step.cache._layers[1].bfloat16()
+    step.cache._layers[1, "latent"] = step.cache._layers[1, "latent"].bfloat16()
     with pytest.raises(ValueError, match=r"torch.bfloat16 .* is no contiguous torch.float32"):
         run()
 

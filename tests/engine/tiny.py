@@ -43,13 +43,31 @@ KINDS: dict[str, dict[str, Any]] = {
     "v2 greedy": V2 | {"topk_method": "greedy", "n_group": 1, "topk_group": 1},
     "v2 by groups": V2 | {"topk_method": "group_limited_greedy", "num_nextn_predict_layers": 0},
     "dense": {"n_routed_experts": 0, "num_nextn_predict_layers": 0},
+    "a norm after the mixture": {"model_type": "axk1"},
+    "queries scaled by position": {
+        "model_type": "mistral4",
+        "rope_parameters": {**YARN, "original_max_position_embeddings": 3, "llama_4_scaling_beta": 0.4},
+    },
+}
+
+# Index heads are many, so that no two scores are zero; texts are longer than what is selected.
+SPARSE = {"index_topk": 6, "index_n_heads": 8, "index_head_dim": 12}
+SPARSE_KINDS: dict[str, dict[str, Any]] = {
+    "v3.2": {"model_type": "deepseek_v32", **SPARSE},
+    "glm with shared indexers": {
+        "model_type": "glm_moe_dsa",
+        "n_group": 1,
+        "topk_group": 1,
+        "indexer_types": ["full", "shared", "full"],
+        **SPARSE,
+    },
 }
 
 
 @cache
 def tiny_model(kind: str = "v3", **changes: Any) -> Transformer:
     """A float32 model with weights large enough for its parts, and its bias, to matter."""
-    model = Transformer(ModelConfig.from_dict(BASE | KINDS[kind] | changes)).eval()
+    model = Transformer(ModelConfig.from_dict(BASE | (KINDS | SPARSE_KINDS)[kind] | changes)).eval()
     generator = torch.Generator().manual_seed(7)
     model.init_weights(generator)
     with torch.no_grad():

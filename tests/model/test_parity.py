@@ -6,10 +6,30 @@ from torch.nn import functional as F
 
 from soli.config import ModelConfig
 from soli.model import Transformer
-from tests.model.oracle import draw_config, draw_v2_config, make_model, oracle_of
+from tests.model.oracle import (
+    FAMILY_FIELDS,
+    draw_config,
+    draw_family_config,
+    draw_sparse_config,
+    draw_v2_config,
+    make_model,
+    oracle_name,
+    oracle_of,
+)
 
 CONFIGS = [pytest.param(draw_config(seed), id=f"v3-{seed}") for seed in range(14)]
 CONFIGS += [pytest.param(draw_v2_config(seed), id=f"v2-{seed}") for seed in range(6)]
+SPARSE = [
+    pytest.param(draw_sparse_config(family, seed), id=f"{family}-{seed}")
+    for family in ("deepseek_v32", "glm_moe_dsa")
+    for seed in range(12)
+]
+CONFIGS += SPARSE
+CONFIGS += [
+    pytest.param(draw_family_config(family, seed), id=f"{family}-{seed}")
+    for family in FAMILY_FIELDS
+    for seed in range(12)
+]
 
 
 def tokens(seed: int = 0) -> torch.Tensor:
@@ -73,7 +93,7 @@ def test_gradients(config: ModelConfig) -> None:
     # With one expert normalised to weight 1 the router's gradient is zero but for rounding: hence a floor.
     floor = 1e-6 * max(float(grad.norm()) for grad in theirs.values())
     for name, grad in ours.items():
-        other = theirs[name if name.startswith("lm_head") else f"model.{name}"]
+        other = theirs[name if name.startswith("lm_head") else f"model.{oracle_name(name)}"]
         assert float((grad - other).norm()) <= 1e-4 * float(other.norm()) + floor, name
 
 

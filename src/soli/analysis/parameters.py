@@ -70,6 +70,7 @@ class Flops:
 
     `matmul`: twice the activated parameters of linear layers, router and head. `attention_decode`: one new token over
     `context` cached latents, absorbed. `attention_prefill`: mean over a sequence of `context` tokens, expanded, causal.
+    Sparse attention is to `index_topk` latents, and in both figures are the scores of all tokens where they are more.
     """
 
     context: int
@@ -124,9 +125,26 @@ def count(config: ModelConfig, mtp: bool = False) -> Count:
 
 
 def cache_bytes(config: ModelConfig, mtp: bool = False) -> int:
-    """Bytes that one token leaves in the bf16 cache: a latent and a rotated key per layer, shared by all heads."""
+    """Bytes that one token leaves in the bf16 cache: a latent and a rotated key per layer, shared by all heads, and the
+    key of each indexer."""
+    return 2 * (_latent_values(config, mtp) + _index_key_values(config, mtp))
+
+
+def cache_read_bytes(config: ModelConfig, context: int) -> int:
+    """Bytes of the bf16 cache that a new token after `context` others reads: of sparse attention the selected latents
+    and every indexer's key."""
+    if config.index_topk is None or context <= config.index_topk:
+        return 2 * context * _latent_values(config)
+    return 2 * (config.index_topk * _latent_values(config) + context * _index_key_values(config))
+
+
+def _latent_values(config: ModelConfig, mtp: bool = False) -> int:
     layers = config.num_hidden_layers + (config.num_nextn_predict_layers if mtp else 0)
-    return 2 * layers * (config.kv_lora_rank + config.qk_rope_head_dim)
+    return layers * (config.kv_lora_rank + config.qk_rope_head_dim)
+
+
+def _index_key_values(config: ModelConfig, mtp: bool = False) -> int:
+    return config.num_indexers(config.num_nextn_predict_layers if mtp else 0) * (config.index_head_dim or 0)
 
 
 def expert_read_bytes(config: ModelConfig) -> int:
@@ -143,12 +161,17 @@ def flops(config: ModelConfig, context: int, mtp: bool = False) -> Flops:
     head = (1 + modules) * config.vocab_size * config.hidden_size
     layers, heads = config.num_hidden_layers + modules, config.num_attention_heads
     latent, rope = config.kv_lora_rank, config.qk_rope_head_dim
-    seen_on_average = (context + 1) // 2
+    selected = context if config.index_topk is None else min(context, config.index_topk)
+    seen_on_average = (selected * (selected + 1) // 2 + (context - selected) * selected) // context
+    scored_on_average = (context * (context + 1) - selected * (selected + 1)) // (2 * context)
+    score = 2 * config.num_indexers(modules) * (config.index_n_heads or 0) * (config.index_head_dim or 0)
     return Flops(
         context=context,
         matmul=2 * (linear + head),
-        attention_decode=2 * layers * heads * context * (latent + rope + latent),
-        attention_prefill=2 * layers * heads * seen_on_average * (config.qk_head_dim + config.v_head_dim),
+        attention_decode=2 * layers * heads * selected * (latent + rope + latent)
+        + (score * context if selected < context else 0),
+        attention_prefill=2 * layers * heads * seen_on_average * (config.qk_head_dim + config.v_head_dim)
+        + score * scored_on_average,
     )
 
 
@@ -170,6 +193,7 @@ def weights(config: ModelConfig) -> list[Weights]:
     groups = [
         Weights(EMBEDDING, vocabulary, 1, 1, "high"),
         *_attention(config, config.num_hidden_layers),
+        *_indexer(config, config.num_indexers()),
         *_mlp(DENSE, config.hidden_size, config.intermediate_size, config.num_hidden_layers - mixtures),
         *_mixture(config, mixtures),
         *_norms(config, config.num_hidden_layers),
@@ -187,6 +211,7 @@ def mtp_weights(config: ModelConfig) -> list[Weights]:
         Weights(NORMS, (width,), 3 * modules, 3 * modules, "high"),
         Weights("joint projection", (width, 2 * width), modules, modules, "high"),
         *_attention(config, modules),
+        *_indexer(config, config.num_indexers(modules) - config.num_indexers()),
         *_norms(config, modules),
         *(_mixture(config, modules) if config.n_routed_experts else dense),
     ]
@@ -220,6 +245,17 @@ def _attention(config: ModelConfig, layers: int) -> list[Weights]:
     return groups
 
 
+def _indexer(config: ModelConfig, layers: int) -> list[Weights]:
+    """Sparse attention's: queries from the query latent, one key with its LayerNorm, the heads' weights."""
+    width, heads, key = config.hidden_size, config.index_n_heads or 0, config.index_head_dim or 0
+    return [
+        Weights(ATTENTION, (heads * key, config.q_lora_rank or 0), layers, layers),
+        Weights(ATTENTION, (key, width), layers, layers),
+        Weights(ATTENTION, (heads, width), layers, layers, "high"),
+        Weights(NORMS, (key,), 2 * layers, 2 * layers, "high"),
+    ]
+
+
 def _norms(config: ModelConfig, layers: int) -> list[Weights]:
     sizes = [config.hidden_size, config.hidden_size, config.kv_lora_rank]
     sizes += [] if config.q_lora_rank is None else [config.q_lora_rank]
@@ -244,4 +280,5 @@ def _mixture(config: ModelConfig, layers: int) -> list[Weights]:
         *([Weights(ROUTER, (experts,), layers, 0, "fp32")] if has_bias else []),
         *_mlp(ROUTED, width, inner, layers * experts, layers * config.num_experts_per_tok),
         *(_mlp(SHARED, width, inner * config.n_shared_experts, layers) if config.n_shared_experts else []),
+        *([Weights(NORMS, (width,), layers, layers, "high")] if config.family.norms_mixture else []),
     ]

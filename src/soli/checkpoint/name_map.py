@@ -99,6 +99,14 @@ BLOCK: Final = (
     NameRow("post_attention_layernorm.weight", "post_attention_layernorm.weight", ("D",), HIGH),
 )
 
+INDEXER: Final = (
+    NameRow("self_attn.indexer.wq_b.weight", "self_attn.indexer.wq_b.weight", ("J*W", "Q")),
+    NameRow("self_attn.indexer.wk.weight", "self_attn.indexer.wk.weight", ("W", "D")),
+    NameRow("self_attn.indexer.k_norm.weight", "self_attn.indexer.k_norm.weight", ("W",), HIGH),
+    NameRow("self_attn.indexer.k_norm.bias", "self_attn.indexer.k_norm.bias", ("W",), HIGH),
+    NameRow("self_attn.indexer.weights_proj.weight", "self_attn.indexer.weights_proj.weight", ("J", "D"), HIGH),
+)
+
 DENSE: Final = (
     NameRow("mlp.gate_proj.weight", "mlp.gate_proj.weight", ("I", "D")),
     NameRow("mlp.up_proj.weight", "mlp.up_proj.weight", ("I", "D")),
@@ -111,6 +119,7 @@ MOE: Final = (
     NameRow("mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.gate_proj.weight", ("F*S", "D"), when="shared"),
     NameRow("mlp.shared_experts.up_proj.weight", "mlp.shared_experts.up_proj.weight", ("F*S", "D"), when="shared"),
     NameRow("mlp.shared_experts.down_proj.weight", "mlp.shared_experts.down_proj.weight", ("D", "F*S"), when="shared"),
+    NameRow("post_mlp_layernorm.weight", "post_mlp_layernorm.weight", ("D",), HIGH, "normed_mixture"),
 )
 
 EXPERT: Final = (  # gate and up share a stack: the second of two rows with one Soli name starts where the first ends
@@ -162,7 +171,8 @@ def unroll_slots(config: ModelConfig) -> Iterator[Slot]:
                 )
 
     def unroll_block(layer: int, block: str, moe: bool) -> Iterator[Slot]:
-        yield from unroll(BLOCK + (MOE if moe else DENSE), layer, block)
+        indexer = INDEXER if config.has_indexer(layer) else ()
+        yield from unroll(BLOCK + indexer + (MOE if moe else DENSE), layer, block)
         if moe:
             yield from _experts(config.n_routed_experts, dims, layer, block)
 
@@ -193,6 +203,7 @@ def _shape(row: NameRow, dims: dict[str, int]) -> tuple[int, ...]:
 
 def _dimensions(config: ModelConfig) -> dict[str, int]:
     heads, value = config.num_attention_heads, config.v_head_dim
+    index_width = config.index_head_dim or 0
     return {
         "V": config.vocab_size,
         "D": config.hidden_size,
@@ -207,6 +218,9 @@ def _dimensions(config: ModelConfig) -> dict[str, int]:
         "H*(N+R)": heads * config.qk_head_dim,
         "H*(N+Dv)": heads * (config.qk_nope_head_dim + value),
         "H*Dv": heads * value,
+        "J": config.index_n_heads or 0,
+        "W": index_width,
+        "J*W": (config.index_n_heads or 0) * index_width,
     }
 
 
@@ -222,5 +236,6 @@ def _facts(config: ModelConfig) -> set[str]:
         "low_rank_q_with_bias": low_rank and bias,
         "biased": config.topk_method == "noaux_tc",
         "shared": bool(config.n_shared_experts),
+        "normed_mixture": config.family.norms_mixture,
     }
     return {name for name, holds in facts.items() if holds}

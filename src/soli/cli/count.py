@@ -9,6 +9,7 @@ from rich.table import Column, Table
 from soli.analysis.counting import ModelCount
 from soli.analysis.counting import count as count_model
 from soli.cli._shared.console import print_json, stdout_console
+from soli.config import ModelConfig
 from soli.quantities import scaled
 from soli.sections import parse_assignments
 
@@ -88,16 +89,26 @@ def _costs(counted: ModelCount, mtp: bool) -> list[tuple[str, str]]:
         lines.append(("experts read", f"{read} per token in FP8, when none is in memory"))
     if counted.router_biases:
         lines.append(("router biases", f"{counted.router_biases:,}, in the total but not in the activated"))
-    values = config.kv_lora_rank + config.qk_rope_head_dim
     parts = f"{scaled(flops.matmul, 'FLOP')} in matrices, {scaled(flops.attention_decode, 'FLOP')} in attention"
     lines += [
-        ("cache", f"{cache:,} bytes per token in bf16: {cache // (2 * values)} layers x {values} values"),
+        ("cache", f"{cache:,} bytes per token in bf16: {_cached_values(config, mtp)}"),
         ("decode", f"{parts} over {flops.context:,} cached tokens, per token"),
         ("prefill", f"{scaled(flops.prefill, 'FLOP')} per token, mean over a sequence of {flops.context:,}"),
     ]
+    if config.index_topk is not None:
+        scores = f"{config.num_indexers()} of {config.num_hidden_layers} layers select {config.index_topk:,} tokens"
+        lines.append(("attention", f"{scores}, by {config.index_n_heads} heads of {config.index_head_dim} values"))
     if config.num_nextn_predict_layers:
         own = (
             f"{scaled(counted.mtp_own)} of its own{' (in the table)' if mtp else ''}, and copies of embedding and head"
         )
         lines.append(("MTP", f"{scaled(counted.mtp_files)} more in files: {own}"))
     return lines
+
+
+def _cached_values(config: ModelConfig, mtp: bool) -> str:
+    """What a token leaves in the cache, as text."""
+    modules = config.num_nextn_predict_layers if mtp else 0
+    latents = f"{config.num_hidden_layers + modules} layers x {config.kv_lora_rank + config.qk_rope_head_dim} values"
+    indexers = config.num_indexers(modules)
+    return f"{latents} + {indexers} indexers x {config.index_head_dim} values" if indexers else latents

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from soli.config import ModelConfig
 from soli.errors import SoliError
-from soli.model.attention import PrefillChunk
+from soli.model.cache import Entry, PrefillChunk
 
 CPU = torch.device("cpu")
 # Up to so many new tokens of one text are queries by themselves (absorbed attention); more are a chunk (expanded).
@@ -48,7 +48,7 @@ class LatentCache:
         self.block_count, self.block_size = block_count, block_size
         self.positions = positions
         self.block_tables_RM = np.zeros((rows, blocks_for(positions, block_size)), dtype=np.int32)
-        self._layers: dict[int, Tensor] = {}
+        self._layers: dict[tuple[int, Entry], Tensor] = {}
 
     @classmethod
     def whole_rows(cls, lengths: Sequence[int], block_size: int = 64) -> "LatentCache":
@@ -108,11 +108,11 @@ class LatentCache:
             chunks=chunks,
         )
 
-    def kv_blocks(self, layer: int, width: int, like: Tensor) -> Tensor:
+    def kv_blocks(self, layer: int, width: int, like: Tensor, entry: Entry = "latent") -> Tensor:
         """A layer's blocks (P, S, width), allocated at the first call, in the dtype and on the device of `like`."""
-        if layer not in self._layers:
-            self._layers[layer] = like.new_empty(self.block_count, self.block_size, width)
-        return self._layers[layer]
+        if (layer, entry) not in self._layers:
+            self._layers[layer, entry] = like.new_empty(self.block_count, self.block_size, width)
+        return self._layers[layer, entry]
 
     def slots(
         self, rows: int | NDArray[np.int64], position_T: NDArray[np.int64], device: str | torch.device
@@ -144,13 +144,13 @@ class CacheStep:
         """The slot that each token is written to, int64."""
         return self.cache.slots(self.rows_T, self.positions_T.cpu().numpy(), self.positions_T.device)
 
-    def kv_blocks(self, layer: int, width: int, like: Tensor) -> Tensor:
+    def kv_blocks(self, layer: int, width: int, like: Tensor, entry: Entry = "latent") -> Tensor:
         """A layer's blocks, for a forward pass that writes to them itself."""
-        return self.cache.kv_blocks(layer, width, like)
+        return self.cache.kv_blocks(layer, width, like, entry)
 
-    def write(self, layer: int, entries_TX: Tensor) -> Tensor:
+    def write(self, layer: int, entries_TX: Tensor, entry: Entry = "latent") -> Tensor:
         """Store the step's entries of one layer; its blocks."""
-        kv_PSX = self.kv_blocks(layer, entries_TX.shape[1], entries_TX)
+        kv_PSX = self.kv_blocks(layer, entries_TX.shape[1], entries_TX, entry)
         kv_PSX.flatten(0, 1).index_copy_(0, self.slots_T, entries_TX)
         return kv_PSX
 
@@ -243,8 +243,10 @@ def blocks_for(tokens: int, block_size: int) -> int:
 
 
 def bytes_per_token(config: ModelConfig, layers: int, dtype: torch.dtype) -> int:
-    """Bytes of one token in the cache of so many layers: 576 values a layer in V3 (DeepSeek-V2 report, table 1)."""
-    return layers * (config.kv_lora_rank + config.qk_rope_head_dim) * dtype.itemsize
+    """Bytes of one token in the cache of so many layers, those of the model and then its MTP modules: 576 values a
+    layer in V3 (DeepSeek-V2 report, table 1), and 128 of an indexer's key in V3.2."""
+    index_keys = config.num_indexers(layers - config.num_hidden_layers) * (config.index_head_dim or 0)
+    return (layers * (config.kv_lora_rank + config.qk_rope_head_dim) + index_keys) * dtype.itemsize
 
 
 def block_key(parent: bytes, tokens: Sequence[int]) -> bytes:

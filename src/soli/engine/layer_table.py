@@ -15,7 +15,8 @@ from soli.experts.store import PagedExperts
 from soli.kernels import Backend, Dispatch, cpu
 from soli.kernels.cpu import fused, structs
 from soli.kernels.cpu.backend import LOW_PRECISION, CpuBackend
-from soli.model.attention import Cache, LatentAttention
+from soli.model.attention import LatentAttention
+from soli.model.cache import Cache
 from soli.model.layers import MLP, Linear, RMSNorm
 from soli.model.moe import MoE, RoutedExperts
 from soli.model.router import Router, Routings
@@ -85,12 +86,14 @@ class LayerTableBuilder:
     def layer_table(self, blocks: Sequence[Block], norm: RMSNorm) -> fused.LayerTable:
         layers = (structs.CLayer * len(blocks))(*(self._layer(block) for block in blocks))
         rope = self._model.rope
+        queries = rope.query_scaling
         return fused.LayerTable(
             self.cpu_backend.isa,
             layers,
             self._norm(norm),
             rope.inv_P,
             rope.scale,
+            (0.0, 1) if queries is None else (queries.beta, queries.original_max_position_embeddings),
             tuple(self._keep_alive),
             tuple(_paged_experts(block) for block in blocks),
         )
@@ -122,10 +125,15 @@ class LayerTableBuilder:
 
     def _layer(self, block: Block) -> structs.CLayer:
         attention = self._attention(block.self_attn, self._norm(block.input_layernorm))
-        return structs.CLayer(attention, self._feed_forward(block.mlp, self._norm(block.post_attention_layernorm)))
+        feed_forward = self._feed_forward(block.mlp, self._norm(block.post_attention_layernorm))
+        if block.post_mlp_layernorm is not None:
+            feed_forward.output_norm = self._norm(block.post_mlp_layernorm)
+        return structs.CLayer(attention, feed_forward)
 
     def _attention(self, a: LatentAttention, norm: structs.CNorm) -> structs.CAttention:
         self._check_backend(a)
+        if a.topk is not None:
+            raise self._unsupported(a, "has sparse attention, which the C++ kernels do not compute")
         q_norm, q_a, q_a_bias = structs.CNorm(), structs.CWeight(), structs.CVector()
         if a.q_lora:
             q_norm, q_a, q_a_bias = self._norm(a.q_a_layernorm), self._weight(a.q_a_proj), self._bias(a.q_a_proj)
@@ -157,7 +165,7 @@ class LayerTableBuilder:
         bias_E = self._tensor(router, "e_score_correction_bias", torch.float32) if has_bias else None
         return structs.CRouter(
             fused.weight(self._tensor(router, "weight", torch.float32, torch.bfloat16)), fused.vector(bias_E),
-            router.K, router.G, router.kept_groups, 2 if has_bias else 1,
+            router.K, router.G, router.kept_groups, router.experts_per_group_score,
             router.scoring_func != "sigmoid", router.normalise, router.scaling,
         )  # fmt: skip
 

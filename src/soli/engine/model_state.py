@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from soli.model.attention import LatentAttention
-from soli.model.layers import MLP, Linear, RMSNorm
+from soli.model.indexer import Indexer
+from soli.model.layers import MLP, LayerNorm, Linear, RMSNorm
 from soli.model.moe import MoE, RoutedExperts
 from soli.model.router import Router
 from soli.model.transformer import Block, MTPModule, Transformer
 
 OWN_CLASSES: Final[tuple[type[nn.Module], ...]] = (
-    Transformer, Block, MTPModule, LatentAttention, MoE, RoutedExperts, Router, MLP, Linear, RMSNorm,
-    nn.Embedding, nn.ModuleList,
+    Transformer, Block, MTPModule, LatentAttention, Indexer, MoE, RoutedExperts, Router, MLP, Linear, RMSNorm,
+    LayerNorm, nn.Embedding, nn.ModuleList,
 )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from soli.engine.layer_table import FusedLayers, LayerTableBuilder, Unsupported,
 from soli.engine.model_state import Change, ModelState, modification
 from soli.errors import SoliError
 from soli.kernels.cpu import fused
-from soli.model.attention import Cache
+from soli.model.cache import Cache
 from soli.model.router import Routing, Routings
 from soli.model.transformer import BackboneOutput, MTPModule, Transformer
 

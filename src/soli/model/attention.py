@@ -8,9 +8,8 @@ folds the up-projections into query and output and attends to the latents themse
 long cache.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterator
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -19,49 +18,15 @@ from torch.nn import functional as F
 from soli import kernels
 from soli.config import ModelConfig
 from soli.kernels.torch_backend import needs_float32
+from soli.model.cache import Cache, PrefillChunk
+from soli.model.indexer import Indexer, Selection, decode_slots, gather
 from soli.model.layers import Device, Linear, RMSNorm, is_plain
 from soli.model.rope import rotate, softmax_scale
-
-
-@dataclass(frozen=True)
-class PrefillChunk:
-    """Tokens start..stop-1 of a step, all of one text, at positions from `first` on. `slots_S`: the slot, in the
-    flattened KV blocks, of each position from 0 to that of the last token."""
-
-    start: int
-    stop: int
-    first: int
-    slots_S: Tensor
-
-
-class Cache(Protocol):
-    """Latents of earlier tokens, and the new tokens of one step: T tokens of several texts, batch and time flattened.
-
-    The first `num_decode_tokens` tokens are queries by themselves: token b attends to the first `lengths_B[b]` (int32)
-    slots of the KV blocks in `table_BM[b]` (int32); its own is the last of them. Several may be of one text. The rest
-    are `chunks`, in order. P KV blocks have S slots each.
-    """
-
-    @property
-    def num_decode_tokens(self) -> int: ...
-    @property
-    def table_BM(self) -> Tensor: ...
-    @property
-    def lengths_B(self) -> Tensor: ...
-    @property
-    def chunks(self) -> Sequence[PrefillChunk]: ...
-    def kv_blocks(self, layer: int, width: int, like: Tensor) -> Tensor:
-        """The layer's KV blocks (P, S, width), contiguous, in the dtype and on the device of `like`."""
-        ...
-
-    def write(self, layer: int, entries_TX: Tensor) -> Tensor:
-        """Store each token's latent and rotated key, X = C + R values; return the layer's KV blocks, (P, S, X)."""
-        ...
-
 
 # Up to so many queries a CPU computes the whole matrix of scores about twice as fast as torch's fused kernel.
 MAX_EXPLICIT_QUERIES = 512
 MAX_FUSED_HEAD = 256  # values per head that a GPU's fused kernels take
+LATENT_EPS = 1e-6  # of the latents' norms, whatever rms_norm_eps is, as in the released code
 
 
 def attend(q_BHTX: Tensor, k_BHSX: Tensor, v_BHSV: Tensor, mask_B1TS: Tensor | None, scale: float) -> Tensor:
@@ -99,7 +64,7 @@ class LatentAttention(nn.Module):
         D, bias, at = config.hidden_size, config.attention_bias, (device, dtype)
 
         def norm(width: int) -> RMSNorm:
-            return RMSNorm(width, config.rms_norm_eps, device, dtype)
+            return RMSNorm(width, LATENT_EPS, device, dtype)
 
         self.q_lora = config.q_lora_rank is not None
         if config.q_lora_rank is not None:
@@ -112,40 +77,62 @@ class LatentAttention(nn.Module):
         self.kv_a_layernorm = norm(self.C)
         self.kv_b_proj = Linear(self.C, self.H * (self.N + self.V), *at)
         self.o_proj = Linear(self.H * self.V, D, *at, bias=bias)
+        self.topk = config.index_topk
+        self.indexer = Indexer(config, layer, device, dtype) if config.has_indexer(layer) else None
 
-    def forward(self, x_BTD: Tensor, cos_sin: tuple[Tensor, Tensor], cache: Cache | None = None) -> Tensor:
-        """Attend causally: over the T tokens given, or with a cache over every earlier token of each text."""
-        q_nope_BTHN, q_rope_BTHR = self._queries(x_BTD, cos_sin)
+    def forward(
+        self,
+        x_BTD: Tensor,
+        cos_sin: tuple[Tensor, ...],
+        cache: Cache | None = None,
+        selection: Selection | None = None,
+    ) -> Tensor:
+        """Attend causally: over the T tokens given, or with a cache over every earlier token of each text. In sparse
+        attention to what `selection` has of them, which a layer with an indexer replaces."""
+        q_latent_BTQ = self.q_a_layernorm(self.q_a_proj(x_BTD)) if self.q_lora else None
+        q_nope_BTHN, q_rope_BTHR = self._queries(x_BTD if q_latent_BTQ is None else q_latent_BTQ, cos_sin)
         latent_BTC, rope_BTR = self._latents(x_BTD, cos_sin)
+        selection = selection or Selection()
+        if self.indexer is not None:
+            selection.replace(self.indexer(x_BTD, q_latent_BTQ, cos_sin, cache))
         if cache is None:
-            heads_BTHV = self._expanded(q_nope_BTHN, q_rope_BTHR, latent_BTC, rope_BTR, None)
+            heads_BTHV = self._expanded(q_nope_BTHN, q_rope_BTHR, latent_BTC, rope_BTR, selection.text_BTS)
         else:
             kv_PSX = cache.write(self.layer, torch.cat((latent_BTC, rope_BTR), dim=-1).flatten(0, 1))
-            heads_THV = self._cached(q_nope_BTHN.flatten(0, 1), q_rope_BTHR.flatten(0, 1), kv_PSX, cache)
-            heads_BTHV = heads_THV.unflatten(0, x_BTD.shape[:2])
+            queries = q_nope_BTHN.flatten(0, 1), q_rope_BTHR.flatten(0, 1)
+            heads_BTHV = self._cached(*queries, kv_PSX, cache, selection).unflatten(0, x_BTD.shape[:2])
         return self.o_proj(heads_BTHV.flatten(2))
 
-    def _cached(self, q_nope_THN: Tensor, q_rope_THR: Tensor, kv_PSX: Tensor, cache: Cache) -> Tensor:
+    def _cached(
+        self, q_nope_THN: Tensor, q_rope_THR: Tensor, kv_PSX: Tensor, cache: Cache, selection: Selection
+    ) -> Tensor:
         """Absorbed attention of decode tokens, expanded attention of chunks: (T, H, V)."""
-        parts, n, chunks = [], cache.num_decode_tokens, [*cache.chunks]
+        parts, n = [], cache.num_decode_tokens
+        chunks = [*zip_longest(cache.chunks, selection.chunks)]
         if n and is_plain(self.kv_b_proj):
-            parts.append(self._absorbed(q_nope_THN[:n], q_rope_THR[:n], kv_PSX, cache))
+            parts.append(self._absorbed(q_nope_THN[:n], q_rope_THR[:n], kv_PSX, cache, selection.decode_BS))
         elif n:  # the absorbed form has the weight alone, which is not all that this module computes
-            chunks = [*_decode_chunks(cache, kv_PSX.shape[1]), *chunks]
-        for chunk in chunks:
+            chunks = [*_decode_chunks(cache, kv_PSX.shape[1], selection.decode_BS), *chunks]
+        for chunk, mask_TS in chunks:
             tokens = slice(chunk.start, chunk.stop)
             latent_1SC, rope_1SR = kv_PSX.flatten(0, 1)[chunk.slots_S][None].split((self.C, self.R), dim=-1)
-            mask_1TS = None if chunk.first == 0 else _causal_mask(chunk)
+            if mask_TS is None and chunk.first > 0:
+                mask_TS = _causal_mask(chunk)
+            mask_1TS = None if mask_TS is None else mask_TS[None]
             q_nope_1THN, q_rope_1THR = q_nope_THN[None, tokens], q_rope_THR[None, tokens]
             parts.append(self._expanded(q_nope_1THN, q_rope_1THR, latent_1SC, rope_1SR, mask_1TS)[0])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _queries(self, x_BTD: Tensor, cos_sin: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD))) if self.q_lora else self.q_proj(x_BTD)
+    def _queries(self, x_BTQ: Tensor, cos_sin: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """From the query latent where there is one, else from the layer's input."""
+        q = self.q_b_proj(x_BTQ) if self.q_lora else self.q_proj(x_BTQ)
         q_nope_BTHN, q_rope_BTHR = q.unflatten(-1, (self.H, -1)).split((self.N, self.R), dim=-1)
-        return q_nope_BTHN, rotate(q_rope_BTHR, cos_sin, self.interleaved)
+        q_rope_BTHR = rotate(q_rope_BTHR, cos_sin, self.interleaved)
+        for scale_BT11 in cos_sin[2:]:  # llama_4_scaling
+            q_nope_BTHN, q_rope_BTHR = (part * scale_BT11.to(part.dtype) for part in (q_nope_BTHN, q_rope_BTHR))
+        return q_nope_BTHN, q_rope_BTHR
 
-    def _latents(self, x_BTD: Tensor, cos_sin: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _latents(self, x_BTD: Tensor, cos_sin: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         latent_BTC, rope_BTR = self.kv_a_proj_with_mqa(x_BTD).split((self.C, self.R), dim=-1)
         rope_BTR = rotate(rope_BTR[:, :, None], cos_sin, self.interleaved)[:, :, 0]
         return self.kv_a_layernorm(latent_BTC), rope_BTR
@@ -161,25 +148,31 @@ class LatentAttention(nn.Module):
         mask = None if mask_BTS is None else mask_BTS[:, None]
         return attend(q, k, v_BSHV.transpose(1, 2), mask, self.scale).transpose(1, 2)
 
-    def _absorbed(self, q_nope_THN: Tensor, q_rope_THR: Tensor, kv_PSX: Tensor, cache: Cache) -> Tensor:
+    def _absorbed(
+        self, q_nope_THN: Tensor, q_rope_THR: Tensor, kv_PSX: Tensor, cache: Cache, selected_BS: Tensor | None
+    ) -> Tensor:
         up_HXC = self.kv_b_proj.dense(q_nope_THN.dtype).unflatten(0, (self.H, -1))
         up_k_HNC, up_v_HVC = up_HXC.split((self.N, self.V), dim=1)
         q_THC = torch.einsum("thn,hnc->thc", q_nope_THN, up_k_HNC)
         q_THX = torch.cat((q_THC, q_rope_THR), dim=-1)
-        mixed_THC = self.backend.latent_decode(
-            q_THX, kv_PSX, cache.table_BM, cache.lengths_B, latent=self.C, scale=self.scale
-        )
+        kv_blocks = kv_PSX, cache.table_BM, cache.lengths_B
+        if selected_BS is not None and self.topk is not None:
+            kv_blocks = gather(kv_PSX, decode_slots(cache, kv_PSX.shape[1]), selected_BS, self.topk)
+        mixed_THC = self.backend.latent_decode(q_THX, *kv_blocks, latent=self.C, scale=self.scale)
         return torch.einsum("thc,hvc->thv", mixed_THC, up_v_HVC)
 
 
-def _decode_chunks(cache: Cache, block_size: int) -> Iterator[PrefillChunk]:
-    """Each decode token as a chunk of its own."""
-    slots_BS = (cache.table_BM.long()[..., None] * block_size + torch.arange(block_size).to(cache.table_BM)).flatten(1)
+def _decode_chunks(
+    cache: Cache, block_size: int, selected_BS: Tensor | None
+) -> Iterator[tuple[PrefillChunk, Tensor | None]]:
+    """Each decode token as a chunk of its own, with its mask."""
+    slots_BS = decode_slots(cache, block_size)
     for token, length in enumerate(cache.lengths_B.tolist()):
-        yield PrefillChunk(token, token + 1, length - 1, slots_BS[token, :length])
+        mask_1S = None if selected_BS is None else selected_BS[token, None, :length]
+        yield PrefillChunk(token, token + 1, length - 1, slots_BS[token, :length]), mask_1S
 
 
 def _causal_mask(chunk: PrefillChunk) -> Tensor:
-    """Which slots each of the chunk's queries attends to: (1, T, S)."""
+    """Which slots each of the chunk's queries attends to: (T, S)."""
     slots_S = torch.arange(len(chunk.slots_S), device=chunk.slots_S.device)
-    return (slots_S <= slots_S[chunk.first :, None])[None]
+    return slots_S <= slots_S[chunk.first :, None]

@@ -57,6 +57,19 @@ class RMSNorm(nn.Module):
         return normed * self.weight.to(x.dtype)
 
 
+class LayerNorm(nn.Module):
+    """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias; in float32."""
+
+    def __init__(self, width: int, eps: float, device: Device, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(width, device=device, dtype=dtype))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), x.shape[-1:], self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+
+
 class MLP(nn.Module):
     """down(silu(gate x) * up x): the dense layers' network, and the shared experts as one."""
 

@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, H heads, R rotary width, P = R/2 pairs.
 Released weights have each pair side by side, (x0, x1), (x2, x3), ...; the rotation is done in that layout, so nothing
 is permuted at all. A config with ``rope_interleave`` false pairs (x0, x_P), (x1, x_{P+1}), ... instead. YaRN touches
 the decoupled part alone: it slows the low frequencies, scales cos and sin by the ratio of two mscales, and the softmax
-by the square of one of them.
+by the square of one of them. `llama_4_scaling` (Mistral) scales the whole query by its position.
 """
 
 import math
@@ -60,21 +60,27 @@ class Rope:
     """cos and sin of every position. Not a module: frequencies are float32 whatever the model is cast to."""
 
     def __init__(self, config: ModelConfig) -> None:
+        self.query_scaling = config.llama_4_scaling
         self.scale = cos_sin_scale(config)
         self.inv_P = self._device_inv_P = inverse_frequencies(config)
 
-    def __call__(self, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions (B, T) to float32 cos and sin, each (B, T, 1, P): the 1 stands for the heads."""
+    def __call__(self, positions_BT: Tensor) -> tuple[Tensor, ...]:
+        """Positions (B, T) to float32 cos and sin, each (B, T, 1, P): the 1 stands for the heads. With llama_4_scaling
+        a third tensor has the factor on each query, (B, T, 1, 1)."""
         # Copied once: a copy from the host in every forward pass would stall a GPU.
         if self._device_inv_P.device != positions_BT.device:
             self._device_inv_P = self.inv_P.to(positions_BT.device)
         angle_BT1P = positions_BT[..., None, None].to(torch.float32) * self._device_inv_P
-        return angle_BT1P.cos() * self.scale, angle_BT1P.sin() * self.scale
+        cos_sin = angle_BT1P.cos() * self.scale, angle_BT1P.sin() * self.scale
+        if self.query_scaling is None:
+            return cos_sin
+        beta, original = self.query_scaling.beta, self.query_scaling.original_max_position_embeddings
+        return *cos_sin, 1 + beta * torch.log(1 + torch.floor(positions_BT[..., None, None] / original))
 
 
-def rotate(x_BTHR: Tensor, cos_sin: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
+def rotate(x_BTHR: Tensor, cos_sin: tuple[Tensor, ...], interleaved: bool) -> Tensor:
     """Rotate each pair of the last dimension by its angle, in float32, in the same layout (equations 3 and 8)."""
-    cos, sin = cos_sin
+    cos, sin = cos_sin[:2]
     x = x_BTHR.to(torch.float32)
     if interleaved:
         a, b = x.unflatten(-1, (-1, 2)).unbind(-1)

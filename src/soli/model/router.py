@@ -161,6 +161,8 @@ class Router(nn.Module):
         self.normalise, self.scaling = config.norm_topk_prob, config.routed_scaling_factor
         limited = config.topk_method != "greedy" and config.n_group > 1
         self.G, self.kept_groups = (config.n_group, config.topk_group) if limited else (1, 1)
+        # With a bias a group counts by its two best experts together, without (V2) by its best one.
+        self.experts_per_group_score = 2 if biased or config.family.ranks_groups_by_pairs else 1
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         """Let ``model.to(bfloat16)`` move the bias but not round it."""
@@ -196,9 +198,7 @@ class Router(nn.Module):
         if self.G == 1:
             return biased_TE.topk(self.K, dim=-1).indices, None
         grouped_TGM = biased_TE.unflatten(1, (self.G, -1))
-        # With a bias a group counts by its two best experts together, without (V2) by its best one.
-        best = 1 if self.e_score_correction_bias is None else 2
-        rank_TG = grouped_TGM.topk(best, dim=-1).values.sum(dim=-1)
+        rank_TG = grouped_TGM.topk(self.experts_per_group_score, dim=-1).values.sum(dim=-1)
         groups_TG = torch.zeros_like(rank_TG, dtype=torch.bool)
         groups_TG.scatter_(1, rank_TG.topk(self.kept_groups, dim=-1).indices, True)
         # -inf, not 0: a biased score can be negative, and a masked zero would beat it.

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from soli.config import ModelConfig
-from soli.model.attention import Cache, LatentAttention
+from soli.model.attention import LatentAttention
+from soli.model.cache import Cache
+from soli.model.indexer import Selection
 from soli.model.layers import MLP, Device, Linear, RMSNorm
 from soli.model.moe import MoE
 from soli.model.rope import Rope, softmax_scale
@@ -39,23 +41,30 @@ class Block(nn.Module):
         self.self_attn = LatentAttention(config, layer, device, dtype)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, device, dtype)
         self.mlp: MoE | MLP
+        self.post_mlp_layernorm: RMSNorm | None = None
         if config.is_moe_layer(layer):
             self.mlp = MoE(config, device, dtype)
+            if config.family.norms_mixture:
+                self.post_mlp_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, device, dtype)
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, device, dtype)
 
     def forward(
         self,
         x_BTD: Tensor,
-        cos_sin: tuple[Tensor, Tensor],
+        cos_sin: tuple[Tensor, ...],
         cache: Cache | None = None,
         masked_TE: Tensor | None = None,
+        selection: Selection | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        """`masked_TE`: bool, the experts that must not be selected."""
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_sin, cache)
+        """`masked_TE`: bool, the experts that must not be selected. `selection`: that of sparse attention, which layers
+        share."""
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_sin, cache, selection)
         normed_BTD = self.post_attention_layernorm(x_BTD)
         if isinstance(self.mlp, MoE):
             y_BTD, routing = self.mlp(normed_BTD, masked_TE)
+            if self.post_mlp_layernorm is not None:
+                y_BTD = self.post_mlp_layernorm(y_BTD)
             return x_BTD + y_BTD, routing
         return x_BTD + self.mlp(normed_BTD), None
 
@@ -78,7 +87,7 @@ class MTPModule(nn.Module):
         self,
         embedding_BTD: Tensor,
         hidden_BTD: Tensor,
-        cos_sin: tuple[Tensor, Tensor],
+        cos_sin: tuple[Tensor, ...],
         cache: Cache | None = None,
     ) -> tuple[Tensor, Routing | None]:
         x_BTD, routing = self.block(self.join(embedding_BTD, hidden_BTD), cos_sin, cache)
@@ -157,9 +166,10 @@ class Transformer(nn.Module):
         x_BTD = self.embed(input_ids_BT)
         cos_sin = self.rope(_positions(input_ids_BT) if positions_BT is None else positions_BT)
         masks = masked_experts or {}
+        selection = Selection()
         routing = []
         for layer, block in enumerate(self.layers):
-            x_BTD, decision = block(x_BTD, cos_sin, cache, masks.get(layer))
+            x_BTD, decision = block(x_BTD, cos_sin, cache, masks.get(layer), selection)
             if decision is not None:
                 routing.append(decision)
         return BackboneOutput(self.norm(x_BTD), tuple(routing))

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from math import comb
 from typing import Final
 
-from soli.analysis.parameters import EMBEDDING, HEAD, ROUTED, cache_bytes, flops
+from soli.analysis.parameters import EMBEDDING, HEAD, ROUTED, cache_bytes, cache_read_bytes, flops
 from soli.errors import SoliError
 from soli.plan.sizes import ModelSizes
 
@@ -104,7 +104,7 @@ def predict_decode(
     step = _Step(sizes, machine)
     step.add_resident(1)
     attention = flops(sizes.config, context).attention_decode / ATTENTION_IN_DECODING
-    step.add_compute("bf16", context * cache_bytes(sizes.config), attention)
+    step.add_compute("bf16", cache_read_bytes(sizes.config, context), attention)
     step.add_experts(1, share, hit_rate)
     return step.prediction(1, hit_rate)
 

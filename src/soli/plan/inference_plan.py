@@ -11,7 +11,7 @@ from typing import Final
 
 import torch
 
-from soli.analysis.parameters import ROUTED, cache_bytes
+from soli.analysis.parameters import ROUTED, cache_bytes, cache_read_bytes
 from soli.checkpoint.load import BUNDLED, open_checkpoint
 from soli.config import ModelConfig, resolve
 from soli.engine.latent_cache import blocks_for, bytes_per_token
@@ -256,10 +256,10 @@ def gpu_split(
 ) -> GpuSplit:
     """Speeds are bandwidth-bound: the GPU reads all but experts and the latents, the CPU the experts of a token, one
     after the other; transfers between them are not counted."""
-    latents = tokens * cache_bytes(sizes.config)
-    needed = sizes.resident_bytes + latents
+    needed = sizes.resident_bytes + tokens * cache_bytes(sizes.config)
     experts = sizes.expert_bytes * sizes.experts
-    read = sum(part.bytes_per_token for part in sizes.parts if part.name != ROUTED) + latents
+    weights_read = sum(part.bytes_per_token for part in sizes.parts if part.name != ROUTED)
+    read = weights_read + cache_read_bytes(sizes.config, tokens)
     routed = next(part for part in sizes.parts if part.name == ROUTED)
     seconds = read / (KERNEL_EFFICIENCY * gpu_rate) + routed.bytes_per_token / machine.weight_rates[routed.format]
     fits_gpu, fits_memory = needed <= gpu, experts <= memory

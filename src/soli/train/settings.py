@@ -127,6 +127,11 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         config = self.model
+        if config.index_topk is not None:
+            raise SoliError(
+                f"model.model_type is {config.model_type!r}, whose sparse attention cannot be trained: the selection "
+                "gives the indexer no gradient; choose deepseek_v3"
+            )
         _require_positions("schedule", self.schedule.sequence_length, config)
         for phase in self.extension:
             config = phase.extend_context(config)

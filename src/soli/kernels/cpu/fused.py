@@ -112,6 +112,7 @@ class LayerTable:
     norm: CNorm
     frequencies_R: Tensor  # float32 (R / 2) radians per position
     cos_sin_scale: float
+    query_scaling: tuple[float, int]  # beta and original length of llama_4_scaling; (0, 1) for none
     keep_alive: tuple[object, ...]
     paged_experts: Sequence[ExpertPager | None] = ()  # for each layer whose experts are not all in memory
 
@@ -233,6 +234,7 @@ def _forward(
         isa=table.isa, dtype=native.DTYPES[dtype], threads=torch.get_num_threads(), T=T, D=D, y=y_TD.data_ptr(),
         layer_count=len(table.layers), layers=addressof(table.layers), norm=table.norm,
         frequencies=table.frequencies_R.data_ptr(), cos_sin_scale=table.cos_sin_scale,
+        query_scaling=table.query_scaling[0], query_scaling_length=table.query_scaling[1],
         kv_blocks=addressof(block_addresses), block_count=P, block_size=S,
         num_decode_tokens=B, blocks_per_sequence=W, block_table=metadata.block_table_BW.data_ptr(),
         lengths=metadata.lengths_B.data_ptr(), positions=metadata.positions_T.data_ptr(),

@@ -56,7 +56,7 @@ class CRouter(Structure):
 
 class CFeedForward(Structure):
     _fields_ = (
-        ("norm", CNorm),
+        *((name, CNorm) for name in ("norm", "output_norm")),
         *((name, CWeight) for name in ("gate", "up", "down")),
         ("router", CRouter),
         *(("expert_in", CLayout), ("expert_out", CLayout)),
@@ -91,7 +91,7 @@ class CForwardArgs(Structure):
         *((name, c_int64) for name in ("block_count", "block_size", "blocks_per_sequence")),
         *((name, c_int64) for name in ("num_decode_tokens", "chunk_count")),
         *((name, c_void_p) for name in ("block_table", "lengths", "chunks", "positions", "frequencies")),
-        ("cos_sin_scale", c_double),
+        *(("cos_sin_scale", c_double), ("query_scaling", c_double), ("query_scaling_length", c_int64)),
         ("x", CVector),
         ("token_ids", c_void_p),
         ("norm", CNorm),

@@ -77,6 +77,7 @@ struct Router {
 
 struct FeedForward {
     Norm norm;
+    Norm output_norm;       // of a mixture's output, before it is added; without a weight there is none
     Weight gate, up, down;  // every token's: the dense network or the shared experts
     Router router;
     Layout expert_in;       // routed experts' gate and up (F, D)
@@ -133,6 +134,8 @@ struct ForwardArgs {
     const int64_t* positions;    // (T) of the rotary embedding
     const float* frequencies;    // (R / 2) radians per position
     double cos_sin_scale;
+    double query_scaling;  // beta; queries are multiplied with 1 + beta log(1 + floor(position / length))
+    int64_t query_scaling_length;
     Vector x;                      // (T, D) hidden states; or the embedding (vocab_size, D), and
     const int64_t* token_ids;      // (T) rows of the embedding; else null
     Norm norm;                     // after the last layer

@@ -120,8 +120,15 @@ private:
             input.multiply(a.q_b.matrix, h * width, width, t, count, query + t * width, width);
         });
         for (int64_t t = 0; t < T; t++) apply_rope(t, query + t * width + a.N);
+        for (int64_t t = 0; t < T && args.query_scaling != 0; t++) scale_query(t, query + t * width);
         for (int64_t t = B; t < T; t++) prefill->pack_query(t, h, query + t * width);
         if (B) absorb_query(h, query);
+    }
+
+    void scale_query(int64_t t, float* query) const {
+        const float lengths = std::floor(static_cast<float>(args.positions[t]) / args.query_scaling_length);
+        const float scale = 1.0f + static_cast<float>(args.query_scaling) * std::log(1.0f + lengths);
+        for (int64_t i = 0; i < a.N + a.R; i++) query[i] *= scale;
     }
 
     void absorb_query(int64_t h, const float* query) {

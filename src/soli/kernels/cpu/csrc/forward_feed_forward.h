@@ -1,5 +1,6 @@
 // The feed-forward network of one layer for T tokens: x += network(norm x), a dense network, or routed and shared
-// experts (equation 12). The dense network and the shared experts are one expert that all tokens chose with weight one.
+// experts (equation 12), whose sum A.X-K1 norms once more. The dense network and the shared experts are one expert that
+// all tokens chose with weight one.
 //
 // Where experts are not all in memory, choose_experts() and compute() may be in two calls of the library, and compute()
 // in several, each for some of the experts in ascending order: a token's sum has the same order then. What compute()
@@ -52,6 +53,7 @@ public:
         longest_wait = arena.take<int64_t>(1);
         shared_values = arena.take<float>(T * shared.in.O);
         routed_values = arena.take<float>(P * routed.in.O);
+        output = norms_output() ? arena.take<float>(T * args.D) : state.x;
         used = arena.used;
     }
 
@@ -61,6 +63,10 @@ public:
     // memory, or on their way.
     bool choose_experts() {
         state.for_each_token([&](int64_t t) { norm_input(t); });
+        if (norms_output()) {
+#pragma omp for schedule(static) nowait
+            for (int64_t i = 0; i < T * args.D; i++) output[i] = 0;
+        }
         // Without a barrier after it: the router does not read the shared experts' hidden rows.
 #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < spans(shared.in.O); i++)
@@ -75,9 +81,9 @@ public:
         return present;
     }
 
-    // Adds the experts `begin` ... `end` - 1 to the residual stream, and with the last ones the shared experts. False
-    // where an expert's weights could not be read; nothing has been added then.
-    // `in_order_of_state`: the experts in memory first, so that the others are read meanwhile.
+    // Adds the experts `begin` ... `end` - 1 to the output, and with the last ones the shared experts. The output is
+    // the residual stream itself where it has no norm. False where an expert's weights could not be read; nothing has
+    // been added then. `in_order_of_state`: the experts in memory first, so that the others are read meanwhile.
     bool compute(int64_t begin, int64_t end, bool in_order_of_state) {
         // `active_count` is written by one thread; the pairs' arrays are shared, these fields are not.
         routed_pairs.active_count = *active_count;
@@ -89,6 +95,7 @@ public:
         gate_up_routed(in_order_of_state ? order : routed_pairs.active + first_active);
         if (f.states && *failed) return false;
         down_and_combine_all();
+        if (norms_output() && end == E) add_normed_output();
         return true;
     }
 
@@ -189,8 +196,19 @@ private:
 #pragma omp for schedule(static) nowait
         for (int64_t row = 0; row < args.D; row += rows) {
             for (int64_t i = first_active; i < last_active; i++)
-                down_and_combine(routed, routed_pairs.active[i], routed_hidden, routed_pairs, row, rows, state.x);
-            if (shared_pairs.active_count) down_and_combine(shared, 0, shared_hidden, shared_pairs, row, rows, state.x);
+                down_and_combine(routed, routed_pairs.active[i], routed_hidden, routed_pairs, row, rows, output);
+            if (shared_pairs.active_count) down_and_combine(shared, 0, shared_hidden, shared_pairs, row, rows, output);
+        }
+        state.team.barrier();
+    }
+
+    bool norms_output() const { return f.output_norm.weight.data != nullptr; }
+
+    void add_normed_output() {
+#pragma omp for schedule(static) nowait
+        for (int64_t t = 0; t < T; t++) {
+            rms_norm(f.output_norm, output + t * args.D, args.D, normed);
+            for (int64_t i = 0; i < args.D; i++) state.x[t * args.D + i] += normed[i];
         }
         state.team.barrier();
     }
@@ -223,6 +241,7 @@ private:
     float* logits;          // (T, E)
     float* shared_values;   // (T, F)
     float* routed_values;   // (P, F)
+    float* output;          // (T, D)
     int64_t* order;         // (E) the experts to compute, in the order of their gate and up products
     int64_t* active_count;  // of routed_pairs
     int64_t* failed;        // 1 where an expert could not be read

@@ -71,8 +71,8 @@ STRUCT(Attention, FIELD(norm), FIELD(q_norm), FIELD(kv_norm), FIELD(q_a), FIELD(
        FIELD(interleaved), FIELD(scale))
 STRUCT(Router, FIELD(weight), FIELD(bias), FIELD(K), FIELD(G), FIELD(topk_group), FIELD(experts_per_group_score),
        FIELD(softmax), FIELD(normalise), FIELD(scaling))
-STRUCT(FeedForward, FIELD(norm), FIELD(gate), FIELD(up), FIELD(down), FIELD(router), FIELD(expert_in),
-       FIELD(expert_out), FIELD(experts), FIELD(states))
+STRUCT(FeedForward, FIELD(norm), FIELD(output_norm), FIELD(gate), FIELD(up), FIELD(down), FIELD(router),
+       FIELD(expert_in), FIELD(expert_out), FIELD(experts), FIELD(states))
 STRUCT(Layer, FIELD(attention), FIELD(feed_forward))
 STRUCT(PrefillChunk, FIELD(start), FIELD(stop), FIELD(first_position), FIELD(slots))
 STRUCT(Routings, FIELD(ids), FIELD(weights), FIELD(scores), FIELD(biased), FIELD(groups), FIELD(states), FIELD(waited))
@@ -81,8 +81,9 @@ STRUCT(Paging, FIELD(layer), FIELD(begin), FIELD(end), FIELD(pass), FIELD(thread
 STRUCT(ForwardArgs, FIELD(isa), FIELD(dtype), FIELD(threads), FIELD(T), FIELD(D), FIELD(layer_count), FIELD(layers),
        FIELD(kv_blocks), FIELD(block_count), FIELD(block_size), FIELD(blocks_per_sequence), FIELD(num_decode_tokens),
        FIELD(chunk_count), FIELD(block_table), FIELD(lengths), FIELD(chunks), FIELD(positions), FIELD(frequencies),
-       FIELD(cos_sin_scale), FIELD(x), FIELD(token_ids), FIELD(norm), FIELD(y), FIELD(head), FIELD(logit_indices),
-       FIELD(logit_count), FIELD(vocab_size), FIELD(logits), FIELD(masked_experts), FIELD(routings), FIELD(paging))
+       FIELD(cos_sin_scale), FIELD(query_scaling), FIELD(query_scaling_length), FIELD(x), FIELD(token_ids), FIELD(norm),
+       FIELD(y), FIELD(head), FIELD(logit_indices), FIELD(logit_count), FIELD(vocab_size), FIELD(logits),
+       FIELD(masked_experts), FIELD(routings), FIELD(paging))
 
 constexpr StructLayout STRUCT_LAYOUTS[] = {
     layout_of<Matrix>(),      layout_of<Layout>(),       layout_of<Vector>(),   layout_of<Norm>(),

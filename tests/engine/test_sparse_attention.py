@@ -1,0 +1,73 @@
+"""Sparse attention in the engine: an answer is that of the whole text at once, however it is cut, cached, drafted."""
+
+import pytest
+import torch
+
+from soli.engine.engine import Engine
+from soli.engine.latent_cache import bytes_per_token
+from soli.engine.request import EngineLimits, Request
+from soli.engine.runner import EagerRunner
+from tests.engine.oracle import continuation
+from tests.engine.shuffled_cache import ShuffledCache
+from tests.engine.test_engine import ids, requests, run
+from tests.engine.tiny import SPARSE_KINDS, tiny_model, tiny_text_model
+
+KINDS = [*SPARSE_KINDS]
+
+
+def sparse_engine(kind: str, blocks: int = 500, **limits: object) -> Engine:
+    model = tiny_text_model(kind)
+    cache_bytes = blocks * 4 * bytes_per_token(model.model.config, 3 + limits.get("speculate", False), torch.float32)
+    return Engine(model, EngineLimits(cache_bytes=cache_bytes, block_size=4, max_running=6, **limits))
+
+
+def answers(engine: Engine, batch: list[Request]) -> list[tuple[int, ...]]:
+    return [ids(events) for events in run(engine, batch).values()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("limits", [{"tokens_per_step": 24}, {"tokens_per_step": 7}, {"blocks": 22}], ids=str)
+@pytest.mark.parametrize("speculate", [False, True])
+def test_answers_are_those_of_the_whole_text_at_once(kind, limits, speculate):
+    batch = requests(6, seed=1)
+    whole = [continuation(tiny_text_model(kind).model, one.prompt_ids, one.max_new_tokens).ids for one in batch]
+    assert answers(sparse_engine(kind, **limits, speculate=speculate), batch) == whole
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("speculate", [False, True])
+def test_a_prefix_hit_equals_a_cold_run(kind, speculate):
+    prefix = tuple(range(10, 51))
+    batch = [Request((*prefix, 60 + n), 8) for n in range(3)]
+    warm = sparse_engine(kind, speculate=speculate)
+    for request in batch:
+        assert answers(warm, [request]) == answers(sparse_engine(kind, speculate=speculate), [request])
+    assert warm.stats().prefix_hit_tokens == 80
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cut", [(20,), (13, 7), (1,) * 20, (9, 1, 1, 4, 5)], ids=str)
+def test_hidden_states_are_those_of_the_text_without_a_cache(kind, cut):
+    """The selection does not depend on how a text is cut into steps; a decode token attends to gathered latents."""
+    model = tiny_model(kind)
+    ids_BT = torch.randint(0, 97, (2, 20), generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        expected = model.backbone(ids_BT).hidden_BTD
+        cache, parts, at = ShuffledCache(model, 3, 20, 3), [], 0
+        for count in cut:
+            step = cache.step([2, 0], [at] * 2, [count] * 2)
+            output = EagerRunner(model).forward(ids_BT[:, at : at + count].flatten(), step.positions_T, step, [])
+            parts.append(output.hidden_TD.view(2, count, -1))
+            at += count
+    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("kind", "indexers"), [("v3.2", 4), ("glm with shared indexers", 3)])
+def test_the_cache_holds_a_key_for_each_indexer(kind, indexers):
+    config = tiny_model(kind).config
+    layers = config.num_hidden_layers + 1  # with the MTP module
+    each = bytes_per_token(config, layers, torch.float32)
+    assert each == 4 * (layers * (16 + 8) + indexers * 12)
+    engine = sparse_engine(kind, speculate=True)
+    run(engine, requests(1))
+    assert engine.stats().cache_bytes == engine.stats().blocks_total * 4 * each
