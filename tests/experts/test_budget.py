@@ -13,7 +13,7 @@ from soli.engine.request import EngineLimits, Request
 from soli.engine.text_model import open_text_model
 from soli.errors import SoliError
 from soli.experts.budget import BandwidthRates, divide_bytes
-from soli.experts.policy import policy_bytes
+from soli.experts.policy import DEFAULT, POLICIES, policy_bytes
 from soli.llm import LLM
 from soli.quantities import parse_bytes
 from soli.serve.metrics import ServerMetrics
@@ -115,7 +115,8 @@ def test_the_policy_s_tables_are_in_the_budget() -> None:
     assert (slots, fewer) == (1000, 990)
     assert cache == more == 0
     assert divide_bytes(10**6, 0, 1000, 1000, 10_000) == (0, 1000)  # where all experts stay, none decides
-    assert policy_bytes(58, 256) > 58 * 256 * 256 * 4
+    for layers, experts in ((1, 1), (3, 5), (26, 64)):
+        assert policy_bytes(layers, experts) == POLICIES[DEFAULT](4, layers, experts).nbytes
 
 
 @pytest.mark.parametrize("options", [{"dtype": "float32"}, {"device": "cuda"}])

@@ -130,7 +130,7 @@ def plan(
         format=format,
         prompt=prompt,
         skew=skew,
-        renew=probe or check is not None,  # what runs beside it now slows both
+        renew=probe or check is not None,  # before and after the run: what is beside it slows both
     )
     if fetch:
         _fetch(name)
@@ -187,6 +187,7 @@ def _fetch(name: str) -> None:
 
 def _plan_model(name: str, request: _Request, check: str | None, on_step: Callable[[str], None]) -> PlanReport:
     from soli.experts.budget import default_memory
+    from soli.plan.inference import mean_rates
     from soli.plan.inference_plan import (
         ANSWER,
         PROMPT,
@@ -221,6 +222,7 @@ def _plan_model(name: str, request: _Request, check: str | None, on_step: Callab
         from soli.plan.check import measure
 
         measurement = measure(check, memory, prompt, on_step)
+        machine = mean_rates(machine, _rates(model, request, on_step)[0])
     return PlanReport(
         model=model,
         sizes=sizes,

@@ -348,5 +348,8 @@ DEFAULT: Final = "next-use"
 
 
 def policy_bytes(layers: int, experts: int) -> int:
-    """That the tables of the default policy take, for so many layers of so many experts."""
-    return POLICIES[DEFAULT](1, layers, experts).nbytes
+    """That the tables of the default policy take, for so many layers of so many experts, which may be absurdly many:
+    as `Policy.nbytes`, without making them."""
+    half_lives, weights = len(NextUse.HALF_LIVES), len(NextUse.START)
+    per_expert = 8 * half_lives + 4 * (NextUse.HISTORY + 3 + experts)
+    return 8 * (half_lives + layers + weights + weights * weights) + layers * experts * per_expert

@@ -73,6 +73,21 @@ def stated_machine(memory_rate: float, disk_rate: float, flop_rate: float | None
     )
 
 
+def mean_rates(first: MachineRates, second: MachineRates) -> MachineRates:
+    """Of the same machine, measured twice: before and after a run."""
+
+    def mean(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+        return {name: (one[name] + other[name]) / 2 for name in one}
+
+    return MachineRates(
+        (first.memory_rate + second.memory_rate) / 2,
+        (first.disk_rate + second.disk_rate) / 2,
+        mean(first.weight_rates, second.weight_rates),
+        mean(first.flop_rates, second.flop_rates),
+        (first.disk_latency + second.disk_latency) / 2,
+    )
+
+
 @dataclass(frozen=True)
 class Prediction:
     """`tokens` in `seconds`; for how many of them disk, memory and arithmetic are busy; bytes read from disk, and the
