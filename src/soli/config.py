@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from soli.config_spellings import rope_fields, unify_spellings
 from soli.errors import SoliError
-from soli.families import DERIVED, FAMILIES, NULL_MEANS, OTHER_NETWORKS, ModelFamily
+from soli.families import DERIVED, FAMILIES, MODEL_TYPES, NULL_MEANS, OTHER_NETWORKS, ModelFamily
 from soli.hub.cache import find_folder, how_to_fetch
 from soli.indexer_fields import INDEXER_TYPES, MAX_LISTED_LAYERS, check_indexer, fold_indexer
 from soli.input_files import read_object
@@ -35,6 +35,7 @@ from soli.sections import (
     suggest,
 )
 
+MISTRAL_FORMAT = "Mistral's own format, which Soli does not read: fetch the model in Hugging Face's, with config.json"
 ROPE_FIELDS = ("rope_scaling", "llama_4_scaling")
 TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -160,7 +161,8 @@ class ModelConfig(Section, section="", exact_integers=True):
         """A configuration from the JSON object of a `config.json`; SoliError for one that is impossible."""
         text_model = _text_model(table)
         d = {name: value for name, value in text_model.items() if name not in DERIVED}
-        family = FAMILIES[_check_family(d.get("model_type"))]
+        d["model_type"] = _check_family(d.get("model_type"))
+        family = FAMILIES[d["model_type"]]
         unify_spellings(d, family)
         layers = d.get("num_hidden_layers") or family.defaults.get("num_hidden_layers", cls.num_hidden_layers)
         fold_indexer(d, family.sparse_attention, layers)
@@ -179,7 +181,8 @@ class ModelConfig(Section, section="", exact_integers=True):
             "architectures": [self.family.architecture],
             **{name: getattr(self, name) for name in FIELDS},
         }
-        rope = rope_fields(self.rope_scaling, self.llama_4_scaling, self.rope_theta, self.family)
+        share = self.qk_rope_head_dim / self.qk_head_dim
+        rope = rope_fields(self.rope_scaling, self.llama_4_scaling, self.rope_theta, share, self.family)
         d = {name: value for name, value in d.items() if name not in ROPE_FIELDS or name in rope} | rope
         if self.quantization_config is None:
             del d["quantization_config"]
@@ -197,6 +200,9 @@ FIELDS = {f.name: f for f in dataclasses.fields(ModelConfig) if f.name != "extra
 
 
 def _check_family(model_type: Any) -> str:
+    """The family's name in the table."""
+    if isinstance(model_type, str) and model_type in MODEL_TYPES:
+        return MODEL_TYPES[model_type]
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         difference = OTHER_NETWORKS.get(model_type) if isinstance(model_type, str) else None
         known = f"Soli reads {', '.join(FAMILIES)}"
@@ -240,7 +246,7 @@ def _check_extra(config: ModelConfig) -> None:
 
     Lists of the layers' types are dropped from `extra` where they say what the configuration does."""
     extra = config.extra
-    reject_variants(extra, NEUTRAL)
+    reject_variants({name: value for name, value in extra.items() if name not in config.family.ignored_fields}, NEUTRAL)
     window = extra.get("sliding_window")
     if window and extra.get("use_sliding_window") is not False and _is_below(window, config.max_position_embeddings):
         reject("sliding_window", window, "Soli has no such variant; remove it or set null")
@@ -369,9 +375,11 @@ def load_config_and_family(path: str | Path) -> tuple[ModelConfig, ModelFamily]:
     """The same, and the family that the file names: of a model of images and text not that of its text model."""
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
+    if not file.exists() and (path / "params.json").exists():
+        raise SoliError(f"{path}: holds no config.json but params.json, {MISTRAL_FORMAT}")
     table = read_object(file)
     try:
-        return ModelConfig.from_dict(table), FAMILIES[table["model_type"]]
+        return ModelConfig.from_dict(table), FAMILIES[_check_family(table["model_type"])]
     except SoliError as error:
         raise SoliError(f"{file}: {error}") from None
 

@@ -25,20 +25,23 @@ def unify_spellings(d: dict[str, Any], family: ModelFamily) -> None:
 
 
 def rope_fields(
-    yarn: RopeScaling | None, queries: QueryScaling | None, theta: float, family: ModelFamily
+    yarn: RopeScaling | None, queries: QueryScaling | None, theta: float, rotary_share: float, family: ModelFamily
 ) -> dict[str, Any]:
-    """How a file says both scalings: classic, or as one new table in a family that knows no other."""
+    """How a file says both scalings: classic, or as one new table in a family that knows no other. `rotary_share`: of
+    the width of a head."""
     table = None if yarn is None else yarn.to_dict()
     if family.rope_parameters is None:
         return {"rope_scaling": table}
     table = table or {"type": "default"}
-    table |= {"rope_type": table["type"], "rope_theta": theta}
+    table |= {"rope_type": table["type"], "rope_theta": theta, "partial_rotary_factor": rotary_share}
+    fields = {"rope_scaling": None, "rope_parameters": table}
     if queries is None:
-        return {"rope_parameters": table}
+        return fields
     original = queries.original_max_position_embeddings
     if yarn is not None and yarn.original_max_position_embeddings != original:
-        return {"rope_parameters": table, "llama_4_scaling": queries.to_dict()}
-    return {"rope_parameters": {**table, "original_max_position_embeddings": original, BETA: queries.beta}}
+        return fields | {"llama_4_scaling": queries.to_dict()}
+    table |= {"original_max_position_embeddings": original, BETA: queries.beta}
+    return fields
 
 
 def _fold_aliases(d: dict[str, Any]) -> None:

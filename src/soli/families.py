@@ -25,9 +25,11 @@ class ModelFamily:
     rope_parameters: Mapping[str, Any] | None = None  # of a file without any; its table has `llama_4_scaling_beta` too
     is_dense: bool = False  # no mixture in any layer
     norms_mixture: bool = False  # `post_mlp_layernorm` on the output of a mixture
-    may_lack_router_biases: bool = False  # published files without them: selection is by the scores alone
+    may_lack_router_biases: bool = False  # the files decide, not topk_method: without, scores alone select
     ranks_groups_by_pairs: bool = False  # a group counts by its two best experts even where there is no router bias
     ignored_tensors: tuple[str, ...] = ()  # patterns of tensors that published files hold and nothing uses
+    renamed_tensors: Mapping[str, str] = field(default_factory=dict)  # ends of names that transformers writes
+    ignored_fields: tuple[str, ...] = ()  # of its config.json, without effect in its published code
 
 
 SOFTMAX_ROUTER: Final = {"scoring_func": "softmax", "norm_topk_prob": False, "routed_scaling_factor": 1.0}
@@ -114,6 +116,7 @@ FAMILIES: Final[Mapping[str, ModelFamily]] = {
     ),
     "sarvam_mla": ModelFamily(
         architecture="SarvamMLAForCausalLM",
+        ignored_fields=("use_qk_norm",),  # the norms of the latents
         defaults={
             "vocab_size": 262144,
             "hidden_size": 4096,
@@ -152,6 +155,7 @@ FAMILIES: Final[Mapping[str, ModelFamily]] = {
         may_lack_router_biases=True,
         ranks_groups_by_pairs=True,
         ignored_tensors=("model.layers.*.post_mlp_layernorm.weight",),  # of the dense layers
+        renamed_tensors={".mlp.post_mlp_layernorm.weight": ".post_mlp_layernorm.weight"},
         defaults={
             "vocab_size": 163840,
             "num_attention_heads": 64,
@@ -199,7 +203,19 @@ FAMILIES: Final[Mapping[str, ModelFamily]] = {
             "norm_topk_prob": True,
         },
     ),
+    "mistral3": ModelFamily(  # the published folder of Mistral Small 4; others hold another text model
+        text_config="text_config",
+        text_model_type="mistral",
+        tensor_prefixes={"language_model.": "", "model.language_model.": "model."},
+        left_out=(
+            *("vision_tower.", "multi_modal_projector."),
+            *("model.vision_tower.", "model.multi_modal_projector."),
+        ),
+    ),
 }
+
+# Other spellings of a model_type.
+MODEL_TYPES: Final[Mapping[str, str]] = {"AXK1": "axk1"}
 
 # Relatives that are other networks, and how: rejected by name.
 OTHER_NETWORKS: Final[Mapping[str, str]] = {

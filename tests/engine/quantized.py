@@ -8,7 +8,7 @@ from soli.kernels import QuantizedExperts, QuantizedWeight
 from soli.model import Transformer
 from soli.model.layers import Linear
 from soli.model.moe import RoutedExperts
-from tests.engine.tiny import BASE
+from tests.engine.tiny import BASE, KINDS
 from tests.kernels.weights import random_weight
 
 WIDTHS = {
@@ -21,12 +21,14 @@ WIDTHS = {
     "v_head_dim": 16,
     "n_shared_experts": 2,
 }
+INDEX_WIDTH = 32  # whole groups of int8 and int4
 
 
-def quantized_model(format: str, dtype: torch.dtype, seed: int = 0) -> Transformer:
+def quantized_model(format: str, dtype: torch.dtype, seed: int = 0, kind: str = "v3") -> Transformer:
     """Every matrix but the router and the embedding quantized, with random values."""
     generator = torch.Generator().manual_seed(seed)
-    model = Transformer(ModelConfig.from_dict(BASE | WIDTHS)).eval()
+    indexer = {"index_head_dim": INDEX_WIDTH} if "index_topk" in KINDS[kind] else {}
+    model = Transformer(ModelConfig.from_dict(BASE | WIDTHS | KINDS[kind] | indexer)).eval()
     model.init_weights(generator)
     with torch.no_grad():
         for _, moe in model.moe_layers():

@@ -21,6 +21,9 @@ class ShuffledCache(LatentCache):
         width = model.config.kv_lora_rank + model.config.qk_rope_head_dim
         for layer in range(model.config.num_hidden_layers + len(model.mtp)):
             self.kv_blocks(layer, width, model.embed_tokens.weight).fill_(float("nan"))
+            if model.config.has_indexer(layer):
+                index_width = model.config.index_head_dim
+                self.kv_blocks(layer, index_width, model.embed_tokens.weight, "index_key").fill_(float("nan"))
 
     def tokens(self, rows: Sequence[int], at: int, count: int) -> CacheStep:
         """The step that reads `count` tokens of each of `rows` from position `at`."""

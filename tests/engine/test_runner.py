@@ -88,8 +88,9 @@ def test_equals_the_eager_runner_and_leaves_the_same_latents(isa, kind, changes)
 
 
 @pytest.mark.parametrize("format", weights.FORMATS)
-def test_every_format_with_float32_hidden_states(isa, format) -> None:
-    model, ids_BT = quantized_model(format, torch.float32), random_ids(2)
+@pytest.mark.parametrize("kind", ["v3", "v3.2"])
+def test_every_format_with_float32_hidden_states(isa, format, kind) -> None:
+    model, ids_BT = quantized_model(format, torch.float32, kind=kind), random_ids(2)
     fused, plain = (read(model, ShuffledCache(model, 2, 20, 4), ids_BT, eager) for eager in (False, True))
     assert_same(fused, plain, 1e-4)
 
@@ -115,8 +116,9 @@ def test_bfloat16_is_nearer_to_float32_than_the_eager_runner(isa, format) -> Non
 
 
 @pytest.mark.parametrize("dtype", weights.DTYPES)
-def test_decode_tokens_are_batch_invariant_with_any_number_of_threads(isa, dtype) -> None:
-    model, ids_BT, threads = quantized_model("int8", dtype), random_ids(9), torch.get_num_threads()
+@pytest.mark.parametrize("kind", ["v3", "glm with shared indexers"])
+def test_decode_tokens_are_batch_invariant_with_any_number_of_threads(isa, dtype, kind) -> None:
+    model, ids_BT, threads = quantized_model("int8", dtype, kind=kind), random_ids(9), torch.get_num_threads()
     together: list[list[BackboneOutput]] = []
     try:
         for number in (1, 2, 3):
@@ -182,8 +184,9 @@ def test_bfloat16_prompts_are_nearer_to_float32_than_those_of_the_eager_runner(i
 
 
 @pytest.mark.parametrize("dtype", weights.DTYPES)
-def test_prompts_are_batch_invariant_and_invariant_to_chunks(isa, dtype, monkeypatch) -> None:
-    model, ids_BT, threads = quantized_model("int8", dtype), texts(4), torch.get_num_threads()
+@pytest.mark.parametrize("kind", ["v3", "glm with shared indexers"])
+def test_prompts_are_batch_invariant_and_invariant_to_chunks(isa, dtype, kind, monkeypatch) -> None:
+    model, ids_BT, threads = quantized_model("int8", dtype, kind=kind), texts(4), torch.get_num_threads()
     whole = read_texts(model, (70,), ids_BT, (0, 1, 2, 3))
     try:
         for number in (1, 3):

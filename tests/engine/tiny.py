@@ -36,6 +36,13 @@ BASE: dict[str, Any] = {
     "eos_token_id": 1,
 }
 V2 = {"model_type": "deepseek_v2", "scoring_func": "softmax", "norm_topk_prob": False, "routed_scaling_factor": 1.0}
+# Index heads are many, so that no two scores are zero; texts are longer than what is selected.
+SPARSE = {"index_topk": 6, "index_n_heads": 8, "index_head_dim": 12}
+GLM = {"model_type": "glm_moe_dsa", "n_group": 1, "topk_group": 1}
+SPARSE_KINDS: dict[str, dict[str, Any]] = {
+    "v3.2": {"model_type": "deepseek_v32"} | SPARSE,
+    "glm with shared indexers": GLM | SPARSE | {"indexer_types": ["full", "shared", "full"]},
+}
 KINDS: dict[str, dict[str, Any]] = {
     "v3": {},
     "v3 without q_lora or groups": {"q_lora_rank": None, "n_group": 1, "topk_group": 1},
@@ -48,26 +55,14 @@ KINDS: dict[str, dict[str, Any]] = {
         "model_type": "mistral4",
         "rope_parameters": {**YARN, "original_max_position_embeddings": 3, "llama_4_scaling_beta": 0.4},
     },
-}
-
-# Index heads are many, so that no two scores are zero; texts are longer than what is selected.
-SPARSE = {"index_topk": 6, "index_n_heads": 8, "index_head_dim": 12}
-SPARSE_KINDS: dict[str, dict[str, Any]] = {
-    "v3.2": {"model_type": "deepseek_v32", **SPARSE},
-    "glm with shared indexers": {
-        "model_type": "glm_moe_dsa",
-        "n_group": 1,
-        "topk_group": 1,
-        "indexer_types": ["full", "shared", "full"],
-        **SPARSE,
-    },
+    **SPARSE_KINDS,
 }
 
 
 @cache
 def tiny_model(kind: str = "v3", **changes: Any) -> Transformer:
     """A float32 model with weights large enough for its parts, and its bias, to matter."""
-    model = Transformer(ModelConfig.from_dict(BASE | (KINDS | SPARSE_KINDS)[kind] | changes)).eval()
+    model = Transformer(ModelConfig.from_dict(BASE | KINDS[kind] | changes)).eval()
     generator = torch.Generator().manual_seed(7)
     model.init_weights(generator)
     with torch.no_grad():

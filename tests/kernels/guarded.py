@@ -52,7 +52,8 @@ def main() -> None:
                     check(weight, generator)
         for at_end in (True, False):
             check_experts(format, at_end, generator)
-            check_layers(format, at_end)
+            for kind in ("v3", "glm with shared indexers"):
+                check_layers(format, kind, at_end)
     for width in (1, 24, 31, 80, 145):
         check_latents(width, generator)
     print("no read outside a tensor")
@@ -100,11 +101,11 @@ def check_latents(width: int, generator: torch.Generator) -> None:
 
 
 @torch.inference_mode()
-def check_layers(format: str, at_end: bool) -> None:
+def check_layers(format: str, kind: str, at_end: bool) -> None:
     """Forward passes of decode tokens and of a prompt, from ids to logits: all weights and the cache's KV blocks."""
     ids_BT = torch.arange(3)[None]
     for dtype in DTYPES if format != "fp32" else DTYPES[:1]:
-        model = quantized_model(format, dtype)
+        model = quantized_model(format, dtype, kind=kind)
         outputs: list[list[Tensor]] = []
         for with_guards in (False, True):
             cache = ShuffledCache(model, 1, 16, 4)

@@ -25,8 +25,8 @@ from soli.checkpoint.name_map import HEAD, IGNORED, SCALE_SUFFIX, Kind, Slot, sl
 from soli.checkpoint.quantization import FORMAT, quantized_dtypes, slot_problems
 from soli.checkpoint.shard import TORCH_DTYPE, Shard, TensorEntry
 from soli.checkpoint.stacked import STACKED, split_stacked
-from soli.checkpoint.tensor_names import text_model_entries
-from soli.config import load_config_and_family
+from soli.checkpoint.tensor_names import published_names, text_model_entries
+from soli.config import MISTRAL_FORMAT, load_config_and_family
 from soli.errors import SoliError
 from soli.formats.fp8 import BLOCK, check_scale
 from soli.input_files import TABLE_BYTES, read_object
@@ -57,7 +57,7 @@ class Checkpoint:
         for shard in self._shards.values():
             entries = text_model_entries(shard.entries, family)
             left_out += len(shard.entries) - len(entries)
-            shard.entries = split_stacked(entries, self.config.n_routed_experts)
+            shard.entries = split_stacked(published_names(entries, self.config.family), self.config.n_routed_experts)
         self.entries = {name: entry for shard in self._shards.values() for name, entry in shard.entries.items()}
         notes: list[str] = []
         if left_out:
@@ -68,6 +68,11 @@ class Checkpoint:
                 f"{folder}: lm_head.weight differs from model.embed_tokens.weight though tie_word_embeddings is true "
                 "in config.json: both are used; set it to false there"
             )
+        if self.config.family.may_lack_router_biases and self.config.num_moe_layers:
+            has_biases = any(name.endswith(".e_score_correction_bias") for name in self.entries)
+            self.config = replace(self.config, topk_method="noaux_tc" if has_biases else "group_limited_greedy")
+            if not has_biases:
+                notes.append(f"{folder} holds no router biases: experts are selected by their scores alone")
         lacks_mtp = self._lacks_mtp()
         if lacks_mtp and mtp:
             notes.append(f"{folder} holds no MTP module though config.json has one: the model is used without")
@@ -183,6 +188,7 @@ class Checkpoint:
 
     def _problems(self, expected: Iterable[Slot]) -> Iterable[str]:
         known = set()
+        ignored = (*IGNORED, *self.config.family.ignored_tensors)
         end = self.config.num_hidden_layers + self.config.num_nextn_predict_layers
         for slot in expected:
             known |= {slot.name, *map(slot.scale_name, SCALE_SUFFIX)}
@@ -195,7 +201,7 @@ class Checkpoint:
         for name, entry in self.entries.items():
             if name in known or _layer(name) in self._extra_layers:
                 continue
-            if 0 in entry.shape or any(fnmatchcase(name, pattern) for pattern in IGNORED):
+            if 0 in entry.shape or any(fnmatchcase(name, pattern) for pattern in ignored):
                 continue  # transformers writes 0 shared experts as tensors without elements
             if _layer(name) >= end:
                 fields = "raise num_nextn_predict_layers if it is an MTP module, num_hidden_layers if not"
@@ -234,6 +240,8 @@ def _open_shards(folder: Path) -> dict[Path, Shard]:
             f"{folder}: holds weights as pickle files only, which can run code when opened, so Soli does not; "
             "fetch the model's safetensors files"
         )
+    if any(folder.glob("consolidated*.safetensors")):
+        raise SoliError(f"{folder}: holds weights as consolidated.safetensors only, {MISTRAL_FORMAT}")
     if any(folder.glob("*.safetensors")):
         raise SoliError(f"{folder}: holds safetensors files but no {INDEX}; fetch it too")
     raise SoliError(f"{folder}: holds no weights, neither {SINGLE} nor {INDEX}")

@@ -1,10 +1,23 @@
-"""Tensors of files under the names of the name map: those of a text model inside a model of images and text."""
+"""Tensors of files under the names of the name map: those of a text model inside a model of images and text, and those
+that transformers names otherwise than the published files."""
 
 from collections.abc import Mapping
 
 from soli.checkpoint.shard import TensorEntry
 from soli.errors import SoliError
 from soli.families import ModelFamily
+
+
+def published_names(entries: Mapping[str, TensorEntry], family: ModelFamily) -> dict[str, TensorEntry]:
+    """The tensors by their published names."""
+    return {_published_name(name, family): entry for name, entry in entries.items()}
+
+
+def _published_name(name: str, family: ModelFamily) -> str:
+    for end, published in family.renamed_tensors.items():
+        if name.endswith(end):
+            return name.removesuffix(end) + published
+    return name
 
 
 def text_model_entries(entries: Mapping[str, TensorEntry], family: ModelFamily) -> dict[str, TensorEntry]:

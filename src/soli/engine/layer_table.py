@@ -6,6 +6,7 @@ Weights stay in place, in any of the five formats. `Unsupported` names the modul
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,14 @@ from soli.kernels.cpu import fused, structs
 from soli.kernels.cpu.backend import LOW_PRECISION, CpuBackend
 from soli.model.attention import LatentAttention
 from soli.model.cache import Cache
+from soli.model.indexer import Indexer
 from soli.model.layers import MLP, Linear, RMSNorm
 from soli.model.moe import MoE, RoutedExperts
 from soli.model.router import Router, Routings
 from soli.model.transformer import Block, Transformer
 
 Masks = Mapping[int, Tensor]
+NORM_DTYPES: Final = (torch.float32, torch.bfloat16)
 
 
 class Unsupported(Exception):
@@ -38,19 +41,20 @@ class FusedLayers:
         self.max_tokens = tokens_per_call(token_bytes, paged=any(self.table.paged_experts))
         self._width = blocks[0].self_attn.C + blocks[0].self_attn.R
         self._layers = [block.self_attn.layer for block in blocks]  # as the cache numbers them
+        self._indexers = [block.self_attn.indexer for block in blocks]
         self._like = torch.empty(0, dtype=builder.dtype)
 
     def forward(
         self, x_TD: Tensor, positions_T: Tensor, cache: Cache, masked_experts: Masks | None = None
     ) -> tuple[Tensor, Routings]:
         """Normed hidden states (T, D) and every router's decision, in layer order."""
-        kv_blocks, masks = self.kv_blocks(cache), self.masks(masked_experts)
+        kv_blocks, index_keys, masks = self.kv_blocks(cache), self.index_keys(cache), self.masks(masked_experts)
         outputs = []
         for start in range(0, len(x_TD), self.max_tokens):  # later tokens find the latents of earlier ones in the cache
             part = slice(start, min(start + self.max_tokens, len(x_TD)))
             metadata = _part_metadata(positions_T, cache, part)
             part_masks = [None if mask is None else mask[part] for mask in masks]
-            outputs.append(fused.forward_hidden(self.table, x_TD[part], metadata, kv_blocks, part_masks))
+            outputs.append(fused.forward_hidden(self.table, x_TD[part], metadata, kv_blocks, part_masks, index_keys))
         hidden, routings = zip(*outputs, strict=True)
         if len(outputs) == 1:
             return hidden[0], Routings(*routings[0])
@@ -59,6 +63,15 @@ class FusedLayers:
     def kv_blocks(self, cache: Cache) -> list[Tensor]:
         """Each layer's KV blocks."""
         return [cache.kv_blocks(layer, self._width, self._like) for layer in self._layers]
+
+    def index_keys(self, cache: Cache) -> tuple[Tensor | None, ...]:
+        """The keys of each layer's indexer, None for a layer without; () without sparse attention."""
+        if not any(self._indexers):
+            return ()
+        return tuple(
+            None if indexer is None else cache.kv_blocks(indexer.layer, indexer.I, self._like, "index_key")
+            for indexer in self._indexers
+        )
 
     def masks(self, masked_experts: Masks | None) -> tuple[Tensor | None, ...]:
         """A mask or None for each layer; () without masks."""
@@ -132,18 +145,31 @@ class LayerTableBuilder:
 
     def _attention(self, a: LatentAttention, norm: structs.CNorm) -> structs.CAttention:
         self._check_backend(a)
-        if a.topk is not None:
-            raise self._unsupported(a, "has sparse attention, which the C++ kernels do not compute")
         q_norm, q_a, q_a_bias = structs.CNorm(), structs.CWeight(), structs.CVector()
         if a.q_lora:
             q_norm, q_a, q_a_bias = self._norm(a.q_a_layernorm), self._weight(a.q_a_proj), self._bias(a.q_a_proj)
-        return structs.CAttention(
+        attention = structs.CAttention(
             norm, q_norm, self._norm(a.kv_a_layernorm),
             q_a, self._weight(a.q_b_proj if a.q_lora else a.q_proj), self._weight(a.kv_a_proj_with_mqa),
             self._weight(a.kv_b_proj), self._weight(a.o_proj),
             q_a_bias, self._bias(a.kv_a_proj_with_mqa), self._bias(a.o_proj),
-            a.H, a.N, a.R, a.V, a.interleaved, a.scale,
+            a.H, a.N, a.R, a.V, a.interleaved, a.scale, a.topk or 0,
         )  # fmt: skip
+        if a.indexer is not None:
+            self._set_indexer(attention, a.indexer)
+        return attention
+
+    def _set_indexer(self, attention: structs.CAttention, indexer: Indexer) -> None:
+        attention.index_q, attention.index_k = self._weight(indexer.wq_b), self._weight(indexer.wk)
+        heads = indexer.weights_proj
+        if heads.quantized is None:  # its inputs are float32, whatever the dtype of hidden states is
+            attention.index_weights = fused.weight(self._tensor(heads, "weight", *NORM_DTYPES))
+        else:
+            attention.index_weights = self._weight(heads)
+        norm = indexer.k_norm
+        attention.index_norm = structs.CNorm(fused.vector(self._tensor(norm, "weight", *NORM_DTYPES)), norm.eps)
+        attention.index_norm_bias = fused.vector(self._tensor(norm, "bias", *NORM_DTYPES))
+        attention.J, attention.index_interleaved = indexer.J, indexer.interleaved
 
     def _feed_forward(self, mlp: MoE | MLP, norm: structs.CNorm) -> structs.CFeedForward:
         feed_forward = structs.CFeedForward(norm)
@@ -194,7 +220,7 @@ class LayerTableBuilder:
         return fused.vector(bias)
 
     def _norm(self, norm: RMSNorm) -> structs.CNorm:
-        return structs.CNorm(fused.vector(self._tensor(norm, "weight", torch.float32, torch.bfloat16)), norm.eps)
+        return structs.CNorm(fused.vector(self._tensor(norm, "weight", *NORM_DTYPES)), norm.eps)
 
     def _tensor(self, module: nn.Module, name: str, *dtypes: torch.dtype) -> Tensor:
         """A tensor for the table, kept alive by an alias."""
@@ -250,6 +276,6 @@ def _bytes_per_token(layer: structs.CLayer) -> int:
     """About what one token takes in a layer, as float32: its queries and heads, and for each of its experts the input
     row and twice the hidden row."""
     a, f = layer.attention, layer.feed_forward
-    heads, D = a.H * (2 * (a.N + a.R) + a.V), a.o.layout.O
+    heads, D = a.H * (2 * (a.N + a.R) + a.V) + a.topk + 2 * a.index_weights.layout.O, a.o.layout.O
     routed = f.router.K * (D + 2 * f.expert_in.O) if f.router.weight.layout.O else 0
     return 4 * max(heads + a.o.layout.I + 4 * D, 2 * D + 2 * f.gate.layout.O + routed)

@@ -118,8 +118,9 @@ class FusedRunner:
             and self._cpu.is_faster(self._dtype, len(logit_indices), ends.quantized)
         ):
             metadata, kv_blocks = attention_metadata(positions_T, cache), layers.kv_blocks(cache)
+            masks, index_keys = layers.masks(masked_experts), layers.index_keys(cache)
             logits_NV, hidden_TD, routing_tensors = fused.forward_ids(
-                layers.table, ends, ids_T, logit_indices, metadata, kv_blocks, layers.masks(masked_experts)
+                layers.table, ends, ids_T, logit_indices, metadata, kv_blocks, masks, index_keys
             )
             return ForwardOutput(logits_NV, hidden_TD, Routings(*routing_tensors))
         # The layers in C++, embedding and head in torch.

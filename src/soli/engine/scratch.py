@@ -26,7 +26,8 @@ def token_bytes(config: ModelConfig) -> int:
     H, N, R, V = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
     D, F, K = config.hidden_size, config.moe_intermediate_size or 0, config.num_experts_per_tok or 0
     dense = max(config.intermediate_size, F * (config.n_shared_experts or 0))
-    return 4 * max(H * (2 * (N + R) + 2 * V) + 4 * D, 2 * D + 2 * dense + K * (D + 2 * F))
+    selection = (config.index_topk or 0) + 2 * (config.index_n_heads or 0)
+    return 4 * max(H * (2 * (N + R) + 2 * V) + selection + 4 * D, 2 * D + 2 * dense + K * (D + 2 * F))
 
 
 def limit_scratch(

@@ -167,16 +167,18 @@ def forward_hidden(
     metadata: AttentionMetadata,
     kv_blocks: Sequence[Tensor],
     masked_experts: Sequence[Tensor | None] = (),
+    index_keys: Sequence[Tensor | None] = (),
 ) -> tuple[Tensor, RoutingTensors]:
     """Hidden states (T, D) through the layers and the norm, in the same dtype, and every router's decision.
 
     `kv_blocks`: for each layer (P, S, X), in the dtype of x. Sequences may share blocks: all slots of a layer are
     written before any is read. Chunks use expanded attention, decode tokens absorbed attention. `masked_experts`: for
-    each layer bool (T, E), the experts that must not be selected, or None; empty for no masks. IndexError for a slot
-    outside the KV blocks.
+    each layer bool (T, E), the experts that must not be selected, or None; empty for no masks. `index_keys`: for each
+    layer the indexer's keys (P, S, I), or None; empty without sparse attention. IndexError for a slot outside the KV
+    blocks.
     """
     x_TD = x_TD.contiguous()
-    return _forward(table, x_TD.shape, x_TD.dtype, metadata, kv_blocks, masked_experts, x=vector(x_TD))
+    return _forward(table, x_TD.shape, x_TD.dtype, metadata, kv_blocks, masked_experts, index_keys, x=vector(x_TD))
 
 
 def forward_ids(
@@ -187,6 +189,7 @@ def forward_ids(
     metadata: AttentionMetadata,
     kv_blocks: Sequence[Tensor],
     masked_experts: Sequence[Tensor | None] = (),
+    index_keys: Sequence[Tensor | None] = (),
 ) -> tuple[Tensor, Tensor, RoutingTensors]:
     """The same from token ids (int64): logits (N, V) of the tokens `logit_indices`, normed hidden states, decisions.
 
@@ -200,7 +203,7 @@ def forward_ids(
     logits_NV = torch.empty(N, V)
     c_indices = (c_int64 * N)(*logit_indices)
     y_TD, routing = _forward(
-        table, (T, D), dtype, metadata, kv_blocks, masked_experts,
+        table, (T, D), dtype, metadata, kv_blocks, masked_experts, index_keys,
         x=embedding_and_head.embedding, token_ids=ids_T.data_ptr(), head=embedding_and_head.head,
         logit_indices=addressof(c_indices), logit_count=N, vocab_size=V, logits=logits_NV.data_ptr(),
     )  # fmt: skip
@@ -214,6 +217,7 @@ def _forward(
     metadata: AttentionMetadata,
     kv_blocks: Sequence[Tensor],
     masked_experts: Sequence[Tensor | None],
+    index_keys: Sequence[Tensor | None],
     **tokens: Any,
 ) -> tuple[Tensor, RoutingTensors]:
     """Hidden states of `shape` (T, D), and decisions. `tokens`: the fields of CForwardArgs that hold hidden states or
@@ -222,10 +226,12 @@ def _forward(
     assert kernels is not None
     T, D = shape
     _check(table, T, dtype, metadata, kv_blocks, masked_experts)
+    _check_index_keys(table, dtype, kv_blocks, index_keys)
     y_TD = torch.empty(T, D, dtype=dtype)
     routing = RoutingTensors.empty(table, T)
     block_addresses = _addresses(kv_blocks)
     mask_addresses = _addresses(masked_experts)
+    key_addresses = _addresses(index_keys)
     chunks = [CPrefillChunk(*bounds, slots.data_ptr()) for *bounds, slots in metadata.chunks]
     c_chunks = (CPrefillChunk * len(chunks))(*chunks)
     P, S, _ = kv_blocks[0].shape
@@ -235,7 +241,8 @@ def _forward(
         layer_count=len(table.layers), layers=addressof(table.layers), norm=table.norm,
         frequencies=table.frequencies_R.data_ptr(), cos_sin_scale=table.cos_sin_scale,
         query_scaling=table.query_scaling[0], query_scaling_length=table.query_scaling[1],
-        kv_blocks=addressof(block_addresses), block_count=P, block_size=S,
+        kv_blocks=addressof(block_addresses), index_keys=addressof(key_addresses) if index_keys else None,
+        block_count=P, block_size=S,
         num_decode_tokens=B, blocks_per_sequence=W, block_table=metadata.block_table_BW.data_ptr(),
         lengths=metadata.lengths_B.data_ptr(), positions=metadata.positions_T.data_ptr(),
         chunk_count=len(chunks), chunks=addressof(c_chunks),
@@ -284,3 +291,15 @@ def _check(
             raise ValueError(f"{tensor.dtype} {tuple(tensor.shape)} is no contiguous {required_dtype} {tuple(shape)}")
     if T > MAX_TOKENS or len(kv_blocks) != len(table.layers):
         raise ValueError(f"{T} tokens and KV blocks of {len(kv_blocks)} layers do not fit {len(table.layers)} layers")
+
+
+def _check_index_keys(
+    table: LayerTable, dtype: torch.dtype, kv_blocks: Sequence[Tensor], index_keys: Sequence[Tensor | None]
+) -> None:
+    """ValueError where a layer with an indexer has no keys, or ones that the C++ code cannot take."""
+    widths = [layer.attention.index_k.layout.O for layer in table.layers]
+    for width, keys_PSI in zip(widths, index_keys or [None] * len(widths), strict=True):
+        shape = (*kv_blocks[0].shape[:2], width)
+        fits = keys_PSI is not None and keys_PSI.dtype == dtype and keys_PSI.shape == shape and keys_PSI.is_contiguous()
+        if width and not fits:
+            raise ValueError(f"the indexer's keys are no contiguous {dtype} {shape}")

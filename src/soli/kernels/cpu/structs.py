@@ -4,7 +4,7 @@ Each class `CName` has the same fields, in the same order, as `struct Name` of c
 Weights are addresses: nothing here owns memory.
 
 Shapes: T tokens, D hidden, H heads, N non-rotary and R rotary and V value width, X = C latent + R, E experts, K chosen,
-G groups.
+G groups, J heads of an indexer.
 """
 
 import ctypes
@@ -42,6 +42,10 @@ class CAttention(Structure):
         *((name, CVector) for name in ("q_a_bias", "kv_a_bias", "o_bias")),
         *((name, c_int64) for name in ("H", "N", "R", "V", "interleaved")),
         ("scale", c_double),
+        ("topk", c_int64),
+        *((name, CWeight) for name in ("index_q", "index_k", "index_weights")),
+        *(("index_norm", CNorm), ("index_norm_bias", CVector)),
+        *((name, c_int64) for name in ("J", "index_interleaved")),
     )
 
 
@@ -87,7 +91,7 @@ class CPaging(Structure):
 class CForwardArgs(Structure):
     _fields_ = (
         *((name, c_int64) for name in ("isa", "dtype", "threads", "T", "D", "layer_count")),
-        *((name, c_void_p) for name in ("layers", "kv_blocks")),
+        *((name, c_void_p) for name in ("layers", "kv_blocks", "index_keys")),
         *((name, c_int64) for name in ("block_count", "block_size", "blocks_per_sequence")),
         *((name, c_int64) for name in ("num_decode_tokens", "chunk_count")),
         *((name, c_void_p) for name in ("block_table", "lengths", "chunks", "positions", "frequencies")),

@@ -63,11 +63,23 @@ bool assign_slots(const ForwardArgs& args, int64_t* slots) {
     return t == args.T;
 }
 
+// Writes the tokens that attend to a selection, and returns how many they are. One decode token that does makes all
+// decode tokens do so: they are computed together.
+int64_t find_sparse_tokens(const ForwardArgs& args, int64_t topk, int64_t* tokens) {
+    int64_t count = 0;
+    for (int64_t t = 0; t < args.num_decode_tokens; t++)
+        if (args.lengths[t] > topk) count = args.num_decode_tokens;
+    for (int64_t t = 0; t < count; t++) tokens[t] = t;
+    for (const PrefillChunk* chunk = args.chunks; chunk < args.chunks + args.chunk_count; chunk++)
+        for (int64_t t = chunk->start + dense_tokens(*chunk, topk); t < chunk->stop; t++) tokens[count++] = t;
+    return count;
+}
+
 // Bytes that the arena needs: of the step that takes most.
 size_t arena_bytes(const ForwardState& state) {
     size_t bytes = HeadStep(state, {nullptr}).used;
     for (const Layer* layer = state.args.layers; layer < state.args.layers + state.args.layer_count; layer++)
-        bytes = std::max({bytes, AttentionStep(state, layer->attention, nullptr, {nullptr}).used,
+        bytes = std::max({bytes, AttentionStep(state, layer->attention, nullptr, nullptr, {nullptr}).used,
                           FeedForwardStep(state, layer->feed_forward, {}, nullptr, {nullptr}).used});
     return bytes;
 }
@@ -93,7 +105,8 @@ bool run_layer(const ForwardState& state, int64_t i, const Routings& routings, b
     const ForwardArgs& args = state.args;
     const Layer& layer = args.layers[i];
     const uint8_t* masked_experts = args.masked_experts ? args.masked_experts[i] : nullptr;
-    if (!continues) AttentionStep(state, layer.attention, args.kv_blocks[i], arena).run();
+    void* index_keys = args.index_keys ? args.index_keys[i] : nullptr;
+    if (!continues) AttentionStep(state, layer.attention, args.kv_blocks[i], index_keys, arena).run();
     FeedForwardStep feed_forward(state, layer.feed_forward, routings, masked_experts, arena);
     const int64_t E = layer.feed_forward.router.E();
     if (!continues && !feed_forward.choose_experts()) {
@@ -122,20 +135,25 @@ extern "C" int soli_forward(const ForwardArgs* arguments) {
     Team team(budget, args.threads, start < 0 ? 0 : args.paging->threads);
     args.threads = team.threads;
     int64_t slots[MAX_TOKENS];
+    int64_t sparse_tokens[MAX_TOKENS];
     if (args.T > MAX_TOKENS) return TOO_MANY_TOKENS;
     if (!assign_slots(args, slots)) return BAD_SLOT;
     for (int64_t t = 0; t < args.T && args.token_ids; t++)
         if (args.token_ids[t] < 0 || args.token_ids[t] >= args.vocab_size) return BAD_TOKEN_ID;
     const int64_t pairs = args.layer_count ? args.layers->attention.R / 2 : 0;
-    ForwardState state = {args, kernels(args.isa), nullptr, nullptr, nullptr, slots, team};
+    const int64_t topk = args.layer_count ? args.layers->attention.topk : 0;
+    const SparseTokens sparse = {sparse_tokens, topk ? find_sparse_tokens(args, topk, sparse_tokens) : 0, nullptr};
+    ForwardState state = {args, kernels(args.isa), nullptr, nullptr, nullptr, slots, team, sparse};
     const size_t step_bytes = arena_bytes(state);
     const size_t x_bytes = Scratch::bytes<float>(args.T * args.D);
     const size_t rope_bytes = Scratch::bytes<float>(args.T * pairs);
     const size_t guess_bytes = prediction_bytes(state);
-    if (!scratch.reserve(x_bytes + 2 * rope_bytes + step_bytes + guess_bytes)) return NO_MEMORY;
+    const size_t selected_bytes = Scratch::bytes<int32_t>(sparse.count * topk);
+    if (!scratch.reserve(x_bytes + 2 * rope_bytes + selected_bytes + step_bytes + guess_bytes)) return NO_MEMORY;
     state.x = scratch.take<float>(args.T * args.D);
     state.cos = scratch.take<float>(args.T * pairs);
     state.sin = scratch.take<float>(args.T * pairs);
+    state.sparse.selected = scratch.take<int32_t>(sparse.count * topk);
     const Arena arena = {scratch.take<uint8_t>(step_bytes)};
     const Arena prediction = {scratch.take<uint8_t>(guess_bytes)};
     std::atomic<bool> read_failed{false};

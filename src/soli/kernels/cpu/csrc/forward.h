@@ -29,6 +29,21 @@ struct Arena {
     }
 };
 
+// The tokens that attend to a selection. A model without sparse attention has none.
+struct SparseTokens {
+    const int64_t* tokens;  // in order: the decode tokens, all or none, and those of the chunks after dense_tokens()
+    int64_t count;
+    int32_t* selected;  // (count, topk) slots of the flattened KV blocks, in the order of positions
+
+    bool has_decode_tokens() const { return count && tokens[0] == 0; }
+};
+
+// How many tokens of a chunk, its first, attend to all tokens before them.
+inline int64_t dense_tokens(const PrefillChunk& chunk, int64_t topk) {
+    const int64_t count = chunk.stop - chunk.start;
+    return topk ? std::max<int64_t>(0, std::min(count, topk - chunk.first_position)) : count;
+}
+
 // What all layers share.
 struct ForwardState {
     const ForwardArgs& args;
@@ -37,6 +52,7 @@ struct ForwardState {
     float *cos, *sin;  // (T, R / 2)
     int64_t* slots;    // (T) slot of the flattened KV blocks that each token's latent is written to
     Team& team;
+    SparseTokens sparse;  // of a model with sparse attention
 
     // Whether every thread does the small steps for itself, with buffers of its own.
     bool replicates_small_steps() const { return args.T < args.threads; }
@@ -92,6 +108,33 @@ inline void rms_norm(const Norm& norm, const float* x, int64_t n, float* y) {
     } else {
         const uint16_t* weight = static_cast<const uint16_t*>(norm.weight.data);
         for (i = 0; i < n; i++) y[i] = x[i] * factor * float_from_bf16(weight[i]);
+    }
+}
+
+// y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias.
+inline void layer_norm(const Norm& norm, const Vector& bias, const float* x, int64_t n, float* y) {
+    float sum = 0;
+    float squares = 0;
+    for (int64_t i = 0; i < n; i++) sum += x[i];
+    const float mean = sum / static_cast<float>(n);
+    for (int64_t i = 0; i < n; i++) squares += (x[i] - mean) * (x[i] - mean);
+    const float factor = 1.0f / std::sqrt(squares / static_cast<float>(n) + static_cast<float>(norm.eps));
+    for (int64_t i = 0; i < n; i++) y[i] = (x[i] - mean) * factor * norm.weight[i] + bias[i];
+}
+
+// Rotates each of the first `pairs` pairs of x by its angle for token t (equations 3 and 8): neighbours, or one of each
+// half.
+inline void rotate_pairs(const ForwardState& state, int64_t t, int64_t pairs, bool interleaved, float* x) {
+    const int64_t step = interleaved ? 1 : pairs;
+    for (int64_t i = 0; i < pairs; i++) {
+        float* first = x + (interleaved ? 2 * i : i);
+        float* second = first + step;
+        const float cos = state.cos[t * pairs + i];
+        const float sin = state.sin[t * pairs + i];
+        const float re = *first;
+        const float im = *second;
+        *first = re * cos - im * sin;
+        *second = im * cos + re * sin;
     }
 }
 

@@ -2,7 +2,8 @@
 // ctypes class of its name in ../structs.py; struct_layouts.cpp exports what is compared when the library is loaded.
 //
 // Shapes: T tokens, D hidden, H heads, N non-rotary, R rotary and V value width, C latent, X = C + R, L query latent,
-// E experts, K chosen, G groups, F width of a feed-forward network; P KV blocks of S slots, W blocks of a sequence.
+// E experts, K chosen, G groups, F width of a feed-forward network; P KV blocks of S slots, W blocks of a sequence;
+// J heads and I width of an indexer.
 #pragma once
 #include <algorithm>
 
@@ -56,10 +57,22 @@ struct Attention {
     int64_t H, N, R, V;
     int64_t interleaved;  // rotary pairs are neighbours; else one of each half
     double scale;         // of the scores
+    // Sparse attention: a token attends to `topk` of the tokens up to itself, 0 for all of them. A layer with an
+    // indexer selects them; one without attends to the selection of the last that has.
+    int64_t topk;
+    Weight index_q;        // (J * I, L)
+    Weight index_k;        // (I, D); none where there is no indexer
+    Weight index_weights;  // (J, D)
+    Norm index_norm;       // of the key, a LayerNorm
+    Vector index_norm_bias;
+    int64_t J;
+    int64_t index_interleaved;
 
     int64_t C() const { return kv_b.layout.I; }
     int64_t X() const { return C() + R; }
+    int64_t I() const { return index_k.layout.O; }
     bool has_query_latent() const { return q_a.layout.O > 0; }
+    bool has_indexer() const { return I() > 0; }
 };
 
 struct Router {
@@ -125,7 +138,8 @@ struct ForwardArgs {
     int64_t T, D;
     int64_t layer_count;
     const Layer* layers;
-    void* const* kv_blocks;  // for each layer (P, S, X) of dtype
+    void* const* kv_blocks;   // for each layer (P, S, X) of dtype
+    void* const* index_keys;  // for each layer (P, S, I) of dtype, or null
     int64_t block_count, block_size, blocks_per_sequence;
     int64_t num_decode_tokens, chunk_count;
     const int32_t* block_table;  // (num_decode_tokens, W)

@@ -56,7 +56,7 @@ public:
     void attend(int64_t item) const {
         const PrefillChunk& chunk = args.chunks[item / a.H / query_parts];
         const int64_t head = item % a.H;
-        const int64_t count = chunk.stop - chunk.start;
+        const int64_t count = dense_tokens(chunk, a.topk);
         const int64_t span = (count + query_parts - 1) / query_parts;
         const int64_t begin = item / a.H % query_parts * span;
         const int64_t end = std::min(count, begin + span);

@@ -68,7 +68,8 @@ STRUCT(Norm, FIELD(weight), FIELD(eps))
 STRUCT(Weight, FIELD(matrix), FIELD(layout))
 STRUCT(Attention, FIELD(norm), FIELD(q_norm), FIELD(kv_norm), FIELD(q_a), FIELD(q_b), FIELD(kv_a), FIELD(kv_b),
        FIELD(o), FIELD(q_a_bias), FIELD(kv_a_bias), FIELD(o_bias), FIELD(H), FIELD(N), FIELD(R), FIELD(V),
-       FIELD(interleaved), FIELD(scale))
+       FIELD(interleaved), FIELD(scale), FIELD(topk), FIELD(index_q), FIELD(index_k), FIELD(index_weights),
+       FIELD(index_norm), FIELD(index_norm_bias), FIELD(J), FIELD(index_interleaved))
 STRUCT(Router, FIELD(weight), FIELD(bias), FIELD(K), FIELD(G), FIELD(topk_group), FIELD(experts_per_group_score),
        FIELD(softmax), FIELD(normalise), FIELD(scaling))
 STRUCT(FeedForward, FIELD(norm), FIELD(output_norm), FIELD(gate), FIELD(up), FIELD(down), FIELD(router),
@@ -79,11 +80,11 @@ STRUCT(Routings, FIELD(ids), FIELD(weights), FIELD(scores), FIELD(biased), FIELD
 STRUCT(Paging, FIELD(layer), FIELD(begin), FIELD(end), FIELD(pass), FIELD(threads), FIELD(predicted),
        FIELD(predicted_tokens))
 STRUCT(ForwardArgs, FIELD(isa), FIELD(dtype), FIELD(threads), FIELD(T), FIELD(D), FIELD(layer_count), FIELD(layers),
-       FIELD(kv_blocks), FIELD(block_count), FIELD(block_size), FIELD(blocks_per_sequence), FIELD(num_decode_tokens),
-       FIELD(chunk_count), FIELD(block_table), FIELD(lengths), FIELD(chunks), FIELD(positions), FIELD(frequencies),
-       FIELD(cos_sin_scale), FIELD(query_scaling), FIELD(query_scaling_length), FIELD(x), FIELD(token_ids), FIELD(norm),
-       FIELD(y), FIELD(head), FIELD(logit_indices), FIELD(logit_count), FIELD(vocab_size), FIELD(logits),
-       FIELD(masked_experts), FIELD(routings), FIELD(paging))
+       FIELD(kv_blocks), FIELD(index_keys), FIELD(block_count), FIELD(block_size), FIELD(blocks_per_sequence),
+       FIELD(num_decode_tokens), FIELD(chunk_count), FIELD(block_table), FIELD(lengths), FIELD(chunks),
+       FIELD(positions), FIELD(frequencies), FIELD(cos_sin_scale), FIELD(query_scaling), FIELD(query_scaling_length),
+       FIELD(x), FIELD(token_ids), FIELD(norm), FIELD(y), FIELD(head), FIELD(logit_indices), FIELD(logit_count),
+       FIELD(vocab_size), FIELD(logits), FIELD(masked_experts), FIELD(routings), FIELD(paging))
 
 constexpr StructLayout STRUCT_LAYOUTS[] = {
     layout_of<Matrix>(),      layout_of<Layout>(),       layout_of<Vector>(),   layout_of<Norm>(),
