@@ -211,6 +211,9 @@ ROPE = {**YARN, "mscale_all_dim": 1.0}
         {"swiglu_limit": 7.0},
         {"hidden_activation": "gelu"},
         {"index_topk": 2048},
+        {"index_n_heads": 64},
+        {"index_head_dim": 128},
+        {"indexer_types": ["full"] * 61},
         {"zero_expert_num": 4},
         {"hc_mult": 4},
         {"layer_types": ["full_attention"] * 60 + ["sliding_attention"]},
@@ -261,6 +264,7 @@ def test_a_field_that_changes_the_network_is_rejected_by_name(changes, table):
         {"attn_logit_softcapping": None, "final_logit_softcapping": 0.0, "query_pre_attn_scalar": None},
         {"partial_rotary_factor": 1, "mlp_bias": False, "use_mla": True, "qk_layernorm": 0, "rope_ratio": 1.0},
         {"index_topk": None, "mlp_only_layers": [], "zero_expert_num": 0},
+        {"index_topk": 0, "index_n_heads": False, "index_head_dim": 0, "indexer_types": []},
         {"layer_types": ["full_attention"] * 61, "mlp_layer_types": ["dense"] * 3 + ["sparse"] * 58},
         {"moe_router_activation_func": "sigmoid", "shared_expert_intermediate_size": 2048, "rotary_emb_base": 10000},
         {"hidden_dropout": 0.1, "use_cache": False, "pretraining_tp": 2, "torch_dtype": "float16", "_comment": "x"},
@@ -294,6 +298,41 @@ def test_glm4_moe_lite_says_its_dense_layers_by_a_list():
     assert replace(config, {"num_hidden_layers": 3}).to_dict()["mlp_layer_types"] == ["dense", "dense", "sparse"]
     with pytest.raises(SoliError, match="mlp_layer_types"):
         ModelConfig.from_dict({"model_type": "glm4_moe_lite", "mlp_layer_types": ["sparse", "dense"] * 24})
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v32", "glm_moe_dsa"])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"index_topk": 0}, "index_topk is 0; it must be a whole number above 0"),
+        ({"index_n_heads": "32"}, "index_n_heads is '32'; it must be a whole number"),
+        ({"index_head_dim": 32}, "index_head_dim is 32; its first qk_rope_head_dim, 64, values are rotated"),
+        ({"q_lora_rank": None}, "q_lora_rank is None; the indexer reads the query latent"),
+        ({"indexer_types": ["full", "shared"]}, "one item for each of"),
+        ({"num_hidden_layers": 3, "indexer_types": ["full"] * 4}, "one item for each of 3 layers"),
+        ({"num_hidden_layers": 3, "indexer_types": ["shared", "full", "full"]}, "the first layer has none before it"),
+        ({"num_hidden_layers": 3, "indexer_types": ["full", "half", "full"]}, r"indexer_types\[1\] is 'half'"),
+        ({"num_hidden_layers": 3, "index_topk_pattern": "FSX"}, "index_topk_pattern is 'FSX'"),
+        ({"index_topk_freq": "4"}, "index_topk_freq is '4'; it must be a whole number"),
+        ({"layer_types": ["full_attention"] * 61}, "layer_types"),
+    ],
+    ids=str,
+)
+def test_an_indexer_that_cannot_be_is_rejected_by_name(model_type, changes, words):
+    with pytest.raises(SoliError, match=words):
+        ModelConfig.from_dict({"model_type": model_type, **changes})
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v32", "glm_moe_dsa"])
+def test_null_and_absent_indexer_fields_are_the_familys(model_type):
+    bare = ModelConfig.from_dict({"model_type": model_type})
+    assert (bare.index_topk, bare.index_head_dim, bare.num_indexers()) == (2048, 128, bare.num_hidden_layers)
+    names = ("index_topk", "index_n_heads", "index_head_dim", "indexer_types", "indexer_rope_interleave")
+    assert ModelConfig.from_dict({"model_type": model_type, **dict.fromkeys(names)}) == bare
+    types = ["deepseek_sparse_attention"] * bare.num_hidden_layers
+    assert ModelConfig.from_dict(bare.to_dict() | {"layer_types": types}) == bare
+    grown = replace(bare, {"num_hidden_layers": 100})
+    assert grown.num_indexers(1) == 101 and grown.to_dict()["indexer_types"] == ["full"] * 100
 
 
 def test_a_missing_file_and_a_bad_field_name_the_file(tmp_path):

@@ -29,7 +29,7 @@ def fold_indexer(d: dict[str, Any], sparse: bool, layers: Any) -> None:
         return
     if "indexer_types" not in d:
         d["indexer_types"] = _types_by_pattern(d) or _types_by_frequency(d, layers)
-    if isinstance(d["indexer_types"], list) and all(kind == "full" for kind in d["indexer_types"]):
+    if isinstance(d["indexer_types"], list | tuple) and all(kind == "full" for kind in d["indexer_types"]):
         _check_length(d["indexer_types"], layers)
         d["indexer_types"] = None
 

@@ -28,17 +28,18 @@ K, E, LAYERS = 3, 16, 4  # layers with experts, the MTP module's included
 
 
 @cache
-def mixture_folder(format: str, shard_bytes: int = 2**30) -> Path:
+def mixture_folder(format: str, shard_bytes: int = 2**30, kind: str = "v3") -> Path:
     """16 experts in each of three layers and an MTP module, of which a token chooses 3."""
     folder = Path(mkdtemp(prefix="soli-test-")) / "model"
     name, _, powers_of_two = format.partition(" with ")
-    save_model(tiny_model("v3", **SHAPE), folder, name, ue8m0=bool(powers_of_two), shard_bytes=shard_bytes)
+    types = {"indexer_types": ("full", "shared", "shared", "full")} if "shared" in kind else {}
+    save_model(tiny_model(kind, **SHAPE, **types), folder, name, ue8m0=bool(powers_of_two), shard_bytes=shard_bytes)
     return folder
 
 
-def resident_model(format: str, mtp: bool = True) -> Transformer:
+def resident_model(format: str, mtp: bool = True, kind: str = "v3") -> Transformer:
     """The same in memory, with weights as stored."""
-    return load_model(mixture_folder(format), quantized=True, in_place=True, mtp=mtp)
+    return load_model(mixture_folder(format, kind=kind), quantized=True, in_place=True, mtp=mtp)
 
 
 def requests(lengths: Sequence[int], new_tokens: int = 12, seed: int = 0) -> list[Request]:

@@ -50,6 +50,19 @@ def test_the_bits_are_those_of_the_resident_model(format, runner) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("runner", ["fused", "eager"])
+def test_a_selection_of_tokens_survives_a_pass_that_stops(runner) -> None:
+    """Layers that share it may be on the other side of a stop."""
+    kind = "glm with shared indexers"
+    prompts = requests(PROMPTS, new_tokens=6)
+    expected = answers(resident_model("fp8", kind=kind), prompts, runner)
+    model, store = load_paged_model(mixture_folder("fp8", kind=kind), K, poison=True)
+    assert answers(model, prompts, runner) == expected
+    assert store.stats.misses > 0
+    store.close()
+
+
+@needs_kernels
 @settings(max_examples=8)
 @given(
     format=st.sampled_from(FORMATS),
