@@ -42,6 +42,7 @@ SECTIONS = {
     "serve_avx2": Section("Under load, AVX2 alone", "serve.py"),
     "speculation": Section("Drafts by the MTP module", "speculation.py"),
     "cpu_kernels": Section("One token through a layer's experts, AVX-512", "cpu_kernels.py"),
+    "sparse_attention": Section("Sparse attention of DeepSeek-V3.2, one decode token", "sparse_attention.py"),
     "open_checkpoint": Section("Opening DeepSeek-V3, and start-up", "open_checkpoint.py"),
     "gpu_train_speed_1b": Section("Training on a GPU", "gpu/train_speed.py"),
     "gpu_nano_speed": Section("Training nano on a GPU", "gpu/nano_speed.py"),
