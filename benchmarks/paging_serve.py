@@ -26,7 +26,7 @@ import models
 import record
 from llama_server import free_port
 
-REQUESTS, PROMPT, NEW_TOKENS = 16, 24, 24
+REQUESTS, PROMPT, NEW_TOKENS = 16, 8, 12
 PATIENCE = 300.0  # seconds for one request, and to load
 
 
