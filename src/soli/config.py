@@ -408,8 +408,8 @@ def resolve(name_or_folder: str | Path) -> ModelConfig:
 def replace(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
     """A copy with fields changed; `rope_scaling.factor` reaches inside. SoliError for a name that is no field."""
     d = config.to_dict()
-    if config.indexer_types is None:  # every layer stays full, however many there are
-        for name in INDEXER_TYPES:
+    if config.indexer_types is None or "indexer_types" in changes:
+        for name in INDEXER_TYPES:  # what is not changed stays full in every layer, however many there are
             d.pop(name, None)
     elif type(changes.get("num_hidden_layers")) is int:
         d["indexer_types"] = d["indexer_types"][: changes["num_hidden_layers"]]

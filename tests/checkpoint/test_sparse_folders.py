@@ -125,5 +125,6 @@ def test_the_indexer_has_no_gradient() -> None:
 def test_a_preset_with_fewer_layers_keeps_its_pattern() -> None:
     fewer = replace(preset("glm-5.2"), {"num_hidden_layers": 8})
     assert fewer.indexer_types == ("full",) * 3 + ("shared",) * 3 + ("full", "shared")
+    assert replace(preset("glm-5.2"), {"indexer_types": None}).num_indexers() == 78
     with pytest.raises(SoliError, match=r"indexer_types .* one item for each of 100 layers"):
         replace(preset("glm-5.2"), {"num_hidden_layers": 100})

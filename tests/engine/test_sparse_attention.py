@@ -1,5 +1,7 @@
 """Sparse attention in the engine: an answer is that of the whole text at once, however it is cut, cached, drafted."""
 
+import copy
+
 import pytest
 import torch
 
@@ -60,6 +62,25 @@ def test_hidden_states_are_those_of_the_text_without_a_cache(kind, cut):
             parts.append(output.hidden_TD.view(2, count, -1))
             at += count
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decode_tokens_of_a_hooked_projection_attend_to_the_selection_too(kind):
+    """They are expanded then, each with its own mask."""
+    plain, hooked = tiny_model(kind), copy.deepcopy(tiny_model(kind))
+    for block in hooked.layers:
+        block.self_attn.kv_b_proj.register_forward_hook(lambda _module, _args, output: output.clone())
+    ids_BT = torch.randint(0, 97, (2, 20), generator=torch.Generator().manual_seed(4))
+    with torch.inference_mode():
+        hidden = []
+        for model in (plain, hooked):
+            cache = ShuffledCache(model, 2, 20, 3)
+            for at, count in ((0, 17), (17, 3)):
+                step = cache.step([0, 1], [at] * 2, [count] * 2)
+                tokens = ids_BT[:, at : at + count].flatten()
+                output = EagerRunner(model).forward(tokens, step.positions_T, step, [])
+            hidden.append(output.hidden_TD)
+    torch.testing.assert_close(*hidden, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize(("kind", "indexers"), [("v3.2", 4), ("glm with shared indexers", 3)])
