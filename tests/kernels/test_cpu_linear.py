@@ -68,7 +68,7 @@ def test_many_tokens_have_the_bits_of_each_alone(isa, format) -> None:
             assert torch.equal(linear(isa, x_TI[t], weight), y_TO[t])
 
 
-@pytest.mark.parametrize("format", ("int8", "int4"))
+@pytest.mark.parametrize("format", weights.INTEGERS)
 def test_8_bit_tokens_of_any_magnitude_and_with_nan_or_infinity(isa, format) -> None:
     generator = torch.Generator().manual_seed(8)
     weight = random_weight(format, (20, 256), 128, generator)
@@ -83,7 +83,7 @@ def test_8_bit_tokens_of_any_magnitude_and_with_nan_or_infinity(isa, format) -> 
         assert not y_TO[2].isfinite().any() and y_TO[[0, 1, 3, 4]].isfinite().all()
 
 
-@pytest.mark.parametrize("format", ("int8", "int4"))
+@pytest.mark.parametrize("format", weights.INTEGERS)
 @pytest.mark.parametrize("group", (32, 64, 128))
 def test_any_number_of_tokens_has_the_bits_of_each_alone(isa, format, group) -> None:
     generator = torch.Generator().manual_seed(9)
@@ -94,7 +94,7 @@ def test_any_number_of_tokens_has_the_bits_of_each_alone(isa, format, group) -> 
         assert torch.equal(into_poison(isa, x_TI[:T].contiguous(), weight), alone[:T])
 
 
-@pytest.mark.parametrize("format", ("int8", "int4"))
+@pytest.mark.parametrize("format", weights.INTEGERS)
 @pytest.mark.parametrize("group", (32, 64, 128))
 def test_8_bit_products_have_the_same_bits_on_every_instruction_set(format, group) -> None:
     sets = [isa for isa in weights.isas() if weights.rounds_tokens(isa, format, torch.bfloat16)]

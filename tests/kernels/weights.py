@@ -19,7 +19,8 @@ needs_kernels = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler"
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8 + 1e-5}
 DTYPES = tuple(BOUND)
 SETTINGS = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # one instruction set for all examples
-FORMATS = ("fp32", "bf16", "fp8", "int8", "int4")
+INTEGERS = ("int8", "int4", "int4_bf16")
+FORMATS = ("fp32", "bf16", "fp8", *INTEGERS)
 
 
 @cache
@@ -30,7 +31,7 @@ def isas() -> tuple[str, ...]:
 
 def rounds_tokens(isa: str, format: str, dtype: torch.dtype) -> bool:
     """Whether tokens are multiplied in 8 bits."""
-    return isa != "portable" and format in ("int8", "int4") and dtype == torch.bfloat16
+    return isa != "portable" and format in INTEGERS and dtype == torch.bfloat16
 
 
 def as_multiplied(x: Tensor, isa: str, format: str) -> Tensor:
@@ -47,7 +48,7 @@ def as_multiplied(x: Tensor, isa: str, format: str) -> Tensor:
 
 def inputs(format: str, width: int, group: int) -> int:
     """`width` input features, or the next number that the format allows."""
-    return -(-width // group) * group if format in ("int8", "int4") else width
+    return -(-width // group) * group if format in INTEGERS else width
 
 
 def random_weight(format: str, shape: tuple[int, ...], group: int, generator: torch.Generator) -> QuantizedWeight:
@@ -60,7 +61,8 @@ def random_weight(format: str, shape: tuple[int, ...], group: int, generator: to
         values[values & 127 == 127] = 0  # the two NaN
         scale = _scales((*leading, -(-O // 128), -(-I // 128)), 1 / 64, generator)
         return QuantizedWeight(format, values.view(torch.float8_e4m3fn), scale, shape, 128)
-    scale = _scales((*leading, O, I // group), 1 / (73 if format == "int8" else 4.6), generator).half()
+    scale = _scales((*leading, O, I // group), 1 / (73 if format == "int8" else 4.6), generator)
+    scale = scale.to(torch.bfloat16 if format == "int4_bf16" else torch.float16)
     if format == "int8":
         values = torch.randint(-127, 128, shape, generator=generator).to(torch.int8)
     else:

@@ -201,6 +201,7 @@ class LayerTableBuilder:
             stacks = (self._tensor(experts, name, *self._weight_dtypes) for name in ("gate_up_proj", "down_proj"))
             table = cpu.ExpertTable.from_plain(*stacks)
         elif experts.quantized.uniform:
+            self._check_format(experts, *experts.quantized.formats)
             table = experts.quantized.table
         else:
             raise self._unsupported(experts, "has experts of different formats")
@@ -211,6 +212,7 @@ class LayerTableBuilder:
         self._check_backend(linear)
         if linear.quantized is None:
             return fused.weight(self._tensor(linear, "weight", *self._weight_dtypes))
+        self._check_format(linear, linear.quantized.format)
         self._check_tensor(linear, "weight", linear.quantized.values, self.dtype, *LOW_PRECISION)
         self._keep_alive.append(linear.quantized)
         return fused.weight(linear.quantized)
@@ -238,6 +240,11 @@ class LayerTableBuilder:
             raise self._unsupported(module, f"has a {name} that is not contiguous")
         if tensor.dtype not in dtypes:
             raise self._unsupported(module, f"has a {name} of {tensor.dtype} beside hidden states of {self.dtype}")
+
+    def _check_format(self, module: nn.Module, *formats: str) -> None:
+        for format in formats:
+            if not self.cpu_backend.supports_format(format):
+                raise self._unsupported(module, f"has {format} weights, which the C++ kernels do not read")
 
     def _check_backend(self, module: LatentAttention | Linear | RoutedExperts) -> None:
         if module.backend is not self._backend:

@@ -358,6 +358,7 @@ class PagedExperts(QuantizedExperts):
             "_layer": layer,
             "table": table,
             "uniform": gate == up,
+            "formats": (gate.format, down.format),
             "states": states_E.numpy(),
             "values_like": torch.empty(0, dtype=down.values_dtype),
             "expert_bytes_E": torch.tensor([sum(read.length for read in one.reads) for one in source.experts]),

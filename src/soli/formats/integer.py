@@ -64,6 +64,13 @@ def dequantize(values: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> 
     return (numbers.unflatten(-1, (-1, group)) * scale.float()[..., None]).flatten(-2).to(dtype)
 
 
+def from_neighbour_pairs(values: Tensor) -> Tensor:
+    """Bytes (..., I/2) of number 2 j in the low and 2 j + 1 in the high half, each + 8, in the order of int4."""
+    runs = values.unflatten(-1, (-1, RUN // 2))
+    halves = torch.stack((runs & 15, runs >> 4), dim=-1).flatten(-2).unflatten(-1, (2, RUN // 2))
+    return (halves[..., 0, :] | halves[..., 1, :] << 4).flatten(-2)
+
+
 def _values(groups_Ng: Tensor, scale_N1: Tensor, bits: int) -> Tensor:
     lowest, highest = (-127, 127) if bits == 8 else (-8, 7)
     return (groups_Ng / scale_N1).round_().clamp_(lowest, highest)

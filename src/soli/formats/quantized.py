@@ -8,6 +8,12 @@ Shapes: ... leading dimensions (experts), O output features, I input features, g
     int4         values uint8 (..., O, I/2), scale float16 (..., O, I/g): (nibble - 8) * scale; of each 32 neighbours
                  along I, byte j of 16 holds number j in its low half and number j + 16 in its high half
 
+Of other programs' files, and only read:
+
+    int4_bf16    as int4, with bfloat16 scales, whose range float16 does not have
+    fp8_row      values float8_e4m3fn (..., O, I), scale fp32 (..., O): value * scale
+    fp4          values uint8 (..., O, I/2), scale fp32 (..., O, I/g): E2M1, the low half of a byte first (fp4.py)
+
 Nothing is rearranged on loading: kernels read exactly these bytes. Rejected, when the object is made: tensors whose
 dtype, shape or layout is not the format's.
 
@@ -15,14 +21,14 @@ To add a format, write its arithmetic in a file beside fp8.py and its codec here
 numbers the formats that the C++ kernels read, and plain torch computes the others.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from soli.errors import SoliError
-from soli.formats import fp8, integer
+from soli.formats import fp4, fp8, integer
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,13 +92,15 @@ class Codec:
     """One format: the dtypes and shapes that it stores, and how to quantize and dequantize. `groups` are the numbers
     of inputs that can share a scale, the default first.
 
-    This class is fp32 and bf16, which are casts; the formats with scales derive from it.
+    This class is fp32 and bf16, which are casts; the formats with scales derive from it. `is_written`: `quantize` makes
+    it and files of Soli may have it.
     """
 
     name: str
     values_dtype: torch.dtype
     scale_dtype: torch.dtype | None
     groups: tuple[int, ...]
+    is_written: bool = field(default=True, kw_only=True)
 
     def values_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the stored values of a weight (..., O, I)."""
@@ -110,7 +118,9 @@ class Codec:
 
     def quantize(self, weight_OI: Tensor, group: int | None = None) -> QuantizedWeight:
         """A matrix of any floating dtype in this format, in groups of `group` or the default. SoliError for values
-        that the format cannot hold."""
+        that the format cannot hold, and for a format that is only read."""
+        if not self.is_written:
+            raise SoliError(f"{self.name} weights are read from other programs' files, and not made")
         return plain(weight_OI.to(self.values_dtype).contiguous())
 
     def dequantize(self, values: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -159,6 +169,8 @@ class IntegerCodec(Codec):
         return max(groups, default=None)
 
     def quantize(self, weight_OI: Tensor, group: int | None = None) -> QuantizedWeight:
+        if not self.is_written:
+            return super().quantize(weight_OI, group)
         group = group or self.groups[0]
         values_OI, scale_OG = integer.quantize(weight_OI, self.bits, group)
         return QuantizedWeight(self.name, values_OI, scale_OG, tuple(weight_OI.shape), group)
@@ -168,13 +180,45 @@ class IntegerCodec(Codec):
         return integer.dequantize(values, scale, self.bits, dtype)
 
 
+@dataclass(frozen=True)
+class Fp8RowCodec(Codec):
+    """E4M3 with a scale for each output feature."""
+
+    def scale_shape(self, shape: tuple[int, ...], group: int) -> tuple[int, ...]:
+        return tuple(shape[:-1])
+
+    def dequantize(self, values: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        assert scale is not None
+        return values.float().mul_(scale[..., None]).to(dtype)
+
+
+@dataclass(frozen=True)
+class Fp4Codec(Codec):
+    """E2M1, two values to a byte."""
+
+    def values_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (*shape[:-1], shape[-1] // 2)
+
+    def scale_shape(self, shape: tuple[int, ...], group: int) -> tuple[int, ...]:
+        return (*shape[:-1], shape[-1] // group)
+
+    def dequantize(self, values: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        assert scale is not None
+        return fp4.dequantize(values, scale, dtype)
+
+
 FP32: Final = Codec("fp32", torch.float32, None, (0,))
 BF16: Final = Codec("bf16", torch.bfloat16, None, (0,))
 FP8: Final = Fp8Codec("fp8", torch.float8_e4m3fn, torch.float32, (fp8.BLOCK,))
 # int8 gains nothing from smaller groups, int4 does: docs/formats.md.
 INT8: Final = IntegerCodec("int8", torch.int8, torch.float16, (128, 64, 32), 8)
 INT4: Final = IntegerCodec("int4", torch.uint8, torch.float16, (32, 64, 128), 4)
-CODECS: Final[dict[str, Codec]] = {codec.name: codec for codec in (FP32, BF16, FP8, INT8, INT4)}
+INT4_BF16: Final = IntegerCodec("int4_bf16", torch.uint8, torch.bfloat16, INT4.groups, 4, is_written=False)
+FP8_ROW: Final = Fp8RowCodec("fp8_row", torch.float8_e4m3fn, torch.float32, (0,), is_written=False)
+FP4: Final = Fp4Codec("fp4", torch.uint8, torch.float32, fp4.GROUPS, is_written=False)
+CODECS: Final[dict[str, Codec]] = {
+    codec.name: codec for codec in (FP32, BF16, FP8, INT8, INT4, INT4_BF16, FP8_ROW, FP4)
+}
 
 
 def plain(weight: Tensor) -> QuantizedWeight:

@@ -46,6 +46,11 @@ class QuantizedExperts:
         return all(len(kind) == 1 for kind in kinds)
 
     @cached_property
+    def formats(self) -> tuple[str, str]:
+        """Of the first expert's gate and down projection."""
+        return self.gates[0].format, self.downs[0].format
+
+    @cached_property
     def table(self) -> ExpertTable:
         """Where the C++ kernels find each matrix; SoliError for experts that are not uniform."""
         return ExpertTable.from_matrices(self.gates, self.ups, self.downs)
@@ -71,6 +76,10 @@ class Backend(ABC):
     @abstractmethod
     def supports(self, x: Tensor, weight: Tensor) -> bool:
         """Whether this backend can multiply activations `x` with `weight` where they are, as they are."""
+
+    def supports_format(self, format: str) -> bool:
+        """Whether this backend can multiply with quantized weights of a format (soli.formats.quantized)."""
+        return True
 
     def is_faster(self, dtype: torch.dtype, tokens: int, quantized: bool = False) -> bool:
         """Whether this backend multiplies so many tokens with one matrix faster than those after it in a dispatch."""

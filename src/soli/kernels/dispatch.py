@@ -64,12 +64,13 @@ class Dispatch(Backend):
         return backend.experts(x_TD, expert_ids_TK, weights_TK, gate_up_E2FD, down_EDF)
 
     def quantized_linear(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
-        return self._backend(x, weight.values).quantized_linear(x, weight, bias)
+        return self._backend(x, weight.values, weight.format).quantized_linear(x, weight, bias)
 
     def quantized_experts(
         self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, experts: QuantizedExperts
     ) -> Tensor:
-        backend = self._backend(x_TD, experts.values_like) if experts.uniform else self.fallback
+        uniform = experts.uniform
+        backend = self._backend(x_TD, experts.values_like, *experts.formats) if uniform else self.fallback
         return backend.quantized_experts(x_TD, expert_ids_TK, weights_TK, experts)
 
     def latent_decode(
@@ -83,10 +84,10 @@ class Dispatch(Backend):
         backend = self._backend(x, x)
         return backend if isinstance(backend, CpuBackend) else None
 
-    def _backend(self, x: Tensor, weight: Tensor) -> Backend:
-        """The first that supports activations `x` with `weight`."""
+    def _backend(self, x: Tensor, weight: Tensor, *formats: str) -> Backend:
+        """The first that supports activations `x` with `weight`, in quantized `formats`."""
         for backend in self.preferred:
-            if backend.supports(x, weight):
+            if backend.supports(x, weight) and all(map(backend.supports_format, formats)):
                 return backend
         return self.fallback
 

@@ -53,6 +53,9 @@ class CpuBackend(Backend):
         )
         return readable and (cpu.available() or self._forced)
 
+    def supports_format(self, format: str) -> bool:
+        return format in cpu.FORMATS
+
     def is_faster(self, dtype: torch.dtype, tokens: int, quantized: bool = False) -> bool:
         fewer = tokens < ONEDNN_FROM
         return quantized or fewer or dtype != torch.bfloat16 or not has_bfloat16_products() or self._forced

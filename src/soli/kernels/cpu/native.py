@@ -19,7 +19,7 @@ from soli.kernels.cpu.build import BuildError, build, openmp_runtimes
 from soli.kernels.cpu.library_cache import open_verified
 
 ISAS: Final = ("portable", "avx2", "avx512", "amx")  # as soli::kernels() numbers them
-FORMATS: Final = {"fp32": 0, "bf16": 1, "fp8": 2, "int8": 3, "int4": 4}  # as enum Format
+FORMATS: Final = {"fp32": 0, "bf16": 1, "fp8": 2, "int8": 3, "int4": 4, "int4_bf16": 5}  # as enum Format
 DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1}  # as enum Dtype
 
 PACKAGED: Final = Path(__file__).parent / "compiled" / "soli_cpu.so"

@@ -43,6 +43,12 @@ __m256 broadcast_f16(const uint8_t* base, int64_t index) {
     return _mm256_set1_ps(_cvtsh_ss(f16));
 }
 
+__m256 broadcast_bf16(const uint8_t* base, int64_t index) {
+    uint16_t bf16;
+    __builtin_memcpy(&bf16, base + 2 * index, 2);
+    return _mm256_set1_ps(float_from_bf16(bf16));
+}
+
 __m256i load_8_bytes_as_32_bits(const uint8_t* from) {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
 }
@@ -114,11 +120,13 @@ struct Int8 {
 
 // A run of 16 bytes holds 32 inputs: the low nibbles the first 16, the high nibbles the others (diagram:
 // int8_tokens.h).
-struct Int4 {
+template <bool BF16_SCALES>
+struct Int4OfScales {
     static constexpr int STEP = 32;
     static constexpr int BYTES = 1;
     static void decode(const Row& row, int64_t k, Vec* out) {
-        const __m256 scale = broadcast_f16(row.scale, k / row.group);
+        const __m256 scale =
+            BF16_SCALES ? broadcast_bf16(row.scale, k / row.group) : broadcast_f16(row.scale, k / row.group);
         const __m256 minus_8 = _mm256_mul_ps(scale, _mm256_set1_ps(-8.0f));
         for (int v = 0; v < 2; v++) {
             const __m256i bytes = load_8_bytes_as_32_bits(row.weight + k / 2 + 8 * v);
@@ -133,16 +141,19 @@ struct Int4 {
     }
 };
 
+using Int4 = Int4OfScales<false>;
+using Int4Bf16 = Int4OfScales<true>;
+
 }  // namespace
 
 const Kernels AVX2 = {
     "avx2",
-    {matmul_f32<Fp32>, matmul_f32<Bf16>, matmul_f32<Fp8>, matmul_f32<Int8>, matmul_f32<Int4>},
-    {nullptr, nullptr, nullptr, matmul_int8_avx2, matmul_int4_avx2},
+    {matmul_f32<Fp32>, matmul_f32<Bf16>, matmul_f32<Fp8>, matmul_f32<Int8>, matmul_f32<Int4>, matmul_f32<Int4Bf16>},
+    {nullptr, nullptr, nullptr, matmul_int8_avx2, matmul_int4_avx2, matmul_int4_avx2},
     pack_token_int8,
     silu_mul,
     {weighted_sum_f32<Fp32>, weighted_sum_f32<Bf16>, weighted_sum_f32<Fp8>, weighted_sum_f32<Int8>,
-     weighted_sum_f32<Int4>},
+     weighted_sum_f32<Int4>, weighted_sum_f32<Int4Bf16>},
     exp_scores,
 };
 

@@ -44,8 +44,9 @@ struct RowTile {
     const uint8_t* weight[TILE_ROWS];
     const uint8_t* scale[TILE_ROWS];
     int64_t I;
+    bool has_bf16_scales;
 
-    RowTile(const RowBlock& rows, int64_t first) : I(rows.layout.I) {
+    RowTile(const RowBlock& rows, int64_t first) : I(rows.layout.I), has_bf16_scales(rows.layout.has_bf16_scales()) {
         for (int64_t r = 0; r < TILE_ROWS; r++) {
             const int64_t row = first + r < rows.count ? first + r : rows.count - 1;
             weight[r] = rows.weight(row);
@@ -85,7 +86,8 @@ void transpose_scales(const RowTile& tile, int64_t groups, float* to) {
             }
             for (int r = 0; r < 8; r++) a[r] = b[r];
         }
-        for (int c = 0; c < 8; c++, to += 8) _mm256_store_ps(to, _mm256_cvtph_ps(a[c]));
+        for (int c = 0; c < 8; c++, to += 8)
+            _mm256_store_ps(to, tile.has_bf16_scales ? floats_from_bf16(a[c]) : _mm256_cvtph_ps(a[c]));
     }
 }
 

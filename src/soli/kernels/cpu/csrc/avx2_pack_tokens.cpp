@@ -55,14 +55,14 @@ void pack_token_int8(const Layout& layout, const uint16_t* x, uint8_t* token, in
     const __m256i half_sums = add_lanes_of_4(sums);  // of 16 values
     const __m128i run_sums = _mm_add_epi32(_mm256_castsi256_si128(half_sums), _mm256_extracti128_si256(half_sums, 1));
     alignas(16) int32_t corrections[4];
-    const int offset = layout.format == INT4 ? -8 : -128;
+    const int offset = layout.is_int4() ? -8 : -128;
     _mm_store_si128(reinterpret_cast<__m128i*>(corrections), _mm_mullo_epi32(run_sums, _mm_set1_epi32(offset)));
     if (layout.group > 32) {
         corrections[0] += corrections[1];
         corrections[2] += corrections[3];
     }
     if (layout.group > 64) corrections[0] += corrections[2];
-    if (layout.format == INT4) order_as_nibbles(values);
+    if (layout.is_int4()) order_as_nibbles(values);
     const Int8Token to(token, padded(layout.I));
     for (int v = 0; v < 4; v++) _mm256_store_si256(reinterpret_cast<__m256i*>(to.values + at + 32 * v), values[v]);
     __builtin_memcpy(to.corrections + at / 32, corrections, sizeof corrections);

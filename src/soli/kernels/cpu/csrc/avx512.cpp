@@ -32,6 +32,12 @@ __m512 broadcast_f16(const uint8_t* base, int64_t index) {
     return _mm512_set1_ps(_cvtsh_ss(f16));
 }
 
+__m512 broadcast_bf16(const uint8_t* base, int64_t index) {
+    uint16_t bf16;
+    __builtin_memcpy(&bf16, base + 2 * index, 2);
+    return _mm512_set1_ps(float_from_bf16(bf16));
+}
+
 __m128i load_16_bytes(const uint8_t* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
 
 struct Fp32 {
@@ -93,12 +99,14 @@ struct Int8 {
 
 // A run of 16 bytes holds 32 inputs: the low nibbles the first 16, the high nibbles the others (diagram:
 // int8_tokens.h).
-struct Int4 {
+template <bool BF16_SCALES>
+struct Int4OfScales {
     static constexpr int STEP = 32;
     static constexpr int BYTES = 1;
     static void decode(const Row& row, int64_t k, Vec* out) {
         const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-        const __m512 scale = broadcast_f16(row.scale, k / row.group);
+        const __m512 scale =
+            BF16_SCALES ? broadcast_bf16(row.scale, k / row.group) : broadcast_f16(row.scale, k / row.group);
         const __m512i bytes =
             _mm512_cvtepu8_epi32(load_16_bytes(row.weight + k / 2));  // the permutation reads the low four bits
         out[0].v = _mm512_mul_ps(_mm512_permutexvar_ps(bytes, values), scale);
@@ -109,16 +117,19 @@ struct Int4 {
     }
 };
 
+using Int4 = Int4OfScales<false>;
+using Int4Bf16 = Int4OfScales<true>;
+
 // AVX-512 and AMX differ in their products of bfloat16 tokens only.
 constexpr Kernels with_bf16(const char* name, MatmulBf16 bf16, MatmulBf16 fp8, MatmulBf16 int8, MatmulBf16 int4) {
     return {
         name,
-        {matmul_f32<Fp32>, matmul_f32<Bf16>, matmul_f32<Fp8>, matmul_f32<Int8>, matmul_f32<Int4>},
-        {nullptr, bf16, fp8, int8, int4},
+        {matmul_f32<Fp32>, matmul_f32<Bf16>, matmul_f32<Fp8>, matmul_f32<Int8>, matmul_f32<Int4>, matmul_f32<Int4Bf16>},
+        {nullptr, bf16, fp8, int8, int4, int4},
         pack_token,
         silu_mul,
         {weighted_sum_f32<Fp32>, weighted_sum_f32<Bf16>, weighted_sum_f32<Fp8>, weighted_sum_f32<Int8>,
-         weighted_sum_f32<Int4>},
+         weighted_sum_f32<Int4>, weighted_sum_f32<Int4Bf16>},
         exp_scores,
     };
 }

@@ -23,6 +23,10 @@ static inline void prefetch_line(const uint8_t* weight, int64_t at, int64_t dist
     if (at % 64 < BYTES) prefetch_l2(weight + at + distance);
 }
 
+static SOLI_INLINE __m512 floats_from_bf16(__m256i bits) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
 // 64 bytes, of which `remaining` exist: the others are zero, and are neither read nor a fault.
 template <bool FULL>
 static SOLI_INLINE __m512i load_bytes(const uint8_t* from, int64_t remaining) {

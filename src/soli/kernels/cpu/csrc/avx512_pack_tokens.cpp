@@ -20,7 +20,7 @@ SOLI_INLINE __m128i quantize_16(__m256i bf16, float factor) {
 
 // The corrections of 128 values (int8_tokens.h): minus offset * sum, of each group.
 SOLI_INLINE __m128i group_corrections(const Layout& layout, const __m512i* values) {
-    const __m512i offset = _mm512_set1_epi8(static_cast<char>(layout.format == INT4 ? 8 : 128));
+    const __m512i offset = _mm512_set1_epi8(static_cast<char>(layout.is_int4() ? 8 : 128));
     __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), offset, values[0]);
     sum = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_dpbusd_epi32(sum, offset, values[1]));
     sum = _mm512_add_epi32(sum, _mm512_shuffle_epi32(sum, _MM_PERM_BADC));
@@ -42,7 +42,7 @@ void pack_token_int8(const Layout& layout, const uint16_t* x, uint8_t* token, in
         bytes[2 * v + 1] = quantize_16(_mm512_extracti64x4_epi64(numbers[v], 1), scale.factor);
     }
     __m512i values[2] = {_mm512_load_si512(bytes), _mm512_load_si512(bytes + 4)};
-    if (layout.format == INT4 || layout.group < 128) order_as_nibbles(values);
+    if (layout.is_int4() || layout.group < 128) order_as_nibbles(values);
     const __m128i corrections = group_corrections(layout, values);
     const Int8Token to(token, padded(layout.I));
     for (int v = 0; v < 2; v++) _mm512_store_si512(to.values + at + 64 * v, values[v]);

@@ -13,10 +13,12 @@ struct RowTile {
     const uint8_t* scale[TILE_ROWS];
     int64_t I;
     int64_t count;  // rows that exist
+    bool has_bf16_scales;
 
     RowTile(const RowBlock& rows, int64_t first)
         : I(rows.layout.I),
-          count(rows.count - first < TILE_ROWS ? rows.count - first : TILE_ROWS) {
+          count(rows.count - first < TILE_ROWS ? rows.count - first : TILE_ROWS),
+          has_bf16_scales(rows.layout.has_bf16_scales()) {
         for (int64_t r = 0; r < TILE_ROWS; r++) {
             const int64_t row = first + (r < count ? r : count - 1);
             weight[r] = rows.weight(row);

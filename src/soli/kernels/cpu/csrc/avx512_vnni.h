@@ -70,9 +70,12 @@ void transpose_scales(const RowTile& tile, int64_t groups, float* to) {
                 // Columns 16 i + c and 8 further, of sixteen rows each.
                 const __m512i columns = _mm512_permutex2var_epi64(a[c], pairs[i], a[8 + c]);
                 float* at = to + TILE_ROWS * (16 * i + c);
-                _mm512_store_ps(at, _mm512_cvtph_ps(_mm512_castsi512_si256(columns)));
+                const __m256i first = _mm512_castsi512_si256(columns);
+                const __m256i second = _mm512_extracti64x4_epi64(columns, 1);
+                const bool is_bf16 = tile.has_bf16_scales;
+                _mm512_store_ps(at, is_bf16 ? floats_from_bf16(first) : _mm512_cvtph_ps(first));
                 if (16 * i + 8 < count)
-                    _mm512_store_ps(at + TILE_ROWS * 8, _mm512_cvtph_ps(_mm512_extracti64x4_epi64(columns, 1)));
+                    _mm512_store_ps(at + TILE_ROWS * 8, is_bf16 ? floats_from_bf16(second) : _mm512_cvtph_ps(second));
             }
     }
 }

@@ -17,8 +17,9 @@
 
 namespace soli {
 
-enum Format { FP32, BF16, FP8, INT8, INT4, FORMATS };  // of weights: the order of FORMATS in native.py
-enum Dtype { FLOAT32, BFLOAT16 };                      // of activations: the order of DTYPES in native.py
+// Of weights: the order of FORMATS in native.py. INT4_BF16 is int4 with scales in bfloat16 instead of float16.
+enum Format { FP32, BF16, FP8, INT8, INT4, INT4_BF16, FORMATS };
+enum Dtype { FLOAT32, BFLOAT16 };  // of activations: the order of DTYPES in native.py
 
 SOLI_INLINE int64_t dtype_bytes(int64_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
@@ -49,14 +50,16 @@ struct Layout {
     int64_t format, O, I, group;
 
     SOLI_INLINE int64_t row_bytes() const {
-        const int64_t sizes[FORMATS] = {4 * I, 2 * I, I, I, I / 2};
+        const int64_t sizes[FORMATS] = {4 * I, 2 * I, I, I, I / 2, I / 2};
         return sizes[format];
     }
-    SOLI_INLINE int64_t scale_bytes() const {  // of one row (INT8, INT4) or of 128 rows (FP8)
+    SOLI_INLINE int64_t scale_bytes() const {  // of one row (integers) or of 128 rows (FP8)
         if (format == FP8) return 4 * ((I + 127) / 128);
         return is_integer() ? 2 * (I / group) : 0;
     }
-    SOLI_INLINE bool is_integer() const { return format == INT8 || format == INT4; }
+    SOLI_INLINE bool is_int4() const { return format == INT4 || format == INT4_BF16; }
+    SOLI_INLINE bool is_integer() const { return format == INT8 || is_int4(); }
+    SOLI_INLINE bool has_bf16_scales() const { return format == INT4_BF16; }
     // Of one token for matmul_bf16: bfloat16 numbers; beside integer weights an Int8Token (int8_tokens.h).
     SOLI_INLINE int64_t bf16_token_bytes() const {
         const int64_t P = padded(I);

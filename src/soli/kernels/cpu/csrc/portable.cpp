@@ -45,6 +45,12 @@ float float_at(const uint8_t* base, int64_t index) {
     return value;
 }
 
+float float_from_bf16_at(const uint8_t* base, int64_t index) {
+    uint16_t bf16;
+    __builtin_memcpy(&bf16, base + 2 * index, 2);
+    return float_from_bf16(bf16);
+}
+
 float float_from_f16_at(const uint8_t* base, int64_t index) {
     uint16_t f16;
     __builtin_memcpy(&f16, base + 2 * index, 2);
@@ -106,11 +112,13 @@ struct Int8 {
 
 // A run of 16 bytes holds 32 inputs: the low nibbles the first 16, the high nibbles the others (diagram:
 // int8_tokens.h).
-struct Int4 {
+template <bool BF16_SCALES>
+struct Int4OfScales {
     static constexpr int STEP = 32;
     static constexpr int BYTES = 1;  // not used: rows are a multiple of 32
     static void decode(const Row& row, int64_t k, Vec* out) {
-        const float scale = float_from_f16_at(row.scale, k / row.group);
+        const float scale =
+            BF16_SCALES ? float_from_bf16_at(row.scale, k / row.group) : float_from_f16_at(row.scale, k / row.group);
         const uint8_t* run = row.weight + k / 2;
         for (int i = 0; i < STEP / 2; i++) {
             out[i / 8].lane[i % 8] = ((run[i] & 15) - 8) * scale;
@@ -120,16 +128,19 @@ struct Int4 {
     static void prefetch(const Row&, int64_t, int64_t) {}
 };
 
+using Int4 = Int4OfScales<false>;
+using Int4Bf16 = Int4OfScales<true>;
+
 }  // namespace
 
 const Kernels PORTABLE = {
     "portable",
-    {matmul_f32<Fp32>, matmul_f32<Bf16>, matmul_f32<Fp8>, matmul_f32<Int8>, matmul_f32<Int4>},
+    {matmul_f32<Fp32>, matmul_f32<Bf16>, matmul_f32<Fp8>, matmul_f32<Int8>, matmul_f32<Int4>, matmul_f32<Int4Bf16>},
     {},       // no bfloat16 products
     nullptr,  // and no tokens packed for them
     silu_mul,
     {weighted_sum_f32<Fp32>, weighted_sum_f32<Bf16>, weighted_sum_f32<Fp8>, weighted_sum_f32<Int8>,
-     weighted_sum_f32<Int4>},
+     weighted_sum_f32<Int4>, weighted_sum_f32<Int4Bf16>},
     exp_scores,
 };
 
