@@ -17,9 +17,13 @@ from soli.engine.runner import RunnerName
 from soli.engine.text_model import text_model
 from soli.experts.store import ExpertStore
 from soli.model import Transformer
+from tests.checkpoint.folders import edit_tensors
 from tests.engine.tiny import tiny_model, tiny_tokenizer
 
-FORMATS = ("bf16", "fp32", "fp8", "fp8 with scales of powers of two", "int8", "int4")
+FORMATS = (
+    "bf16", "fp32", "fp8", "fp8 with scales of powers of two", "fp8 with bf16 scales", "int8", "int4",
+    "int4 with bf16 scales",
+)  # fmt: skip
 SHAPE = {
     "vocab_size": 330, "hidden_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 4, "intermediate_size": 64,
     "max_position_embeddings": 256, "q_lora_rank": 32, "v_head_dim": 32, "kv_lora_rank": 32,
@@ -31,10 +35,17 @@ K, E, LAYERS = 3, 16, 4  # layers with experts, the MTP module's included
 def mixture_folder(format: str, shard_bytes: int = 2**30, kind: str = "v3") -> Path:
     """16 experts in each of three layers and an MTP module, of which a token chooses 3."""
     folder = Path(mkdtemp(prefix="soli-test-")) / "model"
-    name, _, powers_of_two = format.partition(" with ")
+    name, _, scales = format.partition(" with ")
+    ue8m0 = scales == "scales of powers of two"
     types = {"indexer_types": ("full", "shared", "shared", "full")} if "shared" in kind else {}
-    save_model(tiny_model(kind, **SHAPE, **types), folder, name, ue8m0=bool(powers_of_two), shard_bytes=shard_bytes)
+    save_model(tiny_model(kind, **SHAPE, **types), folder, name, ue8m0=ue8m0, shard_bytes=shard_bytes)
+    if scales == "bf16 scales":
+        edit_tensors(folder / "model.safetensors", _round_scales)
     return folder
+
+
+def _round_scales(tensors: dict[str, torch.Tensor]) -> None:
+    tensors |= {name: tensor.bfloat16() for name, tensor in tensors.items() if "_scale" in name and "head" not in name}
 
 
 def resident_model(format: str, mtp: bool = True, kind: str = "v3") -> Transformer:

@@ -61,9 +61,10 @@ def load_model(
     bf16 where weights are quantized; router biases are fp32 always. `mtp=False` leaves the MTP modules out. Nothing is
     downloaded.
 
-    `quantized` True keeps FP8, int8 and int4 weights as stored, mapped from the files and read when they are used:
-    loading takes neither time nor memory for them, and they are no parameters. False dequantizes them to `dtype`. None
-    keeps int8 and int4, and dequantizes FP8 where that fits in memory.
+    `quantized` True keeps quantized weights as stored; they are no parameters. FP8 blocks and Soli's int8 and int4 are
+    mapped from the files and read when they are used: loading takes neither time nor memory for them. Other programs'
+    weights may be copied, without loss. False dequantizes them to `dtype`. None keeps integers, and dequantizes FP8 and
+    FP4 where that fits in memory.
 
     `in_place` maps on a CPU also what the files hold in `dtype`, so that loading copies nothing: writable, and what is
     written stays in this process. Experts, which are separate tensors in files, are no parameters then. The files must
@@ -173,7 +174,7 @@ def _set_as_stored(
         elif isinstance(module, RoutedExperts):
             gates_ups, downs = sources[f"{name}.gate_up_proj"], sources[f"{name}.down_proj"]
             first = (*gates_ups[:1], *downs[:1])
-            quantized = storage.quantized and any(checkpoint.quantized(slot) for slot in first)
+            quantized = storage.quantized and any(checkpoint.layout(slot) for slot in first)
             dtypes = {TORCH_DTYPE[checkpoint.entries[slot.name].dtype] for slot in (*gates_ups, *downs)}
             plain_in_place = storage.in_place and device.type == "cpu" and dtypes == {storage.dtype}
             if quantized or plain_in_place:

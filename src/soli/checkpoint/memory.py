@@ -7,7 +7,6 @@ from math import prod
 import torch
 
 from soli.checkpoint.name_map import Kind, Slot
-from soli.checkpoint.quantization import FORMAT
 from soli.checkpoint.reader import Checkpoint
 from soli.checkpoint.shard import TORCH_DTYPE
 from soli.checkpoint.writer import Target
@@ -34,12 +33,10 @@ class Storage:
                 continue
             entry = checkpoint.entries[slot.name]
             dtype = torch.float32 if slot.kind is Kind.ROUTER_BIAS else self.dtype
-            size = entry.end - entry.start
-            format = FORMAT.get(entry.dtype)
-            if format is not None and self.quantized:
-                scale = checkpoint.entries[slot.scale_name(format)]
-                size += scale.end - scale.start
-                is_mapped = True
+            layout = checkpoint.layout(slot)
+            if layout is not None and self.quantized:
+                is_mapped = layout.is_mapped
+                size = checkpoint.bytes_in_files(slot) if is_mapped else checkpoint.bytes_as_stored(slot)
             else:
                 is_mapped = self.in_place and TORCH_DTYPE.get(entry.dtype) == dtype
                 size = prod(slot.shape) * dtype.itemsize
@@ -60,26 +57,27 @@ def choose_storage(
 ) -> tuple[Storage, str | None]:
     """How a model is loaded, and a note for the user where that is not what is usual for its files.
 
-    `quantized` None: FP8 is dequantized where that fits, and stays FP8 where only that fits. True: mapped weights may
-    exceed the memory, for they are read from the disk again when they are used again. `experts` false: routed experts
-    are not loaded. SoliError with the bytes needed and available, and what would fit.
+    `quantized` None: FP8 and FP4 are dequantized where that fits, and stay as stored where only that fits. True: mapped
+    weights may exceed the memory, for they are read from the disk again when they are used again. `experts` false:
+    routed experts are not loaded. SoliError with the bytes needed and available, and what would fit.
     """
     available = _available(device)
-    usual = quantized if quantized is not None else "F8_E4M3" not in checkpoint.quantized_dtypes
+    usual = quantized if quantized is not None else checkpoint.quantization.has_integers
     storage = Storage(dtype, device, usual, in_place)
     allocated, mapped = storage.bytes_of(checkpoint, experts)
     from_disk = quantized is True
     if allocated + (0 if from_disk else mapped) <= available:
         return storage, None
-    form = "as stored" if usual and checkpoint.quantized_dtypes else f"in {str(dtype).removeprefix('torch.')}"
+    form = "as stored" if usual and checkpoint.is_quantized else f"in {str(dtype).removeprefix('torch.')}"
     needed = f"{_gigabytes(allocated + (0 if from_disk else mapped))} of memory {form}"
     if quantized is None and not usual:
         as_stored = Storage(dtype, device, True, in_place)
         total = sum(as_stored.bytes_of(checkpoint))
         if total <= available:
+            names = checkpoint.quantization.names
             return as_stored, (
-                f"{checkpoint.folder}: its FP8 weights stay FP8, in {_gigabytes(total)}, because dequantized the model "
-                f"needs {needed}, but {_gigabytes(available)} are available"
+                f"{checkpoint.folder}: its {names} weights stay {names}, in {_gigabytes(total)}, because dequantized "
+                f"the model needs {needed}, but {_gigabytes(available)} are available"
             )
     options = "; ".join(_what_fits(checkpoint, storage, available)) or "use a machine with more memory"
     raise SoliError(
@@ -97,7 +95,7 @@ def _what_fits(checkpoint: Checkpoint, storage: Storage, available: int) -> Iter
         yield f"--dtype as-is needs {_gigabytes(allocated + mapped)}"
     elif allocated <= available:
         yield f"--dtype as-is needs {_gigabytes(allocated)} and reads the weights from the disk as they are used"
-    if not checkpoint.quantized_dtypes & {"I8", "U8"}:
+    if not checkpoint.is_integer:
         for format in ("int8", "int4"):
             if (size := _converted_bytes(checkpoint, Target(format))) <= available:
                 yield f"soli convert --to {format} makes a folder that needs {_gigabytes(size)}"

@@ -25,7 +25,7 @@ class Kind(Enum):
 
 
 # q_a_proj.weight -> q_a_proj.weight_scale_inv
-SCALE_SUFFIX: Final = {"fp8": "_scale_inv", "int8": "_scale", "int4": "_scale"}
+SCALE_SUFFIX: Final = {"fp8": "_scale_inv", "int8": "_scale", "int4": "_scale", "int4_bf16": "_scale"}
 HEAD: Final = "lm_head.weight"
 
 
@@ -63,7 +63,7 @@ class Slot:
     copy: bool = False
 
     def scale_name(self, format: str) -> str:
-        """Name of the scales of this weight in fp8, int8 or int4."""
+        """Name of the scales of this weight in a format that Soli writes."""
         return self.name + SCALE_SUFFIX[format]
 
     @property
@@ -145,6 +145,8 @@ IGNORED: Final = (
     "model.layers.*.self_attn.*k_scale", "model.layers.*.self_attn.*v_scale", "model.layers.*.self_attn.*q_scale",
     "model.layers.*.self_attn.*prob_scale", "model.layers.*.self_attn.masked_bias", "model.position_ids",
     "model.layers.*.mlp.experts.*.padding",
+    # scales of quantized activations
+    "*.input_scale", "*.input_global_scale", "*.activation_scale", "*.output_scale",
 )  # fmt: skip
 
 

@@ -21,14 +21,14 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from soli.checkpoint.name_map import HEAD, IGNORED, SCALE_SUFFIX, Kind, Slot, slots, unroll_slots
-from soli.checkpoint.quantization import FORMAT, quantized_dtypes, slot_problems
+from soli.checkpoint.layouts import SUFFIXES, WeightLayout, codec_bytes, group_of
+from soli.checkpoint.name_map import HEAD, IGNORED, Kind, Slot, slots, unroll_slots
+from soli.checkpoint.quantization import SOLI, read_quantization, slot_problems
 from soli.checkpoint.shard import TORCH_DTYPE, Shard, TensorEntry
 from soli.checkpoint.stacked import STACKED, split_stacked
-from soli.checkpoint.tensor_names import published_names, text_model_entries
+from soli.checkpoint.tensor_names import published_names, rename_values, text_model_entries
 from soli.config import MISTRAL_FORMAT, load_config_and_family
 from soli.errors import SoliError
-from soli.formats.fp8 import BLOCK, check_scale
 from soli.input_files import TABLE_BYTES, read_object
 from soli.kernels import QuantizedWeight
 from soli.sections import is_text, shown
@@ -51,12 +51,15 @@ class Checkpoint:
         self.folder = folder
         self._mapped = mapped
         self.config, family = load_config_and_family(folder)
-        self.quantized_dtypes = quantized_dtypes(folder, self.config)
+        self.quantization = read_quantization(folder, self.config)
+        self._layouts: dict[str, WeightLayout | None] = {}  # found, by slot
         self._shards = _open_shards(folder)
         left_out = 0
         for shard in self._shards.values():
             entries = text_model_entries(shard.entries, family)
             left_out += len(shard.entries) - len(entries)
+            if self.quantization.renames_values:
+                entries = rename_values(entries)
             shard.entries = split_stacked(published_names(entries, self.config.family), self.config.n_routed_experts)
         self.entries = {name: entry for shard in self._shards.values() for name, entry in shard.entries.items()}
         notes: list[str] = []
@@ -112,20 +115,65 @@ class Checkpoint:
             return None
         return self._shards[entry.file].parameter(slot.name)
 
-    def quantized(self, slot: Slot) -> QuantizedWeight | None:
-        """A slot's values and scales, mapped from disk; None where it is not quantized. FP8 scales are checked."""
-        format = FORMAT.get(self.entries[slot.name].dtype)
-        if format is None:
-            return None
-        values, scale = self.stored(slot.name), self.stored(slot.scale_name(format))
-        if format != "fp8":
-            return QuantizedWeight(format, values, scale, slot.shape, slot.shape[1] // scale.shape[1])
-        scale = scale.float()
+    def layout(self, slot: Slot) -> WeightLayout | None:
+        """How the files store a slot; None where it is not quantized."""
         try:
-            check_scale(scale)
+            return self._layouts[slot.name]
+        except KeyError:
+            return self._layouts.setdefault(slot.name, self.quantization.layout(slot, self.entries))
+
+    def format(self, slot: Slot) -> str:
+        """The codec that a slot has in memory as stored."""
+        layout = self.layout(slot)
+        if layout is not None:
+            return layout.format(slot.name, self.entries)
+        return "fp32" if self.entries[slot.name].dtype == "F32" else "bf16"
+
+    def group(self, slot: Slot) -> int:
+        """The inputs of a slot that share a scale; 0 where it is not quantized."""
+        layout = self.layout(slot)
+        if layout is None:
+            return 0
+        scale = self.entries[slot.name + layout.companions[0].suffix]
+        return group_of(self.format(slot), slot.shape, scale.shape)
+
+    def names(self, slot: Slot) -> list[str]:
+        """All tensors of a slot: its values, and what is beside them."""
+        layout = self.layout(slot)
+        return [slot.name] if layout is None else layout.names(slot.name)
+
+    def bytes_in_files(self, slot: Slot) -> int:
+        """Of all tensors of a slot."""
+        return sum(entry.end - entry.start for entry in map(self.entries.__getitem__, self.names(slot)))
+
+    def bytes_as_stored(self, slot: Slot) -> int:
+        """Of a slot in memory, with its values as stored."""
+        layout = self.layout(slot)
+        if layout is None:
+            return self.bytes_in_files(slot)
+        return codec_bytes(self.format(slot), slot.shape, self.group(slot))
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether config.json announces quantized weights."""
+        return bool(self.quantization.schemes)
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether these are Soli's int8 or int4."""
+        return self.quantization.method == SOLI
+
+    def quantized(self, slot: Slot) -> QuantizedWeight | None:
+        """A slot's values and scales, mapped from disk where memory has the files' bytes; None where it is not
+        quantized. Scales are checked, except those of Soli's int8 and int4."""
+        layout = self.layout(slot)
+        if layout is None:
+            return None
+        try:
+            return layout.read(slot.shape, *map(self.stored, layout.names(slot.name)))
         except SoliError as error:
-            raise SoliError(f"{self.entries[slot.scale_name(format)]}: {error}") from None
-        return QuantizedWeight(format, values, scale, slot.shape, BLOCK)
+            scale = self.entries[slot.name + layout.companions[0].suffix]
+            raise SoliError(f"{scale}: {error}") from None
 
     def values(self, slot: Slot, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
         """The values of a slot in `dtype` on `device`, dequantized where needed. May be the read-only map itself."""
@@ -157,8 +205,11 @@ class Checkpoint:
         dtype = self.entries[name].dtype
         if dtype != self.entries[other].dtype:
             return False
-        suffixes = ("", SCALE_SUFFIX[FORMAT[dtype]]) if dtype in FORMAT else ("",)
-        return all(torch.equal(self.stored(name + suffix), self.stored(other + suffix)) for suffix in suffixes)
+        suffixes = ("", *(suffix for suffix in SUFFIXES if name + suffix in self.entries))
+        return all(
+            other + suffix in self.entries and torch.equal(self.stored(name + suffix), self.stored(other + suffix))
+            for suffix in suffixes
+        )
 
     def _has_own_head(self) -> bool:
         """Whether the embedding is tied to a head that the files hold with other values: the head counts, as it does
@@ -191,9 +242,9 @@ class Checkpoint:
         ignored = (*IGNORED, *self.config.family.ignored_tensors)
         end = self.config.num_hidden_layers + self.config.num_nextn_predict_layers
         for slot in expected:
-            known |= {slot.name, *map(slot.scale_name, SCALE_SUFFIX)}
+            known |= {slot.name, *(slot.name + suffix for suffix in SUFFIXES)}
             if self.holds(slot):
-                yield from slot_problems(slot, self.entries, self.quantized_dtypes)
+                yield from slot_problems(slot, self.entries, self.quantization)
             elif not slot.copy:
                 listing = self.folder / (INDEX if (self.folder / INDEX).exists() else SINGLE)
                 tensor = f"tensor {slot.name} of shape {slot.shape}"

@@ -40,6 +40,8 @@ TORCH_DTYPE: Final = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
+    "I32": torch.int32,
+    "I64": torch.int64,
 }
 FILE_DTYPE: Final = {dtype: name for name, dtype in TORCH_DTYPE.items()}
 HEADER_LIMIT: Final = 100_000_000  # bytes; the safetensors library's own limit

@@ -27,14 +27,17 @@ TOKENIZER_FILES: Final = (
     "*.tiktoken", "tiktoken.model", "chat_template*", "additional_chat_templates/*.jinja",
 )  # fmt: skip
 
+QUANTIZATION: Final = "hf_quant_config.json"  # of ModelOpt; what is written says in config.json how it is quantized
+
 SideFiles = Mapping[str, Path | str]  # by name: a file to copy, or the text to write
 
 
 def files_beside(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
-    """Files of `folder` by name that match `patterns`, without the configuration and the index, which are rewritten.
+    """Files of `folder` by name that match `patterns`, without configurations and the index, which are rewritten.
     SoliError naming a symlink out of the folder, or a file that is too large for one of them."""
     matches = matching_files(folder, patterns).items()
-    files = {name: file for name, file in matches if name != "config.json" and not name.endswith(".index.json")}
+    rewritten = ("config.json", QUANTIZATION)
+    files = {name: file for name, file in matches if name not in rewritten and not name.endswith(".index.json")}
     for name, file in files.items():
         size = file.stat().st_size
         if size > TABLE_BYTES:

@@ -1,11 +1,15 @@
-"""Tensors of files under the names of the name map: those of a text model inside a model of images and text, and those
-that transformers names otherwise than the published files."""
+"""Tensors of files under the names of the name map: those of a text model inside a model of images and text, those that
+transformers names otherwise than the published files, and values of quantized weights, which are `weight` here."""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Final
 
 from soli.checkpoint.shard import TensorEntry
 from soli.errors import SoliError
 from soli.families import ModelFamily
+
+VALUES: Final = {".weight_packed": ".weight", ".weight_blocks": ".weight", ".weight_scales": ".weight_scale"}
 
 
 def published_names(entries: Mapping[str, TensorEntry], family: ModelFamily) -> dict[str, TensorEntry]:
@@ -34,3 +38,18 @@ def text_model_entries(entries: Mapping[str, TensorEntry], family: ModelFamily) 
             raise SoliError(f"{entry} and {own[own_name].name} are the same tensor: remove one of them")
         own[own_name] = entry
     return own
+
+
+def rename_values(entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """`entries` with the values of quantized weights under the weights' names, unless both are there."""
+    renamed = {}
+    for name, entry in entries.items():
+        suffix = next((suffix for suffix in VALUES if name.endswith(suffix)), None)
+        weight = name if suffix is None else name.removesuffix(suffix) + VALUES[suffix]
+        if weight in entries:
+            weight = name
+        elif suffix == ".weight_blocks" and len(entry.shape) == 3:  # (O, G, 16)
+            rows, groups, width = entry.shape
+            entry = replace(entry, shape=(rows, groups * width))
+        renamed[weight] = entry
+    return renamed

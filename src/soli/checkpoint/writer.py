@@ -109,12 +109,7 @@ class Target:
         quantization = self.codec(slot)
         if quantization is None:
             return [(slot.name, FILE_DTYPE[self.dtype(slot)], slot.shape)]
-        codec, group = quantization
-        assert codec.scale_dtype is not None
-        return [
-            (slot.name, FILE_DTYPE[codec.values_dtype], codec.values_shape(slot.shape)),
-            (slot.scale_name(codec.name), FILE_DTYPE[codec.scale_dtype], codec.scale_shape(slot.shape, group)),
-        ]
+        return codec_specs(slot, *quantization)
 
     def bytes_of(self, slot: Slot) -> int:
         """Bytes of a slot in the files, with its scales."""
@@ -134,6 +129,21 @@ class Target:
             return None
         high = [slot.name for slot in slots(config) if len(slot.shape) == 2 and self.codec(slot) is None]
         return describe_integers(default.bits, self.group or default.groups[0], ["lm_head", *self.int8_modules], high)
+
+
+def codec_specs(slot: Slot, codec: Codec, group: int) -> list[Spec]:
+    """Values and scales of a slot that is quantized."""
+    assert codec.scale_dtype is not None
+    return [
+        (slot.name, FILE_DTYPE[codec.values_dtype], codec.values_shape(slot.shape)),
+        (slot.scale_name(codec.name), FILE_DTYPE[codec.scale_dtype], codec.scale_shape(slot.shape, group)),
+    ]
+
+
+def as_tensors(value: Encoded | None) -> list[Tensor]:
+    """A slot's values, and scales where it has them."""
+    tensors = (value,) if isinstance(value, Tensor) or value is None else (value.values, value.scale)
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def write(
@@ -214,10 +224,8 @@ def _write_shard(file: Path, shard: Sequence[Slot], target: Target, fetch: Fetch
         stream.write(head)
         stream.truncate(size)
         for slot in shard:
-            value = fetch(slot)
-            tensors = (value,) if isinstance(value, Tensor) else (value.values, value.scale)
-            for (name, dtype, shape), tensor in zip(target.specs(slot), tensors, strict=True):
-                assert tensor is not None and (FILE_DTYPE[tensor.dtype], tuple(tensor.shape)) == (dtype, shape), name
+            for (name, dtype, shape), tensor in zip(target.specs(slot), as_tensors(fetch(slot)), strict=True):
+                assert (FILE_DTYPE[tensor.dtype], tuple(tensor.shape)) == (dtype, shape), name
                 stream.seek(offsets[name])
                 stream.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
             yield target.bytes_of(slot)

@@ -152,7 +152,14 @@ def _memory_for_paging(checkpoint: Checkpoint) -> int | None:
     memory, margin = default_memory()
     if stored <= available_memory() or not checkpoint.config.n_routed_experts:
         return None
-    if sum(least_bytes_of(checkpoint, sources_of(checkpoint))) > memory:
+    try:
+        sources = sources_of(checkpoint)
+    except SoliError as error:
+        raise SoliError(
+            f"the model takes {scaled(stored, 'B')}, more than is available, and cannot be read from disk as it is "
+            f"needed: {error}"
+        ) from None
+    if sum(least_bytes_of(checkpoint, sources)) > memory:
         return None
     warnings.warn(
         f"the model takes {scaled(stored, 'B')}, more than is available, so its experts are read from disk as they are "

@@ -94,10 +94,7 @@ class Slots:
         base = slot * self._size
         for part, offset in _copied_offsets(layout).items():
             raw = self._bytes[base + part.offset : base + part.offset + part.nbytes].clone()
-            values = raw.view(part.dtype)
-            if part.dtype == torch.float8_e8m0fnu:
-                values = values.float()
-            copied = values.view(torch.uint8)
+            copied = raw.view(part.dtype).to(part.used_dtype).view(torch.uint8)
             self._bytes[base + offset : base + offset + len(copied)] = copied
 
     def _tensor(

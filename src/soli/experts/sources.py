@@ -7,7 +7,7 @@ so a part has the same address in its slot as in its file, modulo ALIGNMENT.
 Shapes: E experts, D hidden, F expert width.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -16,17 +16,18 @@ from typing import Final, NamedTuple
 
 import torch
 
-from soli.checkpoint.name_map import SCALE_SUFFIX, Slot
+from soli.checkpoint.name_map import Slot
 from soli.checkpoint.pack import checksums
-from soli.checkpoint.quantization import FORMAT
 from soli.checkpoint.reader import Checkpoint
 from soli.checkpoint.shard import TORCH_DTYPE, TensorEntry
 from soli.errors import SoliError
 from soli.formats.quantized import CODECS
+from soli.kernels.cpu.native import FORMATS
 
 ALIGNMENT: Final = 4096  # bytes, of direct I/O on every common file system
 MERGE_GAP: Final = 32 * 1024  # bytes that are read in vain rather than by another read
 MATRICES: Final = ("gate", "up", "down")
+READABLE: Final = "bf16, fp32, FP8 blocks and Soli's int8 and int4"
 
 
 class Read(NamedTuple):
@@ -41,11 +42,13 @@ class Read(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Values or scale of one matrix: its first byte in the slot, as read, and its tensor's name, for messages."""
+    """Values or scale of one matrix: its first byte in the slot, as read, its dtype there and where it is used, and its
+    tensor's name, for messages."""
 
     offset: int
     nbytes: int
     dtype: torch.dtype
+    used_dtype: torch.dtype
     name: str
 
 
@@ -158,28 +161,31 @@ def _layer(checkpoint: Checkpoint, name: str, slots: Sequence[Slot], files: dict
 
 def _matrix(checkpoint: Checkpoint, slot: Slot) -> Matrix:
     entry = checkpoint.entries[slot.name]
-    format = FORMAT.get(entry.dtype)
-    if format is not None:
-        scale = checkpoint.entries[slot.scale_name(format)]
-        group = CODECS[format].groups[0] if format == "fp8" else slot.shape[1] // scale.shape[1]
-        return Matrix(format, group, (slot.shape[0], slot.shape[1]))
-    if entry.dtype not in ("BF16", "F32"):
-        raise SoliError(f"{entry} is {entry.dtype}; experts are read from disk in bf16, fp32, FP8, int8 or int4")
-    return Matrix({"BF16": "bf16", "F32": "fp32"}[entry.dtype], 0, (slot.shape[0], slot.shape[1]))
+    layout = checkpoint.layout(slot)
+    if layout is None and entry.dtype not in ("BF16", "F32"):
+        raise SoliError(f"{entry} is {entry.dtype}; experts are read from disk in {READABLE}")
+    format = checkpoint.format(slot)
+    if layout is not None and not (layout.is_mapped and format in FORMATS):
+        target = "as-is" if format.startswith("int") else "int8"
+        raise SoliError(
+            f"{entry} is {layout.name}; experts are read from disk in {READABLE}: `soli convert SRC DST --to {target} "
+            "--pack` writes a folder in one of these"
+        )
+    return Matrix(format, checkpoint.group(slot), (slot.shape[0], slot.shape[1]))
 
 
-def _expert(checkpoint: Checkpoint, slots: Iterable[Slot], files: dict[Path, int]) -> ExpertLayout:
-    values, scales = [], []
-    for slot in slots:
-        entry = checkpoint.entries[slot.name]
-        format = FORMAT.get(entry.dtype)
-        values.append(entry)
-        scales.append(None if format is None else checkpoint.entries[slot.name + SCALE_SUFFIX[format]])
-    return layout([*values, *scales], files)
+def _expert(checkpoint: Checkpoint, slots: Sequence[Slot], files: dict[Path, int]) -> ExpertLayout:
+    names = [checkpoint.names(slot) for slot in slots]
+    values = [checkpoint.entries[one[0]] for one in names]
+    scales = [checkpoint.entries[one[1]] if len(one) > 1 else None for one in names]
+    scale_dtypes = [CODECS[checkpoint.format(slot)].scale_dtype for slot in slots]
+    return layout([*values, *scales], files, [*(TORCH_DTYPE[entry.dtype] for entry in values), *scale_dtypes])
 
 
-def layout(entries: Sequence[TensorEntry | None], files: dict[Path, int]) -> ExpertLayout:
-    """Plan the reads of an expert whose parts are `entries`; `files` numbers their files, and grows."""
+def layout(
+    entries: Sequence[TensorEntry | None], files: dict[Path, int], dtypes: Sequence[torch.dtype | None]
+) -> ExpertLayout:
+    """Plan the reads of an expert whose parts are `entries`, used in `dtypes`. `files` numbers files, and grows."""
     present = [entry for entry in entries if entry is not None and entry.end > entry.start]
     present.sort(key=lambda entry: (str(entry.file), entry.start))
     runs: list[list[TensorEntry]] = [[entry] for entry in present[:1]]
@@ -201,8 +207,11 @@ def layout(entries: Sequence[TensorEntry | None], files: dict[Path, int]) -> Exp
         end += length
     parts = tuple(
         None if entry is None
-        else Part(offsets.get(entry.name, 0), entry.end - entry.start, TORCH_DTYPE[entry.dtype], str(entry))
-        for entry in entries
+        else Part(
+            offsets.get(entry.name, 0), entry.end - entry.start, TORCH_DTYPE[entry.dtype],
+            dtype or TORCH_DTYPE[entry.dtype], str(entry),
+        )
+        for entry, dtype in zip(entries, dtypes, strict=True)
     )  # fmt: skip
     return ExpertLayout(tuple(reads), parts, end + _copied_bytes(parts))
 
@@ -214,7 +223,7 @@ def _copied_bytes(parts: Sequence[Part | None]) -> int:
 
 def needs_copy(part: Part) -> bool:
     """Whether a part cannot be used where it was read: its place is not aligned, or scales need another dtype."""
-    return bool(part.offset % part.dtype.itemsize) or part.dtype == torch.float8_e8m0fnu
+    return bool(part.offset % part.dtype.itemsize) or part.dtype != part.used_dtype
 
 
 def aligned(size: int) -> int:

@@ -31,7 +31,7 @@ from soli.plan.inference import (
     predict_decode,
     predict_prompt,
 )
-from soli.plan.sizes import FORMATS, ModelSizes, published_format, sizes_in, sizes_of
+from soli.plan.sizes import FORMATS, ModelSizes, sizes_as_published, sizes_in, sizes_of
 
 PROMPT: Final = 512  # tokens, after which decoding begins
 ANSWER: Final = 256  # tokens that the latent cache has room for beside the prompt
@@ -59,7 +59,10 @@ class PlannedModel:
         if format is None and self.stored:
             assert self.folder is not None
             return sizes_of(open_checkpoint(self.folder))
-        return sizes_in(self.config, format or self.published)
+        try:
+            return sizes_as_published(self.config) if format is None else sizes_in(self.config, format)
+        except SoliError as error:
+            raise SoliError(f"{self.name}: {error}") from None
 
     @property
     def index_bytes(self) -> int | None:
@@ -70,13 +73,6 @@ class PlannedModel:
         metadata = read_object(index, TABLE_BYTES).get("metadata")
         size = metadata.get("total_size") if isinstance(metadata, dict) else None
         return int(size) if isinstance(size, int | float) and 0 < size < 2**62 else None
-
-    @property
-    def published(self) -> str:
-        try:
-            return published_format(self.config)
-        except SoliError as error:
-            raise SoliError(f"{self.name}: {error}") from None
 
 
 @dataclass(frozen=True)

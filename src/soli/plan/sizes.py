@@ -23,16 +23,18 @@ from soli.analysis.parameters import (
     weights,
 )
 from soli.checkpoint.name_map import Slot
-from soli.checkpoint.quantization import FORMAT
+from soli.checkpoint.quantization import SOLI, parse_quantization
 from soli.checkpoint.reader import Checkpoint
 from soli.config import ModelConfig
 from soli.errors import SoliError
 from soli.experts.sources import ALIGNMENT, aligned, sources_of
 from soli.formats.quantized import CODECS, INT8, IntegerCodec
-from soli.sections import shown
+from soli.kernels.cpu import native
 
 FORMATS: Final = ("fp8", "bf16", "int8", "int4")  # that a table compares
+JOINT: Final = "joint projection"  # of MTP modules
 PARTS: Final = (ROUTED, SHARED, ATTENTION, DENSE, EMBEDDING, HEAD, ROUTER, NORMS)
+FORMATS_OF_KERNELS: Final = {format: format.removesuffix("_bf16") for format in native.FORMATS}
 _HIGH_DTYPE: Final = {"fp32": 4}  # bytes of what is not quantized; elsewhere 2
 
 
@@ -85,34 +87,61 @@ class ModelSizes:
         return min(self.config.num_experts_per_tok, self.experts)
 
 
+def published_formats(config: ModelConfig) -> dict[str, str]:
+    """The format of each part by what config.json announces, bf16 for what the kernels do not read. SoliError for what
+    Soli does not read."""
+    dtype = config.extra.get("torch_dtype") or config.extra.get("dtype")
+    high = "fp32" if dtype == "float32" else "bf16"
+    try:
+        quantization = parse_quantization(config.quantization_config)
+    except SoliError as error:
+        raise SoliError(f"{error}: choose a format with --format") from None
+    if quantization.method in (SOLI, "fp8"):  # of every weight that has this format in Soli's own files
+        everywhere = quantization.format_of([""]) or high
+        return dict.fromkeys((*PARTS, JOINT), FORMATS_OF_KERNELS.get(everywhere, "bf16"))
+    last = config.num_hidden_layers - 1
+    modules = {
+        ROUTED: f"model.layers.{last}.mlp.experts.0.down_proj",
+        SHARED: f"model.layers.{last}.mlp.shared_experts.down_proj",
+        ATTENTION: f"model.layers.{last}.self_attn.o_proj",
+        DENSE: "model.layers.0.mlp.down_proj",
+    }
+    names = {part: [module, f"language_model.{module}"] for part, module in modules.items()}
+    formats_of = {part: quantization.format_of(names[part]) or high for part in names}
+    return dict.fromkeys((*PARTS, JOINT), high) | {
+        part: FORMATS_OF_KERNELS.get(format, "bf16") for part, format in formats_of.items()
+    }
+
+
 def published_format(config: ModelConfig) -> str:
-    """The format that config.json announces. SoliError for one that Soli does not read."""
-    announced = config.quantization_config
-    if announced is None:
-        dtype = config.extra.get("torch_dtype") or config.extra.get("dtype")
-        return "fp32" if dtype == "float32" else "bf16"
-    method = announced.get("quant_method")
-    if method == "soli" and announced.get("bits") in (4, 8):
-        return f"int{announced['bits']}"
-    if method == "fp8":
-        return "fp8"
-    raise SoliError(
-        f"quantization_config.quant_method is {shown(method)}, and Soli reads fp8 or its own int8 and int4: choose a "
-        "format with --format"
-    )
+    """The format of the routed experts that config.json announces. SoliError for one that Soli does not read."""
+    return published_formats(config)[ROUTED]
 
 
 def sizes_in(config: ModelConfig, format: str) -> ModelSizes:
     """Every tensor in `format` as `soli convert` writes it, by the configuration. SoliError for a model without routed
     experts."""
+    return _sizes(config, dict.fromkeys((*PARTS, JOINT), format))
+
+
+def sizes_as_published(config: ModelConfig) -> ModelSizes:
+    """Every tensor as the published files have it, by the configuration alone."""
+    return _sizes(config, published_formats(config))
+
+
+def _sizes(config: ModelConfig, formats: Mapping[str, str]) -> ModelSizes:
     _require_experts(config, str(config.model_type), None)
     groups = weights(config)
     names = [name for name in PARTS if any(group.component == name for group in groups)]
-    parts = tuple(_part(name, [group for group in groups if group.component == name], format) for name in names)
+    parts = tuple(
+        _part(name, [group for group in groups if group.component == name], formats[name]) for name in names
+    )
     routed = [group for group in groups if group.component == ROUTED]
-    expert = sum(_bytes(group, format) for group in routed) // (config.num_moe_layers * config.n_routed_experts)
-    mtp = sum(_bytes(group, format) for group in mtp_weights(config))
-    return ModelSizes(config, format, _with_tied_head(config, parts), expert, aligned(expert) + ALIGNMENT, mtp)
+    experts = config.num_moe_layers * config.n_routed_experts
+    expert = sum(_bytes(group, formats[ROUTED]) for group in routed) // experts
+    mtp = sum(_bytes(group, formats[group.component]) for group in mtp_weights(config))
+    slot_bytes = aligned(expert) + ALIGNMENT
+    return ModelSizes(config, formats[ROUTED], _with_tied_head(config, parts), expert, slot_bytes, mtp)
 
 
 def sizes_of(checkpoint: Checkpoint) -> ModelSizes:
@@ -133,16 +162,24 @@ def sizes_of(checkpoint: Checkpoint) -> ModelSizes:
         share = by_config[name].bytes_per_token / by_config[name].bytes  # the same in every format
         format = _format_of(checkpoint, max(slots, key=lambda slot: prod(slot.shape)))
         parts.append(PartSize(name, format, size, round(share * size), by_config[name].flops_per_token))
-    sources = sources_of(checkpoint)
     routed = next(part for part in parts if part.name == ROUTED)
+    expert_bytes = routed.bytes // (config.num_moe_layers * config.n_routed_experts)
     return ModelSizes(
         config=config,
         format=routed.format,
         parts=tuple(parts),
-        expert_bytes=routed.bytes // (config.num_moe_layers * config.n_routed_experts),
-        slot_bytes=sources.slot_bytes,
+        expert_bytes=expert_bytes,
+        slot_bytes=_slot_bytes(checkpoint, expert_bytes),
         mtp_bytes=sum(_stored(checkpoint, slot) for slot in mtp),
     )
+
+
+def _slot_bytes(checkpoint: Checkpoint, expert_bytes: int) -> int:
+    """Of the cache; where experts are not read from these files, of those of a pack of them."""
+    try:
+        return sources_of(checkpoint).slot_bytes
+    except SoliError:
+        return aligned(expert_bytes) + ALIGNMENT
 
 
 def _require_experts(config: ModelConfig, name: str, size: int | None) -> None:
@@ -214,18 +251,15 @@ def _part_of(slot: Slot) -> str:
 
 
 def _stored(checkpoint: Checkpoint, slot: Slot) -> int:
-    """Bytes of a tensor with its scales in memory, where scales of FP8 are fp32."""
+    """Bytes of a tensor with its scales in memory."""
     if not checkpoint.holds(slot):
         return 0
-    entry = checkpoint.entries[slot.name]
-    size = entry.end - entry.start
-    format = FORMAT.get(entry.dtype)
-    if format is not None:
-        scale = checkpoint.entries[slot.scale_name(format)]
-        size += prod(scale.shape) * (4 if format == "fp8" else 2)
-    return size
+    format = checkpoint.format(slot)
+    if format in FORMATS_OF_KERNELS:
+        return checkpoint.bytes_as_stored(slot)
+    return prod(slot.shape) * 2
 
 
 def _format_of(checkpoint: Checkpoint, slot: Slot) -> str:
-    dtype = checkpoint.entries[slot.name].dtype
-    return FORMAT.get(dtype) or ("fp32" if dtype == "F32" else "bf16")
+    """By the name that rates are measured by; bf16 for what the kernels do not read, which is dequantized."""
+    return FORMATS_OF_KERNELS.get(checkpoint.format(slot), "bf16")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from soli.analysis.parameters import training_flops
-from soli.config import ModelConfig, preset, replace
+from soli.config import ModelConfig, replace, resolve
 from soli.errors import SoliError
 from soli.sections import (
     BelowOne,
@@ -196,7 +196,7 @@ def _read_model(table: Any) -> ModelConfig:
     if "preset" not in table:
         return ModelConfig.from_dict(table)
     changes = {name: value for name, value in table.items() if name != "preset"}
-    return replace(preset(convert("model.preset", table["preset"], str)), changes)
+    return replace(resolve(convert("model.preset", table["preset"], str)), changes)
 
 
 def _read_extension(tables: Any) -> tuple[ExtensionSettings, ...]:
