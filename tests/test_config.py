@@ -1,5 +1,6 @@
 """Configuration: every spelling in use is read, every field survives a round trip, bad values are rejected by name."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -215,6 +216,12 @@ ROPE = {**YARN, "mscale_all_dim": 1.0}
         {"index_head_dim": 128},
         {"indexer_types": ["full"] * 61},
         {"zero_expert_num": 4},
+        {"gated_norm_rank": 16},
+        {"mla_scale_q_lora": True},
+        {"linear_num_heads": 32},
+        {"kv_source_layers": [0, 0, 1]},
+        {"moe_router_enable_expert_bias": False},
+        {"moe_topk": 12},
         {"hc_mult": 4},
         {"layer_types": ["full_attention"] * 60 + ["sliding_attention"]},
         {"mlp_layer_types": ["dense"] * 2 + ["sparse"] * 59},
@@ -286,6 +293,59 @@ def test_a_field_without_effect_and_a_neutral_value_are_ignored(changes):
     fields = [field for field in FIELDS if field != "rope_scaling"]
     assert [getattr(config, field) for field in fields] == [getattr(expected, field) for field in fields]
     assert ModelConfig.from_dict(config.to_dict()) == config
+
+
+MISTRAL = {"model_type": "mistral4", "num_hidden_layers": 2}
+TABLE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4}
+
+
+def test_mistral4_scales_queries_as_its_rope_table_says():
+    default = ModelConfig.from_dict(MISTRAL)
+    assert default.llama_4_scaling.beta == 0.1 and default.rope_scaling.factor == 128.0
+    config = ModelConfig.from_dict(MISTRAL | {"rope_parameters": {**TABLE, "llama_4_scaling_beta": 0.3}})
+    assert dataclasses.asdict(config.llama_4_scaling) == {"beta": 0.3, "original_max_position_embeddings": 16}
+    assert config.to_dict()["rope_parameters"]["llama_4_scaling_beta"] == 0.3
+    beside = {"llama_4_scaling": {"beta": 0.3, "original_max_position_embeddings": 16}, "rope_parameters": TABLE}
+    assert ModelConfig.from_dict(MISTRAL | beside) == config
+    for neutral in ({**TABLE, "llama_4_scaling_beta": 0}, {**TABLE, "llama_4_scaling_beta": None}, TABLE):
+        assert ModelConfig.from_dict(MISTRAL | {"rope_scaling": neutral}).llama_4_scaling is None
+    for plain in (config, ModelConfig.from_dict(MISTRAL | {"rope_parameters": {"rope_type": "default"}})):
+        assert ModelConfig.from_dict(plain.to_dict()) == plain
+    assert replace(config, {"rope_scaling": None}).rope_scaling is None
+    assert replace(config, {"rope_scaling.factor": 8}).rope_scaling.factor == 8.0
+    assert replace(config, {"num_hidden_layers": 3}).llama_4_scaling == config.llama_4_scaling
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "llama_4_scaling_beta": 0.1}}, "original_max"),
+        ({"rope_parameters": {**TABLE, "llama_4_scaling_beta": "0.1"}}, "llama_4_scaling.beta"),
+        ({"rope_parameters": {**TABLE, "partial_rotary_factor": 0.25}}, "partial_rotary_factor"),
+        ({"llama_4_scaling": {"beta": 0.1}}, "original_max_position_embeddings"),
+        ({"llama_4_scaling": {"beta": 0.1, "original_max_position_embeddings": 8, "x": 1}}, "llama_4_scaling.*x"),
+        ({"llama_4_scaling": {"beta": 0.1, "original_max_position_embeddings": 8}}, "llama_4_scaling"),
+    ],
+    ids=str,
+)
+def test_bad_scaling_of_queries_is_named(changes, name):
+    with pytest.raises(SoliError, match=name):
+        ModelConfig.from_dict(MISTRAL | {"rope_parameters": {**TABLE, "llama_4_scaling_beta": 0.3}} | changes)
+
+
+@pytest.mark.parametrize("heads", [None, 1, 8, 128])
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe_lite", "sarvam_mla", "youtu", "axk1", "mistral4"])
+def test_key_value_heads_mean_nothing_to_latent_attention(family, heads):
+    config = ModelConfig.from_dict({"model_type": family, "num_key_value_heads": heads})
+    assert config == ModelConfig.from_dict({"model_type": family})
+    assert config.num_key_value_heads == config.num_attention_heads
+
+
+def test_token_ids_of_the_large_model_are_none_of_a_small_vocabulary():
+    small = ModelConfig.from_dict({"model_type": "youtu", "vocab_size": 97, "bos_token_id": 128000, "eos_token_id": 5})
+    assert (small.bos_token_id, small.eos_token_id) == (None, 5)
+    with pytest.raises(SoliError, match="eos_token_id is 128000"):
+        ModelConfig.from_dict({"model_type": "youtu", "vocab_size": 97, "eos_token_id": 128000})
 
 
 def test_glm4_moe_lite_says_its_dense_layers_by_a_list():

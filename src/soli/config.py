@@ -258,6 +258,10 @@ def _check_extra(config: ModelConfig) -> None:
             "moe_router_activation_func": config.scoring_func,
             "shared_expert_intermediate_size": config.n_shared_experts * config.moe_intermediate_size,
             "moe_shared_expert_intermediate_size": config.n_shared_experts * config.moe_intermediate_size,
+            "moe_router_enable_expert_bias": config.topk_method == "noaux_tc",
+            "router_scaling_factor": config.routed_scaling_factor,
+            "moe_topk": config.num_experts_per_tok,
+            "expert_ffn_hidden_size": config.moe_intermediate_size,
             "rotary_emb_base": config.rope_theta,
         },
     )

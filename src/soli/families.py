@@ -17,6 +17,7 @@ class ModelFamily:
     architecture: str = "DeepseekV3ForCausalLM"  # of config.json's `architectures`
     defaults: Mapping[str, Any] = field(default_factory=dict)  # an absent field; of the others ModelConfig's default
     sparse_attention: bool = False  # DSA: an indexer selects the tokens that attention reads
+    stacks_experts: bool = False  # its other readers know an expert's weights in stacks alone, where these are bf16
     writes_layer_types: bool = False  # its readers know `mlp_layer_types` instead of `first_k_dense_replace`
     text_config: str = ""  # the field that has the configuration of the text model, in a model of more than text
     text_model_type: str = ""  # the text model's type, where its configuration has none
@@ -168,6 +169,7 @@ FAMILIES: Final[Mapping[str, ModelFamily]] = {
     ),
     "mistral4": ModelFamily(  # Mistral Small 4, and Mistral Large 3 in Hugging Face's names
         architecture="Mistral4ForCausalLM",
+        stacks_experts=True,
         ranks_groups_by_pairs=True,
         rope_parameters={
             "type": "yarn",

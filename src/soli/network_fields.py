@@ -29,6 +29,9 @@ NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "attention_output_gate": OFF, "gated_attention": OFF, "use_gated_attention": OFF, "clip_qkv": OFF,
     "sparse_attention_config": NONE, "linear_attn_config": NONE, "use_short_conv": OFF,
     "qk_layernorm": OFF, "use_qk_layernorm": OFF, "qk_norm": OFF, "use_qk_norm": OFF,
+    "linear_head_dim": OFF, "linear_num_heads": OFF, "linear_conv_kernel_dim": OFF, "short_conv_kernel_size": OFF,
+    "index_kpool": ONE, "kv_source_layers": NONE, "compress_rates": NONE, "compress_rope_theta": NONE,
+    "mla_scale_q_lora": OFF, "mla_scale_kv_lora": OFF, "mla_use_nope": OFF, "learnable_sink_init": OFF,
     # biases
     "mlp_bias": OFF, "qkv_bias": OFF, "use_qkv_bias": OFF, "add_qkv_bias": OFF, "attention_out_bias": OFF,
     "use_bias": OFF, "add_bias_linear": OFF, "lm_head_bias": OFF,
@@ -40,11 +43,11 @@ NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "hidden_activation": ("silu", "swish"), "norm_type": ("rmsnorm", "rms_norm", "RMSNorm"), "sandwich_norm": OFF,
     "use_sandwich_norm": OFF, "post_norm": OFF, "use_post_norm": OFF, "parallel_attn": OFF,
     "use_parallel_residual": OFF, "apply_layernorm_1p": OFF, "hc_mult": ONE, "compress_ratios": NONE,
-    "o_lora_rank": OFF, "ngram_vocab_size_ratio": OFF, "engram_config": NONE,
+    "o_lora_rank": OFF, "gated_norm_rank": OFF, "ngram_vocab_size_ratio": OFF, "engram_config": NONE,
     # the mixture
     "zero_expert_num": OFF, "num_hash_layers": OFF, "moe_latent_size": OFF, "router_logit_softcapping": OFF,
     "moe_router_logit_softcapping": OFF, "mlp_only_layers": NONE, "decoder_sparse_step": ONE,
-    "interleave_moe_layer_step": ONE,
+    "interleave_moe_layer_step": ONE, "moe_layer_interval": ONE, "zero_expert_type": NONE,
 }  # fmt: skip
 
 # Inside rope_scaling and rope_parameters, whatever the type.

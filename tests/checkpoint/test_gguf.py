@@ -144,6 +144,11 @@ REJECTED = {
     "moe_layer_freq": {"moe_layer_freq": 2, "num_hidden_layers": 3},
     "topk_method": {"topk_method": "group_limited_greedy", "scoring_func": "softmax", "model_type": "deepseek_v2"},
     "rope_scaling.mscale": {"rope_scaling": {**YARN, "mscale": 0.7}},
+    "model_type": {"model_type": "axk1"},
+    "llama_4_scaling": {
+        "model_type": "mistral4",
+        "rope_parameters": {"rope_type": "default", "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 8},
+    },
 }
 
 

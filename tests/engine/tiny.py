@@ -57,12 +57,36 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     **SPARSE_KINDS,
 }
+ONE_GROUP = {"n_group": 1, "topk_group": 1}
+# Of each family in soli.families one that has what the family changes.
+FAMILY_KINDS: dict[str, dict[str, Any]] = {
+    "deepseek_v3": KINDS["v3 with yarn"],
+    "kimi_k2": {"model_type": "kimi_k2", **ONE_GROUP},
+    "deepseek_v2": KINDS["v2 by groups"],
+    "glm4_moe_lite": {"model_type": "glm4_moe_lite", "rms_norm_eps": 1e-5, "v_head_dim": 16, **ONE_GROUP},
+    "sarvam_mla": {
+        "model_type": "sarvam_mla",
+        "q_lora_rank": None,
+        "rope_scaling": {**YARN, "type": "deepseek_yarn"},
+        **ONE_GROUP,
+    },
+    "youtu": {
+        "model_type": "youtu",
+        "n_routed_experts": 0,
+        "tie_word_embeddings": True,
+        "num_nextn_predict_layers": 0,
+    },
+    "axk1": KINDS["a norm after the mixture"],
+    "mistral4": KINDS["queries scaled by position"],
+    "deepseek_v32": SPARSE_KINDS["v3.2"],
+    "glm_moe_dsa": SPARSE_KINDS["glm with shared indexers"],
+}
 
 
 @cache
 def tiny_model(kind: str = "v3", **changes: Any) -> Transformer:
     """A float32 model with weights large enough for its parts, and its bias, to matter."""
-    model = Transformer(ModelConfig.from_dict(BASE | KINDS[kind] | changes)).eval()
+    model = Transformer(ModelConfig.from_dict(BASE | (KINDS | FAMILY_KINDS)[kind] | changes)).eval()
     generator = torch.Generator().manual_seed(7)
     model.init_weights(generator)
     with torch.no_grad():

@@ -67,6 +67,11 @@ class Slot:
         return self.name + SCALE_SUFFIX[format]
 
     @property
+    def is_expert(self) -> bool:
+        """Whether it is a weight of a routed expert."""
+        return self.expert is not None
+
+    @property
     def integer(self) -> bool:
         """Whether int8 and int4 quantize this weight: the linear ones, and a head that is not the embedding."""
         return self.kind is Kind.LINEAR or self.soli == HEAD

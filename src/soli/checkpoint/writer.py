@@ -24,6 +24,7 @@ from soli.checkpoint.quantization import FP8, describe_integers, module_patterns
 from soli.checkpoint.reader import INDEX, SINGLE
 from soli.checkpoint.shard import FILE_DTYPE, ITEM_BYTES, encode_header
 from soli.checkpoint.side_files import SideFiles
+from soli.checkpoint.stacked import in_order_of_stacks, offsets_in_stack, stack_name, stack_spec, stacks
 from soli.config import ModelConfig
 from soli.errors import SoliError
 from soli.formats import HIGH_PRECISION
@@ -33,6 +34,7 @@ from soli.input_files import open_regular
 SHARD_BYTES: Final = 5_000_000_000
 FP8_CONFIG: Final = FP8 | {"activation_scheme": "dynamic"}
 
+Unit = Sequence[Slot]  # the slots of a stack of experts, or one slot
 Spec = tuple[str, str, tuple[int, ...]]  # name, dtype, shape: one tensor in a header
 Encoded = Tensor | QuantizedWeight
 Fetch = Callable[[Slot], Encoded]
@@ -160,7 +162,9 @@ def write(
 
     Raises SoliError when the folder is not empty, the disk lacks space, or writing fails; nothing is left then.
     """
-    shards = _split_into_shards(slots_to_write, target)
+    stacked = config.family.stacks_experts and not any(target.codec(slot) for slot in slots_to_write if slot.is_expert)
+    units = stacks(in_order_of_stacks(slots_to_write)) if stacked else [[slot] for slot in slots_to_write]
+    shards = _split_into_shards(units, target)
     total = sum(map(target.bytes_of, slots_to_write))
     with new_folder(folder, total) as partial:
         names = [SINGLE] if len(shards) == 1 else [
@@ -168,12 +172,12 @@ def write(
         ]  # fmt: skip
         written = 0
         for name, shard in zip(names, shards, strict=True):
-            for size in _write_shard(partial / name, shard, target, fetch):
+            for size in _write_shard(partial / name, shard, target, fetch, stacked):
                 written += size
                 progress(written, total)
         if len(shards) > 1:
-            files = [(slot, file) for file, shard in zip(names, shards, strict=True) for slot in shard]
-            weight_map = {name: file for slot, file in files for name, _, _ in target.specs(slot)}
+            files = zip(names, shards, strict=True)
+            weight_map = {name: file for file, shard in files for name, _, _ in _specs(shard, target, stacked)}
             write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         write_side_files(partial, side_files or {})
         write_json(partial / "config.json", target.config(config))
@@ -203,27 +207,39 @@ def new_folder(folder: Path, size: int) -> Iterator[Path]:
             remove(partial)
 
 
-def _split_into_shards(slots: Sequence[Slot], target: Target) -> list[list[Slot]]:
-    """Slots in order, split into shards; a weight and its scales share one."""
-    shards: list[list[Slot]] = [[]]
+def _split_into_shards(units: Sequence[Unit], target: Target) -> list[list[Unit]]:
+    """Slots in order, split into shards; a weight and its scales share one, and so does a stack."""
+    shards: list[list[Unit]] = [[]]
     filled = 0
-    for slot in slots:
-        size = target.bytes_of(slot)
+    for unit in units:
+        size = sum(map(target.bytes_of, unit))
         if shards[-1] and filled + size > target.shard_bytes:
             shards.append([])
             filled = 0
-        shards[-1].append(slot)
+        shards[-1].append(unit)
         filled += size
     return shards
 
 
-def _write_shard(file: Path, shard: Sequence[Slot], target: Target, fetch: Fetch) -> Iterator[int]:
+def _specs(shard: Sequence[Unit], target: Target, stacked: bool) -> list[Spec]:
+    """What the tensors of a file are."""
+    specs: list[Spec] = []
+    for unit in shard:
+        is_stack = stacked and unit[0].is_expert
+        specs += [stack_spec(unit, FILE_DTYPE[target.dtype(unit[0])])] if is_stack else target.specs(unit[0])
+    return specs
+
+
+def _write_shard(file: Path, shard: Sequence[Unit], target: Target, fetch: Fetch, stacked: bool) -> Iterator[int]:
     """Write one file, yielding the bytes of each slot when it is written."""
-    head, offsets, size = encode_header(spec for slot in shard for spec in target.specs(slot))
+    head, offsets, size = encode_header(_specs(shard, target, stacked))
+    for unit in shard:
+        if stacked and unit[0].is_expert:
+            offsets |= offsets_in_stack(unit, FILE_DTYPE[target.dtype(unit[0])], offsets[stack_name(unit[0])])
     with file.open("wb") as stream:
         stream.write(head)
         stream.truncate(size)
-        for slot in shard:
+        for slot in (slot for unit in shard for slot in unit):
             for (name, dtype, shape), tensor in zip(target.specs(slot), as_tensors(fetch(slot)), strict=True):
                 assert (FILE_DTYPE[tensor.dtype], tuple(tensor.shape)) == (dtype, shape), name
                 stream.seek(offsets[name])

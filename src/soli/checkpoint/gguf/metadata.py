@@ -17,6 +17,8 @@ def check_config(config: ModelConfig) -> None:
     is_mixture, yarn = bool(config.n_routed_experts), config.rope_scaling
     grouped = is_mixture and config.n_group > 1
     rules = (
+        ("model_type", config.family.norms_mixture),
+        ("llama_4_scaling", config.llama_4_scaling is not None),
         ("index_topk", config.index_topk is not None),
         ("attention_bias", config.attention_bias),
         ("rope_interleave", not config.rope_interleave),
