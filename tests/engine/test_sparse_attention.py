@@ -83,6 +83,17 @@ def test_decode_tokens_of_a_hooked_projection_attend_to_the_selection_too(kind):
     torch.testing.assert_close(*hidden, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("runner", ["eager", "auto"])
+@pytest.mark.parametrize("prompt", [(5,) * 3, (3, 4, 5, *range(6, 30))], ids=len)
+def test_a_model_that_computes_nan_ends_its_request_in_a_sentence(runner, prompt):
+    model = copy.deepcopy(tiny_text_model("v3.2"))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5] = torch.nan
+    engine = Engine(model, EngineLimits(cache_bytes=2**20, block_size=4), runner=runner)
+    [events] = run(engine, [Request(prompt, 8)]).values()
+    assert events[-1].finish_reason == "error" and "not finite" in events[-1].error
+
+
 @pytest.mark.parametrize(("kind", "indexers"), [("v3.2", 4), ("glm with shared indexers", 3)])
 def test_the_cache_holds_a_key_for_each_indexer(kind, indexers):
     config = tiny_model(kind).config

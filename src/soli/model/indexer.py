@@ -79,8 +79,7 @@ class Indexer(nn.Module):
         if self.topk >= max(slots, *(len(chunk.slots_S) for chunk in cache.chunks), 0):
             return Selection(chunks=(None,) * len(cache.chunks))
         q, w = (each.flatten(0, 1) for each in self._queries(x_BTD, q_latent_BTQ, cos_sin))
-        n, key_SI = cache.num_decode_tokens, key_PSI.flatten(0, 1)
-        decode_BS = None
+        n, key_SI, decode_BS = cache.num_decode_tokens, key_PSI.flatten(0, 1), None
         if n and slots > self.topk:
             scores_BS = _scores(q[:n, None], w[:n, None], key_SI[decode_slots(cache, key_PSI.shape[1])])[:, 0]
             is_past_BS = torch.arange(slots, device=scores_BS.device) >= cache.lengths_B[:, None]
@@ -129,6 +128,7 @@ def _scores(q_BTJI: Tensor, w_BTJ: Tensor, key_BSI: Tensor) -> Tensor:
 def select(scores_XS: Tensor, topk: int) -> Tensor:
     """Bool (..., S): the `topk` highest scores above -inf, of equal ones the first; what else is scored in the same
     call changes nothing."""
+    scores_XS = scores_XS.masked_fill(scores_XS.isnan(), 0.0)  # a NaN has no place in an order
     least_X1 = scores_XS.topk(topk).values[..., -1:]
     above_XS, equal_XS = scores_XS > least_X1, scores_XS == least_X1
     free_X1 = topk - above_XS.sum(-1, keepdim=True)
