@@ -1,7 +1,7 @@
 """Trap 13: gradients, their norm and the counts for the bias do not depend on how many ranks share a step.
 
-Training on several devices is not built; its parts are: shares cut by `rank_slice`, losses divided by the whole
-step's counts, counts summed by `reduce_counts`.
+The parts: shares cut by `rank_slice`, losses divided by the whole step's counts, counts summed by `reduce_counts`.
+Whole runs, with expert parallelism and sharded parameters: tests/distributed.
 """
 
 from pathlib import Path

@@ -46,8 +46,8 @@ def test_everything_is_restored(tmp_path, steps):
     assert torch.equal(first.counts_LE, second.counts_LE)
 
 
-def test_several_processes_are_refused(tmp_path, monkeypatch):
+def test_another_number_of_processes_than_the_recipe_has_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SoliError, match="runs on one device; start it without torchrun"):
+    with pytest.raises(SoliError, match=r"\[parallel\] is for 1 processes .* but there are 2; .*parallel.data=2"):
         prepare(extended(), {}, write_data(tmp_path / "data"), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -1,6 +1,6 @@
 """Write a Transformer as a Hugging Face folder that transformers, vLLM and the rest read."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -10,6 +10,7 @@ from soli.checkpoint.model_card import CardSource
 from soli.checkpoint.name_map import Slot, slots
 from soli.checkpoint.side_files import TOKENIZER_FILES, SideFiles, collect
 from soli.checkpoint.writer import SHARD_BYTES, Target, write
+from soli.config import ModelConfig
 from soli.errors import SoliError
 from soli.model import Transformer
 
@@ -38,7 +39,6 @@ def save_model(
     Raises SoliError for a folder that is not empty, a model without weights or with quantized ones, and values that the
     format cannot hold; nothing is left on the disk then.
     """
-    target = Target(format, ue8m0, shard_bytes)
     state = model.state_dict()
     empty = next((name for name, tensor in state.items() if tensor.is_meta), None)
     if empty is not None:
@@ -48,19 +48,35 @@ def save_model(
             "this model computes with quantized weights, which are not saved; copy its folder, rewrite it with "
             "soli convert, or load it with quantized=False"
         )
-    written_slots = [slot for slot in slots(model.config) if not slot.copy or (mtp_copies and slot.layer is not None)]
+    target = Target(format, ue8m0, shard_bytes)
+    save_slots(
+        model.config,
+        lambda slot: slot_view(state, slot),
+        folder,
+        target,
+        tokenizer_from,
+        mtp_copies=mtp_copies,
+        source=source,
+    )
+
+
+def save_slots(
+    config: ModelConfig,
+    fetch: Callable[[Slot], Tensor],
+    folder: str | Path,
+    target: Target,
+    tokenizer_from: str | Path | None = None,
+    *,
+    mtp_copies: bool = True,
+    source: str,
+) -> None:
+    """As `save_model`, of weights that `fetch` gives for one file tensor at a time: no model needs to be in memory."""
+    written_slots = [slot for slot in slots(config) if not slot.copy or (mtp_copies and slot.layer is not None)]
     side_files: SideFiles = {}
     if tokenizer_from is not None:
         folder_with_tokenizer = _existing_folder(tokenizer_from)
-        side_files, _ = collect(folder_with_tokenizer, TOKENIZER_FILES, model.config, format, CardSource(source))
-    write(
-        Path(folder),
-        model.config,
-        written_slots,
-        target,
-        lambda slot: target.encode(slot, slot_view(state, slot)),
-        side_files,
-    )
+        side_files, _ = collect(folder_with_tokenizer, TOKENIZER_FILES, config, target.format, CardSource(source))
+    write(Path(folder), config, written_slots, target, lambda slot: target.encode(slot, fetch(slot)), side_files)
 
 
 def slot_view(state: Mapping[str, Tensor], slot: Slot) -> Tensor:

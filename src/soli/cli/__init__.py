@@ -163,6 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("SOLI_DEBUG"):
             raise
-        print(f"soli: {_sentence(error)}", file=sys.stderr)
+        rank = f"rank {os.environ.get('RANK')}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+        print(f"soli: {rank}{_sentence(error)}", file=sys.stderr)
         return 1
     return 0

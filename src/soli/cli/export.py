@@ -30,9 +30,6 @@ def export(
 
         export_tokenizer(tokenizer_folder(run), dst)
         return
-    from soli.checkpoint import save_model
-    from soli.train.checkpoints import load_run
+    from soli.train.checkpoints import export_run
 
-    folder = Path(run)
-    name = folder.resolve().name
-    save_model(load_run(folder), dst, format=format, tokenizer_from=folder, source=f"{name}, a run of soli train")
+    export_run(Path(run), dst, format)

@@ -51,12 +51,16 @@ def train(
         bool, typer.Option("--measure/--no-measure", help="With --dry-run: time this device for about a second.")
     ] = True,
     plot: Annotated[Path | None, typer.Option(help="With --dry-run: draw all schedules into this PNG file.")] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, max=1024, help="Start so many processes on this machine, as [parallel] shares the run."),
+    ] = None,
     threads: Threads = None,
 ) -> None:
     """Train a model from a recipe; a stopped run resumes."""
     planning = [option for name, option in PLANNING.items() if is_on_command_line(ctx, name)]
     if planning and not dry_run:
-        raise typer.BadParameter(f"{' and '.join(planning)} only with --dry-run: a run trains on one device, this one")
+        raise typer.BadParameter(f"{' and '.join(planning)} only with --dry-run; a run's own sizes are in [parallel]")
     path = find_recipe(recipe)
     table = load_recipe(path, assignments or [])
     settings = read_settings(table)
@@ -67,10 +71,22 @@ def train(
         print_training_plan(settings, data, devices, mfu, device_tflops, measure, as_json, plot)
         return
     _require_data(data_config, recipe, assignments or [])
+    folder = out or Path("runs") / path.parent.name
+    if processes is not None and processes > 1:
+        settings.parallel.require_world(processes)
+        from soli.parallel.launch import launch
+
+        options = [f"--set={assignment}" for assignment in assignments or []]
+        options += [] if threads is None else [f"--threads={threads}"]
+        launch(["train", recipe, f"--out={folder}", *options], processes)
+        return
+    from soli.parallel.ranks import joined
     from soli.train.setup import prepare
     from soli.train.trainer import train as run_training
 
-    run_training(prepare(settings, data, Path(data_config.folder), out or Path("runs") / path.parent.name))
+    run = prepare(settings, data, Path(data_config.folder), folder)
+    with joined(run.ranks):
+        run_training(run)
 
 
 def _require_data(config: DataConfig, recipe: str, assignments: Sequence[str]) -> None:

@@ -127,13 +127,18 @@ class Transformer(nn.Module):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Matrices normal(0, initializer_range), norms one, biases zero (section 4.2)."""
         for name, parameter in self.named_parameters():
-            if parameter.dim() >= 2:
-                parameter.normal_(0.0, self.config.initializer_range, generator=generator)
-            else:
-                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
+            self.init_parameter(name, parameter, generator)
         for _, moe in self.moe_layers():
             if moe.gate.e_score_correction_bias is not None:
                 moe.gate.e_score_correction_bias.zero_()
+
+    @torch.no_grad()
+    def init_parameter(self, name: str, values: Tensor, generator: torch.Generator | None = None) -> None:
+        """Fill `values` as `init_weights` fills the parameter `name`, of which it may be a copy elsewhere."""
+        if values.dim() >= 2:
+            values.normal_(0.0, self.config.initializer_range, generator=generator)
+        else:
+            values.fill_(0.0 if name.endswith(".bias") else 1.0)
 
     def reposition(self, config: ModelConfig) -> None:
         """Take the context length and YaRN of `config`, which differs in these alone: rope and softmax scales."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from soli.errors import SoliError
 from soli.model.transformer import Transformer
+from soli.parallel.ranks import ALONE, Ranks, local_tensor
 from soli.train.checkpoints import RunProgress
 from soli.train.losses import StepTotals, compute_losses
 from soli.train.setup import Run
@@ -60,10 +61,11 @@ def detect_anomaly(
     at_step = f"at step {progress.step + 1}"
     losses_are_finite = all(map(math.isfinite, losses))
     if not losses_are_finite or not math.isfinite(norm) or not _biases_are_finite(run.model):
-        layer, where = _locate_nonfinite(run, parts, totals, losses_are_finite)
+        locate = _locate_nonfinite if run.ranks.world == 1 else _locate_in_shards
+        layer, where = locate(run, parts, totals, losses_are_finite)
         loss, mtp, balance = losses
         values = f"the loss is {loss} (MTP {mtp}, balance {balance}) and the gradient's norm {norm} {at_step}"
-        action = "stop" if _first_nonfinite_tensor(run.model) else settings.on_nan
+        action = "stop" if any(run.ranks.all_objects(_first_nonfinite_tensor(run.model))) else settings.on_nan
         return Anomaly("nan", action, f"{values}; {where}", layer)
     jumps = [
         f"{name} {value:.4g} {at_step} (median of the last {WINDOW}: {statistics.median(past):.4g})"
@@ -72,7 +74,7 @@ def detect_anomaly(
     ]
     if not jumps:
         return None
-    layer = module_with_largest_gradient(run.model)
+    layer = module_with_largest_gradient(run.model, run.ranks)
     return Anomaly("spike", settings.spike, f"{', '.join(jumps)}; the largest gradient is in {layer}", layer)
 
 
@@ -118,13 +120,16 @@ def is_spike(past: Sequence[float], value: float, factor: float) -> bool:
     return value > median + factor * max(deviation, MIN_DEVIATION * median)
 
 
-def module_with_largest_gradient(model: nn.Module) -> str:
+def module_with_largest_gradient(model: nn.Module, ranks: Ranks = ALONE) -> str:
     """The module whose own parameters have the largest gradient norm."""
-    squares: dict[str, float] = {}
+    own: dict[str, float] = {}
     for name, p in model.named_parameters():
         if p.grad is not None:
             module = name.rpartition(".")[0]
-            squares[module] = squares.get(module, 0.0) + float(p.grad.double().square().sum())
+            own[module] = own.get(module, 0.0) + float(local_tensor(p.grad).double().square().sum())
+    squares: dict[str, float] = {}
+    for part in ranks.all_objects(own):
+        squares |= {module: squares.get(module, 0.0) + value for module, value in part.items()}
     return max(squares, key=lambda module: squares[module], default="no layer")
 
 
@@ -176,9 +181,26 @@ def _locate_nonfinite(
     return layer, f"the norm is beyond float32, the largest gradient in {layer}"
 
 
+def _locate_in_shards(
+    run: Run, parts: Sequence[Tensor], totals: StepTotals, losses_are_finite: bool
+) -> tuple[str, str]:
+    """As `_locate_nonfinite`, with the rank that has it, from weights and gradients alone: another forward pass would
+    need every rank to reach the same module."""
+    gradients = ((name, p.grad) for name, p in reversed(list(run.model.named_parameters())) if p.grad is not None)
+    gradient = next((name for name, grad in gradients if not local_tensor(grad).isfinite().all()), "")
+    of_ranks = run.ranks.all_objects((_first_nonfinite_tensor(run.model), gradient))
+    for index, kind in enumerate(("", "the gradient of ")):
+        for rank, names in enumerate(of_ranks):
+            if names[index]:
+                return names[index].rpartition(".")[0], f"{kind}{names[index]} is not finite on rank {rank}"
+    layer = module_with_largest_gradient(run.model, run.ranks)
+    return layer, f"every weight and gradient is finite; the largest gradient is in {layer}"
+
+
 def _first_nonfinite_tensor(model: nn.Module) -> str:
-    """The first weight or router bias that is not finite; "" when all are."""
-    return next((name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()), "")
+    """The first weight or router bias of this rank that is not finite; "" when all are."""
+    tensors = ((name, local_tensor(tensor)) for name, tensor in model.state_dict().items())
+    return next((name for name, tensor in tensors if not tensor.isfinite().all()), "")
 
 
 def _biases_are_finite(model: Transformer) -> bool:

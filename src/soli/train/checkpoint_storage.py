@@ -14,7 +14,7 @@ import json
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, cast
@@ -155,6 +155,15 @@ class StateReader(_OneFolder, dcp.StorageReader):
 
 def load(reader: StateReader, state: dict[str, Tensor]) -> None:
     """Fill tensors in place by full name, each process its own chunks. SoliError names what is missing or misshapen."""
+    check_shapes(reader, state)
+    allow_one_process()
+    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    # Every process reads by itself: there is nothing to agree on, so none waits for one that failed.
+    dcp.load(state, storage_reader=reader, planner=planner, no_dist=True)
+
+
+def check_shapes(reader: StateReader, state: dict[str, Tensor]) -> None:
+    """SoliError where a tensor, by full name, is not stored, or in another shape."""
     for name, tensor in state.items():
         stored = reader.tensors.get(name)
         if stored is None:
@@ -162,10 +171,28 @@ def load(reader: StateReader, state: dict[str, Tensor]) -> None:
         if stored.size != tensor.shape:
             shapes = f"{tuple(stored.size)}, not {tuple(tensor.shape)}"
             raise SoliError(f"{reader.folder}: {name} is of shape {shapes}; it was written by another recipe")
-    allow_one_process()
-    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    # Every process reads by itself: there is nothing to agree on, so none waits for one that failed.
-    dcp.load(state, storage_reader=reader, planner=planner, no_dist=True)
+
+
+def read_region(reader: StateReader, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    """The values of a tensor, by full name, from `offsets` on, `sizes` of them in each dimension, out of whichever
+    chunks have them; memory: those values."""
+    stored = reader.tensors[name]
+    region = torch.empty(tuple(sizes), dtype=stored.properties.dtype)
+    for chunk in stored.chunks:
+        starts = list(map(max, offsets, chunk.offsets))
+        ends = [
+            min(offset + size, first + length)
+            for offset, size, first, length in zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True)
+        ]
+        if any(end <= start for start, end in zip(starts, ends, strict=True)):
+            continue
+        values = reader.shards[MetadataIndex(name, chunk.offsets)].tensor(name.partition("/")[2])
+        target = region
+        for dimension, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            values = values.narrow(dimension, start - chunk.offsets[dimension], end - start)
+            target = target.narrow(dimension, start - offsets[dimension], end - start)
+        target.copy_(values)
+    return region
 
 
 def allow_one_process() -> None:

@@ -41,13 +41,15 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.tensor import DTensor
 
 from soli.atomic_file import remove, sync
-from soli.checkpoint.writer import write_json
+from soli.checkpoint.name_map import Slot
+from soli.checkpoint.save import save_slots
+from soli.checkpoint.writer import Target, write_json
 from soli.config import load_config
 from soli.errors import SoliError
 from soli.input_files import kind_of, parse_json, read_object, read_text
 from soli.model.transformer import Transformer
 from soli.sections import NonNegativeInt, annotations_of, convert, reject_unknown
-from soli.train.checkpoint_storage import StateReader, StateWriter, allow_one_process, load
+from soli.train.checkpoint_storage import StateReader, StateWriter, allow_one_process, check_shapes, load, read_region
 from soli.train.optimizer import Optimizer
 from soli.train.run_lock import RunIsLocked, RunLock, create_folder, lock_run
 
@@ -97,6 +99,14 @@ def best_checkpoint(run: Path) -> Path | None:
     if evaluated:
         return min(evaluated)[1]
     return saved[-1][1] if saved else None
+
+
+def require_best_checkpoint(run: Path) -> Path:
+    """The best checkpoint of a run; SoliError where it has none."""
+    checkpoint = best_checkpoint(run)
+    if checkpoint is None:
+        raise SoliError(f"{run} holds no checkpoint; give the folder of a run of soli train")
+    return checkpoint
 
 
 def stage_ends(saved: list[Path]) -> list[Path]:
@@ -361,12 +371,37 @@ def load_weights(checkpoint: Path, model: Transformer) -> None:
 
 def load_run(run: Path) -> Transformer:
     """The best model of a run, fp32 on the CPU, for export and evaluation."""
-    checkpoint = best_checkpoint(run)
-    if checkpoint is None:
-        raise SoliError(f"{run} holds no checkpoint; give the folder of a run of soli train")
+    checkpoint = require_best_checkpoint(run)
     model = Transformer(load_config(checkpoint), dtype=torch.float32)
     load_weights(checkpoint, model)
     return model
+
+
+def export_run(run: Path, folder: Path, format: str) -> None:
+    """Write the best checkpoint of a run as a model folder, whichever number of processes saved it, tensor by tensor.
+
+    SoliError names what does not fit or is not finite; nothing is left at `folder` then.
+    """
+    checkpoint = require_best_checkpoint(run)
+    reader = StateReader(checkpoint, ("model",))
+    _check_identity(reader)
+    config = load_config(checkpoint)
+    check_shapes(reader, _weights(reader, Transformer(config, device="meta", dtype=torch.float32)))
+
+    def fetch(slot: Slot) -> Tensor:
+        name = f"model/{slot.soli}"
+        if name not in reader.tensors and config.tie_word_embeddings:
+            name = "model/embed_tokens.weight"
+        size = reader.tensors[name].size
+        if slot.expert is None:
+            values = read_region(reader, name, [0] * len(size), size)
+        else:
+            values = read_region(reader, name, [slot.expert, slot.first_row, 0], [1, slot.shape[0], size[2]])[0]
+        _check_finite(checkpoint, {slot.soli: values})
+        return values
+
+    name = run.resolve().name
+    save_slots(config, fetch, folder, Target(format), run, source=f"{name}, a run of soli train")
 
 
 def prune(run: Path, keep: int) -> None:

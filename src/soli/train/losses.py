@@ -15,6 +15,7 @@ from torch import Tensor
 
 from soli.model.router import Routing
 from soli.model.transformer import Transformer
+from soli.parallel.ranks import ALONE, Ranks
 
 CHUNK = 512  # tokens: fp32 logits of a 6 k vocabulary then fit in a CPU's cache; larger is slower
 GPU_LOGITS = 2**27  # on a GPU a chunk has this many fp32 logits (0.5 GiB): smaller ones would not occupy it
@@ -117,11 +118,12 @@ def mtp_mask(window_BW: Tensor, depth: int, length: int, eos_id: int) -> Tensor:
     return ~crossed_BT
 
 
-def count_targets(window_BW: Tensor, mtp_depth: int, eos_id: int) -> StepTotals:
-    """The denominators of an optimizer step whose windows are `window_BW` (W = T + 1 + mtp_depth)."""
+def count_targets(window_BW: Tensor, mtp_depth: int, eos_id: int, ranks: Ranks = ALONE) -> StepTotals:
+    """The denominators of an optimizer step; `window_BW` are its windows (W = T + 1 + mtp_depth) on this rank."""
     length = window_BW.shape[1] - 1 - mtp_depth
-    mtp = tuple(max(1, int(mtp_mask(window_BW, depth, length, eos_id).sum())) for depth in range(mtp_depth))
-    return StepTotals(tokens=window_BW.shape[0] * length, mtp_tokens=mtp, sequences=window_BW.shape[0])
+    targets = [int(mtp_mask(window_BW, depth, length, eos_id).sum()) for depth in range(mtp_depth)]
+    sequences, *targets = ranks.sum(torch.tensor([window_BW.shape[0], *targets])).tolist()
+    return StepTotals(sequences * length, tuple(max(1, count) for count in targets), sequences)
 
 
 def sequence_balance(routing: Routing, sequences: int) -> Tensor:
@@ -130,6 +132,8 @@ def sequence_balance(routing: Routing, sequences: int) -> Tensor:
     f_i = E / (K T) times how often expert i is among the K largest *unbiased* scores of all experts, groups ignored
     (eq. 18, trap 7); P_i is the mean of s_i / sum_j s_j over the sequence. The gradient flows through P alone.
     """
+    if not sequences:  # this rank has fewer than another
+        return routing.scores_TE.sum()
     scores_BTE = routing.scores_TE.view(sequences, -1, routing.scores_TE.shape[-1])
     _, length, experts = scores_BTE.shape
     selected = routing.expert_ids_TK.shape[-1]
@@ -148,8 +152,8 @@ def compute_losses(model: Transformer, window_BW: Tensor, totals: StepTotals, eo
     """
     depths = len(totals.mtp_tokens)
     length = window_BW.shape[1] - 1 - depths
-    head_VD = model.lm_head.weight
     backbone = model.backbone(window_BW[:, :length])
+    head_VD = model.lm_head.weight  # after the forward pass, which gathers it where it is in shards
     target_BT = window_BW[:, 1 : 1 + length]
     weight_BT = torch.full(target_BT.shape, 1 / totals.tokens, device=window_BW.device)
     next_token = cross_entropy(backbone.hidden_BTD, head_VD, target_BT, weight_BT)

@@ -28,13 +28,14 @@ BACKEND = "inductor"
 HIGH_PRECISION = ("lm_head", "eh_proj")
 
 
-def use_fp8(model: Transformer) -> list[str]:
+def use_fp8(model: Transformer, device: torch.device | None = None) -> list[str]:
     """Make the linear layers and experts of every block, MTP blocks included, multiply in FP8; their names in order.
 
     Parameters, names and files are untouched: masters and gradients keep their dtypes. A Hopper GPU multiplies
-    in FP8; every other device emulates it.
+    in FP8; every other device emulates it. `device`: where the model will be, by default where it is.
     """
-    backend = Fp8Emulation() if cuda.missing_requirement(model.embed_tokens.weight.device) else cuda.Fp8Cuda()
+    device = device or model.embed_tokens.weight.device
+    backend = Fp8Emulation() if cuda.missing_requirement(device) else cuda.Fp8Cuda()
     names = []
     for name, module in model.named_modules():
         if isinstance(module, RoutedExperts) or (isinstance(module, Linear) and not name.endswith(HIGH_PRECISION)):

@@ -6,12 +6,14 @@ decay fit it (Moonlight, arXiv 2502.16982, eq. 4). Embedding, head, routers and 
 stored in fp32, or in bf16 if the recipe selects it.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from soli.errors import SoliError
+from soli.parallel.ranks import ALONE, Ranks, local_tensor
 from soli.train.settings import OptimizerSettings
 
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -71,15 +73,19 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float,
         dtype: torch.dtype,
         moments: torch.dtype = torch.float32,
+        sharded: Mapping[Tensor, Tensor] | None = None,
     ) -> None:
+        """`sharded`: of parameters that are this rank's part of a sharded one, that one."""
         super().__init__(groups, {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay, "matrices": 1})
         self.dtype = dtype
         self.moments = moments
+        self.sharded = sharded or {}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            for batch in _same_shape([p for p in group["params"] if p.grad is not None], group["matrices"]):
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for batch in _same_shape(parameters, group["matrices"], self.sharded):
                 self._update(batch, group)
 
     def _update(self, batch: list[Tensor], group: dict[str, Any]) -> None:
@@ -90,13 +96,30 @@ class Muon(torch.optim.Optimizer):
         if any(momentum.dtype != self.moments for momentum in momenta):
             torch._foreach_copy_([self.state[p]["momentum"] for p in batch], momenta)
         steps = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov
-        rows = batch[0].shape[-2] // group["matrices"]
-        columns = batch[0].shape[-1]
-        stack = torch.cat([step.reshape(-1, rows, columns) for step in steps])
-        updates = orthogonalise(stack, self.dtype).split([p.numel() // (rows * columns) for p in batch])
+        whole = [self._gather(step, p) for step, p in zip(steps, batch, strict=True)]
+        rows = whole[0].shape[-2] // group["matrices"]
+        columns = whole[0].shape[-1]
+        stack = torch.cat([step.reshape(-1, rows, columns) for step in whole])
+        split = orthogonalise(stack, self.dtype).split([step.numel() // (rows * columns) for step in whole])
+        updates = [self._own_part(x.view_as(step), p) for x, step, p in zip(split, whole, batch, strict=True)]
         torch._foreach_mul_(batch, 1 - group["lr"] * group["weight_decay"])
         scale = -group["lr"] * 0.2 * max(rows, columns) ** 0.5
-        torch._foreach_add_(batch, [update.view_as(p) for update, p in zip(updates, batch, strict=True)], alpha=scale)
+        torch._foreach_add_(batch, updates, alpha=scale)
+
+    def _gather(self, step: Tensor, p: Tensor) -> Tensor:
+        """Whole matrices: each rank orthogonalises every matrix of which it has a part, all to the same bits."""
+        if p not in self.sharded:
+            return step
+        from soli.parallel.sharding import gather_matrices
+
+        return gather_matrices(step, self.sharded[p])
+
+    def _own_part(self, update: Tensor, p: Tensor) -> Tensor:
+        if p not in self.sharded:
+            return update
+        from soli.parallel.sharding import keep_own_part
+
+        return keep_own_part(update, self.sharded[p])
 
     def _momentum(self, p: Tensor) -> Tensor:
         """As stored between steps; zero at first."""
@@ -106,12 +129,15 @@ class Muon(torch.optim.Optimizer):
         return cast(Tensor, state["momentum"])
 
 
-def _same_shape(parameters: list[Tensor], matrices: int) -> list[list[Tensor]]:
+def _same_shape(
+    parameters: list[Tensor], matrices: int, sharded: Mapping[Tensor, Tensor]
+) -> list[list[Tensor]]:
     """Parameters in batches whose matrices have one shape, of about `MAX_BATCH` elements; on a CPU, whose cache is
     smaller and whose calls cost little, one parameter each."""
     groups: dict[tuple[int, int], list[list[Tensor]]] = {}
     for p in parameters:
-        of_shape = groups.setdefault((p.shape[-2] // matrices, p.shape[-1]), [[]])
+        whole = sharded.get(p, p).shape
+        of_shape = groups.setdefault((whole[-2] // matrices, whole[-1]), [[]])
         if sum(other.numel() for other in of_shape[-1]) >= (MAX_BATCH if p.is_cuda else 1):
             of_shape.append([])
         of_shape[-1].append(p)
@@ -132,21 +158,36 @@ def orthogonalise(matrix: Tensor, dtype: torch.dtype, rounds: int = 5) -> Tensor
 
 
 class Optimizer:
-    """The optimizers of a run behind one step; its state is named tensors, so that saving it needs no pickle."""
+    """The optimizers of a run behind one step; its state is named tensors, so that saving it needs no pickle.
 
-    def __init__(self, model: nn.Module, settings: OptimizerSettings, dtype: torch.dtype) -> None:
-        self.names = {p: name for name, p in model.named_parameters()}
+    They step this rank's parts of the parameters, plain tensors that share the storage of the model's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: OptimizerSettings,
+        dtype: torch.dtype,
+        ranks: Ranks = ALONE,
+        replicas: int = 1,
+    ) -> None:
+        """`replicas`: how many of the ranks have the same part of each parameter."""
+        self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        self.local: dict[Tensor, Tensor] = {p: local_tensor(p) for p in self.names}
+        self.ranks, self.replicas = ranks, replicas
         self.clip = settings.clip
         self.moments = MOMENTS[settings.moments]
         matrices = {n: p for n, p in model.named_parameters() if settings.name == "muon" and _is_inner_matrix(n, p)}
         by_muon = set(matrices.values())
-        rest = [p for p in model.parameters() if p not in by_muon]
-        routers = [p for name, p in model.named_parameters() if name.endswith(ROUTER)]
+        rest = [p for p in self.names if p not in by_muon]
+        routers = [p for p, name in self.names.items() if name.endswith(ROUTER)]
+        matrix_like = [p for p in rest if p.dim() >= 2 and not self.names[p].endswith(ROUTER)]
+        vectors = [p for p in rest if p.dim() < 2]
         decayed = {"weight_decay": settings.weight_decay}
         groups: list[dict[str, Any]] = [
-            {"params": [p for p in rest if p.dim() >= 2 and not self.names[p].endswith(ROUTER)], **decayed},
-            {"params": routers, **decayed, "rate": settings.router_rate},
-            {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+            {"params": self._parts(matrix_like), **decayed},
+            {"params": self._parts(routers), **decayed, "rate": settings.router_rate},
+            {"params": self._parts(vectors), "weight_decay": 0.0},
         ]
         betas = (settings.beta1, settings.beta2)
         self.parts: list[torch.optim.Optimizer] = [
@@ -157,12 +198,22 @@ class Optimizer:
         if matrices:
             double = [p for name, p in matrices.items() if name.endswith("gate_up_proj")]
             single = [p for name, p in matrices.items() if not name.endswith("gate_up_proj")]
-            stacks: list[dict[str, Any]] = [{"params": single}, {"params": double, "matrices": 2}]
-            self.parts.append(Muon(stacks, settings.momentum, settings.weight_decay, dtype, self.moments))
+            stacks: list[dict[str, Any]] = [
+                {"params": self._parts(single)},
+                {"params": self._parts(double), "matrices": 2},
+            ]
+            sharded = {local: p for p, local in self.local.items() if local is not p}
+            self.parts.append(Muon(stacks, settings.momentum, settings.weight_decay, dtype, self.moments, sharded))
+
+    def _parts(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        return [self.local[p] for p in parameters]
 
     def gradient_norm(self) -> Tensor:
-        """Norm of all gradients together, before clipping (0-d fp32)."""
-        return torch.nn.utils.get_total_norm([p.grad for p in self.names if p.grad is not None])
+        """Norm of all gradients together, of all ranks, before clipping (0-d fp32)."""
+        norm = torch.nn.utils.get_total_norm([local_tensor(p.grad) for p in self.names if p.grad is not None])
+        if self.ranks.world == 1:
+            return norm
+        return (self.ranks.sum(norm.double().square()) / self.replicas).sqrt().float()
 
     def step(self, learning_rate: float, norm: Tensor | None = None) -> float:
         """Clip to the settings' norm, update the parameters, clear the gradients; returns the norm before clipping.
@@ -173,7 +224,10 @@ class Optimizer:
         norm = self.gradient_norm() if norm is None else norm
         if not norm.isfinite():
             raise SoliError("the gradient's norm is not finite, so no weight was changed")
-        torch.nn.utils.clip_grads_with_norm_(self.names, self.clip, norm)
+        for p, local in self.local.items():
+            if local is not p:
+                local.grad = None if p.grad is None else local_tensor(p.grad)
+        torch.nn.utils.clip_grads_with_norm_(self.local.values(), self.clip, norm)
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = learning_rate * group.get("rate", 1.0)
@@ -185,11 +239,18 @@ class Optimizer:
         """Drop the gradients; no weight and no moment changes."""
         for part in self.parts:
             part.zero_grad(set_to_none=True)
+        for p in self.names:
+            p.grad = None
 
     def state(self) -> dict[str, Tensor]:
         """Every moment by name: `<parameter>|<moment>`."""
         states: list[tuple[Any, dict[str, Tensor]]] = [item for part in self.parts for item in part.state.items()]
-        return {f"{self.names[p]}|{key}": value for p, moments in states for key, value in moments.items()}
+        parameters = {local: p for p, local in self.local.items()}
+        return {
+            f"{self.names[parameters[local]]}|{key}": _shard(value, parameters[local])
+            for local, moments in states
+            for key, value in moments.items()
+        }
 
     def load_state(self, tensors: dict[str, Tensor], late_mtp: bool = False) -> None:
         """Restore what `state` returned; SoliError names a parameter whose moments are missing or of another shape.
@@ -197,7 +258,7 @@ class Optimizer:
         With `late_mtp` the parameters of the MTP modules may all be without moments: they were not trained yet.
         """
         parameters = {name: p for p, name in self.names.items()}
-        part_of = {p: part for part in self.parts for group in part.param_groups for p in group["params"]}
+        part_of = {local: part for part in self.parts for group in part.param_groups for local in group["params"]}
         for key, value in tensors.items():
             name, _, moment = key.rpartition("|")
             p = parameters.get(name)
@@ -207,14 +268,24 @@ class Optimizer:
                 )
             dtype = self.moments if value.dim() else value.dtype
             # The step count is moved as well: torch's fused AdamW needs it on the device.
-            part_of[p].state[p][moment] = value.to(p.device, dtype, copy=True)
-        missing = {name for p, name in self.names.items() if p not in part_of[p].state}
+            local = self.local[p]
+            part_of[local].state[local][moment] = local_tensor(value).to(local.device, dtype, copy=True)
+        missing = {name for p, name in self.names.items() if self.local[p] not in part_of[self.local[p]].state}
         mtp = {name for name in self.names.values() if name.startswith("mtp.")}
         if late_mtp and mtp <= missing:
             missing -= mtp
         if tensors and missing:
             name = next(name for name in self.names.values() if name in missing)
             raise SoliError(f"the optimizer state has nothing for {name}; the run was started with another recipe")
+
+
+def _shard(moment: Tensor, p: Tensor) -> Tensor:
+    """A moment as what is saved: of a sharded parameter a shard, unless it is one number."""
+    if local_tensor(p) is p or not moment.dim():
+        return moment
+    from soli.parallel.sharding import as_shard
+
+    return as_shard(moment, p)
 
 
 def _is_inner_matrix(name: str, p: Tensor) -> bool:

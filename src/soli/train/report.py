@@ -181,6 +181,34 @@ class LastingStderr(TextIOBase):
         return self.stream.encoding
 
 
+class SilentReport(RunReport):
+    """Of a rank that is not the first: prints and records nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def print(self, line: str) -> None:
+        pass
+
+    def step(self, *_: object, **__: object) -> None:
+        pass
+
+    def anomaly(self, *_: object) -> None:
+        pass
+
+    def evaluation(self, *_: object) -> None:
+        pass
+
+    def record(self, *_: object) -> None:
+        pass
+
+
 def _stage(progress: RunProgress) -> str:
     return f"  {stage_name(progress.stage)}" if progress.stage else ""
 

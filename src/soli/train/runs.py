@@ -237,7 +237,7 @@ def _total_tokens(folder: Path) -> int | None:
     try:
         recipe = read_object(folder / "recipe.resolved.json")
         extension = {"extension": recipe.get("extension", ())}
-        return read_settings({name: recipe[name] for name in ("model", *SECTIONS)} | extension).total_tokens
+        return read_settings({name: recipe.get(name, {}) for name in ("model", *SECTIONS)} | extension).total_tokens
     except (KeyError, SoliError):
         return None
 

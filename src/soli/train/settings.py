@@ -19,6 +19,7 @@ from soli.sections import (
     PositiveInt,
     Section,
     convert,
+    reject,
     suggest,
 )
 from soli.train.schedule import ExtensionSettings, ScheduleSettings
@@ -113,6 +114,40 @@ class EvalSettings(Section, section="eval"):
 
 
 @dataclass(frozen=True)
+class ParallelSettings(Section, section="parallel"):
+    """How many processes share the run, and how (docs/distributed.md). Their product is the number of processes."""
+
+    data: PositiveInt = 1  # ranks with the same experts: parameters, gradients and moments are sharded over them
+    expert: PositiveInt = 1  # ranks that each have a part of every layer's experts
+    pipeline: PositiveInt = 1  # stages of consecutive layers; only 1 yet
+    context: PositiveInt = 1  # ranks that share a sequence; only 1
+    replicate: PositiveInt = 1  # copies of all of this, whose gradients are added (HSDP)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("pipeline", "context"):
+            value = getattr(self, name)
+            if value > 1:
+                reject(f"parallel.{name}", value, f"{name} parallelism is not built; set it to 1")
+
+    @property
+    def world(self) -> int:
+        """Processes of the run; each has its own share of the batch."""
+        return self.data * self.expert * self.replicate
+
+    def require_world(self, processes: int) -> None:
+        """SoliError unless the run has so many processes."""
+        if self.world == processes:
+            return
+        sizes = f"data {self.data} x expert {self.expert} x replicate {self.replicate}"
+        start = f"start it with soli train --processes {self.world}, or torchrun, or " if self.world > 1 else ""
+        raise SoliError(
+            f"[parallel] is for {self.world} processes ({sizes}), but there are {processes}; {start}use "
+            f"--set parallel.data={processes} with the other sizes 1"
+        )
+
+
+@dataclass(frozen=True)
 class TrainSettings:
     """Everything `soli train` reads, except the `data` section, which belongs to the corpus step."""
 
@@ -124,8 +159,10 @@ class TrainSettings:
     run: RunSettings
     eval: EvalSettings
     extension: tuple[ExtensionSettings, ...] = ()
+    parallel: ParallelSettings = ParallelSettings()
 
     def __post_init__(self) -> None:
+        _check_parallel(self)
         config = self.model
         if config.index_topk is not None:
             raise SoliError(
@@ -157,7 +194,15 @@ class TrainSettings:
 
 SECTIONS: dict[str, type[Section]] = {
     cls.section: cls
-    for cls in (OptimizerSettings, ScheduleSettings, BalanceSettings, LossSettings, RunSettings, EvalSettings)
+    for cls in (
+        OptimizerSettings,
+        ScheduleSettings,
+        BalanceSettings,
+        LossSettings,
+        RunSettings,
+        EvalSettings,
+        ParallelSettings,
+    )
 }
 
 
@@ -180,6 +225,26 @@ def as_recipe(settings: TrainSettings, data: dict[str, Any]) -> dict[str, Any]:
         for phase in settings.extension
     ]
     return {"data": data, "model": settings.model.to_dict(), **sections, "extension": extension}
+
+
+def _check_parallel(settings: TrainSettings) -> None:
+    """SoliError where ranks cannot share the experts or a step's sequences evenly, or an option needs one process."""
+    parallel, world = settings.parallel, settings.parallel.world
+    experts = settings.model.n_routed_experts or 0
+    if parallel.expert > 1 and (not experts or experts % parallel.expert):
+        reject("parallel.expert", parallel.expert, f"it must divide the model's {experts} routed experts")
+    schedule = settings.schedule
+    batches = {
+        "schedule.batch_sequences_start": schedule.batch_sequences_start,
+        "schedule.batch_sequences": schedule.batch_sequences,
+        **{f"extension[{n}].batch_sequences": phase.batch_sequences for n, phase in enumerate(settings.extension)},
+    }
+    for name, sequences in batches.items():
+        if sequences is not None and sequences % world:
+            sizes = "parallel.data x parallel.expert x parallel.replicate"
+            reject(name, sequences, f"the {world} processes of {sizes} must divide it")
+    if world > 1 and settings.run.cuda_graph:
+        raise SoliError("run.cuda_graph is true, but a graph holds one process's step; set run.cuda_graph = false")
 
 
 def _require_positions(section: str, length: int, config: ModelConfig) -> None:

@@ -22,6 +22,7 @@ from soli.input_files import decode, read_lines, read_object
 from soli.machine import memory_bytes
 from soli.model.size import check_size
 from soli.model.transformer import Transformer
+from soli.parallel.ranks import ALONE, Ranks, join_ranks, launched_ranks
 from soli.train.batches import PackedTokens
 from soli.train.checkpoints import RunProgress, checkpoints, load_checkpoint
 from soli.train.cuda_graph import GraphedStep
@@ -42,7 +43,7 @@ class Run:
     """Everything a run needs, built once; `stage` is the one that `progress` is in."""
 
     folder: Path
-    lock: RunLock  # held as long as this run exists
+    lock: RunLock | None  # of the first rank, held as long as this run exists
     settings: TrainSettings
     model: Transformer
     optimizer: Optimizer
@@ -52,6 +53,7 @@ class Run:
     sentences: list[tuple[str, str]]  # translated at each evaluation: text, target language
     progress: RunProgress = field(default_factory=RunProgress)
     cuda_graph: GraphedStep | None = None  # where run.cuda_graph asks for it
+    ranks: Ranks = ALONE
 
     @property
     def stage(self) -> Stage:
@@ -76,51 +78,58 @@ def prepare(settings: TrainSettings, data: dict[str, Any], data_folder: Path, ru
 
     `data` is the recipe's section of that name, stored with the run. SoliError when data, model and run do not fit.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise SoliError("soli train runs on one device; start it without torchrun, or with WORLD_SIZE unset")
-    device = choose_device(settings.run.device)
+    ranks = launched_ranks()
+    settings.parallel.require_world(ranks.world)
+    device = choose_device(settings.run.device, ranks.local)
     compute = choose_precision(settings.run.precision, device)
     if settings.run.cuda_graph and (device.type != "cuda" or compute != torch.bfloat16):
         raise SoliError(
             f"run.cuda_graph is true, but it needs a GPU and bf16 or fp8, and this run has {device.type} and "
             f"{str(compute).removeprefix('torch.')}; use --set run.cuda_graph=false"
         )
-    check_size(settings.model, device, torch.float32)
-    _check_memory(settings, device)
+    join_ranks(ranks, device)
+    check_size(settings.model, device if ranks.world == 1 else torch.device("meta"), torch.float32)
+    _check_memory(settings, device, ranks)
     tokenizer = _open_tokenizer(data_folder, settings)
     train_tokens, valid_tokens = PackedTokens(data_folder, "train"), PackedTokens(data_folder, "valid")
     _check_fim_rate(data, train_tokens)
     stages = build_stages(settings, train_tokens, valid_tokens)
     packed = {key: train_tokens.meta.get(key) for key in PACKED}
-    lock = lock_run(run_folder)
-    create_folder(run_folder / "checkpoints")
-    _store_recipe(run_folder, as_recipe(settings, data) | {"packed": packed})
-    tokenizer.save(run_folder)
+    lock = None
+    if ranks.is_first:
+        lock = lock_run(run_folder)
+        create_folder(run_folder / "checkpoints")
+        _store_recipe(run_folder, as_recipe(settings, data) | {"packed": packed})
+        tokenizer.save(run_folder)
     model = _new_model(settings, device, compute)
     run = Run(
         folder=run_folder,
         lock=lock,
         settings=settings,
         model=model,
-        optimizer=Optimizer(model, settings.optimizer, compute),
+        optimizer=Optimizer(model, settings.optimizer, compute, ranks, settings.parallel.replicate),
         stages=stages,
         tokenizer=tokenizer,
         bytes_V=bytes_per_token(tokenizer, settings.model.vocab_size),
         sentences=read_sentences(data_folder / "heldout.tsv", settings.eval.samples),
         cuda_graph=GraphedStep(model, settings.balance.alpha, tokenizer.eos_id) if settings.run.cuda_graph else None,
+        ranks=ranks,
     )
-    saved = checkpoints(run_folder)
-    if saved:
-        run.progress = load_checkpoint(saved[-1], model, run.optimizer, settings.losses.mtp_from_tokens > 0)
-        check_stage(settings, stages, run.progress, load_config(saved[-1]))
+    saved = ranks.of_first(next(reversed(checkpoints(run_folder)), None))
+    if saved is not None:
+        run.progress = load_checkpoint(saved, model, run.optimizer, settings.losses.mtp_from_tokens > 0)
+        check_stage(settings, stages, run.progress, load_config(saved))
         model.reposition(run.stage.config)
     return run
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto`: the first CUDA device, else the CPU. SoliError when there is no such device."""
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto`: a CUDA device, else the CPU; cuda: that of this process's number on its machine. SoliError when there is
+    no such device."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local_rank:
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -152,10 +161,11 @@ def read_sentences(file: Path, count: int) -> list[tuple[str, str]]:
     return [(en, "zh") if n % 2 == 0 else (zh, "en") for n, (_, zh, en) in enumerate(spread)]
 
 
-def _check_memory(settings: TrainSettings, device: torch.device) -> None:
-    """SoliError when weights, gradients and one moment of each, as Muon has, exceed this machine's memory."""
+def _check_memory(settings: TrainSettings, device: torch.device, ranks: Ranks) -> None:
+    """SoliError when weights, gradients and one moment of each, as Muon has, exceed this machine's memory: those of its
+    own ranks."""
     moment_bytes = MOMENTS[settings.optimizer.moments].itemsize
-    states = count(settings.model, mtp=True).total * (4 + 4 + moment_bytes)
+    states = count(settings.model, mtp=True).total * (4 + 4 + moment_bytes) * ranks.local_world // ranks.world
     if device.type == "cpu" and states > memory_bytes():
         raise SoliError(
             f"weights, gradients and moments of this recipe's model take at least {states:,} bytes, but this machine "
@@ -185,14 +195,23 @@ def _open_tokenizer(folder: Path, settings: TrainSettings) -> Tokenizer:
 
 
 def _new_model(settings: TrainSettings, device: torch.device, compute: torch.dtype) -> Transformer:
-    """fp32 parameters drawn from the run's seed; activations in `compute`."""
-    model = Transformer(settings.model, device=device, dtype=torch.float32)
+    """fp32 parameters drawn from the run's seed, of several ranks each its shards; activations in `compute`."""
+    parallel = settings.parallel
+    model = Transformer(settings.model, device="meta" if parallel.world > 1 else device, dtype=torch.float32)
     torch.manual_seed(settings.run.seed)
-    model.init_weights(torch.Generator(device).manual_seed(settings.run.seed))
+    generator = torch.Generator(device).manual_seed(settings.run.seed)
+    if parallel.world == 1:
+        model.init_weights(generator)
     model.compute_dtype = compute
     if settings.run.precision == "fp8":
-        use_fp8(model)
+        use_fp8(model, device)
     apply_block_options(model, settings.run)
+    if parallel.world > 1:
+        from soli.parallel.mesh import build_meshes
+        from soli.parallel.sharding import init_shards, shard_model
+
+        shard_model(model, build_meshes(parallel.data, parallel.expert, parallel.replicate, device.type))
+        init_shards(model, device, generator)
     return model
 
 

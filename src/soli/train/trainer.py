@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
@@ -18,14 +19,18 @@ from torch import Tensor
 from soli.errors import SoliError
 from soli.train import anomalies
 from soli.train.balance import measure_load, reduce_counts, step_bias
+from soli.train.batches import rank_slice
 from soli.train.checkpoints import CheckpointSaver, resume_advice
 from soli.train.evaluate import evaluate, translate_samples
 from soli.train.losses import StepTotals, compute_losses, count_targets
 from soli.train.model_options import fp8_note
-from soli.train.report import RunReport
+from soli.train.report import RunReport, SilentReport
 from soli.train.schedule import stage_name
 from soli.train.setup import Run
 from soli.train.stages import flops_left, is_finished, next_step, stage_tokens_left
+
+SIGNAL = 1  # bits of why a rank wants to stop
+DEADLINE = 2
 
 
 @dataclass(frozen=True)
@@ -54,11 +59,12 @@ def take_step(run: Run) -> StepResult:
     """
     settings, progress = run.settings, run.progress
     sequences, learning_rate = next_step(settings, progress)
-    window_BW = run.stage.batches.take(progress.position, sequences)
+    ranks = run.ranks
+    window_BW = run.stage.batches.take(*rank_slice(progress.position, sequences, ranks.rank, ranks.world))
     mtp_depth = settings.model.num_nextn_predict_layers
     if not settings.losses.trains_mtp(progress.tokens):
         window_BW, mtp_depth = window_BW[:, : run.stage.length + 1], 0
-    totals = count_targets(window_BW, mtp_depth, run.tokenizer.eos_id)
+    totals = count_targets(window_BW, mtp_depth, run.tokenizer.eos_id, ranks)
     try:
         (loss, mtp, balance), counts_LE = accumulate(run, window_BW, totals)
     except SoliError as error:
@@ -78,15 +84,15 @@ def take_step(run: Run) -> StepResult:
     anomalies.record_step(progress, step.loss, step.norm, step.skipped)
     progress.step += 1
     progress.tokens += totals.tokens
-    progress.position += window_BW.shape[0]
+    progress.position += sequences
     progress.valid_loss = None
     return step
 
 
 def accumulate(run: Run, window_BW: Tensor, totals: StepTotals) -> tuple[list[float], Tensor]:
-    """Gradients of one optimizer step, micro-batch by micro-batch.
+    """Gradients of one optimizer step, micro-batch by micro-batch; `window_BW` are this rank's windows.
 
-    Returns its losses (next token, MTP, balance) and its tokens per expert.
+    Returns the losses of the whole step (next token, MTP, balance) and this rank's tokens per expert.
     """
     settings, device = run.settings, run.model.embed_tokens.weight.device
     weight = settings.losses.mtp_weight_at(run.progress.tokens)
@@ -98,12 +104,22 @@ def accumulate(run: Run, window_BW: Tensor, totals: StepTotals) -> tuple[list[fl
             return losses_3.tolist(), counts_LE
     sums_3 = torch.zeros(3, device=device)
     counts = []
-    for part_BW in window_BW.to(device).split(run.stage.micro_sequences):
+    for part_BW in _micro_batches(run, window_BW.to(device), totals.sequences):
         losses = compute_losses(run.model, part_BW, totals, run.tokenizer.eos_id)
         losses.total(weight, alpha).backward()
         sums_3 += losses.parts()
         counts.append(losses.counts_LE)
-    return sums_3.tolist(), torch.stack(counts).sum(0)
+    return run.ranks.sum(sums_3).tolist(), torch.stack(counts).sum(0)
+
+
+def _micro_batches(run: Run, window_BW: Tensor, sequences: int) -> list[Tensor]:
+    """As many on every rank, because each is a forward and backward pass of all; the last may be empty where a rank has
+    a sequence less than another."""
+    micro = run.stage.micro_sequences
+    parts = list(window_BW.split(micro))
+    largest_share = ceil(sequences / run.ranks.world)
+    passes = ceil(largest_share / micro)
+    return parts + [window_BW[:0]] * (passes - len(parts))
 
 
 def train(run: Run) -> str:
@@ -122,11 +138,12 @@ def train(run: Run) -> str:
                 report.print(f"{stage_name(progress.stage)} begins: sequences of {run.stage.length:,} tokens")
             _step_and_report(run, report, saver)
             stage_ended = stage_tokens_left(settings, progress) <= 0
+            stops = run.ranks.any(bool(signals) * SIGNAL | (time.monotonic() >= deadline) * DEADLINE)
             if is_finished(settings, progress):
                 reason = "finished"
-            elif signals:
+            elif stops & SIGNAL:
                 reason = "signal"
-            elif time.monotonic() >= deadline:
+            elif stops & DEADLINE:
                 reason = "time"
             if stage_ended or _is_due(progress.step, settings.eval.every):
                 measure(run, report)
@@ -140,6 +157,8 @@ def train(run: Run) -> str:
 
 
 def _open_report(run: Run) -> RunReport:
+    if not run.ranks.is_first:
+        return SilentReport()
     return RunReport(
         run.folder,
         run.settings.total_tokens,
@@ -153,7 +172,7 @@ def _print_start(run: Run, report: RunReport) -> None:
     progress = run.progress
     if run.settings.run.precision == "fp8":
         report.print(fp8_note(run.model.embed_tokens.weight.device))
-    if not run.lock.is_exclusive:
+    if run.lock is not None and not run.lock.is_exclusive:
         report.print(f"{run.folder} is on a file system without locks: start no second soli train in it")
     if progress.step:
         tokens = f"{progress.tokens / 1e6:.2f} M of {run.settings.total_tokens / 1e6:.2f} M tokens"
@@ -199,9 +218,10 @@ def measure(run: Run, report: RunReport) -> None:
     """Evaluate on held-out windows and translate the samples; the loss is stored for choosing the best checkpoint."""
     start = time.monotonic()
     settings, stage = run.settings, run.stage
-    result = evaluate(run.model, stage.heldout_BW, run.bytes_V, stage.micro_sequences, run.tokenizer.eos_id)
+    eos_id = run.tokenizer.eos_id
+    result = evaluate(run.model, stage.heldout_BW, run.bytes_V, stage.micro_sequences, eos_id, run.ranks)
     run.progress.valid_loss = result.loss if math.isfinite(result.loss) else None
-    samples = translate_samples(run.model, run.tokenizer, run.sentences, settings.eval.sample_tokens)
+    samples = translate_samples(run.model, run.tokenizer, run.sentences, settings.eval.sample_tokens, run.ranks)
     report.evaluation(run.progress, result, samples, time.monotonic() - start)
 
 

@@ -1,0 +1,5 @@
+"""Several processes, one model: the ranks and their meshes, dispatch to experts of other ranks, sharded parameters.
+
+The only package that knows torch.distributed for models. `ranks` imports it when more than one process takes part;
+`mesh`, `dispatch` and `sharding` are imported only then.
+"""

@@ -1,0 +1,134 @@
+"""Parameters in shards: FSDP2 per block for the dense ones, experts over the ranks that share them.
+
+A forward pass gathers the parameters of one block at a time, a backward pass sums its gradients over the ranks and
+leaves each rank its shard. What a step does with single elements (moments, weight decay) works on local tensors, so it
+computes the bits that one process does; what needs whole matrices gathers them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from soli.model.transformer import Transformer
+from soli.parallel.dispatch import PARAMETERS, distribute_experts
+from soli.parallel.mesh import Meshes
+from soli.parallel.ranks import local_tensor
+
+
+def shard_model(model: Transformer, meshes: Meshes) -> None:
+    """Leave this rank its shards of `model`, which holds the same values on every rank."""
+    if meshes.expert.size() > 1:
+        for _, mixture in model.moe_layers():
+            _shard_experts(mixture.experts, meshes)
+    for block in (*model.layers, *(module.get_submodule("block") for module in model.mtp), *model.mtp):
+        fully_shard(block, mesh=meshes.dense)
+    fully_shard(model, mesh=meshes.dense)
+    for name in ("backbone", "mtp_step", "head"):
+        register_fsdp_forward_method(model, name)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)  # a loss is divided by the counts of the whole step: ranks add up
+            module.set_force_sum_reduction_for_comms(True)
+            if meshes.dense.device_type == "cpu":
+                module.set_custom_reduce_scatter(_OrderedSum())
+
+
+@torch.no_grad()
+def init_shards(model: Transformer, device: torch.device, generator: torch.Generator) -> None:
+    """Give a sharded model that was built without memory the values of `Transformer.init_weights`.
+
+    Every rank draws every parameter, one after another, and keeps its part: the same numbers on any number of ranks.
+    """
+    model.to_empty(device=device)
+    for name, parameter in model.named_parameters():
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        model.init_parameter(name, whole, generator)
+        local_tensor(parameter).copy_(_own_values(whole, parameter))
+    for _, mixture in model.moe_layers():
+        if mixture.gate.e_score_correction_bias is not None:
+            mixture.gate.e_score_correction_bias.zero_()
+
+
+def _own_values(whole: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a tensor with the shape of the parameter `like`."""
+    if isinstance(like, DTensor):
+        sizes, offsets = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+        for dimension, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
+            whole = whole.narrow(dimension, min(offset, whole.shape[dimension]), size)
+    return whole
+
+
+def _shard_experts(experts: nn.Module, meshes: Meshes) -> None:
+    distribute_experts(experts, meshes.expert)  # type: ignore[arg-type]
+    own = experts.get_parameter(PARAMETERS[0]).shape[0] // meshes.expert.size()
+    data = meshes.expert_data.size(-1)
+    dimension = 0 if own % data == 0 else 1  # too few experts for every rank to have some: a part of each
+    fully_shard(experts, mesh=meshes.expert_data, shard_placement_fn=lambda parameter: Shard(dimension))
+
+
+class _OrderedSum(ReduceScatter):
+    """Sums gradients in the order of ranks. gloo's own sum depends on the number of ranks and the size of tensors."""
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> None:
+        parts = torch.empty_like(input_tensor)
+        dist.all_to_all_single(parts, input_tensor, group=group)
+        first, *others = parts.chunk(group.size())
+        output_tensor.copy_(first)
+        for part in others:
+            output_tensor += part
+
+
+def release(model: nn.Module) -> None:
+    """Keep the shards alone, after forward passes that no backward pass followed."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def as_shard(local: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a tensor that is sharded as the parameter `like`, as such; a plain tensor itself."""
+    return _sharded(local, like, like.placements) if isinstance(like, DTensor) else local
+
+
+def gather_matrices(local: Tensor, like: Tensor) -> Tensor:
+    """Whole matrices (the last two dimensions) of a tensor that is sharded as the parameter `like`: those of which this
+    rank has a part. Every rank calls it at the same time."""
+    if not isinstance(like, DTensor) or _whole_matrices(like) == like.placements:
+        return local
+    return _sharded(local, like, like.placements).redistribute(placements=_whole_matrices(like)).to_local()
+
+
+def keep_own_part(whole: Tensor, like: Tensor) -> Tensor:
+    """This rank's part again of what `gather_matrices` returned."""
+    if not isinstance(like, DTensor) or _whole_matrices(like) == like.placements:
+        return whole
+    return _sharded(whole, like, _whole_matrices(like)).redistribute(placements=like.placements).to_local()
+
+
+def _sharded(local: Tensor, like: DTensor, placements: Sequence[Placement]) -> DTensor:
+    return DTensor.from_local(
+        local, like.device_mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def _whole_matrices(like: DTensor) -> tuple[Placement, ...]:
+    """The placements of `like` without those that cut its last two dimensions."""
+    cut = range(like.ndim - 2, like.ndim)
+    return tuple(Replicate() if getattr(p, "dim", None) in cut else p for p in like.placements)

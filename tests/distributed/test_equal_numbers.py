@@ -1,0 +1,110 @@
+"""Traps 5, 8, 13, 14, 23: a run of several ranks computes what one process computes.
+
+Bit-identical where the sums are the same: with data parallelism alone, a rank's share being one micro-batch, the
+gradients of ranks are added in the order in which one process adds those of its micro-batches. Everywhere else sums
+have another order: an expert adds up the tokens of all ranks in one product, a norm adds up shards. Such a run is as
+far from one process as that one is from itself with other micro-batches, which reorder the same sums; it may be
+REORDERED times as far. Experts are selected alike: counts and biases are always bit-identical.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed.ranks import run_ranks
+from tests.distributed.runs import Trained, train_each, train_steps
+from tests.train.toy import write_data
+
+BATCH = 8  # sequences of a step
+STEPS = 20
+REORDERED = 4.0
+UNCLIPPED = {"clip": 1e9}  # the norm, which is added up in another order, then changes nothing
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("toy") / "data")
+
+
+def sections(micro: int, sizes: tuple[int, int, int] = (1, 1, 1), **changes: dict) -> dict:
+    """Changes of the toy's recipe: sequences of a micro-batch, (data, expert, replicate), and others by section."""
+    parallel = dict(zip(("data", "expert", "replicate"), sizes, strict=True))
+    return {**changes, "run": {"micro_sequences": micro, **changes.get("run", {})}, "parallel": parallel}
+
+
+def assert_selects_alike(many: Trained, one: Trained) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(many.counts, one.counts, strict=True))
+    biases = [name for name in one.state if name.endswith("e_score_correction_bias")]
+    assert biases and not set(biases) & set(many.differing(one))
+
+
+def assert_as_close_as_other_micro_batches(many: Trained, one: Trained, other: Trained) -> None:
+    """`other`: one process with other micro-batches than `one`."""
+    assert_selects_alike(many, one)
+    assert one.distance(other) > 0
+    assert one.distance(many) <= REORDERED * one.distance(other)
+    assert many.norms == pytest.approx(one.norms, rel=1e-5)
+    assert many.losses == [pytest.approx(losses, rel=1e-5) for losses in one.losses]
+
+
+EXACT = {  # with data parallelism alone
+    "AdamW": {"optimizer": UNCLIPPED},
+    "Muon": {"optimizer": UNCLIPPED | {"name": "muon"}},
+    "bf16 moments": {"optimizer": UNCLIPPED | {"moments": "bf16"}},
+    "recomputed": {"optimizer": UNCLIPPED, "run": {"activation_checkpointing": True}},
+}
+CLOSE = {  # on any mesh, clipped, micro-batches of one sequence
+    "AdamW": {},
+    "Muon, recomputed": {"optimizer": {"name": "muon"}, "run": {"activation_checkpointing": True}},
+    "no MTP": {"model": {"num_nextn_predict_layers": 0}},
+    "alpha": {"balance": {"gamma": 0.01, "alpha": 0.01}},
+}
+MESHES = {2: [(2, 1, 1), (1, 2, 1), (1, 1, 2)], 4: [(2, 2, 1), (4, 1, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2)]}
+
+
+def check_exact(folder: Path, data: Path, world: int, names: list[str]) -> None:
+    """Data-parallel ranks, each with one micro-batch, against one process with as many micro-batches."""
+    micro = BATCH // world
+    recipes = [sections(micro, (world, 1, 1), **EXACT[name]) for name in names]
+    by_rank = run_ranks(train_each, world, folder / "ranks", data, folder / "many", STEPS, recipes)
+    for number, name in enumerate(names):
+        one = train_steps(data, folder / f"one{number}", STEPS, sections(micro, **EXACT[name]))
+        for many in (runs[number] for runs in by_rank):
+            assert many.differing(one) == [], name
+            assert many.losses == one.losses
+            assert many.norms == pytest.approx(one.norms, rel=1e-6)
+            assert_selects_alike(many, one)
+
+
+def check_close(folder: Path, data: Path, world: int, cases: list[tuple[tuple[int, int, int], str]]) -> None:
+    """Any mesh, accumulating micro-batches of one sequence, against one process."""
+    recipes = [sections(1, sizes, **CLOSE[name]) for sizes, name in cases]
+    by_rank = run_ranks(train_each, world, folder / "ranks", data, folder / "many", STEPS, recipes)
+    for name in {name for _, name in cases}:
+        one = train_steps(data, folder / f"one {name}", STEPS, sections(BATCH, **CLOSE[name]))
+        other = train_steps(data, folder / f"other {name}", STEPS, sections(2, **CLOSE[name]))
+        for number in (number for number, case in enumerate(cases) if case[1] == name):
+            for runs in by_rank:
+                assert runs[number].differing(by_rank[0][number]) == []
+                assert_as_close_as_other_micro_batches(runs[number], one, other)
+
+
+def test_two_ranks(tmp_path, data):
+    check_exact(tmp_path / "exact", data, 2, ["Muon"])
+
+
+def test_four_ranks_with_expert_parallelism(tmp_path, data):
+    check_close(tmp_path, data, 4, [((2, 2, 1), "Muon, recomputed")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_data_parallel_ranks_have_the_bits_of_one_process(tmp_path, data, world):
+    check_exact(tmp_path, data, world, list(EXACT))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_any_mesh_is_as_close_as_other_micro_batches(tmp_path, data, world):
+    check_close(tmp_path, data, world, [(sizes, name) for sizes in MESHES[world] for name in CLOSE])
