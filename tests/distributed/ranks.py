@@ -30,7 +30,8 @@ def start_ranks(function: Callable[..., Any], world: int, folder: Path, *argumen
     port = free_port()
     folder.mkdir(parents=True, exist_ok=True)
     processes = [
-        SERVER.Process(target=_run, args=(function, rank, world, port, folder, arguments)) for rank in range(world)
+        SERVER.Process(target=_run, args=(function, rank, world, port, folder, arguments), daemon=True)
+        for rank in range(world)
     ]
     for process in processes:
         process.start()

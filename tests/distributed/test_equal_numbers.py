@@ -30,7 +30,8 @@ def data(tmp_path_factory):
 def sections(micro: int, sizes: tuple[int, int, int] = (1, 1, 1), **changes: dict) -> dict:
     """Changes of the toy's recipe: sequences of a micro-batch, (data, expert, replicate), and others by section."""
     parallel = dict(zip(("data", "expert", "replicate"), sizes, strict=True))
-    return {**changes, "run": {"micro_sequences": micro, **changes.get("run", {})}, "parallel": parallel}
+    run = {"micro_sequences": micro, **changes.get("run", {})}
+    return {**changes, "run": run, "parallel": {**changes.get("parallel", {}), **parallel}}
 
 
 def assert_selects_alike(many: Trained, one: Trained) -> None:
@@ -58,7 +59,7 @@ CLOSE = {  # on any mesh, clipped, micro-batches of one sequence
     "AdamW": {},
     "Muon, recomputed": {"optimizer": {"name": "muon"}, "run": {"activation_checkpointing": True}},
     "no MTP": {"model": {"num_nextn_predict_layers": 0}},
-    "alpha": {"balance": {"gamma": 0.01, "alpha": 0.01}},
+    "alpha, gathered once": {"balance": {"gamma": 0.01, "alpha": 0.01}, "parallel": {"keep_gathered": True}},
 }
 MESHES = {2: [(2, 1, 1), (1, 2, 1), (1, 1, 2)], 4: [(2, 2, 1), (4, 1, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2)]}
 

@@ -10,9 +10,10 @@ from typing import Annotated
 import typer
 
 from soli.cli._shared.options import Assignments, Threads, is_on_command_line, use_threads
-from soli.cli._shared.training_plan import DEVICE_TFLOPS, MFU, print_training_plan
+from soli.cli._shared.training_plan import MFU, print_training_plan
 from soli.data.recipe import DataConfig, find_recipe, load_recipe
 from soli.errors import SoliError
+from soli.plan.mesh import DEVICES
 from soli.recipes import read_data_config
 from soli.train.settings import read_settings
 
@@ -20,6 +21,7 @@ from soli.train.settings import read_settings
 PLANNING = {
     "as_json": "--json",
     "devices": "--devices",
+    "device": "--device",
     "mfu": "--mfu",
     "device_tflops": "--device-tflops",
     "measure": "--measure/--no-measure",
@@ -42,11 +44,14 @@ def train(
     devices: Annotated[
         int, typer.Option(min=1, max=10**9, help="With --dry-run: devices that share the run.")
     ] = 1,
+    device: Annotated[
+        str, typer.Option(help=f"With --dry-run: which device a mesh of several is for: {', '.join(DEVICES)}.")
+    ] = "h800",
     mfu: Annotated[float, typer.Option(min=0.001, max=1, help="With --dry-run: model FLOPs utilisation.")] = MFU,
     device_tflops: Annotated[
-        float,
-        typer.Option(min=0.001, help="With --dry-run: a device's peak; the default is an H100's or H800's, bf16."),
-    ] = DEVICE_TFLOPS,
+        float | None,
+        typer.Option(min=0.001, help="With --dry-run: a device's peak in bf16; the default is that of --device."),
+    ] = None,
     measure: Annotated[
         bool, typer.Option("--measure/--no-measure", help="With --dry-run: time this device for about a second.")
     ] = True,
@@ -68,7 +73,7 @@ def train(
     data = table.get("data", {})
     use_threads(threads)
     if dry_run:
-        print_training_plan(settings, data, devices, mfu, device_tflops, measure, as_json, plot)
+        print_training_plan(settings, data, devices, mfu, device_tflops, measure, as_json, plot, device)
         return
     _require_data(data_config, recipe, assignments or [])
     folder = out or Path("runs") / path.parent.name

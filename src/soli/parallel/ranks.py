@@ -133,7 +133,8 @@ def joined(ranks: Ranks) -> Iterator[None]:
             raise
         # The agent that started the ranks names the one that failed first, if the others are still there.
         time.sleep(GRACE)
-        raise SoliError("the connection to another rank was lost: it ended, or does not answer") from None
+        reason = str(error).splitlines()[0][:200]
+        raise SoliError(f"the connection to another rank was lost: it ended, or does not answer ({reason})") from None
     if ranks.world > 1:
         import torch.distributed as dist
 

@@ -95,6 +95,15 @@ class _OrderedSum(ReduceScatter):
             output_tensor += part
 
 
+def keep_gathered(model: nn.Module, is_last: bool) -> None:
+    """For the next forward and backward pass of a step: parameters stay gathered and gradients whole on their rank,
+    until the pass that `is_last` leaves shards of both."""
+    if isinstance(model, FSDPModule):
+        model.set_reshard_after_forward(False)
+        model.set_reshard_after_backward(is_last)
+        model.set_requires_gradient_sync(is_last)
+
+
 def release(model: nn.Module) -> None:
     """Keep the shards alone, after forward passes that no backward pass followed."""
     for module in model.modules():

@@ -122,6 +122,7 @@ class ParallelSettings(Section, section="parallel"):
     pipeline: PositiveInt = 1  # stages of consecutive layers; only 1 yet
     context: PositiveInt = 1  # ranks that share a sequence; only 1
     replicate: PositiveInt = 1  # copies of all of this, whose gradients are added (HSDP)
+    keep_gathered: bool = False  # gather parameters and add gradients once a step, not once a micro-batch: more memory
 
     def __post_init__(self) -> None:
         super().__post_init__()

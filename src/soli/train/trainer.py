@@ -104,7 +104,12 @@ def accumulate(run: Run, window_BW: Tensor, totals: StepTotals) -> tuple[list[fl
             return losses_3.tolist(), counts_LE
     sums_3 = torch.zeros(3, device=device)
     counts = []
-    for part_BW in _micro_batches(run, window_BW.to(device), totals.sequences):
+    parts = _micro_batches(run, window_BW.to(device), totals.sequences)
+    for number, part_BW in enumerate(parts, 1):
+        if settings.parallel.keep_gathered and run.ranks.world > 1:
+            from soli.parallel.sharding import keep_gathered
+
+            keep_gathered(run.model, is_last=number == len(parts))
         losses = compute_losses(run.model, part_BW, totals, run.tokenizer.eos_id)
         losses.total(weight, alpha).backward()
         sums_3 += losses.parts()
@@ -222,6 +227,10 @@ def measure(run: Run, report: RunReport) -> None:
     result = evaluate(run.model, stage.heldout_BW, run.bytes_V, stage.micro_sequences, eos_id, run.ranks)
     run.progress.valid_loss = result.loss if math.isfinite(result.loss) else None
     samples = translate_samples(run.model, run.tokenizer, run.sentences, settings.eval.sample_tokens, run.ranks)
+    if run.ranks.world > 1:
+        from soli.parallel.sharding import release
+
+        release(run.model)
     report.evaluation(run.progress, result, samples, time.monotonic() - start)
 
 

@@ -10,6 +10,7 @@ from rich.table import Column, Table
 
 from soli.cli._shared.console import print_json, stdout_console
 from soli.plan.memory import describe_fit
+from soli.plan.mesh import MeshPlan, MeshSizes, find_device, plan_mesh, propose_mesh
 from soli.plan.schedule_plot import save_schedule_plot
 from soli.plan.training import STEP_SHARE, TrainingPlan, hours_here, plan_run
 from soli.quantities import scaled
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 Lines = list[tuple[str, str]]
 
 MFU: Final = 0.4
-DEVICE_TFLOPS: Final = 989.0  # peak of an H100 or H800 in bf16
 
 
 def print_training_plan(
@@ -29,12 +29,18 @@ def print_training_plan(
     data: dict[str, Any],
     devices: int = 1,
     mfu: float = MFU,
-    device_tflops: float = DEVICE_TFLOPS,
+    device_tflops: float | None = None,
     measure: bool = True,
     as_json: bool = False,
     plot: Path | None = None,
+    device: str = "h800",
 ) -> None:
-    """What a run needs, for `devices` equal devices; with `plot`, draw its schedules into that file."""
+    """What a run needs, for `devices` equal devices; with `plot`, draw its schedules into that file.
+
+    `device` names what several devices are; `device_tflops` is their peak if it is another than that one's.
+    """
+    device_kind = find_device(device)
+    device_tflops = device_tflops or device_kind.tflops
     here = None
     if measure:
         from soli.plan.throughput import measure_device
@@ -43,10 +49,17 @@ def print_training_plan(
     precision = here.computes if here else None
     kind = here.kind if here else "cpu" if settings.run.device == "cpu" else "cuda"
     plan = plan_run(settings, devices, mfu, device_tflops, precision, kind)
+    mesh = None if devices == 1 else propose_mesh(settings, devices, device_kind, plan.precision, plan.flops)
+    if devices == settings.parallel.world > 1:
+        own = settings.parallel
+        sizes = MeshSizes(own.data, own.expert, 1, own.replicate, own.keep_gathered)
+        mesh = plan_mesh(settings, sizes, device_kind, plan.precision, plan.flops)
     if plot is not None:
         save_schedule_plot(plot, settings)
     if as_json:
         document: dict[str, Any] = {"plan": plan, "recipe": as_recipe(settings, data)}
+        if devices > 1:
+            document["mesh"] = mesh
         if here is not None:
             hours = hours_here(settings, plan.flops, here.tflops, here.precision)
             document["device"] = {**vars(here), "hours": hours}
@@ -55,6 +68,7 @@ def print_training_plan(
     console = stdout_console()
     console.print(_phases(plan))
     lines = _constants(settings, data.get("fim_rate", 0.0)) + _memory(plan, settings, devices, here)
+    lines += _mesh(mesh, settings, devices) if devices > 1 else []
     for label, text in lines + _time(plan, settings, devices, mfu, device_tflops, here):
         console.print(f"[bold]{label:<12}[/bold]{text}", soft_wrap=True)
 
@@ -130,6 +144,32 @@ def _memory(plan: TrainingPlan, settings: TrainSettings, devices: int, here: Mea
         verdict = describe_fit(settings, plan.precision, here.kind, devices, here.memory)
         lines.append(("memory here", f"{scaled(here.memory, 'B')}: {verdict}"))
     return lines
+
+
+def _mesh(mesh: MeshPlan | None, settings: TrainSettings, devices: int) -> Lines:
+    """How `devices` share the run, what each holds and sends."""
+    if mesh is None:
+        batch = f"a batch of {settings.schedule.batch_sequences:,} sequences"
+        return [("mesh", f"no sizes of {devices:,} devices divide the experts and {batch}; change --devices")]
+    options = ", activations recomputed" if mesh.recomputes else ""
+    planned = "; pipeline stages are planned, not trained yet" if mesh.sizes.pipeline > 1 else ""
+    fit = "fits" if mesh.fits else "does not fit"
+    memory = ", ".join(f"{name} {scaled(size, 'B')}" for name, size in mesh.memory.items())
+    traffic = ", ".join(f"{name} {scaled(size, 'B')}" for name, size in mesh.traffic.items())
+    slow, fast = mesh.seconds
+    return [
+        ("mesh", f"{mesh.sizes}{options}{planned}"),
+        ("on each", f"{scaled(mesh.total, 'B')}, which {fit} a device {mesh.device}: {memory}"),
+        ("sends", f"{traffic or 'nothing'} in a step"),
+        ("bubble", f"{100 * mesh.bubble:.1f} % of a step"),
+        ("a step", f"{fast:,.3g} to {slow:,.3g} s: all communication hidden, or none"),
+        ("MFU", f"{100 * mesh.mfu[0]:.0f} to {100 * mesh.mfu[1]:.0f} %, {_hours(mesh)} GPU-hours on this mesh"),
+    ]
+
+
+def _hours(mesh: MeshPlan) -> str:
+    slow, fast = mesh.gpu_hours
+    return f"{fast:,.0f} to {slow:,.0f}"
 
 
 def _time(

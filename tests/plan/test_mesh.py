@@ -1,0 +1,116 @@
+"""The plan of a mesh adds up, agrees with shards that FSDP2 makes, and is printed."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from soli.cli import main
+from soli.data.recipe import load_recipe
+from soli.errors import SoliError
+from soli.plan.mesh import DEVICES, MARGIN, MeshSizes, find_device, plan_mesh, propose_mesh
+from soli.plan.training import plan_run
+from soli.train.settings import TrainSettings, read_settings
+from tests.train.toy import settings
+
+H800 = DEVICES["h800"]
+
+
+def of_paper() -> tuple[TrainSettings, float]:
+    recipe = read_settings(load_recipe("671b"))
+    return recipe, plan_run(recipe, 2048, 0.4, 989).flops
+
+
+def test_the_papers_run_fits_2048_h800():
+    recipe, operations = of_paper()
+    plan = propose_mesh(recipe, 2048, H800, "bf16", operations)
+    sizes = plan.sizes
+    assert sizes.data * sizes.expert * sizes.pipeline * sizes.replicate == 2048
+    assert plan.fits and plan.total <= MARGIN * H800.memory
+    assert 256 % sizes.expert == 0 and recipe.schedule.batch_sequences % sizes.ranks == 0
+    assert 0 < plan.mfu[0] < plan.mfu[1] < 0.5 and plan.gpu_hours[1] < plan.gpu_hours[0]
+    assert plan.bubble == pytest.approx((sizes.pipeline - 1) / (15360 // sizes.ranks + sizes.pipeline - 1))
+
+
+def test_more_memory_needs_no_slower_mesh():
+    recipe, operations = of_paper()
+    h800, h200 = (propose_mesh(recipe, 2048, DEVICES[name], "bf16", operations) for name in ("h800", "h200"))
+    assert sum(h200.seconds) <= sum(h800.seconds)
+
+
+def test_bytes_by_hand():
+    """Two ranks, one micro-batch of 8 x 16 tokens: rings send half of everything once per gather and reduction."""
+    toy = settings(run={"micro_sequences": 4}, parallel={"data": 2})
+    plan = plan_mesh(toy, MeshSizes(2, 1), H800, "fp32", 1e15)
+    parameters = plan_run(toy, 1, 0.4, 1).parameters
+    ends = plan.traffic["adding gradients"]
+    assert ends == pytest.approx(4 * parameters / 2, rel=0.01)
+    assert set(plan.traffic) == {"gathering parameters", "adding gradients"}
+    shared = plan_mesh(toy, MeshSizes(1, 2), H800, "fp32", 1e15)
+    rows = 4 * 16 * 2 * 32 * 4 / 2  # tokens, experts of a token, width, bytes, half of them elsewhere
+    assert shared.traffic["tokens to experts"] == 4 * 2 * rows  # there and back, twice, in two layers
+    assert shared.traffic["adding gradients"] < plan.traffic["adding gradients"]
+
+
+def test_gathering_once_a_step_sends_less_and_holds_more():
+    recipe, operations = of_paper()
+    sizes = MeshSizes(8, 16, 16)
+    often = plan_mesh(recipe, sizes, H800, "bf16", operations)
+    once = plan_mesh(recipe, replace(sizes, keep_gathered=True), H800, "bf16", operations)
+    assert once.traffic["adding gradients"] * 120 == pytest.approx(often.traffic["adding gradients"], rel=1e-6)
+    assert once.memory["gathered blocks"] > often.memory["gathered blocks"]
+
+
+def test_devices_that_no_mesh_divides_are_named(capsys):
+    assert main(["train", "671b", "--dry-run", "--no-measure", "--devices", "37"]) == 0
+    assert "no sizes of 37 devices divide the experts" in capsys.readouterr().out
+    with pytest.raises(SoliError, match=r"--device h8000 is not known; did you mean h800\?"):
+        find_device("h8000")
+
+
+def test_the_mesh_is_printed(capsys):
+    command = ["train", "671b", "--dry-run", "--no-measure", "--devices", "2048", "--device", "h800"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    for label in ("mesh", "on each", "sends", "bubble", "MFU", "GPU-hours"):
+        assert f"\n{label} " in printed
+    assert main([*command, "--json"]) == 0
+    mesh = json.loads(capsys.readouterr().out)["mesh"]
+    assert mesh["fits"] is True and mesh["sizes"]["expert"] > 1 and mesh["traffic"]["tokens to experts"] > 0
+
+
+def test_a_recipes_own_mesh_is_planned(capsys):
+    own = ["--set", "parallel.data=2", "--set", "parallel.expert=2", "--set", "schedule.batch_sequences_start=16"]
+    assert main(["train", "nano-zh-en", "--dry-run", "--no-measure", "--devices", "4", *own]) == 0
+    assert "data 2 x expert 2" in capsys.readouterr().out
+
+
+SHARDS = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from soli.data.recipe import load_recipe
+from soli.model.transformer import Transformer
+from soli.parallel.mesh import build_meshes
+from soli.parallel.ranks import local_tensor
+from soli.parallel.sharding import shard_model
+from soli.train.settings import read_settings
+
+dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2048)
+model = Transformer(read_settings(load_recipe("671b")).model, device="meta", dtype=torch.float32)
+shard_model(model, build_meshes(32, 64, 1, "cpu"))
+print(sum(local_tensor(p).numel() for p in model.parameters()))
+"""
+
+
+@pytest.mark.slow
+def test_shards_of_2048_ranks_are_the_planned_ones():
+    """671 B on the meta device, over a fake process group: what rank 0 would store."""
+    import subprocess
+    import sys
+
+    stored = int(subprocess.run([sys.executable, "-c", SHARDS], check=True, capture_output=True, text=True).stdout)
+    recipe, operations = of_paper()
+    plan = plan_mesh(recipe, MeshSizes(32, 64), H800, "bf16", operations)
+    assert 4 * stored == pytest.approx(plan.memory["weights"], rel=0.02)
