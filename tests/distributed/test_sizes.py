@@ -3,6 +3,7 @@
 import pytest
 
 from soli.cli import main
+from soli.data.recipe import load_recipe
 from soli.errors import SoliError
 from soli.parallel.ranks import ALONE, Ranks, launched_ranks
 from soli.train.settings import as_recipe, read_settings
@@ -74,6 +75,11 @@ def test_ranks_come_from_the_environment():
 
 def test_one_rank_is_all_there_is():
     assert ALONE.is_first and ALONE.any(2) == 2 and ALONE.of_first("x") == "x" and ALONE.all_objects(1) == [1]
+
+
+def test_sizes_may_be_set_for_a_recipe_without_the_section():
+    recipe = load_recipe("671b", ["parallel.data=4", "parallel.expert=8"])
+    assert read_settings(recipe).parallel.world == 32
 
 
 def test_processes_must_be_those_of_the_recipe(capsys):

@@ -32,6 +32,8 @@ UNNAMED_CORPUS_FIELDS = (
     "vocab_size", "heldout_books", "most_renderings", "one_word_weight", "tokenizer_characters", "weights", "caps",
 )  # fmt: skip
 
+OPTIONAL_SECTIONS = ("parallel",)  # that a recipe may leave out and --set may still change
+
 
 def find_recipe(name: str | Path) -> Path:
     """The TOML file that `name` means: a file, a folder with recipe.toml, or a bare name in RECIPE_FOLDERS."""
@@ -76,6 +78,8 @@ def _override(recipe: dict[str, Any], place: str, value: Any, path: Path) -> Non
     if not sections or not name:
         raise SoliError(f"--set {place} is not of the form SECTION.FIELD=VALUE, as in --set run.seed=2")
     table = recipe
+    if sections[0] in OPTIONAL_SECTIONS:
+        recipe.setdefault(sections[0], {})
     for section in sections:
         if not isinstance(table.get(section), dict):
             raise SoliError(f"--set {place}: {path} has no section [{'.'.join(sections)}]; use one that it has")

@@ -1,0 +1,124 @@
+"""What ranks read and save: each window once, uneven shares, experts without tokens, checkpoints for any number."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from soli.parallel.mesh import build_meshes
+from soli.parallel.ranks import join_ranks, launched_ranks
+from soli.parallel.sharding import shard_model
+from soli.train.balance import reduce_counts
+from soli.train.batches import Batches
+from soli.train.checkpoints import CheckpointSaver, run_state
+from soli.train.losses import compute_losses, count_targets
+from soli.train.setup import prepare
+from soli.train.trainer import take_step
+from tests.distributed.ranks import run_ranks
+from tests.distributed.runs import Trained, saved_state, train_steps
+from tests.train.toy import EOS, settings, tiny_model, windows, write_data
+
+RAMP = {  # batches of 4, 5, 6, 7, 8 sequences: of two ranks one often has a sequence more
+    "schedule": {"batch_sequences_start": 4, "batch_sequences": 8, "batch_ramp_tokens": 16 * 22},
+    "optimizer": {"clip": 1e9},
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("toy") / "data")
+
+
+def read_and_train(data: Path, folder: Path, sections: dict) -> tuple[list[torch.Tensor], Trained]:
+    """The windows of each step, and what training on them gave."""
+    steps: list[torch.Tensor] = []
+    take = Batches.take
+
+    def record(batches: Batches, position: int, count: int) -> torch.Tensor:
+        window_BW = take(batches, position, count)
+        steps.append(window_BW)
+        return window_BW
+
+    Batches.take = record
+    try:
+        return steps, train_steps(data, folder, 8, sections)
+    finally:
+        Batches.take = take
+
+
+def test_ranks_read_one_process_windows_in_order_also_in_a_batch_ramp(tmp_path, data):
+    """A micro-batch of one sequence, so that the rank with fewer computes an empty one."""
+    sections = RAMP | {"run": {"micro_sequences": 1}}
+    one_windows, one = read_and_train(data, tmp_path / "one", sections)
+    parallel = sections | {"parallel": {"data": 1, "expert": 2}}
+    ranks = run_ranks(read_and_train, 2, tmp_path / "ranks", data, tmp_path / "many", parallel)
+    shares = [windows_of_rank for windows_of_rank, _ in ranks]
+    assert {len(first) - len(second) for first, second in zip(*shares, strict=True)} == {0, -1}
+    for whole, *parts in zip(one_windows, *shares, strict=True):
+        assert torch.equal(torch.cat(parts), whole)
+    for _, many in ranks:
+        assert many.losses == [pytest.approx(losses, rel=1e-5) for losses in one.losses]
+        assert all(torch.equal(a, b) for a, b in zip(many.counts, one.counts, strict=True))
+        assert one.distance(many) < 1e-4
+
+
+def gradients_without_tokens() -> dict[str, torch.Tensor]:
+    """Gradients and counts where every token selects experts 0 to 3, which the first rank has."""
+    model = tiny_model()
+    for _, mixture in model.moe_layers():
+        mixture.gate.e_score_correction_bias.copy_(torch.tensor([9.0] * 4 + [0.0] * 4))
+    ids_BW = windows(8, 18)
+    ranks = launched_ranks()
+    totals = count_targets(ids_BW, 1, EOS)
+    if ranks.world > 1:
+        join_ranks(ranks, torch.device("cpu"))
+        shard_model(model, build_meshes(1, ranks.world, 1, "cpu"))
+        ids_BW = ids_BW.chunk(ranks.world)[ranks.rank]
+    losses = compute_losses(model, ids_BW, totals, EOS)
+    losses.total(0.3, 1e-4).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    whole = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in gradients.items()}
+    return whole | {"counts": reduce_counts(losses.counts_LE)}
+
+
+def test_a_rank_whose_experts_get_no_token_has_zero_gradients(tmp_path):
+    one = gradients_without_tokens()
+    assert not one["counts"][:, 4:].any()
+    for many in run_ranks(gradients_without_tokens, 2, tmp_path):
+        assert torch.equal(many["counts"], one["counts"])
+        assert not many["layers.1.mlp.experts.gate_up_proj"][4:].any()
+        for name, gradient in one.items():
+            torch.testing.assert_close(many[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def load_and_save(data: Path, source: Path, sections: dict) -> dict[str, torch.Tensor]:
+    """Resume `source`, and save what was loaded beside a step more in another run."""
+    run = prepare(settings(**sections), {}, data, source)
+    loaded = {
+        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+        for name, tensor in run_state(run.model, run.optimizer).items()
+        if "rng" not in name
+    }
+    take_step(run)
+    with CheckpointSaver(source, keep=9) as saver:
+        saver.save(run.model, run.optimizer, run.progress)
+    return loaded
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [[(1, 1), (1, 2), (1, 1)], pytest.param([(2, 2), (1, 4), (2, 1), (4, 1), (1, 1)], marks=pytest.mark.slow)],
+)
+def test_any_number_of_ranks_reads_what_any_other_wrote(tmp_path, data, sizes):
+    """Each session resumes what the one before saved, with other sizes, and trains a step."""
+    run = tmp_path / "run"
+    for number, (data_ranks, expert) in enumerate(sizes):
+        sections = {"parallel": {"data": data_ranks, "expert": expert}, "optimizer": {"name": "muon"}}
+        world = data_ranks * expert
+        before = saved_state(run) if number else None
+        arguments = data, run, sections
+        for loaded in run_ranks(load_and_save, world, tmp_path / "ranks", *arguments):
+            if before is not None:
+                assert loaded.keys() == before.keys()
+                assert [name for name in before if not torch.equal(before[name], loaded[name])] == []
