@@ -20,6 +20,7 @@ from soli.formats.quantized import FP8, INT4, INT8
 from soli.model import Transformer
 from tests.checkpoint import published
 from tests.checkpoint.folders import all_tensors, edit_json, edit_tensors, full_model
+from tests.checkpoint.kimi import make_kimi_k25
 from tests.checkpoint.published import FORMATS, is_linear, is_routed
 
 # Inputs that are multiples of 32, sides beyond one block of 128.
@@ -209,6 +210,19 @@ def test_modelopts_own_file_says_how_weights_are_quantized(tmp_path: Path) -> No
     torch.testing.assert_close(
         checkpoint.values(slot, torch.float32).double(), reference[slot.name], rtol=2e-7, atol=0
     )
+
+
+def test_nvfp4_of_kimi_k25_is_announced_for_the_whole_model(tmp_path: Path) -> None:
+    reference = quantized_folder(tmp_path / "m", "modelopt NVFP4", num_nextn_predict_layers=0)
+    quantization = FORMATS["modelopt NVFP4"][1]
+    edit_json(tmp_path / "m" / "config.json", lambda config: config.pop("quantization_config"))
+    make_kimi_k25(tmp_path / "m", "deepseek_v3", quantization_config=quantization)
+    checkpoint = open_checkpoint(tmp_path / "m")
+    slots = [slot for slot in checkpoint.slots if slot.name in reference]
+    assert len(slots) == len(reference)
+    for slot in slots:
+        values = checkpoint.values(slot, torch.float32).double()
+        torch.testing.assert_close(values, reference[slot.name], rtol=2e-7, atol=0)
 
 
 def group(**changes: Any) -> dict[str, Any]:

@@ -68,6 +68,22 @@ def test_many_tokens_have_the_bits_of_each_alone(isa, format) -> None:
             assert torch.equal(linear(isa, x_TI[t], weight), y_TO[t])
 
 
+@pytest.mark.parametrize("dtype", weights.DTYPES)
+@pytest.mark.parametrize("group", (32, 128))
+def test_bf16_scales_may_be_beyond_float16(isa, dtype, group) -> None:
+    generator = torch.Generator().manual_seed(4)
+    weight = random_weight("int4_bf16", (20, 384), group, generator)
+    weight.scale[:7] *= 2.0**-40
+    weight.scale[7:11] *= 2.0**30
+    x_TI = torch.randn(40, 384, generator=generator).to(dtype)
+    exact_TI = weights.as_multiplied(x_TI, isa, "int4_bf16").double()
+    exact_OI = weight.dequantize(torch.float64)
+    limit_TO = BOUND[dtype] * (exact_TI.abs() @ exact_OI.abs().T)
+    for tokens in (x_TI, x_TI[:2]):
+        y_TO = linear(isa, tokens.contiguous(), weight).double()
+        assert ((y_TO - exact_TI[: len(tokens)] @ exact_OI.T).abs() <= limit_TO[: len(tokens)]).all()
+
+
 @pytest.mark.parametrize("format", weights.INTEGERS)
 def test_8_bit_tokens_of_any_magnitude_and_with_nan_or_infinity(isa, format) -> None:
     generator = torch.Generator().manual_seed(8)
