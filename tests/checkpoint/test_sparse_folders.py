@@ -94,6 +94,22 @@ def test_transformers_files_are_read_to_the_same_bits(family: str, tmp_path: Pat
         assert torch.equal(again(ids), model(ids))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_indexers_norm_and_weights_may_be_fp32_beside_fp8(dtype: torch.dtype, tmp_path: Path) -> None:
+    shape = {"hidden_size": 64, "q_lora_rank": 32, "index_head_dim": 32}
+    save_model(make_model(draw_sparse_config("deepseek_v32", 1, **shape)), tmp_path / "m", "fp8")
+    expected = load_model(tmp_path / "m", dtype=dtype).state_dict()
+
+    def widen(tensors: dict[str, torch.Tensor]) -> None:
+        for name in tensors:
+            if ".k_norm." in name or ".weights_proj." in name:
+                tensors[name] = tensors[name].float()
+
+    edit_tensors(tmp_path / "m" / "model.safetensors", widen)
+    widened = load_model(tmp_path / "m", dtype=dtype).state_dict()
+    assert all(torch.equal(widened[name], tensor) for name, tensor in expected.items())
+
+
 def test_a_shared_layer_has_no_indexer_and_a_full_one_must_have_it(tmp_path: Path) -> None:
     config = draw_sparse_config("glm_moe_dsa", 1, num_hidden_layers=3, indexer_types=["full", "shared", "full"])
     assert not [slot for slot in slots(config) if "layers.1.self_attn.indexer" in slot.name]

@@ -37,6 +37,7 @@ from soli.kernels.cpu.structs import (
 
 MAX_TOKENS: Final = 8192  # as in csrc/forward_args.h
 MAX_GROUPS: Final = 64
+MAX_SLOTS: Final = 2**31 - 1  # of sparse attention, as csrc/forward_sparse.h stores them
 
 
 def vector(tensor: Tensor | None) -> CVector:
@@ -303,3 +304,5 @@ def _check_index_keys(
         fits = keys_PSI is not None and keys_PSI.dtype == dtype and keys_PSI.shape == shape and keys_PSI.is_contiguous()
         if width and not fits:
             raise ValueError(f"the indexer's keys are no contiguous {dtype} {shape}")
+        if width and shape[0] * shape[1] > MAX_SLOTS:
+            raise ValueError(f"sparse attention numbers slots with 32 bits, and there are {shape[0] * shape[1]:,}")
