@@ -132,6 +132,17 @@ KIMI_K2_5: dict[str, Any] = {  # the text model of K2.5; those of K2-Thinking, K
     "max_position_embeddings": 262144,
     "rms_norm_eps": 1e-5,
     "eos_token_id": 163586,
+    "quantization_config": {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"type": "int", "num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": True},
+            },
+        },
+        "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*"],
+    },
 }
 
 GLM_4_7_FLASH: dict[str, Any] = {
@@ -203,6 +214,12 @@ MISTRAL_SMALL_4: dict[str, Any] = {  # the text model
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 11,
+    "quantization_config": {
+        "quant_method": "fp8",
+        "activation_scheme": "static",
+        "weight_block_size": None,
+        "modules_to_not_convert": ["lm_head"],
+    },
 }
 
 MISTRAL_LARGE_3: dict[str, Any] = {  # the text model
