@@ -65,6 +65,7 @@ def test_every_weight_is_what_its_format_defines(format: str, tmp_path: Path) ->
             assert torch.equal(checkpoint.values(slot, torch.float32).double(), reference[name])
 
 
+@pytest.mark.filterwarnings("ignore:.*the C.. kernels do not read")
 @pytest.mark.parametrize("format", FORMATS)
 def test_loaded_models_compute_alike_dequantized_and_as_stored(format: str, tmp_path: Path) -> None:
     reference = quantized_folder(tmp_path / "m", format)
@@ -293,6 +294,13 @@ def test_damaged_weights_are_named(damage: str, tmp_path: Path) -> None:
     edit_tensors(tmp_path / "m" / "model.safetensors", edit)
     with pytest.raises(SoliError, match=rf"experts\.2\.down_proj.*{named}|{named}.*experts\.2\.down_proj"):
         load_model(tmp_path / "m")
+
+
+def test_what_the_kernels_do_not_read_is_said_in_one_line(tmp_path: Path) -> None:
+    quantized_folder(tmp_path / "m", "modelopt NVFP4")
+    with pytest.warns(UserWarning, match=r"NVFP4 weights stay as stored, which the C\+\+ kernels do not read") as caught:
+        load_model(tmp_path / "m", quantized=True)
+    assert len(caught) == 1
 
 
 def test_warnings_are_not_given_for_activations_scales(tmp_path: Path) -> None:
