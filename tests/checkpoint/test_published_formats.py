@@ -298,7 +298,7 @@ def test_damaged_weights_are_named(damage: str, tmp_path: Path) -> None:
 
 def test_what_the_kernels_do_not_read_is_said_in_one_line(tmp_path: Path) -> None:
     quantized_folder(tmp_path / "m", "modelopt NVFP4")
-    with pytest.warns(UserWarning, match=r"NVFP4 weights stay as stored, which the C\+\+ kernels do not read") as caught:
+    with pytest.warns(UserWarning, match=r"NVFP4 weights stay as stored, .* the C\+\+ kernels do not read") as caught:
         load_model(tmp_path / "m", quantized=True)
     assert len(caught) == 1
 
