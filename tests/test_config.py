@@ -311,6 +311,7 @@ def test_mistral4_scales_queries_as_its_rope_table_says():
         assert ModelConfig.from_dict(MISTRAL | {"rope_scaling": neutral}).llama_4_scaling is None
     for plain in (config, ModelConfig.from_dict(MISTRAL | {"rope_parameters": {"rope_type": "default"}})):
         assert ModelConfig.from_dict(plain.to_dict()) == plain
+    assert ModelConfig.from_dict(MISTRAL | {"partial_rotary_factor": 0.5}) == default
     assert replace(config, {"rope_scaling": None}).rope_scaling is None
     assert replace(config, {"rope_scaling.factor": 8}).rope_scaling.factor == 8.0
     assert replace(config, {"num_hidden_layers": 3}).llama_4_scaling == config.llama_4_scaling

@@ -62,6 +62,8 @@ def _fold_rope(d: dict[str, Any], family: ModelFamily) -> None:
     d.pop("rope_parameters", None)
     if not tables and family.rope_parameters is not None:
         tables = {"rope_parameters": family.rope_parameters}
+    if family.rope_parameters is not None:
+        _drop_rotary_share(d, d, family)
     scalings: list[RopeScaling | None] = []
     for name, value in tables.items():
         if not isinstance(value, Mapping):

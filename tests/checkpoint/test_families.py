@@ -122,6 +122,13 @@ def test_it_is_converted(tmp_path: Path, model_type: str, format: str) -> None:
     assert logits(again).isfinite().all()
 
 
+@pytest.mark.parametrize("model_type", ["axk1", "mistral4"])
+def test_a_pack_of_it_has_the_same_answers(tmp_path: Path, model_type: str) -> None:
+    folder = write_published(tmp_path / "m", PUBLISHED[model_type])
+    convert_checkpoint(folder, tmp_path / "pack", None, pack=True)
+    assert torch.equal(logits(load_quietly(tmp_path / "pack")), logits(load_quietly(folder)))
+
+
 def test_mistral_small_4_is_the_text_model_of_a_model_of_images_and_text(tmp_path: Path) -> None:
     folder = write_published(tmp_path / "m", MISTRAL_SMALL_4)
     plain = write_published(tmp_path / "plain", MISTRAL_4)

@@ -112,6 +112,7 @@ def make_model(config: ModelConfig, seed: int = 0) -> Transformer:
 
 # What the files of each family say beside the fields that draw_config draws, None: a field that they do not have.
 FAMILY_FIELDS: dict[str, dict[str, Any]] = {
+    "kimi_k2": {"n_group": 1, "topk_group": 1},
     "glm4_moe_lite": {"rms_norm_eps": 1e-5},
     "sarvam_mla": {"q_lora_rank": None, "initializer_range": 0.006},
     "youtu": {"tie_word_embeddings": True, "n_routed_experts": 0, "n_shared_experts": 0},

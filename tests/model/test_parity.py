@@ -18,7 +18,7 @@ from tests.model.oracle import (
 )
 
 CONFIGS = [pytest.param(draw_config(seed), id=f"v3-{seed}") for seed in range(14)]
-CONFIGS += [pytest.param(draw_v2_config(seed), id=f"v2-{seed}") for seed in range(6)]
+CONFIGS += [pytest.param(draw_v2_config(seed), id=f"v2-{seed}") for seed in range(12)]
 SPARSE = [
     pytest.param(draw_sparse_config(family, seed), id=f"{family}-{seed}")
     for family in ("deepseek_v32", "glm_moe_dsa")
