@@ -16,6 +16,7 @@ from soli.config import ModelConfig, load_config
 from soli.errors import SoliError
 from tests.checkpoint.folders import all_tensors, edit_json, edit_tensors, full_model
 from tests.checkpoint.kimi import WHOLE, make_kimi_k25, name_in_transformers, published_name
+from tests.checkpoint.test_variants import stack_experts
 
 IDS_BT = torch.arange(60).view(3, 20)
 
@@ -39,6 +40,16 @@ def test_the_text_model_is_read(plain: Path, text_model_type: str, rename: Calla
         f"{plain}: 3 tensors of images are left out: the model is used for text alone"
     ]
     assert model.config.model_type == text_model_type
+    with torch.no_grad():
+        assert torch.equal(model(IDS_BT), expected(IDS_BT))
+
+
+def test_stacked_experts_are_read_below_a_prefix(plain: Path) -> None:
+    expected = load_model(plain)
+    edit_tensors(plain / "model.safetensors", stack_experts)
+    make_kimi_k25(plain, rename=name_in_transformers)
+    with pytest.warns(UserWarning, match="tensors of images"):
+        model = load_model(plain)
     with torch.no_grad():
         assert torch.equal(model(IDS_BT), expected(IDS_BT))
 

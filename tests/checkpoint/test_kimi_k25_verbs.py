@@ -87,6 +87,15 @@ def test_experts_of_the_folder_itself_are_rejected_with_the_remedy(
     assert "soli convert SRC DST --to as-is --pack" in capsys.readouterr().err
 
 
+def test_a_model_larger_than_memory_names_the_remedy(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("soli.engine.text_model.available_memory", lambda: 1000)
+    assert main(["generate", str(folder), "the cat", "--max-new-tokens", "2"]) == 1
+    error = capsys.readouterr().err
+    assert "more than is available" in error and "soli convert SRC DST --to as-is --pack" in error
+
+
 @pytest.mark.parametrize("to", ["bf16", "fp8", "int8", "int4"])
 def test_convert(folder: Path, tmp_path: Path, to: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(folder), str(tmp_path / to), "--to", to]) == 0

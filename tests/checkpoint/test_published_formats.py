@@ -213,6 +213,21 @@ def test_modelopts_own_file_says_how_weights_are_quantized(tmp_path: Path) -> No
     )
 
 
+@pytest.mark.parametrize("format", ["pack-quantized", "modelopt NVFP4", "float-quantized per channel"])
+@pytest.mark.filterwarnings("ignore:.*the C.. kernels do not read")
+def test_a_quantized_head_is_read(format: str, tmp_path: Path) -> None:
+    config = {**FORMATS[format][1], "ignore": []}
+    reference = quantized_folder(
+        tmp_path / "m", format, lambda name: is_linear(name) or name == "lm_head.weight", config,
+        num_nextn_predict_layers=0,
+    )
+    dense = load_model(tmp_path / "m", dtype=torch.float32, quantized=False)
+    torch.testing.assert_close(dense.lm_head.weight.double(), reference["lm_head.weight"], rtol=2e-7, atol=0)
+    stored = load_model(tmp_path / "m", dtype=torch.float32, quantized=True)
+    assert stored.lm_head.quantized is not None
+    torch.testing.assert_close(logits(stored), logits(dense), rtol=0, atol=2e-5)
+
+
 def test_nvfp4_of_kimi_k25_is_announced_for_the_whole_model(tmp_path: Path) -> None:
     reference = quantized_folder(tmp_path / "m", "modelopt NVFP4", num_nextn_predict_layers=0)
     quantization = FORMATS["modelopt NVFP4"][1]
