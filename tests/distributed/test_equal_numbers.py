@@ -14,6 +14,7 @@ import torch
 
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import Trained, train_each, train_steps
+from tests.engine.tiny import FAMILY_KINDS, SPARSE_KINDS
 from tests.train.toy import write_data
 
 BATCH = 8  # sequences of a step
@@ -109,3 +110,22 @@ def test_data_parallel_ranks_have_the_bits_of_one_process(tmp_path, data, world)
 @pytest.mark.parametrize("world", [2, 4])
 def test_any_mesh_is_as_close_as_other_micro_batches(tmp_path, data, world):
     check_close(tmp_path, data, world, [(sizes, name) for sizes in MESHES[world] for name in CLOSE])
+
+
+def family_sections(kind: str) -> dict:
+    """Two ranks that share the experts, or the parameters of a model without them."""
+    model = {"num_hidden_layers": 3, **FAMILY_KINDS[kind]}
+    return {"model": model, "parallel": {"data": 2} if model.get("n_routed_experts") == 0 else {"expert": 2}}
+
+
+def test_every_family_trains_on_two_ranks(tmp_path, data):
+    kinds = [kind for kind, changes in FAMILY_KINDS.items() if changes not in SPARSE_KINDS.values()]
+    recipes = [family_sections(kind) for kind in kinds]
+    by_rank = run_ranks(train_each, 2, tmp_path / "ranks", data, tmp_path / "many", 3, recipes)
+    for number, kind in enumerate(kinds):
+        sections = {"model": recipes[number]["model"]}
+        one = train_steps(data, tmp_path / kind, 3, sections)
+        for runs in by_rank:
+            assert all(torch.equal(a, b) for a, b in zip(runs[number].counts, one.counts, strict=True)), kind
+            assert one.distance(runs[number]) < 1e-4, kind
+            assert runs[number].losses == [pytest.approx(losses, rel=1e-5) for losses in one.losses], kind

@@ -130,10 +130,23 @@ def test_soli_train_starts_ranks_and_names_the_one_that_was_killed(tmp_path, dat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("to_agent", [True, False])
+def test_sigterm_saves_and_stops_all_ranks(tmp_path, data, to_agent):
+    run = tmp_path / "run"
+    agent = start("-m", "soli", "train", recipe_file(tmp_path, data, MANY), "--processes", "2", "--out", run)
+    wait_for_checkpoint(agent, run)
+    before = saved_step(run)
+    os.kill(agent.pid if to_agent else ranks_of(agent)[1], signal.SIGTERM)
+    _, error = agent.communicate(timeout=WITHIN)
+    assert agent.returncode == 0 and saved_step(run) > before, error
+    assert f"stopped after step {saved_step(run)}" in error and "Traceback" not in error
+
+
+@pytest.mark.slow
 def test_torchrun_restarts_a_killed_rank(tmp_path, data):
     run = tmp_path / "run"
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1", "--standalone"]
-    steps = 400
+    steps = 100
     agent = start(*torchrun, "-m", "soli", "train", recipe_file(tmp_path, data, steps), "--out", run)
     wait_for_checkpoint(agent, run)
     os.kill(ranks_of(agent)[0], signal.SIGKILL)

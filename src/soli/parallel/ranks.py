@@ -102,6 +102,7 @@ def launched_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
 def join_ranks(ranks: Ranks, device: torch.device) -> None:
     """Connect this process with the others; NCCL between GPUs, gloo between CPUs and for Python values."""
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     if ranks.world == 1 or dist.is_initialized():
         return
@@ -109,7 +110,12 @@ def join_ranks(ranks: Ranks, device: torch.device) -> None:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        # Its own keys in the store for each attempt of torchrun --max-restarts: the agent's store still has the
+        # addresses of the attempt before. Of several machines only some count a restart.
+        store, _, _ = next(rendezvous("env://", ranks.rank, ranks.world, timeout=TIMEOUT))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if ranks.local_world == ranks.world else "0"
+        store = dist.PrefixStore(f"attempt {attempt}", store)
+        dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=TIMEOUT)
     except (ValueError, RuntimeError) as error:
         raise SoliError(
             f"rank {ranks.rank} of {ranks.world} cannot reach the others ({str(error).splitlines()[0]}); start it with "
