@@ -44,9 +44,10 @@ def test_dense_models_have_no_experts_to_share():
         settings(model=dense, parallel={"expert": 2})
 
 
-def test_a_graph_of_a_step_is_for_one_process():
-    with pytest.raises(SoliError, match=r"run\.cuda_graph is true"):
-        settings(run={"cuda_graph": True}, parallel={"data": 2})
+@pytest.mark.parametrize("option", ["cuda_graph", "compile"])
+def test_options_for_one_process_are_refused(option):
+    with pytest.raises(SoliError, match=rf"run\.{option} is true, but .* for 2 processes"):
+        settings(run={option: True}, parallel={"data": 2})
 
 
 def test_recipes_without_the_section_are_for_one_process():

@@ -244,8 +244,9 @@ def _check_parallel(settings: TrainSettings) -> None:
         if sequences is not None and sequences % world:
             sizes = "parallel.data x parallel.expert x parallel.replicate"
             reject(name, sequences, f"the {world} processes of {sizes} must divide it")
-    if world > 1 and settings.run.cuda_graph:
-        raise SoliError("run.cuda_graph is true, but a graph holds one process's step; set run.cuda_graph = false")
+    for option, reason in (("cuda_graph", "a graph holds one process's step"), ("compile", "shards are not compiled")):
+        if world > 1 and getattr(settings.run, option):
+            raise SoliError(f"run.{option} is true, but {reason}; set run.{option} = false for {world} processes")
 
 
 def _require_positions(section: str, length: int, config: ModelConfig) -> None:
