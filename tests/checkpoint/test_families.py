@@ -138,6 +138,40 @@ def test_mistral_small_4_is_the_text_model_of_a_model_of_images_and_text(tmp_pat
     assert torch.equal(logits(model), logits(load_model(plain)))
 
 
+@pytest.mark.parametrize("shape", [(8, 1, 1), (8,), (8, 2, 1)])
+def test_experts_of_mistral_small_4_have_one_fp8_scale_each(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """As published: stacks of FP8 with a scale for each expert, beside scales of activations that are not used."""
+    folder = write_published(tmp_path / "m", MISTRAL_4)
+    plain = write_published(tmp_path / "plain", MISTRAL_4)
+    exact: dict[str, torch.Tensor] = {}
+
+    def quantize(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+            scale = tensors[name].float().abs().amax((1, 2), keepdim=True) / 448
+            values = (tensors[name].float() / scale).to(torch.float8_e4m3fn)
+            exact[name] = values.float() * scale
+            parts = 2 if shape == (8, 2, 1) and "gate_up" in name else 1
+            stored = scale.repeat(1, parts, 1) if len(shape) == 3 else scale.view(shape)
+            tensors |= {name: values, f"{name}_scale_inv": stored.contiguous()}
+            tensors[f"{name}_activation_scale"] = torch.ones(8)
+        for name in [name for name in tensors if name.endswith(("_proj.weight", "_with_mqa.weight"))]:
+            scale = tensors[name].float().abs().max() / 448
+            values = (tensors[name].float() / scale).to(torch.float8_e4m3fn)
+            exact[name] = values.float() * scale
+            tensors |= {name: values, f"{name}_scale_inv": scale}
+            tensors[name.removesuffix("weight") + "activation_scale"] = torch.tensor(1.0)
+
+    edit_tensors(folder / "model.safetensors", quantize)
+    quantization = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
+    edit_json(folder / "config.json", lambda config: config.update(quantization_config=quantization))
+    edit_tensors(plain / "model.safetensors", lambda tensors: tensors.update(exact))
+    assert torch.equal(logits(load_quietly(folder, quantized=False)), logits(load_quietly(plain)))
+    quantized = load_quietly(folder, quantized=True)
+    assert float((logits(quantized) - logits(load_quietly(plain))).abs().max()) < 1e-3
+    convert_checkpoint(folder, tmp_path / "again", Target("fp32"))
+    assert torch.equal(logits(load_quietly(tmp_path / "again")), logits(load_quietly(plain)))
+
+
 def test_router_biases_of_axk1_are_read_where_they_are(tmp_path: Path) -> None:
     folder = write_published(tmp_path / "m", PUBLISHED["axk1"])
     assert "selected by their scores alone" in "\n".join(open_checkpoint(folder).notes)

@@ -151,7 +151,7 @@ IGNORED: Final = (
     "model.layers.*.self_attn.*prob_scale", "model.layers.*.self_attn.masked_bias", "model.position_ids",
     "model.layers.*.mlp.experts.*.padding",
     # scales of quantized activations
-    "*.input_scale", "*.input_global_scale", "*.activation_scale", "*.output_scale",
+    "*.input_scale", "*.input_global_scale", "*.activation_scale", "*_activation_scale", "*.output_scale",
 )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ and written so, in the families whose readers know nothing else.
     experts.gate_up_proj (E, 2F, D): of each expert the gate's F rows, then up's      experts.down_proj (E, D, F)
 
 An expert's rows lie one after another, so each is a tensor of its own at a place in the same file: nothing is read or
-copied. FP8 scales are stacked likewise, one row for 128.
+copied. FP8 scales are stacked likewise, one row for 128; or there is one scale for each expert of a stack.
 """
 
 import re
@@ -28,7 +28,9 @@ def split_stacked(entries: Mapping[str, TensorEntry], experts: int) -> dict[str,
     for name, entry in entries.items():
         match = STACKED.fullmatch(name)
         parts = PARTS[match[2]] if match is not None else ()
-        if match is not None and _is_stack(entry, experts, len(parts)):
+        if match is not None and match[3] and entry.shape in ((experts,), (experts, 1, 1)) and experts <= MAX_EXPERTS:
+            split.update(_scales_of_experts(entry, match[1], parts, match[3]))
+        elif match is not None and _is_stack(entry, experts, len(parts)):
             split.update(_parts(entry, match[1], parts, match[3] or ""))
         else:
             split[name] = entry
@@ -50,6 +52,19 @@ def _parts(entry: TensorEntry, prefix: str, parts: tuple[str, ...], suffix: str)
             shape = (rows // len(parts), columns)
             yield name, replace(entry, name=name, shape=shape, start=start, end=start + size)
             start += size
+
+
+def _scales_of_experts(
+    entry: TensorEntry, prefix: str, parts: tuple[str, ...], suffix: str
+) -> Iterator[tuple[str, TensorEntry]]:
+    """One scale for each expert, which its parts share."""
+    experts = entry.shape[0]
+    size = (entry.end - entry.start) // experts
+    for expert in range(experts):
+        start = entry.start + expert * size
+        for part in parts:
+            name = f"{prefix}.{expert}.{part}.weight{suffix}"
+            yield name, replace(entry, name=name, shape=(), start=start, end=start + size)
 
 
 def in_order_of_stacks(slots: Sequence[Slot]) -> list[Slot]:
