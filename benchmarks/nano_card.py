@@ -4,9 +4,10 @@
 
 Reads the run's metrics and resolved recipe, and what gpu/train_nano.py left where a GPU trained; runs `soli eval` and
 `soli routing` on the held-out files, and writes benchmarks/results/nano.json, soli/models/nano/README.md and
-its curve.png. `--before` scores the bundled model until now on the same files. Of a run on a
-CPU: with as many threads (OMP_NUM_THREADS) as the training had, for the utilisation is the run's FLOP/s over the rate
-of its matrix products, measured now; of one on a GPU it is their share of what the card's maker states.
+its curve.png. `--before` scores the bundled model until now on the same files, or reads what `soli eval --json` said of
+it. Of a run on a CPU: with as many threads (OMP_NUM_THREADS) as the training had, for the utilisation is the run's
+FLOP/s over the rate of its matrix products, measured now; of one on a GPU it is their share of what the card's maker
+states.
 """
 
 from __future__ import annotations
@@ -31,7 +32,12 @@ from soli.train.settings import SECTIONS, TrainSettings, read_settings
 BENCHMARKS = Path(__file__).resolve().parent
 ROOT = BENCHMARKS.parent
 MODEL = ROOT / "src" / "soli" / "models" / "nano"
-LICENCES = {source.label: source.licence for source in SOURCES}
+LICENCES = {source.label: source.licence for source in SOURCES} | {
+    # By `soli data build nano-zh-en --extra`, from public repositories.
+    "tatoeba-gh": "CC-BY-2.0-FR, tatoeba.org and its contributors",
+    "python-docs-gh": "PSF-2.0, Chinese CC0",
+    "xquad-gh": "CC-BY-SA-4.0",
+}
 
 
 def soli_json(*arguments: str) -> Any:
@@ -45,7 +51,7 @@ def soli_json(*arguments: str) -> Any:
 def read_metrics(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The run's steps and evaluations, in order."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [r for r in rows if r["kind"] == "step"], [r for r in rows if r["kind"] != "step"]
+    return [r for r in rows if r["kind"] == "step"], [r for r in rows if r["kind"] == "evaluation"]
 
 
 def draw_curve(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], file: Path) -> None:
@@ -260,7 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=ROOT / "runs" / "nano-gpu")
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "nano-zh-en")
-    parser.add_argument("--before", type=Path, help="the bundled model until now, scored beside it")
+    parser.add_argument("--before", type=Path, help="the bundled model until now, or the JSON of its scores")
     parser.add_argument("--before-tokens", type=int, default=0, help="tokens which that model had seen")
     arguments = parser.parse_args()
     steps, evaluations = read_metrics(arguments.run)
@@ -272,7 +278,9 @@ def main() -> None:
     result = summarise(measurements, steps, tokens_seen, (MODEL / "model.safetensors").stat().st_size, training)
     if arguments.before:
         tokens = {"tokens_seen": arguments.before_tokens}
-        result["before"] = {**quality(score(str(arguments.before), arguments.data)), **tokens}
+        before = arguments.before
+        scores = json.loads(before.read_text("utf-8")) if before.is_file() else score(str(before), arguments.data)
+        result["before"] = {**quality(scores), **tokens}
     record.write("nano", result)
     (MODEL / "README.md").write_text(card(result, steps, arguments.data), encoding="utf-8")
     print(json.dumps(result["figures"], indent=1))

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from soli.errors import SoliError
+from soli.machine import processor
 from soli.train.balance import ExpertLoad
 from soli.train.checkpoints import RunProgress, checkpoints
 from soli.train.evaluate import Evaluation
@@ -35,10 +36,13 @@ def test_a_run_resumed_from_an_earlier_checkpoint_records_each_step_once(tmp_pat
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "step", "st')
     resumed = prepare(settings(), {}, data, run)
-    assert 0 < resumed.progress.step < 12
+    resumed_from = resumed.progress.step
+    assert 0 < resumed_from < 12
     train(resumed)
-    recorded = [(line["kind"], line["step"], line.get("loss")) for line in lines(run)]
-    assert recorded == [(line["kind"], line["step"], line.get("loss")) for line in whole]
+    begun = [line for line in lines(run) if line["kind"] == "begin"]
+    assert [line["step"] for line in begun] == [0, resumed_from] and begun[0]["processor"] == processor().name
+    recorded = [(line["kind"], line["step"], line.get("loss")) for line in lines(run) if line["kind"] != "begin"]
+    assert recorded == [(line["kind"], line["step"], line.get("loss")) for line in whole if line["kind"] != "begin"]
     assert summarize(read_metrics(run)).state == "finished"
 
 

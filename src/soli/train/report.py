@@ -17,12 +17,14 @@ from io import FileIO, TextIOBase
 from pathlib import Path
 from typing import IO, Any, Self, cast
 
+import torch
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
+from soli import machine
 from soli.atomic_file import replace_file
 from soli.errors import SoliError
 from soli.input_files import read_lines
@@ -128,6 +130,11 @@ class RunReport:
         for text, translation in samples:
             self.print(f"    {text}  ->  {translation}")
         self.record("evaluation", progress, {**vars(result), "samples": samples})
+
+    def begin(self, progress: RunProgress, device: torch.device) -> None:
+        """Record where a session runs: its numbers have the same bits on one type of processor alone."""
+        where = {"processor": machine.processor().name, "threads": torch.get_num_threads(), "device": str(device)}
+        self.record("begin", progress, where)
 
     def end(self, progress: RunProgress, reason: str) -> None:
         """Record why the session ended: `soli runs` reads it."""

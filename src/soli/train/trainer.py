@@ -135,6 +135,7 @@ def train(run: Run) -> str:
     saver = CheckpointSaver(run.folder, settings.run.keep)
     with _stop_on_signal() as signals, saver, _open_report(run) as report:
         _print_start(run, report)
+        report.begin(progress, run.model.embed_tokens.weight.device)
         reason = "finished" if is_finished(settings, progress) else ""
         while not reason:
             saver.check()
