@@ -129,3 +129,15 @@ def test_every_family_trains_on_two_ranks(tmp_path, data):
             assert all(torch.equal(a, b) for a, b in zip(runs[number].counts, one.counts, strict=True)), kind
             assert one.distance(runs[number]) < 1e-4, kind
             assert runs[number].losses == [pytest.approx(losses, rel=1e-5) for losses in one.losses], kind
+
+
+@pytest.mark.slow
+def test_fewer_experts_than_ranks_are_shared_in_parts(tmp_path, data):
+    """Two experts on 2 x 2 ranks: each stores a part of every matrix, and Muon gathers them."""
+    model = {"n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
+    changes = {"model": model, "optimizer": {"name": "muon"}}
+    one = train_steps(data, tmp_path / "one", 3, sections(BATCH, **changes))
+    other = train_steps(data, tmp_path / "other", 3, sections(2, **changes))
+    recipe = sections(BATCH // 4, (2, 2, 1), **changes)
+    for many in run_ranks(train_steps, 4, tmp_path / "ranks", data, tmp_path / "many", 3, recipe):
+        assert_as_close_as_other_micro_batches(many, one, other)
