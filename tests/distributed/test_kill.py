@@ -17,10 +17,11 @@ from soli.train.checkpoints import checkpoints, load_run
 from soli.train.setup import prepare
 from soli.train.trainer import train
 from tests.distributed.ranks import run_ranks, start_ranks
-from tests.distributed.runs import saved_state
+from tests.distributed.runs import VECTORS, saved_state
 from tests.train.toy import RECIPE, settings, write_data
 
 WITHIN = 60.0  # seconds in which the other ranks end
+AS_ONE_PROCESS = {"model": RECIPE["model"] | VECTORS, "optimizer": {"clip": 1e9}}  # to the last bit
 MANY = 10**6  # steps: no session reaches this end
 
 
@@ -73,7 +74,7 @@ def test_ranks_killed_at_random_moments_end_as_never_stopped(tmp_path, data, kil
 
 
 def recipe_file(folder: Path, data: Path, steps: int) -> Path:
-    recipe = {**RECIPE, "optimizer": {"clip": 1e9}, "parallel": {"data": 2}}
+    recipe = {**RECIPE, **AS_ONE_PROCESS, "parallel": {"data": 2}}
     recipe["schedule"] = RECIPE["schedule"] | {"constant_tokens": 128 * steps}
     lines = [
         f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())
@@ -123,7 +124,7 @@ def test_soli_train_starts_ranks_and_names_the_one_that_was_killed(tmp_path, dat
     assert error.count("resuming after step") == 1
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(1, steps + 1))
-    one = settings(optimizer={"clip": 1e9}, schedule={"constant_tokens": 128 * steps})
+    one = settings(**AS_ONE_PROCESS, schedule={"constant_tokens": 128 * steps})
     train(prepare(one, {}, data, tmp_path / "one"))
     first, second = load_run(run).state_dict(), load_run(tmp_path / "one").state_dict()
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
@@ -167,6 +168,6 @@ def test_two_agents_with_a_rendezvous_are_one_run(tmp_path, data):
     agents = [start(*command), start(*command)]
     errors = [agent.communicate(timeout=240)[1] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], errors
-    train(prepare(settings(optimizer={"clip": 1e9}), {}, data, tmp_path / "one"))
+    train(prepare(settings(**AS_ONE_PROCESS), {}, data, tmp_path / "one"))
     first, second = load_run(run).state_dict(), load_run(tmp_path / "one").state_dict()
     assert [name for name in first if not torch.equal(first[name], second[name])] == []

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+import soli
 from soli.parallel.mesh import build_meshes
 from soli.parallel.ranks import join_ranks, launched_ranks
 from soli.parallel.sharding import shard_model
 from soli.train.balance import reduce_counts
 from soli.train.batches import Batches
-from soli.train.checkpoints import CheckpointSaver, run_state
+from soli.train.checkpoints import CheckpointSaver, export_run, load_run, run_state
 from soli.train.losses import compute_losses, count_targets
 from soli.train.setup import prepare
 from soli.train.trainer import take_step
@@ -108,10 +109,10 @@ def load_and_save(data: Path, source: Path, sections: dict) -> dict[str, torch.T
 
 @pytest.mark.parametrize(
     "sizes",
-    [[(1, 1), (1, 2), (1, 1)], pytest.param([(2, 2), (1, 4), (2, 1), (4, 1), (1, 1)], marks=pytest.mark.slow)],
+    [[(1, 1), (1, 2)], pytest.param([(2, 2), (1, 4), (2, 1), (4, 1), (2, 2)], marks=pytest.mark.slow)],
 )
 def test_any_number_of_ranks_reads_what_any_other_wrote(tmp_path, data, sizes):
-    """Each session resumes what the one before saved, with other sizes, and trains a step."""
+    """Each session resumes what the one before saved, with other sizes, and trains a step; then it is exported."""
     run = tmp_path / "run"
     for number, (data_ranks, expert) in enumerate(sizes):
         sections = {"parallel": {"data": data_ranks, "expert": expert}, "optimizer": {"name": "muon"}}
@@ -122,3 +123,8 @@ def test_any_number_of_ranks_reads_what_any_other_wrote(tmp_path, data, sizes):
             if before is not None:
                 assert loaded.keys() == before.keys()
                 assert [name for name in before if not torch.equal(before[name], loaded[name])] == []
+    export_run(run, tmp_path / "model", "fp32")
+    exported = soli.load_model(tmp_path / "model", dtype=torch.float32, mtp=True).state_dict()
+    expected = load_run(run).state_dict()
+    assert exported.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(expected[name], exported[name])] == []

@@ -83,6 +83,11 @@ def test_sizes_may_be_set_for_a_recipe_without_the_section():
     assert read_settings(recipe).parallel.world == 32
 
 
+def test_processes_are_for_runs(capsys):
+    assert main(["train", "nano-zh-en", "--dry-run", "--processes", "2"]) == 2
+    assert "with --dry-run say --devices" in " ".join(capsys.readouterr().err.split())
+
+
 def test_processes_must_be_those_of_the_recipe(capsys):
     recipe = ["train", "nano-zh-en", "--processes", "2"]
     assert main(recipe) == 1

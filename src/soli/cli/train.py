@@ -66,6 +66,8 @@ def train(
     planning = [option for name, option in PLANNING.items() if is_on_command_line(ctx, name)]
     if planning and not dry_run:
         raise typer.BadParameter(f"{' and '.join(planning)} only with --dry-run; a run's own sizes are in [parallel]")
+    if processes is not None and dry_run:
+        raise typer.BadParameter("--processes starts a run; with --dry-run say --devices")
     path = find_recipe(recipe)
     table = load_recipe(path, assignments or [])
     settings = read_settings(table)
@@ -76,16 +78,19 @@ def train(
         print_training_plan(settings, data, devices, mfu, device_tflops, measure, as_json, plot, device)
         return
     _require_data(data_config, recipe, assignments or [])
+    from soli.parallel.ranks import joined, launched_ranks
+
     folder = out or Path("runs") / path.parent.name
     if processes is not None and processes > 1:
         settings.parallel.require_world(processes)
+        if launched_ranks().world > 1:
+            raise SoliError("--processes starts the processes itself; leave it out under torchrun")
         from soli.parallel.launch import launch
 
         options = [f"--set={assignment}" for assignment in assignments or []]
         options += [] if threads is None else [f"--threads={threads}"]
         launch(["train", recipe, f"--out={folder}", *options], processes)
         return
-    from soli.parallel.ranks import joined
     from soli.train.setup import prepare
     from soli.train.trainer import train as run_training
 
