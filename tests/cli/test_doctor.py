@@ -8,14 +8,13 @@ import pytest
 
 from soli import measured
 from soli.cli import main
-from soli.experts import disk
+from soli.experts import disk, memory_rate
 from soli.kernels.cpu import native
-from soli.plan import machine_report
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(machine_report, "SECONDS", 0.01)
+    monkeypatch.setattr(memory_rate, "SECONDS", 0.01)
     monkeypatch.setattr(disk, "FILE_BYTES", 4 * disk.READ_BYTES)
     monkeypatch.setattr(disk, "TRIAL_BYTES", 2 * disk.READ_BYTES)
     monkeypatch.setattr(measured, "FILE", f"machine-{os.getpid()}.json")  # of this test run alone

@@ -15,8 +15,8 @@ import torch
 from soli import machine
 from soli.checkpoint import load_model
 from soli.cli import main
+from soli.experts import memory_rate
 from soli.kernels.cpu import build
-from soli.plan import machine_report
 from soli.serve import server
 from tests.engine.tiny import tiny_folder
 
@@ -212,7 +212,7 @@ def test_an_impossible_number_of_threads_is_rejected(count, capsys, threads):
     ],
 )
 def test_threads_take_effect(current_folder, threads, arguments, monkeypatch, capsys):
-    monkeypatch.setattr(machine_report, "SECONDS", 0.01)
+    monkeypatch.setattr(memory_rate, "SECONDS", 0.01)
     (current_folder / "text.txt").write_text("He drank a cup of tea.\n")
     (current_folder / "run").symlink_to(FIXTURE / "run")
     assert main([*arguments, "--threads", "2"]) == 0
@@ -247,7 +247,7 @@ def busy_loops():
 
 
 def test_doctor_reports_a_busy_machine(busy_loops, capsys, monkeypatch):
-    monkeypatch.setattr(machine_report, "SECONDS", 0.01)
+    monkeypatch.setattr(memory_rate, "SECONDS", 0.01)
     assert main(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["busy_cores"] > 0.5
     assert main(["doctor"]) == 0
