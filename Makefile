@@ -20,8 +20,11 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.soli ## install, then translate a sentence offline with the bundled model and show its experts
-	@echo '$$ soli translate "He drank a cup of tea." --experts'
-	@$(BIN)/soli translate "He drank a cup of tea." --experts
+	@echo '$$ soli translate "Where is the library?" --experts'
+	@$(BIN)/soli translate "Where is the library?" --experts
+	@if [ -t 0 ]; then \
+		printf '%s\n' '' 'Type a sentence of your own, English or Chinese, and Enter; Ctrl-D ends it.'; \
+		$(BIN)/soli translate -; fi
 	@printf '%s\n' '' 'soli: installed in $(VENV). To go on:' '' \
 		'  . $(VENV)/bin/activate' \
 		'  soli translate "他是我的朋友。"    # Chinese to English, English to Chinese' \

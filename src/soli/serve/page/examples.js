@@ -4,12 +4,12 @@
  * says now. After another model is bundled that test names the lines to change. The first one runs when the page opens.
  */
 export const TRANSLATIONS = [
-  { "text": "He drank a cup of tea.", "translation": "他喝了一杯茶。" },
+  { "text": "Where is the library?", "translation": "图书馆在哪里？" },
   { "text": "我有两个哥哥。", "translation": "I have two brothers." },
-  { "text": "There are many fish in the river.", "translation": "河里有许多鱼。" },
-  { "text": "他把书放在桌子上。", "translation": "He put the book on the table." },
-  { "text": "Please open the door.", "translation": "请打开门。" },
-  { "text": "请打开门。", "translation": "Please open the door." }
+  { "text": "The weather is very good today.", "translation": "今天天气很好。" },
+  { "text": "你叫什么名字？", "translation": "What's your name?" },
+  { "text": "She bought a new car yesterday.", "translation": "她昨天买了一辆新车。" },
+  { "text": "我们一起去学校吧。", "translation": "Let's go to school together." }
 ];
 
 // What other models answer is not known here; these are only places to start.
