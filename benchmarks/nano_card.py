@@ -79,7 +79,7 @@ def draw_curve(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], f
 def read_recipe(run: Path) -> TrainSettings:
     """The recipe that the run began with, every default resolved."""
     recipe = json.loads((run / "recipe.resolved.json").read_text(encoding="utf-8"))
-    return read_settings({name: recipe[name] for name in (*SECTIONS, "model")})
+    return read_settings({name: recipe[name] for name in (*SECTIONS, "model") if name in recipe})
 
 
 def score(model: str, data: Path) -> dict[str, Any]:
