@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import string
 import subprocess
@@ -64,13 +65,14 @@ def draw_curve(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], f
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     at = [s["tokens"] / 1e6 for s in steps]
     left.plot(at, [s["loss"] for s in steps], label="next token", color="#2b6cb0", lw=1)
-    left.plot(at, [s["mtp"] for s in steps], label="one further (MTP)", color="#c05621", lw=1)
+    left.plot(at, [s["mtp"] or math.nan for s in steps], label="one further (MTP)", color="#c05621", lw=1)
     heldout = [e for e in evaluations if "loss" in e]
     left.plot([e["tokens"] / 1e6 for e in heldout], [e["loss"] for e in heldout], "k.-", label="held-out")
     left.set(xlabel="million tokens", ylabel="nats per token", title="Loss")
     left.legend()
     for layer in steps[-1]["load"]:
-        right.plot(at, [s["load"][layer]["max_violation"] for s in steps], lw=1, label=layer)
+        loads = [s["load"].get(layer, {}).get("max_violation", math.nan) for s in steps]  # none before MTP begins
+        right.plot(at, loads, lw=1, label=layer)
     right.set(xlabel="million tokens", title="Load: largest over mean, less 1", yscale="log")
     right.legend(fontsize=8)
     figure.savefig(file, dpi=110)
