@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -248,25 +247,11 @@ def test_llama_cpp_computes_the_same_logits(tmp_path, tokenizer_folder, name) ->
     assert difference < 1e-3, difference
 
 
-@pytest.fixture(scope="module")
-def bundled(tmp_path_factory) -> Path:
-    """The bundled model, with its tokenizer or, where llama.cpp has no pre-tokenizer for that, another of its size."""
-    try:
-        read_vocabulary(BUNDLED, 2**20)
-        return BUNDLED
-    except SoliError:
-        source = tmp_path_factory.mktemp("bundled") / "nano"
-        shutil.copytree(BUNDLED, source)
-        size = json.loads((BUNDLED / "config.json").read_text())["vocab_size"]
-        Tokenizer.train(sentences(), size).save(source)
-        return source
-
-
 @pytest.mark.slow
-def test_llama_cpp_tokenizes_and_answers_as_the_bundled_model_does(tmp_path, bundled) -> None:
+def test_llama_cpp_tokenizes_and_answers_as_the_bundled_model_does(tmp_path) -> None:
     """200 texts, and 32 greedy tokens after each of 20 prompts, in float32."""
-    convert_to_gguf(bundled, tmp_path / "m.gguf", "f32")
-    text_model = open_text_model(str(bundled), dtype="float32")
+    convert_to_gguf(BUNDLED, tmp_path / "m.gguf", "f32")
+    text_model = open_text_model(str(BUNDLED), dtype="float32")
     theirs = llama(tmp_path / "m.gguf", text_model.positions)
     texts = [*random.Random(2).sample(sentences(), 100), *random_texts(100, 4)]
     for text in texts:
