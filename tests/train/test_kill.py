@@ -68,9 +68,9 @@ def kill(process: multiprocessing.Process, delay: float, run: Path, saving: bool
 
 
 def recorded(run: Path) -> list[tuple[str, int, float]]:
-    """(kind, step, loss) of every line of metrics.jsonl but the last, which records the end."""
+    """(kind, step, loss) of every line of metrics.jsonl but those that record a session's beginning and the end."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [(line["kind"], line["step"], line["loss"]) for line in lines[:-1]]
+    return [(line["kind"], line["step"], line["loss"]) for line in lines[:-1] if line["kind"] != "begin"]
 
 
 def state(run: Path) -> dict[str, torch.Tensor]:

@@ -56,7 +56,8 @@ def test_a_run_writes_metrics_recipe_and_checkpoints(tmp_path, data):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(1, 13))
     assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [4, 8, 12]
-    assert set(lines[0]["load"]) == {"layers.1", "mtp.0"}
+    assert lines[0]["kind"] == "begin"
+    assert set(lines[1]["load"]) == {"layers.1", "mtp.0"}
     assert json.loads((tmp_path / "recipe.resolved.json").read_text())["data"] == {"folder": "x"}
     last = checkpoints(tmp_path)[-1]
     assert last.name == "step-00000012" and len(checkpoints(tmp_path)) <= 3
