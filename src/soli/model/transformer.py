@@ -90,7 +90,8 @@ class MTPModule(nn.Module):
         cos_sin: tuple[Tensor, ...],
         cache: Cache | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        x_BTD, routing = self.block(self.join(embedding_BTD, hidden_BTD), cos_sin, cache)
+        # A selection of its own, as the main layers are given one: compiled blocks are the same for both.
+        x_BTD, routing = self.block(self.join(embedding_BTD, hidden_BTD), cos_sin, cache, None, Selection())
         return self.norm(x_BTD), routing
 
     def join(self, embedding_BTD: Tensor, hidden_BTD: Tensor) -> Tensor:
