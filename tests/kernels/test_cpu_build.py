@@ -51,6 +51,7 @@ def test_another_flag_is_another_library_and_a_failure_is_cached(tmp_path, monke
     assert len(list(tmp_path.glob("kernels/*/failed.txt"))) == 2
 
 
+@pytest.mark.slow  # compiles all kernels again
 @needs_kernels
 def test_a_compiler_without_amx_builds_the_rest(tmp_path, monkeypatch) -> None:
     compiler = tmp_path / "old"

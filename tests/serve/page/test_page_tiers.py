@@ -1,12 +1,15 @@
 """A model larger than memory on the page: where each expert was, what waiting cost, and what is in memory now; nothing
 of it for a model in memory."""
 
+from itertools import product
+
 import pytest
 
 from tests.serve.page.driving import choose_cell, named_cell, play, token, until
 from tests.serve.page.test_page import WOOD
 from tests.serve.page.test_page_axe import violations
 
+LOCALES = ("en-GB", "zh-CN")
 INKED = """(id) => { // pixels of the marks of tiers
   const canvas = document.querySelector(`#${id} .tiers`);
   const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
@@ -76,9 +79,14 @@ def test_a_model_in_memory_has_none_of_it(mock, open_page):
     assert page.locator("#tier-now").count() == 0
 
 
-@pytest.mark.parametrize("width", [390, 1280])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("locale", ["en-GB", "zh-CN"])
+@pytest.mark.parametrize(
+    ("width", "scheme", "locale"),
+    [
+        (390, "dark", "zh-CN"),
+        (1280, "light", "en-GB"),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in product((390, 1280), ("light", "dark"), LOCALES)),
+    ],
+)
 def test_axe_finds_no_violation(mock, open_page, width, scheme, locale):
     mock.turn_paged()
     page = open_page(mock, viewport={"width": width, "height": 844}, color_scheme=scheme, locale=locale, view="simple")
