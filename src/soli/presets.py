@@ -6,6 +6,8 @@ its default. Source: those files, and the DeepSeek-V3 technical report (arXiv 24
 
 from typing import Any
 
+from soli.families import FAMILIES
+
 DEEPSEEK_V3: dict[str, Any] = {
     "model_type": "deepseek_v3",
     "vocab_size": 129280,
@@ -198,17 +200,6 @@ MISTRAL_SMALL_4: dict[str, Any] = {  # the text model
     "qk_nope_head_dim": 64,
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
-    "rope_parameters": {
-        "rope_type": "yarn",
-        "rope_theta": 10000.0,
-        "factor": 128.0,
-        "original_max_position_embeddings": 8192,
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-        "llama_4_scaling_beta": 0.1,
-    },
     "max_position_embeddings": 1048576,
     "rms_norm_eps": 1e-6,
     "bos_token_id": 1,
@@ -233,7 +224,7 @@ MISTRAL_LARGE_3: dict[str, Any] = {  # the text model
     "q_lora_rank": 1536,
     "kv_lora_rank": 512,
     "qk_nope_head_dim": 128,
-    "rope_parameters": {**MISTRAL_SMALL_4["rope_parameters"], "factor": 36.0},
+    "rope_parameters": {**(FAMILIES["mistral4"].rope_parameters or {}), "factor": 36.0},
     "max_position_embeddings": 294912,
     "quantization_config": DEEPSEEK_V3["quantization_config"],
 }

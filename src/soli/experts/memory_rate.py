@@ -24,10 +24,10 @@ class Memory:
     date: str
 
 
-def measured_memory(renew: bool = False) -> Memory:
+def measured_memory() -> Memory:
     """Of this machine, with torch's number of threads; measured now if it is not known."""
     identity = f"{platform.node()}, {machine.processor().name}, {torch.get_num_threads()} threads"
-    memory = remembered("memory", identity, Memory, _measure, renew)
+    memory = remembered("memory", identity, Memory, _measure, renew=False)
     assert isinstance(memory, Memory)
     return memory
 

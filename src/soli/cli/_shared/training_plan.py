@@ -49,11 +49,13 @@ def print_training_plan(
     precision = here.computes if here else None
     kind = here.kind if here else "cpu" if settings.run.device == "cpu" else "cuda"
     plan = plan_run(settings, devices, mfu, device_tflops, precision, kind)
-    mesh = None if devices == 1 else propose_mesh(settings, devices, device_kind, plan.precision, plan.flops)
+    mesh: MeshPlan | None = None
     if devices == settings.parallel.world > 1:
         own = settings.parallel
         sizes = MeshSizes(own.data, own.expert, 1, own.replicate, own.keep_gathered)
         mesh = plan_mesh(settings, sizes, device_kind, plan.precision, plan.flops)
+    elif devices > 1:
+        mesh = propose_mesh(settings, devices, device_kind, plan.precision, plan.flops)
     if plot is not None:
         save_schedule_plot(plot, settings)
     if as_json:
