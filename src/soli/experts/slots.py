@@ -5,12 +5,12 @@ and scales in another dtype are copied behind what was read, and FP8 scales are 
 """
 
 import mmap
-import zlib
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from soli.checksum import crc32
 from soli.errors import SoliError
 from soli.experts.policy import Key
 from soli.experts.sources import ALIGNMENT, ExpertLayout, Part, Sources, needs_copy
@@ -82,7 +82,7 @@ class Slots:
         """Compare an expert of a pack with its checksum, the first time that it is read."""
         if layout.checksum is None or key in self._verified:
             return
-        if zlib.crc32(self.view(slot)[: layout.reads[0].needed]) != layout.checksum:
+        if crc32(self.view(slot)[: layout.reads[0].needed]) != layout.checksum:
             part = layout.parts[0]
             raise SoliError(
                 f"{part.name if part else 'an expert'}: what was read does not have the checksum of its expert: pack "
