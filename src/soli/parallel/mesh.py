@@ -35,7 +35,8 @@ def build_meshes(data: int, expert: int, replicate: int, kind: str, pipeline: in
     if replicate == 1:
         meshes = Meshes(dense["shard"], experts["expert"], experts["data"])
     else:
-        meshes = Meshes(dense["replicate", "shard"], experts["expert"], experts["replicate", "data"])
+        shards = dense["replicate", "shard"] if stages else dense
+        meshes = Meshes(shards, experts["expert"], experts["replicate", "data"])
     if not stages:
         return meshes
     columns = init_device_mesh(kind, (pipeline, replicate * data * expert), mesh_dim_names=("pipeline", "share"))
