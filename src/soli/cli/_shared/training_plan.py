@@ -52,7 +52,7 @@ def print_training_plan(
     mesh: MeshPlan | None = None
     if devices == settings.parallel.world > 1:
         own = settings.parallel
-        sizes = MeshSizes(own.data, own.expert, 1, own.replicate, own.keep_gathered)
+        sizes = MeshSizes(own.data, own.expert, own.pipeline, own.replicate, own.keep_gathered)
         mesh = plan_mesh(settings, sizes, device_kind, plan.precision, plan.flops)
     elif devices > 1:
         mesh = propose_mesh(settings, devices, device_kind, plan.precision, plan.flops)
@@ -154,13 +154,12 @@ def _mesh(mesh: MeshPlan | None, settings: TrainSettings, devices: int) -> Lines
         batch = f"a batch of {settings.schedule.batch_sequences:,} sequences"
         return [("mesh", f"no sizes of {devices:,} devices divide the experts and {batch}; change --devices")]
     options = ", activations recomputed" if mesh.recomputes else ""
-    planned = "; pipeline stages are planned, not trained yet" if mesh.sizes.pipeline > 1 else ""
     fit = "fits" if mesh.fits else "does not fit"
     memory = ", ".join(f"{name} {scaled(size, 'B')}" for name, size in mesh.memory.items())
     traffic = ", ".join(f"{name} {scaled(size, 'B')}" for name, size in mesh.traffic.items())
     slow, fast = mesh.seconds
     return [
-        ("mesh", f"{mesh.sizes}{options}{planned}"),
+        ("mesh", f"{mesh.sizes}{options}"),
         ("on each", f"{scaled(mesh.total, 'B')}, which {fit} a device {mesh.device}: {memory}"),
         ("sends", f"{traffic or 'nothing'} in a step"),
         ("bubble", f"{100 * mesh.bubble:.1f} % of a step"),
