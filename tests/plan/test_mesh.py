@@ -1,5 +1,6 @@
 """The plan of a mesh adds up, agrees with shards that FSDP2 makes, and is printed."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -8,8 +9,9 @@ import pytest
 from soli.cli import main
 from soli.data.recipe import load_recipe
 from soli.errors import SoliError
-from soli.plan.mesh import DEVICES, MARGIN, MeshSizes, find_device, plan_mesh, propose_mesh
-from soli.plan.training import plan_run
+from soli.plan.devices import DEVICES, find_device
+from soli.plan.mesh import MARGIN, MeshSizes, papers_gpu_hours, plan_mesh, propose_mesh
+from soli.plan.training import PAPER_GPU_HOURS, plan_run
 from soli.train.settings import TrainSettings, read_settings
 from tests.train.toy import settings
 
@@ -28,7 +30,9 @@ def test_the_papers_run_fits_2048_h800():
     assert sizes.data * sizes.expert * sizes.pipeline * sizes.replicate == 2048
     assert plan.fits and plan.total <= MARGIN * H800.memory
     assert 256 % sizes.expert == 0 and recipe.schedule.batch_sequences % sizes.ranks == 0
-    assert 0 < plan.mfu[0] < plan.mfu[1] < 0.5 and plan.gpu_hours[1] < plan.gpu_hours[0]
+    assert 0 < plan.mfu[0] < plan.expected_mfu < plan.mfu[1] < 0.5
+    assert plan.gpu_hours[1] < plan.expected_gpu_hours < plan.gpu_hours[0]
+    assert sizes.pipeline > 1
     assert plan.bubble == pytest.approx((sizes.pipeline - 1) / (15360 // sizes.ranks + sizes.pipeline - 1))
 
 
@@ -36,6 +40,42 @@ def test_more_memory_needs_no_slower_mesh():
     recipe, operations = of_paper()
     h800, h200 = (propose_mesh(recipe, 2048, DEVICES[name], "bf16", operations) for name in ("h800", "h200"))
     assert sum(h200.seconds) <= sum(h800.seconds)
+
+
+def test_the_papers_choices_take_the_papers_gpu_hours():
+    """The figure that calibrates the plan; the paper's mesh, in the range from the best to the worst case."""
+    recipe, _ = of_paper()
+    assert papers_gpu_hours(recipe) == pytest.approx(PAPER_GPU_HOURS, rel=0.03)
+    sizes = MeshSizes(2, 64, 16, keep_gathered=True, schedule="DualPipeV")
+    operations = recipe.flops(0, recipe.total_tokens, 4096)
+    plan = plan_mesh(recipe, sizes, H800, "fp8", operations)
+    assert plan.gpu_hours[1] < 0.9 * PAPER_GPU_HOURS and plan.gpu_hours[0] > 1.1 * PAPER_GPU_HOURS
+
+
+def test_more_devices_take_less_time_and_no_fewer_gpu_hours():
+    """Of 512 only slower meshes have the memory."""
+    recipe, operations = of_paper()
+    plans = [propose_mesh(recipe, devices, H800, "bf16", operations) for devices in (1024, 2048, 4096)]
+    assert all(plan.fits for plan in plans)
+    for fewer, more in itertools.pairwise(plans):
+        assert more.expected_seconds < fewer.expected_seconds
+        assert more.expected_gpu_hours > 0.98 * fewer.expected_gpu_hours
+
+
+def test_faster_devices_take_less_time():
+    recipe, operations = of_paper()
+    plans = [propose_mesh(recipe, 2048, DEVICES[name], "bf16", operations) for name in ("a100", "h800", "h200", "b200")]
+    for slower, faster in itertools.pairwise(plans):
+        assert faster.expected_seconds < slower.expected_seconds and sum(faster.seconds) < sum(slower.seconds)
+
+
+def test_experts_within_a_machine_send_faster():
+    """As many rows leave a device, over links of the machine instead of the network."""
+    recipe, operations = of_paper()
+    near, far = (plan_mesh(recipe, MeshSizes(128 // n, n, 16, keep_gathered=True), H800, "bf16", operations)
+                 for n in (8, 64))  # fmt: skip
+    assert near.traffic["tokens to experts"] > 0.85 * far.traffic["tokens to experts"]
+    assert near.seconds[0] < far.seconds[0] and near.seconds[1] <= far.seconds[1]
 
 
 def test_bytes_by_hand():

@@ -6,46 +6,32 @@ parameters gathered at a time (fp32, with the next block's, which FSDP2 prefetch
 and step at the full batch; rows are taken to be spread evenly over the experts, as balance keeps them. Pipeline stages
 are planned (1F1B) though not trained yet.
 
-The range of MFU: products alone reach PRODUCT_SHARE of the peak; the upper end hides all communication behind them, the
-lower end none. No torch.
+Three step times: the `best`, each kernel at its own rate and all communication hidden; the `expected`, in which a step
+is as far from that as the paper's was, communication hidden at the price of multiprocessors (step_time.py); the worst,
+no communication hidden, as soli/parallel sends it. No torch.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from math import ceil
 
 from soli.analysis.parameters import EMBEDDING, HEAD, ROUTED, mtp_weights, weights
-from soli.errors import SoliError
-from soli.plan.memory import plan_memory
-from soli.plan.training import RECOMPUTATION
-from soli.sections import suggest
+from soli.plan.devices import DEVICES, MACHINE, DeviceKind
+from soli.plan.memory import plan_memory, saved_per_token
+from soli.plan.step_time import (
+    HIDING,
+    WHOLE_STEP,
+    TokenWork,
+    bubble_of,
+    micro_batches_in_flight,
+    seconds_of_token,
+    up_projections,
+)
 from soli.train.settings import TrainSettings
 
-PRODUCT_SHARE = 0.5  # of the peak, in matrix products between norms and gates; assumed, not measured
 MARGIN = 0.9  # of a device's memory: the allocator's fragments, the communication library's buffers
 MASTER = 4  # bytes of a parameter that is gathered, and of its gradient
-
-
-@dataclass(frozen=True)
-class DeviceKind:
-    """A device as its vendor states it; `link` between machines, per device (arXiv 2412.19437, 3.1, for the H800)."""
-
-    name: str
-    memory: float  # bytes
-    tflops: float  # peak in bf16
-    link: float  # bytes per second in one direction
-
-
-DEVICES = {
-    kind.name: kind
-    for kind in (
-        DeviceKind("a100", 80e9, 312, 25e9),
-        DeviceKind("h800", 80e9, 989, 50e9),
-        DeviceKind("h100", 80e9, 989, 50e9),
-        DeviceKind("h200", 141e9, 989, 50e9),
-        DeviceKind("b200", 180e9, 2250, 50e9),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -57,6 +43,7 @@ class MeshSizes:
     pipeline: int = 1
     replicate: int = 1
     keep_gathered: bool = False
+    schedule: str = "1F1B"  # of the pipeline
 
     @property
     def sharing(self) -> int:
@@ -70,14 +57,14 @@ class MeshSizes:
 
     def __str__(self) -> str:
         sizes = f"data {self.data} x expert {self.expert}"
-        sizes += f" x pipeline {self.pipeline}" if self.pipeline > 1 else ""
+        sizes += f" x pipeline {self.pipeline} ({self.schedule})" if self.pipeline > 1 else ""
         sizes += f" x replicate {self.replicate}" if self.replicate > 1 else ""
         return sizes + (", parameters kept gathered for a step" if self.keep_gathered else "")
 
 
 @dataclass(frozen=True)
 class MeshPlan:
-    """One device's part of a step. Bytes; `mfu` and `gpu_hours` from the worst to the best case."""
+    """One device's part of a step. Bytes; `seconds`, `mfu` and `gpu_hours` from the worst to the best case."""
 
     sizes: MeshSizes
     device: str
@@ -88,6 +75,9 @@ class MeshPlan:
     seconds: tuple[float, float]  # of a step
     mfu: tuple[float, float]
     gpu_hours: tuple[float, float]
+    expected_seconds: float
+    expected_mfu: float
+    expected_gpu_hours: float
     fits: bool
 
     @property
@@ -95,50 +85,65 @@ class MeshPlan:
         return sum(self.memory.values())
 
 
-def find_device(name: str) -> DeviceKind:
-    """A device by name; SoliError for one that is not in the table."""
-    if name not in DEVICES:
-        raise SoliError(f"--device {name} is not known; {suggest(name, DEVICES)}")
-    return DEVICES[name]
-
-
 def plan_mesh(
-    settings: TrainSettings, sizes: MeshSizes, device: DeviceKind, precision: str, operations: float
+    settings: TrainSettings,
+    sizes: MeshSizes,
+    device: DeviceKind,
+    precision: str,
+    operations: float,
+    repeated: float | None = None,
 ) -> MeshPlan:
-    """The plan of pretraining on `sizes`; `operations` are the FLOPs of the whole run."""
+    """The plan of pretraining on `sizes`; `operations` are the FLOPs of the whole run. `repeated`: the share of a
+    forward pass that the backward pass computes again, by default what run.activation_checkpointing repeats."""
     load = _Load(settings, sizes, precision)
-    traffic = load.traffic()
-    bubble = (sizes.pipeline - 1) / (load.passes + sizes.pipeline - 1)
-    devices = sizes.ranks * sizes.pipeline
-    tokens = settings.schedule.batch_sequences * settings.schedule.sequence_length
-    flops = settings.flops(settings.total_tokens, tokens, settings.schedule.sequence_length)
     recomputes = settings.run.activation_checkpointing
-    passes = RECOMPUTATION if recomputes else 1
-    compute = passes * flops / (devices * PRODUCT_SHARE * device.tflops * 1e12) / (1 - bubble)
-    sending = sum(traffic.values()) / device.link
-    seconds = (compute + sending, max(compute, sending))
-    worst, best = (flops / (second * devices * device.tflops * 1e12) for second in seconds)
+    bubble = bubble_of(sizes.schedule, sizes.pipeline, load.passes)
+    computing = load.computing(device, float(recomputes) if repeated is None else repeated) / (1 - bubble)
+    sending = load.sending(device)
+    best = max(computing, sending)
+    worst = computing / WHOLE_STEP + sending
+    expected = min(worst, max(computing / WHOLE_STEP / HIDING, sending))
     memory = load.memory()
+
+    def mfu(seconds: float) -> float:
+        return load.flops / (seconds * sizes.ranks * sizes.pipeline * device.tflops * 1e12)
+
+    def gpu_hours(seconds: float) -> float:
+        return operations / (mfu(seconds) * device.tflops * 1e12) / 3600
+
     return MeshPlan(
         sizes=sizes,
         device=device.name,
         recomputes=recomputes,
         memory=memory,
-        traffic=traffic,
+        traffic=load.traffic(),
         bubble=bubble,
-        seconds=seconds,
-        mfu=(worst, best),
-        gpu_hours=(_gpu_hours(operations, worst, device), _gpu_hours(operations, best, device)),
+        seconds=(worst, best),
+        mfu=(mfu(worst), mfu(best)),
+        gpu_hours=(gpu_hours(worst), gpu_hours(best)),
+        expected_seconds=expected,
+        expected_mfu=mfu(expected),
+        expected_gpu_hours=gpu_hours(expected),
         fits=sum(memory.values()) <= MARGIN * device.memory,
     )
+
+
+def papers_gpu_hours(settings: TrainSettings) -> float:
+    """The expected GPU-hours of pretraining as the paper ran it (3.2): 2,048 H800, 16 stages, experts over 64 ranks,
+    FP8, norms and up-projections recomputed. Its hours calibrate the plan, so this must be close to them."""
+    schedule = settings.schedule
+    operations = settings.flops(0, settings.total_tokens, schedule.sequence_length)
+    sizes = MeshSizes(2, 64, 16, keep_gathered=True, schedule="DualPipeV")
+    repeated = up_projections(settings.model, schedule.sequence_length)
+    return plan_mesh(settings, sizes, DEVICES["h800"], "fp8", operations, repeated).expected_gpu_hours
 
 
 def propose_mesh(
     settings: TrainSettings, devices: int, device: DeviceKind, precision: str, operations: float
 ) -> MeshPlan | None:
-    """The mesh of `devices` that fits and takes the shortest step, on average of its range, with activations kept or
-    recomputed; where none fits, that of the least memory; None where no sizes divide experts and batch."""
-    recomputing = replace(settings, run=replace(settings.run, activation_checkpointing=True))
+    """The mesh of `devices` that fits and takes the shortest step, expected and worst case added, with activations kept
+    or recomputed; where none fits, that of the least memory; None where no sizes divide experts and batch."""
+    recomputing = _recomputing(settings)
     plans = [
         plan_mesh(options, sizes, device, precision, operations)
         for sizes in _candidates(settings, devices)
@@ -146,8 +151,17 @@ def propose_mesh(
     ]
     fitting = [plan for plan in plans if plan.fits]
     if fitting:
-        return min(fitting, key=lambda plan: sum(plan.seconds))
+        return min(fitting, key=lambda plan: plan.expected_seconds + plan.seconds[0])
     return min(plans, key=lambda plan: plan.total, default=None)
+
+
+def as_planned(settings: TrainSettings, plan: MeshPlan) -> TrainSettings:
+    """The settings with the run option that a proposed plan has changed."""
+    return _recomputing(settings) if plan.recomputes else settings
+
+
+def _recomputing(settings: TrainSettings) -> TrainSettings:
+    return replace(settings, run=replace(settings.run, activation_checkpointing=True))
 
 
 def _candidates(settings: TrainSettings, devices: int) -> Iterator[MeshSizes]:
@@ -159,13 +173,17 @@ def _candidates(settings: TrainSettings, devices: int) -> Iterator[MeshSizes]:
         batches = (schedule.batch_sequences, schedule.batch_sequences_start or ranks)
         if any(sequences % ranks for sequences in batches):
             continue
+        micro_batches = schedule.batch_sequences // ranks // settings.run.micro_sequences
         for expert in (n for n in range(1, experts + 1) if experts % n == 0 and ranks % n == 0):
-            for keep_gathered in (False, True):
-                yield MeshSizes(ranks // expert, expert, pipeline, keep_gathered=keep_gathered)
+            for keep_gathered, name in product((False, True), _schedules(pipeline, micro_batches)):
+                yield MeshSizes(ranks // expert, expert, pipeline, keep_gathered=keep_gathered, schedule=name)
 
 
-def _gpu_hours(operations: float, mfu: float, device: DeviceKind) -> float:
-    return operations / (mfu * device.tflops * 1e12) / 3600
+def _schedules(pipeline: int, micro_batches: int) -> list[str]:
+    """Schedules that take so many micro-batches, of those that can be combined with shards."""
+    if pipeline > 1 and micro_batches >= pipeline and micro_batches % (micro_batches // pipeline) == 0:
+        return ["1F1B", "Interleaved1F1B"]
+    return ["1F1B"]
 
 
 class _Load:
@@ -182,22 +200,58 @@ class _Load:
         self.routed = sum(w.total for w in main if w.component == ROUTED)
         self.dense = sum(w.total for w in main) - self.routed - sum(ends.values())
         mtp = sum(w.total for w in modules)
-        last = ends[HEAD] + mtp
-        self.ends = sum(ends.values()) + mtp if stages == 1 else max(ends[EMBEDDING], last)
+        self.mtp_routed = sum(w.total for w in modules if w.component == ROUTED)
+        last = ends[HEAD] + mtp - self.mtp_routed
+        self.ends = sum(ends.values()) + last - ends[HEAD] if stages == 1 else max(ends[EMBEDDING], last)
         self.gathered_ends = sum(ends.values()) if stages == 1 else max(ends.values())
         self.parameters = sum(w.total for w in main) + mtp
         self.passes = max(1, settings.schedule.batch_sequences // sizes.ranks // settings.run.micro_sequences)
         self.tokens = settings.run.micro_sequences * settings.schedule.sequence_length  # of a micro-batch
+        self.batch_tokens = settings.schedule.batch_sequences * settings.schedule.sequence_length
+
+    @property
+    def stage_experts(self) -> float:
+        """Parameters of the routed experts of the last stage."""
+        return self.routed * self.share + self.mtp_routed
 
     @property
     def own_experts(self) -> float:
         """Parameters of the experts that a device computes in its stage."""
-        return self.routed * self.share / self.sizes.expert
+        return self.stage_experts / self.sizes.expert
+
+    @property
+    def flops(self) -> int:
+        """Of a step, on all devices."""
+        settings = self.settings
+        return settings.flops(settings.total_tokens, self.batch_tokens, settings.schedule.sequence_length)
+
+    def computing(self, device: DeviceKind, repeated: float) -> float:
+        """Seconds of a device's computation in a step, each kernel at its own rate."""
+        length = self.settings.schedule.sequence_length
+        saved = saved_per_token(self.settings.model, self.precision, "cuda", length)
+        work = TokenWork.of(self.settings.model, length, saved)
+        tokens = self.batch_tokens / (self.sizes.ranks * self.sizes.pipeline)
+        return tokens * seconds_of_token(work, device, self.precision, repeated)
+
+    def sending(self, device: DeviceKind) -> float:
+        """Seconds in which a device sends what it sends in a step, if it does nothing else. Ranks that differ in
+        `expert` alone are neighbours, then those that differ in `data`, then the stages."""
+        sizes, traffic = self.sizes, self.traffic()
+
+        def rate(ranks: int) -> float:
+            return device.neighbour_link if ranks <= MACHINE else device.link
+
+        own_machine = min(sizes.expert, MACHINE) - 1
+        rows = traffic.pop("tokens to experts", 0) / max(1, sizes.expert - 1)
+        seconds = rows * (own_machine / device.neighbour_link + (sizes.expert - 1 - own_machine) / device.link)
+        seconds += traffic.pop("adding replicas", 0) / rate(sizes.ranks)
+        seconds += traffic.pop("between stages", 0) / rate(sizes.ranks * sizes.pipeline)
+        return seconds + sum(traffic.values()) / rate(sizes.sharing)
 
     def memory(self) -> dict[str, int]:
         settings, sizes, config = self.settings, self.sizes, self.settings.model
         base = plan_memory(settings, self.precision, "cuda", sizes.sharing * sizes.pipeline)
-        stage = self.share * (self.dense + self.routed) + self.ends
+        stage = self.share * self.dense + self.stage_experts + self.ends
         imbalance = stage * sizes.pipeline / self.parameters
         block = self.dense / self.layers + self.routed / max(1, config.num_moe_layers) / sizes.expert
         is_sharded = sizes.sharing > 1
@@ -205,7 +259,7 @@ class _Load:
         if sizes.keep_gathered:
             gathered = 2 * (self.dense * self.share + self.own_experts)
         head = MASTER * (1 + config.num_nextn_predict_layers) * config.vocab_size * config.hidden_size
-        in_flight = min(sizes.pipeline, self.passes)
+        in_flight = micro_batches_in_flight(sizes.schedule, sizes.pipeline, self.passes)
         parts = {
             "weights": base.weights * imbalance,
             "gradients": base.gradients * imbalance,
@@ -227,7 +281,7 @@ class _Load:
         dense = _ring(sizes.sharing) * MASTER * self.dense * self.share
         ends = _ring(sizes.sharing) * MASTER * self.ends
         experts = _ring(sizes.data) * MASTER * self.own_experts
-        shards = MASTER * (self.share * (self.dense + self.routed) + self.ends) / sizes.sharing
+        shards = MASTER * (self.share * self.dense + self.stage_experts + self.ends) / sizes.sharing
         mixtures = (config.num_moe_layers + config.num_nextn_predict_layers) * self.share
         row = config.hidden_size * self.width
         exchanges = 6 if self.settings.run.activation_checkpointing else 4  # there and back, forward and backward
