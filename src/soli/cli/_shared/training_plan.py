@@ -11,7 +11,8 @@ from rich.table import Column, Table
 from soli.cli._shared.console import print_json, stdout_console
 from soli.plan.devices import find_device
 from soli.plan.memory import describe_fit
-from soli.plan.mesh import MeshPlan, MeshSizes, as_planned, papers_gpu_hours, plan_mesh, propose_mesh
+from soli.plan.mesh import MeshPlan, as_planned, papers_plan, plan_mesh, propose_mesh, refusal
+from soli.plan.mesh_sizes import MeshSizes
 from soli.plan.schedule_plot import save_schedule_plot
 from soli.plan.training import STEP_SHARE, TrainingPlan, hours_here, plan_run
 from soli.quantities import scaled
@@ -162,8 +163,10 @@ def _mesh(mesh: MeshPlan | None, settings: TrainSettings, devices: int) -> Lines
     memory = ", ".join(f"{name} {scaled(size, 'B')}" for name, size in mesh.memory.items())
     traffic = ", ".join(f"{name} {scaled(size, 'B')}" for name, size in mesh.traffic.items())
     slow, fast = mesh.seconds
+    reason = refusal(settings, mesh.sizes)
     return [
         ("mesh", f"{mesh.sizes}{options}"),
+        *([("", f"the trainer refuses it for this recipe: {reason}")] if reason else []),
         ("on each", f"{scaled(mesh.total, 'B')}, which {fit} a device {mesh.device}: {memory}"),
         ("sends", f"{traffic or 'nothing'} in a step"),
         ("bubble", f"{100 * mesh.bubble:.1f} % of a step"),
@@ -201,8 +204,9 @@ def _time(
         lines.append(("days", f"{plan.gpu_hours / devices / 24:,.1f} on {devices:,} devices"))
     if plan.paper_gpu_hours:
         measured = f"{plan.paper_gpu_hours:,} H800-hours without extension (arXiv 2412.19437, table 1);"
-        planned = f"{papers_gpu_hours(settings):,.0f} planned for its choices: pipeline 16, expert 64, FP8, DualPipe, "
-        lines += [("the paper's", measured), ("", f"{planned}norms and up-projections recomputed instead of blocks")]
+        planned = f"{papers_plan(settings).expected_gpu_hours:,.0f} planned for its choices: pipeline 16, expert 64, "
+        choices = "FP8, DualPipe, norms and up-projections recomputed instead of blocks"
+        lines += [("the paper's", measured), ("", planned + choices)]
     return lines
 
 
