@@ -151,7 +151,7 @@ class ExpertStore:
         missing = [expert for expert in guessed if states[expert] == MISSING]
         locked = self._locked
         self._locked = locked | {(layer, expert) for expert in guessed}
-        for expert in missing[: self.capacity - len(self._locked)]:
+        for expert in missing[: max(0, self.capacity - len(self._locked))]:
             slot = self._free.pop() if self._free else self._evict(layer, wait=False)
             if slot is None:
                 break
