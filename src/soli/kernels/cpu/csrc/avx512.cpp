@@ -162,9 +162,8 @@ constexpr Kernels with_bf16(const char* name, MatmulBf16 bf16, MatmulBf16 fp8, M
 
 }  // namespace
 
-constexpr Kernels AVX512 =
-    with_bf16("avx512", matmul_bf16_avx512, matmul_fp8_avx512, matmul_int8_avx512, matmul_int4_avx512,
-              matmul_fp8_row_avx512);
+constexpr Kernels AVX512 = with_bf16("avx512", matmul_bf16_avx512, matmul_fp8_avx512, matmul_int8_avx512,
+                                     matmul_int4_avx512, matmul_fp8_row_avx512);
 #ifdef SOLI_AMX
 constexpr Kernels AMX =
     with_bf16("amx", matmul_bf16_amx, matmul_fp8_amx, matmul_int8_amx, matmul_int4_amx, matmul_fp8_row_amx);

@@ -15,8 +15,8 @@ struct Row {
     const uint16_t* decoded;  // the row in bfloat16, where it has been decoded before
 };
 
-// Per format: CHUNK weights give VECS = CHUNK / 32 vectors of bfloat16 and, where SCALED, scales for their products: for
-// the first VECS / PARTS vectors, and for the others, one per float32 lane.
+// Per format: CHUNK weights give VECS = CHUNK / 32 vectors of bfloat16 and, where SCALED, scales for their products:
+// for the first VECS / PARTS vectors, and for the others, one per float32 lane.
 struct Bf16 {
     static constexpr int CHUNK = 32;
     static constexpr int VECS = 1;
@@ -109,14 +109,13 @@ struct Fp4 {
     static constexpr int PARTS = 32 / G;
     template <bool FULL>
     static void decode(const Row& row, int64_t k, int64_t remaining, __m512i* out) {
-        const __m512i upper = _mm512_broadcast_i32x4(_mm_setr_epi8(
-            0, 0x3f, 0x3f, 0x3f, 0x40, 0x40, 0x40, 0x40, -0x80, -0x41, -0x41, -0x41, -0x40, -0x40, -0x40, -0x40));
+        const __m512i upper = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0x3f, 0x3f, 0x3f, 0x40, 0x40, 0x40, 0x40, -0x80,
+                                                                   -0x41, -0x41, -0x41, -0x40, -0x40, -0x40, -0x40));
         const __m512i lower = _mm512_broadcast_i32x4(
             _mm_setr_epi8(0, 0, -0x80, -0x40, 0, 0x40, -0x80, -0x40, 0, 0, -0x80, -0x40, 0, 0x40, -0x80, -0x40));
         const __m512i bytes = load_bytes<FULL>(row.weight + k / 2, remaining / 2);
         for (int half = 0; half < 2; half++) {
-            const __m512i nibbles =
-                _mm512_and_si512(half ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15));
+            const __m512i nibbles = _mm512_and_si512(half ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15));
             const __m512i high = _mm512_shuffle_epi8(upper, nibbles);
             const __m512i low = _mm512_shuffle_epi8(lower, nibbles);
             out[half] = _mm512_unpacklo_epi8(low, high);
