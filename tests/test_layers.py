@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 # "soli" is the package's __init__, which only offers the public names.
 LAYERS = [
     ("errors",),
-    ("atomic_file", "input_files", "links", "mapped_files", "quantities"),
+    ("atomic_file", "checksum", "input_files", "links", "mapped_files", "quantities"),
     ("hub",),
     (
         *("sections", "arguments", "families", "network_fields", "indexer_fields", "rope_scaling", "config_spellings"),

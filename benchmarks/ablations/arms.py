@@ -1,6 +1,7 @@
 """The arms of the ablations as data: DeepSeek-V3's recipe on a very small model, and what each arm changes in it.
 
-Every arm activates as many parameters per token as the baseline, to 1 %, and sees as many tokens, unless it is there to
+Two arms have the shape of the bundled model. Every arm activates as many parameters per token as the baseline (or as
+the bundled model), to 1 %, and sees as many tokens, unless it is there to
 spend the baseline's FLOPs instead. Rates are the baseline's in every arm; none was tuned.
 """
 
@@ -16,6 +17,7 @@ from soli.analysis.parameters import count, training_flops
 from soli.train.settings import TrainSettings, read_settings
 
 BASELINE = "baseline"
+NANO = "nano"
 TOLERANCE = 0.01  # of activated parameters; FLOPs, where an arm has as many by intent, are equal to a step
 HELDOUT_TOKENS = 32_768
 
@@ -48,11 +50,15 @@ BIAS_STOPS, MTP_LATE = 0.95, 0.68  # of the run, as in V3 and nano-zh-en
 
 @dataclass(frozen=True)
 class Arm:
-    """The baseline with `changes` ("section.field": value); `same_flops`: as many FLOPs as it, not as many tokens."""
+    """The baseline with `changes` ("section.field": value); `same_flops`: as many FLOPs as it, not as many tokens.
+
+    `preset`: with this preset's shape in place of the baseline's.
+    """
 
     what: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     same_flops: bool = False
+    preset: str | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,8 @@ AUXILIARY = 3e-3  # V2's expert-level factor (arXiv 2405.04434, section 3.1.2)
 V2_ROUTER = {"model.scoring_func": "softmax", "model.topk_method": "greedy", "balance.alpha": AUXILIARY}
 SOFTMAX_BIAS = {"model.scoring_func": "softmax", "balance.gamma": 1.25e-4}  # scores are near 1/32 instead of 1/2
 NO_MTP = {"model.num_nextn_predict_layers": 0}
+NANO_RUN = NO_MTP | {"schedule.sequence_length": 256, "run.precision": "bf16"}  # as the first half of nano-zh-en
+NANO_DENSE = {"model.n_routed_experts": 0, "model.intermediate_size": 674, "balance.gamma": 0.0}
 
 ARMS: dict[str, Arm] = {
     BASELINE: Arm("V3: sigmoid, 4 of 32 experts and a shared one, bias, alpha 1e-4, MTP"),
@@ -83,6 +91,8 @@ ARMS: dict[str, Arm] = {
     "experts-8": Arm("4 of 8 experts", {"model.n_routed_experts": 8}),
     "experts-16": Arm("4 of 16 experts", {"model.n_routed_experts": 16}),
     "experts-64": Arm("4 of 64 experts", {"model.n_routed_experts": 64}),
+    NANO: Arm("the bundled model's shape: 4 of 32 experts and a shared one", NANO_RUN, preset="nano"),
+    "nano-dense": Arm("the bundled model's shape, no experts, wider layers", NANO_RUN | NANO_DENSE, preset="nano"),
 }
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -94,6 +104,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "the number of experts at fixed activated parameters",
         ("dense", "experts-8", "experts-16", BASELINE, "experts-64"),
     ),
+    "f": Experiment("the bundled model against a dense one of equal activated parameters", ("nano-dense", NANO)),
 }
 
 
@@ -113,9 +124,8 @@ def flops_per_token(settings: TrainSettings) -> int:
 
 def check_equal(tokens: int) -> None:
     """AssertionError unless every arm activates what the baseline does, and spends its FLOPs where it must."""
-    base = arm_settings(BASELINE, tokens)
     for name, arm in ARMS.items():
-        settings = arm_settings(name, tokens)
+        settings, base = (arm_settings(one, tokens) for one in (name, NANO if arm.preset else BASELINE))
         share = count(settings.model).activated / count(base.model).activated
         assert abs(share - 1) <= TOLERANCE, f"{name} activates {share:.3f} times the baseline's parameters"
         if arm.same_flops:
@@ -132,6 +142,11 @@ def run_flops(settings: TrainSettings) -> int:
 
 def _read(arm: Arm, tokens: int, seed: int) -> TrainSettings:
     recipe = {section: dict(table) for section, table in RECIPE.items()}
+    if arm.preset:
+        recipe["model"] = {"preset": arm.preset}
+    for place, value in arm.changes.items():
+        section, _, key = place.partition(".")
+        recipe[section][key] = value
     step = recipe["schedule"]["sequence_length"] * recipe["schedule"]["batch_sequences"]
     whole, warmup, constant = (round(tokens * share / step) * step for share in (1, WARMUP, CONSTANT))
     recipe["schedule"] |= {"warmup_tokens": warmup, "constant_tokens": constant}
@@ -139,7 +154,4 @@ def _read(arm: Arm, tokens: int, seed: int) -> TrainSettings:
     recipe["balance"]["gamma_tokens"] = round(whole * BIAS_STOPS)
     recipe["losses"]["mtp_late_after_tokens"] = round(whole * MTP_LATE)
     recipe["run"]["seed"] = seed
-    for place, value in arm.changes.items():
-        section, _, key = place.partition(".")
-        recipe[section][key] = value
     return read_settings(recipe)

@@ -1,4 +1,4 @@
-"""What the finished ablations say: results/ablations.json, a table per experiment, and the figure of experiment (e).
+"""What the finished ablations say: a JSON in results/, a table per experiment, and the figure of experiment (e).
 
 Arms are compared by pairs: the difference between an arm and the experiment's first, seed by seed, for arms of one seed
 read the same windows. Intervals are 95 %, Student's t over seeds: with three of them, 2.5 times the standard
@@ -140,6 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--finished", type=Path, default=FINISHED, help="what run.py left")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of the baseline, as given to run.py")
     parser.add_argument("--picture", type=Path, default=PICTURE)
+    parser.add_argument("--output", default="ablations", help="name of the JSON in results/")
     options = parser.parse_args(arguments)
     lines = read_lines(options.finished)
     by_arm_and_seed = by_arm(lines, options.tokens)
@@ -151,7 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
     arms = {arm: describe(arm, options.tokens) for arm in ARMS if arm in by_arm_and_seed}
     runs = [run for arm in arms for run in by_arm_and_seed[arm].values()]
     result = {"hardware": hardware, "size": size, "arms": arms, "experiments": experiments, "runs": runs}
-    file = record.write("ablations", result)
+    file = record.write(options.output, result)
     for name, experiment in experiments.items():
         print(f"({name}) {experiment['question']}\n\n{table(experiment)}\n")
     if BASELINE in by_arm_and_seed and "dense" in by_arm_and_seed:

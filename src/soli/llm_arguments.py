@@ -28,6 +28,7 @@ HINTS: Final[Mapping[str, str]] = {
     "torch_dtype": "its name is dtype",
     "device_map": "its name is device",
     "revision": "soli pull ID --revision REVISION fetches it; give the folder",
+    "tensor_parallel_size": "start the program with torchrun --nproc-per-node N",
     "trust_remote_code": "code of a model's folder is never run",
     **dict.fromkeys(("temperature", "max_tokens", "max_new_tokens"), "give it to generate"),
 }

@@ -20,8 +20,17 @@ from safetensors.torch import load_file, save_file
 from soli.checkpoint.shard import Shard
 from soli.cli import main
 from soli.errors import SoliError
+from soli.train import checkpoints as checkpoints_module
 from soli.train import run_lock, trainer
-from soli.train.checkpoints import CheckpointSaver, RunProgress, best_checkpoint, checkpoints, load_run, read_progress
+from soli.train.checkpoints import (
+    CheckpointSaver,
+    RunProgress,
+    best_checkpoint,
+    checkpoints,
+    load_run,
+    read_progress,
+    remove_checkpoint,
+)
 from soli.train.report import MetricsFile
 from soli.train.run_lock import LOCK, RunIsLocked, is_locked, lock_run
 from soli.train.runs import read_metrics, summarize
@@ -104,6 +113,34 @@ def test_a_second_run_in_one_folder_is_rejected_and_names_the_first(folder, caps
         message = stop(first)
     assert first.returncode == 0, message
     assert read_progress(checkpoints(folder / "run")[-1]).step == last_recorded_step(folder / "run")
+
+
+def test_a_checkpoint_that_the_run_removes_while_it_is_exported_is_given_up_for_a_later_one(folder, monkeypatch):
+    assert main(["train", "recipe.toml", "--out", "run", "--set", "run.save_every=1", "--set", "run.keep=2"]) == 0
+    first, last = checkpoints(folder / "run")[-2:]
+    listed = iter([[first, last], [last], [last]])
+    monkeypatch.setattr(checkpoints_module, "best_checkpoint", lambda run: next(listed)[0])
+    read = checkpoints_module.load_config
+
+    def load_config(checkpoint):
+        if checkpoint == first:
+            remove_checkpoint(first)
+        return read(checkpoint)
+
+    monkeypatch.setattr(checkpoints_module, "load_config", load_config)
+    assert main(["export", "run", "model", "--format", "fp32"]) == 0
+    assert (folder / "model" / "config.json").is_file() and not first.exists()
+
+
+def test_a_checkpoint_that_goes_after_it_was_listed_is_no_error(folder, monkeypatch):
+    assert main(["train", "recipe.toml", "--out", "run", "--set", "run.save_every=1", "--set", "run.keep=2"]) == 0
+    saved = checkpoints(folder / "run")
+    gone = saved[0].with_name("step-00000000")
+    monkeypatch.setattr(checkpoints_module, "checkpoints", lambda run: [gone, *saved])
+    assert best_checkpoint(folder / "run") in saved
+    gone.mkdir()  # there, and without its state: damaged
+    with pytest.raises(SoliError, match="step-00000000"):
+        best_checkpoint(folder / "run")
 
 
 def test_a_killed_run_leaves_no_lock(folder, capsys):

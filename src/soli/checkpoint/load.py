@@ -96,24 +96,29 @@ def load_checkpoint(
     quantized: bool | None = None,
     in_place: bool = False,
     paged: Mapping[str, QuantizedExperts] | None = None,
+    available: int | None = None,
+    reshape: Callable[[Transformer], None] = lambda model: None,
     progress: ProgressCallback = lambda read, total: None,
 ) -> Transformer:
     """`load_model` of an open folder.
 
     `paged` has the routed experts of each module, by its name, in a model whose experts stay in the files
-    (soli.experts.load); nothing of them is loaded. The checkpoint must not be mapped then.
+    (soli.experts.load); nothing of them is loaded. The checkpoint must not be mapped then. `available`: bytes that the
+    weights may take, by default what the machine has. `reshape`: gives the model, which is on the meta device, the
+    shapes of a checkpoint that is a part.
     """
     for note in checkpoint.notes:
         warnings.warn(note, stacklevel=4)
     model_dtype = dtype or checkpoint.natural_dtype
     storage, storage_note = choose_storage(
-        checkpoint, model_dtype, device, quantized, in_place, experts=paged is None
+        checkpoint, model_dtype, device, quantized, in_place, experts=paged is None, available=available
     )
     if storage_note is not None:
         warnings.warn(storage_note, stacklevel=4)
     checkpoint.check_router_biases()
     checkpoint.check_copies()
     model = Transformer(checkpoint.config, device="meta", dtype=storage.dtype)
+    reshape(model)
     sources = _sources(checkpoint)
     _set_as_stored(model, checkpoint, sources, storage, paged or {})
     _fill(model, checkpoint, sources, storage, progress)
@@ -139,6 +144,14 @@ def open_checkpoint(
 
     `follow_links` false rejects a symlink out of the folder (soli.links) before anything is read.
     """
+    folder = model_folder(name_or_folder)
+    if not follow_links:
+        matching_files(folder, ("*.json", "*.safetensors"))
+    return Checkpoint(folder, mtp, mapped)
+
+
+def model_folder(name_or_folder: str | Path) -> Path:
+    """A folder, that of the bundled model by name, or of a downloaded one by ID. SoliError says what to do."""
     name = str(name_or_folder)
     folder = Path(name_or_folder)
     if name in PRESETS:
@@ -149,9 +162,7 @@ def open_checkpoint(
         folder = find_folder(name) or folder
     if not folder.is_dir():
         raise SoliError(f"{name}: there is no such folder{how_to_fetch(name)}")
-    if not follow_links:
-        matching_files(folder, ("*.json", "*.safetensors"))
-    return Checkpoint(folder, mtp, mapped)
+    return folder
 
 
 def _set_as_stored(

@@ -54,18 +54,21 @@ def choose_storage(
     quantized: bool | None,
     in_place: bool,
     experts: bool = True,
+    available: int | None = None,
 ) -> tuple[Storage, str | None]:
     """How a model is loaded, and a note for the user where that is not what is usual for its files.
 
     `quantized` None: FP8 and FP4 are dequantized where that fits, and stay as stored where only that fits. True: mapped
     weights may exceed the memory, for they are read from the disk again when they are used again. `experts` false:
-    routed experts are not loaded. SoliError with the bytes needed and available, and what would fit.
+    routed experts are not loaded. `available`: bytes that the weights may take, those that are mapped included; None:
+    what the machine has. SoliError with the bytes needed and available, and what would fit.
     """
-    available = _available(device)
+    from_disk = quantized is True and available is None
+    if available is None:
+        available = _available(device)
     usual = quantized if quantized is not None else checkpoint.quantization.has_integers
     storage = Storage(dtype, device, usual, in_place)
     allocated, mapped = storage.bytes_of(checkpoint, experts)
-    from_disk = quantized is True
     if allocated + (0 if from_disk else mapped) <= available:
         return storage, None
     form = "as stored" if usual and checkpoint.is_quantized else f"in {str(dtype).removeprefix('torch.')}"

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -29,6 +28,7 @@ from soli.checkpoint.reader import INDEX, SINGLE, Checkpoint
 from soli.checkpoint.shard import ITEM_BYTES
 from soli.checkpoint.side_files import SideFiles
 from soli.checkpoint.writer import ProgressCallback, Spec, write_json, write_side_files
+from soli.checksum import crc32
 from soli.config import ModelConfig
 from soli.errors import SoliError
 from soli.input_files import read_object_if_present
@@ -163,7 +163,7 @@ class _Plan:
         values = []
         for start, length in self.experts:
             stream.seek(self._base + start)
-            values.append(zlib.crc32(stream.read(length)))
+            values.append(crc32(stream.read(length)))
         return values
 
     def _pad(self, header: dict[str, Any], slot: Slot, end: int) -> None:

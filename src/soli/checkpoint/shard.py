@@ -74,12 +74,14 @@ class Shard:
     def read(self, name: str) -> Tensor:
         """A tensor read into memory. SoliError where the file has become shorter."""
         entry = self.entries[name]
-        with open_regular(self.file) as stream:
-            stream.seek(entry.start)
-            data = np.fromfile(stream, np.uint8, entry.end - entry.start)
-        if len(data) < entry.end - entry.start:
-            raise SoliError(f"{entry}: the file became shorter while it was read")
-        return torch.from_numpy(data).view(TORCH_DTYPE[entry.dtype]).view(entry.shape)
+        return self._read(entry, entry.start, entry.end).view(entry.shape)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` - 1 of a tensor, likewise; nothing else is read."""
+        entry = self.entries[name]
+        row_bytes = (entry.end - entry.start) // max(1, entry.shape[0])
+        first, last = entry.start + start * row_bytes, entry.start + stop * row_bytes
+        return self._read(entry, first, last).view(stop - start, *entry.shape[1:])
 
     def parameter(self, name: str) -> Tensor | None:
         """A tensor mapped so that it can be written: what is written stays in this process. None where its place in the
@@ -101,6 +103,15 @@ class Shard:
         if entry.start % ITEM_BYTES[entry.dtype]:
             data = data.clone()  # views need alignment, which the format does not promise
         return data.view(TORCH_DTYPE[entry.dtype]).view(entry.shape)
+
+    def _read(self, entry: TensorEntry, start: int, stop: int) -> Tensor:
+        """Bytes `start` to `stop` - 1 of the file as values of a tensor's dtype."""
+        with open_regular(self.file) as stream:
+            stream.seek(start)
+            data = np.fromfile(stream, np.uint8, stop - start)
+        if len(data) < stop - start:
+            raise SoliError(f"{entry}: the file became shorter while it was read")
+        return torch.from_numpy(data).view(TORCH_DTYPE[entry.dtype])
 
     @cached_property
     def _bytes(self) -> Tensor:

@@ -55,6 +55,12 @@ class Verbs(TyperGroup):
         super().__init__(**attrs)
         self.commands = {verb: TyperCommand(verb, short_help=line) for verb, line in VERBS.items()}
 
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        arguments = [*args]  # parsing empties the list
+        ctx = super().make_context(info_name, args, parent, **extra)
+        ctx.meta["soli.arguments"] = arguments
+        return ctx
+
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, _, rest = super().resolve_command(ctx, args)
         return name, load(str(name)), rest
@@ -163,7 +169,9 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("SOLI_DEBUG"):
             raise
-        rank = f"rank {os.environ.get('RANK')}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-        print(f"soli: {rank}{_sentence(error)}", file=sys.stderr)
+        sentence = _sentence(error)
+        if os.environ.get("WORLD_SIZE", "1") != "1" and not sentence.startswith("rank "):
+            sentence = f"rank {os.environ.get('RANK')}: {sentence}"
+        print(f"soli: {sentence}", file=sys.stderr)
         return 1
     return 0

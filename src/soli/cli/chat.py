@@ -13,6 +13,7 @@ import typer
 from soli.cli._shared import options
 from soli.cli._shared.console import sanitize_for_terminal
 from soli.cli._shared.loading import Stopwatch, load_llm
+from soli.cli._shared.ranks import join_first_rank
 from soli.errors import SoliError
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def chat(
     threads: options.Threads = None,
 ) -> None:
     """Chat with a model. Answers go to standard output; reasoning (R1) is shown dim, on a terminal only."""
+    join_first_rank(model, device, dtype, memory=memory, threads=threads)
     from soli.engine.sampling_defaults import sampling_params
 
     values = {"temperature": temperature, "top_p": top_p, "seed": seed}

@@ -13,6 +13,7 @@ from soli.cli._shared import options
 from soli.cli._shared.console import number_columns, print_json, stdout_console
 from soli.cli._shared.loading import load_text_model
 from soli.cli._shared.progress import ProgressBar
+from soli.cli._shared.ranks import join_first_rank, started_ranks
 from soli.cli._shared.text_input import evenly, file_pairs, file_texts
 from soli.errors import SoliError
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 
 def eval(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="A model folder; nano is the bundled model.")] = "nano",
     pairs: Annotated[str | None, typer.Option(help="Held-out pairs: source, zh, en, separated by tabs.")] = None,
     text: Annotated[str | None, typer.Option(help="Held-out text, a line each (or a .tsv of the corpus step).")] = None,
@@ -34,10 +36,14 @@ def eval(
     dtype: options.Dtype = "auto",
     memory: options.Memory = None,
     threads: options.Threads = None,
+    processes: options.Processes = None,
 ) -> None:
     """Score a model on held-out pairs (chrF and BLEU, both directions) and on held-out text (bits per byte)."""
+    join_first_rank(model, device, dtype, True, memory, threads)
     if pairs is None and text is None:
         raise SoliError("there is nothing to evaluate on: give --pairs FILE, --text FILE or both")
+    if started_ranks(ctx, model, processes):
+        return
     rows = evenly(file_pairs(pairs), limit) if pairs is not None else []
     texts = evenly(file_texts(text), limit) if text is not None else []
     if rows:

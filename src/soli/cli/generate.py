@@ -11,6 +11,7 @@ import typer
 from soli.cli._shared import options
 from soli.cli._shared.console import print_json, sanitize_for_terminal
 from soli.cli._shared.loading import Stopwatch, load_text_model, note_memory, note_paging
+from soli.cli._shared.ranks import join_first_rank, started_ranks
 from soli.cli._shared.text_input import argument_lines, stdin_lines
 from soli.errors import SoliError
 from soli.input_files import open_regular
@@ -28,6 +29,7 @@ MAX_FILE_BYTES = 262_144  # bytes: four for each character that a schema may hav
 
 
 def generate(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="A model folder; nano is the bundled model.")],
     prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
     temperature: Annotated[
@@ -90,8 +92,10 @@ def generate(
     memory: options.Memory = None,
     forget: options.Forget = False,
     threads: options.Threads = None,
+    processes: options.Processes = None,
 ) -> None:
     """Continue a prompt. Only the continuation goes to standard output."""
+    join_first_rank(model, device, dtype, speculate, memory, threads)
     text = "\n".join(stdin_lines() if prompt == "-" else argument_lines(prompt, "the prompt"))
     if not text.strip():
         raise SoliError("the prompt is empty: give some text to continue")
@@ -114,6 +118,8 @@ def generate(
     }
     sampling_params(values, {})  # rejects before the model is read
     constraint = _constraint_spec(json_schema, regex)
+    if started_ranks(ctx, model, processes):
+        return
     options.use_threads(threads)
     options.forget_usage(model, forget)
     text_model = load_text_model(model, device, dtype, speculate, memory)

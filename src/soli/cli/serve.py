@@ -6,12 +6,14 @@ from typing import Annotated, Literal
 import typer
 
 from soli.cli._shared import options
+from soli.cli._shared.ranks import join_first_rank, started_ranks
 from soli.errors import SoliError
 
 MIB = 2**20
 
 
 def serve(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="A model folder; nano is the bundled model.")] = "nano",
     host: Annotated[str, typer.Option(help="The address to listen on; beyond this machine only with a key.")] = (
         "127.0.0.1"
@@ -69,8 +71,10 @@ def serve(
     memory: options.Memory = None,
     forget: options.Forget = False,
     threads: options.Threads = None,
+    processes: options.Processes = None,
 ) -> None:
     """Serve a model on this machine. The page is at http://127.0.0.1:8000/, the API at /v1."""
+    join_first_rank(model, device, dtype, speculate, memory, threads)
     from soli.chat.parsers.families import family_by_name, splits_reasoning
     from soli.checkpoint import open_checkpoint
     from soli.engine.request import EngineLimits
@@ -90,6 +94,8 @@ def serve(
         raise SoliError("--name is empty: give the model a name, or leave it out")
     if tool_parser is not None:
         family_by_name(tool_parser)
+    if started_ranks(ctx, model, processes):
+        return
     folder = open_checkpoint(model).folder
     options.use_threads(threads)
     options.forget_usage(model, forget)

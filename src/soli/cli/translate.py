@@ -10,6 +10,7 @@ import typer
 from soli.cli._shared import options
 from soli.cli._shared.console import print_json
 from soli.cli._shared.loading import load_text_model, note_memory, note_paging
+from soli.cli._shared.ranks import join_first_rank, started_ranks
 from soli.cli._shared.text_input import argument_lines, stdin_lines
 from soli.errors import SoliError
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 
 def translate(
+    ctx: typer.Context,
     text: Annotated[str, typer.Argument(help="What to translate; - reads standard input, a line each.")],
     to: Annotated[str | None, typer.Option(help="en or zh; by default whichever the text is not in.")] = None,
     model: Annotated[str, typer.Option(help="A model folder; nano is the bundled model.")] = "nano",
@@ -35,10 +37,14 @@ def translate(
     dtype: options.Dtype = "auto",
     memory: options.Memory = None,
     threads: options.Threads = None,
+    processes: options.Processes = None,
 ) -> None:
     """Translate between English and Chinese. Standard output gets the translation alone, line for line."""
+    join_first_rank(model, device, dtype, speculate, memory, threads)
     if to not in (None, "en", "zh"):
         raise SoliError(f"cannot translate to {to!r}: choose en or zh")
+    if started_ranks(ctx, model, processes):
+        return
     lines = stdin_lines() if text == "-" else argument_lines(text, "the text")
     from soli.engine.sampler import SamplingParams
     from soli.eval.translation import Translator

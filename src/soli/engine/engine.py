@@ -68,7 +68,9 @@ class Engine:
         positions = min(text_model.positions, block_count * limits.block_size)  # a configuration may say 10^18
         self._cache = LatentCache(block_count, limits.block_size, limits.max_running, positions)
         self._scheduler = Scheduler(self._cache, self._blocks, limits)
-        self._runner = ModelRunner(model, runner, drafts=limits.speculate)
+        self._runner = ModelRunner(
+            model, runner, drafts=limits.speculate, ranks=1 if text_model.leader is None else text_model.leader.world
+        )
         self._drafter = self._new_drafter() if limits.speculate else None
         self._sequences: dict[int, SequenceState] = {}  # by request id
         self._pending_events: list[Event] = []  # of requests that were cancelled, for the next step
@@ -359,10 +361,19 @@ def _within_budget(text_model: TextModel, limits: EngineLimits) -> EngineLimits:
     """The same limits, with a latent cache for which the model's memory has room, and steps of so few tokens that their
     scratch takes a quarter of what is not weights; the model's experts get the rest."""
     budget, model = text_model.budget, text_model.model
-    if budget is None:
+    free_bytes = text_model.free_bytes if budget is None else budget.total - budget.resident
+    if free_bytes is None:
         return limits
     dtype = model.compute_dtype or model.embed_tokens.weight.dtype
-    limits, scratch = limit_scratch(model.config, limits, dtype, budget.total - budget.resident)
+    limits, scratch = limit_scratch(model.config, limits, dtype, free_bytes)
+    if budget is None:
+        block_bytes = limits.block_size * bytes_per_token(model.config, len(model.layers) + limits.speculate, dtype)
+        if free_bytes < scratch + block_bytes:
+            raise SoliError(
+                f"a rank's weights leave {max(0, free_bytes):,} bytes of its memory, but a step takes {scratch:,} and "
+                f"a block of the latent cache {block_bytes:,}: allow {scratch + block_bytes - free_bytes:,} bytes more"
+            )
+        return replace(limits, cache_bytes=min(limits.cache_bytes, free_bytes - scratch))
     return replace(limits, cache_bytes=max(1, budget.divide(limits.cache_bytes, scratch)))
 
 

@@ -139,13 +139,15 @@ class ModelRunner:
     """The runner of `model`, chosen now and again whenever the model is not what it was.
 
     `preference`: "auto" takes the fused runner if it can be had; "fused" makes it a SoliError if not. `drafts`: whether
-    the first MTP module will be run.
+    the first MTP module will be run. A model whose parts several `ranks` hold runs eagerly, and may not change.
     """
 
-    def __init__(self, model: Transformer, preference: RunnerName = "auto", drafts: bool = False) -> None:
+    def __init__(
+        self, model: Transformer, preference: RunnerName = "auto", drafts: bool = False, ranks: int = 1
+    ) -> None:
         if preference not in RUNNERS:
             raise SoliError(f"runner is {preference!r}: choose auto, eager or fused")
-        self._model, self._preference, self._drafts = model, preference, drafts
+        self._model, self._preference, self._drafts, self._ranks = model, preference, drafts, ranks
         self._place = _place(model)
         self.active, self._state = self._choose()
 
@@ -155,6 +157,8 @@ class ModelRunner:
         SoliError, now and at every later call, when a change leaves no runner.
         """
         change = self._state.change()
+        if change is not Change.NONE and self._ranks > 1:
+            raise SoliError(f"the model was changed on one of the {self._ranks} ranks that share it: load it again")
         if change is Change.STRUCTURE:
             place = _place(self._model)
             if place != self._place:
@@ -166,6 +170,8 @@ class ModelRunner:
 
     def _choose(self) -> tuple[Runner, ModelState]:
         state, modified = ModelState(self._model), modification(self._model)
+        if self._ranks > 1:
+            modified = f"{self._ranks} ranks share it"
         reason = "runner is 'eager'" if self._preference == "eager" else modified
         if reason is None:
             try:
@@ -176,7 +182,7 @@ class ModelRunner:
                 reason = str(error)
         if self._preference == "fused":
             raise SoliError(f"the fused runner cannot be had: {reason}; choose runner='auto' or 'eager'")
-        level = logging.WARNING if modified and self._preference == "auto" else logging.INFO
+        level = logging.WARNING if modified and self._preference == "auto" and self._ranks == 1 else logging.INFO
         log.log(level, "the eager runner computes this model, module by module: %s", reason)
         return EagerRunner(self._model), state
 

@@ -10,12 +10,12 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from soli.checkpoint import Checkpoint, open_checkpoint
-from soli.checkpoint.load import load_checkpoint
+from soli.checkpoint.load import load_checkpoint, model_folder
 from soli.checkpoint.memory import Storage
 from soli.checkpoint.writer import ProgressCallback
 from soli.config import TOKEN_FIELDS, check_token_ids
@@ -29,7 +29,11 @@ from soli.experts.sources import sources_of
 from soli.input_files import read_object_if_present
 from soli.machine import available_memory
 from soli.model.transformer import Transformer
+from soli.parallel.ranks import Ranks, launched_ranks
 from soli.quantities import scaled
+
+if TYPE_CHECKING:
+    from soli.parallel.calls import Leader
 
 FLOAT32_LIMIT = 512 * 2**20  # bytes of weight files
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -38,7 +42,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 @dataclass(frozen=True)
 class TextModel:
     """A loaded model and its tokenizer. `stop_ids` end a text; a prompt is a text between `text_prefix` and
-    `text_suffix`. `budget`: of a model whose experts are read from disk as they are needed."""
+    `text_suffix`. `budget`: of a model whose experts are read from disk as they are needed. `leader`: of one whose
+    parts several ranks hold; `free_bytes`: what the weights leave of a rank's limit of memory, if it has one."""
 
     model: Transformer
     tokenizer: Tokenizer
@@ -47,6 +52,8 @@ class TextModel:
     text_suffix: tuple[int, ...] = ()
     budget: MemoryBudget | None = None
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)  # of generation_config.json
+    leader: "Leader | None" = None
+    free_bytes: int | None = None
 
     @property
     def positions(self) -> int:
@@ -115,9 +122,14 @@ def open_text_model(
     `memory`: bytes that the model may take. Its weights are as stored then, and the routed experts that do not fit are
     read from disk as they are needed; an Engine divides the bytes (soli.experts.budget). None: all experts in memory,
     or where they do not fit as stored, what the machine has less a margin, with a warning that says so.
+
+    Under torchrun every rank holds a part of the model, in `memory` bytes each. Only the first rank returns from here;
+    the others compute with it until it ends, and then end the process.
     """
-    if dtype not in ("auto", "as-is", *DTYPES):
-        raise SoliError(f"dtype is {dtype!r}: choose auto, as-is, {' or '.join(DTYPES)}")
+    ranks = launched_ranks()
+    if ranks.world > 1:
+        return _open_shared(name_or_folder, ranks, device, dtype, mtp, progress, memory)
+    _check_dtype(dtype)
     check_device(device)
     checkpoint = open_checkpoint(name_or_folder, mtp)
     folder = checkpoint.folder
@@ -131,8 +143,7 @@ def open_text_model(
             )
         model, budget = load_within(name_or_folder, memory, mtp=mtp, progress=progress)
         return replace(text_model(model, Tokenizer.from_folder(folder), folder), budget=budget)
-    if dtype == "auto" and sum(path.stat().st_size for path in folder.glob("*.safetensors")) <= FLOAT32_LIMIT:
-        dtype = "float32"
+    dtype = _resolved_dtype(dtype, folder)
     quantized = True if dtype == "as-is" else None
     model = load_checkpoint(
         checkpoint,
@@ -143,6 +154,48 @@ def open_text_model(
         progress=progress,
     )
     return text_model(model, Tokenizer.from_folder(folder), folder)
+
+
+def _open_shared(
+    name_or_folder: str,
+    ranks: Ranks,
+    device: str,
+    dtype: str,
+    mtp: bool,
+    progress: ProgressCallback,
+    memory: int | None,
+) -> TextModel:
+    from soli.parallel.inference import PartSettings, open_part, weight_bytes
+
+    if device == "cuda":
+        device = f"cuda:{ranks.local}"
+        check_device(device)
+
+    def choose_settings() -> PartSettings:
+        _check_dtype(dtype)
+        check_device(device)
+        folder = model_folder(name_or_folder)
+        resolved = "as-is" if memory is not None and dtype == "auto" else _resolved_dtype(dtype, folder)
+        return PartSettings(DTYPES.get(resolved), True if resolved == "as-is" else None, mtp, memory)
+
+    is_known = device == "cpu" or device.startswith("cuda:")
+    place = torch.device(device if is_known else "cpu")  # an unknown one is an error of all ranks together
+    model, leader = open_part(name_or_folder, ranks, place, choose_settings, progress)
+    free_bytes = None if memory is None else memory - weight_bytes(model)
+    folder = model_folder(name_or_folder)
+    whole = text_model(model, Tokenizer.from_folder(folder), folder)
+    return replace(whole, leader=leader, free_bytes=free_bytes)
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in ("auto", "as-is", *DTYPES):
+        raise SoliError(f"dtype is {dtype!r}: choose auto, as-is, {' or '.join(DTYPES)}")
+
+
+def _resolved_dtype(dtype: str, folder: Path) -> str:
+    """The one of "auto" for small files."""
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return "float32" if dtype == "auto" and size <= FLOAT32_LIMIT else dtype
 
 
 def _memory_for_paging(checkpoint: Checkpoint) -> int | None:

@@ -6,7 +6,6 @@ loading makes of the same tensors: its scales are checked, and what memory has o
 
 import mmap
 import threading
-import zlib
 from collections.abc import Sequence
 from math import prod
 from typing import Final
@@ -14,6 +13,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from soli.checksum import crc32
 from soli.errors import SoliError
 from soli.experts.policy import Key
 from soli.experts.sources import ExpertLayout, Matrix, MatrixParts, Part, Sources
@@ -81,7 +81,7 @@ class Slots:
         """Compare an expert of a pack with its checksum, the first time that it is read."""
         if layout.checksum is None or key in self._verified:
             return
-        if zlib.crc32(self.view(slot)[: layout.reads[0].needed]) != layout.checksum:
+        if crc32(self.view(slot)[: layout.reads[0].needed]) != layout.checksum:
             entry = layout.matrices[0].tensors[0].entry
             raise SoliError(
                 f"{entry}: what was read does not have the checksum of its expert: pack the model again"

@@ -77,6 +77,25 @@ class QuantizedWeight:
         scale = None if self.scale is None else self.scale.to(device)
         return QuantizedWeight(self.format, self.values.to(device), scale, self.shape, self.group)
 
+    def part(self, dimension: int, start: int, stop: int) -> "QuantizedWeight":
+        """Rows (`dimension` 0) or columns (1) `start` to `stop` - 1 of a matrix, copied. SoliError where they begin or
+        end within values that share a scale."""
+        size, unit = self.shape[dimension], CODECS[self.format].scale_unit(self.group)[dimension]
+        if start % unit or (stop % unit and stop != size):
+            name = ("rows", "columns")[dimension]
+            raise SoliError(
+                f"{name} {start} to {stop - 1} of {size} are no whole number of {self.format} blocks of {unit}"
+            )
+        shape = (stop - start, self.shape[1]) if dimension == 0 else (self.shape[0], stop - start)
+        scale = self.scale
+        if scale is not None and dimension < scale.dim():
+            first, last = start // unit, -(-stop // unit)
+            scale = scale.narrow(dimension, first, last - first).clone(memory_format=torch.contiguous_format)
+        per_value = self.values.shape[dimension] / size  # less than 1 where several values share a byte
+        first, last = int(start * per_value), int(stop * per_value)
+        values = self.values.narrow(dimension, first, last - first).clone(memory_format=torch.contiguous_format)
+        return QuantizedWeight(self.format, values, scale, shape, self.group)
+
     @property
     def nbytes(self) -> int:
         """Bytes of values and scales: what one product reads."""
@@ -110,6 +129,10 @@ class Codec:
         """Shape of the scales of a weight (..., O, I)."""
         return ()
 
+    def scale_unit(self, group: int) -> tuple[int, int]:
+        """How many rows, and how many columns, share a scale in groups of `group`; 1 where a cut is free."""
+        return 1, max(1, group)
+
     def check_group(self, inputs: int, group: int) -> None:
         """SoliError for a group that the format does not have, or that does not fit so many input features."""
         if group not in self.groups:
@@ -136,6 +159,9 @@ class Fp8Codec(Codec):
 
     def scale_shape(self, shape: tuple[int, ...], group: int) -> tuple[int, ...]:
         return (*shape[:-2], *fp8.scale_shape(*shape[-2:]))
+
+    def scale_unit(self, group: int) -> tuple[int, int]:
+        return group, group
 
     def quantize(self, weight_OI: Tensor, group: int | None = None) -> QuantizedWeight:
         values_OI, scale_PQ = fp8.quantize(weight_OI, self.ue8m0)

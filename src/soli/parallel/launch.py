@@ -1,6 +1,7 @@
-"""Several processes on this machine, started and watched by torchrun's elastic agent: `soli train --processes N`."""
+"""Several processes on this machine, started and watched by torchrun's elastic agent: `soli VERB --processes N`."""
 
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,31 @@ def launch(arguments: Sequence[str], processes: int) -> None:
 
     When one fails, the agent ends the others, at the latest after 30 seconds.
     """
+    try:
+        _run(arguments, processes)
+    except ChildFailedError as error:
+        raise SoliError(f"{describe_failure(error.failures)}; run the same command to resume") from None
+    except SignalException:
+        pass  # the agent passed the signal on, and every rank has saved its state
+
+
+def run_together(arguments: Sequence[str], processes: int) -> int:
+    """The exit status of `soli ARGUMENTS` in `processes` ranks, of which the first prints: that of the one that failed
+    first. SoliError names a rank that a signal ended."""
+    try:
+        _run(arguments, processes)
+    except ChildFailedError as error:
+        failure = error.failures[_first_failure(error.failures)]
+        if failure.exitcode > 0:
+            return failure.exitcode  # its message is above
+        raise SoliError(describe_failure(error.failures)) from None
+    except SignalException as stop:
+        if stop.sigval == signal.SIGINT and arguments[:1] != ["serve"]:
+            raise KeyboardInterrupt from None
+    return 0
+
+
+def _run(arguments: Sequence[str], processes: int) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     config = LaunchConfig(
         min_nodes=1,
@@ -28,20 +54,19 @@ def launch(arguments: Sequence[str], processes: int) -> None:
         max_restarts=0,
         monitor_interval=0.1,
     )
-    try:
-        elastic_launch(config, sys.executable)("-m", "soli", *arguments)
-    except ChildFailedError as error:
-        raise SoliError(describe_failure(error.failures)) from None
-    except SignalException:
-        pass  # the agent passed the signal on, and every rank has saved its state
+    elastic_launch(config, sys.executable)("-m", "soli", *arguments)
 
 
 def describe_failure(failures: Mapping[int, ProcessFailure]) -> str:
     """Which rank failed first and how: one that a signal ended, before those that then lost their connection to it."""
-    rank = min(failures, key=lambda rank: (failures[rank].exitcode > 0, failures[rank].timestamp))
+    rank = _first_failure(failures)
     failure = failures[rank]
     if failure.exitcode < 0:
         end = f"was ended by {failure.signal_name()}"
     else:
         end = f"ended with status {failure.exitcode}; its message is above"
-    return f"rank {rank} (process {failure.pid}) {end}, and the others were stopped; run the same command to resume"
+    return f"rank {rank} (process {failure.pid}) {end}, and the others were stopped"
+
+
+def _first_failure(failures: Mapping[int, ProcessFailure]) -> int:
+    return min(failures, key=lambda rank: (failures[rank].exitcode > 0, failures[rank].timestamp))

@@ -119,7 +119,7 @@ def join_ranks(ranks: Ranks, device: torch.device) -> None:
     except (ValueError, RuntimeError) as error:
         raise SoliError(
             f"rank {ranks.rank} of {ranks.world} cannot reach the others ({str(error).splitlines()[0]}); start it with "
-            "torchrun, or with soli train --processes"
+            "torchrun, or with --processes"
         ) from None
 
 
@@ -130,8 +130,8 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def joined(ranks: Ranks) -> Iterator[None]:
-    """Training together, to its end; SoliError where a connection was lost because another rank ended."""
+def connected(ranks: Ranks) -> Iterator[None]:
+    """Computing together; SoliError where a connection was lost because another rank ended."""
     try:
         yield
     except RuntimeError as error:
@@ -139,8 +139,20 @@ def joined(ranks: Ranks) -> Iterator[None]:
             raise
         # The agent that started the ranks names the one that failed first, if the others are still there.
         time.sleep(GRACE)
-        reason = str(error).splitlines()[0][:200]
-        raise SoliError(f"the connection to another rank was lost: it ended, or does not answer ({reason})") from None
+        raise SoliError(describe_lost(error)) from None
+
+
+def describe_lost(error: RuntimeError) -> str:
+    """What an error of a collective says about the other ranks."""
+    reason = str(error).splitlines()[0][:200]
+    return f"the connection to another rank was lost: it ended, or does not answer ({reason})"
+
+
+@contextmanager
+def joined(ranks: Ranks) -> Iterator[None]:
+    """`connected` to the end of what the ranks do together."""
+    with connected(ranks):
+        yield
     if ranks.world > 1:
         import torch.distributed as dist
 

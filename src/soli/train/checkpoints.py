@@ -53,6 +53,7 @@ from soli.train.checkpoint_storage import StateReader, StateWriter, allow_one_pr
 from soli.train.optimizer import Optimizer
 from soli.train.run_lock import RunIsLocked, RunLock, create_folder, lock_run
 
+EXPORT_ATTEMPTS = 5  # with another checkpoint each, where the run removed one while it was read
 REMOVE = "remove this checkpoint to resume from the one before"
 CHECKPOINT_ID = "checkpoint_id"  # keys of state.json beside the progress; version 0.2 and before wrote none
 CONFIG_DIGEST = "config_sha256"
@@ -93,7 +94,13 @@ def best_checkpoint(run: Path) -> Path | None:
 
     Losses of two stages are not compared: their windows are of other lengths.
     """
-    saved = [(read_progress(path), path) for path in checkpoints(run)]
+    saved = []
+    for path in checkpoints(run):
+        try:
+            saved.append((read_progress(path), path))
+        except SoliError:
+            if path.is_dir():
+                raise  # else the running process removed it after the list was made
     stage = max((progress.stage for progress, _ in saved), default=0)
     evaluated = [(p.valid_loss, path) for p, path in saved if p.stage == stage and p.valid_loss is not None]
     if evaluated:
@@ -380,9 +387,20 @@ def load_run(run: Path) -> Transformer:
 def export_run(run: Path, folder: Path, format: str) -> None:
     """Write the best checkpoint of a run as a model folder, whichever number of processes saved it, tensor by tensor.
 
-    SoliError names what does not fit or is not finite; nothing is left at `folder` then.
+    The run may go on meanwhile; a checkpoint that it removes is given up for a later one. SoliError names what does not
+    fit or is not finite; nothing is left at `folder` then.
     """
-    checkpoint = require_best_checkpoint(run)
+    for _ in range(EXPORT_ATTEMPTS):
+        checkpoint = require_best_checkpoint(run)
+        try:
+            return _export_checkpoint(checkpoint, run, folder, format)
+        except SoliError:
+            if checkpoint.is_dir():
+                raise
+    raise SoliError(f"{run}: its process removes checkpoints before they are read; raise run.keep, or stop it first")
+
+
+def _export_checkpoint(checkpoint: Path, run: Path, folder: Path, format: str) -> None:
     reader = StateReader(checkpoint, ("model",))
     _check_identity(reader)
     config = load_config(checkpoint)

@@ -46,7 +46,17 @@ Memory = Annotated[
     typer.Option(
         metavar="SIZE",
         help="Take at most so much memory, as 16GB or 8GiB, and read experts that do not fit from disk as they are "
-        "needed; by default all of a model is in memory, or where it does not fit what this machine has less a margin.",
+        "needed; by default all of a model is in memory, or where it does not fit what this machine has less a margin. "
+        "Of several processes: each.",
+    ),
+]
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=1024,
+        help="Start so many processes on this machine, each with a part of the model; their number must divide its "
+        "attention heads and its experts. torchrun -m soli does it on several machines.",
     ),
 ]
 Forget = Annotated[

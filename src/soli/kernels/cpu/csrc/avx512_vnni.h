@@ -52,8 +52,13 @@ SOLI_INLINE void transpose_16_bits(__m512i* a) {
 // Floats of a tile's transposed scales: of whole eights of groups.
 SOLI_INLINE int64_t scale_floats(int64_t groups) { return 16 * ((groups + 7) / 8 * 8); }
 
-// The scales of a tile, group after group: to[16 * g + r]. Prefetches the next tile's.
-void transpose_scales(const RowTile& tile, int64_t groups, float* to) {
+template <bool BF16_SCALES>
+SOLI_INLINE __m512 floats_of_scales(__m256i bits) {
+    return BF16_SCALES ? floats_from_bf16(bits) : _mm512_cvtph_ps(bits);
+}
+
+template <bool BF16_SCALES>
+void transpose_scales_as(const RowTile& tile, int64_t groups, float* to) {
     for (int64_t line = 0; line < 2 * groups * TILE_ROWS; line += 64)
         prefetch_l2(tile.scale[0] + 2 * groups * TILE_ROWS + line);
     const __m512i pairs[2] = {_mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
@@ -70,14 +75,18 @@ void transpose_scales(const RowTile& tile, int64_t groups, float* to) {
                 // Columns 16 i + c and 8 further, of sixteen rows each.
                 const __m512i columns = _mm512_permutex2var_epi64(a[c], pairs[i], a[8 + c]);
                 float* at = to + TILE_ROWS * (16 * i + c);
-                const __m256i first = _mm512_castsi512_si256(columns);
-                const __m256i second = _mm512_extracti64x4_epi64(columns, 1);
-                const bool is_bf16 = tile.has_bf16_scales;
-                _mm512_store_ps(at, is_bf16 ? floats_from_bf16(first) : _mm512_cvtph_ps(first));
+                _mm512_store_ps(at, floats_of_scales<BF16_SCALES>(_mm512_castsi512_si256(columns)));
                 if (16 * i + 8 < count)
-                    _mm512_store_ps(at + TILE_ROWS * 8, is_bf16 ? floats_from_bf16(second) : _mm512_cvtph_ps(second));
+                    _mm512_store_ps(at + TILE_ROWS * 8,
+                                    floats_of_scales<BF16_SCALES>(_mm512_extracti64x4_epi64(columns, 1)));
             }
     }
+}
+
+// The scales of a tile, group after group: to[16 * g + r]. Prefetches the next tile's.
+void transpose_scales(const RowTile& tile, int64_t groups, float* to) {
+    // A template for each dtype: a branch on the tile's flag would be taken anew at every store of this inner loop.
+    (tile.has_bf16_scales ? transpose_scales_as<true> : transpose_scales_as<false>)(tile, groups, to);
 }
 
 // Few tokens: along the inputs.

@@ -1,0 +1,217 @@
+"""One model for inference on several ranks: each reads its part of the folder, and all but the first then follow it.
+
+What is wrong on any rank is an error of the first, which alone prints it; the others end without a word. SIGTERM and
+SIGINT to the first rank end all; another one waits for the first to end, and ends by itself when it does not.
+"""
+
+import atexit
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from soli.checkpoint.load import load_checkpoint, model_folder
+from soli.checkpoint.part import PartialCheckpoint
+from soli.checkpoint.writer import ProgressCallback
+from soli.errors import SoliError
+from soli.kernels import QuantizedExperts, cpu
+from soli.machine import available_memory
+from soli.model.transformer import Transformer
+from soli.parallel.calls import IDLE, Leader, follow
+from soli.parallel.model_part import ModelPart
+from soli.parallel.ranks import Ranks, connected, join_ranks, joined
+from soli.parallel.tensor_parallel import share_layers
+
+STOP_SECONDS: Final = 40.0  # after a signal to a rank that is not the first; torchrun's agent ends all after 30
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PartSettings:
+    """How every rank loads its part, as `load_checkpoint` says; `memory`: bytes that weights, latent cache and scratch
+    of a rank may take, None for what the machine has."""
+
+    dtype: torch.dtype | None = None
+    quantized: bool | None = None
+    mtp: bool = True
+    memory: int | None = None
+
+
+def open_part(
+    name_or_folder: str,
+    ranks: Ranks,
+    device: torch.device,
+    choose_settings: Callable[[], PartSettings],
+    progress: ProgressCallback,
+) -> tuple[Transformer, Leader]:
+    """The first rank's model, whose calls all ranks compute. On the others it does not return: they compute until the
+    first rank ends, and then end the process. `choose_settings` may raise, as loading may."""
+    if dist.is_initialized():
+        raise SoliError("this process shares a model with other ranks already: use one model in each run of torchrun")
+
+    def load() -> Transformer:
+        return load_part(name_or_folder, ranks, device, choose_settings(), progress)
+
+    if not ranks.is_first:
+        _follow_to_the_end(ranks, device, load)
+    with connected(ranks):
+        group = join_group(ranks, device)
+        model = _agree(ranks, group, load)
+    leader = Leader(model, ranks.world, group)
+    atexit.register(leader.close)
+    return model, leader
+
+
+def join_group(ranks: Ranks, device: torch.device) -> dist.ProcessGroup:
+    """Connect the ranks; the group in which the first one announces its calls. SoliError for ranks that differ."""
+    join_ranks(ranks, device)
+    group = dist.new_group(backend="gloo", timeout=IDLE)
+    _agree(ranks, group, lambda: _check_alike(ranks, group))
+    return group
+
+
+def load_part(
+    name_or_folder: str,
+    ranks: Ranks,
+    device: torch.device,
+    settings: PartSettings,
+    progress: ProgressCallback = lambda read, total: None,
+) -> Transformer:
+    """This rank's part of a model, which computes together with the others'."""
+    checkpoint = PartialCheckpoint(model_folder(name_or_folder), settings.mtp)
+    part = ModelPart(checkpoint.config, ranks.rank, ranks.world, in_blocks=checkpoint.is_quantized)
+    checkpoint.take(part.slot_part)
+    with warnings.catch_warnings():
+        if not ranks.is_first:
+            warnings.simplefilter("ignore")
+        model = load_checkpoint(
+            checkpoint,
+            device,
+            settings.dtype,
+            quantized=settings.quantized,
+            available=_available(ranks, device, settings.memory),
+            reshape=part.reshape,
+            progress=progress if ranks.is_first else lambda read, total: None,
+        )
+    share_layers(model, part)
+    return model
+
+
+def weight_bytes(model: Transformer) -> int:
+    """Bytes of all weights that this rank holds."""
+    tensors = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    total = sum(tensors.values())
+    for module in model.modules():
+        quantized = getattr(module, "quantized", None)
+        if isinstance(quantized, QuantizedExperts):
+            total += sum(weight.nbytes for weight in (*quantized.gates, *quantized.ups, *quantized.downs))
+        elif quantized is not None:
+            total += quantized.nbytes
+    return total
+
+
+def _available(ranks: Ranks, device: torch.device, memory: int | None) -> int:
+    """Bytes that this rank's weights may take: the ranks of a machine share what it has."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free if memory is None else min(free, memory)
+    available = available_memory() // ranks.local_world
+    return available if memory is None else min(available, memory)
+
+
+def _check_alike(ranks: Ranks, group: dist.ProcessGroup) -> None:
+    """SoliError where ranks would compute different bits from the same values: what all compute must agree."""
+    if ranks.local == 0:
+        cpu.native.library_or_reason()  # compiles it on a machine that does not have it yet
+    _gather(None, ranks, group)
+    kernels = cpu.native.library_or_reason()
+    own = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "kernels": kernels.best_isa if isinstance(kernels, cpu.native.Library) else "none",
+        "SOLI_KERNELS": os.environ.get("SOLI_KERNELS") or "unset",
+        "SOLI_CPU_ISA": os.environ.get("SOLI_CPU_ISA") or "unset",
+    }
+    all_own = _gather(own, ranks, group)
+    for rank, other in enumerate(all_own):
+        for name, value in other.items():
+            if value != all_own[0][name]:
+                raise SoliError(
+                    f"{name} is {value} on rank {rank} and {all_own[0][name]} on rank 0: ranks that share a model must "
+                    "be alike"
+                )
+
+
+def _agree(ranks: Ranks, group: dist.ProcessGroup, action: Callable[[], T]) -> T:
+    """The action's result, once every rank has one. Its error, or that of another rank, is raised by the first rank;
+    the others end."""
+    error: Exception | None = None
+    try:
+        result = action()
+    except Exception as failure:
+        error = failure
+    sentences = _gather(None if error is None else _sentence(error), ranks, group)
+    failed = next((rank for rank, sentence in enumerate(sentences) if sentence is not None), None)
+    if failed is None:
+        return result
+    if not ranks.is_first:
+        raise SystemExit(1)
+    if error is not None:
+        raise error
+    raise SoliError(f"rank {failed}: {sentences[failed]}")
+
+
+def _sentence(error: Exception) -> str:
+    return str(error) if isinstance(error, SoliError) else f"{type(error).__name__}: {error}"
+
+
+def _gather(value: Any, ranks: Ranks, group: dist.ProcessGroup) -> list[Any]:
+    values: list[Any] = [None] * ranks.world
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def _follow_to_the_end(ranks: Ranks, device: torch.device, load: Callable[[], Transformer]) -> NoReturn:
+    stop = _StopSignals(ranks)
+    try:
+        with joined(ranks):
+            group = join_group(ranks, device)
+            follow(_agree(ranks, group, load), device, group)
+    except SoliError:
+        if not stop.received:
+            raise
+    raise SystemExit(0)
+
+
+class _StopSignals:
+    """SIGTERM and SIGINT on a rank that is not the first: the first rank ends the others, within its own time. When it
+    does not, the signal was for this rank alone, and this process ends."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.received = False
+        self._rank = ranks.rank
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self._reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        self._writer = writer  # Python's handlers wait for the main thread, which waits in a collective
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, frame: None)
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, name="soli-signals", daemon=True).start()
+
+    def _watch(self) -> None:
+        number = signal.Signals(self._reader.recv(1)[0])
+        self.received = True
+        time.sleep(STOP_SECONDS)
+        print(f"soli: rank {self._rank}: ended by {number.name}", file=sys.stderr, flush=True)
+        os._exit(1)

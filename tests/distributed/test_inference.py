@@ -1,0 +1,223 @@
+"""A model shared by several ranks answers as in one process: every family, every feature of the engine."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from soli.checkpoint import open_checkpoint, save_model
+from soli.config import ModelConfig
+from soli.data.tokenizer import Tokenizer
+from soli.engine.request import Answer, EngineLimits, Request
+from soli.engine.sampler import SamplingParams
+from soli.errors import SoliError
+from soli.formats.quantized import CODECS
+from soli.parallel.inference import PartSettings
+from soli.parallel.model_part import ModelPart
+from tests.distributed.ranks import run_ranks
+from tests.distributed.shared_models import (
+    LIMITS,
+    Case,
+    limited,
+    load_limited,
+    logits_of_one_process,
+    logits_of_ranks,
+    of_one_process,
+    of_ranks,
+)
+from tests.engine.tiny import BASE, FAMILY_KINDS, KINDS, tiny_model, tiny_tokenizer
+
+QUICK = ["v3", "v2 by groups", "v3.2", "v3 without q_lora or groups", "a norm after the mixture", "youtu"]
+LOGPROB = 1e-4  # sums in another order, in float32, of logits around 10
+POSITIONS = 96
+DOCUMENTS = Path(__file__).parents[2] / "docs"
+
+
+def folder_of(kind: str, folder: Path, format: str = "fp32", **changes: int) -> str:
+    path = folder / f"{kind} {format} {changes}".replace("/", "-")
+    model = tiny_model(kind, vocab_size=330, max_position_embeddings=POSITIONS, **changes)
+    save_model(model, path, format=format)
+    return str(path)
+
+
+def prompts(count: int, longest: int = 40) -> list[tuple[int, ...]]:
+    draw = torch.Generator().manual_seed(count)
+    lengths = torch.randint(1, longest, (count,), generator=draw).tolist()
+    return [tuple(torch.randint(3, 330, (length,), generator=draw).tolist()) for length in lengths]
+
+
+def requests(count: int, **options: object) -> list[Request]:
+    return [Request(prompt, 12, logprobs=2, **options) for prompt in prompts(count)]
+
+
+def assert_same(shared: list[Answer], alone: list[Answer], tolerance: float = LOGPROB) -> None:
+    assert [answer.ids for answer in shared] == [answer.ids for answer in alone]
+    assert [answer.text for answer in shared] == [answer.text for answer in alone]
+    for mine, other in zip(shared, alone, strict=True):
+        ours = [entry.logprob for entry in (*mine.logprobs, *(mine.prompt_logprobs or ()))]
+        theirs = [entry.logprob for entry in (*other.logprobs, *(other.prompt_logprobs or ()))]
+        assert ours == pytest.approx(theirs, abs=tolerance)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tokenizer, and what the tests save."""
+    path = tmp_path_factory.mktemp("models")
+    tiny_tokenizer().save(path)
+    return path
+
+
+def test_two_ranks_answer_as_one_process_in_several_families(tmp_path, folder):
+    cases = [Case(folder_of(kind, folder), str(folder), requests(10)) for kind in QUICK]
+    shared, nothing = run_ranks(of_ranks, 2, tmp_path, cases)
+    assert nothing == []
+    for case, answered in zip(cases, shared, strict=True):
+        assert_same(answered, of_one_process(case))
+
+
+def test_four_ranks_answer_as_one_process_with_every_feature(tmp_path, folder):
+    model = folder_of("v3", folder, num_attention_heads=4)
+    sampled = SamplingParams(temperature=1.0, top_k=20, seed=5)
+    masked = frozenset({(1, 0), (1, 5), (2, 7)})
+    cases = [
+        Case(model, str(folder), requests(6, trace=True, prompt_logprobs=1, masked_experts=masked)),
+        Case(model, str(folder), requests(6, sampling=sampled), replace(LIMITS, speculate=True)),
+        Case(model, str(folder), 2 * requests(4)),  # the second time from the prefix cache
+    ]
+    shared, *_ = run_ranks(of_ranks, 4, tmp_path, cases)
+    for case, answered in zip(cases, shared, strict=True):
+        alone = of_one_process(case)
+        assert_same(answered, alone)
+        assert [answer.usage for answer in answered] == [answer.usage for answer in alone]
+    assert sum(answer.usage.accepted for answer in shared[1]) > 0
+    assert sum(answer.usage.cached for answer in shared[2]) > 0
+    for mine, other in zip(shared[0], of_one_process(cases[0]), strict=True):
+        for ours, theirs in zip(mine.routing, other.routing, strict=True):
+            assert torch.equal(ours.expert_ids_TK, theirs.expert_ids_TK)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted({*KINDS, *FAMILY_KINDS}))
+def test_every_family_is_shared(tmp_path, folder, kind):
+    has_mtp = tiny_model(kind).config.num_nextn_predict_layers > 0
+    limits = replace(LIMITS, speculate=has_mtp, prefix_sharing=False)
+    cases = [Case(folder_of(kind, folder), str(folder), requests(20), limits)]
+    shared, _ = run_ranks(of_ranks, 2, tmp_path, cases)
+    for case, answered in zip(cases, shared, strict=True):
+        assert_same(answered, of_one_process(case))
+
+
+@pytest.mark.parametrize(
+    ("changes", "world", "words"),
+    [
+        ({}, 3, "3 processes cannot share this model: num_attention_heads is 2 and n_routed_experts is 16, .* use 2"),
+        ({"n_routed_experts": 12}, 8, "num_attention_heads is 2 and n_routed_experts is 12, .* use 2"),
+        ({"num_attention_heads": 12}, 3, "this model: n_routed_experts is 16, .* use 2 or 4"),
+        ({"num_attention_heads": 3}, 2, "num_attention_heads is 3, .* use 1"),
+    ],
+)
+def test_heads_and_experts_that_cannot_be_shared_are_refused_by_name(changes, world, words):
+    config = ModelConfig.from_dict(BASE | changes)
+    with pytest.raises(SoliError, match=words):
+        ModelPart(config, 0, world)
+
+
+@pytest.mark.parametrize("in_blocks", [True, False])
+@pytest.mark.parametrize("size", [6144, 768, 128, 97])
+def test_widths_are_shared_without_gap_or_overlap(size, in_blocks):
+    config = ModelConfig.from_dict(BASE | {"num_attention_heads": 4})
+    parts = [ModelPart(config, rank, 4, in_blocks).rows(size) for rank in range(4)]
+    assert [row for part in parts for row in part] == [*range(size)]
+    assert min(map(len, parts)) > 0
+
+
+@pytest.mark.parametrize("format", ["fp8", "int8", "int4", "bf16"])
+@pytest.mark.parametrize("dimension", [0, 1])
+def test_a_part_of_a_quantized_weight_has_the_same_values(format, dimension):
+    weight = torch.randn(256, 384, generator=torch.Generator().manual_seed(1))
+    whole = CODECS[format].quantize(weight)
+    part = whole.part(dimension, 128, 256)
+    assert torch.equal(part.dequantize(), whole.dequantize().narrow(dimension, 128, 128))
+
+
+def test_a_part_of_a_block_is_refused():
+    whole = CODECS["fp8"].quantize(torch.randn(256, 256))
+    with pytest.raises(SoliError, match="rows 0 to 95 of 256 are no whole number of fp8 blocks of 128"):
+        whole.part(0, 0, 96)
+
+
+BLOCKS = {  # of two ranks each has whole blocks
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 128,
+    "n_shared_experts": 2,
+    "num_attention_heads": 8,
+    "qk_nope_head_dim": 96,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 128,
+}
+
+
+@pytest.mark.parametrize("format", ["fp8", "int8", "int4"])
+def test_quantized_weights_stay_quantized(tmp_path, folder, format):
+    settings = PartSettings(torch.float32, quantized=True)  # of activations
+    case = Case(folder_of("v3", folder, format, **BLOCKS), str(folder), requests(6), settings=settings)
+    [answered], _ = run_ranks(of_ranks, 2, tmp_path, [case])
+    assert_same(answered, of_one_process(case))
+
+
+def nano_cases(count: int, tokens: int, **settings: object) -> Case:
+    """The bundled model, and lines of this repository's documents as prompts."""
+    nano = open_checkpoint("nano").folder
+    tokenizer = Tokenizer.from_folder(nano)
+    lines = [line for path in sorted(DOCUMENTS.glob("*.md")) for line in path.read_text("utf-8").splitlines()]
+    lines = [line for line in lines if len(line) > 20]
+    texts = lines[:: len(lines) // count][:count]
+    prompts = [tuple(ids[:100]) for ids in tokenizer.encode_batch(texts)]
+    limits = EngineLimits(cache_bytes=2**26, max_running=16)
+    return Case(
+        str(nano), str(nano), [Request(ids, tokens, logprobs=0) for ids in prompts], limits, PartSettings(**settings)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_200_prompts_of_the_bundled_model_have_the_same_tokens(tmp_path, world):
+    case = nano_cases(200, 24, dtype=torch.float32)
+    [answered], *_ = run_ranks(of_ranks, world, tmp_path, [case])
+    assert len(answered) == 200
+    assert_same(answered, of_one_process(case))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_bfloat16_logits_are_as_close_to_float32_as_those_of_one_process(tmp_path, world):
+    case, exact_case = (nano_cases(40, 1, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    [shared], *_ = run_ranks(logits_of_ranks, world, tmp_path, [case])
+    exact, alone = logits_of_one_process(exact_case), logits_of_one_process(case)
+    own = torch.cat([(one - other).flatten() for one, other in zip(alone, exact, strict=True)])
+    error = torch.cat([(one - other).flatten() for one, other in zip(shared, exact, strict=True)])
+    print(world, own.square().mean().sqrt(), error.square().mean().sqrt(), own.abs().max(), error.abs().max())
+    assert error.square().mean() <= (1.25 * own.square().mean().sqrt()) ** 2
+
+
+LARGE = {  # experts are nearly all of it
+    "hidden_size": 256,
+    "moe_intermediate_size": 256,
+    "n_routed_experts": 128,
+    "num_attention_heads": 4,
+}
+
+
+@pytest.mark.slow
+def test_ranks_start_a_model_that_none_of_them_could_hold(tmp_path, folder):
+    case = Case(folder_of("v3", folder, **LARGE), str(folder), requests(4))
+    (answered, first), (_, second) = run_ranks(limited, 2, tmp_path, [case], 0.6)
+    assert_same(answered, of_one_process(case))
+    assert max(first, second) <= 0.6
+    [error] = run_ranks(load_limited, 1, tmp_path, case.folder, 0.6)
+    assert re.search(r"the model needs [\d,]+ bytes .* but [\d,]+ bytes .* are available", error)

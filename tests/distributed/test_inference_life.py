@@ -1,0 +1,164 @@
+"""`soli generate` and `soli serve` on several processes: from the command to the end, whoever ends first."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.test_kill import WITHIN, ranks_of, start
+from tests.engine.tiny import tiny_folder
+
+TEXT, TOKENS = "hello world", 12
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "soli"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    return tiny_folder(tmp_path_factory.mktemp("tiny"))
+
+
+def soli(*arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=2 * WITHIN
+    )
+
+
+class Server:
+    """`soli serve` of two processes, ready."""
+
+    def __init__(self, folder: str, *options: str) -> None:
+        self.agent = start("-m", "soli", "serve", folder, "--port", "0", "--processes", "2", "--no-open", *options)
+        self.lines: list[str] = []
+        self.url = self._wait_for(r"serving .* on (http\S+)/ ")[1]
+        self._wait_for(r'"message": "ready"')
+        self.ranks = ranks_of(self.agent)
+
+    def _wait_for(self, pattern: str) -> re.Match:
+        for line in self.agent.stderr:
+            self.lines.append(line)
+            match = re.search(pattern, line)
+            if match is not None:
+                return match
+        raise AssertionError("".join(self.lines))
+
+    def complete(self, tokens: int = TOKENS) -> str:
+        body = json.dumps({"prompt": TEXT, "max_tokens": tokens, "temperature": 0}).encode()
+        request = urllib.request.Request(f"{self.url}/v1/completions", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=WITHIN) as answer:
+            return json.load(answer)["choices"][0]["text"]
+
+    def end(self) -> tuple[int, str]:
+        """The status, and what it wrote to standard error since it was ready."""
+        _, error = self.agent.communicate(timeout=WITHIN)
+        return self.agent.returncode, error
+
+
+def is_alive(process: int) -> bool:
+    return Path(f"/proc/{process}").exists()
+
+
+def test_generate_prints_what_one_process_prints(folder):
+    command = ["generate", folder, TEXT, "--max-new-tokens", str(TOKENS)]
+    alone = soli("-m", "soli", *command)
+    shared = soli("-m", "soli", *command, "--processes", "2", "--speculate")
+    assert shared.returncode == 0, shared.stderr
+    assert shared.stdout == alone.stdout
+    assert shared.stderr.count("soli: ") == 1
+
+
+def test_a_server_answers_and_ends_with_the_name_of_a_rank_that_was_killed(folder):
+    server = Server(folder)
+    alone = soli("-m", "soli", "generate", folder, TEXT, "--max-new-tokens", str(TOKENS))
+    assert server.complete() == alone.stdout.removesuffix("\n")
+    os.kill(server.ranks[1], signal.SIGKILL)
+    status, error = server.end()
+    assert status == 1
+    assert f"soli: rank 1 (process {server.ranks[1]}) was ended by SIGKILL, and the others were stopped" in error
+    assert "Traceback" not in error
+    assert not any(map(is_alive, server.ranks.values()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["agent", "first rank", "other rank"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_any_process_ends_all(folder, target, number):
+    server = Server(folder)
+    process = {"agent": server.agent.pid, "first rank": server.ranks[0], "other rank": server.ranks[1]}[target]
+    os.kill(process, number)
+    status, error = server.end()
+    assert status == (target == "other rank")
+    assert "Traceback" not in error and "lost" not in error
+    assert not any(map(is_alive, server.ranks.values()))
+
+
+@pytest.mark.slow
+def test_the_first_rank_killed_ends_the_others(folder):
+    server = Server(folder)
+    os.kill(server.ranks[0], signal.SIGKILL)
+    status, error = server.end()
+    assert status == 1 and f"rank 0 (process {server.ranks[0]}) was ended by SIGKILL" in error
+    assert not any(map(is_alive, server.ranks.values()))
+
+
+@pytest.mark.slow
+def test_a_rank_killed_during_an_answer_ends_generate(folder):
+    options = ["--max-new-tokens", "80", "--processes", "2"]
+    agent = start("-m", "soli", "generate", folder, TEXT, "--logit-bias", "1=-100", *options)
+    while len(ranks := ranks_of(agent)) < 2:
+        time.sleep(0.05)
+    time.sleep(2.0)
+    os.kill(ranks[1], signal.SIGKILL)
+    _, error = agent.communicate(timeout=WITHIN)
+    assert agent.returncode == 1 and f"rank 1 (process {ranks[1]}) was ended by SIGKILL" in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "nowhere", TEXT], "nowhere: there is no such folder"),
+        (["generate", "FOLDER", TEXT, "--dtype", "int3"], "dtype is 'int3'"),
+        (["generate", "FOLDER", TEXT, "--memory", "10kB"], "the model needs .* but 10,000 bytes"),
+        (["generate", "FOLDER", TEXT, "--temperature", "-1"], "temperature"),
+        (["serve", "FOLDER", "--port", "0", "--speculate", "--memory", "1kB"], "the model needs"),
+    ],
+)
+def test_an_error_of_all_ranks_is_printed_once(folder, arguments, words):
+    command = [folder if argument == "FOLDER" else argument for argument in arguments]
+    failed = soli(*TORCHRUN, *command)
+    assert failed.returncode == 1
+    lines = [line for line in failed.stderr.splitlines() if line.startswith("soli: ")]
+    assert len([line for line in lines if "serving" not in line]) == 1, failed.stderr
+    assert re.search(words, "".join(lines))
+
+
+@pytest.mark.slow
+def test_sizes_are_refused_before_a_process_is_started(folder):
+    failed = soli("-m", "soli", "generate", folder, TEXT, "--processes", "3")
+    assert failed.returncode == 1
+    assert failed.stderr == (
+        "soli: 3 processes cannot share this model: num_attention_heads is 2 and n_routed_experts is 16, which their "
+        "number must divide; use 2\n"
+    )
+
+
+@pytest.mark.slow
+def test_python_under_torchrun(folder, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, soli\n"
+        "llm = soli.LLM(sys.argv[1])\n"
+        f"print(llm.generate({TEXT!r}, max_new_tokens={TOKENS})[0].text)\n"
+    )
+    alone = soli("-m", "soli", "generate", folder, TEXT, "--max-new-tokens", str(TOKENS))
+    shared = soli(*TORCHRUN[:-2], str(script), folder)
+    assert (shared.returncode, shared.stdout) == (0, alone.stdout), shared.stderr
