@@ -149,13 +149,12 @@ def test_every_fp8_value_is_decoded_as_torch_decodes_it(isa) -> None:
 @pytest.mark.parametrize("group", (16, 32))
 def test_every_fp4_value_is_decoded_in_every_place(isa, group) -> None:
     generator = torch.Generator().manual_seed(12)
-    values = torch.arange(256, dtype=torch.uint8).repeat(160, 1).T.contiguous()  # both nibbles of each byte, 160 times
-    values = torch.stack([row[torch.randperm(160, generator=generator)] + at for at, row in enumerate(values[:16])])
-    scale = 2.0 ** torch.arange(-4, 320 // group - 4).repeat(16, 1)
-    weight = QuantizedWeight("fp4", values, scale.contiguous(), (16, 320), group)
+    values = torch.randint(0, 256, (90, 80), generator=generator).to(torch.uint8)
+    scale = 2.0 ** torch.arange(-4, 160 // group - 4).repeat(90, 1)
+    weight = QuantizedWeight("fp4", values, scale, (90, 160), group)
     exact_IO = weight.dequantize(torch.float32).T
     for dtype in weights.DTYPES:
-        assert torch.equal(linear(isa, torch.eye(320, dtype=dtype), weight).float(), exact_IO)
+        assert torch.equal(linear(isa, torch.eye(160, dtype=dtype), weight).float(), exact_IO)
 
 
 def test_nan_in_a_token_changes_no_other_token(isa) -> None:

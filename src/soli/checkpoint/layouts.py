@@ -48,7 +48,7 @@ class WeightLayout:
     """How files store a weight. `formats`: its codec in memory, by the dtype of its scales, the first of `companions`.
     `is_mapped`: this has the bytes of the files. `order`: puts values, as bytes, into the order that they have in
     memory, where that is another; both tensors may be the same. `make`: the weight of shape, values in that order and
-    companions; SoliError for scales that no weight has."""
+    companions; SoliError for scales that no weight has, where it `checks` them."""
 
     name: str
     dtype: str
@@ -58,6 +58,7 @@ class WeightLayout:
     make: Callable[..., QuantizedWeight]
     is_mapped: bool = False
     order: Callable[[Tensor, Tensor], None] | None = None
+    checks: bool = True
 
     def read(self, shape: Shape, values: Tensor, *companions: Tensor) -> QuantizedWeight:
         """The weight of these tensors of the files. SoliError for scales that no weight has."""
@@ -202,12 +203,11 @@ FP8_TENSOR: Final = tuple(_fp8("tensor", suffix, _one, "fp8", _read_tensor) for 
 FP8_ROWS: Final = tuple(_fp8("rows", suffix, _rows, "fp8_row", _read_rows) for suffix in ("_scale", "_scale_inv"))
 _SOLI_SCALE: Final = _groups_of(*integer.GROUPS)
 INT8: Final = WeightLayout(
-    "int8", "I8", 1, (Companion("_scale", ("F16",), _SOLI_SCALE),), {"F16": "int8"}, _read_int8, is_mapped=True
+    "int8", "I8", 1, (Companion("_scale", ("F16",), _SOLI_SCALE),), {"F16": "int8"}, _read_int8, True, checks=False
 )
 _INT4_FORMATS: Final = {"F16": "int4", "BF16": "int4_bf16"}
-INT4: Final = WeightLayout(
-    "int4", "U8", 2, (Companion("_scale", (*_INT4_FORMATS,), _SOLI_SCALE),), _INT4_FORMATS, _read_int4, is_mapped=True
-)
+_INT4_SCALE: Final = Companion("_scale", (*_INT4_FORMATS,), _SOLI_SCALE)
+INT4: Final = WeightLayout("int4", "U8", 2, (_INT4_SCALE,), _INT4_FORMATS, _read_int4, True, checks=False)
 NVFP4: Final = _nvfp4("_scale_2", _read_nvfp4)
 DIVIDED_NVFP4: Final = _nvfp4("_global_scale", _read_divided_nvfp4)
 _MX_FORMATS: Final = {"U8": "fp4", "F8_E8M0": "fp4"}

@@ -51,14 +51,13 @@ class Slots:
         expert = source.experts[key[1]]
         self._verify(key, slot, expert)
         for matrix, parts in zip(source.matrices, expert.matrices, strict=True):
-            self._arrange(slot, matrix, parts)
-        return torch.tensor(
-            [
-                [w.values.data_ptr(), 0 if w.scale is None else w.scale.data_ptr()]
-                for w in self.weights(key, slot)
-            ],
-            dtype=torch.int64,
-        )
+            if not parts.is_ready:
+                self._arrange(slot, matrix, parts)
+        first = self._bytes.data_ptr() + slot * self._size
+        addresses = [
+            [first + parts.values, 0 if parts.scale is None else first + parts.scale] for parts in expert.matrices
+        ]
+        return torch.tensor(addresses, dtype=torch.int64)
 
     def weights(self, key: Key, slot: int) -> tuple[QuantizedWeight, QuantizedWeight, QuantizedWeight]:
         """Gate, up and down of the expert in a slot, in place."""

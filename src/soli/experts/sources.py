@@ -73,6 +73,13 @@ class MatrixParts(NamedTuple):
     values: int
     scale: int | None
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether it is computed with as it was read."""
+        offsets = self.values, self.scale
+        in_place = all(offset in (None, part.offset) for offset, part in zip(offsets, self.tensors, strict=False))
+        return in_place and (self.layout is None or (self.layout.order is None and not self.layout.checks))
+
 
 class ExpertLayout(NamedTuple):
     """How one expert is read, and what of it is where: gate, up and down.
