@@ -63,7 +63,8 @@ class LLM:
     memory and batch sizes. `runner`: "eager" calls the modules one after another; "fused" computes all layers in one
     C++ call, or is a SoliError; "auto" is fused where it can be. `memory`: bytes, or a size as "16GB", that the model
     may take; experts that do not fit are read from disk as they are needed. `progress` is called with the bytes of a
-    folder that are read and all.
+    folder that are read and all. Under torchrun each rank holds a part of a folder's model; ranks other than the first
+    do not return from here.
 
     `sampling` of its methods is a SamplingParams, or None, which is as the folder's generation_config.json says, else
     greedy; instead of it, `options` may have its fields as keywords. top_k, top_p, min_p or n without a temperature
@@ -215,6 +216,8 @@ class LLM:
         """End the engine's thread and the template's processes; later requests are rejected. The model is freed with
         this object."""
         self.engine.close()
+        if self.text_model.leader is not None:
+            self.text_model.leader.close()
         if self.text_model.budget is not None:
             self.text_model.budget.remember()
         if "_chat_template" in vars(self):

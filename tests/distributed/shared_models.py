@@ -37,8 +37,10 @@ class Case:
     settings: PartSettings = AS_STORED
 
 
-def answers(model: Transformer, case: Case, leader: Leader | None = None) -> list[Answer]:
-    tokenizer = Tokenizer.from_folder(Path(case.tokenizer))
+def answers(
+    model: Transformer, case: Case, leader: Leader | None = None, tokenizer: Tokenizer | None = None
+) -> list[Answer]:
+    tokenizer = tokenizer or Tokenizer.from_folder(Path(case.tokenizer))
     shared: TextModel = replace(text_model(model, tokenizer), leader=leader)
     engine = Engine(shared, case.limits)
     return [answer for answer in answer_all(engine, case.requests) if answer is not None]
@@ -82,13 +84,14 @@ def limited(cases: Sequence[Case], share: float) -> tuple[list[Any], float]:
     ranks = launched_ranks()
     group = join_group(ranks, CPU)
     [case] = cases
+    tokenizer = Tokenizer.from_folder(Path(case.tokenizer))
     before = memory_of_this_process()
     weights = limit_memory(case.folder, share)
     model = load_part(case.folder, ranks, CPU, case.settings)
     results = []
     if ranks.is_first:
         leader = Leader(model, ranks.world, group)
-        results = answers(model, case, leader)
+        results = answers(model, case, leader, tokenizer)
         leader.close()
     else:
         follow(model, CPU, group)

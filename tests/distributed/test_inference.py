@@ -1,5 +1,6 @@
 """A model shared by several ranks answers as in one process: every family, every feature of the engine."""
 
+import random
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,12 @@ from soli.engine.request import Answer, EngineLimits, Request
 from soli.engine.sampler import SamplingParams
 from soli.errors import SoliError
 from soli.formats.quantized import CODECS
-from soli.parallel.inference import PartSettings
+from soli.parallel.inference import PartSettings, load_part
 from soli.parallel.model_part import ModelPart
+from soli.parallel.ranks import Ranks
 from tests.distributed.ranks import run_ranks
 from tests.distributed.shared_models import (
+    CPU,
     LIMITS,
     Case,
     limited,
@@ -32,7 +35,10 @@ from tests.engine.tiny import BASE, FAMILY_KINDS, KINDS, tiny_model, tiny_tokeni
 QUICK = ["v3", "v2 by groups", "v3.2", "v3 without q_lora or groups", "a norm after the mixture", "youtu"]
 LOGPROB = 1e-4  # sums in another order, in float32, of logits around 10
 POSITIONS = 96
-DOCUMENTS = Path(__file__).parents[2] / "docs"
+WORDS = [
+    "the a old young house river tree of in under and he she they walk sees took was not my friend book small day",
+    "我 你 他 今天 明天 天气 很好 朋友 在 河 旁边 的 房子 书 不 是 去 来 小 大 水 每天",
+]
 
 
 def folder_of(kind: str, folder: Path, format: str = "fp32", **changes: int) -> str:
@@ -142,6 +148,22 @@ def test_a_part_of_a_quantized_weight_has_the_same_values(format, dimension):
     assert torch.equal(part.dequantize(), whole.dequantize().narrow(dimension, 128, 128))
 
 
+def test_parts_that_are_no_whole_blocks_are_refused_with_what_fits(folder):
+    sizes = {"num_attention_heads": 4, "v_head_dim": 64, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64}
+    four_heads = folder_of("v3", folder, "fp8", **BLOCKS | sizes)
+    settings = PartSettings(quantized=True)
+    with pytest.raises(SoliError, match=r"no whole number of fp8 blocks of 128; 4 processes cannot share .* use 2 pro"):
+        load_part(four_heads, Ranks(0, 4, 0, 4), CPU, settings)
+    load_part(four_heads, Ranks(1, 2, 1, 2), CPU, settings)
+    load_part(four_heads, Ranks(1, 4, 1, 4), CPU, PartSettings(torch.bfloat16))
+
+
+def test_a_part_that_exceeds_the_memory_is_refused(folder):
+    path = folder_of("v3", folder)
+    with pytest.raises(SoliError, match=r"the part of each of 2 processes takes [\d,]+ bytes, but 90,000 are allowed"):
+        load_part(path, Ranks(0, 2, 0, 2), CPU, PartSettings(memory=90_000))
+
+
 def test_a_part_of_a_block_is_refused():
     whole = CODECS["fp8"].quantize(torch.randn(256, 256))
     with pytest.raises(SoliError, match="rows 0 to 95 of 256 are no whole number of fp8 blocks of 128"):
@@ -171,13 +193,12 @@ def test_quantized_weights_stay_quantized(tmp_path, folder, format):
 
 
 def nano_cases(count: int, tokens: int, **settings: object) -> Case:
-    """The bundled model, and lines of this repository's documents as prompts."""
+    """The bundled model, and sentences without sense as prompts."""
     nano = open_checkpoint("nano").folder
     tokenizer = Tokenizer.from_folder(nano)
-    lines = [line for path in sorted(DOCUMENTS.glob("*.md")) for line in path.read_text("utf-8").splitlines()]
-    lines = [line for line in lines if len(line) > 20]
-    texts = lines[:: len(lines) // count][:count]
-    prompts = [tuple(ids[:100]) for ids in tokenizer.encode_batch(texts)]
+    draw = random.Random(count)
+    texts = [" ".join(draw.choices(draw.choice(WORDS).split(), k=draw.randint(2, 30))) for _ in range(count)]
+    prompts = [tuple(ids) for ids in tokenizer.encode_batch(texts)]
     limits = EngineLimits(cache_bytes=2**26, max_running=16)
     return Case(
         str(nano), str(nano), [Request(ids, tokens, logprobs=0) for ids in prompts], limits, PartSettings(**settings)
@@ -201,8 +222,7 @@ def test_bfloat16_logits_are_as_close_to_float32_as_those_of_one_process(tmp_pat
     exact, alone = logits_of_one_process(exact_case), logits_of_one_process(case)
     own = torch.cat([(one - other).flatten() for one, other in zip(alone, exact, strict=True)])
     error = torch.cat([(one - other).flatten() for one, other in zip(shared, exact, strict=True)])
-    print(world, own.square().mean().sqrt(), error.square().mean().sqrt(), own.abs().max(), error.abs().max())
-    assert error.square().mean() <= (1.25 * own.square().mean().sqrt()) ** 2
+    assert error.square().mean().sqrt() <= 1.5 * own.square().mean().sqrt()
 
 
 LARGE = {  # experts are nearly all of it

@@ -9,9 +9,18 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from soli.cli._shared.ranks import without_processes
+from soli.errors import SoliError
+from soli.parallel.calls import Leader, follow
+from soli.parallel.inference import PartSettings, join_group, load_part
+from soli.parallel.ranks import joined, launched_ranks
+from tests.distributed.ranks import free_port, start_ranks
+from tests.distributed.shared_models import CPU
 from tests.distributed.test_kill import WITHIN, ranks_of, start
 from tests.engine.tiny import tiny_folder
 
@@ -61,6 +70,18 @@ class Server:
         return self.agent.returncode, error
 
 
+@pytest.mark.parametrize(
+    ("arguments", "remaining"),
+    [
+        (["generate", "m", "--processes", "2", "x"], ["generate", "m", "x"]),
+        (["generate", "--processes=2", "m", "x"], ["generate", "m", "x"]),
+        (["generate", "m", "--", "--processes"], ["generate", "m", "--", "--processes"]),
+    ],
+)
+def test_ranks_get_the_command_without_processes(arguments, remaining):
+    assert without_processes(arguments) == remaining
+
+
 def is_alive(process: int) -> bool:
     return Path(f"/proc/{process}").exists()
 
@@ -84,6 +105,36 @@ def test_a_server_answers_and_ends_with_the_name_of_a_rank_that_was_killed(folde
     assert f"soli: rank 1 (process {server.ranks[1]}) was ended by SIGKILL, and the others were stopped" in error
     assert "Traceback" not in error
     assert not any(map(is_alive, server.ranks.values()))
+
+
+def fail_on_the_first_rank(folder: str) -> None:
+    ranks = launched_ranks()
+    group = join_group(ranks, CPU)
+    model = load_part(folder, ranks, CPU, PartSettings())
+    if not ranks.is_first:
+        with joined(ranks):
+            follow(model, CPU, group)
+        return
+    leader = Leader(model, ranks.world, group)
+    reasons: list[str] = []
+    leader.on_failure = reasons.append
+
+    def fail(*values: torch.Tensor) -> None:
+        raise ZeroDivisionError
+
+    model.layers[1].self_attn.forward = fail
+    for error in (ZeroDivisionError, SoliError):
+        with pytest.raises(error):
+            model(torch.tensor([[5, 6]]))
+    assert len(reasons) == 1 and "stopped computing together after an error (ZeroDivisionError)" in reasons[0]
+    os._exit(3)
+
+
+def test_an_error_in_a_step_ends_all_ranks(folder, tmp_path):
+    processes = start_ranks(fail_on_the_first_rank, 2, tmp_path, folder)
+    for process in processes:
+        process.join(WITHIN)
+    assert [process.exitcode for process in processes] == [3, 1]
 
 
 @pytest.mark.slow
@@ -127,9 +178,9 @@ def test_a_rank_killed_during_an_answer_ends_generate(folder):
     [
         (["generate", "nowhere", TEXT], "nowhere: there is no such folder"),
         (["generate", "FOLDER", TEXT, "--dtype", "int3"], "dtype is 'int3'"),
-        (["generate", "FOLDER", TEXT, "--memory", "10kB"], "the model needs .* but 10,000 bytes"),
+        (["generate", "FOLDER", TEXT, "--memory", "10kB"], "the part of each of 2 processes takes .* but 10,000 are"),
         (["generate", "FOLDER", TEXT, "--temperature", "-1"], "temperature"),
-        (["serve", "FOLDER", "--port", "0", "--speculate", "--memory", "1kB"], "the model needs"),
+        (["serve", "FOLDER", "--port", "0", "--speculate", "--memory", "1kB"], "the part of each of 2 processes"),
     ],
 )
 def test_an_error_of_all_ranks_is_printed_once(folder, arguments, words):
@@ -162,3 +213,16 @@ def test_python_under_torchrun(folder, tmp_path):
     alone = soli("-m", "soli", "generate", folder, TEXT, "--max-new-tokens", str(TOKENS))
     shared = soli(*TORCHRUN[:-2], str(script), folder)
     assert (shared.returncode, shared.stdout) == (0, alone.stdout), shared.stderr
+
+
+@pytest.mark.slow
+def test_two_agents_with_a_rendezvous_share_a_model(folder):
+    """As on two machines."""
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "tiny"]
+    torchrun = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *rendezvous]
+    generate = ["-m", "soli", "generate", folder, TEXT, "--max-new-tokens", str(TOKENS)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    agents = [subprocess.Popen([sys.executable, *torchrun, *generate], **pipes) for _ in range(2)]
+    outputs = [agent.communicate(timeout=2 * WITHIN) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert sorted(output for output, _ in outputs) == ["", soli(*generate).stdout]

@@ -16,7 +16,6 @@ from tests.train.toy import settings
         ({"data": 0}, r"parallel\.data is 0; it must be a whole number above 0"),
         ({"expert": 1.5}, r"parallel\.expert is 1\.5"),
         ({"context": 2}, r"parallel\.context is 2; context parallelism is not built"),
-        ({"pipeline": 2}, r"parallel\.pipeline is 2; pipeline parallelism is not built"),
         ({"expert": 3}, r"parallel\.expert is 3; it must divide the model's 8 routed experts"),
         ({"data": 3}, r"schedule\.batch_sequences is 8; the 3 processes .* must divide it"),
         ({"data": 2, "expert": 2, "replicate": 4}, r"schedule\.batch_sequences is 8; the 16 processes"),

@@ -1,15 +1,20 @@
 """The plan of a mesh adds up, agrees with shards that FSDP2 makes, and is printed."""
 
+import itertools
 import json
 from dataclasses import replace
 
 import pytest
 
+from soli.analysis.parameters import count
 from soli.cli import main
 from soli.data.recipe import load_recipe
 from soli.errors import SoliError
-from soli.plan.mesh import DEVICES, MARGIN, MeshSizes, find_device, plan_mesh, propose_mesh
-from soli.plan.training import plan_run
+from soli.plan.device_load import imbalance, rank_parameters
+from soli.plan.devices import DEVICES, find_device
+from soli.plan.mesh import MARGIN, papers_plan, plan_mesh, propose_mesh
+from soli.plan.mesh_sizes import MeshSizes
+from soli.plan.training import PAPER_GPU_HOURS, plan_run
 from soli.train.settings import TrainSettings, read_settings
 from tests.train.toy import settings
 
@@ -28,7 +33,9 @@ def test_the_papers_run_fits_2048_h800():
     assert sizes.data * sizes.expert * sizes.pipeline * sizes.replicate == 2048
     assert plan.fits and plan.total <= MARGIN * H800.memory
     assert 256 % sizes.expert == 0 and recipe.schedule.batch_sequences % sizes.ranks == 0
-    assert 0 < plan.mfu[0] < plan.mfu[1] < 0.5 and plan.gpu_hours[1] < plan.gpu_hours[0]
+    assert 0 < plan.mfu[0] < plan.expected_mfu < plan.mfu[1] < 0.5
+    assert plan.gpu_hours[1] < plan.expected_gpu_hours < plan.gpu_hours[0]
+    assert sizes.pipeline > 1
     assert plan.bubble == pytest.approx((sizes.pipeline - 1) / (15360 // sizes.ranks + sizes.pipeline - 1))
 
 
@@ -36,6 +43,61 @@ def test_more_memory_needs_no_slower_mesh():
     recipe, operations = of_paper()
     h800, h200 = (propose_mesh(recipe, 2048, DEVICES[name], "bf16", operations) for name in ("h800", "h200"))
     assert sum(h200.seconds) <= sum(h800.seconds)
+
+
+def test_the_papers_choices_take_the_papers_plan():
+    """The figure that calibrates the plan; it lies between the best and the worst case."""
+    recipe, _ = of_paper()
+    plan = papers_plan(recipe)
+    assert plan.expected_gpu_hours == pytest.approx(PAPER_GPU_HOURS, rel=0.03)
+    assert plan.gpu_hours[1] < 0.9 * PAPER_GPU_HOURS and plan.gpu_hours[0] > 1.1 * PAPER_GPU_HOURS
+    assert plan.bubble < 0.05 and plan.sizes.pipeline == 16
+
+
+def test_more_devices_take_less_time_and_no_fewer_gpu_hours():
+    """Of 512 only a slower mesh has the memory, so they take more hours."""
+    recipe, operations = of_paper()
+    plans = {devices: propose_mesh(recipe, devices, H800, "bf16", operations) for devices in (512, 1024, 2048)}
+    assert all(plan.fits for plan in plans.values())
+    assert plans[512].expected_seconds > plans[1024].expected_seconds > plans[2048].expected_seconds
+    assert plans[512].expected_gpu_hours > plans[2048].expected_gpu_hours > plans[1024].expected_gpu_hours
+
+
+def test_faster_devices_take_less_time():
+    recipe, operations = of_paper()
+    plans = [propose_mesh(recipe, 2048, DEVICES[name], "bf16", operations) for name in ("a100", "h800", "h200", "b200")]
+    for slower, faster in itertools.pairwise(plans):
+        assert faster.expected_seconds < slower.expected_seconds and sum(faster.seconds) < sum(slower.seconds)
+
+
+def test_a_rank_has_the_layers_that_the_trainer_gives_it():
+    recipe, _ = of_paper()
+    for sizes in (MeshSizes(2, 64), MeshSizes(1, 1, 8), MeshSizes(1, 1, 16, schedule="DualPipeV")):
+        ranks = rank_parameters(recipe.model, sizes)
+        copies = (sizes.pipeline > 1 and sizes.schedule == "1F1B") * 129280 * 7168  # of the embedding, for MTP
+        total = count(recipe.model, mtp=True).total + copies
+        assert sum(rank.total for rank in ranks) == pytest.approx(total, rel=1e-6)
+        assert sum(rank.blocks for rank in ranks) == pytest.approx(1) and len(ranks) == sizes.pipeline
+    assert imbalance(recipe.model, MeshSizes(2, 64)) == 1
+    assert 1 < imbalance(recipe.model, MeshSizes(1, 1, 8)) < imbalance(recipe.model, MeshSizes(1, 1, 16)) < 1.5
+
+
+def test_what_the_trainer_refuses_on_a_proposed_mesh_is_said(capsys):
+    """The plan is of pretraining; the paper's extension phases have batches that do not divide by its ranks."""
+    assert main(["train", "671b", "--dry-run", "--no-measure", "--devices", "2048"]) == 0
+    assert "the trainer refuses it for this recipe: extension[0].batch_sequences" in capsys.readouterr().out
+    start = ["--set", "schedule.batch_sequences_start=16"]
+    assert main(["train", "nano-zh-en", "--dry-run", "--no-measure", "--devices", "4", *start]) == 0
+    assert "refuses" not in capsys.readouterr().out
+
+
+def test_experts_within_a_machine_send_faster():
+    """As many rows leave a device, over links of the machine instead of the network."""
+    recipe, operations = of_paper()
+    near, far = (plan_mesh(recipe, MeshSizes(128 // n, n, 16, keep_gathered=True), H800, "bf16", operations)
+                 for n in (8, 64))  # fmt: skip
+    assert near.traffic["tokens to experts"] > 0.85 * far.traffic["tokens to experts"]
+    assert near.seconds[0] < far.seconds[0] and near.seconds[1] <= far.seconds[1]
 
 
 def test_bytes_by_hand():

@@ -14,7 +14,7 @@ from soli.checkpoint.layouts import WeightLayout
 from soli.checkpoint.name_map import Slot
 from soli.checkpoint.reader import Checkpoint
 from soli.checkpoint.shard import TORCH_DTYPE
-from soli.errors import SoliError
+from soli.formats.quantized import CODECS, SharedScale
 from soli.kernels import QuantizedWeight
 
 
@@ -42,11 +42,13 @@ class PartialCheckpoint(Checkpoint):
     def __init__(self, folder: Path, mtp: bool = True) -> None:
         """Open and check the whole `folder`, as Checkpoint does, without reading a weight."""
         self._parts: dict[str, SlotPart] = {}
+        self._all_slots: tuple[Slot, ...] = ()
         super().__init__(folder, mtp, mapped=False)
+        self._all_slots = self.slots
 
     def take(self, part_of: Callable[[Slot], SlotPart | None]) -> None:
-        """Keep `part_of(slot)` of each slot, in the same order; None leaves it out."""
-        parts = [part for part in map(part_of, self.slots) if part is not None]
+        """Keep `part_of(slot)` of each slot of the folder, in the same order; None leaves it out."""
+        parts = [part for part in map(part_of, self._all_slots) if part is not None]
         self._parts = {part.slot.name: part for part in parts}
         self.slots = tuple(part.slot for part in parts)
 
@@ -67,8 +69,8 @@ class PartialCheckpoint(Checkpoint):
         weight = super().quantized(part.whole)
         try:
             return None if weight is None else weight.part(part.cut.dimension, part.cut.start, part.cut.stop)
-        except SoliError as error:
-            raise SoliError(f"{self.entries[slot.name]}: {error}") from None
+        except SharedScale as error:
+            raise SharedScale(f"{self.entries[slot.name]}: {error}") from None
 
     def values(self, slot: Slot, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
         part = self._parts.get(slot.name)
@@ -92,6 +94,16 @@ class PartialCheckpoint(Checkpoint):
         if self.layout(slot) is not None:
             return self.bytes_as_stored(slot)
         return prod(slot.shape) * TORCH_DTYPE[self.entries[slot.name].dtype].itemsize
+
+    def cuts_blocks(self) -> bool:
+        """Whether a part begins or ends within values that share a scale, which then cannot stay quantized."""
+        for part in self._parts.values():
+            if part.cut is not None and self.layout(part.slot) is not None:
+                cut, size = part.cut, part.whole.shape[part.cut.dimension]
+                unit = CODECS[self.format(part.slot)].scale_unit(self.group(part.slot))[cut.dimension]
+                if cut.start % unit or (cut.stop % unit and cut.stop != size):
+                    return True
+        return False
 
     def _whole(self, slot: Slot) -> Slot:
         part = self._parts.get(slot.name)

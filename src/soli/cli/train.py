@@ -13,7 +13,7 @@ from soli.cli._shared.options import Assignments, Threads, is_on_command_line, u
 from soli.cli._shared.training_plan import MFU, print_training_plan
 from soli.data.recipe import DataConfig, find_recipe, load_recipe
 from soli.errors import SoliError
-from soli.plan.mesh import DEVICES
+from soli.plan.devices import DEVICES
 from soli.recipes import read_data_config
 from soli.train.settings import read_settings
 

@@ -29,7 +29,8 @@ class Slots:
     def __init__(self, sources: Sources, count: int, verified: set[Key]) -> None:
         self._sources, self._size = sources, sources.slot_bytes
         self._verified = verified
-        memory = mmap.mmap(-1, max(1, count) * self._size)
+        # Private: pages that could be shared with another process are small ones, which direct I/O pins one by one.
+        memory = mmap.mmap(-1, max(1, count) * self._size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         self._bytes = torch.frombuffer(memory, dtype=torch.uint8)

@@ -31,6 +31,10 @@ from soli.errors import SoliError
 from soli.formats import fp4, fp8, integer
 
 
+class SharedScale(SoliError):
+    """A part of a weight that begins or ends within values that share a scale."""
+
+
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
     """One matrix or a stack of them: `format` is a key of CODECS, `shape` that of the dequantized weight, `group` the
@@ -78,12 +82,12 @@ class QuantizedWeight:
         return QuantizedWeight(self.format, self.values.to(device), scale, self.shape, self.group)
 
     def part(self, dimension: int, start: int, stop: int) -> "QuantizedWeight":
-        """Rows (`dimension` 0) or columns (1) `start` to `stop` - 1 of a matrix, copied. SoliError where they begin or
-        end within values that share a scale."""
+        """Rows (`dimension` 0) or columns (1) `start` to `stop` - 1 of a matrix, copied. SharedScale where they begin
+        or end within values that share a scale."""
         size, unit = self.shape[dimension], CODECS[self.format].scale_unit(self.group)[dimension]
         if start % unit or (stop % unit and stop != size):
             name = ("rows", "columns")[dimension]
-            raise SoliError(
+            raise SharedScale(
                 f"{name} {start} to {stop - 1} of {size} are no whole number of {self.format} blocks of {unit}"
             )
         shape = (stop - start, self.shape[1]) if dimension == 0 else (self.shape[0], stop - start)

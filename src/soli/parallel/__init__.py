@@ -1,5 +1,6 @@
-"""Several processes, one model: the ranks and their meshes, dispatch to experts of other ranks, sharded parameters.
+"""Several processes, one model: the ranks and their meshes, dispatch to experts of other ranks, sharded parameters,
+pipeline stages.
 
 The only package that knows torch.distributed for models. `ranks` imports it when more than one process takes part;
-`mesh`, `dispatch` and `sharding` are imported only then.
+`mesh`, `dispatch`, `sharding` and `pipeline` are imported only then.
 """

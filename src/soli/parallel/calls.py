@@ -72,10 +72,12 @@ class Call:
 
 
 class Leader:
-    """Announces the calls of `model`, which is the first rank's, from now on."""
+    """Announces the calls of `model`, which is the first rank's, from now on. `on_failure` is called when nothing is
+    computed together any more, with the reason."""
 
     def __init__(self, model: Transformer, world: int, group: dist.ProcessGroup) -> None:
         self.world = world
+        self.on_failure: Callable[[str], None] = lambda reason: None
         self._group = group
         self._lock = threading.Lock()
         self._failure: str | None = None
@@ -110,8 +112,11 @@ class Leader:
                     return method(*arguments, **options)
                 except BaseException as error:
                     self._failure = _describe(error)
-                    if isinstance(error, RuntimeError) and LOST.search(str(error)):
+                    is_lost = isinstance(error, RuntimeError) and LOST.search(str(error)) is not None
+                    if is_lost:
                         time.sleep(GRACE)  # whoever started the ranks names the one that ended, and ends this one
+                    self.on_failure(self._failure)
+                    if is_lost:
                         raise SoliError(self._failure) from None
                     raise
 

@@ -20,14 +20,16 @@ import torch
 import torch.distributed as dist
 
 from soli.checkpoint.load import load_checkpoint, model_folder
+from soli.checkpoint.memory import Storage
 from soli.checkpoint.part import PartialCheckpoint
 from soli.checkpoint.writer import ProgressCallback
 from soli.errors import SoliError
+from soli.formats.quantized import SharedScale
 from soli.kernels import QuantizedExperts, cpu
 from soli.machine import available_memory
 from soli.model.transformer import Transformer
 from soli.parallel.calls import IDLE, Leader, follow
-from soli.parallel.model_part import ModelPart
+from soli.parallel.model_part import ModelPart, possible_worlds
 from soli.parallel.ranks import Ranks, connected, join_ranks, joined
 from soli.parallel.tensor_parallel import share_layers
 
@@ -90,20 +92,53 @@ def load_part(
     checkpoint = PartialCheckpoint(model_folder(name_or_folder), settings.mtp)
     part = ModelPart(checkpoint.config, ranks.rank, ranks.world, in_blocks=checkpoint.is_quantized)
     checkpoint.take(part.slot_part)
+    if settings.memory is not None:
+        _check_memory(checkpoint, ranks, device, settings)
     with warnings.catch_warnings():
         if not ranks.is_first:
             warnings.simplefilter("ignore")
-        model = load_checkpoint(
-            checkpoint,
-            device,
-            settings.dtype,
-            quantized=settings.quantized,
-            available=_available(ranks, device, settings.memory),
-            reshape=part.reshape,
-            progress=progress if ranks.is_first else lambda read, total: None,
-        )
+        try:
+            model = load_checkpoint(
+                checkpoint,
+                device,
+                settings.dtype,
+                quantized=settings.quantized,
+                available=_available(ranks, device, settings.memory),
+                reshape=part.reshape,
+                progress=progress if ranks.is_first else lambda read, total: None,
+            )
+        except SharedScale as error:
+            raise SoliError(f"{error}; {_advice_on_blocks(checkpoint, ranks.world)}") from None
     share_layers(model, part)
     return model
+
+
+def _check_memory(checkpoint: PartialCheckpoint, ranks: Ranks, device: torch.device, settings: PartSettings) -> None:
+    """SoliError for a part that `settings.memory` does not hold: nothing of it is read from disk as it is needed."""
+    quantized = settings.quantized is True or checkpoint.quantization.has_integers
+    storage = Storage(settings.dtype or checkpoint.natural_dtype, device, quantized, in_place=False)
+    size, memory = sum(storage.bytes_of(checkpoint)), settings.memory or 0
+    if size > memory:
+        raise SoliError(
+            f"{checkpoint.folder}: the part of each of {ranks.world} processes takes {size:,} bytes, but {memory:,} "
+            "are allowed, and several processes do not read experts from disk as they are needed: allow more, or use "
+            "more processes"
+        )
+
+
+def _advice_on_blocks(checkpoint: PartialCheckpoint, world: int) -> str:
+    """What to do where the parts of `world` ranks are no whole blocks."""
+    fitting = []
+    for other in possible_worlds(checkpoint.config):
+        parts = [ModelPart(checkpoint.config, rank, other, in_blocks=True) for rank in range(other)]
+        whole = True
+        for part in parts:
+            checkpoint.take(part.slot_part)
+            whole = whole and not checkpoint.cuts_blocks()
+        if whole:
+            fitting.append(str(other))
+    numbers = f"{' or '.join(fitting)} processes, or " if fitting else ""
+    return f"{world} processes cannot share these blocks: use {numbers}--dtype bfloat16, which dequantizes them"
 
 
 def weight_bytes(model: Transformer) -> int:

@@ -38,7 +38,7 @@ def run_together(arguments: Sequence[str], processes: int) -> int:
         raise SoliError(describe_failure(error.failures)) from None
     except SignalException as stop:
         if stop.sigval == signal.SIGINT and arguments[:1] != ["serve"]:
-            raise KeyboardInterrupt from None
+            return 130  # the first rank has said so
     return 0
 
 

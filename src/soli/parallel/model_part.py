@@ -50,7 +50,7 @@ class ModelPart:
             if size % self.world
         ]
         if problems:
-            numbers = " or ".join(map(str, self._possible_worlds())) or "1"
+            numbers = " or ".join(map(str, possible_worlds(self.config))) or "1"
             raise SoliError(
                 f"{self.world} processes cannot share this model: {' and '.join(problems)}, which their number must "
                 f"divide; use {numbers}"
@@ -132,9 +132,11 @@ class ModelPart:
         own = size // self.world
         return range(self.rank * own, (self.rank + 1) * own)
 
-    def _possible_worlds(self) -> Iterator[int]:
-        heads, experts = self.config.num_attention_heads, self.config.n_routed_experts or 0
-        return (world for world in range(2, MAX_RANKS + 1) if heads % world == 0 and experts % world == 0)
+
+def possible_worlds(config: ModelConfig) -> Iterator[int]:
+    """The numbers of ranks, above 1, that can share heads and experts."""
+    heads, experts = config.num_attention_heads, config.n_routed_experts or 0
+    return (world for world in range(2, MAX_RANKS + 1) if heads % world == 0 and experts % world == 0)
 
 
 def _as_cut(dimension: int, part: range) -> Cut:

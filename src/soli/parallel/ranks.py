@@ -34,6 +34,7 @@ class Ranks:
     world: int = 1
     local: int = 0
     local_world: int = 1
+    group: Any = None  # of torch.distributed, where they are not all processes
 
     @property
     def is_first(self) -> bool:
@@ -56,7 +57,7 @@ class Ranks:
         import torch.distributed as dist
 
         parts = [torch.empty_like(tensor) for _ in range(self.world)]
-        dist.all_gather(parts, tensor.contiguous())
+        dist.all_gather(parts, tensor.contiguous(), group=self.group)
         return parts
 
     def any(self, flags: int) -> int:
@@ -72,7 +73,7 @@ class Ranks:
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def of_first(self, value: Any) -> Any:
@@ -82,7 +83,7 @@ class Ranks:
         import torch.distributed as dist
 
         values = [value]
-        dist.broadcast_object_list(values, src=0)
+        dist.broadcast_object_list(values, group=self.group, group_src=0)
         return values[0]
 
 

@@ -5,7 +5,7 @@ leaves each rank its shard. What a step does with single elements (moments, weig
 computes the bits that one process does; what needs whole matrices gathers them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,23 +16,30 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from soli.model.layers import Linear
 from soli.model.transformer import Transformer
 from soli.parallel.dispatch import PARAMETERS, distribute_experts
 from soli.parallel.mesh import Meshes
 from soli.parallel.ranks import local_tensor
 
 
-def shard_model(model: Transformer, meshes: Meshes) -> None:
-    """Leave this rank its shards of `model`, which holds the same values on every rank."""
+def shard_model(model: Transformer, meshes: Meshes, stages: Sequence[nn.Module] = ()) -> None:
+    """Leave this rank its shards of `model`, which holds the same values on every rank. `stages`: what it computes, if
+    that is not the model as a whole."""
     if meshes.expert.size() > 1:
         for _, mixture in model.moe_layers():
             _shard_experts(mixture.experts, meshes)
+    if meshes.dense.size() == 1:
+        return
     for block in (*model.layers, *(module.get_submodule("block") for module in model.mtp), *model.mtp):
-        fully_shard(block, mesh=meshes.dense)
-    fully_shard(model, mesh=meshes.dense)
-    for name in ("backbone", "mtp_step", "head"):
-        register_fsdp_forward_method(model, name)
-    for module in model.modules():
+        if any(True for _ in block.parameters()):  # not in place of one that another rank has
+            fully_shard(block, mesh=meshes.dense)
+    for root in stages or (model,):
+        fully_shard(root, mesh=meshes.dense)
+    if not stages:
+        for name in ("backbone", "mtp_step", "head"):
+            register_fsdp_forward_method(model, name)
+    for module in _all_modules(stages or (model,)):
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # a loss is divided by the counts of the whole step: ranks add up
             module.set_force_sum_reduction_for_comms(True)
@@ -41,16 +48,26 @@ def shard_model(model: Transformer, meshes: Meshes) -> None:
 
 
 @torch.no_grad()
-def init_shards(model: Transformer, device: torch.device, generator: torch.Generator) -> None:
+def init_shards(
+    model: Transformer,
+    device: torch.device,
+    generator: torch.Generator,
+    parameters: Mapping[str, Tensor] | None = None,
+) -> None:
     """Give a sharded model that was built without memory the values of `Transformer.init_weights`.
 
     Every rank draws every parameter, one after another, and keeps its part: the same numbers on any number of ranks.
+    `parameters`: those of the whole model, of any device, where this rank has not all of its layers.
     """
     model.to_empty(device=device)
-    for name, parameter in model.named_parameters():
+    if model.config.tie_word_embeddings and isinstance(model.lm_head, Linear):
+        model.lm_head.weight = model.embed_tokens.weight  # which memory of its own has parted
+    own = dict(model.named_parameters())
+    for name, parameter in (own if parameters is None else parameters).items():
         whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
         model.init_parameter(name, whole, generator)
-        local_tensor(parameter).copy_(_own_values(whole, parameter))
+        if name in own:
+            local_tensor(own[name]).copy_(_own_values(whole, own[name]))
     for _, mixture in model.moe_layers():
         if mixture.gate.e_score_correction_bias is not None:
             mixture.gate.e_score_correction_bias.zero_()
@@ -104,11 +121,15 @@ def keep_gathered(model: nn.Module, is_last: bool) -> None:
         model.set_requires_gradient_sync(is_last)
 
 
-def release(model: nn.Module) -> None:
+def release(*models: nn.Module) -> None:
     """Keep the shards alone, after forward passes that no backward pass followed."""
-    for module in model.modules():
+    for module in _all_modules(models):
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def _all_modules(roots: Sequence[nn.Module]) -> Iterator[nn.Module]:
+    return (module for root in roots for module in root.modules())
 
 
 def as_shard(local: Tensor, like: Tensor) -> Tensor:

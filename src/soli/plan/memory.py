@@ -73,13 +73,10 @@ def plan_memory(
     length = length or first
     sequences = max(1, run.micro_sequences * first // length)
     saved = _SavedActivations(config, precision, kind, length)
-    modules = config.num_nextn_predict_layers
-    mixtures = config.num_moe_layers + (modules if config.n_routed_experts else 0)
-    counts = {True: mixtures, False: config.num_hidden_layers + modules - mixtures}  # of blocks, by kind
+    counts = _block_counts(config)
     blocks = {mixture: saved.block(mixture) for mixture, number in counts.items() if number}
     inputs = saved.width * config.hidden_size * sum(counts.values())
-    saved_in_blocks = sum(counts[mixture] * size for mixture, size in blocks.items())
-    per_token = saved.outside_blocks() + (inputs if checkpointed else saved_in_blocks)
+    per_token = saved.outside_blocks() + (inputs if checkpointed else _saved_in_blocks(saved))
     recomputed = sequences * length * max(blocks.values()) if checkpointed else 0
     gathered = checkpointed or devices > 1
     # Each loss computes the head's gradient in its forward pass, in fp32.
@@ -103,6 +100,19 @@ def moment_bytes(all_weights: list[Weights], optimizer: OptimizerSettings) -> in
         return 1 if optimizer.name == "muon" and is_inner_matrix else 2
 
     return sum(size * moments(w) * w.total for w in all_weights if w.storage != "fp32")
+
+
+def saved_per_token(config: ModelConfig, precision: str, kind: str, length: int) -> float:
+    """Bytes that autograd saves of each token of a sequence of `length`, nothing recomputed."""
+    saved = _SavedActivations(config, precision, kind, length)
+    return saved.outside_blocks() + _saved_in_blocks(saved)
+
+
+def _block_counts(config: ModelConfig) -> dict[bool, int]:
+    """Blocks with a mixture and without one, those of MTP modules included."""
+    modules = config.num_nextn_predict_layers
+    mixtures = config.num_moe_layers + (modules if config.n_routed_experts else 0)
+    return {True: mixtures, False: config.num_hidden_layers + modules - mixtures}
 
 
 class _SavedActivations:
@@ -161,6 +171,10 @@ class _SavedActivations:
         row = self._input(D, 1) + self._gated(F) + self.width * (F + 1) + 24  # times its gate weight; three indices
         own = self._input(D, 2) + self._gated(F * shared) if shared else 0.0
         return router + K * row + own
+
+
+def _saved_in_blocks(saved: _SavedActivations) -> float:
+    return sum(number * saved.block(mixture) for mixture, number in _block_counts(saved.config).items() if number)
 
 
 def _logits(config: ModelConfig, width: int, kind: str) -> int:

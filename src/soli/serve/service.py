@@ -68,16 +68,22 @@ class Service:
         on_failure: Callable[[Exception], None] = lambda _: None,
         on_ready: Callable[[], object] = lambda: None,
     ) -> None:
-        """Starts loading."""
+        """Starts loading. `on_failure`: without a model, or when ranks do not compute it together any more."""
+
+        def fail(error: Exception) -> None:
+            self.failure = error
+            on_failure(error)
 
         def run() -> None:
             start = time.monotonic()
             try:
                 self._loaded = self._load()
             except Exception as error:
-                self.failure = error
-                on_failure(error)
+                fail(error)
             else:
+                leader = self._loaded.text_model.leader
+                if leader is not None:
+                    leader.on_failure = lambda reason: fail(SoliError(reason))
                 seconds = round(time.monotonic() - start, 3)
                 log.info("ready", extra={"fields": {"model": self.name, "seconds": seconds}})
                 on_ready()

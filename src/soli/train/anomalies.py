@@ -12,7 +12,7 @@ would not repair it.
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
@@ -60,7 +60,8 @@ def detect_anomaly(
     settings, progress = run.settings.run, run.progress
     at_step = f"at step {progress.step + 1}"
     losses_are_finite = all(map(math.isfinite, losses))
-    if not losses_are_finite or not math.isfinite(norm) or not _biases_are_finite(run.model):
+    biases_are_finite = not run.ranks.any(not _biases_are_finite(run.model))
+    if not losses_are_finite or not math.isfinite(norm) or not biases_are_finite:
         locate = _locate_nonfinite if run.ranks.world == 1 else _locate_in_shards
         layer, where = locate(run, parts, totals, losses_are_finite)
         loss, mtp, balance = losses
@@ -74,7 +75,7 @@ def detect_anomaly(
     ]
     if not jumps:
         return None
-    layer = module_with_largest_gradient(run.model, run.ranks)
+    layer = module_with_largest_gradient(run.model, run.ranks, run.optimizer.copied)
     return Anomaly("spike", settings.spike, f"{', '.join(jumps)}; the largest gradient is in {layer}", layer)
 
 
@@ -120,11 +121,12 @@ def is_spike(past: Sequence[float], value: float, factor: float) -> bool:
     return value > median + factor * max(deviation, MIN_DEVIATION * median)
 
 
-def module_with_largest_gradient(model: nn.Module, ranks: Ranks = ALONE) -> str:
-    """The module whose own parameters have the largest gradient norm."""
+def module_with_largest_gradient(model: nn.Module, ranks: Ranks = ALONE, copied: Collection[str] = ()) -> str:
+    """The module whose own parameters have the largest gradient norm; `copied` are parameters that another rank
+    counts."""
     own: dict[str, float] = {}
     for name, p in model.named_parameters():
-        if p.grad is not None:
+        if p.grad is not None and name not in copied:
             module = name.rpartition(".")[0]
             own[module] = own.get(module, 0.0) + float(local_tensor(p.grad).double().square().sum())
     squares: dict[str, float] = {}
@@ -193,7 +195,7 @@ def _locate_in_shards(
         for rank, names in enumerate(of_ranks):
             if names[index]:
                 return names[index].rpartition(".")[0], f"{kind}{names[index]} is not finite on rank {rank}"
-    layer = module_with_largest_gradient(run.model, run.ranks)
+    layer = module_with_largest_gradient(run.model, run.ranks, run.optimizer.copied)
     return layer, f"every weight and gradient is finite; the largest gradient is in {layer}"
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from soli.config import ModelConfig
 from soli.model.transformer import Transformer
 
 
@@ -20,18 +21,28 @@ def reduce_counts(counts_LE: Tensor) -> Tensor:
     return counts_LE
 
 
+def mixture_names(config: ModelConfig) -> list[str]:
+    """The names of a model's MoE layers in the order of their counts, MTP modules last: those of `model.moe_layers()`
+    where a process has all of them."""
+    L = config.num_hidden_layers
+    main = [f"layers.{layer}" for layer in range(L) if config.is_moe_layer(layer)]
+    return main + [f"mtp.{k}" for k in range(config.num_nextn_predict_layers) if config.is_moe_layer(L + k)]
+
+
 @torch.no_grad()
 def step_bias(model: Transformer, counts_LE: Tensor, gamma: float) -> None:
-    """b += gamma * sign(mean load - load), in place, for each layer of `model.moe_layers()`, MTP modules last; those
-    without counts were not computed and keep their biases.
+    """b += gamma * sign(mean load - load), in place, for each MoE layer that this process has; `counts_LE` are those of
+    all, in the order of `mixture_names`. Layers without counts were not computed and keep their biases.
 
     No centring: released biases are all positive (trap 4). A layer whose router has no bias is left as it is.
     """
     if gamma == 0:
         return
-    for (_, layer), counts_E in zip(model.moe_layers(), counts_LE, strict=False):
+    counts = dict(zip(mixture_names(model.config), counts_LE, strict=False))
+    for name, layer in model.moe_layers():
         bias_E = layer.gate.e_score_correction_bias
-        if bias_E is not None:
+        counts_E = counts.get(name)
+        if bias_E is not None and counts_E is not None:
             load_E = counts_E.to(bias_E.device, torch.float32)
             bias_E.add_(torch.sign(load_E.mean() - load_E), alpha=gamma)
 

@@ -352,7 +352,7 @@ def load_checkpoint(
     reader = StateReader(checkpoint, ("model", "optimizer"))
     _check_identity(reader)
     weights = _weights(reader, model)
-    moments = {f"optimizer/{name}": tensor for name, tensor in _empty_moments(reader, optimizer).items()}
+    moments = {f"optimizer/{name}": tensor for name, tensor in _empty_moments(reader, optimizer, model).items()}
     random_states = {
         name: torch.empty(reader.tensors[name].size, dtype=torch.uint8) for name in _random_state_names(reader, model)
     }
@@ -442,7 +442,7 @@ def model_state(model: Transformer) -> dict[str, Tensor]:
     """The model's tensors as `model/name`, parameters and persistent buffers; a tied head is left out."""
     state = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
-        del state["model/lm_head.weight"]
+        state.pop("model/lm_head.weight", None)
     return state
 
 
@@ -482,20 +482,33 @@ def _check_finite(checkpoint: Path, state: dict[str, Tensor]) -> None:
 
 def _weights(reader: StateReader, model: Transformer) -> dict[str, Tensor]:
     state = model_state(model)
-    for name in reader.tensors:
-        if name.startswith("model/") and name not in state:
-            raise SoliError(f"{reader.folder} has {name}, which the recipe's model lacks")
+    stored = {name for name in reader.tensors if name.startswith("model/")}
+    if unknown := stored - state.keys():
+        unknown -= model_state(_skeleton(model)).keys()  # of the layers that another process has
+    if unknown:
+        name = next(name for name in reader.tensors if name in unknown)
+        raise SoliError(f"{reader.folder} has {name}, which the recipe's model lacks")
     return state
 
 
-def _empty_moments(reader: StateReader, optimizer: Optimizer) -> dict[str, Tensor]:
-    """An empty tensor per moment of the checkpoint: a shard where the parameter is one, else whole, on the CPU."""
+def _skeleton(model: Transformer) -> Transformer:
+    """The whole model of which this process may have some layers, without memory."""
+    return Transformer(model.config, device="meta", dtype=torch.float32)
+
+
+def _empty_moments(reader: StateReader, optimizer: Optimizer, model: Transformer) -> dict[str, Tensor]:
+    """An empty tensor per moment of the checkpoint that this process needs: a shard where the parameter is one, else
+    whole, on the CPU."""
     parameters = {name: p for p, name in optimizer.names.items()}
+    of_others = {name for name, _ in _skeleton(model).named_parameters()} - parameters.keys()
     moments: dict[str, Tensor] = {}
     for full, stored in reader.tensors.items():
         part, _, name = full.partition("/")
         if part == "optimizer" and not name.startswith((RNG, CUDA_RNG)):
-            p = parameters.get(name.rpartition("|")[0])
+            parameter = name.rpartition("|")[0]
+            if parameter in of_others:
+                continue
+            p = parameters.get(parameter)
             if isinstance(p, DTensor) and p.shape == stored.size:
                 moments[name] = torch.empty_like(p, dtype=stored.properties.dtype)
             else:

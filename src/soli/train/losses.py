@@ -7,6 +7,7 @@ a time; its gradient is computed together with it, so at most one chunk of logit
 Shapes: B sequences, T tokens, D hidden, V vocabulary, E experts, K selected, W = T + 1 + MTP depth (a window).
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,21 +146,44 @@ def sequence_balance(routing: Routing, sequences: int) -> Tensor:
     return (count_BE * mean_BE).sum() * (experts / (selected * length))
 
 
+def add_balance(before: Tensor, routing: Sequence[Routing], sequences: int) -> Tensor:
+    """`before` (0-d) and the balance loss of each of these layers, in order."""
+    return sum((sequence_balance(layer, sequences) for layer in routing), before)
+
+
 def compute_losses(model: Transformer, window_BW: Tensor, totals: StepTotals, eos_id: int) -> Losses:
     """Forward of one micro-batch: backbone once, MTP modules in sequence, every loss divided by the step's `totals`.
 
     As many MTP modules are computed as `totals` has depths.
     """
+    backbone = model.backbone(window_BW[:, : input_length(window_BW, totals)])
+    return finish_losses(model, backbone.hidden_BTD, backbone.routing, window_BW, totals, eos_id)
+
+
+def input_length(window_BW: Tensor, totals: StepTotals) -> int:
+    """Tokens of a window's input: all but the targets after it."""
+    return window_BW.shape[1] - 1 - len(totals.mtp_tokens)
+
+
+def finish_losses(
+    model: Transformer,
+    hidden_BTD: Tensor,
+    backbone_routing: Sequence[Routing],
+    window_BW: Tensor,
+    totals: StepTotals,
+    eos_id: int,
+    balance_before: Tensor | None = None,
+) -> Losses:
+    """The losses from the backbone's normed hidden states on. `balance_before`: the sum of the balance losses of layers
+    whose routing is not among `backbone_routing`, because another rank has them."""
     depths = len(totals.mtp_tokens)
-    length = window_BW.shape[1] - 1 - depths
-    backbone = model.backbone(window_BW[:, :length])
+    length = input_length(window_BW, totals)
     head_VD = model.lm_head.weight  # after the forward pass, which gathers it where it is in shards
     target_BT = window_BW[:, 1 : 1 + length]
     weight_BT = torch.full(target_BT.shape, 1 / totals.tokens, device=window_BW.device)
-    next_token = cross_entropy(backbone.hidden_BTD, head_VD, target_BT, weight_BT)
-    routing = list(backbone.routing)
+    next_token = cross_entropy(hidden_BTD, head_VD, target_BT, weight_BT)
+    routing = list(backbone_routing)
     mtp = []
-    hidden_BTD = backbone.hidden_BTD
     for depth in range(depths):
         step = model.mtp_step(depth, hidden_BTD, window_BW[:, 1 + depth : 1 + depth + length])
         target_BT = window_BW[:, 2 + depth : 2 + depth + length]
@@ -167,8 +191,50 @@ def compute_losses(model: Transformer, window_BW: Tensor, totals: StepTotals, eo
         mtp.append(cross_entropy(step.hidden_BTD, head_VD, target_BT, weight_BT))
         routing += step.routing
         hidden_BTD = step.hidden_BTD
-    zero = torch.zeros((), device=window_BW.device)
-    balance = sum((sequence_balance(layer, window_BW.shape[0]) for layer in routing), zero) / totals.sequences
+    before = torch.zeros((), device=window_BW.device) if balance_before is None else balance_before
+    balance = add_balance(before, routing, window_BW.shape[0]) / totals.sequences
     counts = [layer.counts_E() for layer in routing]
     counts_LE = torch.stack(counts) if counts else torch.zeros(0, 0, dtype=torch.int64)
     return Losses(next_token, tuple(mtp), balance, counts_LE)
+
+
+class StageLosses:
+    """The losses of a step whose layers are on several ranks, as the task of a pipeline's stages.
+
+    `sums_3` are next-token, MTP and balance loss of the micro-batches that this rank has finished, on the last stage;
+    `counts_LE` tokens per expert of the MoE layers `names`, zero for those of other ranks.
+    """
+
+    def __init__(
+        self, model: Transformer, totals: StepTotals, eos_id: int, weights: tuple[float, float], names: Sequence[str]
+    ) -> None:
+        """`weights`: lambda of multi-token prediction, alpha of the balance loss."""
+        self.model, self.totals, self.eos_id = model, totals, eos_id
+        self.mtp_weight, self.alpha = weights
+        self.rows = {name: row for row, name in enumerate(names)}
+        device = model.embed_tokens.weight.device
+        self.sums_3 = torch.zeros(3, device=device)
+        experts = model.config.n_routed_experts or 0
+        self.counts_LE = torch.zeros(len(names), experts, dtype=torch.int64, device=device)
+
+    def carry(self, routing: Mapping[str, Routing], carried: Tensor | None, sequences: int) -> Tensor | None:
+        """The sum of the balance losses so far."""
+        for name, decision in routing.items():
+            self.counts_LE[self.rows[name]] += decision.counts_E()
+        if carried is None and not routing:
+            return None
+        # A tensor of its own even where there is nothing to add: torch's schedules detach what a stage sent.
+        before = torch.zeros((), device=self.sums_3.device) if carried is None else carried + 0
+        return add_balance(before, list(routing.values()), sequences)
+
+    def finish(
+        self, hidden_BTD: Tensor, routing: Mapping[str, Routing], carried: Tensor | None, window_BW: Tensor
+    ) -> Tensor:
+        """The loss that gradients are of."""
+        decisions = list(routing.values())
+        losses = finish_losses(self.model, hidden_BTD, decisions, window_BW, self.totals, self.eos_id, carried)
+        self.sums_3 += losses.parts()
+        names = [*routing, *(name for name in self.rows if name.startswith("mtp."))]
+        for name, counts_E in zip(names, losses.counts_LE, strict=True):
+            self.counts_LE[self.rows[name]] += counts_E
+        return losses.total(self.mtp_weight, self.alpha)

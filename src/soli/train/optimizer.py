@@ -7,7 +7,7 @@ stored in fp32, or in bf16 if the recipe selects it.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,12 @@ from soli.errors import SoliError
 from soli.parallel.ranks import ALONE, Ranks, local_tensor
 from soli.train.settings import OptimizerSettings
 
+if TYPE_CHECKING:
+    from soli.parallel.pipeline import Pipeline
+
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROUTER = "mlp.gate.weight"
+EMBEDDING = "embed_tokens.weight"
 MAX_BATCH = 2**24  # elements that a GPU orthogonalises in one call: fewer launches if large, less memory if small
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic; five rounds bring singular values near 1
 
@@ -170,11 +174,14 @@ class Optimizer:
         dtype: torch.dtype,
         ranks: Ranks = ALONE,
         replicas: int = 1,
+        pipeline: "Pipeline | None" = None,
     ) -> None:
-        """`replicas`: how many of the ranks have the same part of each parameter."""
+        """`replicas`: how many of the ranks have the same part of each parameter. `pipeline`: where `model` has the
+        parameters of some of its stages."""
         self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         self.local: dict[Tensor, Tensor] = {p: local_tensor(p) for p in self.names}
-        self.ranks, self.replicas = ranks, replicas
+        self.ranks, self.replicas, self.pipeline = ranks, replicas, pipeline
+        self.copied = (EMBEDDING,) if pipeline is not None and pipeline.has_copy else ()  # counted by another rank
         self.clip = settings.clip
         self.moments = MOMENTS[settings.moments]
         matrices = {n: p for n, p in model.named_parameters() if settings.name == "muon" and _is_inner_matrix(n, p)}
@@ -210,10 +217,23 @@ class Optimizer:
 
     def gradient_norm(self) -> Tensor:
         """Norm of all gradients together, of all ranks, before clipping (0-d fp32)."""
-        norm = torch.nn.utils.get_total_norm([local_tensor(p.grad) for p in self.names if p.grad is not None])
+        gradients = {name: local_tensor(p.grad) for p, name in self.names.items() if p.grad is not None}
+        if self.pipeline is not None:
+            if self.pipeline.ranks == self.ranks.world:
+                return self._norm_of_stages(gradients, self.pipeline.names)
+            gradients = {name: gradient for name, gradient in gradients.items() if name not in self.copied}
+        norm = torch.nn.utils.get_total_norm(list(gradients.values()))
         if self.ranks.world == 1:
             return norm
         return (self.ranks.sum(norm.double().square()) / self.replicas).sqrt().float()
+
+    def _norm_of_stages(self, gradients: Mapping[str, Tensor], order: Sequence[str]) -> Tensor:
+        """Where each rank has whole parameters: the bits of one process, which takes the norm of all their norms."""
+        own = torch._foreach_norm(list(gradients.values()))
+        norms = {name: float(norm) for name, norm in zip(gradients, own, strict=True)}
+        for other in self.ranks.all_objects(norms):
+            norms |= other
+        return torch.linalg.vector_norm(torch.tensor([norms[name] for name in order if name in norms]))
 
     def step(self, learning_rate: float, norm: Tensor | None = None) -> float:
         """Clip to the settings' norm, update the parameters, clear the gradients; returns the norm before clipping.

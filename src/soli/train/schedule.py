@@ -152,6 +152,11 @@ def _ramp_starts(schedule: ScheduleSettings) -> tuple[int, ...]:
     return tuple(starts)
 
 
+def ramp_batches(schedule: ScheduleSettings) -> list[int]:
+    """The different batches of the steps of pretraining, in sequences, the smallest first."""
+    return sorted({batch_sequences(schedule, tokens) for tokens in _ramp_starts(schedule)})
+
+
 def tokens_after(schedule: ScheduleSettings, steps: int) -> int:
     """Tokens seen after so many whole steps of pretraining."""
     starts = _ramp_starts(schedule)

@@ -5,12 +5,14 @@ unknown section or field, a wrong type and an impossible value are rejected by n
 """
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from soli.analysis.parameters import training_flops
 from soli.config import ModelConfig, replace, resolve
 from soli.errors import SoliError
+from soli.parallel.stages import ShareOfBatch, check_pipeline, find_schedule
 from soli.sections import (
     BelowOne,
     NonNegativeFloat,
@@ -22,7 +24,7 @@ from soli.sections import (
     reject,
     suggest,
 )
-from soli.train.schedule import ExtensionSettings, ScheduleSettings
+from soli.train.schedule import ExtensionSettings, ScheduleSettings, ramp_batches
 
 
 @dataclass(frozen=True)
@@ -115,25 +117,30 @@ class EvalSettings(Section, section="eval"):
 
 @dataclass(frozen=True)
 class ParallelSettings(Section, section="parallel"):
-    """How many processes share the run, and how (docs/distributed.md). Their product is the number of processes."""
+    """How many processes share the run, and how (docs/distributed.md). The product of the sizes is their number."""
 
     data: PositiveInt = 1  # ranks with the same experts: parameters, gradients and moments are sharded over them
     expert: PositiveInt = 1  # ranks that each have a part of every layer's experts
-    pipeline: PositiveInt = 1  # stages of consecutive layers; only 1 yet
+    pipeline: PositiveInt = 1  # ranks that each have some of the layers; micro-batches pass from one to the next
+    schedule: str = "1F1B"  # of the pipeline, as torch calls it: 1F1B, Interleaved1F1B, ZBVZeroBubble, DualPipeV
     context: PositiveInt = 1  # ranks that share a sequence; only 1
     replicate: PositiveInt = 1  # copies of all of this, whose gradients are added (HSDP)
     keep_gathered: bool = False  # gather parameters and add gradients once a step, not once a micro-batch: more memory
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("pipeline", "context"):
-            value = getattr(self, name)
-            if value > 1:
-                reject(f"parallel.{name}", value, f"{name} parallelism is not built; set it to 1")
+        find_schedule(self.schedule)
+        if self.context > 1:
+            reject("parallel.context", self.context, "context parallelism is not built; set it to 1")
 
     @property
     def world(self) -> int:
-        """Processes of the run; each has its own share of the batch."""
+        """Processes of the run."""
+        return self.shares * self.pipeline
+
+    @property
+    def shares(self) -> int:
+        """Shares of a batch; the ranks of a pipeline have the same one."""
         return self.data * self.expert * self.replicate
 
     def require_world(self, processes: int) -> None:
@@ -141,6 +148,7 @@ class ParallelSettings(Section, section="parallel"):
         if self.world == processes:
             return
         sizes = f"data {self.data} x expert {self.expert} x replicate {self.replicate}"
+        sizes += f" x pipeline {self.pipeline}" if self.pipeline > 1 else ""
         start = f"start it with soli train --processes {self.world}, or torchrun, or " if self.world > 1 else ""
         raise SoliError(
             f"[parallel] is for {self.world} processes ({sizes}), but there are {processes}; {start}use "
@@ -179,6 +187,10 @@ class TrainSettings:
     def stages(self) -> tuple[ScheduleSettings | ExtensionSettings, ...]:
         """What each stage of the run reads and for how long: pretraining, number 0, then the extension phases."""
         return (self.schedule, *self.extension)
+
+    def micro_sequences(self, length: int) -> int:
+        """Sequences of a micro-batch where they have `length` tokens: as many tokens as in pretraining."""
+        return max(1, self.run.micro_sequences * self.schedule.sequence_length // length)
 
     @property
     def total_tokens(self) -> int:
@@ -230,7 +242,7 @@ def as_recipe(settings: TrainSettings, data: dict[str, Any]) -> dict[str, Any]:
 
 def _check_parallel(settings: TrainSettings) -> None:
     """SoliError where ranks cannot share the experts or a step's sequences evenly, or an option needs one process."""
-    parallel, world = settings.parallel, settings.parallel.world
+    parallel, world, shares = settings.parallel, settings.parallel.world, settings.parallel.shares
     experts = settings.model.n_routed_experts or 0
     if parallel.expert > 1 and (not experts or experts % parallel.expert):
         reject("parallel.expert", parallel.expert, f"it must divide the model's {experts} routed experts")
@@ -241,12 +253,42 @@ def _check_parallel(settings: TrainSettings) -> None:
         **{f"extension[{n}].batch_sequences": phase.batch_sequences for n, phase in enumerate(settings.extension)},
     }
     for name, sequences in batches.items():
-        if sequences is not None and sequences % world:
+        if sequences is not None and sequences % shares:
             sizes = "parallel.data x parallel.expert x parallel.replicate"
-            reject(name, sequences, f"the {world} processes of {sizes} must divide it")
+            reject(name, sequences, f"the {shares} processes of {sizes} must divide it")
+    if parallel.pipeline > 1:
+        if shares > 1 and find_schedule(parallel.schedule).is_v_shaped:
+            reject(
+                "parallel.schedule",
+                parallel.schedule,
+                f"its first and last stage share the embedding on one rank, which the {shares} ranks of data x expert "
+                "x replicate cannot shard; choose 1F1B or Interleaved1F1B, or set these to 1",
+            )
+        check_pipeline(settings.model, parallel.pipeline, parallel.schedule, _pipeline_batches(settings))
     for option, reason in (("cuda_graph", "a graph holds one process's step"), ("compile", "shards are not compiled")):
         if world > 1 and getattr(settings.run, option):
             raise SoliError(f"run.{option} is true, but {reason}; set run.{option} = false for {world} processes")
+
+
+def _pipeline_batches(settings: TrainSettings) -> Iterator[ShareOfBatch]:
+    """What the ranks of a pipeline compute together in the steps of the run, by the field that says so."""
+    schedule, shares = settings.schedule, settings.parallel.shares
+    micro = settings.run.micro_sequences
+    start, full = schedule.batch_sequences_start, schedule.batch_sequences
+    yield ShareOfBatch("schedule.batch_sequences", full // shares, micro)
+    if start is not None:
+        yield ShareOfBatch("schedule.batch_sequences_start", start // shares, micro)
+        for sequences in ramp_batches(schedule):
+            if sequences % shares:
+                reject(
+                    "schedule.batch_ramp_tokens",
+                    schedule.batch_ramp_tokens,
+                    f"the ramp has batches of {sequences} sequences, which a pipeline cannot give to {shares} ranks",
+                )
+            yield ShareOfBatch("schedule.batch_ramp_tokens", sequences // shares, micro, is_within_ramp=True)
+    for number, phase in enumerate(settings.extension):
+        micro = settings.micro_sequences(phase.sequence_length)
+        yield ShareOfBatch(f"extension[{number}].batch_sequences", phase.batch_sequences // shares, micro)
 
 
 def _require_positions(section: str, length: int, config: ModelConfig) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from soli.machine import memory_bytes
 from soli.model.size import check_size
 from soli.model.transformer import Transformer
 from soli.parallel.ranks import ALONE, Ranks, join_ranks, launched_ranks
+from soli.parallel.stages import find_schedule
 from soli.train.batches import PackedTokens
 from soli.train.checkpoints import RunProgress, checkpoints, load_checkpoint
 from soli.train.cuda_graph import GraphedStep
@@ -32,6 +33,9 @@ from soli.train.optimizer import MOMENTS, Optimizer
 from soli.train.run_lock import RunLock, create_folder, lock_run
 from soli.train.settings import TrainSettings, as_recipe
 from soli.train.stages import Stage, build_stages, check_stage
+
+if TYPE_CHECKING:
+    from soli.parallel.pipeline import Pipeline
 
 # What a resumed run may not change: the model's shape, and what the order of the data depends on.
 FIXED = (("schedule", "sequence_length"), ("run", "seed"), ("optimizer", "name"))
@@ -54,6 +58,8 @@ class Run:
     progress: RunProgress = field(default_factory=RunProgress)
     cuda_graph: GraphedStep | None = None  # where run.cuda_graph asks for it
     ranks: Ranks = ALONE
+    shares: Ranks = ALONE  # those that have other windows of a batch than this one: of its pipeline stage
+    pipeline: "Pipeline | None" = None  # where parallel.pipeline is above 1
 
     @property
     def stage(self) -> Stage:
@@ -101,19 +107,21 @@ def prepare(settings: TrainSettings, data: dict[str, Any], data_folder: Path, ru
         create_folder(run_folder / "checkpoints")
         _store_recipe(run_folder, as_recipe(settings, data) | {"packed": packed})
         tokenizer.save(run_folder)
-    model = _new_model(settings, device, compute)
+    model, shares, pipeline = _new_model(settings, device, compute, ranks)
     run = Run(
         folder=run_folder,
         lock=lock,
         settings=settings,
         model=model,
-        optimizer=Optimizer(model, settings.optimizer, compute, ranks, settings.parallel.replicate),
+        optimizer=Optimizer(model, settings.optimizer, compute, ranks, settings.parallel.replicate, pipeline),
         stages=stages,
         tokenizer=tokenizer,
         bytes_V=bytes_per_token(tokenizer, settings.model.vocab_size),
         sentences=read_sentences(data_folder / "heldout.tsv", settings.eval.samples),
         cuda_graph=GraphedStep(model, settings.balance.alpha, tokenizer.eos_id) if settings.run.cuda_graph else None,
         ranks=ranks,
+        shares=shares,
+        pipeline=pipeline,
     )
     saved = ranks.of_first(next(reversed(checkpoints(run_folder)), None))
     if saved is not None:
@@ -194,8 +202,11 @@ def _open_tokenizer(folder: Path, settings: TrainSettings) -> Tokenizer:
     return tokenizer
 
 
-def _new_model(settings: TrainSettings, device: torch.device, compute: torch.dtype) -> Transformer:
-    """fp32 parameters drawn from the run's seed, of several ranks each its shards; activations in `compute`."""
+def _new_model(
+    settings: TrainSettings, device: torch.device, compute: torch.dtype, ranks: Ranks
+) -> tuple[Transformer, Ranks, "Pipeline | None"]:
+    """fp32 parameters drawn from the run's seed, of several ranks each its shards; activations in `compute`. With the
+    ranks that share a batch, and the pipeline, if any."""
     parallel = settings.parallel
     model = Transformer(settings.model, device="meta" if parallel.world > 1 else device, dtype=torch.float32)
     torch.manual_seed(settings.run.seed)
@@ -206,13 +217,25 @@ def _new_model(settings: TrainSettings, device: torch.device, compute: torch.dty
     if settings.run.precision == "fp8":
         use_fp8(model, device)
     apply_block_options(model, settings.run)
-    if parallel.world > 1:
-        from soli.parallel.mesh import build_meshes
-        from soli.parallel.sharding import init_shards, shard_model
+    if parallel.world == 1:
+        return model, ranks, None
+    from soli.parallel.mesh import build_meshes
+    from soli.parallel.sharding import init_shards, shard_model
 
-        shard_model(model, build_meshes(parallel.data, parallel.expert, parallel.replicate, device.type))
+    sizes = parallel.data, parallel.expert, parallel.replicate
+    meshes = build_meshes(*sizes, device.type, parallel.pipeline)
+    if meshes.pipeline is None or meshes.shares is None:
+        shard_model(model, meshes)
         init_shards(model, device, generator)
-    return model
+        return model, ranks, None
+    from soli.parallel.pipeline import Pipeline
+
+    parameters = dict(model.named_parameters())
+    pipeline = Pipeline(model, find_schedule(parallel.schedule), meshes.pipeline.get_group(), device)
+    shard_model(model, meshes, pipeline.stages)
+    init_shards(model, device, generator, parameters)
+    shares = Ranks(meshes.shares.get_local_rank(), meshes.shares.size(), group=meshes.shares.get_group())
+    return model, shares, pipeline
 
 
 def _store_recipe(folder: Path, recipe: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ def build_stages(settings: TrainSettings, train: PackedTokens, valid: PackedToke
             length=length,
             batches=Batches(train, length, extra, _seed(settings.run.seed, number)),
             heldout_BW=heldout_windows(valid, length, extra, settings.eval.tokens),
-            micro_sequences=max(1, settings.run.micro_sequences * settings.schedule.sequence_length // length),
+            micro_sequences=settings.micro_sequences(length),
         )
         stages.append(stage)
     return tuple(stages)

@@ -11,23 +11,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from soli.errors import SoliError
+from soli.parallel.stages import micro_batch_size
 from soli.train import anomalies
-from soli.train.balance import measure_load, reduce_counts, step_bias
+from soli.train.balance import measure_load, mixture_names, reduce_counts, step_bias
 from soli.train.batches import rank_slice
 from soli.train.checkpoints import CheckpointSaver, resume_advice
 from soli.train.evaluate import evaluate, translate_samples
-from soli.train.losses import StepTotals, compute_losses, count_targets
+from soli.train.losses import StageLosses, StepTotals, compute_losses, count_targets, input_length
 from soli.train.model_options import fp8_note
 from soli.train.report import RunReport, SilentReport
 from soli.train.schedule import stage_name
 from soli.train.setup import Run
 from soli.train.stages import flops_left, is_finished, next_step, stage_tokens_left
+
+if TYPE_CHECKING:
+    from soli.parallel.pipeline import Pipeline
 
 SIGNAL = 1  # bits of why a rank wants to stop
 DEADLINE = 2
@@ -59,12 +63,12 @@ def take_step(run: Run) -> StepResult:
     """
     settings, progress = run.settings, run.progress
     sequences, learning_rate = next_step(settings, progress)
-    ranks = run.ranks
-    window_BW = run.stage.batches.take(*rank_slice(progress.position, sequences, ranks.rank, ranks.world))
+    shares = run.shares
+    window_BW = run.stage.batches.take(*rank_slice(progress.position, sequences, shares.rank, shares.world))
     mtp_depth = settings.model.num_nextn_predict_layers
     if not settings.losses.trains_mtp(progress.tokens):
         window_BW, mtp_depth = window_BW[:, : run.stage.length + 1], 0
-    totals = count_targets(window_BW, mtp_depth, run.tokenizer.eos_id, ranks)
+    totals = count_targets(window_BW, mtp_depth, run.tokenizer.eos_id, shares)
     try:
         (loss, mtp, balance), counts_LE = accumulate(run, window_BW, totals)
     except SoliError as error:
@@ -94,6 +98,8 @@ def accumulate(run: Run, window_BW: Tensor, totals: StepTotals) -> tuple[list[fl
 
     Returns the losses of the whole step (next token, MTP, balance) and this rank's tokens per expert.
     """
+    if run.pipeline is not None:
+        return _accumulate_stages(run, run.pipeline, window_BW, totals)
     settings, device = run.settings, run.model.embed_tokens.weight.device
     weight = settings.losses.mtp_weight_at(run.progress.tokens)
     alpha = settings.balance.alpha
@@ -115,6 +121,22 @@ def accumulate(run: Run, window_BW: Tensor, totals: StepTotals) -> tuple[list[fl
         sums_3 += losses.parts()
         counts.append(losses.counts_LE)
     return run.ranks.sum(sums_3).tolist(), torch.stack(counts).sum(0)
+
+
+def _accumulate_stages(
+    run: Run, pipeline: "Pipeline", window_BW: Tensor, totals: StepTotals
+) -> tuple[list[float], Tensor]:
+    """As `accumulate`, where ranks have the layers of a pipeline's stages."""
+    settings = run.settings
+    depths = len(totals.mtp_tokens)
+    names = mixture_names(settings.model)
+    names = [name for name in names if not name.startswith("mtp.") or int(name.removeprefix("mtp.")) < depths]
+    weights = settings.losses.mtp_weight_at(run.progress.tokens), settings.balance.alpha
+    task = StageLosses(run.model, totals, run.tokenizer.eos_id, weights, names)
+    micro = micro_batch_size(pipeline.schedule, pipeline.ranks, len(window_BW), run.stage.micro_sequences)
+    assert micro is not None  # settings rejects batches that cannot be divided
+    pipeline.train(window_BW.to(task.sums_3.device), micro, input_length(window_BW, totals), task)
+    return run.ranks.sum(task.sums_3).tolist(), task.counts_LE
 
 
 def _micro_batches(run: Run, window_BW: Tensor, sequences: int) -> list[Tensor]:
@@ -214,7 +236,7 @@ def _step_and_report(run: Run, report: RunReport, saver: CheckpointSaver) -> Non
         "tokens_per_second": step.tokens / seconds,
         "tflops": settings.flops(progress.tokens - step.tokens, step.tokens, run.stage.length) / seconds / 1e12,
     }
-    layers = [name for name, _ in run.model.moe_layers()]
+    layers = mixture_names(run.model.config)
     loads = dict(zip(layers, measure_load(step.counts_LE), strict=False))  # of MTP modules once they are trained
     stage_ended = stage_tokens_left(settings, progress) <= 0
     report.step(progress, metrics, loads, log=stage_ended or _is_due(progress.step, settings.run.log_every))
@@ -225,13 +247,16 @@ def measure(run: Run, report: RunReport) -> None:
     start = time.monotonic()
     settings, stage = run.settings, run.stage
     eos_id = run.tokenizer.eos_id
-    result = evaluate(run.model, stage.heldout_BW, run.bytes_V, stage.micro_sequences, eos_id, run.ranks)
+    ranks, shares, pipeline = run.ranks, run.shares, run.pipeline
+    micro = stage.micro_sequences
+    result = evaluate(run.model, stage.heldout_BW, run.bytes_V, micro, eos_id, ranks, shares, pipeline)
     run.progress.valid_loss = result.loss if math.isfinite(result.loss) else None
-    samples = translate_samples(run.model, run.tokenizer, run.sentences, settings.eval.sample_tokens, run.ranks)
+    limit = settings.eval.sample_tokens
+    samples = translate_samples(run.model, run.tokenizer, run.sentences, limit, ranks, pipeline)
     if run.ranks.world > 1:
         from soli.parallel.sharding import release
 
-        release(run.model)
+        release(run.model, *(run.pipeline.stages if run.pipeline else ()))
     report.evaluation(run.progress, result, samples, time.monotonic() - start)
 
 

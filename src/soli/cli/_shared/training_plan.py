@@ -9,8 +9,10 @@ from rich import box
 from rich.table import Column, Table
 
 from soli.cli._shared.console import print_json, stdout_console
+from soli.plan.devices import find_device
 from soli.plan.memory import describe_fit
-from soli.plan.mesh import MeshPlan, MeshSizes, find_device, plan_mesh, propose_mesh
+from soli.plan.mesh import MeshPlan, as_planned, papers_plan, plan_mesh, propose_mesh, refusal
+from soli.plan.mesh_sizes import MeshSizes
 from soli.plan.schedule_plot import save_schedule_plot
 from soli.plan.training import STEP_SHARE, TrainingPlan, hours_here, plan_run
 from soli.quantities import scaled
@@ -52,7 +54,7 @@ def print_training_plan(
     mesh: MeshPlan | None = None
     if devices == settings.parallel.world > 1:
         own = settings.parallel
-        sizes = MeshSizes(own.data, own.expert, 1, own.replicate, own.keep_gathered)
+        sizes = MeshSizes(own.data, own.expert, own.pipeline, own.replicate, own.keep_gathered)
         mesh = plan_mesh(settings, sizes, device_kind, plan.precision, plan.flops)
     elif devices > 1:
         mesh = propose_mesh(settings, devices, device_kind, plan.precision, plan.flops)
@@ -71,6 +73,9 @@ def print_training_plan(
     console.print(_phases(plan))
     lines = _constants(settings, data.get("fim_rate", 0.0)) + _memory(plan, settings, devices, here)
     lines += _mesh(mesh, settings, devices) if devices > 1 else []
+    if mesh is not None and plan.precision == "bf16" and device_kind.fp8_tflops:
+        in_fp8 = plan_mesh(as_planned(settings, mesh), mesh.sizes, device_kind, "fp8", plan.flops)
+        lines.append(("", f"{in_fp8.expected_gpu_hours:,.0f} GPU-hours expected with --set run.precision=fp8"))
     for label, text in lines + _time(plan, settings, devices, mfu, device_tflops, here):
         console.print(f"[bold]{label:<12}[/bold]{text}", soft_wrap=True)
 
@@ -154,19 +159,22 @@ def _mesh(mesh: MeshPlan | None, settings: TrainSettings, devices: int) -> Lines
         batch = f"a batch of {settings.schedule.batch_sequences:,} sequences"
         return [("mesh", f"no sizes of {devices:,} devices divide the experts and {batch}; change --devices")]
     options = ", activations recomputed" if mesh.recomputes else ""
-    planned = "; pipeline stages are planned, not trained yet" if mesh.sizes.pipeline > 1 else ""
     fit = "fits" if mesh.fits else "does not fit"
     memory = ", ".join(f"{name} {scaled(size, 'B')}" for name, size in mesh.memory.items())
     traffic = ", ".join(f"{name} {scaled(size, 'B')}" for name, size in mesh.traffic.items())
     slow, fast = mesh.seconds
+    reason = refusal(settings, mesh.sizes)
     return [
-        ("mesh", f"{mesh.sizes}{options}{planned}"),
+        ("mesh", f"{mesh.sizes}{options}"),
+        *([("", f"the trainer refuses it for this recipe: {reason}")] if reason else []),
         ("on each", f"{scaled(mesh.total, 'B')}, which {fit} a device {mesh.device}: {memory}"),
         ("sends", f"{traffic or 'nothing'} in a step"),
         ("bubble", f"{100 * mesh.bubble:.1f} % of a step"),
-        ("a step", f"{fast:,.3g} to {slow:,.3g} s: all communication hidden, or none"),
-        ("MFU", f"{100 * mesh.mfu[0]:.0f} to {100 * mesh.mfu[1]:.0f} %, {_hours(mesh)} GPU-hours on this mesh"),
-    ]
+        ("a step", f"{mesh.expected_seconds:,.3g} s expected; {fast:,.3g} s with each kernel at its own rate, "
+         f"{slow:,.3g} s with no communication hidden"),
+        ("MFU", f"{100 * mesh.expected_mfu:.0f} % expected, {100 * mesh.mfu[0]:.0f} to {100 * mesh.mfu[1]:.0f} %: "
+         f"{mesh.expected_gpu_hours:,.0f} GPU-hours, {_hours(mesh)}"),
+    ]  # fmt: skip
 
 
 def _hours(mesh: MeshPlan) -> str:
@@ -195,8 +203,10 @@ def _time(
     if devices > 1:
         lines.append(("days", f"{plan.gpu_hours / devices / 24:,.1f} on {devices:,} devices"))
     if plan.paper_gpu_hours:
-        measured = f"{plan.paper_gpu_hours:,} H800-hours without extension (arXiv 2412.19437, table 1)"
-        lines.append(("the paper's", measured))
+        measured = f"{plan.paper_gpu_hours:,} H800-hours without extension (arXiv 2412.19437, table 1);"
+        planned = f"{papers_plan(settings).expected_gpu_hours:,.0f} planned for its choices: pipeline 16, expert 64, "
+        choices = "FP8, DualPipe, norms and up-projections recomputed instead of blocks"
+        lines += [("the paper's", measured), ("", planned + choices)]
     return lines
 
 

@@ -1,0 +1,280 @@
+"""Ranks with some layers each compute what one process computes with the same micro-batches.
+
+Bit-identical where the sums are the same: every stage adds the gradients of micro-batches in their order, and the clip
+norm is taken of the same numbers. With MTP modules or a tied head the embedding's gradient is a sum over two ranks, of
+which each first adds up its micro-batches: then, and where a schedule computes weight gradients in another order, the
+run is as far from one process as that one is from itself with other micro-batches (tests/distributed/
+test_equal_numbers.py).
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.pipelining.schedules import get_schedule_class
+from torch.distributed.tensor import DTensor
+
+import soli
+from soli.config import resolve
+from soli.errors import SoliError
+from soli.parallel.ranks import joined
+from soli.parallel.stages import SCHEDULES, divide_layers, find_schedule, layer_costs
+from soli.train.checkpoints import CheckpointSaver, export_run, load_run, run_state
+from soli.train.setup import prepare
+from soli.train.trainer import take_step, train
+from tests.distributed.ranks import run_ranks
+from tests.distributed.runs import Trained, saved_state, train_each, train_steps
+from tests.distributed.test_equal_numbers import BATCH, STEPS, assert_as_close_as_other_micro_batches
+from tests.train.toy import settings, write_data
+
+MICRO = 2  # sequences: four micro-batches of a batch
+EXACT_SCHEDULES = ("1F1B", "Interleaved1F1B")
+SLOW = pytest.mark.slow
+NO_MTP = {"num_nextn_predict_layers": 0}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("toy") / "data")
+
+
+def sections(pipeline: int = 1, schedule: str = "1F1B", micro: int = MICRO, **changes: dict) -> dict:
+    """Changes of the toy's recipe; enough layers for two stages on each of two ranks."""
+    model = {"num_hidden_layers": 4 if SCHEDULES[schedule].stages_per_rank == 2 or pipeline == 4 else 2}
+    parallel = {"pipeline": pipeline, "schedule": schedule}
+    return {
+        **changes,
+        "model": model | changes.get("model", {}),
+        "run": {"micro_sequences": micro, **changes.get("run", {})},
+        "parallel": parallel | changes.get("parallel", {}),
+    }
+
+
+def whole(ranks: list[Trained]) -> Trained:
+    """The run of all ranks, whose measurements agree, as do the tensors that several of them have."""
+    state: dict[str, torch.Tensor] = {}
+    for rank in ranks:
+        assert rank.losses == ranks[0].losses and rank.norms == ranks[0].norms
+        assert all(torch.equal(a, b) for a, b in zip(rank.counts, ranks[0].counts, strict=True))
+        for name, tensor in rank.state.items():
+            assert torch.equal(state.setdefault(name, tensor), tensor), name
+    return Trained(ranks[0].losses, ranks[0].norms, ranks[0].counts, state)
+
+
+def alone(recipe: dict, micro: int | None = None) -> dict:
+    """The same for one process."""
+    run = recipe["run"] | ({} if micro is None else {"micro_sequences": micro})
+    return recipe | {"run": run, "parallel": {}}
+
+
+def check(folder: Path, data: Path, world: int, recipes: dict[str, dict], exact: set[str]) -> None:
+    """Each recipe on `world` ranks against one process, bit by bit those that are `exact`."""
+    by_rank = run_ranks(train_each, world, folder / "ranks", data, folder / "many", STEPS, list(recipes.values()))
+    for number, (name, recipe) in enumerate(recipes.items()):
+        many = whole([runs[number] for runs in by_rank])
+        one = train_steps(data, folder / f"one {name}", STEPS, alone(recipe))
+        assert many.state.keys() == one.state.keys()
+        if name in exact:
+            assert many.differing(one) == [], name
+            assert (many.losses, many.norms) == (one.losses, one.norms), name
+            assert all(torch.equal(a, b) for a, b in zip(many.counts, one.counts, strict=True))
+        else:
+            other = train_steps(data, folder / f"other {name}", STEPS, alone(recipe, BATCH))
+            assert_as_close_as_other_micro_batches(many, one, other)
+
+
+def test_two_stages(tmp_path, data):
+    """Clipped, with the balance loss; the dense layer first, the mixture on the last stage."""
+    recipes = {
+        "no MTP": sections(2, model=NO_MTP, balance={"alpha": 0.01}),
+        "MTP, Muon, recomputed": sections(2, optimizer={"name": "muon"}, run={"activation_checkpointing": True}),
+    }
+    check(tmp_path, data, 2, recipes, {"no MTP"})
+
+
+SCHEDULE_RECIPES = {  # for two ranks
+    f"{schedule}, {name}": (schedule, changes)
+    for schedule in SCHEDULES
+    for name, changes in {
+        "no MTP": {"model": NO_MTP, "balance": {"alpha": 0.01}},
+        "MTP": {},
+        "Muon, recomputed": {"optimizer": {"name": "muon"}, "run": {"activation_checkpointing": True}},
+        "bf16 moments": {"model": NO_MTP, "optimizer": {"moments": "bf16"}},
+        "tied": {"model": {"tie_word_embeddings": True}},
+        "MTP late": {"losses": {"mtp_from_tokens": 128 * 5}},
+    }.items()
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_on_two_ranks(tmp_path, data, schedule):
+    cases = {name: case for name, case in SCHEDULE_RECIPES.items() if case[0] == schedule}
+    micro = 1 if schedule == "DualPipeV" else MICRO  # it needs as many micro-batches as stages, four
+    recipes = {name: sections(2, schedule, micro, **changes) for name, (_, changes) in cases.items()}
+    exact = {f"{schedule}, no MTP", f"{schedule}, bf16 moments"}
+    check(tmp_path, data, 2, recipes, exact if schedule in EXACT_SCHEDULES else set())
+
+
+MUON = {"optimizer": {"name": "muon"}}
+FOUR_RANKS = {
+    "4 stages": sections(4, model=NO_MTP),
+    "4 stages, MTP": sections(4, **MUON),
+    "2 x data": sections(2, micro=1, parallel={"data": 2}),
+    "2 x data, gathered once": sections(2, micro=1, parallel={"data": 2, "keep_gathered": True}, **MUON),
+    "2 x expert": sections(2, micro=1, parallel={"expert": 2}, run={"activation_checkpointing": True}),
+    "2 x replicate": sections(2, micro=1, parallel={"replicate": 2}),
+    "interleaved x data": sections(2, "Interleaved1F1B", 1, parallel={"data": 2}),
+    "interleaved x expert": sections(2, "Interleaved1F1B", 1, parallel={"expert": 2}, **MUON),
+}
+
+
+@pytest.mark.slow
+def test_four_ranks(tmp_path, data):
+    check(tmp_path, data, 4, FOUR_RANKS, {"4 stages"})
+
+
+def resume_each(data: Path, folder: Path, recipes: list[dict]) -> list[tuple[dict, dict]]:
+    """One session after another in one folder: what the checkpoint has, and what was loaded; then a step is saved."""
+    states = []
+    for number, recipe in enumerate(recipes):
+        stored = saved_state(folder) if number else {}
+        run = prepare(settings(**recipe), {}, data, folder)
+        loaded = {
+            name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+            for name, tensor in run_state(run.model, run.optimizer).items()
+            if "rng" not in name
+        }
+        states.append((stored, loaded))
+        take_step(run)
+        with CheckpointSaver(folder, keep=9) as saver:
+            saver.save(run.model, run.optimizer, run.progress)
+        run.ranks.of_first(None)  # the checkpoint is complete
+    return states
+
+
+@pytest.mark.parametrize(
+    ("world", "meshes"),
+    [
+        (2, [{"pipeline": 2}, {"data": 2}, {"pipeline": 2, "schedule": "ZBVZeroBubble"}]),
+        pytest.param(
+            4,
+            [{"pipeline": 4}, {"pipeline": 2, "data": 2}, {"expert": 4}, {"pipeline": 2, "expert": 2}, {"data": 4}],
+            marks=SLOW,
+        ),
+    ],
+)
+def test_any_mesh_reads_what_a_pipeline_wrote(tmp_path, data, world, meshes):
+    """And a pipeline what any mesh wrote, one process included; then it is exported."""
+    folder, tied = tmp_path / "run", {"num_hidden_layers": 4, "tie_word_embeddings": world == 4}
+    base = {"model": tied, "run": {"micro_sequences": 1}, "optimizer": {"name": "muon"}}
+    by_rank = run_ranks(
+        resume_each, world, tmp_path / "ranks", data, folder, [base | {"parallel": mesh} for mesh in meshes]
+    )
+    for number in range(1, len(meshes)):
+        stored = by_rank[0][number][0]
+        loaded = {name: tensor for rank in by_rank for name, tensor in rank[number][1].items()}
+        assert loaded.keys() == stored.keys()
+        assert [name for name in stored if not torch.equal(stored[name], loaded[name])] == []
+    stored = saved_state(folder)
+    one = prepare(settings(**base), {}, data, folder)
+    loaded = {name: tensor for name, tensor in run_state(one.model, one.optimizer).items() if "rng" not in name}
+    assert loaded.keys() == stored.keys()
+    assert [name for name in stored if not torch.equal(stored[name], loaded[name])] == []
+    export_run(folder, tmp_path / "model", "fp32")
+    exported = soli.load_model(tmp_path / "model", dtype=torch.float32, mtp=True).state_dict()
+    expected = load_run(folder).state_dict()
+    assert [name for name in expected if not torch.equal(expected[name], exported[name])] == []
+
+
+def train_run(data: Path, folder: Path, recipe: dict) -> None:
+    run = prepare(settings(**recipe), {}, data, folder)
+    with joined(run.ranks):
+        train(run)
+
+
+def lines(folder: Path) -> list[dict]:
+    """A run's metrics without what a clock says."""
+    entries = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    clock = ("seconds", "tokens_per_second", "tflops", "took", "time")
+    return [{key: value for key, value in entry.items() if key not in clock} for entry in entries]
+
+
+def test_metrics_evaluations_and_samples_are_those_of_one_process(tmp_path, data):
+    """Losses, loads of every layer, held-out loss, bits per byte and translations, all written by the first rank."""
+    recipe = sections(2, model=NO_MTP)
+    run_ranks(train_run, 2, tmp_path / "ranks", data, tmp_path / "many", recipe)
+    train_run(data, tmp_path / "one", alone(recipe))
+    many, one = lines(tmp_path / "many"), lines(tmp_path / "one")
+    assert many == one
+    assert {entry["kind"] for entry in many} >= {"step", "evaluation"}
+    assert any(entry.get("samples") for entry in many)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"parallel": {"schedule": "2F2B"}}, r"parallel\.schedule is '2F2B'; choose one of 1F1B, Interleaved1F1B"),
+        ({"parallel": {"schedule": "DualPipe"}}, r"'DualPipe'; did you mean DualPipeV"),
+        ({"parallel": {"pipeline": 3}}, r"parallel\.pipeline is 3; schedule 1F1B has 3 stages, but the model 2 layers"),
+        (
+            {"parallel": {"pipeline": 2, "schedule": "ZBVZeroBubble"}},
+            r"parallel\.pipeline is 2; schedule ZBVZeroBubble has 4 stages, 2 for each rank, but the model 2 layers",
+        ),
+        (
+            {"run": {"micro_sequences": 8}},
+            r"schedule\.batch_sequences gives each pipeline 8 sequences, 1 micro-batches of 8, but schedule 1F1B on 2 "
+            r"ranks needs at least 2 micro-batches; change run\.micro_sequences",
+        ),
+        ({"run": {"micro_sequences": 3}}, r"2 micro-batches of 3 and 2 more, but all must be of equal size"),
+        (
+            {"parallel": {"pipeline": 2, "schedule": "dualpipev"}, "model": {"num_hidden_layers": 4}},
+            r"schedule DualPipeV on 2 ranks needs at least 4 micro-batches",
+        ),
+        (
+            {"parallel": {"pipeline": 2, "data": 2, "schedule": "DualPipeV"}},
+            r"parallel\.schedule is 'DualPipeV'; .* choose 1F1B or Interleaved1F1B",
+        ),
+        ({"parallel": {"pipeline": 2, "data": 4}}, r"gives each pipeline 2 sequences, 0 micro-batches of 4 and 2 more"),
+        (
+            {
+                "parallel": {"pipeline": 2, "data": 2},
+                "schedule": {"batch_sequences_start": 4, "batch_ramp_tokens": 1024},
+                "run": {"micro_sequences": 1},
+            },
+            r"schedule\.batch_ramp_tokens is 1024; the ramp has batches of 5 sequences",
+        ),
+    ],
+)
+def test_what_does_not_fit_a_pipeline_is_refused_by_name(changes, words):
+    with pytest.raises(SoliError, match=words):
+        settings(**({"parallel": {"pipeline": 2}} | changes))
+
+
+def test_names_of_schedules_are_torchs_in_any_case():
+    for name in SCHEDULES:
+        assert get_schedule_class(name) and find_schedule(name.lower()) is SCHEDULES[name]
+    assert settings(parallel={"pipeline": 2, "schedule": "1f1b"}).parallel.world == 2
+
+
+@pytest.mark.parametrize("preset", ["deepseek-v3", "deepseek-v2-lite", "kimi-k2"])
+def test_layers_are_divided_evenly_in_cost(preset):
+    """No division has a cheaper most expensive stage than the one found: none of those that move a border by one."""
+    config = resolve(preset)
+    costs, last = layer_costs(config)
+
+    def largest(parts: list[range]) -> int:
+        return max(sum(costs[layer] for layer in part) + last * (part is parts[-1]) for part in parts)
+
+    for stages in (2, 4, 8, 16):
+        parts = list(divide_layers(config, stages))
+        assert [layer for part in parts for layer in part] == list(range(config.num_hidden_layers))
+        for border in range(1, stages):
+            for move in (-1, 1):
+                moved = [range(part.start, part.stop) for part in parts]
+                edge = parts[border].start + move
+                moved[border - 1 : border + 1] = [range(parts[border - 1].start, edge), range(edge, parts[border].stop)]
+                if all(moved):
+                    assert largest(moved) >= largest(parts)
+    assert len(divide_layers(config, 2)[1]) < len(divide_layers(config, 2)[0])  # the last stage has head and MTP too
