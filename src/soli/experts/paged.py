@@ -5,7 +5,7 @@ Shapes: E experts, T tokens, K chosen, D hidden, F expert width, M layers with a
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Self, overload
+from typing import Protocol, Self, overload
 
 import numpy as np
 import torch
@@ -13,15 +13,34 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from soli.analysis.residency import TIERS, PassResidency, Residency, ResidencyRecorder, Tier
+from soli.experts.paging_stats import StoreStats
+from soli.experts.prefetch import Prefetcher
 from soli.experts.sources import LayerSource
 from soli.formats.quantized import QuantizedWeight
 from soli.kernels import QuantizedExperts
 from soli.kernels.cpu import EXPERT_STATES, ExpertTable
 
-if TYPE_CHECKING:
-    from soli.experts.store import ExpertStore
-
 MISSING, READING, PRESENT, FAILED = range(len(EXPERT_STATES))
+
+
+class Store(Protocol):
+    """What has the experts of all layers in memory or reads them: soli.experts.store.ExpertStore."""
+
+    capacity: int
+    stats: StoreStats
+    prefetcher: Prefetcher
+    recorded_states_E: NDArray[np.uint8] | None
+
+    @property
+    def holds_all(self) -> bool: ...
+    def use(self, layer: int, expert_ids_TK: Tensor) -> None: ...
+    def record(self, layer: int, expert_ids_TK: Tensor) -> None: ...
+    def prefetch(self, layer: int, guessed: Sequence[int]) -> None: ...
+    def wait(self, layer: int, experts: Sequence[int]) -> None: ...
+    def weights(self, layer: int, expert: int) -> tuple[QuantizedWeight, QuantizedWeight, QuantizedWeight]: ...
+    def windows(
+        self, layer: int, chosen: Sequence[int], wait: bool, states_E: NDArray[np.uint8] | None = None
+    ) -> Iterator[range]: ...
 
 
 class PagedExperts(QuantizedExperts):
@@ -31,7 +50,7 @@ class PagedExperts(QuantizedExperts):
     """
 
     @classmethod
-    def of(cls, store: "ExpertStore", layer: int, source: LayerSource) -> Self:
+    def of(cls, store: Store, layer: int, source: LayerSource) -> Self:
         """Layer number `layer` of a store."""
         E = len(source.experts)
         parts = (_Matrices(E, partial(_nth_weight, store, layer, nth)) for nth in range(3))
@@ -56,7 +75,7 @@ class PagedExperts(QuantizedExperts):
             object.__setattr__(experts, name, value)
         return experts
 
-    _store: "ExpertStore"
+    _store: Store
     _layer: int
     states: NDArray[np.uint8]
     expert_bytes_E: Tensor  # int64, that are read for each
@@ -113,7 +132,7 @@ class PagedExperts(QuantizedExperts):
 class LayerRecorder:
     """Where the experts of a layer are while modules compute it, one after another."""
 
-    def __init__(self, store: "ExpertStore", experts: PagedExperts, expert_ids_TK: Tensor) -> None:
+    def __init__(self, store: Store, experts: PagedExperts, expert_ids_TK: Tensor) -> None:
         self._store, self._expert_ids_TK = store, expert_ids_TK
         self._waited = store.stats.waited_seconds
         self._residency = PassResidency.empty(len(expert_ids_TK), experts.expert_bytes_E[None])
@@ -135,7 +154,7 @@ def chosen_experts(expert_ids_TK: Tensor) -> list[int]:
     return sorted(set(expert_ids_TK.flatten().tolist()))
 
 
-def _nth_weight(store: "ExpertStore", layer: int, nth: int, expert: int) -> QuantizedWeight:
+def _nth_weight(store: Store, layer: int, nth: int, expert: int) -> QuantizedWeight:
     return store.weights(layer, expert)[nth]
 
 

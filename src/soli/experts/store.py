@@ -14,7 +14,6 @@ One thread at a time may use a store. Shapes: E experts, T tokens, K chosen, D h
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from soli.experts.paged import FAILED, MISSING, PRESENT, READING, PagedExperts, chosen_experts
-from soli.experts.paging_stats import PagingStats
+from soli.experts.paging_stats import PagingStats, StoreStats
 from soli.experts.policy import DEFAULT, POLICIES, ExpertUsage, Key
 from soli.experts.prefetch import Prefetcher
 from soli.experts.reading import USUAL, Pending, Reader, Settings
@@ -33,18 +32,6 @@ from soli.formats.quantized import QuantizedWeight
 
 PRELOAD_SECONDS: Final = 2.0
 PRELOAD_AT_ONCE: Final = 32  # experts
-
-
-@dataclass
-class StoreStats:
-    """`hits` and `misses`: experts that a layer's tokens chose, each once per forward pass, and the bytes of all of
-    them. `waited_seconds`: that layers were held up by reading."""
-
-    hits: int = 0
-    misses: int = 0
-    bytes_used: int = 0
-    evictions: int = 0
-    waited_seconds: float = 0.0
 
 
 class ExpertStore:
