@@ -77,8 +77,10 @@ def _encoded(tensor: GgufTensor, kind: Any, checkpoint: Checkpoint) -> np.ndarra
 def _random(tensor: GgufTensor, kind: Any, rng: np.random.Generator) -> np.ndarray:
     """Norms one, quantised blocks of random codes under one scale, all else normal; weights of deviation 0.02."""
     if kind not in BLOCK:
-        values = np.ones(tensor.shape) if "norm" in tensor.name else rng.normal(0, 0.02, tensor.shape)
-        return values.astype(np.float32 if kind == Type.F32 else np.float16)
+        values = np.ones(tensor.shape, np.float32)
+        if "norm" not in tensor.name:
+            values = 0.02 * rng.standard_normal(tensor.shape, dtype=np.float32)
+        return gguf.quants.quantize(values, kind)
     blocks = np.empty((int(np.prod(tensor.shape)) // 32, 2 + BLOCK[kind]), np.uint8)
     blocks[:, :2] = np.frombuffer(np.float16(SCALE[kind]).tobytes(), np.uint8)
     blocks[:, 2:] = np.frombuffer(rng.bytes(blocks[:, 2:].size), np.uint8).reshape(len(blocks), -1)

@@ -9,6 +9,10 @@ what Python and its libraries take. llama.cpp (llama-cpp-python) maps the file, 
 without its repacked copies of weights, which the limit has no room for. Prompts and decoded tokens are random: the
 likeliest of random weights repeat, and so would their experts. `--limit none` sets no limit, for a model that is larger
 than the machine.
+
+    python benchmarks/paging_peer.py LAB bf16 bf16 --limit none --one-by-one
+
+--one-by-one takes the disk of one model: each contender's files are written before its rounds and removed after them.
 """
 
 from __future__ import annotations
@@ -16,8 +20,9 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +30,7 @@ from typing import Any
 import models
 import record
 
+from soli.checkpoint.writer import Target
 from soli.quantities import parse_bytes
 
 PROMPT = int(os.environ.get("PROMPT", "64"))
@@ -40,6 +46,7 @@ def main() -> None:
     options.add_argument("format")
     options.add_argument("quant", help="of the GGUF file; - leaves llama.cpp out")
     options.add_argument("--limit", nargs="+", required=True)
+    options.add_argument("--one-by-one", action="store_true", help="write, measure and remove one model at a time")
     options.add_argument("--output", help="name of the JSON in results/")
     arguments = options.parse_args()
     folder = arguments.lab / "models" / f"large-{arguments.format}-pack"
@@ -50,7 +57,10 @@ def main() -> None:
         contenders: dict[str, Callable[[], Any]] = {"soli": partial(alone, soli, folder, size)}
         if arguments.quant != "-":
             contenders["llama.cpp"] = partial(alone, llama_cpp, file, size)
-        rounds = record.interleaved_values(contenders, arguments.rounds)
+        if arguments.one_by_one:
+            rounds = one_by_one(contenders, {"soli": folder, "llama.cpp": file}, arguments)
+        else:
+            rounds = record.interleaved_values(contenders, arguments.rounds)
         for what, unit in (("decode", "tokens/s"), ("first token", "s")):
             peers = {name: [one[what] for one in values] for name, values in rounds.items() if name != "soli"}
             name = f"{what}, {limit} of memory"
@@ -58,9 +68,37 @@ def main() -> None:
             print(record.summary(rows[-1]), flush=True)
     if arguments.output:
         note = "Wall time of all processors; both under the same memory limit, with an empty page cache at the start."
+        if arguments.one_by_one:
+            note += " The disk holds one of the models: contenders are measured one after the other."
         size_of_run = {"soli": arguments.format, "llama.cpp": arguments.quant, "prompt": PROMPT, "new": NEW_TOKENS}
         hardware = record.hardware(THREADS)
         record.write(arguments.output, {"hardware": hardware, "note": note, "size": size_of_run, "rows": rows})
+
+
+def one_by_one(
+    contenders: Mapping[str, Callable[[], Any]], paths: Mapping[str, Path], arguments: Any
+) -> dict[str, list[Any]]:
+    """The rounds of each contender, whose model is on the disk only meanwhile."""
+    rounds: dict[str, list[Any]] = {}
+    for name, contender in contenders.items():
+        path = paths[name]
+        record.progress(f"{name}: writing {path}")
+        write_model(path, arguments)
+        try:
+            rounds |= record.interleaved_values({name: contender}, arguments.rounds)
+        finally:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return rounds
+
+
+def write_model(path: Path, arguments: Any) -> None:
+    """Random weights of the large shape, as a pack or as a GGUF file."""
+    if path.suffix == ".gguf":
+        import gguf_file
+
+        gguf_file.write_gguf(path, models.config("large"), None, arguments.quant)
+    else:
+        models.write_random(path, models.config("large"), Target(arguments.format), pack=True)
 
 
 def alone(build: Callable[..., Callable[[], dict[str, float]]], path: Path, limit: int) -> dict[str, float]:

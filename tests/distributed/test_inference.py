@@ -11,10 +11,15 @@ import torch
 from soli.checkpoint import open_checkpoint, save_model
 from soli.config import ModelConfig
 from soli.data.tokenizer import Tokenizer
+from soli.engine.engine import Engine
+from soli.engine.offline import answer_all
 from soli.engine.request import Answer, EngineLimits, Request
 from soli.engine.sampler import SamplingParams
+from soli.engine.text_model import text_model
 from soli.errors import SoliError
 from soli.formats.quantized import CODECS
+from soli.model.transformer import Transformer
+from soli.parallel.calls import Leader
 from soli.parallel.inference import PartSettings, load_part
 from soli.parallel.model_part import ModelPart
 from soli.parallel.ranks import Ranks
@@ -23,6 +28,7 @@ from tests.distributed.shared_models import (
     CPU,
     LIMITS,
     Case,
+    each,
     limited,
     load_limited,
     logits_of_one_process,
@@ -102,6 +108,26 @@ def test_four_ranks_answer_as_one_process_with_every_feature(tmp_path, folder):
     for mine, other in zip(shared[0], of_one_process(cases[0]), strict=True):
         for ours, theirs in zip(mine.routing, other.routing, strict=True):
             assert torch.equal(ours.expert_ids_TK, theirs.expert_ids_TK)
+
+
+def changed(model: Transformer, case: Case, leader: Leader) -> list[str]:
+    """The errors of what one rank cannot do alone."""
+    shared = replace(text_model(model, Tokenizer.from_folder(Path(case.tokenizer))), leader=leader)
+    engine = Engine(shared, case.limits)
+    model.layers[0].mlp.register_forward_hook(lambda *values: None)
+    errors = []
+    for compute in (lambda: [*answer_all(engine, case.requests)], lambda: Engine(shared, case.limits, runner="fused")):
+        with pytest.raises(SoliError) as caught:
+            compute()
+        errors.append(str(caught.value))
+    return errors
+
+
+def test_a_model_that_is_changed_on_one_rank_is_refused(tmp_path, folder):
+    case = Case(folder_of("v3", folder), str(folder), requests(2))
+    [[hooked, fused]], _ = run_ranks(each, 2, tmp_path, [case], changed)
+    assert hooked == "the model was changed on one of the 2 ranks that share it: load it again"
+    assert fused.startswith("the fused runner cannot be had: 2 ranks share it")
 
 
 @pytest.mark.slow

@@ -33,10 +33,10 @@ def folder(tmp_path_factory) -> str:
     return tiny_folder(tmp_path_factory.mktemp("tiny"))
 
 
-def soli(*arguments: str) -> subprocess.CompletedProcess:
+def soli(*arguments: str, text: str | None = None) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=2 * WITHIN
+        [sys.executable, *arguments], env=environment, input=text, capture_output=True, text=True, timeout=2 * WITHIN
     )
 
 
@@ -87,9 +87,9 @@ def is_alive(process: int) -> bool:
 
 
 def test_generate_prints_what_one_process_prints(folder):
-    command = ["generate", folder, TEXT, "--max-new-tokens", str(TOKENS)]
-    alone = soli("-m", "soli", *command)
-    shared = soli("-m", "soli", *command, "--processes", "2", "--speculate")
+    command = ["-m", "soli", "generate", folder, "-", "--max-new-tokens", str(TOKENS)]
+    alone = soli(*command, text=TEXT)
+    shared = soli(*command, "--processes", "2", "--speculate", text=TEXT)
     assert shared.returncode == 0, shared.stderr
     assert shared.stdout == alone.stdout
     assert shared.stderr.count("soli: ") == 1
@@ -193,6 +193,25 @@ def test_an_error_of_all_ranks_is_printed_once(folder, arguments, words):
 
 
 @pytest.mark.slow
+def test_translate_and_eval_print_what_one_process_prints(tmp_path):
+    texts = tmp_path / "texts"
+    texts.write_text("The house stands by the river.\n今天天气很好。\n", encoding="utf-8")
+    for command, text in (
+        (["translate", "-", "--speculate"], "Good morning.\n你好。\n"),
+        (["eval", "nano", "--text", str(texts), "--json"], ""),
+    ):
+        alone = soli("-m", "soli", *command, text=text)
+        shared = soli("-m", "soli", *command, "--processes", "2", text=text)
+        assert shared.returncode == 0, shared.stderr
+        if command[0] == "translate":
+            assert shared.stdout == alone.stdout and len(alone.stdout.splitlines()) == 2
+        else:
+            ours, theirs = (json.loads(output.stdout)["on_text"] for output in (shared, alone))
+            assert ours["bits_per_byte"] == pytest.approx(theirs["bits_per_byte"], rel=1e-4)
+            assert ours["mtp_acceptance"] == theirs["mtp_acceptance"]
+
+
+@pytest.mark.slow
 def test_sizes_are_refused_before_a_process_is_started(folder):
     failed = soli("-m", "soli", "generate", folder, TEXT, "--processes", "3")
     assert failed.returncode == 1
@@ -209,10 +228,12 @@ def test_python_under_torchrun(folder, tmp_path):
         "import sys, soli\n"
         "llm = soli.LLM(sys.argv[1])\n"
         f"print(llm.generate({TEXT!r}, max_new_tokens={TOKENS})[0].text)\n"
+        "try:\n    soli.LLM(sys.argv[1])\nexcept soli.SoliError as error:\n    print(error, file=sys.stderr)\n"
     )
     alone = soli("-m", "soli", "generate", folder, TEXT, "--max-new-tokens", str(TOKENS))
     shared = soli(*TORCHRUN[:-2], str(script), folder)
     assert (shared.returncode, shared.stdout) == (0, alone.stdout), shared.stderr
+    assert shared.stderr.count("this process shares a model with other ranks already") == 1
 
 
 @pytest.mark.slow

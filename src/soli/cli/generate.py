@@ -96,9 +96,7 @@ def generate(
 ) -> None:
     """Continue a prompt. Only the continuation goes to standard output."""
     join_first_rank(model, device, dtype, speculate, memory, threads)
-    text = "\n".join(stdin_lines() if prompt == "-" else argument_lines(prompt, "the prompt"))
-    if not text.strip():
-        raise SoliError("the prompt is empty: give some text to continue")
+    text = "" if prompt == "-" else _prompt_text(prompt)
     from soli.cli._shared import expert_tables
     from soli.engine.engine import Engine
     from soli.engine.offline import limits_for, stream
@@ -120,6 +118,7 @@ def generate(
     constraint = _constraint_spec(json_schema, regex)
     if started_ranks(ctx, model, processes):
         return
+    text = text or _prompt_text(prompt)  # standard input is the first rank's
     options.use_threads(threads)
     options.forget_usage(model, forget)
     text_model = load_text_model(model, device, dtype, speculate, memory)
@@ -158,6 +157,14 @@ def generate(
         print("", *_logprob_lines(entries), sep="\n")
     if trace is not None:
         expert_tables.show(trace, experts_detail)
+
+
+def _prompt_text(prompt: str) -> str:
+    """An argument as text, or standard input."""
+    text = "\n".join(stdin_lines() if prompt == "-" else argument_lines(prompt, "the prompt"))
+    if not text.strip():
+        raise SoliError("the prompt is empty: give some text to continue")
+    return text
 
 
 def _logit_biases(entries: Sequence[str]) -> dict[int, float]:
