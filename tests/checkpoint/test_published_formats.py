@@ -19,6 +19,7 @@ from soli.experts.sources import sources_of
 from soli.formats.quantized import CODECS, FP8, INT4, INT8
 from soli.kernels.cpu import native
 from soli.model import Transformer
+from soli.plan.sizes import sizes_as_published, sizes_of
 from tests.checkpoint import published
 from tests.checkpoint.folders import all_tensors, edit_json, edit_tensors, full_model
 from tests.checkpoint.kimi import make_kimi_k25
@@ -173,6 +174,13 @@ def test_a_pack_of_formats_of_which_one_is_rewritten_is_rejected(tmp_path: Path)
         convert_checkpoint(tmp_path / "m", tmp_path / "pack", None, pack=True)
     convert_checkpoint(tmp_path / "m", tmp_path / "pack", Target("int8"), pack=True)
     assert len(sources_of(open_checkpoint(tmp_path / "pack")).layers) == 2
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_sizes_are_planned_from_the_configuration_as_they_are_stored(format: str, tmp_path: Path) -> None:
+    quantized_folder(tmp_path / "m", format)
+    checkpoint = open_checkpoint(tmp_path / "m")
+    assert sizes_of(checkpoint).parts == sizes_as_published(checkpoint.config).parts
 
 
 def test_names_and_patterns_that_are_not_quantized_hold_plain_weights(tmp_path: Path) -> None:

@@ -169,6 +169,27 @@ def test_scales_that_are_not_positive_name_their_tensor(tmp_path) -> None:
     store.close()
 
 
+@pytest.mark.parametrize(
+    ("format", "suffix", "value", "words"),
+    [
+        ("pack-quantized", "scale", float("nan"), "a scale is not a finite number"),
+        ("pack-quantized", "shape", 7, r"weight_shape is \(7, 7\), but config.json asks for \(32, 64\)"),
+        ("modelopt NVFP4", "scale_2", float("inf"), "a scale is not a finite number"),
+        ("float-quantized per channel, bf16 scales", "scale", 0, "not a finite positive number"),
+        ("fp8 per tensor", "scale", -1, "not a finite positive number"),
+    ],
+)
+def test_damaged_scales_of_other_programs_name_their_tensor(tmp_path, format, suffix, value, words) -> None:
+    file = copy_of(format, tmp_path / "copy")
+    name = "model.layers.1.mlp.experts.5.up_proj.weight"
+    edit_tensors(file, lambda tensors: tensors[f"{name}_{suffix}"].fill_(value))
+    store = ExpertStore(sources_of(open_checkpoint(tmp_path / "copy")), E, poison=True)
+    with pytest.raises(SoliError, match=rf"{file}: tensor {name}_scale: .*{words}"):
+        store.weights(0, 5)
+    assert store.weights(0, 4)[1].dequantize().isfinite().all()
+    store.close()
+
+
 def test_experts_in_float16_are_rejected_with_the_command_that_helps(tmp_path) -> None:
     file = copy_of("bf16", tmp_path / "copy")
     edit_tensors(file, lambda tensors: tensors.update({name: tensor.half() for name, tensor in tensors.items()

@@ -28,7 +28,7 @@ from soli.checkpoint.reader import Checkpoint
 from soli.config import ModelConfig
 from soli.errors import SoliError
 from soli.experts.sources import ALIGNMENT, aligned, sources_of
-from soli.formats.quantized import CODECS, FP4, INT8, IntegerCodec
+from soli.formats.quantized import CODECS, FP4, FP8_ROW, INT8, IntegerCodec
 from soli.kernels.cpu import native
 
 FORMATS: Final = ("fp8", "bf16", "int8", "int4")  # that a table compares
@@ -38,7 +38,8 @@ PARTS: Final = (ROUTED, SHARED, ATTENTION, DENSE, EMBEDDING, HEAD, ROUTER, NORMS
 FORMATS_OF_KERNELS: Final = {format: format for format in native.FORMATS} | {
     "int4_bf16": "int4", "fp8_row": "fp8", "fp4": "int4", "nvfp4": "int4", "mxfp4": "int4"
 }  # fmt: skip
-GROUPS_OF_FP4: Final = {"nvfp4": 16, "mxfp4": 32}
+# Of other programs, by the name that config.json leads to: codec and group of linear weights.
+ONLY_READ: Final = {"nvfp4": (FP4.name, 16), "mxfp4": (FP4.name, 32), FP8_ROW.name: (FP8_ROW.name, 0)}
 _HIGH_DTYPE: Final = {"fp32": 4}  # bytes of what is not quantized; elsewhere 2
 
 
@@ -112,7 +113,7 @@ def published_formats(config: ModelConfig) -> dict[str, str]:
     names = {part: [module, f"language_model.{module}"] for part, module in modules.items()}
     formats_of = {part: quantization.format_of(names[part]) or high for part in names}
     return dict.fromkeys((*PARTS, JOINT), high) | {
-        part: format if format in GROUPS_OF_FP4 else FORMATS_OF_KERNELS[format] for part, format in formats_of.items()
+        part: format if format in ONLY_READ else FORMATS_OF_KERNELS[format] for part, format in formats_of.items()
     }
 
 
@@ -221,8 +222,8 @@ def _with_tied_head(config: ModelConfig, parts: tuple[PartSize, ...]) -> tuple[P
 
 def _codec(group: Weights, format: str) -> tuple[str, int] | None:
     """(format, group of inputs) of tensors that are quantized; None for others. As checkpoint.writer.Target."""
-    if format in GROUPS_OF_FP4:
-        return (FP4.name, GROUPS_OF_FP4[format]) if group.storage == "linear" else None
+    if format in ONLY_READ:
+        return ONLY_READ[format] if group.storage == "linear" else None
     codec = CODECS[format]
     if isinstance(codec, IntegerCodec) and (group.storage == "linear" or group.component == HEAD):
         codec = INT8 if group.component == HEAD else codec
