@@ -1,7 +1,7 @@
 """Ranks with some layers each compute what one process computes with the same micro-batches.
 
 Bit-identical where the sums are the same: every stage adds the gradients of micro-batches in their order, and the clip
-norm is taken of the same numbers. With MTP modules or a tied head the embedding's gradient is a sum over two ranks, of
+norm is taken of the same numbers; stages of several ranks against one mesh that computes all layers. With MTP modules or a tied head the embedding's gradient is a sum over two ranks, of
 which each first adds up its micro-batches: then, and where a schedule computes weight gradients in another order, the
 run is as far from one process as that one is from itself with other micro-batches (tests/distributed/
 test_equal_numbers.py).
@@ -23,6 +23,7 @@ from soli.errors import SoliError
 from soli.parallel.ranks import joined
 from soli.parallel.stages import SCHEDULES, divide_layers, find_schedule, layer_costs
 from soli.train.checkpoints import CheckpointSaver, export_run, load_run, run_state
+from soli.train.settings import as_recipe, read_settings
 from soli.train.setup import prepare
 from soli.train.trainer import take_step, train
 from tests.distributed.ranks import run_ranks
@@ -81,9 +82,16 @@ def alone(recipe: dict, micro: int | None = None) -> dict:
 
 
 def check(
-    folder: Path, data: Path, world: int, recipes: dict[str, dict], exact: set[str], steps: int = STEPS
+    folder: Path,
+    data: Path,
+    world: int,
+    recipes: dict[str, dict],
+    exact: set[str],
+    steps: int = STEPS,
+    other_sizes: tuple[int, ...] = (BATCH, BATCH // 2),
 ) -> None:
-    """Each recipe on `world` ranks against one process, bit by bit those that are `exact`."""
+    """Each recipe on `world` ranks against one process, bit by bit those that are `exact`; the others as close as the
+    farther of one process's runs with other micro-batches."""
     by_rank = run_ranks(train_each, world, folder / "ranks", data, folder / "many", steps, list(recipes.values()))
     for number, (name, recipe) in enumerate(recipes.items()):
         many = whole([runs[number] for runs in by_rank])
@@ -94,8 +102,9 @@ def check(
             assert (many.losses, many.norms) == (one.losses, one.norms), name
             assert all(torch.equal(a, b) for a, b in zip(many.counts, one.counts, strict=True))
         else:
-            other = train_steps(data, folder / f"other {name}", steps, alone(recipe, BATCH))
-            assert_as_close_as_other_micro_batches(many, one, other)
+            alternatives = {f"{micro} {name}": alone(recipe, micro) for micro in other_sizes}
+            others = [train_steps(data, folder / folder_name, steps, r) for folder_name, r in alternatives.items()]
+            assert_as_close_as_other_micro_batches(many, one, max(others, key=one.distance))
 
 
 def test_two_stages(tmp_path, data):
@@ -104,7 +113,7 @@ def test_two_stages(tmp_path, data):
         "no MTP": sections(2, model=NO_MTP, balance={"alpha": 0.01}),
         "MTP, Muon, recomputed": sections(2, optimizer={"name": "muon"}, run={"activation_checkpointing": True}),
     }
-    check(tmp_path, data, 2, recipes, {"no MTP"}, FEW_STEPS)
+    check(tmp_path, data, 2, recipes, {"no MTP"}, FEW_STEPS, (BATCH,))
 
 
 SCHEDULE_RECIPES = {  # for two ranks
@@ -119,6 +128,8 @@ SCHEDULE_RECIPES = {  # for two ranks
         "MTP late": {"losses": {"mtp_from_tokens": 128 * 5}},
     }.items()
 }
+RAMP = {"batch_sequences_start": 4, "batch_ramp_tokens": 16 * 22}  # batches of 4 to 8 sequences
+SCHEDULE_RECIPES["1F1B, batch ramp"] = "1F1B", {"schedule": RAMP}
 
 
 @pytest.mark.slow
@@ -135,17 +146,41 @@ FOUR_RANKS = {
     "4 stages": sections(4, model=NO_MTP),
     "4 stages, MTP": sections(4, **MUON),
     "2 x data": sections(2, micro=1, parallel={"data": 2}),
-    "2 x data, gathered once": sections(2, micro=1, parallel={"data": 2, "keep_gathered": True}, **MUON),
-    "2 x expert": sections(2, micro=1, parallel={"expert": 2}, run={"activation_checkpointing": True}),
-    "2 x replicate": sections(2, micro=1, parallel={"replicate": 2}),
-    "interleaved x data": sections(2, "Interleaved1F1B", 1, parallel={"data": 2}),
-    "interleaved x expert": sections(2, "Interleaved1F1B", 1, parallel={"expert": 2}, **MUON),
+    "2 x expert, Muon, recomputed": sections(
+        2, micro=1, parallel={"expert": 2}, run={"activation_checkpointing": True}, **MUON
+    ),
+    "interleaved x data, Muon": sections(2, "Interleaved1F1B", 1, parallel={"data": 2}, **MUON),
 }
 
 
-@pytest.mark.slow
+@SLOW
 def test_four_ranks(tmp_path, data):
     check(tmp_path, data, 4, FOUR_RANKS, {"4 stages"})
+
+
+UNCLIPPED = {"clip": 1e9}  # of shards the norm is added up in another order
+MESHES = {
+    f"{schedule} x {axis}": sections(
+        2, schedule, 1, model=NO_MTP, optimizer=UNCLIPPED, parallel={axis: 2, "keep_gathered": True}
+    )
+    for schedule in ("1F1B", "Interleaved1F1B")
+    for axis in ("data", "expert", "replicate")
+}
+
+
+@SLOW
+def test_a_pipeline_of_meshes_has_the_bits_of_one_mesh(tmp_path, data):
+    """Of two ranks that gather parameters and add gradients once a step, as stages do."""
+    stages = list(MESHES.values())
+    meshes = [{**recipe, "parallel": {**recipe["parallel"], "pipeline": 1}} for recipe in stages]
+    many = run_ranks(train_each, 4, tmp_path / "ranks", data, tmp_path / "many", FEW_STEPS, stages)
+    few = run_ranks(train_each, 2, tmp_path / "ranks of one", data, tmp_path / "few", FEW_STEPS, meshes)
+    for number, name in enumerate(MESHES):
+        one = few[0][number]
+        assert whole([runs[number] for runs in many]).differing(one) == [], name
+        assert many[0][number].losses == one.losses
+        assert many[0][number].norms == pytest.approx(one.norms, rel=1e-6)
+        assert all(torch.equal(a, b) for a, b in zip(many[0][number].counts, one.counts, strict=True))
 
 
 def resume_each(data: Path, folder: Path, recipes: list[dict]) -> list[tuple[dict, dict]]:
@@ -201,8 +236,13 @@ def test_any_mesh_reads_what_a_pipeline_wrote(tmp_path, data, world, meshes):
     assert [name for name in expected if not torch.equal(expected[name], exported[name])] == []
 
 
+PHASE = {"sequence_length": 32, "batch_sequences": 4, "steps": 2, "learning_rate": 1e-3}
+
+
 def train_run(data: Path, folder: Path, recipe: dict) -> None:
-    run = prepare(settings(**recipe), {}, data, folder)
+    """To the end of pretraining and of an extension phase, whose sequences are longer."""
+    phases = {"extension": [PHASE]}
+    run = prepare(read_settings(as_recipe(settings(**recipe), {}) | phases), {}, data, folder)
     with joined(run.ranks):
         train(run)
 
@@ -216,7 +256,7 @@ def lines(folder: Path) -> list[dict]:
 
 def test_metrics_evaluations_and_samples_are_those_of_one_process(tmp_path, data):
     """Losses, loads of every layer, held-out loss, bits per byte and translations, all written by the first rank."""
-    recipe = sections(2, model=NO_MTP)
+    recipe = sections(2, model=NO_MTP, schedule={"constant_tokens": 128 * 6})
     run_ranks(train_run, 2, tmp_path / "ranks", data, tmp_path / "many", recipe)
     train_run(data, tmp_path / "one", alone(recipe))
     many, one = lines(tmp_path / "many"), lines(tmp_path / "one")
@@ -281,10 +321,10 @@ def test_a_killed_stage_ends_the_others_and_the_run_resumes(tmp_path, data):
         ),
         (
             {"run": {"micro_sequences": 8}},
-            r"schedule\.batch_sequences gives each pipeline 8 sequences, 1 micro-batches of 8, but schedule 1F1B on 2 "
+            r"schedule\.batch_sequences gives each pipeline 8 sequences, 1 micro-batch of 8, but schedule 1F1B on 2 "
             r"ranks needs at least 2 micro-batches; change run\.micro_sequences",
         ),
-        ({"run": {"micro_sequences": 3}}, r"2 micro-batches of 3 and 2 more, but all must be of equal size"),
+        ({"run": {"micro_sequences": 3}}, r"2 micro-batches of 3 and one of 2, but all must be of equal size"),
         (
             {"parallel": {"pipeline": 2, "schedule": "dualpipev"}, "model": {"num_hidden_layers": 4}},
             r"schedule DualPipeV on 2 ranks needs at least 4 micro-batches",
@@ -293,7 +333,7 @@ def test_a_killed_stage_ends_the_others_and_the_run_resumes(tmp_path, data):
             {"parallel": {"pipeline": 2, "data": 2, "schedule": "DualPipeV"}},
             r"parallel\.schedule is 'DualPipeV'; .* choose 1F1B or Interleaved1F1B",
         ),
-        ({"parallel": {"pipeline": 2, "data": 4}}, r"gives each pipeline 2 sequences, 0 micro-batches of 4 and 2 more"),
+        ({"parallel": {"pipeline": 2, "data": 4}}, r"each pipeline 2 sequences, 0 micro-batches of 4 and one of 2"),
         (
             {
                 "parallel": {"pipeline": 2, "data": 2},
