@@ -1,10 +1,9 @@
 """Ranks with some layers each compute what one process computes with the same micro-batches.
 
 Bit-identical where the sums are the same: every stage adds the gradients of micro-batches in their order, and the clip
-norm is taken of the same numbers; stages of several ranks against one mesh that computes all layers. With MTP modules or a tied head the embedding's gradient is a sum over two ranks, of
-which each first adds up its micro-batches: then, and where a schedule computes weight gradients in another order, the
-run is as far from one process as that one is from itself with other micro-batches (tests/distributed/
-test_equal_numbers.py).
+norm is taken of the same numbers. Stages of several ranks have the bits of one mesh that computes all layers. With MTP
+modules or a tied head the embedding's gradient is a sum over two ranks, of which each first adds up its micro-batches:
+then the run is as far from one process as that one is from itself with other micro-batches (test_equal_numbers.py).
 """
 
 import json
@@ -52,7 +51,7 @@ def data(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("toy") / "data")
 
 
-def sections(pipeline: int = 1, schedule: str = "1F1B", micro: int = MICRO, **changes: dict) -> dict:
+def sections(pipeline: int, schedule: str = "1F1B", /, micro: int = MICRO, **changes: dict) -> dict:
     """Changes of the toy's recipe; enough layers for two stages on each of two ranks."""
     model = {"num_hidden_layers": 4 if SCHEDULES[schedule].stages_per_rank == 2 or pipeline == 4 else 2}
     parallel = {"pipeline": pipeline, "schedule": schedule}
