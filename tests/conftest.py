@@ -1,4 +1,8 @@
-"""What all tests share: no deadlines on property tests, and GPU tests only where there is a GPU."""
+"""What all tests share: no deadlines on property tests, GPU tests only where there is a GPU, a cache folder of their
+own."""
+
+import os
+import shutil
 
 import pytest
 from hypothesis import settings
@@ -16,6 +20,26 @@ def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in gpu_tests:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Nothing that tests remember, such as which experts were used, is in the user's cache folder; what is there of
+    this machine, its compiled kernels and measured rates, is taken along."""
+    from soli.kernels.cpu import build, native
+
+    cache, own = build.cache_folder(), tmp_path_factory.mktemp("cache")
+    library = native.library_or_reason()
+    if isinstance(library, native.Library) and library.path.is_relative_to(cache):
+        shutil.copytree(library.path.parent, own / "kernels" / library.path.parent.name)
+    if (cache / "machine.json").is_file():
+        shutil.copy(cache / "machine.json", own)
+    before = os.environ.get("SOLI_CACHE")
+    os.environ["SOLI_CACHE"] = str(own)
+    yield
+    del os.environ["SOLI_CACHE"]
+    if before is not None:
+        os.environ["SOLI_CACHE"] = before
 
 
 @pytest.fixture(autouse=True)

@@ -48,16 +48,17 @@ def memory_bytes() -> int:
     return min([installed, *(limit for limit, _ in _cgroup_limits())])
 
 
-def available_memory() -> int:
+def available_memory(processes: int = 1) -> int:
     """Bytes that this process can still take: what the system has available and what cgroups and `ulimit -v` leave of
-    their limits. Page cache counts as available, for it is dropped when memory is needed."""
-    left = [limit - used for limit, used in _cgroup_limits()]
+    their limits. Page cache counts as available, for it is dropped when memory is needed. Of so many `processes`, all
+    of which take as much: each."""
+    left = [(limit - used) // processes for limit, used in _cgroup_limits()]
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY:
         pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[0]
         left.append(limit - int(pages) * os.sysconf("SC_PAGE_SIZE"))
     system = _fields(MEMORY_INFO).get("MemAvailable:")
-    left.append(memory_bytes() if system is None else system * 1024)
+    left.append((memory_bytes() if system is None else system * 1024) // processes)
     return max(0, min(left))
 
 

@@ -225,8 +225,8 @@ FULL_SIZE = {
     "mistral-small-4": {"model_type": "mistral3", "text_config": PRESETS["mistral-small-4"]},
     "mistral-large-3": {k: v for k, v in PRESETS["mistral-large-3"].items() if k != "quantization_config"},
     "youtu-llm-2b": PRESETS["youtu-llm-2b"],
-    "sarvam-105b": ModelConfig.from_dict({"model_type": "sarvam_mla", "vocab_size": 262144}).to_dict(),
-    "a.x-k1": ModelConfig.from_dict({"model_type": "axk1"}).to_dict(),
+    "sarvam-105b": PRESETS["sarvam-105b"],
+    "ax-k1": PRESETS["ax-k1"],
 }
 QUICK = ("glm-4.7-flash", "youtu-llm-2b")
 

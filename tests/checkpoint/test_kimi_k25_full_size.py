@@ -14,7 +14,6 @@ from soli.checkpoint.reader import Checkpoint
 from soli.checkpoint.shard import encode_header
 from soli.cli import main
 from soli.config import ModelConfig
-from soli.errors import SoliError
 from soli.experts.sources import sources_of
 from soli.plan.sizes import sizes_as_published, sizes_of
 from soli.presets import KIMI_K2
@@ -89,8 +88,9 @@ def test_it_is_opened(checkpoint: Checkpoint) -> None:
     assert formats == {"int4_bf16"} and sum(is_routed(slot.name) for slot in checkpoint.slots) == 3 * EXPERTS
     allocated, mapped = memory.Storage(torch.bfloat16, torch.device("cpu"), True, True).bytes_of(checkpoint)
     assert allocated + mapped == pytest.approx(595e9, rel=0.01)
-    with pytest.raises(SoliError, match=r"is packed int4; experts are read.*soli convert SRC DST --to as-is --pack"):
-        sources_of(checkpoint)
+    sources = sources_of(checkpoint)
+    assert sources.count == EXPERTS
+    assert sources.slot_bytes == pytest.approx(3 * 2048 * 7168 * 4.5 / 8, rel=0.002)
 
 
 def test_it_is_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

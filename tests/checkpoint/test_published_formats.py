@@ -16,8 +16,10 @@ from soli.checkpoint.writer import Target
 from soli.cli import main
 from soli.errors import SoliError
 from soli.experts.sources import sources_of
-from soli.formats.quantized import FP8, INT4, INT8
+from soli.formats.quantized import CODECS, FP8, INT4, INT8
+from soli.kernels.cpu import native
 from soli.model import Transformer
+from soli.plan.sizes import sizes_as_published, sizes_of
 from tests.checkpoint import published
 from tests.checkpoint.folders import all_tensors, edit_json, edit_tensors, full_model
 from tests.checkpoint.kimi import make_kimi_k25
@@ -65,7 +67,6 @@ def test_every_weight_is_what_its_format_defines(format: str, tmp_path: Path) ->
             assert torch.equal(checkpoint.values(slot, torch.float32).double(), reference[name])
 
 
-@pytest.mark.filterwarnings("ignore:.*the C.. kernels do not read")
 @pytest.mark.parametrize("format", FORMATS)
 def test_loaded_models_compute_alike_dequantized_and_as_stored(format: str, tmp_path: Path) -> None:
     reference = quantized_folder(tmp_path / "m", format)
@@ -146,12 +147,40 @@ def test_fp8_is_packed_in_blocks_without_loss(format: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("format", ["float-quantized per channel", "modelopt NVFP4", "mxfp4"])
-def test_a_pack_of_what_is_not_read_from_disk_is_rejected(format: str, tmp_path: Path) -> None:
-    quantized_folder(tmp_path / "m", format)
+def test_a_pack_keeps_what_memory_has_as_the_files_do(format: str, tmp_path: Path) -> None:
+    reference = quantized_folder(tmp_path / "m", format)
+    if format == "modelopt NVFP4":  # announced in a file that a pack is without
+        edit_json(tmp_path / "m" / "config.json", lambda config: config.pop("quantization_config"))
+        text = json.dumps({"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}})
+        (tmp_path / "m" / "hf_quant_config.json").write_text(text)
+    for folder, target in (("pack", None), ("int8", Target("int8"))):
+        convert_checkpoint(tmp_path / "m", tmp_path / folder, target, pack=True)
+        checkpoint = open_checkpoint(tmp_path / folder)
+        layers = sources_of(checkpoint).layers
+        assert len(layers) == 2 and all(len(expert.reads) == 1 for expert in layers[0].experts)
+        for slot in checkpoint.slots if target is None else ():
+            if slot.name in reference:
+                values = checkpoint.values(slot, torch.float32).double()
+                torch.testing.assert_close(values, reference[slot.name], rtol=2e-7, atol=0)
+
+
+def test_a_pack_of_formats_of_which_one_is_rewritten_is_rejected(tmp_path: Path) -> None:
+    quantized_folder(tmp_path / "m", "fp8 per tensor", lambda name: is_linear(name) and "o_proj" not in name)
+    edit_tensors(
+        tmp_path / "m" / "model.safetensors",
+        lambda tensors: published.quantize_tensors(tensors, published.fp8_rows, lambda name: "o_proj" in name),
+    )
     with pytest.raises(SoliError, match="give --to bf16, fp8, int8 or int4"):
         convert_checkpoint(tmp_path / "m", tmp_path / "pack", None, pack=True)
     convert_checkpoint(tmp_path / "m", tmp_path / "pack", Target("int8"), pack=True)
     assert len(sources_of(open_checkpoint(tmp_path / "pack")).layers) == 2
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_sizes_are_planned_from_the_configuration_as_they_are_stored(format: str, tmp_path: Path) -> None:
+    quantized_folder(tmp_path / "m", format)
+    checkpoint = open_checkpoint(tmp_path / "m")
+    assert sizes_of(checkpoint).parts == sizes_as_published(checkpoint.config).parts
 
 
 def test_names_and_patterns_that_are_not_quantized_hold_plain_weights(tmp_path: Path) -> None:
@@ -214,7 +243,6 @@ def test_modelopts_own_file_says_how_weights_are_quantized(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("format", ["pack-quantized", "modelopt NVFP4", "float-quantized per channel"])
-@pytest.mark.filterwarnings("ignore:.*the C.. kernels do not read")
 def test_a_quantized_head_is_read(format: str, tmp_path: Path) -> None:
     config = {**FORMATS[format][1], "ignore": []}
     reference = quantized_folder(
@@ -311,11 +339,8 @@ def test_damaged_weights_are_named(damage: str, tmp_path: Path) -> None:
         load_model(tmp_path / "m")
 
 
-def test_what_the_kernels_do_not_read_is_said_in_one_line(tmp_path: Path) -> None:
-    quantized_folder(tmp_path / "m", "modelopt NVFP4")
-    with pytest.warns(UserWarning, match=r"NVFP4 weights stay as stored, .* the C\+\+ kernels do not read") as caught:
-        load_model(tmp_path / "m", quantized=True)
-    assert len(caught) == 1
+def test_the_kernels_read_every_format() -> None:
+    assert CODECS.keys() == native.FORMATS.keys()
 
 
 def test_warnings_are_not_given_for_activations_scales(tmp_path: Path) -> None:

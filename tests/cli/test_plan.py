@@ -1,5 +1,6 @@
 """`soli plan`: predictions for a stated machine, JSON, bad input, the measured run beside the prediction."""
 
+import gc
 import json
 
 import pytest
@@ -178,6 +179,29 @@ def test_prediction_and_one_run_side_by_side(capsys, measured):
     assert main(["plan", "--check", "nano", "--memory", "14MB"]) == 0
     out = capsys.readouterr().out
     assert "measured" in out and "for the bytes that this run read" in out
+
+
+def test_routing_is_that_of_earlier_runs_where_it_is_known(capsys, measured):
+    arguments = ("nano", "--memory", "14MB")
+    unknown = run_json(capsys, *arguments, "--skew", "0.8")
+    even = run_json(capsys, *arguments, "--skew", "0")
+    assert unknown["routing_tokens"] is unknown["typical_decode_tokens_per_second"] is None
+    check = run_json(capsys, "--check", *arguments)
+    assert check["routing_tokens"] > 0 and check["typical_decode_tokens_per_second"] is None
+    assert check["decode"]["hit_rate"] > check["expert_share"] and check["check"]["disk_rate"] > 0
+    gc.collect()  # a model that nobody has any more is remembered
+    known = run_json(capsys, *arguments)
+    assert known["routing_tokens"] > 0 and known["decode"]["hit_rate"] > even["decode"]["hit_rate"]
+    assert main(["plan", *arguments]) == 0
+    assert "tokens of earlier runs" in capsys.readouterr().out
+
+
+def test_where_routing_is_not_known_there_is_a_typical_one(capsys):
+    report = run_json(capsys, "deepseek-v3", *STATED)
+    skewed = run_json(capsys, "deepseek-v3", *STATED, "--skew", "0.8")
+    assert report["routing_tokens"] is None and report["skew"] == 0
+    assert report["typical_decode_tokens_per_second"] == skewed["decode_tokens_per_second"]
+    assert report["typical_decode_tokens_per_second"] > 1.3 * report["decode_tokens_per_second"]
 
 
 def test_a_check_of_what_does_not_fit_is_the_prediction_alone(capsys, measured):

@@ -23,6 +23,12 @@ from soli.parallel.ranks import launched_ranks
 
 AS_STORED = PartSettings()
 CPU = torch.device("cpu")
+LARGE = {  # experts are nearly all of it
+    "hidden_size": 256,
+    "moe_intermediate_size": 256,
+    "n_routed_experts": 128,
+    "num_attention_heads": 4,
+}
 LIMITS = EngineLimits(cache_bytes=2**21, max_running=4, tokens_per_step=24, block_size=4)
 
 

@@ -26,6 +26,7 @@ from soli.parallel.ranks import Ranks
 from tests.distributed.ranks import run_ranks
 from tests.distributed.shared_models import (
     CPU,
+    LARGE,
     LIMITS,
     Case,
     each,
@@ -49,8 +50,9 @@ WORDS = [
 
 def folder_of(kind: str, folder: Path, format: str = "fp32", **changes: int) -> str:
     path = folder / f"{kind} {format} {changes}".replace("/", "-")
-    model = tiny_model(kind, vocab_size=330, max_position_embeddings=POSITIONS, **changes)
-    save_model(model, path, format=format)
+    if not path.exists():
+        model = tiny_model(kind, vocab_size=330, max_position_embeddings=POSITIONS, **changes)
+        save_model(model, path, format=format)
     return str(path)
 
 
@@ -249,14 +251,6 @@ def test_bfloat16_logits_are_as_close_to_float32_as_those_of_one_process(tmp_pat
     own = torch.cat([(one - other).flatten() for one, other in zip(alone, exact, strict=True)])
     error = torch.cat([(one - other).flatten() for one, other in zip(shared, exact, strict=True)])
     assert error.square().mean().sqrt() <= 1.5 * own.square().mean().sqrt()
-
-
-LARGE = {  # experts are nearly all of it
-    "hidden_size": 256,
-    "moe_intermediate_size": 256,
-    "n_routed_experts": 128,
-    "num_attention_heads": 4,
-}
 
 
 @pytest.mark.slow

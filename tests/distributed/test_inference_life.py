@@ -14,15 +14,16 @@ from typing import Any
 import pytest
 import torch
 
+from soli.checkpoint import save_model
 from soli.cli._shared.ranks import without_processes
 from soli.errors import SoliError
 from soli.parallel.calls import Leader, follow
 from soli.parallel.inference import PartSettings, join_group, load_part
 from soli.parallel.ranks import joined, launched_ranks
 from tests.distributed.ranks import free_port, start_ranks
-from tests.distributed.shared_models import CPU
+from tests.distributed.shared_models import CPU, LARGE
 from tests.distributed.test_kill import WITHIN, ranks_of, start
-from tests.engine.tiny import tiny_folder
+from tests.engine.tiny import tiny_folder, tiny_model, tiny_tokenizer
 
 TEXT, TOKENS = "hello world", 12
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "soli"]
@@ -234,6 +235,18 @@ def test_python_under_torchrun(folder, tmp_path):
     shared = soli(*TORCHRUN[:-2], str(script), folder)
     assert (shared.returncode, shared.stdout) == (0, alone.stdout), shared.stderr
     assert shared.stderr.count("this process shares a model with other ranks already") == 1
+
+
+@pytest.mark.slow
+def test_processes_generate_with_a_model_that_none_of_them_could_hold(tmp_path):
+    tiny_tokenizer().save(tmp_path)
+    model = tmp_path / "model"
+    save_model(tiny_model("v3", vocab_size=330, **LARGE), model, format="fp32", tokenizer_from=tmp_path)
+    memory = int(0.6 * (model / "model.safetensors").stat().st_size)
+    command = ["-m", "soli", "generate", str(model), TEXT, "--max-new-tokens", "8"]
+    shared = soli(*command, "--processes", "2", "--memory", str(memory))
+    assert (shared.returncode, shared.stdout) == (0, soli(*command).stdout), shared.stderr
+    assert "read from disk" not in shared.stderr
 
 
 @pytest.mark.slow

@@ -1,13 +1,14 @@
 """Ranks with some layers each compute what one process computes with the same micro-batches.
 
 Bit-identical where the sums are the same: every stage adds the gradients of micro-batches in their order, and the clip
-norm is taken of the same numbers. With MTP modules or a tied head the embedding's gradient is a sum over two ranks, of
-which each first adds up its micro-batches: then, and where a schedule computes weight gradients in another order, the
-run is as far from one process as that one is from itself with other micro-batches (tests/distributed/
-test_equal_numbers.py).
+norm is taken of the same numbers. Stages of several ranks have the bits of one mesh that computes all layers. With MTP
+modules or a tied head the embedding's gradient is a sum over two ranks, of which each first adds up its micro-batches:
+then the run is as far from one process as that one is from itself with other micro-batches (test_equal_numbers.py).
 """
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -21,15 +22,26 @@ from soli.errors import SoliError
 from soli.parallel.ranks import joined
 from soli.parallel.stages import SCHEDULES, divide_layers, find_schedule, layer_costs
 from soli.train.checkpoints import CheckpointSaver, export_run, load_run, run_state
+from soli.train.settings import as_recipe, read_settings
 from soli.train.setup import prepare
 from soli.train.trainer import take_step, train
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import Trained, saved_state, train_each, train_steps
 from tests.distributed.test_equal_numbers import BATCH, STEPS, assert_as_close_as_other_micro_batches
+from tests.distributed.test_kill import (
+    AS_ONE_PROCESS,
+    MANY,
+    WITHIN,
+    ranks_of,
+    recipe_file,
+    saved_step,
+    start,
+    wait_for_checkpoint,
+)
 from tests.train.toy import settings, write_data
 
 MICRO = 2  # sequences: four micro-batches of a batch
-EXACT_SCHEDULES = ("1F1B", "Interleaved1F1B")
+FEW_STEPS = 6
 SLOW = pytest.mark.slow
 NO_MTP = {"num_nextn_predict_layers": 0}
 
@@ -39,7 +51,7 @@ def data(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("toy") / "data")
 
 
-def sections(pipeline: int = 1, schedule: str = "1F1B", micro: int = MICRO, **changes: dict) -> dict:
+def sections(pipeline: int, schedule: str = "1F1B", /, micro: int = MICRO, **changes: dict) -> dict:
     """Changes of the toy's recipe; enough layers for two stages on each of two ranks."""
     model = {"num_hidden_layers": 4 if SCHEDULES[schedule].stages_per_rank == 2 or pipeline == 4 else 2}
     parallel = {"pipeline": pipeline, "schedule": schedule}
@@ -68,20 +80,30 @@ def alone(recipe: dict, micro: int | None = None) -> dict:
     return recipe | {"run": run, "parallel": {}}
 
 
-def check(folder: Path, data: Path, world: int, recipes: dict[str, dict], exact: set[str]) -> None:
-    """Each recipe on `world` ranks against one process, bit by bit those that are `exact`."""
-    by_rank = run_ranks(train_each, world, folder / "ranks", data, folder / "many", STEPS, list(recipes.values()))
+def check(
+    folder: Path,
+    data: Path,
+    world: int,
+    recipes: dict[str, dict],
+    exact: set[str],
+    steps: int = STEPS,
+    other_sizes: tuple[int, ...] = (BATCH, BATCH // 2),
+) -> None:
+    """Each recipe on `world` ranks against one process, bit by bit those that are `exact`; the others as close as the
+    farther of one process's runs with other micro-batches."""
+    by_rank = run_ranks(train_each, world, folder / "ranks", data, folder / "many", steps, list(recipes.values()))
     for number, (name, recipe) in enumerate(recipes.items()):
         many = whole([runs[number] for runs in by_rank])
-        one = train_steps(data, folder / f"one {name}", STEPS, alone(recipe))
+        one = train_steps(data, folder / f"one {name}", steps, alone(recipe))
         assert many.state.keys() == one.state.keys()
         if name in exact:
             assert many.differing(one) == [], name
             assert (many.losses, many.norms) == (one.losses, one.norms), name
             assert all(torch.equal(a, b) for a, b in zip(many.counts, one.counts, strict=True))
         else:
-            other = train_steps(data, folder / f"other {name}", STEPS, alone(recipe, BATCH))
-            assert_as_close_as_other_micro_batches(many, one, other)
+            alternatives = {f"{micro} {name}": alone(recipe, micro) for micro in other_sizes}
+            others = [train_steps(data, folder / folder_name, steps, r) for folder_name, r in alternatives.items()]
+            assert_as_close_as_other_micro_batches(many, one, max(others, key=one.distance))
 
 
 def test_two_stages(tmp_path, data):
@@ -90,7 +112,7 @@ def test_two_stages(tmp_path, data):
         "no MTP": sections(2, model=NO_MTP, balance={"alpha": 0.01}),
         "MTP, Muon, recomputed": sections(2, optimizer={"name": "muon"}, run={"activation_checkpointing": True}),
     }
-    check(tmp_path, data, 2, recipes, {"no MTP"})
+    check(tmp_path, data, 2, recipes, {"no MTP"}, FEW_STEPS, (BATCH,))
 
 
 SCHEDULE_RECIPES = {  # for two ranks
@@ -105,6 +127,8 @@ SCHEDULE_RECIPES = {  # for two ranks
         "MTP late": {"losses": {"mtp_from_tokens": 128 * 5}},
     }.items()
 }
+RAMP = {"batch_sequences_start": 4, "batch_ramp_tokens": 16 * 22}  # batches of 4 to 8 sequences
+SCHEDULE_RECIPES["1F1B, batch ramp"] = "1F1B", {"schedule": RAMP}
 
 
 @pytest.mark.slow
@@ -113,8 +137,7 @@ def test_every_schedule_on_two_ranks(tmp_path, data, schedule):
     cases = {name: case for name, case in SCHEDULE_RECIPES.items() if case[0] == schedule}
     micro = 1 if schedule == "DualPipeV" else MICRO  # it needs as many micro-batches as stages, four
     recipes = {name: sections(2, schedule, micro, **changes) for name, (_, changes) in cases.items()}
-    exact = {f"{schedule}, no MTP", f"{schedule}, bf16 moments"}
-    check(tmp_path, data, 2, recipes, exact if schedule in EXACT_SCHEDULES else set())
+    check(tmp_path, data, 2, recipes, {f"{schedule}, no MTP", f"{schedule}, bf16 moments"})
 
 
 MUON = {"optimizer": {"name": "muon"}}
@@ -122,17 +145,41 @@ FOUR_RANKS = {
     "4 stages": sections(4, model=NO_MTP),
     "4 stages, MTP": sections(4, **MUON),
     "2 x data": sections(2, micro=1, parallel={"data": 2}),
-    "2 x data, gathered once": sections(2, micro=1, parallel={"data": 2, "keep_gathered": True}, **MUON),
-    "2 x expert": sections(2, micro=1, parallel={"expert": 2}, run={"activation_checkpointing": True}),
-    "2 x replicate": sections(2, micro=1, parallel={"replicate": 2}),
-    "interleaved x data": sections(2, "Interleaved1F1B", 1, parallel={"data": 2}),
-    "interleaved x expert": sections(2, "Interleaved1F1B", 1, parallel={"expert": 2}, **MUON),
+    "2 x expert, Muon, recomputed": sections(
+        2, micro=1, parallel={"expert": 2}, run={"activation_checkpointing": True}, **MUON
+    ),
+    "interleaved x data, Muon": sections(2, "Interleaved1F1B", 1, parallel={"data": 2}, **MUON),
 }
 
 
-@pytest.mark.slow
+@SLOW
 def test_four_ranks(tmp_path, data):
     check(tmp_path, data, 4, FOUR_RANKS, {"4 stages"})
+
+
+UNCLIPPED = {"clip": 1e9}  # of shards the norm is added up in another order
+MESHES = {
+    f"{schedule} x {axis}": sections(
+        2, schedule, 1, model=NO_MTP, optimizer=UNCLIPPED, parallel={axis: 2, "keep_gathered": True}
+    )
+    for schedule in ("1F1B", "Interleaved1F1B")
+    for axis in ("data", "expert", "replicate")
+}
+
+
+@SLOW
+def test_a_pipeline_of_meshes_has_the_bits_of_one_mesh(tmp_path, data):
+    """Of two ranks that gather parameters and add gradients once a step, as stages do."""
+    stages = list(MESHES.values())
+    meshes = [{**recipe, "parallel": {**recipe["parallel"], "pipeline": 1}} for recipe in stages]
+    many = run_ranks(train_each, 4, tmp_path / "ranks", data, tmp_path / "many", FEW_STEPS, stages)
+    few = run_ranks(train_each, 2, tmp_path / "ranks of one", data, tmp_path / "few", FEW_STEPS, meshes)
+    for number, name in enumerate(MESHES):
+        one = few[0][number]
+        assert whole([runs[number] for runs in many]).differing(one) == [], name
+        assert many[0][number].losses == one.losses
+        assert many[0][number].norms == pytest.approx(one.norms, rel=1e-6)
+        assert all(torch.equal(a, b) for a, b in zip(many[0][number].counts, one.counts, strict=True))
 
 
 def resume_each(data: Path, folder: Path, recipes: list[dict]) -> list[tuple[dict, dict]]:
@@ -188,8 +235,13 @@ def test_any_mesh_reads_what_a_pipeline_wrote(tmp_path, data, world, meshes):
     assert [name for name in expected if not torch.equal(expected[name], exported[name])] == []
 
 
+PHASE = {"sequence_length": 32, "batch_sequences": 4, "steps": 2, "learning_rate": 1e-3}
+
+
 def train_run(data: Path, folder: Path, recipe: dict) -> None:
-    run = prepare(settings(**recipe), {}, data, folder)
+    """To the end of pretraining and of an extension phase, whose sequences are longer."""
+    phases = {"extension": [PHASE]}
+    run = prepare(read_settings(as_recipe(settings(**recipe), {}) | phases), {}, data, folder)
     with joined(run.ranks):
         train(run)
 
@@ -203,13 +255,57 @@ def lines(folder: Path) -> list[dict]:
 
 def test_metrics_evaluations_and_samples_are_those_of_one_process(tmp_path, data):
     """Losses, loads of every layer, held-out loss, bits per byte and translations, all written by the first rank."""
-    recipe = sections(2, model=NO_MTP)
+    recipe = sections(2, model=NO_MTP, schedule={"constant_tokens": 128 * 6})
     run_ranks(train_run, 2, tmp_path / "ranks", data, tmp_path / "many", recipe)
     train_run(data, tmp_path / "one", alone(recipe))
     many, one = lines(tmp_path / "many"), lines(tmp_path / "one")
     assert many == one
     assert {entry["kind"] for entry in many} >= {"step", "evaluation"}
     assert any(entry.get("samples") for entry in many)
+
+
+def steps_with_a_damaged_bias(data: Path, folder: Path, recipe: dict) -> list[str]:
+    """What a rank says to a bias that is not finite, on the first stage alone."""
+    run = prepare(settings(**recipe), {}, data, folder)
+    for name, mixture in run.model.moe_layers():
+        if name == "layers.1":
+            mixture.gate.e_score_correction_bias[0] = float("nan")
+    with pytest.raises(SoliError) as stop:
+        take_step(run)
+    return [str(stop.value)]
+
+
+@SLOW
+def test_all_stages_stop_at_a_bias_that_is_not_finite(tmp_path, data):
+    recipe = sections(2, model={"num_hidden_layers": 4})
+    for (sentence,) in run_ranks(steps_with_a_damaged_bias, 2, tmp_path, data, tmp_path / "run", recipe):
+        assert "layers.1.mlp.gate.e_score_correction_bias is not finite on rank 0; training stopped" in sentence
+
+
+@SLOW
+def test_a_killed_stage_ends_the_others_and_the_run_resumes(tmp_path, data):
+    """With soli train --processes; it ends with the bits of one process that was never stopped."""
+    run = tmp_path / "run"
+    changes = {"parallel.data": 1, "parallel.pipeline": 2, "run.micro_sequences": MICRO}
+    changes |= {f"model.{name}": value for name, value in NO_MTP.items()}
+    command = ["-m", "soli", "train", recipe_file(tmp_path, data, MANY), "--processes", "2", "--out", run]
+    command += [f"--set={name}={value}" for name, value in changes.items()]
+    agent = start(*command)
+    wait_for_checkpoint(agent, run)
+    victim = ranks_of(agent)[1]
+    os.kill(victim, signal.SIGKILL)
+    _, error = agent.communicate(timeout=WITHIN)
+    assert agent.returncode == 1
+    assert f"soli: rank 1 (process {victim}) was ended by SIGKILL" in error and "Traceback" not in error
+    steps = saved_step(run) + 4
+    agent = start(*command, "--set", f"schedule.constant_tokens={128 * steps}")
+    _, error = agent.communicate(timeout=300)
+    assert agent.returncode == 0 and saved_step(run) == steps, error
+    model = AS_ONE_PROCESS["model"] | NO_MTP
+    one = AS_ONE_PROCESS | {"model": model, "run": {"micro_sequences": MICRO}}
+    train(prepare(settings(**one, schedule={"constant_tokens": 128 * steps}), {}, data, tmp_path / "one"))
+    first, second = load_run(run).state_dict(), load_run(tmp_path / "one").state_dict()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
 @pytest.mark.parametrize(
@@ -224,10 +320,10 @@ def test_metrics_evaluations_and_samples_are_those_of_one_process(tmp_path, data
         ),
         (
             {"run": {"micro_sequences": 8}},
-            r"schedule\.batch_sequences gives each pipeline 8 sequences, 1 micro-batches of 8, but schedule 1F1B on 2 "
+            r"schedule\.batch_sequences gives each pipeline 8 sequences, 1 micro-batch of 8, but schedule 1F1B on 2 "
             r"ranks needs at least 2 micro-batches; change run\.micro_sequences",
         ),
-        ({"run": {"micro_sequences": 3}}, r"2 micro-batches of 3 and 2 more, but all must be of equal size"),
+        ({"run": {"micro_sequences": 3}}, r"2 micro-batches of 3 and one of 2, but all must be of equal size"),
         (
             {"parallel": {"pipeline": 2, "schedule": "dualpipev"}, "model": {"num_hidden_layers": 4}},
             r"schedule DualPipeV on 2 ranks needs at least 4 micro-batches",
@@ -236,7 +332,7 @@ def test_metrics_evaluations_and_samples_are_those_of_one_process(tmp_path, data
             {"parallel": {"pipeline": 2, "data": 2, "schedule": "DualPipeV"}},
             r"parallel\.schedule is 'DualPipeV'; .* choose 1F1B or Interleaved1F1B",
         ),
-        ({"parallel": {"pipeline": 2, "data": 4}}, r"gives each pipeline 2 sequences, 0 micro-batches of 4 and 2 more"),
+        ({"parallel": {"pipeline": 2, "data": 4}}, r"each pipeline 2 sequences, 0 micro-batches of 4 and one of 2"),
         (
             {
                 "parallel": {"pipeline": 2, "data": 2},

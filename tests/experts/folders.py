@@ -17,12 +17,20 @@ from soli.engine.runner import RunnerName
 from soli.engine.text_model import text_model
 from soli.experts.store import ExpertStore
 from soli.model import Transformer
-from tests.checkpoint.folders import edit_tensors
+from tests.checkpoint import published
+from tests.checkpoint.folders import edit_json, edit_tensors
+from tests.checkpoint.test_variants import stack_experts
 from tests.engine.tiny import tiny_model, tiny_tokenizer
 
-FORMATS = (
+SOLIS_FORMATS = (
     "bf16", "fp32", "fp8", "fp8 with scales of powers of two", "fp8 with bf16 scales", "int8", "int4",
     "int4 with bf16 scales",
+)  # fmt: skip
+FORMATS = (
+    *SOLIS_FORMATS,
+    # As other programs write them (tests/checkpoint/published.py):
+    "pack-quantized", "pack-quantized, float16 scales", "fp8 per tensor", "stacked fp8 per tensor, of transformers",
+    "float-quantized per channel, bf16 scales", "modelopt NVFP4", "nvfp4-pack-quantized", "mxfp4-pack-quantized",
 )  # fmt: skip
 SHAPE = {
     "vocab_size": 330, "hidden_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 4, "intermediate_size": 64,
@@ -35,6 +43,11 @@ K, E, LAYERS = 3, 16, 4  # layers with experts, the MTP module's included
 def mixture_folder(format: str, shard_bytes: int = 2**30, kind: str = "v3") -> Path:
     """16 experts in each of three layers and an MTP module, of which a token chooses 3."""
     folder = Path(mkdtemp(prefix="soli-test-")) / "model"
+    published_format = format.removeprefix("stacked ")
+    if published_format in published.FORMATS:
+        save_model(tiny_model(kind, **SHAPE), folder, "bf16", shard_bytes=shard_bytes)
+        _quantize(folder, published_format, stacked=published_format != format)
+        return folder
     name, _, scales = format.partition(" with ")
     ue8m0 = scales == "scales of powers of two"
     types = {"indexer_types": ("full", "shared", "shared", "full")} if "shared" in kind else {}
@@ -42,6 +55,23 @@ def mixture_folder(format: str, shard_bytes: int = 2**30, kind: str = "v3") -> P
     if scales == "bf16 scales":
         edit_tensors(folder / "model.safetensors", _round_scales)
     return folder
+
+
+def _quantize(folder: Path, format: str, stacked: bool) -> None:
+    """Every linear weight as another program writes it; `stacked`: a layer's experts in stacks, with one scale for an
+    expert's gate and up."""
+    quantize, quantization = published.FORMATS[format]
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        if stacked:
+            stack_experts(tensors)
+            for name in [name for name in tensors if name.endswith("_proj")]:
+                scale = tensors[name].float().abs().amax((1, 2), keepdim=True) / 448
+                tensors |= {name: published.e4m3(tensors[name], scale), f"{name}_scale_inv": scale}
+        published.quantize_tensors(tensors, quantize, published.is_linear)
+
+    edit_tensors(folder / "model.safetensors", edit)
+    edit_json(folder / "config.json", lambda config: config.update(quantization_config=quantization))
 
 
 def _round_scales(tensors: dict[str, torch.Tensor]) -> None:

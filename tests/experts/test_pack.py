@@ -14,7 +14,7 @@ from soli.checkpoint.writer import Target
 from soli.errors import SoliError
 from soli.experts.load import load_paged_model
 from soli.experts.sources import sources_of
-from tests.experts.folders import FORMATS, E, K, answers, mixture_folder, requests, resident_model
+from tests.experts.folders import FORMATS, SOLIS_FORMATS, E, K, answers, mixture_folder, requests, resident_model
 from tests.kernels.weights import needs_kernels
 
 
@@ -28,8 +28,11 @@ def packed(format: str, folder: Path, target: Target | None = None) -> Path:
 def test_a_pack_has_every_tensor_bit_for_bit_and_computes_the_same(tmp_path, format) -> None:
     folder = packed(format, tmp_path / "pack")
     source, pack = open_checkpoint(mixture_folder(format)), open_checkpoint(folder)
-    for name in source.entries:
-        assert torch.equal(source.stored(name).view(torch.uint8), pack.stored(name).view(torch.uint8)), name
+    if format in SOLIS_FORMATS:
+        for name in source.entries:
+            assert torch.equal(source.stored(name).view(torch.uint8), pack.stored(name).view(torch.uint8)), name
+    for one, other in zip(source.slots, pack.slots, strict=True):
+        assert torch.equal(source.values(one, torch.float32), pack.values(other, torch.float32)), one.name
     for layer in sources_of(pack).layers:
         for expert in layer.experts:
             [read] = expert.reads

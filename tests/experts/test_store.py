@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from soli.checkpoint import open_checkpoint
+from soli.checkpoint.convert import convert_checkpoint
+from soli.checkpoint.writer import Target
 from soli.engine.runner import FusedRunner
 from soli.errors import SoliError
 from soli.experts.load import load_paged_model
@@ -19,6 +21,7 @@ from soli.experts.sources import ALIGNMENT, Read, sources_of
 from soli.experts.store import PRESENT, ExpertStore
 from soli.kernels import Dispatch
 from soli.model.layers import set_backend
+from tests.checkpoint.folders import edit_tensors
 from tests.experts.folders import (
     FORMATS,
     LAYERS,
@@ -164,6 +167,37 @@ def test_scales_that_are_not_positive_name_their_tensor(tmp_path) -> None:
     with pytest.raises(SoliError, match=rf"tensor {name}"):
         store.weights(0, 5)
     store.close()
+
+
+@pytest.mark.parametrize(
+    ("format", "suffix", "value", "words"),
+    [
+        ("pack-quantized", "scale", float("nan"), "a scale is not a finite number"),
+        ("pack-quantized", "shape", 7, r"weight_shape is \(7, 7\), but config.json asks for \(32, 64\)"),
+        ("modelopt NVFP4", "scale_2", float("inf"), "a scale is not a finite number"),
+        ("float-quantized per channel, bf16 scales", "scale", 0, "not a finite positive number"),
+        ("fp8 per tensor", "scale", -1, "not a finite positive number"),
+    ],
+)
+def test_damaged_scales_of_other_programs_name_their_tensor(tmp_path, format, suffix, value, words) -> None:
+    file = copy_of(format, tmp_path / "copy")
+    name = "model.layers.1.mlp.experts.5.up_proj.weight"
+    edit_tensors(file, lambda tensors: tensors[f"{name}_{suffix}"].fill_(value))
+    store = ExpertStore(sources_of(open_checkpoint(tmp_path / "copy")), E, poison=True)
+    with pytest.raises(SoliError, match=rf"{file}: tensor {name}_scale: .*{words}"):
+        store.weights(0, 5)
+    assert store.weights(0, 4)[1].dequantize().isfinite().all()
+    store.close()
+
+
+def test_experts_in_float16_are_rejected_with_the_command_that_helps(tmp_path) -> None:
+    file = copy_of("bf16", tmp_path / "copy")
+    edit_tensors(file, lambda tensors: tensors.update({name: tensor.half() for name, tensor in tensors.items()
+                                                       if ".experts." in name}))  # fmt: skip
+    with pytest.raises(SoliError, match=rf"is F16; .*`soli convert {tmp_path / 'copy'} DST --to bf16 --pack` writes"):
+        load_paged_model(tmp_path / "copy", K)
+    convert_checkpoint(tmp_path / "copy", tmp_path / "pack", Target("bf16"), pack=True)
+    load_paged_model(tmp_path / "pack", K)[1].close()
 
 
 def test_too_few_slots_are_rejected() -> None:

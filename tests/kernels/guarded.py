@@ -21,7 +21,7 @@ from soli.model.layers import Linear
 from soli.model.moe import RoutedExperts
 from tests.engine.quantized import quantized_model
 from tests.engine.shuffled_cache import ShuffledCache
-from tests.kernels.weights import DTYPES, FORMATS, INTEGERS, expert_table, inputs, random_weight
+from tests.kernels.weights import DTYPES, FORMATS, expert_table, groups, inputs, random_weight
 
 ISA = ISAS.index(sys.argv[1])
 PAGE = mmap.PAGESIZE
@@ -46,7 +46,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     for format in FORMATS:
         for width in (1, 31, 33, 96, 127, 160, 200, 224):
-            for group in (32, 64, 128) if format in INTEGERS else (0,):
+            for group in groups(format):
                 for rows in (1, 3, 8, 13):
                     weight = random_weight(format, (rows, inputs(format, width, group)), group, generator)
                     check(weight, generator)

@@ -146,6 +146,17 @@ def test_every_fp8_value_is_decoded_as_torch_decodes_it(isa) -> None:
         np.testing.assert_array_equal(linear(isa, torch.ones(1, dtype=dtype), weight).float(), values.float()[:, 0])
 
 
+@pytest.mark.parametrize("group", (16, 32))
+def test_every_fp4_value_is_decoded_in_every_place(isa, group) -> None:
+    generator = torch.Generator().manual_seed(12)
+    values = torch.randint(0, 256, (90, 80), generator=generator).to(torch.uint8)
+    scale = 2.0 ** torch.arange(-4, 160 // group - 4).repeat(90, 1)
+    weight = QuantizedWeight("fp4", values, scale, (90, 160), group)
+    exact_IO = weight.dequantize(torch.float32).T
+    for dtype in weights.DTYPES:
+        assert torch.equal(linear(isa, torch.eye(160, dtype=dtype), weight).float(), exact_IO)
+
+
 def test_nan_in_a_token_changes_no_other_token(isa) -> None:
     generator = torch.Generator().manual_seed(5)
     weight, x_TI = random_weight("bf16", (33, 70), 0, generator), torch.randn(6, 70, generator=generator)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 
-from soli.formats.quantized import QuantizedWeight, plain
+from soli.formats.quantized import CODECS, QuantizedWeight, plain
 from soli.kernels import cpu
 from soli.kernels.cpu.native import available_isas, library
 
@@ -20,7 +20,7 @@ BOUND = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8 + 1e-5}
 DTYPES = tuple(BOUND)
 SETTINGS = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # one instruction set for all examples
 INTEGERS = ("int8", "int4", "int4_bf16")
-FORMATS = ("fp32", "bf16", "fp8", *INTEGERS)
+FORMATS = ("fp32", "bf16", "fp8", "fp8_row", "fp4", *INTEGERS)
 
 
 @cache
@@ -46,9 +46,20 @@ def as_multiplied(x: Tensor, isa: str, format: str) -> Tensor:
     return torch.cat(parts, -1)
 
 
+def groups(format: str) -> tuple[int, ...]:
+    """The numbers of inputs that can share a scale, where a format has several."""
+    return CODECS[format].groups if len(CODECS[format].groups) > 1 else (0,)
+
+
+def fitting_group(format: str, group: int) -> int:
+    """`group`, or for FP4, which has no group above 32, a quarter of it."""
+    return group if group in groups(format) or format != "fp4" else group // 4
+
+
 def inputs(format: str, width: int, group: int) -> int:
     """`width` input features, or the next number that the format allows."""
-    return -(-width // group) * group if format in INTEGERS else width
+    group = fitting_group(format, group)
+    return -(-width // group) * group if group in groups(format) and group else width
 
 
 def random_weight(format: str, shape: tuple[int, ...], group: int, generator: torch.Generator) -> QuantizedWeight:
@@ -56,13 +67,15 @@ def random_weight(format: str, shape: tuple[int, ...], group: int, generator: to
     if format in ("fp32", "bf16"):
         return plain(torch.randn(shape, generator=generator).to(torch.float32 if format == "fp32" else torch.bfloat16))
     *leading, O, I = shape  # noqa: E741
-    if format == "fp8":
+    group = fitting_group(format, group)
+    if format in ("fp8", "fp8_row"):
         values = torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
         values[values & 127 == 127] = 0  # the two NaN
-        scale = _scales((*leading, -(-O // 128), -(-I // 128)), 1 / 64, generator)
-        return QuantizedWeight(format, values.view(torch.float8_e4m3fn), scale, shape, 128)
+        codec = CODECS[format]
+        scale = _scales(codec.scale_shape(shape, 128), 1 / 64, generator)
+        return QuantizedWeight(format, values.view(torch.float8_e4m3fn), scale, shape, codec.groups[0])
     scale = _scales((*leading, O, I // group), 1 / (73 if format == "int8" else 4.6), generator)
-    scale = scale.to(torch.bfloat16 if format == "int4_bf16" else torch.float16)
+    scale = scale.to(CODECS[format].scale_dtype)
     if format == "int8":
         values = torch.randint(-127, 128, shape, generator=generator).to(torch.int8)
     else:

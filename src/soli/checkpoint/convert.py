@@ -13,7 +13,7 @@ from soli.checkpoint.layouts import FP8_BLOCKS_AS_SCALE
 from soli.checkpoint.load import open_checkpoint
 from soli.checkpoint.name_map import SCALE_SUFFIX, Slot
 from soli.checkpoint.pack import checkpoint_signature, write_pack
-from soli.checkpoint.quantization import SOLI, describe_integers
+from soli.checkpoint.quantization import describe_integers
 from soli.checkpoint.reader import Checkpoint
 from soli.checkpoint.shard import ITEM_BYTES
 from soli.checkpoint.side_files import SIDE_FILES, TOKENIZER_FILES, collect, files_beside, tokenizer_texts
@@ -129,7 +129,8 @@ class AsStored:
         slots = [slot for slot in self.checkpoint.slots if self.checkpoint.holds(slot)]
         quantized = [slot for slot in slots if self.checkpoint.layout(slot) is not None]
         if not any(map(self._is_rewritten, slots)):
-            return config.to_dict()
+            announced = self.checkpoint.quantization.announced
+            return config.to_dict() | ({"quantization_config": dict(announced)} if announced else {})
         formats = {self.checkpoint.format(slot) for slot in quantized}
         if formats == {"fp8"}:
             return {**config.to_dict(), "quantization_config": FP8_CONFIG}
@@ -138,14 +139,15 @@ class AsStored:
         return {**config.to_dict(), "quantization_config": describe_integers(4, group, [], high)}
 
     def check(self) -> None:
-        """SoliError for weights in several formats, or in one in which experts are not read from disk."""
+        """SoliError for weights in several formats of which one is written as Soli does: config.json announces one."""
         formats = {}
-        for slot in self.checkpoint.slots:
-            layout = self.checkpoint.layout(slot) if self.checkpoint.holds(slot) else None
+        rewritten = False
+        for slot in filter(self.checkpoint.holds, self.checkpoint.slots):
+            layout = self.checkpoint.layout(slot)
             if layout is not None:
                 formats[self.checkpoint.format(slot).removesuffix("_bf16")] = layout.name
-        is_one_of_solis = len(formats) <= 1 and formats.keys() <= {"int4", "fp8"}
-        if not (is_one_of_solis or self.checkpoint.quantization.method == SOLI):
+                rewritten = rewritten or self._is_rewritten(slot)
+        if rewritten and len(formats) > 1:
             raise SoliError(
                 f"{self.checkpoint.folder}: its weights are {' and '.join(formats.values())}, which a pack does not "
                 "have as they are: give --to bf16, fp8, int8 or int4"

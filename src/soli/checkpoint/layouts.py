@@ -28,6 +28,7 @@ from soli.checkpoint.shard import TensorEntry
 from soli.errors import SoliError
 from soli.formats import fp8, integer
 from soli.formats.quantized import CODECS, QuantizedWeight
+from soli.kernels import cpu
 
 Shape = tuple[int, ...]
 FP8_SCALES: Final = ("F32", "BF16", "F16", "F8_E8M0")  # each is exact in fp32
@@ -45,16 +46,27 @@ class Companion:
 @dataclass(frozen=True)
 class WeightLayout:
     """How files store a weight. `formats`: its codec in memory, by the dtype of its scales, the first of `companions`.
-    `is_mapped`: this has the bytes of the files. `read` makes it of shape, values and companions; SoliError for scales
-    that no weight has."""
+    `is_mapped`: this has the bytes of the files. `order`: puts values, as bytes, into the order that they have in
+    memory, where that is another; both tensors may be the same. `make`: the weight of shape, values in that order and
+    companions; SoliError for scales that no weight has, where it `checks` them."""
 
     name: str
     dtype: str
     inputs_per_item: int
     companions: tuple[Companion, ...]
     formats: Mapping[str, str]
-    read: Callable[..., QuantizedWeight]
+    make: Callable[..., QuantizedWeight]
     is_mapped: bool = False
+    order: Callable[[Tensor, Tensor], None] | None = None
+    checks: bool = True
+
+    def read(self, shape: Shape, values: Tensor, *companions: Tensor) -> QuantizedWeight:
+        """The weight of these tensors of the files. SoliError for scales that no weight has."""
+        if self.order is not None:
+            stored = values.view(torch.uint8)
+            values = torch.empty_like(stored)
+            self.order(stored, values)
+        return self.make(shape, values, *companions)
 
     def values_shape(self, shape: Shape) -> Shape:
         return (*shape[:-1], -(-shape[-1] // self.inputs_per_item))
@@ -131,11 +143,19 @@ def _read_int4(shape: Shape, values: Tensor, scale: Tensor) -> QuantizedWeight:
     return QuantizedWeight(format, values, scale, shape, shape[1] // scale.shape[1])
 
 
-def _read_packed_int4(shape: Shape, words: Tensor, scale: Tensor, stored_shape: Tensor) -> QuantizedWeight:
+def _order_packed_int4(words: Tensor, values: Tensor) -> None:
+    """Nibbles of neighbours into the order of Soli's int4, by the C++ kernels where there are any."""
+    if isinstance(cpu.native.library_or_reason(), cpu.native.Library):
+        cpu.order_int4(words, values)
+    else:
+        values.copy_(integer.from_neighbour_pairs(words))
+
+
+def _read_packed_int4(shape: Shape, values: Tensor, scale: Tensor, stored_shape: Tensor) -> QuantizedWeight:
     if tuple(stored_shape.tolist()) != shape:
         raise SoliError(f"weight_shape is {tuple(stored_shape.tolist())}, but config.json asks for {shape}")
     _check_finite(scale)
-    return _read_int4(shape, integer.from_neighbour_pairs(words.view(torch.uint8)), scale)
+    return _read_int4(shape, values, scale)
 
 
 def _read_nvfp4(shape: Shape, values: Tensor, scale: Tensor, factor: Tensor) -> QuantizedWeight:
@@ -165,16 +185,16 @@ def _fp8(
     suffix: str,
     shapes: Callable[[Shape], Sequence[Shape]],
     format: str,
-    read: Callable[..., QuantizedWeight],
+    make: Callable[..., QuantizedWeight],
 ) -> WeightLayout:
     is_mapped = format == "fp8_row" or kind == "blocks"
     companion = Companion(suffix, FP8_SCALES, shapes)
-    return WeightLayout(f"FP8 {kind}", "F8_E4M3", 1, (companion,), dict.fromkeys(FP8_SCALES, format), read, is_mapped)
+    return WeightLayout(f"FP8 {kind}", "F8_E4M3", 1, (companion,), dict.fromkeys(FP8_SCALES, format), make, is_mapped)
 
 
-def _nvfp4(suffix: str, read: Callable[..., QuantizedWeight]) -> WeightLayout:
+def _nvfp4(suffix: str, make: Callable[..., QuantizedWeight]) -> WeightLayout:
     companions = Companion("_scale", ("F8_E4M3",), _groups_of(16)), Companion(suffix, ("F32",), _one)
-    return WeightLayout("NVFP4", "U8", 2, companions, {"F8_E4M3": "fp4"}, read)
+    return WeightLayout("NVFP4", "U8", 2, companions, {"F8_E4M3": "fp4"}, make)
 
 
 FP8_BLOCKS: Final = _fp8("blocks", "_scale_inv", _blocks, "fp8", _read_blocks)
@@ -183,12 +203,11 @@ FP8_TENSOR: Final = tuple(_fp8("tensor", suffix, _one, "fp8", _read_tensor) for 
 FP8_ROWS: Final = tuple(_fp8("rows", suffix, _rows, "fp8_row", _read_rows) for suffix in ("_scale", "_scale_inv"))
 _SOLI_SCALE: Final = _groups_of(*integer.GROUPS)
 INT8: Final = WeightLayout(
-    "int8", "I8", 1, (Companion("_scale", ("F16",), _SOLI_SCALE),), {"F16": "int8"}, _read_int8, is_mapped=True
+    "int8", "I8", 1, (Companion("_scale", ("F16",), _SOLI_SCALE),), {"F16": "int8"}, _read_int8, True, checks=False
 )
 _INT4_FORMATS: Final = {"F16": "int4", "BF16": "int4_bf16"}
-INT4: Final = WeightLayout(
-    "int4", "U8", 2, (Companion("_scale", (*_INT4_FORMATS,), _SOLI_SCALE),), _INT4_FORMATS, _read_int4, is_mapped=True
-)
+_INT4_SCALE: Final = Companion("_scale", (*_INT4_FORMATS,), _SOLI_SCALE)
+INT4: Final = WeightLayout("int4", "U8", 2, (_INT4_SCALE,), _INT4_FORMATS, _read_int4, True, checks=False)
 NVFP4: Final = _nvfp4("_scale_2", _read_nvfp4)
 DIVIDED_NVFP4: Final = _nvfp4("_global_scale", _read_divided_nvfp4)
 _MX_FORMATS: Final = {"U8": "fp4", "F8_E8M0": "fp4"}
@@ -203,7 +222,9 @@ def packed_int4(group: int) -> WeightLayout:
         Companion("_scale", (*_INT4_FORMATS,), _groups_of(group)),
         Companion("_shape", ("I32", "I64"), lambda shape: [(2,)]),
     )
-    return WeightLayout("packed int4", "I32", 8, companions, _INT4_FORMATS, _read_packed_int4)
+    return WeightLayout(
+        "packed int4", "I32", 8, companions, _INT4_FORMATS, _read_packed_int4, order=_order_packed_int4
+    )
 
 
 # Whatever may be beside a weight: a tensor of such a name that does not belong to the weight's layout is an error.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from soli.arguments import checks_arguments
-from soli.checkpoint.memory import Storage, choose_storage, note_on_kernels
+from soli.checkpoint.memory import Storage, choose_storage
 from soli.checkpoint.name_map import Slot
 from soli.checkpoint.reader import Checkpoint
 from soli.checkpoint.save import slot_view
@@ -113,8 +113,8 @@ def load_checkpoint(
     storage, storage_note = choose_storage(
         checkpoint, model_dtype, device, quantized, in_place, experts=paged is None, available=available
     )
-    for text in filter(None, (storage_note, note_on_kernels(checkpoint, storage))):
-        warnings.warn(text, stacklevel=4)
+    if storage_note is not None:
+        warnings.warn(storage_note, stacklevel=4)
     checkpoint.check_router_biases()
     checkpoint.check_copies()
     model = Transformer(checkpoint.config, device="meta", dtype=storage.dtype)

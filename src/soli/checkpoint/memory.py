@@ -11,7 +11,6 @@ from soli.checkpoint.reader import Checkpoint
 from soli.checkpoint.shard import TORCH_DTYPE
 from soli.checkpoint.writer import Target
 from soli.errors import SoliError
-from soli.kernels.cpu.native import FORMATS
 from soli.machine import available_memory
 
 
@@ -86,23 +85,6 @@ def choose_storage(
     options = "; ".join(_what_fits(checkpoint, storage, available)) or "use a machine with more memory"
     raise SoliError(
         f"{checkpoint.folder}: the model needs {needed}, but {_gigabytes(available)} are available: {options}"
-    )
-
-
-def note_on_kernels(checkpoint: Checkpoint, storage: Storage) -> str | None:
-    """For the user of a model on a CPU whose weights stay in a format that the C++ kernels do not read."""
-    if not storage.quantized or storage.device.type != "cpu":
-        return None
-    names = set()
-    for slot in checkpoint.slots:
-        layout = checkpoint.layout(slot) if checkpoint.holds(slot) else None
-        if layout is not None and checkpoint.format(slot) not in FORMATS:
-            names.add(layout.name)
-    if not names:
-        return None
-    return (
-        f"{checkpoint.folder}: its {' and '.join(sorted(names))} weights stay as stored, which the C++ kernels do not "
-        "read, so torch computes with them, more slowly; dequantized, or as soli convert writes them, the kernels do"
     )
 
 

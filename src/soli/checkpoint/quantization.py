@@ -13,7 +13,7 @@ Problems are detected from headers alone, each a sentence that names file and te
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -45,11 +45,13 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Quantization:
-    """Which layouts each weight of a folder may have. `ignored` names modules that are not quantized, as targets do."""
+    """Which layouts each weight of a folder may have. `ignored` names modules that are not quantized, as targets do;
+    `announced`: what all that is read from."""
 
     method: str | None
     schemes: tuple[Scheme, ...] = ()
     ignored: tuple[str, ...] = ()
+    announced: Mapping[str, Any] | None = None
 
     @property
     def renames_values(self) -> bool:
@@ -85,11 +87,15 @@ class Quantization:
         return any(_matches(module, pattern) for module in _modules(slot, entry) for pattern in self.ignored)
 
     def format_of(self, modules: Sequence[str]) -> str | None:
-        """The codec of a module of one of these names in memory; None where it is not quantized."""
+        """The codec of a module of one of these names in memory, nvfp4 or mxfp4 for FP4; None where it is not
+        quantized."""
         if any(_matches(module, pattern) for module in modules for pattern in self.ignored):
             return None
         allowed = self._layouts(modules)
-        return next(iter(allowed[0].formats.values())) if allowed else None
+        if not allowed:
+            return None
+        codec = next(iter(allowed[0].formats.values()))
+        return allowed[0].name.lower() if codec == "fp4" else codec
 
     def _layouts(self, modules: Sequence[str]) -> tuple[WeightLayout, ...]:
         """Of the scheme that names a module most exactly."""
@@ -127,7 +133,7 @@ def read_quantization(folder: Path, config: ModelConfig) -> Quantization:
         if isinstance(nested, dict) and nested.get("quant_algo") is not None:
             announced, file = nested | {"quant_method": "modelopt"}, folder / side_files.QUANTIZATION
     try:
-        return parse_quantization(announced)
+        return replace(parse_quantization(announced), announced=announced)
     except SoliError as error:
         raise SoliError(f"{file}: {error}; fetch the model's bf16 or official FP8 files") from None
 

@@ -68,11 +68,14 @@ def plan(
         int | None, typer.Option(min=1, max=2**20, help="Tokens of the prompt; by default 512, or what fits.")
     ] = None,
     skew: Annotated[
-        float,
+        float | None,
         typer.Option(
-            min=0, max=4, help="How unevenly experts are chosen: the one of rank r as often as 1/r^SKEW; 0 is evenly."
+            min=0,
+            max=4,
+            help="How unevenly experts are chosen: the one of rank r as often as 1/r^SKEW; 0 is evenly. By default as "
+            "in earlier runs of the model, evenly where there were none.",
         ),
-    ] = 0.0,
+    ] = None,
     gpu: Annotated[
         str | None,
         typer.Option(
@@ -154,7 +157,7 @@ class _Request:
     gpu_rate: float
     format: str | None
     prompt: int | None
-    skew: float
+    skew: float | None
     renew: bool
 
 
@@ -187,7 +190,7 @@ def _fetch(name: str) -> None:
 
 def _plan_model(name: str, request: _Request, check: str | None, on_step: Callable[[str], None]) -> PlanReport:
     from soli.experts.budget import default_memory
-    from soli.plan.inference import mean_rates
+    from soli.plan.inference import MAX_RANKS, TYPICAL_SKEW, mean_rates
     from soli.plan.inference_plan import (
         ANSWER,
         PROMPT,
@@ -218,25 +221,31 @@ def _plan_model(name: str, request: _Request, check: str | None, on_step: Callab
     division = divide(sizes, memory, prompt + ANSWER)
     memories = memories_to_compare(sizes, memory)
     measurement = None
+    usage = model.usage() if request.skew is None else None
     if check is not None and division.fits:
         from soli.plan.check import measure
 
-        measurement = measure(check, memory, prompt, on_step)
+        measurement, chosen_before = measure(check, memory, prompt, on_step)
+        usage = chosen_before if request.skew is None else None
         machine = mean_rates(machine, _rates(model, request, on_step)[0])
+    skew = request.skew or 0.0
+    is_known = usage is not None or request.skew is not None or model.config.n_routed_experts > MAX_RANKS
     return PlanReport(
         model=model,
         sizes=sizes,
         division=division,
-        speed=speed(sizes, division, machine, prompt, request.skew),
+        speed=speed(sizes, division, machine, prompt, skew, usage),
         machine=machine,
         sources=sources | rate_sources,
         prompt=prompt,
-        skew=request.skew,
+        skew=skew,
         memories=memories,
-        formats=table_of_formats(model, machine, memories, prompt, request.skew),
-        upgrades=upgrades(sizes, memory, machine, prompt, request.skew),
+        formats=table_of_formats(model, machine, memories, prompt, skew, usage),
+        upgrades=upgrades(sizes, memory, machine, prompt, skew, usage),
         gpu=None if request.gpu is None else gpu_split(sizes, memory, machine, request.gpu, request.gpu_rate, prompt),
         check=measurement,
+        routing_tokens=None if usage is None else usage.tokens,
+        typical=None if is_known else speed(sizes, division, machine, prompt, TYPICAL_SKEW),
     )
 
 

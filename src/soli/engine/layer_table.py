@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from soli.engine.scratch import tokens_per_call
-from soli.experts.store import PagedExperts
+from soli.experts.paged import PagedExperts
 from soli.kernels import Backend, Dispatch, cpu
 from soli.kernels.cpu import fused, structs
 from soli.kernels.cpu.backend import LOW_PRECISION, CpuBackend

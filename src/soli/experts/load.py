@@ -120,8 +120,7 @@ def least_experts(checkpoint: Checkpoint, sources: Sources) -> int:
 def least_bytes_of(checkpoint: Checkpoint, sources: Sources) -> tuple[int, int]:
     """(weights that stay in memory, experts that a token chooses in a layer), before a weight is read."""
     slots = (slot for slot in checkpoint.slots if slot.expert is None and not slot.copy)
-    entries = [checkpoint.entries[slot.name] for slot in slots]
-    resident = sum(entry.end - entry.start for entry in entries)
+    resident = sum(map(checkpoint.bytes_as_stored, slots))
     return resident, least_experts(checkpoint, sources) * sources.slot_bytes
 
 

@@ -67,3 +67,15 @@ class PagingStats:
 
 def _share(size: int, seconds: float, rate: float | None) -> float | None:
     return size / seconds / rate if rate and seconds > 0 else None
+
+
+@dataclass
+class StoreStats:
+    """`hits` and `misses`: experts that a layer's tokens chose, each once per forward pass, and the bytes of all of
+    them. `waited_seconds`: that layers were held up by reading."""
+
+    hits: int = 0
+    misses: int = 0
+    bytes_used: int = 0
+    evictions: int = 0
+    waited_seconds: float = 0.0

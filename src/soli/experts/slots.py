@@ -1,10 +1,13 @@
 """The memory of the expert store: slots of one size, each with one expert as its files have it.
 
-Direct I/O fills a slot; before use an expert of a pack is compared with its checksum, parts whose place is not aligned
-and scales in another dtype are copied behind what was read, and FP8 scales are checked.
+Direct I/O fills a slot. Before use an expert of a pack is compared with its checksum, and each matrix becomes what
+loading makes of the same tensors: its scales are checked, and what memory has otherwise than the files is put in order.
 """
 
 import mmap
+import threading
+from collections.abc import Sequence
+from math import prod
 from typing import Final
 
 import torch
@@ -13,8 +16,7 @@ from torch import Tensor
 from soli.checksum import crc32
 from soli.errors import SoliError
 from soli.experts.policy import Key
-from soli.experts.sources import ALIGNMENT, ExpertLayout, Part, Sources, needs_copy
-from soli.formats.fp8 import check_scale
+from soli.experts.sources import ExpertLayout, Matrix, MatrixParts, Part, Sources
 from soli.formats.quantized import QuantizedWeight
 
 POISON: Final = 0xFF  # of every byte of a slot before it is filled, in tests: NaN in float formats
@@ -33,6 +35,7 @@ class Slots:
             memory.madvise(mmap.MADV_HUGEPAGE)
         self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
         self._view = memoryview(memory)
+        self._making = threading.Lock()  # so that there is one scale at a time beside the slots
 
     def view(self, slot: int) -> memoryview:
         """A slot's bytes, to be read into."""
@@ -45,37 +48,32 @@ class Slots:
     def prepare(self, key: Key, slot: int) -> Tensor:
         """Make what was read into a slot usable: the addresses (3, 2) of values and scale of gate, up and down, 0 where
         there is no scale. SoliError naming file and tensor for a wrong checksum or scale."""
-        layer, expert = key
-        layout = self._sources.layers[layer].experts[expert]
-        self._verify(key, slot, layout)
-        self._copy_parts(slot, layout)
-        matrices = self.weights(key, slot)
-        for matrix, scale in zip(matrices, layout.parts[3:], strict=True):
-            if matrix.format == "fp8" and matrix.scale is not None and scale is not None:
-                try:
-                    check_scale(matrix.scale)
-                except SoliError as error:
-                    raise SoliError(f"{scale.name}: {error}") from None
-        return torch.tensor(
-            [[w.values.data_ptr(), 0 if w.scale is None else w.scale.data_ptr()] for w in matrices], dtype=torch.int64
-        )
+        source = self._sources.layers[key[0]]
+        expert = source.experts[key[1]]
+        self._verify(key, slot, expert)
+        for matrix, parts in zip(source.matrices, expert.matrices, strict=True):
+            if not parts.is_ready:
+                self._arrange(slot, matrix, parts)
+        first = self._bytes.data_ptr() + slot * self._size
+        addresses = [
+            [first + parts.values, 0 if parts.scale is None else first + parts.scale] for parts in expert.matrices
+        ]
+        return torch.tensor(addresses, dtype=torch.int64)
 
     def weights(self, key: Key, slot: int) -> tuple[QuantizedWeight, QuantizedWeight, QuantizedWeight]:
         """Gate, up and down of the expert in a slot, in place."""
         source = self._sources.layers[key[0]]
-        layout = source.experts[key[1]]
-        base, offsets = slot * self._size, _copied_offsets(layout)
         gate, up, down = (
             QuantizedWeight(
                 matrix.format,
-                self._tensor(base, layout.parts[i], offsets, matrix.values_dtype, matrix.values_shape),
+                self._tensor(slot, parts.values, matrix.values_dtype, matrix.values_shape),
                 None
-                if matrix.scale_dtype is None
-                else self._tensor(base, layout.parts[3 + i], offsets, matrix.scale_dtype, matrix.scale_shape),
+                if matrix.scale_dtype is None or parts.scale is None
+                else self._tensor(slot, parts.scale, matrix.scale_dtype, matrix.scale_shape),
                 matrix.shape,
                 matrix.group,
             )
-            for i, matrix in enumerate(source.matrices)
+            for matrix, parts in zip(source.matrices, source.experts[key[1]].matrices, strict=True)
         )
         return gate, up, down
 
@@ -84,37 +82,43 @@ class Slots:
         if layout.checksum is None or key in self._verified:
             return
         if crc32(self.view(slot)[: layout.reads[0].needed]) != layout.checksum:
-            part = layout.parts[0]
+            entry = layout.matrices[0].tensors[0].entry
             raise SoliError(
-                f"{part.name if part else 'an expert'}: what was read does not have the checksum of its expert: pack "
-                "the model again"
+                f"{entry}: what was read does not have the checksum of its expert: pack the model again"
             )
         self._verified.add(key)
 
-    def _copy_parts(self, slot: int, layout: ExpertLayout) -> None:
-        base = slot * self._size
-        for part, offset in _copied_offsets(layout).items():
-            raw = self._bytes[base + part.offset : base + part.offset + part.nbytes].clone()
-            copied = raw.view(part.dtype).to(part.used_dtype).view(torch.uint8)
-            self._bytes[base + offset : base + offset + len(copied)] = copied
+    def _arrange(self, slot: int, matrix: Matrix, parts: MatrixParts) -> None:
+        """Put values and scale of a matrix where they are used, made of its tensors as when it is loaded."""
+        values, *companions = [self._as_read(slot, part) for part in parts.tensors]
+        layout = parts.layout
+        if layout is None:
+            return self._put(slot, parts.values, values)
+        if layout.order is not None:
+            ordered = self._tensor(slot, parts.values, matrix.values_dtype, matrix.values_shape)
+            layout.order(values.view(torch.uint8), ordered)
+            values = ordered
+        with self._making:
+            try:
+                weight = layout.make(matrix.shape, values, *companions)
+            except SoliError as error:
+                raise SoliError(f"{parts.tensors[1].entry}: {error}") from None
+            assert (weight.format, weight.group) == (matrix.format, matrix.group)
+            self._put(slot, parts.values, weight.values)
+            if weight.scale is not None and parts.scale is not None:
+                self._put(slot, parts.scale, weight.scale)
 
-    def _tensor(
-        self, base: int, part: Part | None, offsets: dict[Part, int], dtype: torch.dtype, shape: tuple[int, ...]
-    ) -> Tensor:
-        """A part where it is used, in the dtype that is computed with."""
-        assert part is not None
-        nbytes = part.nbytes // part.dtype.itemsize * dtype.itemsize
-        start = base + offsets.get(part, part.offset)
-        return self._bytes[start : start + nbytes].view(dtype).view(shape)
+    def _as_read(self, slot: int, part: Part) -> Tensor:
+        """A tensor where it was read, or a copy where its place is not aligned."""
+        start = slot * self._size + part.offset
+        raw = self._bytes[start : start + part.nbytes]
+        return (raw.clone() if start % part.dtype.itemsize else raw).view(part.dtype).view(part.entry.shape)
 
+    def _put(self, slot: int, offset: int, tensor: Tensor) -> None:
+        place = self._tensor(slot, offset, tensor.dtype, tensor.shape)
+        if place.data_ptr() != tensor.data_ptr():
+            place.copy_(tensor)
 
-def _copied_offsets(layout: ExpertLayout) -> dict[Part, int]:
-    """Where in a slot each part is copied to that cannot be used where it was read."""
-    offsets: dict[Part, int] = {}
-    end = sum(read.length for read in layout.reads)
-    for part in layout.parts:
-        if part is not None and needs_copy(part):
-            offsets[part] = end
-            end = (end + 4 * part.nbytes + 63) // 64 * 64
-    assert end <= layout.nbytes + ALIGNMENT
-    return offsets
+    def _tensor(self, slot: int, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+        start = slot * self._size + offset
+        return self._bytes[start : start + prod(shape) * dtype.itemsize].view(dtype).view(shape)

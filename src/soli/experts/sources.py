@@ -1,8 +1,12 @@
 """Where each expert of a model is in its files, and where its bytes go in a slot of the cache.
 
-An expert has six parts: gate, up and down, and the scales of each where its format has scales. Parts that are near each
-other in a file are read together. Direct I/O reads whole blocks of ALIGNMENT bytes into memory that is aligned alike,
-so a part has the same address in its slot as in its file, modulo ALIGNMENT.
+An expert is gate, up and down, and each of these its values and the tensors beside them (soli/checkpoint/layouts.py).
+Those that are near each other in a file are read together. Direct I/O reads whole blocks of ALIGNMENT bytes into memory
+that is aligned alike, so a tensor has the same address in its slot as in its file, modulo ALIGNMENT.
+
+What memory has as the files do is used where it was read. Values of the same size in another order replace what was
+read, and what takes more bytes than in the files, such as one scale that becomes that of every block, has a place
+behind.
 
 Shapes: E experts, D hidden, F expert width.
 """
@@ -11,23 +15,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Final, NamedTuple
 
 import torch
 
+from soli.checkpoint.layouts import WeightLayout
 from soli.checkpoint.name_map import Slot
 from soli.checkpoint.pack import checksums
 from soli.checkpoint.reader import Checkpoint
 from soli.checkpoint.shard import TORCH_DTYPE, TensorEntry
 from soli.errors import SoliError
 from soli.formats.quantized import CODECS
-from soli.kernels.cpu.native import FORMATS
 
 ALIGNMENT: Final = 4096  # bytes, of direct I/O on every common file system
 MERGE_GAP: Final = 32 * 1024  # bytes that are read in vain rather than by another read
-MATRICES: Final = ("gate", "up", "down")
-READABLE: Final = "bf16, fp32, FP8 blocks and Soli's int8 and int4"
+CACHE_LINE: Final = 64  # bytes
 
 
 class Read(NamedTuple):
@@ -42,24 +46,49 @@ class Read(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Values or scale of one matrix: its first byte in the slot, as read, its dtype there and where it is used, and its
-    tensor's name, for messages."""
+    """A tensor as it was read: its first byte in the slot, and what it is in its file."""
 
     offset: int
-    nbytes: int
-    dtype: torch.dtype
-    used_dtype: torch.dtype
-    name: str
+    entry: TensorEntry
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return TORCH_DTYPE[self.entry.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        return self.entry.end - self.entry.start
+
+    def is_usable(self, dtype: torch.dtype, nbytes: int) -> bool:
+        """Whether so many bytes of `dtype` can be used in the place of this tensor."""
+        return self.nbytes == nbytes and self.offset % dtype.itemsize == 0
+
+
+class MatrixParts(NamedTuple):
+    """The tensors of one matrix, its values first, how they make a weight (None: the values are it), and the first
+    bytes in the slot of the values and the scale that are computed with; no scale: None."""
+
+    tensors: tuple[Part, ...]
+    layout: WeightLayout | None
+    values: int
+    scale: int | None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it is computed with as it was read."""
+        offsets = self.values, self.scale
+        in_place = all(offset in (None, part.offset) for offset, part in zip(offsets, self.tensors, strict=False))
+        return in_place and (self.layout is None or (self.layout.order is None and not self.layout.checks))
 
 
 class ExpertLayout(NamedTuple):
-    """How one expert is read, and the six parts of it: gate, up, down and their scales, None where there is none.
+    """How one expert is read, and what of it is where: gate, up and down.
 
     `checksum`: CRC-32 of the first `needed` bytes of the one read, where the files are a pack.
     """
 
     reads: tuple[Read, ...]
-    parts: tuple[Part | None, ...]
+    matrices: tuple[MatrixParts, ...]
     nbytes: int  # of a slot, aligned
     checksum: int | None = None
 
@@ -88,6 +117,14 @@ class Matrix:
     def scale_shape(self) -> tuple[int, ...]:
         return CODECS[self.format].scale_shape(self.shape, self.group)
 
+    @property
+    def values_bytes(self) -> int:
+        return prod(self.values_shape) * self.values_dtype.itemsize
+
+    @property
+    def scale_bytes(self) -> int:
+        return 0 if self.scale_dtype is None else prod(self.scale_shape) * self.scale_dtype.itemsize
+
 
 @dataclass(frozen=True)
 class LayerSource:
@@ -100,8 +137,8 @@ class LayerSource:
 
     @property
     def expert_bytes(self) -> int:
-        """Of one expert's weights and scales, without what alignment adds."""
-        return sum(part.nbytes for part in self.experts[0].parts if part is not None)
+        """Of one expert's weights and scales, as computed with."""
+        return sum(matrix.values_bytes + matrix.scale_bytes for matrix in self.matrices)
 
 
 @dataclass(frozen=True)
@@ -148,7 +185,7 @@ def _layer(checkpoint: Checkpoint, name: str, slots: Sequence[Slot], files: dict
     assert len(matrices) == 3
     layer = slots[0].layer
     assert layer is not None
-    experts = tuple(_expert(checkpoint, triple, files) for triple in triples)
+    experts = tuple(_expert(checkpoint, triple, matrices, files) for triple in triples)
     file = checkpoint.entries[slots[0].name].file
     crcs = checksums(checkpoint.metadata(file), file)
     if crcs is not None:
@@ -161,33 +198,37 @@ def _layer(checkpoint: Checkpoint, name: str, slots: Sequence[Slot], files: dict
 
 def _matrix(checkpoint: Checkpoint, slot: Slot) -> Matrix:
     entry = checkpoint.entries[slot.name]
-    layout = checkpoint.layout(slot)
-    if layout is None and entry.dtype not in ("BF16", "F32"):
-        raise SoliError(f"{entry} is {entry.dtype}; experts are read from disk in {READABLE}")
-    format = checkpoint.format(slot)
-    if layout is not None and not (layout.is_mapped and format in FORMATS):
-        target = "as-is" if format.startswith("int") else "int8"
+    if checkpoint.layout(slot) is None and entry.dtype not in ("BF16", "F32"):
         raise SoliError(
-            f"{entry} is {layout.name}; experts are read from disk in {READABLE}: `soli convert SRC DST --to {target} "
-            "--pack` writes a folder in one of these"
+            f"{entry} is {entry.dtype}; experts are read from disk in bf16, fp32 and quantized formats: "
+            f"`soli convert {checkpoint.folder} DST --to bf16 --pack` writes a folder of them"
         )
-    return Matrix(format, checkpoint.group(slot), (slot.shape[0], slot.shape[1]))
+    return Matrix(checkpoint.format(slot), checkpoint.group(slot), (slot.shape[0], slot.shape[1]))
 
 
-def _expert(checkpoint: Checkpoint, slots: Sequence[Slot], files: dict[Path, int]) -> ExpertLayout:
-    names = [checkpoint.names(slot) for slot in slots]
-    values = [checkpoint.entries[one[0]] for one in names]
-    scales = [checkpoint.entries[one[1]] if len(one) > 1 else None for one in names]
-    scale_dtypes = [CODECS[checkpoint.format(slot)].scale_dtype for slot in slots]
-    return layout([*values, *scales], files, [*(TORCH_DTYPE[entry.dtype] for entry in values), *scale_dtypes])
-
-
-def layout(
-    entries: Sequence[TensorEntry | None], files: dict[Path, int], dtypes: Sequence[torch.dtype | None]
+def _expert(
+    checkpoint: Checkpoint, slots: Sequence[Slot], matrices: Sequence[Matrix], files: dict[Path, int]
 ) -> ExpertLayout:
-    """Plan the reads of an expert whose parts are `entries`, used in `dtypes`. `files` numbers files, and grows."""
-    present = [entry for entry in entries if entry is not None and entry.end > entry.start]
-    present.sort(key=lambda entry: (str(entry.file), entry.start))
+    names = [checkpoint.names(slot) for slot in slots]
+    entries = [[checkpoint.entries[name] for name in group] for group in names]
+    reads, offsets, end = _plan_reads([entry for group in entries for entry in group], files)
+    parts = []
+    for slot, matrix, group in zip(slots, matrices, entries, strict=True):
+        tensors = tuple(Part(offsets.get(one.name, 0), one) for one in group)
+        values, end = _place(tensors[0], matrix.values_dtype, matrix.values_bytes, end)
+        scale = None
+        if matrix.scale_dtype is not None:
+            scale, end = _place(tensors[1], matrix.scale_dtype, matrix.scale_bytes, end)
+        parts.append(MatrixParts(tensors, checkpoint.layout(slot), values, scale))
+    return ExpertLayout(reads, tuple(parts), aligned(end))
+
+
+def _plan_reads(
+    entries: Sequence[TensorEntry], files: dict[Path, int]
+) -> tuple[tuple[Read, ...], dict[str, int], int]:
+    """The reads of these tensors, the first byte of each in a slot, by name, and the first behind them all. `files`
+    numbers files, and grows."""
+    present = sorted((one for one in entries if one.end > one.start), key=lambda one: (str(one.file), one.start))
     runs: list[list[TensorEntry]] = [[entry] for entry in present[:1]]
     for one, other in pairwise(present):
         near = one.file == other.file and other.start - one.end <= MERGE_GAP
@@ -205,25 +246,15 @@ def layout(
         reads.append(Read(number, start, length, end, run[-1].end - start))
         offsets |= {entry.name: end + entry.start - start for entry in run}
         end += length
-    parts = tuple(
-        None if entry is None
-        else Part(
-            offsets.get(entry.name, 0), entry.end - entry.start, TORCH_DTYPE[entry.dtype],
-            dtype or TORCH_DTYPE[entry.dtype], str(entry),
-        )
-        for entry, dtype in zip(entries, dtypes, strict=True)
-    )  # fmt: skip
-    return ExpertLayout(tuple(reads), parts, end + _copied_bytes(parts))
+    return tuple(reads), offsets, end
 
 
-def _copied_bytes(parts: Sequence[Part | None]) -> int:
-    """Room behind what is read, for parts that are copied before use: see `needs_copy`."""
-    return aligned(sum(64 + 4 * part.nbytes for part in parts if part is not None and needs_copy(part)))
-
-
-def needs_copy(part: Part) -> bool:
-    """Whether a part cannot be used where it was read: its place is not aligned, or scales need another dtype."""
-    return bool(part.offset % part.dtype.itemsize) or part.dtype != part.used_dtype
+def _place(part: Part, dtype: torch.dtype, nbytes: int, end: int) -> tuple[int, int]:
+    """Where values or a scale are used that are made of a tensor, and the first byte behind all."""
+    if part.is_usable(dtype, nbytes):
+        return part.offset, end
+    start = -(-end // CACHE_LINE) * CACHE_LINE
+    return start, start + nbytes
 
 
 def aligned(size: int) -> int:

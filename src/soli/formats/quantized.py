@@ -8,7 +8,7 @@ Shapes: ... leading dimensions (experts), O output features, I input features, g
     int4         values uint8 (..., O, I/2), scale float16 (..., O, I/g): (nibble - 8) * scale; of each 32 neighbours
                  along I, byte j of 16 holds number j in its low half and number j + 16 in its high half
 
-Of other programs' files, and only read:
+Of other programs' files, only read and not written:
 
     int4_bf16    as int4, with bfloat16 scales, whose range float16 does not have
     fp8_row      values float8_e4m3fn (..., O, I), scale fp32 (..., O): value * scale

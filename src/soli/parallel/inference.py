@@ -60,14 +60,18 @@ def open_part(
     if dist.is_initialized():
         raise SoliError("this process shares a model with other ranks already: use one model in each run of torchrun")
 
-    def load() -> Transformer:
-        return load_part(name_or_folder, ranks, device, choose_settings(), progress)
+    def load(group: dist.ProcessGroup) -> Transformer:
+        # Every rank sees what is available before the first of them takes some.
+        settings, available = _agree(ranks, group, lambda: (choose_settings(), _available(ranks, device)))
+        return _agree(
+            ranks, group, lambda: load_part(name_or_folder, ranks, device, settings, available, progress)
+        )
 
     if not ranks.is_first:
         _follow_to_the_end(ranks, device, load)
     with connected(ranks):
         group = join_group(ranks, device)
-        model = _agree(ranks, group, load)
+        model = load(group)
     leader = Leader(model, ranks.world, group)
     atexit.register(leader.close)
     return model, leader
@@ -86,9 +90,13 @@ def load_part(
     ranks: Ranks,
     device: torch.device,
     settings: PartSettings,
+    available: int | None = None,
     progress: ProgressCallback = lambda read, total: None,
 ) -> Transformer:
-    """This rank's part of a model, which computes together with the others'."""
+    """This rank's part of a model, which computes together with the others'. `available`: bytes that this rank can
+    take, None for what it can now."""
+    if available is None:
+        available = _available(ranks, device)
     checkpoint = PartialCheckpoint(model_folder(name_or_folder), settings.mtp)
     part = ModelPart(checkpoint.config, ranks.rank, ranks.world, in_blocks=checkpoint.is_quantized)
     checkpoint.take(part.slot_part)
@@ -103,7 +111,7 @@ def load_part(
                 device,
                 settings.dtype,
                 quantized=settings.quantized,
-                available=_available(ranks, device, settings.memory),
+                available=available if settings.memory is None else min(available, settings.memory),
                 reshape=part.reshape,
                 progress=progress if ranks.is_first else lambda read, total: None,
             )
@@ -154,13 +162,11 @@ def weight_bytes(model: Transformer) -> int:
     return total
 
 
-def _available(ranks: Ranks, device: torch.device, memory: int | None) -> int:
+def _available(ranks: Ranks, device: torch.device) -> int:
     """Bytes that this rank's weights may take: the ranks of a machine share what it has."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free if memory is None else min(free, memory)
-    available = available_memory() // ranks.local_world
-    return available if memory is None else min(available, memory)
+        return torch.cuda.mem_get_info(device)[0]
+    return available_memory(ranks.local_world)
 
 
 def _check_alike(ranks: Ranks, group: dist.ProcessGroup) -> None:
@@ -215,14 +221,17 @@ def _gather(value: Any, ranks: Ranks, group: dist.ProcessGroup) -> list[Any]:
     return values
 
 
-def _follow_to_the_end(ranks: Ranks, device: torch.device, load: Callable[[], Transformer]) -> NoReturn:
-    stop = _StopSignals(ranks)
+def _follow_to_the_end(
+    ranks: Ranks, device: torch.device, load: Callable[[dist.ProcessGroup], Transformer]
+) -> NoReturn:
+    stop: _StopSignals | None = None
     try:
         with joined(ranks):
             group = join_group(ranks, device)
-            follow(_agree(ranks, group, load), device, group)
+            stop = _StopSignals(ranks)  # before, a signal ends this process at once
+            follow(load(group), device, group)
     except SoliError:
-        if not stop.received:
+        if stop is None or not stop.received:
             raise
     raise SystemExit(0)
 

@@ -185,10 +185,9 @@ class Pipeline:
         if self.built[0] != key:
             kind = get_schedule_class(self.schedule.name)
             stages = [self._torch_stage(stage, windows[0], length) for stage in self.stages]
-            which = stages[0] if self.schedule.stages_per_rank == 1 else stages
+            argument = stages[0] if self.schedule.stages_per_rank == 1 else stages
             # The losses are sums over the step already, so gradients are not divided by the micro-batches.
-            built = kind(which, len(windows), loss_fn=lambda loss, _: loss, scale_grads=False)
-            self.built = key, built
+            self.built = key, kind(argument, len(windows), loss_fn=lambda loss, _: loss, scale_grads=False)
         return self.built[1]
 
     def _torch_stage(self, stage: StageModule, window_BW: Tensor, length: int) -> PipelineStage:

@@ -37,8 +37,8 @@ class PipelineSchedule:
 
     def rank_of(self, stage: int, ranks: int) -> int:
         """The rank that has a stage."""
-        turn, rank = divmod(stage, ranks)
-        return ranks - 1 - rank if self.is_v_shaped and turn else rank
+        half, rank = divmod(stage, ranks)
+        return ranks - 1 - rank if self.is_v_shaped and half else rank
 
     def reason_against(self, micro_batches: int, ranks: int) -> str:
         """Why a step cannot have so many micro-batches; "" where it can."""
@@ -100,12 +100,13 @@ def check_pipeline(config: ModelConfig, ranks: int, name: str, shares: Iterable[
         size = micro_batch_size(schedule, ranks, share.sequences, share.micro_sequences)
         if size == share.micro_sequences or (share.is_within_ramp and size is not None):
             continue
-        micro_batches, rest = divmod(share.sequences, share.micro_sequences)
-        reason = "" if rest else schedule.reason_against(micro_batches, ranks)
+        whole, rest = divmod(share.sequences, share.micro_sequences)
+        micro_batches = f"{whole} micro-batch{'' if whole == 1 else 'es'} of {share.micro_sequences}"
+        micro_batches += f" and one of {rest}" if rest else ""
+        reason = "all must be of equal size" if rest else schedule.reason_against(whole, ranks)
         raise SoliError(
-            f"{share.name} gives each pipeline {share.sequences} sequences, {micro_batches} micro-batches of "
-            f"{share.micro_sequences}" + (f" and {rest} more" if rest else "") + ", but "
-            + (reason or "all must be of equal size") + "; change run.micro_sequences, or parallel.pipeline"
+            f"{share.name} gives each pipeline {share.sequences} sequences, {micro_batches}, but {reason}; change "
+            "run.micro_sequences, or parallel.pipeline"
         )
 
 

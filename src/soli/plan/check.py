@@ -16,6 +16,7 @@ from soli.engine.request import Request
 from soli.engine.sampler import SamplingParams
 from soli.engine.text_model import text_model
 from soli.experts.load import load_within
+from soli.experts.policy import ExpertUsage
 
 NEW_TOKENS: Final = 32
 WARM_UP_TOKENS: Final = 32  # decoded after a first prompt, so that the cache is as full as it will be
@@ -25,7 +26,8 @@ SECONDS: Final = 30.0  # after which no more tokens are decoded
 @dataclass(frozen=True)
 class Measurement:
     """`first_prompt_seconds`: of a prompt that finds no expert in memory. The others are of a warm cache. `hit_rate`:
-    of the experts that decoded tokens chose, with those that had been read ahead."""
+    of the experts that decoded tokens chose, with those that had been read ahead. `disk_rate`: bytes per second of the
+    time in which anything was being read while tokens were decoded; 0 where nothing was."""
 
     prompt_tokens: int
     new_tokens: int
@@ -34,13 +36,15 @@ class Measurement:
     decode_tokens_per_second: float
     hit_rate: float
     disk_bytes_per_token: float
+    disk_rate: float
 
 
 def measure(
     folder: str | Path, memory: int, prompt: int, on_step: Callable[[str], None] = lambda step: None
-) -> Measurement:
-    """Runs the model in `folder` with random prompts of `prompt` tokens, fewer where it has fewer positions. SoliError
-    as from `soli generate --memory`."""
+) -> tuple[Measurement, ExpertUsage | None]:
+    """Runs the model in `folder` with random prompts of `prompt` tokens, fewer where it has fewer positions; the
+    figures, and which experts had been chosen before the tokens that are measured. SoliError as from `soli generate
+    --memory`."""
     on_step("loading")
     model, budget = load_within(folder, memory, mtp=False)
     tokenizer = Tokenizer.from_folder(open_checkpoint(folder).folder)
@@ -51,15 +55,17 @@ def measure(
     try:
         on_step("a first prompt")
         first, _ = _run(engine, prompt, WARM_UP_TOKENS, seed=1)
+        usage = None if store.holds_all else store.policy.usage()
         on_step("a prompt and its answer")
-        marks: list[tuple[int, int, int]] = []
+        marks: list[tuple[int, int, int, float]] = []
 
         def mark() -> None:
-            marks.append((store.stats.hits, store.stats.misses, store.reader.stats.bytes))
+            reads = store.reader.stats
+            marks.append((store.stats.hits, store.stats.misses, reads.bytes, reads.busy_seconds))
 
         seconds, gaps = _run(engine, prompt, NEW_TOKENS, seed=2, on_token=mark)
-        hits, misses, read = (last - begin for last, begin in zip(marks[-1], marks[0], strict=True))
-        return Measurement(
+        hits, misses, read, busy = (last - begin for last, begin in zip(marks[-1], marks[0], strict=True))
+        measurement = Measurement(
             prompt_tokens=prompt,
             new_tokens=len(gaps),
             first_prompt_seconds=first,
@@ -67,7 +73,9 @@ def measure(
             decode_tokens_per_second=len(gaps) / sum(gaps),
             hit_rate=hits / max(1, hits + misses),
             disk_bytes_per_token=read / len(gaps),
+            disk_rate=read / busy if busy else 0.0,
         )
+        return measurement, usage
     finally:
         store.close()
 

@@ -20,7 +20,8 @@ from soli.engine.request import EngineLimits
 from soli.engine.scratch import limit_scratch, token_bytes, tokens_per_call
 from soli.errors import SoliError
 from soli.experts.budget import divide_bytes
-from soli.experts.policy import policy_bytes
+from soli.experts.load import usage_file_of
+from soli.experts.policy import ExpertUsage, policy_bytes
 from soli.hub.cache import INDEX, cache_folder, find_folder, shards_of
 from soli.input_files import TABLE_BYTES, read_object
 from soli.plan.inference import (
@@ -30,6 +31,7 @@ from soli.plan.inference import (
     expected_hit_rate,
     predict_decode,
     predict_prompt,
+    remembered_hit_rate,
 )
 from soli.plan.sizes import FORMATS, ModelSizes, sizes_as_published, sizes_in, sizes_of
 
@@ -63,6 +65,13 @@ class PlannedModel:
             return sizes_as_published(self.config) if format is None else sizes_in(self.config, format)
         except SoliError as error:
             raise SoliError(f"{self.name}: {error}") from None
+
+    def usage(self) -> ExpertUsage | None:
+        """Which experts earlier runs of this model chose; None where that is not known."""
+        if not self.stored or self.folder is None or self.config.num_moe_layers == 0:
+            return None
+        usage = usage_file_of(self.folder).read()
+        return usage if usage is not None and usage.shares_LE.any() else None
 
     @property
     def index_bytes(self) -> int | None:
@@ -190,12 +199,20 @@ def _divide(sizes: ModelSizes, memory: int, tokens: int) -> Division:
 
 
 def speed(
-    sizes: ModelSizes, division: Division, machine: MachineRates, prompt: int = PROMPT, skew: float = 0.0
+    sizes: ModelSizes,
+    division: Division,
+    machine: MachineRates,
+    prompt: int = PROMPT,
+    skew: float = 0.0,
+    usage: ExpertUsage | None = None,
 ) -> Speed | None:
-    """None where the model does not fit."""
+    """None where the model does not fit. `usage`: which experts earlier runs chose; None: as often as `skew` says."""
     if not division.fits:
         return None
-    hit_rate = expected_hit_rate(division.share, sizes.config.n_routed_experts, skew)
+    if usage is None or division.slots == division.experts:
+        hit_rate = expected_hit_rate(division.share, sizes.config.n_routed_experts, skew)
+    else:
+        hit_rate = remembered_hit_rate(usage.shares_LE, division.slots)
     return Speed(
         predict_decode(sizes, machine, division.share, prompt, hit_rate),
         predict_prompt(sizes, machine, division.share, prompt, division.tokens_per_call),
@@ -203,14 +220,19 @@ def speed(
 
 
 def table_of_formats(
-    model: PlannedModel, machine: MachineRates, memories: Sequence[int], prompt: int, skew: float
+    model: PlannedModel,
+    machine: MachineRates,
+    memories: Sequence[int],
+    prompt: int,
+    skew: float,
+    usage: ExpertUsage | None = None,
 ) -> dict[str, tuple[ModelSizes, list[Speed | None]]]:
     """By format, as published first, the speed for each memory; None where a model does not fit."""
     formats: dict[str, ModelSizes] = {"as stored" if model.stored else "as published": model.sizes()}
     formats |= {format: sizes_in(model.config, format) for format in FORMATS}
 
     def speed_in(sizes: ModelSizes, memory: int) -> Speed | None:
-        return speed(sizes, divide(sizes, memory, prompt + ANSWER), machine, prompt, skew)
+        return speed(sizes, divide(sizes, memory, prompt + ANSWER), machine, prompt, skew, usage)
 
     return {name: (sizes, [speed_in(sizes, memory) for memory in memories]) for name, sizes in formats.items()}
 
@@ -223,7 +245,12 @@ def memories_to_compare(sizes: ModelSizes, memory: int) -> list[int]:
 
 
 def upgrades(
-    sizes: ModelSizes, memory: int, machine: MachineRates, prompt: int = PROMPT, skew: float = 0.0
+    sizes: ModelSizes,
+    memory: int,
+    machine: MachineRates,
+    prompt: int = PROMPT,
+    skew: float = 0.0,
+    usage: ExpertUsage | None = None,
 ) -> list[Upgrade]:
     """Twice the memory, a disk twice as fast, memory twice as fast: each alone, the one that brings most first."""
     faster_disk = replace(machine, disk_rate=2 * machine.disk_rate)
@@ -239,7 +266,7 @@ def upgrades(
     ]
     results = []
     for resource, value, size, changed in changes:
-        after = speed(sizes, divide(sizes, size, prompt + ANSWER), changed, prompt, skew)
+        after = speed(sizes, divide(sizes, size, prompt + ANSWER), changed, prompt, skew, usage)
         if after is not None:
             results.append(
                 Upgrade(resource, value, after.decode.tokens_per_second, after.prompt.tokens_per_second)

@@ -1,11 +1,11 @@
 """The plan of a model as one value: as JSON, and as the lines that `soli plan` prints."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from soli.plan.check import Measurement
-from soli.plan.inference import MachineRates, Prediction, predict_decode
+from soli.plan.inference import TYPICAL_SKEW, MachineRates, Prediction, predict_decode
 from soli.plan.inference_plan import Division, GpuSplit, PlannedModel, Speed, Upgrade
 from soli.plan.sizes import ModelSizes
 from soli.quantities import scaled
@@ -16,7 +16,8 @@ Lines = list[tuple[str, str]]
 @dataclass(frozen=True)
 class PlanReport:
     """`sources` says where each figure of the machine is from; `formats`: by name, (sizes, speed for each of
-    `memories`). `speed` None: the model does not fit."""
+    `memories`). `speed` None: the model does not fit. `routing_tokens`: from how many tokens it is known which experts
+    are chosen; where that is not known, `typical` is the speed with TYPICAL_SKEW."""
 
     model: PlannedModel
     sizes: ModelSizes
@@ -31,6 +32,8 @@ class PlanReport:
     upgrades: list[Upgrade]
     gpu: GpuSplit | None = None
     check: Measurement | None = None
+    routing_tokens: int | None = None
+    typical: Speed | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; sizes in bytes, rates per second, null where the model does not fit."""
@@ -58,6 +61,8 @@ class PlanReport:
             "prefill_bound": speed and speed.prompt.bound,
             "prompt_tokens": self.prompt,
             "skew": self.skew,
+            "routing_tokens": self.routing_tokens,
+            "typical_decode_tokens_per_second": self.typical and self.typical.decode.tokens_per_second,
             "decode": speed and _prediction(speed.decode),
             "prefill": speed and _prediction(speed.prompt),
             "parts": sizes.parts,
@@ -89,6 +94,7 @@ class PlanReport:
             decode, prompt = self.speed.decode, self.speed.prompt
             lines += [
                 ("decode", f"{rate(decode)}, bound by {decode.bound}: {_read(decode, 'per token')}"),
+                *self._typical(),
                 (
                     "prompt",
                     f"{rate(prompt)}, {prompt.tokens} tokens in {seconds(prompt.seconds)}, bound by {prompt.bound}",
@@ -116,7 +122,8 @@ class PlanReport:
         if "decode_error_at_measured_reads" in errors:
             error = errors["decode_error_at_measured_reads"]
             at_reads = number(check.decode_tokens_per_second * (1 + error))
-            lines.append(("", f"{at_reads} tokens/s predicted for the bytes that this run read: {100 * error:+.0f} %"))
+            read = f"the bytes that this run read, at {per_second(check.disk_rate or self.machine.disk_rate)}"
+            lines.append(("", f"{at_reads} tokens/s predicted for {read}: {100 * error:+.0f} %"))
         reads = f"{scaled(speed.decode.disk_bytes, 'B')} per token predicted, {scaled(check.disk_bytes_per_token, 'B')}"
         tokens = f"{check.new_tokens} tokens after a prompt of {check.prompt_tokens}, with a warm cache"
         return [*lines, ("reads", f"{reads} measured; {tokens}")]
@@ -132,7 +139,8 @@ class PlanReport:
         if self.division.slots < self.division.experts:  # how evenly experts are chosen is the model's and the text's
             demand = self.sizes.config.num_experts_per_tok * self.sizes.layers * self.sizes.expert_bytes
             hit_rate = max(0.0, 1 - self.check.disk_bytes_per_token / demand)
-            at_reads = predict_decode(self.sizes, self.machine, self.division.share, self.prompt, hit_rate)
+            machine = replace(self.machine, disk_rate=self.check.disk_rate or self.machine.disk_rate)
+            at_reads = predict_decode(self.sizes, machine, self.division.share, self.prompt, hit_rate)
             errors["decode_error_at_measured_reads"] = at_reads.tokens_per_second / measured - 1
         return errors
 
@@ -180,11 +188,18 @@ class PlanReport:
         if self.division.slots == self.division.experts:
             return "one request, nothing is read from disk once the experts have been read"
         routing = (
-            f"experts chosen as often as 1/rank^{self.skew:g}, the most frequent in memory" if self.skew
+            f"experts chosen as by {self.routing_tokens:,} tokens of earlier runs" if self.routing_tokens is not None
+            else f"experts chosen as often as 1/rank^{self.skew:g}, the most frequent in memory" if self.skew
             else "experts chosen evenly, which is the lower bound"
         )  # fmt: skip
         hits = self.speed.decode.hit_rate if self.speed else 0.0
         return f"one request, a warm cache, {100 * hits:.1f} % of a token's experts in memory: {routing}"
+
+    def _typical(self) -> Lines:
+        if self.typical is None or self.division.slots == self.division.experts:
+            return []
+        return [("", f"{rate(self.typical.decode)} where experts are chosen as unevenly as was measured (--skew "
+                     f"{TYPICAL_SKEW:g})")]  # fmt: skip
 
     def _next(self) -> str:
         if not self.upgrades:

@@ -28,13 +28,18 @@ from soli.checkpoint.reader import Checkpoint
 from soli.config import ModelConfig
 from soli.errors import SoliError
 from soli.experts.sources import ALIGNMENT, aligned, sources_of
-from soli.formats.quantized import CODECS, INT8, IntegerCodec
+from soli.formats.quantized import CODECS, FP4, FP8_ROW, INT8, IntegerCodec
 from soli.kernels.cpu import native
 
 FORMATS: Final = ("fp8", "bf16", "int8", "int4")  # that a table compares
 JOINT: Final = "joint projection"  # of MTP modules
 PARTS: Final = (ROUTED, SHARED, ATTENTION, DENSE, EMBEDDING, HEAD, ROUTER, NORMS)
-FORMATS_OF_KERNELS: Final = {format: format.removesuffix("_bf16") for format in native.FORMATS}
+# By the name that rates are measured by; FP4 is read as fast as int4.
+FORMATS_OF_KERNELS: Final = {format: format for format in native.FORMATS} | {
+    "int4_bf16": "int4", "fp8_row": "fp8", "fp4": "int4", "nvfp4": "int4", "mxfp4": "int4"
+}  # fmt: skip
+# Of other programs, by the name that config.json leads to: codec and group of linear weights.
+ONLY_READ: Final = {"nvfp4": (FP4.name, 16), "mxfp4": (FP4.name, 32), FP8_ROW.name: (FP8_ROW.name, 0)}
 _HIGH_DTYPE: Final = {"fp32": 4}  # bytes of what is not quantized; elsewhere 2
 
 
@@ -88,8 +93,7 @@ class ModelSizes:
 
 
 def published_formats(config: ModelConfig) -> dict[str, str]:
-    """The format of each part by what config.json announces, bf16 for what the kernels do not read. SoliError for what
-    Soli does not read."""
+    """The format of each part by what config.json announces. SoliError for what Soli does not read."""
     dtype = config.extra.get("torch_dtype") or config.extra.get("dtype")
     high = "fp32" if dtype == "float32" else "bf16"
     try:
@@ -98,7 +102,7 @@ def published_formats(config: ModelConfig) -> dict[str, str]:
         raise SoliError(f"{error}: choose a format with --format") from None
     if quantization.method in (SOLI, "fp8"):  # of every weight that has this format in Soli's own files
         everywhere = quantization.format_of([""]) or high
-        return dict.fromkeys((*PARTS, JOINT), FORMATS_OF_KERNELS.get(everywhere, "bf16"))
+        return dict.fromkeys((*PARTS, JOINT), FORMATS_OF_KERNELS[everywhere])
     last = config.num_hidden_layers - 1
     modules = {
         ROUTED: f"model.layers.{last}.mlp.experts.0.down_proj",
@@ -109,7 +113,7 @@ def published_formats(config: ModelConfig) -> dict[str, str]:
     names = {part: [module, f"language_model.{module}"] for part, module in modules.items()}
     formats_of = {part: quantization.format_of(names[part]) or high for part in names}
     return dict.fromkeys((*PARTS, JOINT), high) | {
-        part: FORMATS_OF_KERNELS.get(format, "bf16") for part, format in formats_of.items()
+        part: format if format in ONLY_READ else FORMATS_OF_KERNELS[format] for part, format in formats_of.items()
     }
 
 
@@ -141,7 +145,8 @@ def _sizes(config: ModelConfig, formats: Mapping[str, str]) -> ModelSizes:
     expert = sum(_bytes(group, formats[ROUTED]) for group in routed) // experts
     mtp = sum(_bytes(group, formats[group.component]) for group in mtp_weights(config))
     slot_bytes = aligned(expert) + ALIGNMENT
-    return ModelSizes(config, formats[ROUTED], _with_tied_head(config, parts), expert, slot_bytes, mtp)
+    format = FORMATS_OF_KERNELS[formats[ROUTED]]
+    return ModelSizes(config, format, _with_tied_head(config, parts), expert, slot_bytes, mtp)
 
 
 def sizes_of(checkpoint: Checkpoint) -> ModelSizes:
@@ -201,7 +206,7 @@ def _part(name: str, groups: Iterable[Weights], format: str) -> PartSize:
     largest = max(groups, key=lambda group: group.total)
     codec = _codec(largest, format)
     high = "fp32" if format == "fp32" else "bf16"
-    return PartSize(name, high if codec is None else codec[0], size, read, flops)
+    return PartSize(name, high if codec is None else FORMATS_OF_KERNELS[codec[0]], size, read, flops)
 
 
 def _with_tied_head(config: ModelConfig, parts: tuple[PartSize, ...]) -> tuple[PartSize, ...]:
@@ -217,6 +222,8 @@ def _with_tied_head(config: ModelConfig, parts: tuple[PartSize, ...]) -> tuple[P
 
 def _codec(group: Weights, format: str) -> tuple[str, int] | None:
     """(format, group of inputs) of tensors that are quantized; None for others. As checkpoint.writer.Target."""
+    if format in ONLY_READ:
+        return ONLY_READ[format] if group.storage == "linear" else None
     codec = CODECS[format]
     if isinstance(codec, IntegerCodec) and (group.storage == "linear" or group.component == HEAD):
         codec = INT8 if group.component == HEAD else codec
@@ -254,12 +261,9 @@ def _stored(checkpoint: Checkpoint, slot: Slot) -> int:
     """Bytes of a tensor with its scales in memory."""
     if not checkpoint.holds(slot):
         return 0
-    format = checkpoint.format(slot)
-    if format in FORMATS_OF_KERNELS:
-        return checkpoint.bytes_as_stored(slot)
-    return prod(slot.shape) * 2
+    return checkpoint.bytes_as_stored(slot)
 
 
 def _format_of(checkpoint: Checkpoint, slot: Slot) -> str:
-    """By the name that rates are measured by; bf16 for what the kernels do not read, which is dequantized."""
-    return FORMATS_OF_KERNELS.get(checkpoint.format(slot), "bf16")
+    """By the name that rates are measured by."""
+    return FORMATS_OF_KERNELS[checkpoint.format(slot)]

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Header, Path, Query, Request
 from starlette.responses import Response
 
 from soli.analysis.parameters import count
-from soli.experts.store import PagedExperts
+from soli.experts.paged import PagedExperts
 from soli.model.moe import RoutedExperts
 from soli.serve import protocol_responses as protocol
 from soli.serve.answering import respond

@@ -220,7 +220,7 @@ def _new_model(
     if parallel.world == 1:
         return model, ranks, None
     from soli.parallel.mesh import build_meshes
-    from soli.parallel.sharding import init_shards, shard_model
+    from soli.parallel.sharding import init_shards, keep_gathered, shard_model
 
     sizes = parallel.data, parallel.expert, parallel.replicate
     meshes = build_meshes(*sizes, device.type, parallel.pipeline)
@@ -233,6 +233,9 @@ def _new_model(
     parameters = dict(model.named_parameters())
     pipeline = Pipeline(model, find_schedule(parallel.schedule), meshes.pipeline.get_group(), device)
     shard_model(model, meshes, pipeline.stages)
+    if parallel.keep_gathered:
+        for stage in pipeline.stages:
+            keep_gathered(stage, is_last=True)  # torch's schedules add gradients after the last micro-batch
     init_shards(model, device, generator, parameters)
     shares = Ranks(meshes.shares.get_local_rank(), meshes.shares.size(), group=meshes.shares.get_group())
     return model, shares, pipeline

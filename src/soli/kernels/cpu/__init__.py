@@ -168,6 +168,15 @@ def latent_decode(
     return y_BHC
 
 
+def order_int4(values: Tensor, ordered: Tensor) -> None:
+    """Bytes of neighbouring numbers into the order of Soli's int4, as `formats.integer.from_neighbour_pairs`, on one
+    thread; both may be the same tensor."""
+    fits = values.dtype == ordered.dtype == torch.uint8 and values.numel() == ordered.numel()
+    if values.numel() % 16 or not (fits and values.is_contiguous() and ordered.is_contiguous()):
+        raise ValueError(f"{values.dtype} {tuple(values.shape)}, {ordered.dtype} {tuple(ordered.shape)} do not fit")
+    check_error(require_library().order_int4(values.data_ptr(), ordered.data_ptr(), values.numel() // 16))
+
+
 def available() -> bool:
     """Whether the C++ kernels can run here; builds them when they are not built yet."""
     return library() is not None

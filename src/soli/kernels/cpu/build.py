@@ -42,7 +42,9 @@ ISA_FLAGS: Final = {
     "amx": ("-mamx-tile", "-mamx-bf16", "-mamx-int8"),  # beside avx512's; not known to compilers before 2021
 }
 TEMPORARY_FAILURES: Final = ("No space left", "Killed", "annot allocate memory", "out of memory")  # not cached
-COMMON: Final = ("dispatch", "experts", "forward", "latent_attention", "linear", "portable", "struct_layouts")
+COMMON: Final = (
+    "dispatch", "experts", "forward", "latent_attention", "linear", "order_int4", "portable", "struct_layouts"
+)  # fmt: skip
 
 
 class BuildError(Exception):

@@ -19,7 +19,7 @@ from soli.kernels.cpu.build import BuildError, build, openmp_runtimes
 from soli.kernels.cpu.library_cache import open_verified
 
 ISAS: Final = ("portable", "avx2", "avx512", "amx")  # as soli::kernels() numbers them
-FORMATS: Final = {"fp32": 0, "bf16": 1, "fp8": 2, "int8": 3, "int4": 4, "int4_bf16": 5}  # as enum Format
+FORMATS: Final = {"fp32": 0, "bf16": 1, "fp8": 2, "int8": 3, "int4": 4, "int4_bf16": 5, "fp8_row": 6, "fp4": 7}
 DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1}  # as enum Dtype
 
 PACKAGED: Final = Path(__file__).parent / "compiled" / "soli_cpu.so"
@@ -50,6 +50,7 @@ class Library:
     experts: Any
     latent_decode: Any
     forward: Any  # takes the address of a structs.CForwardArgs
+    order_int4: Any
 
 
 def open_library(path: Path, descriptor: int | None = None) -> Library:
@@ -67,7 +68,9 @@ def open_library(path: Path, descriptor: int | None = None) -> Library:
         *[_INT] * 6, *[_POINTER] * 2, *[_INT] * 2, _POINTER, _INT, _POINTER, ctypes.c_double, _POINTER, _INT
     ]  # fmt: skip
     handle.soli_forward.argtypes = [_POINTER]
-    functions = handle.soli_linear, handle.soli_experts, handle.soli_latent_decode, handle.soli_forward
+    handle.soli_order_int4.argtypes = [_POINTER, _POINTER, _INT]
+    names = ("linear", "experts", "latent_decode", "forward", "order_int4")
+    functions = [getattr(handle, f"soli_{name}") for name in names]
     return Library(path, ISAS[handle.soli_best_isa()], *functions)
 
 

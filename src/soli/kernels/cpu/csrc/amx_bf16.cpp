@@ -19,13 +19,19 @@ constexpr int64_t TILE_BYTES = 1024;
 
 Row row_of(const RowTile& tile, int64_t r) { return {tile.weight[r], tile.scale[r], nullptr}; }
 
-// FP8's scales of a tile's rows; sixteen rows are seldom in two blocks of 128.
+// FP8's scales of a tile's rows, which have one of their own, or one for 128 rows.
 template <class D>
 __m512 tile_scale(const RowTile& tile, int64_t k) {
-    if (tile.scale[0] == tile.scale[TILE_ROWS - 1]) return D::scale(row_of(tile, 0), k);
+    __m512 scale;
+    if (tile.scale[0] == tile.scale[TILE_ROWS - 1]) {
+        D::template scales<true>(row_of(tile, 0), k, D::CHUNK, &scale);
+        return scale;
+    }
     alignas(64) float scales[TILE_ROWS];
-    for (int64_t r = 0; r < TILE_ROWS; r++)
-        _mm_store_ss(scales + r, _mm512_castps512_ps128(D::scale(row_of(tile, r), k)));
+    for (int64_t r = 0; r < TILE_ROWS; r++) {
+        D::template scales<true>(row_of(tile, r), k, D::CHUNK, &scale);
+        _mm_store_ss(scales + r, _mm512_castps512_ps128(scale));
+    }
     return _mm512_load_ps(scales);
 }
 
@@ -268,6 +274,10 @@ void matmul_bf16_amx(const RowBlock& rows, const uint8_t* x, int64_t tokens, flo
 
 void matmul_fp8_amx(const RowBlock& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride) {
     matmul<Fp8>(rows, x, tokens, y, y_stride);
+}
+
+void matmul_fp8_row_amx(const RowBlock& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride) {
+    matmul<Fp8Row>(rows, x, tokens, y, y_stride);
 }
 
 }  // namespace soli

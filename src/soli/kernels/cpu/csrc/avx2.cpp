@@ -83,7 +83,8 @@ struct Bf16 {
     }
 };
 
-struct Fp8 {
+template <bool BY_ROW>
+struct Fp8OfScales {
     static constexpr int STEP = 16;
     static constexpr int BYTES = 1;
     static void decode(const Row& row, int64_t k, Vec* out) {
@@ -97,13 +98,16 @@ struct Fp8 {
         const __m256i nan = _mm256_cmpeq_epi16(_mm256_and_si256(e4m3, magnitude_mask), magnitude_mask);
         const __m256i f16 = _mm256_or_si256(shifted, nan);
         float scale;
-        __builtin_memcpy(&scale, row.scale + k / 128 * 4, 4);
+        __builtin_memcpy(&scale, row.scale + (BY_ROW ? 0 : k / 128 * 4), 4);
         const __m256 factor = _mm256_set1_ps(scale * 256.0f);
         out[0].v = _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(f16)), factor);
         out[1].v = _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(f16, 1)), factor);
     }
     static void prefetch(const Row& row, int64_t k, int64_t distance) { prefetch_line<16>(row.weight, k, distance); }
 };
+
+using Fp8 = Fp8OfScales<false>;
+using Fp8Row = Fp8OfScales<true>;
 
 struct Int8 {
     static constexpr int STEP = 32;
@@ -144,16 +148,43 @@ struct Int4OfScales {
 using Int4 = Int4OfScales<false>;
 using Int4Bf16 = Int4OfScales<true>;
 
+// E2M1: a byte holds two neighbours, the first in its low half; a nibble is a sign and the number of a magnitude.
+struct Fp4 {
+    static constexpr int STEP = 16;
+    static constexpr int BYTES = 1;  // not used: rows are a multiple of 16
+    static void decode(const Row& row, int64_t k, Vec* out) {
+        const __m256 magnitudes = _mm256_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6);
+        const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+        const __m256 sign = _mm256_set1_ps(-0.0f);
+        float scale;
+        __builtin_memcpy(&scale, row.scale + k / row.group * 4, 4);
+        const __m256 factor = _mm256_set1_ps(scale);
+        for (int v = 0; v < 2; v++) {
+            int32_t word;
+            __builtin_memcpy(&word, row.weight + k / 2 + 4 * v, 4);
+            const __m256i nibbles = _mm256_srlv_epi32(_mm256_set1_epi32(word), shifts);  // and what is above them
+            const __m256 signs = _mm256_and_ps(_mm256_castsi256_ps(_mm256_slli_epi32(nibbles, 28)), sign);
+            const __m256 magnitude = _mm256_permutevar8x32_ps(magnitudes, nibbles);  // by the low three bits
+            out[v].v = _mm256_mul_ps(_mm256_or_ps(magnitude, signs), factor);
+        }
+    }
+    static void prefetch(const Row& row, int64_t k, int64_t distance) {
+        prefetch_line<8>(row.weight, k / 2, distance);
+        prefetch_line<4>(row.scale, k / row.group * 4, distance * 8 / row.group);
+    }
+};
+
 }  // namespace
 
 const Kernels AVX2 = {
     "avx2",
-    {matmul_f32<Fp32>, matmul_f32<Bf16>, matmul_f32<Fp8>, matmul_f32<Int8>, matmul_f32<Int4>, matmul_f32<Int4Bf16>},
-    {nullptr, nullptr, nullptr, matmul_int8_avx2, matmul_int4_avx2, matmul_int4_avx2},
+    {matmul_f32<Fp32>, matmul_f32<Bf16>, matmul_f32<Fp8>, matmul_f32<Int8>, matmul_f32<Int4>, matmul_f32<Int4Bf16>,
+     matmul_f32<Fp8Row>, matmul_f32<Fp4>},
+    {nullptr, nullptr, nullptr, matmul_int8_avx2, matmul_int4_avx2, matmul_int4_avx2, nullptr, nullptr},
     pack_token_int8,
     silu_mul,
     {weighted_sum_f32<Fp32>, weighted_sum_f32<Bf16>, weighted_sum_f32<Fp8>, weighted_sum_f32<Int8>,
-     weighted_sum_f32<Int4>, weighted_sum_f32<Int4Bf16>},
+     weighted_sum_f32<Int4>, weighted_sum_f32<Int4Bf16>, weighted_sum_f32<Fp8Row>, weighted_sum_f32<Fp4>},
     exp_scores,
 };
 

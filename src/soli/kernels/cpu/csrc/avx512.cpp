@@ -63,7 +63,8 @@ struct Bf16 {
     }
 };
 
-struct Fp8 {
+template <bool BY_ROW>
+struct Fp8OfScales {
     static constexpr int STEP = 16;
     static constexpr int BYTES = 1;
     static void decode(const Row& row, int64_t k, Vec* out) {
@@ -79,11 +80,14 @@ struct Fp8 {
         value =
             _mm512_mask_mov_ps(_mm512_or_ps(value, _mm512_castsi512_ps(sign)), nan, _mm512_set1_ps(__builtin_nanf("")));
         float scale;
-        __builtin_memcpy(&scale, row.scale + k / 128 * 4, 4);
+        __builtin_memcpy(&scale, row.scale + (BY_ROW ? 0 : k / 128 * 4), 4);
         out->v = _mm512_mul_ps(value, _mm512_set1_ps(scale));
     }
     static void prefetch(const Row& row, int64_t k, int64_t distance) { prefetch_line<16>(row.weight, k, distance); }
 };
+
+using Fp8 = Fp8OfScales<false>;
+using Fp8Row = Fp8OfScales<true>;
 
 struct Int8 {
     static constexpr int STEP = 32;
@@ -120,26 +124,49 @@ struct Int4OfScales {
 using Int4 = Int4OfScales<false>;
 using Int4Bf16 = Int4OfScales<true>;
 
+// E2M1: a byte holds two neighbours, the first in its low half.
+struct Fp4 {
+    static constexpr int STEP = 16;
+    static constexpr int BYTES = 1;  // not used: rows are a multiple of 16
+    static void decode(const Row& row, int64_t k, Vec* out) {
+        const __m512 values = _mm512_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6);
+        float scale;
+        __builtin_memcpy(&scale, row.scale + k / row.group * 4, 4);
+        const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row.weight + k / 2));
+        const __m512i pairs = _mm512_cvtepu8_epi64(bytes);
+        // A nibble in the lowest four bits of each lane of 32; the permutation reads no others.
+        const __m512i nibbles = _mm512_or_si512(pairs, _mm512_slli_epi64(pairs, 28));
+        out->v = _mm512_mul_ps(_mm512_permutexvar_ps(nibbles, values), _mm512_set1_ps(scale));
+    }
+    static void prefetch(const Row& row, int64_t k, int64_t distance) {
+        prefetch_line<8>(row.weight, k / 2, distance);
+        prefetch_line<4>(row.scale, k / row.group * 4, distance * 8 / row.group);
+    }
+};
+
 // AVX-512 and AMX differ in their products of bfloat16 tokens only.
-constexpr Kernels with_bf16(const char* name, MatmulBf16 bf16, MatmulBf16 fp8, MatmulBf16 int8, MatmulBf16 int4) {
+constexpr Kernels with_bf16(const char* name, MatmulBf16 bf16, MatmulBf16 fp8, MatmulBf16 int8, MatmulBf16 int4,
+                            MatmulBf16 fp8_row) {
     return {
         name,
-        {matmul_f32<Fp32>, matmul_f32<Bf16>, matmul_f32<Fp8>, matmul_f32<Int8>, matmul_f32<Int4>, matmul_f32<Int4Bf16>},
-        {nullptr, bf16, fp8, int8, int4, int4},
+        {matmul_f32<Fp32>, matmul_f32<Bf16>, matmul_f32<Fp8>, matmul_f32<Int8>, matmul_f32<Int4>, matmul_f32<Int4Bf16>,
+         matmul_f32<Fp8Row>, matmul_f32<Fp4>},
+        {nullptr, bf16, fp8, int8, int4, int4, fp8_row, matmul_fp4_avx512},
         pack_token,
         silu_mul,
         {weighted_sum_f32<Fp32>, weighted_sum_f32<Bf16>, weighted_sum_f32<Fp8>, weighted_sum_f32<Int8>,
-         weighted_sum_f32<Int4>, weighted_sum_f32<Int4Bf16>},
+         weighted_sum_f32<Int4>, weighted_sum_f32<Int4Bf16>, weighted_sum_f32<Fp8Row>, weighted_sum_f32<Fp4>},
         exp_scores,
     };
 }
 
 }  // namespace
 
-constexpr Kernels AVX512 =
-    with_bf16("avx512", matmul_bf16_avx512, matmul_fp8_avx512, matmul_int8_avx512, matmul_int4_avx512);
+constexpr Kernels AVX512 = with_bf16("avx512", matmul_bf16_avx512, matmul_fp8_avx512, matmul_int8_avx512,
+                                     matmul_int4_avx512, matmul_fp8_row_avx512);
 #ifdef SOLI_AMX
-constexpr Kernels AMX = with_bf16("amx", matmul_bf16_amx, matmul_fp8_amx, matmul_int8_amx, matmul_int4_amx);
+constexpr Kernels AMX =
+    with_bf16("amx", matmul_bf16_amx, matmul_fp8_amx, matmul_int8_amx, matmul_int4_amx, matmul_fp8_row_amx);
 #endif
 
 }  // namespace soli

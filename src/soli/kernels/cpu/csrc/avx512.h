@@ -8,10 +8,13 @@ namespace soli {
 
 void matmul_bf16_avx512(const RowBlock& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride);
 void matmul_fp8_avx512(const RowBlock& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride);
+void matmul_fp8_row_avx512(const RowBlock& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride);
+void matmul_fp4_avx512(const RowBlock& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride);
 void matmul_int8_avx512(const RowBlock& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride);
 void matmul_int4_avx512(const RowBlock& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride);
 void matmul_bf16_amx(const RowBlock& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride);
 void matmul_fp8_amx(const RowBlock& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride);
+void matmul_fp8_row_amx(const RowBlock& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride);
 void matmul_int8_amx(const RowBlock& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride);
 void matmul_int4_amx(const RowBlock& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride);
 void pack_token(const Layout& layout, const uint16_t* x, uint8_t* token, int64_t at);

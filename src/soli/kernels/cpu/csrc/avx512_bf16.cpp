@@ -1,5 +1,5 @@
-// The AVX-512 kernels for bfloat16 tokens and weights in bfloat16 or FP8: both are decoded to exact bfloat16, and
-// vdpbf16ps multiplies 32 at a time with float32 sums; each FP8 block's sum is then multiplied by the block's scale.
+// The AVX-512 kernels for bfloat16 tokens and weights in bfloat16, FP8 or FP4: all are decoded to exact bfloat16, and
+// vdpbf16ps multiplies 32 at a time with float32 sums; the sum of those that share a scale is then multiplied by it.
 // Neither weights nor scales are rounded.
 //
 // Template parameters: D decoder, R rows and N tokens of a register tile.
@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t TILE_ROWS = 4;
 constexpr int64_t ONE_TOKEN_ROWS = 8;      // of a tile for a single token
-constexpr int64_t MIN_DECODED_TOKENS = 8;  // from which an FP8 row is decoded once for all
+constexpr int64_t MIN_DECODED_TOKENS = 8;  // from which an FP8 or FP4 row is decoded once for all
 
 // Large bfloat16 matrices are read one row after another, without prefetching: hardware follows a single stream from
 // memory faster (Zen 4: 30 GB/s a core) than it answers prefetches (22). More tokens take longer over a row than
@@ -42,12 +42,16 @@ inline void add_chunk(const Row* row, int64_t k, int64_t remaining, const uint16
     for (int r = 0; r < R; r++) {
         __m512i w[D::VECS];
         D::template decode<FULL>(row[r], k, remaining, w);
-        const __m512 scale = D::scale(row[r], k);
+        __m512 scale[D::PARTS];
+        D::template scales<FULL>(row[r], k, remaining, scale);
         for (int n = 0; n < N; n++) {
             const uint16_t* token = x + n * x_stride + k;
-            __m512 part = D::SCALED ? _mm512_setzero_ps() : sum[r][n];
-            for (int v = 0; v < D::VECS; v++) part = dot(part, w[v], _mm512_loadu_si512(token + 32 * v));
-            sum[r][n] = D::SCALED ? _mm512_fmadd_ps(part, scale, sum[r][n]) : part;
+            for (int p = 0; p < D::PARTS; p++) {
+                __m512 part = D::SCALED ? _mm512_setzero_ps() : sum[r][n];
+                for (int v = p * D::VECS / D::PARTS; v < (p + 1) * D::VECS / D::PARTS; v++)
+                    part = dot(part, w[v], _mm512_loadu_si512(token + 32 * v));
+                sum[r][n] = D::SCALED ? _mm512_fmadd_ps(part, scale[p], sum[r][n]) : part;
+            }
         }
     }
 }
@@ -145,6 +149,15 @@ void matmul_bf16_avx512(const RowBlock& rows, const uint8_t* x, int64_t tokens, 
 
 void matmul_fp8_avx512(const RowBlock& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride) {
     matmul_bf16<Fp8>(rows, x, tokens, y, y_stride);
+}
+
+void matmul_fp8_row_avx512(const RowBlock& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride) {
+    matmul_bf16<Fp8Row>(rows, x, tokens, y, y_stride);
+}
+
+void matmul_fp4_avx512(const RowBlock& rows, const uint8_t* x, int64_t tokens, float* y, int64_t y_stride) {
+    if (rows.layout.group == 16) matmul_bf16<Fp4<16>>(rows, x, tokens, y, y_stride);
+    else matmul_bf16<Fp4<32>>(rows, x, tokens, y, y_stride);
 }
 
 }  // namespace soli

@@ -17,8 +17,9 @@
 
 namespace soli {
 
-// Of weights: the order of FORMATS in native.py. INT4_BF16 is int4 with scales in bfloat16 instead of float16.
-enum Format { FP32, BF16, FP8, INT8, INT4, INT4_BF16, FORMATS };
+// Of weights: the order of FORMATS in native.py. INT4_BF16 is int4 with scales in bfloat16 instead of float16, FP8_ROW
+// has a scale for each row, FP4 one for 16 or 32 inputs.
+enum Format { FP32, BF16, FP8, INT8, INT4, INT4_BF16, FP8_ROW, FP4, FORMATS };
 enum Dtype { FLOAT32, BFLOAT16 };  // of activations: the order of DTYPES in native.py
 
 SOLI_INLINE int64_t dtype_bytes(int64_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
@@ -50,11 +51,13 @@ struct Layout {
     int64_t format, O, I, group;
 
     SOLI_INLINE int64_t row_bytes() const {
-        const int64_t sizes[FORMATS] = {4 * I, 2 * I, I, I, I / 2, I / 2};
+        const int64_t sizes[FORMATS] = {4 * I, 2 * I, I, I, I / 2, I / 2, I, I / 2};
         return sizes[format];
     }
-    SOLI_INLINE int64_t scale_bytes() const {  // of one row (integers) or of 128 rows (FP8)
+    SOLI_INLINE int64_t scale_bytes() const {  // of one row, or of FP8 of 128 rows
         if (format == FP8) return 4 * ((I + 127) / 128);
+        if (format == FP8_ROW) return 4;
+        if (format == FP4) return 4 * (I / group);
         return is_integer() ? 2 * (I / group) : 0;
     }
     SOLI_INLINE bool is_int4() const { return format == INT4 || format == INT4_BF16; }

@@ -82,11 +82,12 @@ struct Bf16 {
     static void prefetch(const Row&, int64_t, int64_t) {}
 };
 
-struct Fp8 {
+template <bool BY_ROW>
+struct Fp8OfScales {
     static constexpr int STEP = 8;
     static constexpr int BYTES = 1;
     static void decode(const Row& row, int64_t k, Vec* out) {
-        const float scale = float_at(row.scale, k / 128);
+        const float scale = float_at(row.scale, BY_ROW ? 0 : k / 128);
         for (int i = 0; i < STEP; i++) {
             const uint32_t e4m3 = row.weight[k + i];
             const uint32_t magnitude = e4m3 & 127;
@@ -99,6 +100,9 @@ struct Fp8 {
     }
     static void prefetch(const Row&, int64_t, int64_t) {}
 };
+
+using Fp8 = Fp8OfScales<false>;
+using Fp8Row = Fp8OfScales<true>;
 
 struct Int8 {
     static constexpr int STEP = 8;
@@ -131,16 +135,30 @@ struct Int4OfScales {
 using Int4 = Int4OfScales<false>;
 using Int4Bf16 = Int4OfScales<true>;
 
+// E2M1: a byte holds two neighbours, the first in its low half.
+struct Fp4 {
+    static constexpr int STEP = 16;
+    static constexpr int BYTES = 1;  // not used: rows are a multiple of 16
+    static void decode(const Row& row, int64_t k, Vec* out) {
+        static const float VALUES[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+        const float scale = float_at(row.scale, k / row.group);
+        const uint8_t* bytes = row.weight + k / 2;
+        for (int i = 0; i < STEP; i++) out[i / 8].lane[i % 8] = VALUES[bytes[i / 2] >> i % 2 * 4 & 15] * scale;
+    }
+    static void prefetch(const Row&, int64_t, int64_t) {}
+};
+
 }  // namespace
 
 const Kernels PORTABLE = {
     "portable",
-    {matmul_f32<Fp32>, matmul_f32<Bf16>, matmul_f32<Fp8>, matmul_f32<Int8>, matmul_f32<Int4>, matmul_f32<Int4Bf16>},
+    {matmul_f32<Fp32>, matmul_f32<Bf16>, matmul_f32<Fp8>, matmul_f32<Int8>, matmul_f32<Int4>, matmul_f32<Int4Bf16>,
+     matmul_f32<Fp8Row>, matmul_f32<Fp4>},
     {},       // no bfloat16 products
     nullptr,  // and no tokens packed for them
     silu_mul,
     {weighted_sum_f32<Fp32>, weighted_sum_f32<Bf16>, weighted_sum_f32<Fp8>, weighted_sum_f32<Int8>,
-     weighted_sum_f32<Int4>, weighted_sum_f32<Int4Bf16>},
+     weighted_sum_f32<Int4>, weighted_sum_f32<Int4Bf16>, weighted_sum_f32<Fp8Row>, weighted_sum_f32<Fp4>},
     exp_scores,
 };
 
