@@ -41,9 +41,9 @@ def test_planned_memory_and_bytes_are_those_of_two_ranks(tmp_path):
     for number, (parallel, _) in enumerate(cases):
         sizes = MeshSizes(parallel.get("data", 1), parallel.get("expert", 1))
         load = DeviceLoad(read_settings(recipes[number]), sizes, "fp32", "cpu")
-        memory, sent = load.memory(), sum(load.traffic().values())
+        memory, traffic = load.memory(), sum(load.traffic().values())
         for tracked in (steps[number] for steps in by_rank):
             for part in ("weights", "gradients", "moments"):
                 assert memory[part] == pytest.approx(tracked[part], rel=1e-3), part
             assert tracked["peak"] <= sum(memory.values()) <= 1.25 * tracked["peak"]
-            assert tracked["sent"] == pytest.approx(sent, rel=0.05 if sizes.expert == 1 else 0.20)
+            assert tracked["sent"] == pytest.approx(traffic, rel=0.05 if sizes.expert == 1 else 0.20)

@@ -65,7 +65,7 @@ def tracked_step(recipe: dict[str, Any]) -> dict[str, int]:
     batch_BW = windows(settings.schedule.batch_sequences, settings.schedule.sequence_length + 2)
     ids_BW = batch_BW.chunk(ranks.world)[ranks.rank]
     totals = count_targets(ids_BW, 1, EOS, ranks)
-    sent = SentBytes()
+    counter = SentBytes()
 
     def step() -> None:
         compute_losses(model, ids_BW, totals, EOS).total(0.3, 1e-4).backward()
@@ -74,7 +74,7 @@ def tracked_step(recipe: dict[str, Any]) -> dict[str, int]:
     optimizer.step(1e-3)
     weights = [local_tensor(parameter) for parameter in model.parameters()]
     moments = [local_tensor(value) for value in optimizer.state().values() if value.ndim]
-    sent.bytes = 0
+    counter.bytes = 0
     tracker = PeakTracker()
     tracker.track_external(*weights, *moments)
     with tracker:
@@ -87,7 +87,7 @@ def tracked_step(recipe: dict[str, Any]) -> dict[str, int]:
         "moments": sum(moment.nbytes for moment in moments),
         "gradients": gradients,
         "peak": int(peak),
-        "sent": sent.bytes,
+        "sent": counter.bytes,
     }
 
 
