@@ -56,6 +56,21 @@ class SentBytes:
         return call
 
 
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def set_ranks(rank: int, world: int, port: int) -> None:
+    """What torchrun would say to this process."""
+    own = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
+    os.environ |= {name: str(value) for name, value in own.items()} | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
 def windows(step: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(step)
     return torch.randint(2, 1024, (SEQUENCES, LENGTH + 1), generator=generator)
@@ -70,7 +85,7 @@ def measure(rank: int, data: int, expert: int, port: int, steps: int, folder: Pa
 
     torch.set_num_threads(1)
     world = data * expert
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    set_ranks(rank, world, port)
     ranks = Ranks(rank, world)
     config = replace(preset("nano"), SHAPE)
     model = Transformer(config, device="meta" if world > 1 else "cpu", dtype=torch.float32)
@@ -111,12 +126,10 @@ def planned_bytes(data: int, expert: int) -> int:
 
 def run(data: int, expert: int, steps: int) -> list[dict[str, Any]]:
     """Results of all ranks."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
     with tempfile.TemporaryDirectory() as name:
         world = data * expert
-        processes.start_processes(measure, (data, expert, port, steps, Path(name)), nprocs=world, start_method="spawn")
+        arguments = (data, expert, free_port(), steps, Path(name))
+        processes.start_processes(measure, arguments, nprocs=world, start_method="spawn")
         return [torch.load(Path(name) / f"{rank}.pt") for rank in range(world)]
 
 

@@ -49,6 +49,20 @@ def test_without_a_gpu_nothing_is_measured(monkeypatch) -> None:  # type: ignore
     assert set(chip.ceilings(tiny=True)) == {"copy_gb_s", "bf16_tflops", "fp8_tflops"}
 
 
+@pytest.mark.skipif(torch.cuda.device_count() > 1, reason="it would measure")
+def test_two_gpus_are_needed_for_two() -> None:
+    process = subprocess.run([sys.executable, GPU / "two_gpus.py"], capture_output=True, text=True, timeout=300)
+    assert process.returncode == 1 and process.stderr.count("\n") == 1
+    assert "this compares two GPUs with one, and there are" in process.stderr
+
+
+@pytest.mark.slow
+def test_two_ranks_on_a_cpu_have_one_process_numbers() -> None:
+    rows = json.loads(run("two_gpus.py", "--tiny"))["rows"]
+    assert len(rows) == 3 and not any("failed" in row for row in rows)
+    assert all(row["largest_difference"] < 1e-4 for row in rows) and rows[1]["bytes_sent_per_rank"] > 0
+
+
 @pytest.mark.slow
 def test_kernels_measure_what_a_cpu_has_and_say_what_it_lacks() -> None:
     rows = json.loads(run("kernels.py", "--tiny"))["rows"]
