@@ -224,13 +224,14 @@ def _gather(value: Any, ranks: Ranks, group: dist.ProcessGroup) -> list[Any]:
 def _follow_to_the_end(
     ranks: Ranks, device: torch.device, load: Callable[[dist.ProcessGroup], Transformer]
 ) -> NoReturn:
-    stop = _StopSignals(ranks)
+    stop: _StopSignals | None = None
     try:
         with joined(ranks):
             group = join_group(ranks, device)
+            stop = _StopSignals(ranks)  # before, a signal ends this process at once
             follow(load(group), device, group)
     except SoliError:
-        if not stop.received:
+        if stop is None or not stop.received:
             raise
     raise SystemExit(0)
 
