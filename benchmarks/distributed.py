@@ -2,7 +2,8 @@
 
 gloo on this machine's CPU, every rank one thread of it: evidence that the same work is done and of what is sent, not of
 speed, which a CPU's loopback says little about. Time is the processor time of all ranks together, so 1.0 would be
-communication for nothing. Losses of the steps must agree with one process's.
+communication for nothing. Losses of the steps must agree with one process's, and the bytes are set beside those that
+`soli train --dry-run` plans for the mesh.
 
     python benchmarks/distributed.py
 """
@@ -22,9 +23,11 @@ import torch.distributed as dist
 import torch.multiprocessing as processes
 
 from soli.config import preset, replace
+from soli.plan.device_load import DeviceLoad
+from soli.plan.mesh_sizes import MeshSizes
 from soli.train.losses import compute_losses, count_targets
 from soli.train.optimizer import Optimizer
-from soli.train.settings import OptimizerSettings
+from soli.train.settings import OptimizerSettings, read_settings
 
 LENGTH, SEQUENCES, RATE, NO_EOS = 128, 16, 1e-3, -1
 MESHES = [(2, 1), (1, 2), (4, 1), (2, 2), (1, 4)]  # data, expert
@@ -97,6 +100,15 @@ def measure(rank: int, data: int, expert: int, port: int, steps: int, folder: Pa
         dist.destroy_process_group()
 
 
+def planned_bytes(data: int, expert: int) -> int:
+    """Bytes that a rank sends in a step, as soli.plan has them."""
+    schedule = {"sequence_length": LENGTH, "batch_sequences": SEQUENCES, "constant_tokens": 10**6}
+    run = {"micro_sequences": SEQUENCES // (data * expert), "precision": "fp32"}
+    model = {"preset": "nano", **SHAPE}
+    settings = read_settings({"model": model, "schedule": schedule, "run": run})
+    return sum(DeviceLoad(settings, MeshSizes(data, expert), "fp32").traffic().values())
+
+
 def run(data: int, expert: int, steps: int) -> list[dict[str, Any]]:
     """Results of all ranks."""
     with socket.socket() as listener:
@@ -131,7 +143,8 @@ def main() -> None:
             "unit": "s",
             "soli": record.spread(times),
             "peers": {"one process": record.spread(one)},
-            "bytes_sent_per_rank": traffic[data, expert],
+            "bytes_sent_per_rank": round(traffic[data, expert]),
+            "bytes_planned": planned_bytes(data, expert),
         }
         for (data, expert), times in seconds.items()
     ]

@@ -12,9 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from soli.model.layers import Linear
 from soli.model.transformer import Transformer
@@ -44,7 +42,7 @@ def shard_model(model: Transformer, meshes: Meshes, stages: Sequence[nn.Module] 
             module.set_gradient_divide_factor(1.0)  # a loss is divided by the counts of the whole step: ranks add up
             module.set_force_sum_reduction_for_comms(True)
             if meshes.dense.device_type == "cpu":
-                module.set_custom_reduce_scatter(_OrderedSum())
+                module.set_custom_reduce_scatter(_OrderedSum())  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -76,8 +74,8 @@ def init_shards(
 def _own_values(whole: Tensor, like: Tensor) -> Tensor:
     """This rank's part of a tensor with the shape of the parameter `like`."""
     if isinstance(like, DTensor):
-        sizes, offsets = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
-        for dimension, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
+        (chunk,) = like.__create_chunk_list__()  # which distributed checkpoints ask of any tensor
+        for dimension, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
             whole = whole.narrow(dimension, min(offset, whole.shape[dimension]), size)
     return whole
 
@@ -90,8 +88,11 @@ def _shard_experts(experts: nn.Module, meshes: Meshes) -> None:
     fully_shard(experts, mesh=meshes.expert_data, shard_placement_fn=lambda parameter: Shard(dimension))
 
 
-class _OrderedSum(ReduceScatter):
-    """Sums gradients in the order of ranks. gloo's own sum depends on the number of ranks and the size of tensors."""
+class _OrderedSum:
+    """Sums gradients in the order of ranks. gloo's own sum depends on the number of ranks and the size of tensors.
+
+    What `set_custom_reduce_scatter` takes; torch has no public name for the type.
+    """
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)

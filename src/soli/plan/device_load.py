@@ -89,10 +89,10 @@ def _layers_of_ranks(config: ModelConfig, sizes: MeshSizes) -> list[tuple[int, b
 
 
 class DeviceLoad:
-    """What the most loaded device does and holds in a step."""
+    """What the most loaded device, of `kind` cpu or cuda, does and holds in a step."""
 
-    def __init__(self, settings: TrainSettings, sizes: MeshSizes, precision: str) -> None:
-        self.settings, self.sizes, self.precision = settings, sizes, precision
+    def __init__(self, settings: TrainSettings, sizes: MeshSizes, precision: str, kind: str = "cuda") -> None:
+        self.settings, self.sizes, self.precision, self.kind = settings, sizes, precision, kind
         self.width = 4 if precision == "fp32" else 2
         ranks = rank_parameters(settings.model, sizes)
         self.own = max(ranks, key=lambda rank: rank.total)
@@ -115,7 +115,7 @@ class DeviceLoad:
     def computing(self, device: DeviceKind, repeated: float) -> float:
         """Seconds of a device's computation in a step, each kernel at its own rate, stages equal."""
         length = self.settings.schedule.sequence_length
-        saved = saved_per_token(self.settings.model, self.precision, "cuda", length)
+        saved = saved_per_token(self.settings.model, self.precision, self.kind, length)
         work = TokenWork.of(self.settings.model, length, saved)
         tokens = self.batch_tokens / (self.sizes.ranks * self.sizes.pipeline)
         return tokens * seconds_of_token(work, device, self.precision, repeated)
@@ -137,7 +137,7 @@ class DeviceLoad:
 
     def memory(self) -> dict[str, int]:
         settings, sizes, config, own = self.settings, self.sizes, self.settings.model, self.own
-        base = plan_memory(settings, self.precision, "cuda", sizes.sharing * sizes.pipeline)
+        base = plan_memory(settings, self.precision, self.kind, sizes.sharing * sizes.pipeline)
         above_mean = own.total * sizes.pipeline / self.parameters
         layers = own.blocks * config.num_hidden_layers
         block = own.dense / layers + own.routed / max(1, own.mixtures) / sizes.expert
