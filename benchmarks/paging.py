@@ -114,7 +114,8 @@ def measure(folder: Path, slots: int, prefetch: str, policy: str, tokens: int) -
     disk = disk_bandwidth(store)
     if store.holds_all:
         warm_all(store)
-    before = store.reader.stats.bytes
+    reads = store.reader.stats
+    bytes_before, busy_before = reads.bytes, reads.busy_seconds
     prompt_seconds, decode_seconds, decode_bytes = run(model, folder, tokens, store)
     stats = store.stats
     result = {
@@ -123,7 +124,8 @@ def measure(folder: Path, slots: int, prefetch: str, policy: str, tokens: int) -
         "first token s": prompt_seconds,
         "MB per token": decode_bytes / tokens / 1e6,
         "of disk bandwidth": decode_bytes / decode_seconds / disk,
-        "GB in all": (store.reader.stats.bytes - before) / 1e9,
+        "GB in all": (reads.bytes - bytes_before) / 1e9,
+        "GB/s while reading": (reads.bytes - bytes_before) / max(1e-9, reads.busy_seconds - busy_before) / 1e9,
         "hits": stats.hits / max(1, stats.hits + stats.misses),
         "precision": store.prefetcher.stats.precision,
         "guessed": store.prefetcher.stats.guessed,

@@ -1,5 +1,7 @@
 """A model shared by several ranks answers as in one process: every family, every feature of the engine."""
 
+import copy
+import gc
 import random
 import re
 from dataclasses import replace
@@ -12,14 +14,16 @@ from soli.checkpoint import open_checkpoint, save_model
 from soli.config import ModelConfig
 from soli.data.tokenizer import Tokenizer
 from soli.engine.engine import Engine
+from soli.engine.latent_cache import LatentCache
 from soli.engine.offline import answer_all
 from soli.engine.request import Answer, EngineLimits, Request
 from soli.engine.sampler import SamplingParams
 from soli.engine.text_model import text_model
 from soli.errors import SoliError
-from soli.formats.quantized import CODECS
+from soli.formats.quantized import CODECS, QuantizedWeight
 from soli.model.transformer import Transformer
-from soli.parallel.calls import Leader
+from soli.parallel import calls
+from soli.parallel.calls import Call, Leader
 from soli.parallel.inference import PartSettings, load_part
 from soli.parallel.model_part import ModelPart
 from soli.parallel.ranks import Ranks
@@ -52,6 +56,9 @@ def folder_of(kind: str, folder: Path, format: str = "fp32", **changes: int) -> 
     path = folder / f"{kind} {format} {changes}".replace("/", "-")
     if not path.exists():
         model = tiny_model(kind, vocab_size=330, max_position_embeddings=POSITIONS, **changes)
+        for name, bias in model.named_parameters():
+            if name.endswith("proj.bias") or name.endswith("mqa.bias"):
+                bias.data.normal_(generator=torch.Generator().manual_seed(3))
         save_model(model, path, format=format)
     return str(path)
 
@@ -84,9 +91,11 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_two_ranks_answer_as_one_process_in_several_families(tmp_path, folder):
-    cases = [Case(folder_of(kind, folder), str(folder), requests(10)) for kind in QUICK]
+    folders = [*(folder_of(kind, folder) for kind in QUICK), folder_of("v3", folder, attention_bias=True)]
+    cases = [Case(path, str(folder), requests(10)) for path in folders]
     shared, nothing = run_ranks(of_ranks, 2, tmp_path, cases)
     assert nothing == []
+    assert len({answer.ids for answered in shared for answer in answered}) > 50
     for case, answered in zip(cases, shared, strict=True):
         assert_same(answered, of_one_process(case))
 
@@ -149,6 +158,7 @@ def test_every_family_is_shared(tmp_path, folder, kind):
         ({}, 3, "3 processes cannot share this model: num_attention_heads is 2 and n_routed_experts is 16, .* use 2"),
         ({"n_routed_experts": 12}, 8, "num_attention_heads is 2 and n_routed_experts is 12, .* use 2"),
         ({"num_attention_heads": 12}, 3, "this model: n_routed_experts is 16, .* use 2 or 4"),
+        ({"intermediate_size": 1}, 2, "2 processes cannot share this model: intermediate_size is 1; use fewer"),
         ({"num_attention_heads": 3}, 2, "num_attention_heads is 3, .* use 1"),
     ],
 )
@@ -190,6 +200,33 @@ def test_a_part_that_exceeds_the_memory_is_refused(folder):
     path = folder_of("v3", folder)
     with pytest.raises(SoliError, match=r"the part of each of 2 processes takes [\d,]+ bytes, but 90,000 are allowed"):
         load_part(path, Ranks(0, 2, 0, 2), CPU, PartSettings(memory=90_000))
+
+
+@pytest.mark.parametrize("dimension", [0, 1])
+def test_a_part_of_a_weight_of_other_programs_has_the_same_values(dimension):
+    draw = torch.Generator().manual_seed(1)
+    rows = torch.randn(64, 96, generator=draw).to(torch.float8_e4m3fn)
+    pairs = torch.randint(0, 256, (64, 48), generator=draw, dtype=torch.uint8)
+    for whole in (
+        QuantizedWeight("fp8_row", rows, torch.rand(64, generator=draw), (64, 96), 0),
+        QuantizedWeight("fp4", pairs, torch.rand(64, 3, generator=draw), (64, 96), 32),
+    ):
+        part = whole.part(dimension, 32, 64)
+        assert torch.equal(part.dequantize(), whole.dequantize().narrow(dimension, 32, 32))
+
+
+def test_caches_that_are_gone_are_freed_on_the_other_ranks(monkeypatch):
+    announced: list[Call] = []
+    monkeypatch.setattr(calls, "_broadcast", lambda call, group: announced.append(call))
+    model = copy.deepcopy(tiny_model())
+    Leader(model, 2, None)
+    ids_BT = torch.tensor([[5, 6, 7]])
+    for _ in range(3):
+        step = LatentCache.whole_rows([8]).step([0], [0], [3])
+        model.backbone(ids_BT, step.positions_T[None], step)
+        del step
+        gc.collect()
+    assert [list(call.freed) for call in announced] == [[], [0], [1]]
 
 
 def test_a_part_of_a_block_is_refused():

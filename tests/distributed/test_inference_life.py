@@ -194,6 +194,12 @@ def test_an_error_of_all_ranks_is_printed_once(folder, arguments, words):
 
 
 @pytest.mark.slow
+def test_wrong_usage_is_shown_once(folder):
+    failed = soli(*TORCHRUN, "generate", folder, TEXT, "--nowhere")
+    assert failed.returncode == 1 and failed.stderr.count("No such option") == 1, failed.stderr
+
+
+@pytest.mark.slow
 def test_translate_and_eval_print_what_one_process_prints(tmp_path):
     texts = tmp_path / "texts"
     texts.write_text("The house stands by the river.\n今天天气很好。\n", encoding="utf-8")

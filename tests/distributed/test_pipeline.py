@@ -44,6 +44,7 @@ MICRO = 2  # sequences: four micro-batches of a batch
 FEW_STEPS = 6
 SLOW = pytest.mark.slow
 NO_MTP = {"num_nextn_predict_layers": 0}
+DENSE = {"n_routed_experts": 0, "n_group": 1, "topk_group": 1}
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +124,13 @@ SCHEDULE_RECIPES = {  # for two ranks
         "MTP": {},
         "Muon, recomputed": {"optimizer": {"name": "muon"}, "run": {"activation_checkpointing": True}},
         "bf16 moments": {"model": NO_MTP, "optimizer": {"moments": "bf16"}},
-        "tied": {"model": {"tie_word_embeddings": True}},
+        "tied": {"model": NO_MTP | {"tie_word_embeddings": True}},
+        "tied, MTP": {"model": {"tie_word_embeddings": True}},
         "MTP late": {"losses": {"mtp_from_tokens": 128 * 5}},
+        "every second layer a mixture, no MTP": {"model": NO_MTP | {"first_k_dense_replace": 0, "moe_layer_freq": 2}},
+        "dense, no MTP": {"model": NO_MTP | DENSE},
     }.items()
+    if not (name == "tied, MTP" and SCHEDULES[schedule].splits_backward)
 }
 RAMP = {"batch_sequences_start": 4, "batch_ramp_tokens": 16 * 22}  # batches of 4 to 8 sequences
 SCHEDULE_RECIPES["1F1B, batch ramp"] = "1F1B", {"schedule": RAMP}
@@ -137,7 +142,7 @@ def test_every_schedule_on_two_ranks(tmp_path, data, schedule):
     cases = {name: case for name, case in SCHEDULE_RECIPES.items() if case[0] == schedule}
     micro = 1 if schedule == "DualPipeV" else MICRO  # it needs as many micro-batches as stages, four
     recipes = {name: sections(2, schedule, micro, **changes) for name, (_, changes) in cases.items()}
-    check(tmp_path, data, 2, recipes, {f"{schedule}, no MTP", f"{schedule}, bf16 moments"})
+    check(tmp_path, data, 2, recipes, {name for name in recipes if name.endswith(("no MTP", "bf16 moments"))})
 
 
 MUON = {"optimizer": {"name": "muon"}}
@@ -331,6 +336,20 @@ def test_a_killed_stage_ends_the_others_and_the_run_resumes(tmp_path, data):
         (
             {"parallel": {"pipeline": 2, "data": 2, "schedule": "DualPipeV"}},
             r"parallel\.schedule is 'DualPipeV'; .* choose 1F1B or Interleaved1F1B",
+        ),
+        (
+            {
+                "parallel": {"pipeline": 2, "schedule": "ZBVZeroBubble"},
+                "model": {"num_hidden_layers": 4, "tie_word_embeddings": True},
+            },
+            r"is 'ZBVZeroBubble'; the last stage uses the embedding in 1 MTP modules and the tied head",
+        ),
+        (
+            {
+                "parallel": {"pipeline": 2, "schedule": "DualPipeV"},
+                "model": {"num_hidden_layers": 4, "num_nextn_predict_layers": 2},
+            },
+            r"uses the embedding in 2 MTP modules, whose gradient",
         ),
         ({"parallel": {"pipeline": 2, "data": 4}}, r"each pipeline 2 sequences, 0 micro-batches of 4 and one of 2"),
         (

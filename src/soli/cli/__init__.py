@@ -42,6 +42,7 @@ VERBS = {
 }
 
 
+WRONG_USAGE = 2
 # In the errors of torch, of CUDA, of mmap, of threads and of the dynamic linker.
 NO_MEMORY = re.compile(
     r"can('t|not) allocate memory|out of memory|can't start new thread|failed to map segment", re.IGNORECASE
@@ -162,11 +163,15 @@ _python_format = warnings.formatwarning
 def main(argv: list[str] | None = None) -> int:
     """Run the command line on `argv` (default: the process's arguments) and return its exit status."""
     warnings.formatwarning = _format_warning
+    shows_usage = os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK") == "0"  # once for all ranks
     try:
-        app(argv, prog_name="soli")
+        status = app(argv, prog_name="soli", standalone_mode=shows_usage)
+        return status if isinstance(status, int) else 0
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Exception as error:
+        if not shows_usage and getattr(error, "exit_code", None) == WRONG_USAGE:
+            return WRONG_USAGE
         if os.environ.get("SOLI_DEBUG"):
             raise
         sentence = _sentence(error)
@@ -174,4 +179,3 @@ def main(argv: list[str] | None = None) -> int:
             sentence = f"rank {os.environ.get('RANK')}: {sentence}"
         print(f"soli: {sentence}", file=sys.stderr)
         return 1
-    return 0

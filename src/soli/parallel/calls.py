@@ -11,6 +11,7 @@ error in the middle of a call leaves ranks waiting for each other, so nothing is
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -83,7 +84,7 @@ class Leader:
         self._failure: str | None = None
         self._cache_numbers: weakref.WeakKeyDictionary[_Blocks, int] = weakref.WeakKeyDictionary()
         self._numbers = count()
-        self._freed: list[int] = []
+        self._freed: deque[int] = deque()  # appended to by the garbage collector, in any thread
         for name in ENTRY_POINTS:
             setattr(model, name, self._announced(name, getattr(model, name)))
 
@@ -106,7 +107,7 @@ class Leader:
                     raise SoliError(self._failure)
                 try:
                     encoded = tuple(map(self._encode, arguments))
-                    freed, self._freed = self._freed, []
+                    freed = [self._freed.popleft() for _ in range(len(self._freed))]
                     named = {key: self._encode(value) for key, value in options.items()}
                     _broadcast(Call(name, encoded, named, freed), self._group)
                     return method(*arguments, **options)

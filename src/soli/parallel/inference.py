@@ -138,12 +138,10 @@ def _advice_on_blocks(checkpoint: PartialCheckpoint, world: int) -> str:
     """What to do where the parts of `world` ranks are no whole blocks."""
     fitting = []
     for other in possible_worlds(checkpoint.config):
-        parts = [ModelPart(checkpoint.config, rank, other, in_blocks=True) for rank in range(other)]
-        whole = True
-        for part in parts:
-            checkpoint.take(part.slot_part)
-            whole = whole and not checkpoint.cuts_blocks()
-        if whole:
+        # The second rank's parts begin where the first's end: where these are whole blocks, all are.
+        part = ModelPart(checkpoint.config, 1, other, in_blocks=True)
+        checkpoint.take(part.slot_part)
+        if not checkpoint.cuts_blocks():
             fitting.append(str(other))
     numbers = f"{' or '.join(fitting)} processes, or " if fitting else ""
     return f"{world} processes cannot share these blocks: use {numbers}--dtype bfloat16, which dequantizes them"

@@ -49,6 +49,14 @@ class ModelPart:
             )
             if size % self.world
         ]
+        widths = {
+            "vocab_size": self.config.vocab_size,
+            "intermediate_size": self.config.intermediate_size,
+            "the shared experts' width": (self.config.moe_intermediate_size or 0) * (self.config.n_shared_experts or 0),
+        }
+        for name, width in widths.items():
+            if 0 < width < self.world:
+                raise SoliError(f"{self.world} processes cannot share this model: {name} is {width}; use fewer")
         if problems:
             numbers = " or ".join(map(str, possible_worlds(self.config))) or "1"
             raise SoliError(

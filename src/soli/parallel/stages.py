@@ -26,6 +26,7 @@ class PipelineSchedule:
     stages_per_rank: int = 1
     is_v_shaped: bool = False
     takes_whole_rounds: bool = False  # micro-batches are processed in rounds of equal size, of at least one per rank
+    splits_backward: bool = False  # gradients of inputs first, those of weights when a rank would wait
 
     def stages(self, ranks: int) -> int:
         """Stages of a pipeline of so many ranks."""
@@ -56,8 +57,8 @@ SCHEDULES = {
     for schedule in (
         PipelineSchedule("1F1B"),
         PipelineSchedule("Interleaved1F1B", stages_per_rank=2, takes_whole_rounds=True),
-        PipelineSchedule("ZBVZeroBubble", stages_per_rank=2, is_v_shaped=True),
-        PipelineSchedule("DualPipeV", stages_per_rank=2, is_v_shaped=True),
+        PipelineSchedule("ZBVZeroBubble", stages_per_rank=2, is_v_shaped=True, splits_backward=True),
+        PipelineSchedule("DualPipeV", stages_per_rank=2, is_v_shaped=True, splits_backward=True),
     )
 }
 
@@ -96,6 +97,12 @@ def check_pipeline(config: ModelConfig, ranks: int, name: str, shares: Iterable[
         each = "" if schedule.stages_per_rank == 1 else f", {schedule.stages_per_rank} for each rank"
         reason = f"schedule {schedule.name} has {stages} stages{each}, but the model {layers} layers"
         reject("parallel.pipeline", ranks, reason)
+    uses = config.num_nextn_predict_layers + config.tie_word_embeddings
+    if schedule.splits_backward and uses > 1:
+        head = " and the tied head" if config.tie_word_embeddings else ""
+        reason = f"the last stage uses the embedding in {config.num_nextn_predict_layers} MTP modules{head}, whose "
+        reason += "gradient of weights torch cannot compute apart from that of inputs; choose 1F1B or Interleaved1F1B"
+        reject("parallel.schedule", name, reason)
     for share in shares:
         size = micro_batch_size(schedule, ranks, share.sequences, share.micro_sequences)
         if size == share.micro_sequences or (share.is_within_ramp and size is not None):

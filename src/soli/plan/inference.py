@@ -74,7 +74,7 @@ class MachineRates:
 
 def stated_machine(memory_rate: float, disk_rate: float, flop_rate: float | None) -> MachineRates:
     """A machine that is not here: kernels reach KERNEL_EFFICIENCY of its memory bandwidth."""
-    formats = ("fp32", "bf16", "fp8", "int8", "int4")
+    formats = ("fp32", "bf16", "fp8", "int8", "int4", "fp4")
     rate = FLOPS_PER_BYTE * memory_rate if flop_rate is None else flop_rate
     return MachineRates(
         memory_rate, disk_rate, dict.fromkeys(formats, KERNEL_EFFICIENCY * memory_rate), dict.fromkeys(formats, rate)

@@ -34,9 +34,9 @@ from soli.kernels.cpu import native
 FORMATS: Final = ("fp8", "bf16", "int8", "int4")  # that a table compares
 JOINT: Final = "joint projection"  # of MTP modules
 PARTS: Final = (ROUTED, SHARED, ATTENTION, DENSE, EMBEDDING, HEAD, ROUTER, NORMS)
-# By the name that rates are measured by; FP4 is read as fast as int4.
+# By the name that rates have.
 FORMATS_OF_KERNELS: Final = {format: format for format in native.FORMATS} | {
-    "int4_bf16": "int4", "fp8_row": "fp8", "fp4": "int4", "nvfp4": "int4", "mxfp4": "int4"
+    "int4_bf16": "int4", "fp8_row": "fp8", "nvfp4": "fp4", "mxfp4": "fp4"
 }  # fmt: skip
 # Of other programs, by the name that config.json leads to: codec and group of linear weights.
 ONLY_READ: Final = {"nvfp4": (FP4.name, 16), "mxfp4": (FP4.name, 32), FP8_ROW.name: (FP8_ROW.name, 0)}
