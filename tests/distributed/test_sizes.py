@@ -92,3 +92,12 @@ def test_processes_must_be_those_of_the_recipe(capsys):
     assert main(recipe) == 1
     error = capsys.readouterr().err
     assert "[parallel] is for 1 processes" in error or "has no meta.json" in error
+
+
+def test_a_run_says_how_tokens_travel(monkeypatch):
+    from soli.parallel.dispatch import dispatch_note
+
+    sentence = "4 ranks share the experts; tokens travel by torch.distributed's all-to-all"
+    assert dispatch_note(4) == f"{sentence} (DeepEP is not used)"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert dispatch_note(4) == f"{sentence} (DeepEP is installed, but not used)"

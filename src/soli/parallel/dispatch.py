@@ -8,6 +8,7 @@ the whole batch. The local experts are computed by the layer's own backend, each
 Shapes: T tokens, D hidden, E experts, K selected, P = T * K rows sent, R rows received, N ranks.
 """
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,6 +42,13 @@ def distribute_experts(experts: RoutedExperts, mesh: DeviceMesh) -> None:
         return compute_experts(experts.backend, group, x_TD, expert_ids_TK, weights_TK, *own)
 
     experts.forward = forward  # type: ignore[method-assign]
+
+
+def dispatch_note(ranks: int) -> str:
+    """One line on how tokens reach experts of other ranks, for whoever starts a run."""
+    is_installed = importlib.util.find_spec("deep_ep") is not None
+    other = "DeepEP is installed, but not used" if is_installed else "DeepEP is not used"
+    return f"{ranks} ranks share the experts; tokens travel by torch.distributed's all-to-all ({other})"
 
 
 def compute_experts(

@@ -200,6 +200,10 @@ def _print_start(run: Run, report: RunReport) -> None:
     progress = run.progress
     if run.settings.run.precision == "fp8":
         report.print(fp8_note(run.model.embed_tokens.weight.device))
+    if run.settings.parallel.expert > 1:
+        from soli.parallel.dispatch import dispatch_note
+
+        report.print(dispatch_note(run.settings.parallel.expert))
     if run.lock is not None and not run.lock.is_exclusive:
         report.print(f"{run.folder} is on a file system without locks: start no second soli train in it")
     if progress.step:
