@@ -24,9 +24,10 @@ from soli.formats.quantized import CODECS, QuantizedWeight
 from soli.model.transformer import Transformer
 from soli.parallel import calls
 from soli.parallel.calls import Call, Leader
-from soli.parallel.inference import PartSettings, load_part
+from soli.parallel.inference import PartSettings, join_group, load_part
 from soli.parallel.model_part import ModelPart
-from soli.parallel.ranks import Ranks
+from soli.parallel.ranks import Ranks, launched_ranks
+from soli.parallel.tensor_parallel import Sums
 from tests.distributed.ranks import run_ranks
 from tests.distributed.shared_models import (
     CPU,
@@ -119,6 +120,24 @@ def test_four_ranks_answer_as_one_process_with_every_feature(tmp_path, folder):
     for mine, other in zip(shared[0], of_one_process(cases[0]), strict=True):
         for ours, theirs in zip(mine.routing, other.routing, strict=True):
             assert torch.equal(ours.expert_ids_TK, theirs.expert_ids_TK)
+
+
+def sums(numbers: int) -> list[torch.Tensor]:
+    ranks = launched_ranks()
+    join_group(ranks, CPU)
+    partial = torch.randn(3, numbers, generator=torch.Generator().manual_seed(ranks.rank))
+    gathered, scattered = Sums(ranks.world, scattered_from=2**30), Sums(ranks.world, scattered_from=0)
+    kinds = (partial, partial.bfloat16())
+    return [each_sums.total(kind) for kind in kinds for each_sums in (gathered, scattered)]
+
+
+def test_a_sum_has_the_same_bits_on_all_ranks_however_it_is_taken(tmp_path):
+    results = run_ranks(sums, 4, tmp_path, 333)
+    expected = sum(torch.randn(3, 333, generator=torch.Generator().manual_seed(rank)) for rank in range(4))
+    for float_gathered, float_scattered, gathered, scattered in results:
+        assert torch.equal(float_gathered, expected) and torch.equal(float_scattered, expected)
+        assert torch.equal(gathered, scattered) and torch.equal(gathered, results[0][2])
+        assert torch.allclose(gathered.float(), expected, atol=0.05)
 
 
 def changed(model: Transformer, case: Case, leader: Leader) -> list[str]:
