@@ -89,7 +89,6 @@ def main() -> None:
             values = {name: [one[tokens, name] for one in rounds] for name in ("sums", "dispatch")}
             what = f"{world} ranks, {tokens} tokens a step"
             rows.append(record.row(what, "ms", values["sums"], {"dispatch": values["dispatch"]}))
-            print(record.summary(rows[-1]), flush=True)
     record.finish("layer_communication", {"hidden": D, "experts": E, "selected": K, "threads": os.cpu_count()}, rows)
 
 
