@@ -14,7 +14,10 @@ import torch
 import torch.distributed as dist
 
 SERVER = multiprocessing.get_context("forkserver")
-PRELOADED = ["soli.train.trainer", "soli.parallel.sharding", "soli.parallel.mesh", "tests.train.toy"]
+PRELOADED = [
+    *("soli.train.trainer", "soli.parallel.sharding", "soli.parallel.mesh", "tests.train.toy"),
+    "tests.distributed.shared_models",
+]
 SECONDS = 1200  # until ranks that do not end are a failure; a slow test has twenty runs in one session
 
 
