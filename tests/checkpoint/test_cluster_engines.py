@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import soli
 from soli.checkpoint.name_map import slots
 from soli.checkpoint.writer import Target
 from soli.cli import main
@@ -132,24 +133,40 @@ def documented_commands(start: str) -> list[str]:
     return commands
 
 
+def run_reader(engine: str, arguments: list[str | Path], text: str) -> Any:
+    """What the engine's interpreter printed, the last line as JSON; the test is skipped where there is no engine."""
+    variable = "SGLANG_PYTHON" if engine == "sglang" else "VLLM_PYTHON"
+    command = [os.environ.get(variable, sys.executable), Path(__file__).with_name("engine_readers.py"), engine]
+    run = subprocess.run([*command, *arguments], input=text, capture_output=True, text=True, timeout=900)
+    if run.returncode == 3:
+        pytest.skip(f"{engine} does not run here; {variable} may name an interpreter that has it")
+    assert run.returncode == 0, run.stderr[-2000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("engine", "start"), [("vllm", "vllm serve "), ("sglang", "python -m sglang.launch_server ")]
-)
+@pytest.mark.parametrize(("engine", "start"), [("vllm", "vllm serve "), ("sglang", "python -m sglang.launch_server ")])
 def test_config_readers_of_engines_read_exported_folders(engine: str, start: str, tmp_path: Path) -> None:
-    python = os.environ.get(f"{engine.upper()}_PYTHON", sys.executable)
-    reader = Path(__file__).with_name("engine_readers.py")
     folders = [exported(tmp_path, arguments) for arguments in FORMATS]
     folders += [exported(tmp_path / "yarn", ["fp8"], yarn_folder(tmp_path)), saved(tmp_path / "bf16 again")]
-    for folder in folders:
-        run = subprocess.run(
-            [python, reader, engine, folder],
-            input="\n".join(documented_commands(start)), capture_output=True, text=True, timeout=600,
-        )  # fmt: skip
-        if run.returncode == 3:
-            pytest.skip(f"{engine} is not installed; {engine.upper()}_PYTHON may name an interpreter that has it")
-        assert run.returncode == 0, run.stderr[-2000:]
-        result = json.loads(run.stdout)
-        check_fields(result["config"], folder)
+    results = run_reader(engine, folders, "\n".join(documented_commands(start)))
+    for folder, (config, quantization) in zip(folders, results, strict=True):
+        check_fields(config, folder)
         is_fp8 = "quantization_config" in json.loads((folder / "config.json").read_text())
-        assert result["quantization"] == ([True, "dynamic", [128, 128]] if is_fp8 else None)
+        assert quantization == ([True, "dynamic", [128, 128]] if is_fp8 else None)
+
+
+@pytest.mark.slow
+def test_vllm_computes_what_soli_computes(tmp_path: Path) -> None:
+    """Where vLLM is built for CPUs: the bundled model's log-probabilities and greedy tokens."""
+    folder = exported(tmp_path, ["bf16"])
+    llm = soli.LLM(folder, dtype="float32")
+    [answer] = llm.generate("We went to the river and", max_tokens=12, temperature=0)
+    ids = [*answer.prompt_ids, *answer.ids[:4]]
+    theirs = run_reader("generate", [folder], json.dumps(ids))
+    with torch.no_grad():
+        logprobs_TV = soli.load_model(folder, dtype=torch.float32)(torch.tensor([ids]))[0].log_softmax(-1)
+    ours = [float(logprobs_TV[place, token]) for place, token in enumerate(ids[1:])]
+    assert theirs["logprobs"] == pytest.approx(ours, abs=1e-3)
+    end = preset("nano").eos_token_id
+    assert [token for token in theirs["ids"] if token != end] == list(answer.ids[4:])
