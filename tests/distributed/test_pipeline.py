@@ -18,10 +18,12 @@ from torch.distributed.tensor import DTensor
 
 import soli
 from soli.config import resolve
+from soli.data.recipe import load_recipe
 from soli.errors import SoliError
 from soli.parallel.ranks import joined
 from soli.parallel.stages import SCHEDULES, divide_layers, find_schedule, layer_costs
 from soli.train.checkpoints import CheckpointSaver, export_run, load_run, run_state
+from soli.train.schedule import ramp_batches
 from soli.train.settings import as_recipe, read_settings
 from soli.train.setup import prepare
 from soli.train.trainer import take_step, train
@@ -358,13 +360,22 @@ def test_a_killed_stage_ends_the_others_and_the_run_resumes(tmp_path, data):
                 "schedule": {"batch_sequences_start": 4, "batch_ramp_tokens": 1024},
                 "run": {"micro_sequences": 1},
             },
-            r"schedule\.batch_ramp_tokens is 1024; the ramp has batches of 5 sequences",
+            r"schedule\.batch_ramp_tokens is 1024; the ramp has batches of 5 .* --set schedule\.batch_ramp_multiple=2",
         ),
     ],
 )
 def test_what_does_not_fit_a_pipeline_is_refused_by_name(changes, words):
     with pytest.raises(SoliError, match=words):
         settings(**({"parallel": {"pipeline": 2}} | changes))
+
+
+def test_a_ramp_in_multiples_can_be_shared_by_several_pipelines():
+    """The paper's, too, on 8 stages of 32 ranks."""
+    ramp = {"batch_sequences_start": 4, "batch_ramp_tokens": 1024, "batch_ramp_multiple": 2}
+    recipe = settings(parallel={"pipeline": 2, "data": 2}, schedule=ramp, run={"micro_sequences": 1})
+    assert ramp_batches(recipe.schedule) == [4, 6, 8]
+    sizes = ["parallel.pipeline=8", "parallel.expert=32", "schedule.batch_ramp_multiple=32", "run.micro_sequences=1"]
+    assert read_settings(load_recipe("671b", sizes)).parallel.world == 256
 
 
 def test_names_of_schedules_are_torchs_in_any_case():

@@ -28,6 +28,7 @@ class ScheduleSettings(Section, section="schedule"):
     batch_sequences: PositiveInt = 64  # sequences in one optimizer step
     batch_sequences_start: PositiveInt | None = None  # the ramp's first batch; None: no ramp
     batch_ramp_tokens: NonNegativeInt = 0  # from here on the batch is `batch_sequences`
+    batch_ramp_multiple: PositiveInt = 1  # the ramp rises by multiples of so many sequences: for pipelines
     learning_rate: PositiveFloat = 1e-3
     final_learning_rate: NonNegativeFloat = 1e-4  # where the cosine ends
     warmup_tokens: NonNegativeInt = 0
@@ -135,7 +136,8 @@ def batch_sequences(schedule: ScheduleSettings, tokens: int) -> int:
     start, full, ramp = schedule.batch_sequences_start, schedule.batch_sequences, schedule.batch_ramp_tokens
     if start is None or tokens >= ramp:
         return full
-    return start + (full - start) * tokens // ramp
+    rise = (full - start) * tokens // ramp
+    return start + rise - rise % schedule.batch_ramp_multiple
 
 
 def batch_tokens(schedule: ScheduleSettings, tokens: int) -> int:

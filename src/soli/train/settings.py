@@ -283,7 +283,8 @@ def _pipeline_batches(settings: TrainSettings) -> Iterator[ShareOfBatch]:
                 reject(
                     "schedule.batch_ramp_tokens",
                     schedule.batch_ramp_tokens,
-                    f"the ramp has batches of {sequences} sequences, which a pipeline cannot give to {shares} ranks",
+                    f"the ramp has batches of {sequences} sequences, which {shares} pipelines cannot share evenly; use "
+                    f"--set schedule.batch_ramp_multiple={shares}",
                 )
             yield ShareOfBatch("schedule.batch_ramp_tokens", sequences // shares, micro, is_within_ramp=True)
     for number, phase in enumerate(settings.extension):
