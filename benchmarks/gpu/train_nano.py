@@ -34,7 +34,8 @@ from soli.config import load_config
 from soli.data.recipe import find_recipe, load_recipe
 from soli.model import Transformer
 from soli.plan.throughput import measure_device
-from soli.train.checkpoints import best_checkpoint, checkpoints, load_weights, read_progress
+from soli.train.checkpoints import load_weights
+from soli.train.run_folder import best_checkpoint, checkpoints, read_progress
 from soli.train.settings import SECTIONS, TrainSettings, as_recipe, read_settings
 from soli.train.setup import Run, prepare
 from soli.train.trainer import take_step

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from soli.train.checkpoint_storage import StateReader, load
-from soli.train.checkpoints import checkpoints, run_state
+from soli.train.checkpoints import run_state
+from soli.train.run_folder import checkpoints
 from soli.train.setup import prepare
 from soli.train.trainer import take_step
 from tests.train.toy import settings

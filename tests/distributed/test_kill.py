@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from soli.parallel.ranks import joined
-from soli.train.checkpoints import checkpoints, load_run
+from soli.train.checkpoints import load_run
+from soli.train.run_folder import checkpoints
 from soli.train.setup import prepare
 from soli.train.trainer import train
 from tests.distributed.ranks import run_ranks, start_ranks

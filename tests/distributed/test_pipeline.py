@@ -22,7 +22,8 @@ from soli.data.recipe import load_recipe
 from soli.errors import SoliError
 from soli.parallel.ranks import joined
 from soli.parallel.stages import SCHEDULES, divide_layers, find_schedule, layer_costs
-from soli.train.checkpoints import CheckpointSaver, export_run, load_run, run_state
+from soli.train.checkpoint_saver import CheckpointSaver
+from soli.train.checkpoints import export_run, load_run, run_state
 from soli.train.schedule import ramp_batches
 from soli.train.settings import as_recipe, read_settings
 from soli.train.setup import prepare

@@ -12,7 +12,8 @@ from soli.parallel.ranks import join_ranks, launched_ranks
 from soli.parallel.sharding import shard_model
 from soli.train.balance import reduce_counts
 from soli.train.batches import Batches
-from soli.train.checkpoints import CheckpointSaver, export_run, load_run, run_state
+from soli.train.checkpoint_saver import CheckpointSaver
+from soli.train.checkpoints import export_run, load_run, run_state
 from soli.train.losses import compute_losses, count_targets
 from soli.train.setup import prepare
 from soli.train.trainer import take_step

@@ -21,17 +21,11 @@ from soli.checkpoint.shard import Shard
 from soli.cli import main
 from soli.errors import SoliError
 from soli.train import checkpoints as checkpoints_module
-from soli.train import run_lock, trainer
-from soli.train.checkpoints import (
-    CheckpointSaver,
-    RunProgress,
-    best_checkpoint,
-    checkpoints,
-    load_run,
-    read_progress,
-    remove_checkpoint,
-)
+from soli.train import run_folder, run_lock, trainer
+from soli.train.checkpoint_saver import CheckpointSaver
+from soli.train.checkpoints import load_run
 from soli.train.report import MetricsFile
+from soli.train.run_folder import RunProgress, best_checkpoint, checkpoints, read_progress, remove_checkpoint
 from soli.train.run_lock import LOCK, RunIsLocked, is_locked, lock_run
 from soli.train.runs import read_metrics, summarize
 from soli.train.setup import prepare
@@ -119,7 +113,7 @@ def test_a_checkpoint_that_the_run_removes_while_it_is_exported_is_given_up_for_
     assert main(["train", "recipe.toml", "--out", "run", "--set", "run.save_every=1", "--set", "run.keep=2"]) == 0
     first, last = checkpoints(folder / "run")[-2:]
     listed = iter([[first, last], [last], [last]])
-    monkeypatch.setattr(checkpoints_module, "best_checkpoint", lambda run: next(listed)[0])
+    monkeypatch.setattr(run_folder, "best_checkpoint", lambda run: next(listed)[0])
     read = checkpoints_module.load_config
 
     def load_config(checkpoint):
@@ -136,7 +130,7 @@ def test_a_checkpoint_that_goes_after_it_was_listed_is_no_error(folder, monkeypa
     assert main(["train", "recipe.toml", "--out", "run", "--set", "run.save_every=1", "--set", "run.keep=2"]) == 0
     saved = checkpoints(folder / "run")
     gone = saved[0].with_name("step-00000000")
-    monkeypatch.setattr(checkpoints_module, "checkpoints", lambda run: [gone, *saved])
+    monkeypatch.setattr(run_folder, "checkpoints", lambda run: [gone, *saved])
     assert best_checkpoint(folder / "run") in saved
     gone.mkdir()  # there, and without its state: damaged
     with pytest.raises(SoliError, match="step-00000000"):

@@ -10,7 +10,7 @@ import torch
 from soli.errors import SoliError
 from soli.train import anomalies, trainer
 from soli.train.anomalies import TrainingStopped, is_spike
-from soli.train.checkpoints import checkpoints, read_progress
+from soli.train.run_folder import checkpoints, read_progress
 from soli.train.setup import prepare
 from soli.train.trainer import take_step, train
 from tests.train.test_run import assert_equal_state

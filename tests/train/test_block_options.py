@@ -5,9 +5,9 @@ import torch
 
 from soli.errors import SoliError
 from soli.train import model_options
-from soli.train.checkpoints import checkpoints
 from soli.train.losses import compute_losses, count_targets
 from soli.train.model_options import apply_block_options, blocks, use_fp8
+from soli.train.run_folder import checkpoints
 from soli.train.settings import RunSettings
 from soli.train.setup import prepare
 from soli.train.trainer import accumulate, take_step, train

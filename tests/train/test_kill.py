@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from soli.train.checkpoints import checkpoints
+from soli.train.run_folder import checkpoints
 from soli.train.settings import as_recipe, read_settings
 from soli.train.setup import prepare
 from soli.train.trainer import train

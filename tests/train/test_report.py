@@ -11,9 +11,9 @@ from rich.console import Console
 from soli.errors import SoliError
 from soli.machine import processor
 from soli.train.balance import ExpertLoad
-from soli.train.checkpoints import RunProgress, checkpoints
 from soli.train.evaluate import Evaluation
 from soli.train.report import MAX_LAYERS, WIDTH, LiveView, MetricsFile, RunReport, bar, scalars
+from soli.train.run_folder import RunProgress, checkpoints
 from soli.train.runs import read_metrics, summarize
 from soli.train.setup import prepare
 from soli.train.trainer import train

@@ -17,7 +17,9 @@ import soli
 from soli.cli import main
 from soli.errors import SoliError
 from soli.train import trainer
-from soli.train.checkpoints import CheckpointSaver, best_checkpoint, checkpoints, load_run, load_weights, read_progress
+from soli.train.checkpoint_saver import CheckpointSaver
+from soli.train.checkpoints import load_run, load_weights
+from soli.train.run_folder import best_checkpoint, checkpoints, read_progress
 from soli.train.setup import prepare
 from soli.train.trainer import take_step, train
 from tests.train.toy import RECIPE, settings, tiny_model, write_data

@@ -9,8 +9,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from soli.train.checkpoints import CheckpointSaver, RunProgress, checkpoints, load_checkpoint, run_state
+from soli.train.checkpoint_saver import CheckpointSaver
+from soli.train.checkpoints import load_checkpoint, run_state
 from soli.train.optimizer import Optimizer
+from soli.train.run_folder import RunProgress, checkpoints
 from soli.train.settings import OptimizerSettings
 from tests.train.toy import tiny_model
 

@@ -13,7 +13,8 @@ from soli.config import load_config
 from soli.errors import SoliError
 from soli.model.transformer import Transformer
 from soli.train import trainer
-from soli.train.checkpoints import RunProgress, best_checkpoint, checkpoints, load_run, read_progress
+from soli.train.checkpoints import load_run
+from soli.train.run_folder import RunProgress, best_checkpoint, checkpoints, read_progress
 from soli.train.runs import read_metrics, summarize
 from soli.train.settings import as_recipe, read_settings
 from soli.train.setup import prepare

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import soli
 from soli.cli import main
-from soli.train.checkpoints import checkpoints, read_progress
+from soli.train.run_folder import checkpoints, read_progress
 
 FIXTURE = Path(__file__).parent.parent / "fixtures/v0_1"
 

@@ -5,7 +5,8 @@ import torch
 
 import soli
 from soli.train.balance import step_bias
-from soli.train.checkpoints import CheckpointSaver, load_run
+from soli.train.checkpoint_saver import CheckpointSaver
+from soli.train.checkpoints import load_run
 from soli.train.setup import prepare
 from soli.train.trainer import take_step
 from tests.train.toy import settings, tiny_model, write_data

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from soli.errors import SoliError
 from soli.model.transformer import Transformer
 from soli.parallel.ranks import ALONE, Ranks, local_tensor
-from soli.train.checkpoints import RunProgress
 from soli.train.losses import StepTotals, compute_losses
+from soli.train.run_folder import RunProgress
 from soli.train.setup import Run
 
 WINDOW = 50  # steps

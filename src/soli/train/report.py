@@ -30,8 +30,8 @@ from soli.errors import SoliError
 from soli.input_files import read_lines
 from soli.train.anomalies import Anomaly
 from soli.train.balance import ExpertLoad
-from soli.train.checkpoints import RunProgress
 from soli.train.evaluate import Evaluation
+from soli.train.run_folder import RunProgress
 from soli.train.schedule import stage_name
 
 TAG_GROUPS = {"step": "train", "evaluation": "held-out"}  # of TensorBoard's tags, by kind of line

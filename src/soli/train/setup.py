@@ -25,11 +25,12 @@ from soli.model.transformer import Transformer
 from soli.parallel.ranks import ALONE, Ranks, join_ranks, launched_ranks
 from soli.parallel.stages import find_schedule
 from soli.train.batches import PackedTokens
-from soli.train.checkpoints import RunProgress, checkpoints, load_checkpoint
+from soli.train.checkpoints import load_checkpoint
 from soli.train.cuda_graph import GraphedStep
 from soli.train.evaluate import bytes_per_token
 from soli.train.model_options import apply_block_options, use_fp8
 from soli.train.optimizer import MOMENTS, Optimizer
+from soli.train.run_folder import RunProgress, checkpoints
 from soli.train.run_lock import RunLock, create_folder, lock_run
 from soli.train.settings import TrainSettings, as_recipe
 from soli.train.stages import Stage, build_stages, check_stage

@@ -14,7 +14,7 @@ from torch import Tensor
 from soli.config import ModelConfig
 from soli.errors import SoliError
 from soli.train.batches import Batches, PackedTokens, heldout_windows
-from soli.train.checkpoints import RunProgress
+from soli.train.run_folder import RunProgress
 from soli.train.schedule import batch_sequences, learning_rate, stage_name
 from soli.train.settings import TrainSettings
 

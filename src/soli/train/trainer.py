@@ -21,8 +21,9 @@ from soli.parallel.stages import micro_batch_size
 from soli.train import anomalies
 from soli.train.balance import measure_load, mixture_names, reduce_counts, step_bias
 from soli.train.batches import rank_slice
-from soli.train.checkpoints import CheckpointSaver, resume_advice
+from soli.train.checkpoint_saver import CheckpointSaver
 from soli.train.evaluate import evaluate, translate_samples
+from soli.train.finite import resume_advice
 from soli.train.losses import StageLosses, StepTotals, compute_losses, count_targets, input_length
 from soli.train.model_options import fp8_note
 from soli.train.report import RunReport, SilentReport
