@@ -410,6 +410,8 @@ def test_a_missing_file_and_a_bad_field_name_the_file(tmp_path):
 def test_unknown_names_are_answered_with_the_nearest():
     with pytest.raises(SoliError, match="did you mean deepseek-v3"):
         preset("deepseek-v4")
+    with pytest.raises(SoliError, match=r"did you mean glm-5\.2"):
+        preset("GLM-5.2")
     with pytest.raises(SoliError, match="did you mean n_routed_experts"):
         replace(preset("nano"), {"n_routed_expert": 8})
     with pytest.raises(SoliError, match="moonlight"):

@@ -9,6 +9,7 @@ DECIMAL: Final = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 BINARY: Final = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 UNITS: Final = {"B": 1} | DECIMAL | BINARY
 LARGEST_BYTES: Final = 2**60
+LEAST_RATE: Final = 10**6  # bytes per second: "7" is not meant as seven of them
 LARGEST_FLOPS: Final = 10**21
 
 
@@ -25,11 +26,14 @@ def parse_bytes(text: str | int, name: str) -> int:
 
 
 def parse_rate(text: str | int, name: str) -> int:
-    """Bytes per second: "7GB/s" -> 7 * 10^9; the "/s" may be left out. SoliError as for a size."""
+    """Bytes per second: "7GB/s" -> 7 * 10^9; the "/s" may be left out. SoliError as for a size, and below 1 MB/s."""
     try:
-        return parse_bytes(re.sub(r"\s*/\s*s(ec)?\s*$", "", str(text)), name)
+        rate = parse_bytes(re.sub(r"\s*/\s*s(ec)?\s*$", "", str(text)), name)
     except SoliError:
-        raise SoliError(f"{name} is {str(text)[:40]!r}: give a rate such as 7GB/s (10^9 bytes per second)") from None
+        rate = 0
+    if rate < LEAST_RATE:
+        raise SoliError(f"{name} is {str(text)[:40]!r}: give a rate such as 7GB/s (10^9 bytes per second)")
+    return rate
 
 
 def parse_flops(text: str | int, name: str) -> float:

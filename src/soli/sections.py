@@ -139,8 +139,9 @@ def reject_unknown(section: str, names: Iterable[str], known: Iterable[str]) -> 
 def suggest(name: str, known: Iterable[str]) -> str:
     """The end of an error about an unknown name: the nearest known one, or all of them."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known)}"
+    by_lower_case = {one.lower(): one for one in known}
+    near = difflib.get_close_matches(name.lower(), by_lower_case, n=1)
+    return f"did you mean {by_lower_case[near[0]]}?" if near else f"choose one of {', '.join(known)}"
 
 
 def convert(name: str, value: Any, annotation: Any, expected: str | None = None) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from soli.checkpoint import load_model, open_checkpoint, save_model
 from soli.checkpoint.convert import convert_checkpoint
+from soli.checkpoint.quantization import parse_quantization
 from soli.checkpoint.writer import Target
 from soli.cli import main
 from soli.errors import SoliError
@@ -311,6 +312,18 @@ def test_what_is_not_read_is_named_in_one_sentence(config: dict[str, Any], named
     with pytest.raises(SoliError, match=named) as caught:
         open_checkpoint(tmp_path / "m")
     assert "config.json: quantization_config" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        group(symmetric=None, actorder=False),
+        group() | {"transform_config": {"config_groups": {}}, "sparsity_config": {"format": None, "ignore": []}},
+        {"quant_method": "fp8", "weight_block_size": [], "fmt": ""},
+    ],
+)
+def test_neutral_values_are_none(config: dict[str, Any]) -> None:
+    assert parse_quantization(config).layouts
 
 
 SCALE = "model.layers.1.mlp.experts.2.down_proj.weight_scale"

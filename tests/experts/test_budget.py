@@ -15,7 +15,7 @@ from soli.errors import SoliError
 from soli.experts.budget import BandwidthRates, divide_bytes
 from soli.experts.policy import DEFAULT, POLICIES, policy_bytes
 from soli.llm import LLM
-from soli.quantities import parse_bytes
+from soli.quantities import parse_bytes, parse_rate
 from soli.serve.metrics import ServerMetrics
 from tests.kernels.weights import needs_kernels
 
@@ -34,6 +34,17 @@ def test_sizes_are_decimal_or_binary(text, size) -> None:
 def test_other_sizes_are_rejected_with_the_units(text) -> None:
     with pytest.raises(SoliError, match=r"--memory is .*16GB.*16GiB"):
         parse_bytes(text, "--memory")
+
+
+@pytest.mark.parametrize(("text", "rate"), [("7GB/s", 7 * 10**9), ("500 MB / s", 500 * MB), ("1MB", MB)])
+def test_rates_are_sizes_per_second(text, rate) -> None:
+    assert parse_rate(text, "--disk") == rate
+
+
+@pytest.mark.parametrize("text", ["7", "7 B/s", "80kB/s", "0GB/s", "7G/s", ""])
+def test_rates_that_no_disk_has_are_rejected(text) -> None:
+    with pytest.raises(SoliError, match=r"--disk is .*7GB/s"):
+        parse_rate(text, "--disk")
 
 
 @needs_kernels

@@ -177,6 +177,10 @@ def test_scales_that_are_not_positive_name_their_tensor(tmp_path) -> None:
         ("modelopt NVFP4", "scale_2", float("inf"), "a scale is not a finite number"),
         ("float-quantized per channel, bf16 scales", "scale", 0, "not a finite positive number"),
         ("fp8 per tensor", "scale", -1, "not a finite positive number"),
+        ("mxfp4-pack-quantized", "scale", 255, "a scale is not a finite number"),
+        ("mxfp4-pack-quantized", "scale", 253, "so large that weights are not"),  # 6 times 2^126
+        ("pack-quantized", "scale", 1e38, "so large that weights are not"),
+        ("fp8 per tensor", "scale", 1e36, "so large that weights are not"),
     ],
 )
 def test_damaged_scales_of_other_programs_name_their_tensor(tmp_path, format, suffix, value, words) -> None:

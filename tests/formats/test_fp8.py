@@ -91,7 +91,7 @@ def test_values_that_blocks_cannot_hold_are_rejected(value: float):
         FP8.quantize(matrix)
 
 
-@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 0.0, -1.0])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 0.0, -1.0, 1e36])
 def test_scales_that_are_not_finite_and_positive_are_rejected(scale: float):
     with pytest.raises(SoliError, match="finite positive"):
         fp8.check_scale(torch.full((1, 1), scale))

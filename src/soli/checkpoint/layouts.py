@@ -31,6 +31,8 @@ from soli.formats.quantized import CODECS, QuantizedWeight
 from soli.kernels import cpu
 
 Shape = tuple[int, ...]
+E2M1_LARGEST: Final = 6.0
+INT4_LARGEST: Final = 8.0
 FP8_SCALES: Final = ("F32", "BF16", "F16", "F8_E8M0")  # each is exact in fp32
 
 
@@ -154,7 +156,7 @@ def _order_packed_int4(words: Tensor, values: Tensor) -> None:
 def _read_packed_int4(shape: Shape, values: Tensor, scale: Tensor, stored_shape: Tensor) -> QuantizedWeight:
     if tuple(stored_shape.tolist()) != shape:
         raise SoliError(f"weight_shape is {tuple(stored_shape.tolist())}, but config.json asks for {shape}")
-    _check_finite(scale)
+    _check_scale(scale, INT4_LARGEST)
     return _read_int4(shape, values, scale)
 
 
@@ -171,13 +173,14 @@ def _read_mxfp4(shape: Shape, values: Tensor, scale: Tensor) -> QuantizedWeight:
 
 
 def _read_fp4(shape: Shape, values: Tensor, scale: Tensor) -> QuantizedWeight:
-    _check_finite(scale)
+    _check_scale(scale, E2M1_LARGEST)
     return QuantizedWeight("fp4", values, scale, shape, shape[1] // scale.shape[1])
 
 
-def _check_finite(scale: Tensor) -> None:
-    if not bool(scale.isfinite().all()):
-        raise SoliError("a scale is not a finite number")
+def _check_scale(scale: Tensor, largest: float) -> None:
+    """SoliError for scales with which `largest`, a value's largest magnitude, is no finite number."""
+    if not bool((scale.abs().amax().float() * largest).isfinite()):  # the largest is NaN where one is
+        raise SoliError("a scale is not a finite number, or so large that weights are not")
 
 
 def _fp8(

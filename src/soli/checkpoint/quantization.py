@@ -26,6 +26,7 @@ from soli.errors import SoliError
 from soli.formats.fp8 import BLOCK
 from soli.formats.integer import GROUPS
 from soli.input_files import read_object_if_present
+from soli.network_fields import is_empty
 from soli.sections import shown
 
 FLOATS: Final = ("BF16", "F16", "F32")
@@ -165,10 +166,10 @@ def _everywhere(*allowed: WeightLayout) -> tuple[Scheme, ...]:
 
 
 def _fp8_layouts(announced: Mapping[str, Any]) -> tuple[WeightLayout, ...]:
-    if announced.get("fmt", "e4m3") not in ("e4m3", None):
+    if not is_empty(announced.get("fmt")) and announced["fmt"] != "e4m3":
         _reject("fmt", announced["fmt"], "only 'e4m3'")
     size = announced.get("weight_block_size")
-    if size is None:
+    if is_empty(size):
         return (*layouts.FP8_TENSOR, *layouts.FP8_ROWS)
     if size != [BLOCK, BLOCK]:
         _reject("weight_block_size", size, f"only {[BLOCK, BLOCK]}, and null for scales per tensor or row")
@@ -203,7 +204,7 @@ def _compressed_tensors(announced: Mapping[str, Any]) -> Quantization:
         _reject("quantization_status", status, "'compressed'")
     for field in ("sparsity_config", "transform_config"):
         value = announced.get(field)
-        if value and (not isinstance(value, dict) or value.get("format") != "dense"):
+        if not is_empty(value) and not (isinstance(value, dict) and _changes_nothing(value)):
             _reject(field, value, "weights without it")
     groups = announced.get("config_groups")
     if not isinstance(groups, dict):
@@ -220,13 +221,18 @@ def _compressed_tensors(announced: Mapping[str, Any]) -> Quantization:
     return Quantization("compressed-tensors", tuple(schemes), _texts("ignore", announced.get("ignore") or []))
 
 
+def _changes_nothing(config: Mapping[str, Any]) -> bool:
+    """Whether a `sparsity_config` or `transform_config` has dense weights or no transform."""
+    return config.get("format") == "dense" or all(is_empty(value) for value in config.values())
+
+
 def _group_layout(field: str, group: Mapping[str, Any], format: Any) -> WeightLayout:
     """How the weights of one of compressed-tensors' groups are stored."""
     weights = group["weights"]
     field = f"{field}.weights"
     if not isinstance(weights, dict):
         _reject(field, weights, "a JSON object")
-    if weights.get("symmetric", True) is not True:
+    if weights.get("symmetric") not in (None, True):
         _reject(f"{field}.symmetric", weights["symmetric"], "weights without zero points, true")
     if weights.get("actorder"):
         _reject(f"{field}.actorder", weights["actorder"], "groups of neighbours, null")

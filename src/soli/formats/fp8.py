@@ -63,9 +63,9 @@ def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def check_scale(scale: Tensor) -> None:
-    """Raise SoliError when a scale is not finite and positive."""
-    if not bool(((scale > 0) & scale.isfinite()).all()):
-        raise SoliError("an FP8 scale is not a finite positive number")
+    """Raise SoliError when a scale is not finite and positive, or so large that its largest weight is not finite."""
+    if not bool(((scale > 0) & (scale * E4M3_MAX).isfinite()).all()):
+        raise SoliError("an FP8 scale is not a finite positive number, or so large that weights are not finite")
 
 
 def quantize_tiles(x_TI: Tensor) -> tuple[Tensor, Tensor]:
