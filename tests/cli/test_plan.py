@@ -141,6 +141,15 @@ def test_a_folder_with_a_configuration_alone_is_planned(capsys, tmp_path):
     assert from_folder | {"model": "moonlight-16b-a3b"} == from_name
 
 
+def test_the_format_of_modelopt_beside_a_configuration_is_planned(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(preset("moonlight-16b-a3b").to_dict()))
+    (tmp_path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "NVFP4"}}')
+    assert run_json(capsys, str(tmp_path), *STATED)["format"] == "fp4"
+    (tmp_path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "W4A8_AWQ"}}')
+    assert main(["plan", str(tmp_path), *STATED]) == 1
+    assert "quant_algo is 'W4A8_AWQ'" in capsys.readouterr().err
+
+
 def test_a_downloaded_configuration_and_index_are_enough(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     model = tmp_path / "models--org--name"

@@ -165,6 +165,12 @@ def test_revisions_are_kept_apart(hub: Hub) -> None:
         requested_model(f"{ID}@v1.0", "main")
 
 
+def test_what_modelopt_says_of_the_weights_is_fetched(hub: Hub) -> None:
+    hub.add(ID, sharded_files() | {"hf_quant_config.json": b"{}"})
+    for folder in (fetch_config(ID), pull()):
+        assert (folder / "hf_quant_config.json").read_bytes() == b"{}"
+
+
 def test_only_the_configuration(hub: Hub) -> None:
     hub.add(ID, sharded_files())
     folder = fetch_config(ID)

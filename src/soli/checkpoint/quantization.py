@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from soli.checkpoint import layouts, side_files
+from soli.checkpoint import layouts
 from soli.checkpoint.layouts import SUFFIXES, WeightLayout
 from soli.checkpoint.name_map import Slot
 from soli.checkpoint.shard import TensorEntry
@@ -25,6 +25,7 @@ from soli.config import ModelConfig
 from soli.errors import SoliError
 from soli.formats.fp8 import BLOCK
 from soli.formats.integer import GROUPS
+from soli.hub.cache import QUANTIZATION
 from soli.input_files import read_object_if_present
 from soli.network_fields import is_empty
 from soli.sections import shown
@@ -128,15 +129,21 @@ def _exactness(modules: Sequence[str], target: str) -> int:
 
 def read_quantization(folder: Path, config: ModelConfig) -> Quantization:
     """What config.json announces, or ModelOpt's file beside it; SoliError for what Soli does not read, by name."""
-    announced, file = config.quantization_config, folder / "config.json"
-    if announced is None:
-        nested = read_object_if_present(folder / side_files.QUANTIZATION).get("quantization")
-        if isinstance(nested, dict) and nested.get("quant_algo") is not None:
-            announced, file = nested | {"quant_method": "modelopt"}, folder / side_files.QUANTIZATION
+    announced = announced_quantization(folder, config)
+    file = folder / ("config.json" if announced is config.quantization_config else QUANTIZATION)
     try:
         return replace(parse_quantization(announced), announced=announced)
     except SoliError as error:
         raise SoliError(f"{file}: {error}; fetch the model's bf16 or official FP8 files") from None
+
+
+def announced_quantization(folder: Path, config: ModelConfig) -> dict[str, Any] | None:
+    """`quantization_config` of a folder: config.json's, or in its place what ModelOpt's file beside it says."""
+    if config.quantization_config is None:
+        nested = read_object_if_present(folder / QUANTIZATION).get("quantization")
+        if isinstance(nested, dict) and nested.get("quant_algo") is not None:
+            return nested | {"quant_method": "modelopt"}
+    return config.quantization_config
 
 
 def parse_quantization(announced: Mapping[str, Any] | None) -> Quantization:

@@ -14,6 +14,7 @@ from soli.config import ModelConfig
 from soli.data import tiktoken_model
 from soli.data.tokenizer import Tokenizer
 from soli.errors import SoliError
+from soli.hub.cache import CONFIG, QUANTIZATION
 from soli.input_files import TABLE_BYTES, read_object_if_present
 from soli.links import matching_files
 
@@ -27,8 +28,6 @@ TOKENIZER_FILES: Final = (
     "*.tiktoken", "tiktoken.model", "chat_template*", "additional_chat_templates/*.jinja",
 )  # fmt: skip
 
-QUANTIZATION: Final = "hf_quant_config.json"  # of ModelOpt; what is written says in config.json how it is quantized
-
 SideFiles = Mapping[str, Path | str]  # by name: a file to copy, or the text to write
 
 
@@ -36,7 +35,7 @@ def files_beside(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
     """Files of `folder` by name that match `patterns`, without configurations and the index, which are rewritten.
     SoliError naming a symlink out of the folder, or a file that is too large for one of them."""
     matches = matching_files(folder, patterns).items()
-    rewritten = ("config.json", QUANTIZATION)
+    rewritten = (CONFIG, QUANTIZATION)  # what is written says in config.json how it is quantized
     files = {name: file for name, file in matches if name not in rewritten and not name.endswith(".index.json")}
     for name, file in files.items():
         size = file.stat().st_size

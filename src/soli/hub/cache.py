@@ -17,6 +17,7 @@ from soli.errors import SoliError
 from soli.input_files import TABLE_BYTES, read_object
 
 CONFIG: Final = "config.json"
+QUANTIZATION: Final = "hf_quant_config.json"  # of ModelOpt, what config.json may lack
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 COMMIT: Final = re.compile(r"[0-9a-f]{40}")  # a revision like this is a commit and no branch

@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from soli.errors import SoliError
-from soli.hub.cache import CONFIG, FOLDER_NAME, INDEX, SINGLE, ModelId, cache_folder, checked_revision, parse_id
+from soli.hub.cache import (
+    CONFIG,
+    FOLDER_NAME,
+    INDEX,
+    QUANTIZATION,
+    SINGLE,
+    ModelId,
+    cache_folder,
+    checked_revision,
+    parse_id,
+)
 from soli.hub.failures import hub_failures
 from soli.quantities import scaled
 
@@ -21,13 +31,13 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 SIDE_FILES: Final = (
-    CONFIG, "generation_config.json",
+    CONFIG, QUANTIZATION, "generation_config.json",
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tiktoken.model", "*.tiktoken",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template.jinja", "chat_template.json", "*.jinja", "additional_chat_templates/*.jinja",
     "README.md", "LICENSE*", "LICENCE*", "*-LICENSE*", "NOTICE*",
 )  # fmt: skip
-CONFIG_FILES: Final = (CONFIG, INDEX)
+CONFIG_FILES: Final = (CONFIG, QUANTIZATION, INDEX)
 SHARD = re.compile(r"[^/]+-\d+-of-\d+\.safetensors")
 UNREAD_WEIGHTS: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx")
 ETAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")

@@ -13,6 +13,7 @@ import torch
 
 from soli.analysis.parameters import ROUTED, cache_bytes, cache_read_bytes
 from soli.checkpoint.load import BUNDLED, open_checkpoint
+from soli.checkpoint.quantization import announced_quantization
 from soli.config import ModelConfig, resolve
 from soli.engine.latent_cache import blocks_for, bytes_per_token
 from soli.engine.offline import TOKENS_PER_STEP
@@ -62,9 +63,15 @@ class PlannedModel:
             assert self.folder is not None
             return sizes_of(open_checkpoint(self.folder))
         try:
-            return sizes_as_published(self.config) if format is None else sizes_in(self.config, format)
+            return sizes_as_published(self._published_config()) if format is None else sizes_in(self.config, format)
         except SoliError as error:
             raise SoliError(f"{self.name}: {error}") from None
+
+    def _published_config(self) -> ModelConfig:
+        """The configuration with what ModelOpt's file beside it says of the weights."""
+        if self.folder is None:
+            return self.config
+        return replace(self.config, quantization_config=announced_quantization(self.folder, self.config))
 
     def usage(self) -> ExpertUsage | None:
         """Which experts earlier runs of this model chose; None where that is not known."""
