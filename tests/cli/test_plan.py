@@ -143,8 +143,10 @@ def test_a_folder_with_a_configuration_alone_is_planned(capsys, tmp_path):
 
 def test_the_format_of_modelopt_beside_a_configuration_is_planned(capsys, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(preset("moonlight-16b-a3b").to_dict()))
-    (tmp_path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "NVFP4"}}')
-    assert run_json(capsys, str(tmp_path), *STATED)["format"] == "fp4"
+    quantization = {"quant_algo": "NVFP4", "exclude_modules": ["lm_head", "model.layers.*.self_attn*"]}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": quantization}))
+    formats = {part["name"]: part["format"] for part in run_json(capsys, str(tmp_path), *STATED)["parts"]}
+    assert formats["routed experts"] == "fp4" and formats["attention"] == "bf16"
     (tmp_path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "W4A8_AWQ"}}')
     assert main(["plan", str(tmp_path), *STATED]) == 1
     assert "quant_algo is 'W4A8_AWQ'" in capsys.readouterr().err

@@ -14,6 +14,7 @@ Problems are detected from headers alone, each a sentence that names file and te
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -47,12 +48,13 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Quantization:
-    """Which layouts each weight of a folder may have. `ignored` names modules that are not quantized, as targets do;
-    `announced`: what all that is read from."""
+    """Which layouts each weight of a folder may have. `ignored` names modules that are not quantized, as targets do,
+    `excluded` with the wildcards of file names, as ModelOpt does; `announced`: what all that is read from."""
 
     method: str | None
     schemes: tuple[Scheme, ...] = ()
     ignored: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
     announced: Mapping[str, Any] | None = None
 
     @property
@@ -92,6 +94,8 @@ class Quantization:
         """The codec of a module of one of these names in memory, nvfp4 or mxfp4 for FP4; None where it is not
         quantized."""
         if any(_matches(module, pattern) for module in modules for pattern in self.ignored):
+            return None
+        if any(fnmatchcase(module, pattern) for module in modules for pattern in self.excluded):
             return None
         allowed = self._layouts(modules)
         if not allowed:
@@ -202,7 +206,9 @@ def _modelopt(announced: Mapping[str, Any]) -> Quantization:
             _reject("quantized_layers.quant_algo", own, ", ".join(by_algorithm))
     if announced.get("group_size") not in (None, 0, 16):
         _reject("group_size", announced["group_size"], "only 16")
-    return Quantization("modelopt", _everywhere(*by_algorithm[name]))
+    lists = {field: _texts(field, announced.get(field) or []) for field in ("ignore", "exclude_modules")}
+    excluded = (*lists["ignore"], *lists["exclude_modules"])  # in config.json and in ModelOpt's own file
+    return Quantization("modelopt", _everywhere(*by_algorithm[name]), excluded=excluded)
 
 
 def _compressed_tensors(announced: Mapping[str, Any]) -> Quantization:
