@@ -126,7 +126,7 @@ def _constants(settings: TrainSettings, fim_rate: float) -> Lines:
 def _memory(plan: TrainingPlan, settings: TrainSettings, devices: int, here: MeasuredDevice | None) -> Lines:
     run = settings.run
     parts = f"{scaled(plan.parameters)} with MTP modules, {scaled(plan.activated)} activated per token"
-    share = "on one device" if devices == 1 else f"on each of {devices:,} devices"
+    share = "on one device" if devices == 1 else f"on each of {devices:,} devices without the mesh below"
     sizes = {
         "weights": plan.memory.weights,
         "gradients": plan.memory.gradients,
