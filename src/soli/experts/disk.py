@@ -7,7 +7,6 @@ settings unless others are faster by more than a disk's speed varies.
 """
 
 import errno
-import mmap
 import os
 import platform
 import random
@@ -23,7 +22,7 @@ from statistics import median
 from typing import Final
 
 from soli.errors import SoliError
-from soli.experts.reading import BLOCK, THREADS, Reader, Settings
+from soli.experts.reading import BLOCK, THREADS, Reader, Settings, new_memory
 from soli.experts.sources import ALIGNMENT, Read
 from soli.measured import remembered
 
@@ -112,7 +111,7 @@ def _choose(file: Path) -> Disk:
         best = BUFFERED
     reader = _reader(file, best)
     try:
-        slot = memoryview(mmap.mmap(-1, READ_BYTES))
+        slot = memoryview(new_memory(READ_BYTES))
         latency = median(_seconds_of(reader, at, slot) for at in _starts(file, SMALL_READS))
         return Disk(rates[best], latency, reader.direct, str(date.today()), best.threads, best.block)
     finally:
@@ -124,7 +123,7 @@ def _rate(file: Path, settings: Settings) -> float:
     reader = _reader(file, settings)
     try:
         starts = _starts(file, TRIAL_BYTES // READ_BYTES)
-        slots = [memoryview(mmap.mmap(-1, READ_BYTES)) for _ in range(IN_FLIGHT)]  # of whole pages, as slots are
+        slots = [memoryview(new_memory(READ_BYTES)) for _ in range(IN_FLIGHT)]
         start = time.perf_counter()
         _read_all(reader, starts, slots)
         return len(starts) * READ_BYTES / (time.perf_counter() - start)

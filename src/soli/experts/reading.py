@@ -231,6 +231,15 @@ class _File:
         return status.st_size, status.st_mtime_ns
 
 
+def new_memory(size: int) -> mmap.mmap:
+    """Zeros to read into, from the first byte of a page on. Private, in huge pages where the system has them: pages
+    that could be shared with another process are small, and direct I/O pins them one by one."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
 def split(read: Read, block: int) -> list[Read]:
     """The same bytes in reads of up to `block` bytes, a multiple of the alignment."""
     return [

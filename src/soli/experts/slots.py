@@ -4,7 +4,6 @@ Direct I/O fills a slot. Before use an expert of a pack is compared with its che
 loading makes of the same tensors: its scales are checked, and what memory has otherwise than the files is put in order.
 """
 
-import mmap
 import threading
 from collections.abc import Sequence
 from math import prod
@@ -16,6 +15,7 @@ from torch import Tensor
 from soli.checksum import crc32
 from soli.errors import SoliError
 from soli.experts.policy import Key
+from soli.experts.reading import new_memory
 from soli.experts.sources import ExpertLayout, Matrix, MatrixParts, Part, Sources
 from soli.formats.quantized import QuantizedWeight
 
@@ -29,10 +29,7 @@ class Slots:
     def __init__(self, sources: Sources, count: int, verified: set[Key]) -> None:
         self._sources, self._size = sources, sources.slot_bytes
         self._verified = verified
-        # Private: pages that could be shared with another process are small ones, which direct I/O pins one by one.
-        memory = mmap.mmap(-1, max(1, count) * self._size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
+        memory = new_memory(max(1, count) * self._size)
         self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
         self._view = memoryview(memory)
         self._making = threading.Lock()  # so that there is one scale at a time beside the slots
