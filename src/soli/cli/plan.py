@@ -194,6 +194,7 @@ def _plan_model(name: str, request: _Request, check: str | None, on_step: Callab
     from soli.plan.inference_plan import (
         ANSWER,
         PROMPT,
+        Workload,
         divide,
         find_model,
         gpu_split,
@@ -228,24 +229,24 @@ def _plan_model(name: str, request: _Request, check: str | None, on_step: Callab
         measurement, chosen_before = measure(check, memory, prompt, on_step)
         usage = chosen_before if request.skew is None else None
         machine = mean_rates(machine, _rates(model, request, on_step)[0])
-    skew = request.skew or 0.0
+    workload = Workload(prompt, request.skew or 0.0, usage)
     is_known = usage is not None or request.skew is not None or model.config.n_routed_experts > MAX_RANKS
     return PlanReport(
         model=model,
         sizes=sizes,
         division=division,
-        speed=speed(sizes, division, machine, prompt, skew, usage),
+        speed=speed(sizes, division, machine, workload),
         machine=machine,
         sources=sources | rate_sources,
         prompt=prompt,
-        skew=skew,
+        skew=workload.skew,
         memories=memories,
-        formats=table_of_formats(model, machine, memories, prompt, skew, usage),
-        upgrades=upgrades(sizes, memory, machine, prompt, skew, usage),
+        formats=table_of_formats(model, machine, memories, workload),
+        upgrades=upgrades(sizes, memory, machine, workload),
         gpu=None if request.gpu is None else gpu_split(sizes, memory, machine, request.gpu, request.gpu_rate, prompt),
         check=measurement,
         routing_tokens=None if usage is None else usage.tokens,
-        typical=None if is_known else speed(sizes, division, machine, prompt, TYPICAL_SKEW),
+        typical=None if is_known else speed(sizes, division, machine, Workload(prompt, TYPICAL_SKEW)),
     )
 
 

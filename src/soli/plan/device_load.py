@@ -5,6 +5,7 @@ and, for these, a copy of the embedding. The rank with the most parameters bound
 most work the step. No torch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -45,7 +46,7 @@ def rank_parameters(config: ModelConfig, sizes: MeshSizes) -> list[StageParamete
     number = config.num_nextn_predict_layers
     parameters = []
     for layers, is_first, is_last in _layers_of_ranks(config, sizes):
-        share = layers / config.num_hidden_layers
+        share = len(layers) / config.num_hidden_layers
         has_embedding = is_first or (is_last and (number or config.tie_word_embeddings))
         own_ends = ends[EMBEDDING] if has_embedding else 0
         own_ends += ends[HEAD] + sum(w.total for w in modules) - module_experts if is_last else 0
@@ -65,26 +66,24 @@ def rank_parameters(config: ModelConfig, sizes: MeshSizes) -> list[StageParamete
 def imbalance(config: ModelConfig, sizes: MeshSizes) -> float:
     """The work of the pipeline rank that has most, over the mean."""
     costs, last = layer_costs(config)
-    schedule = find_schedule(sizes.schedule)
-    division = divide_layers(config, schedule.stages(sizes.pipeline))
     work = [
-        sum(costs[layer] for stage in schedule.stages_of(rank, sizes.pipeline) for layer in division[stage])
-        + (last if len(division) - 1 in schedule.stages_of(rank, sizes.pipeline) else 0)
-        for rank in range(sizes.pipeline)
+        sum(costs[layer] for layer in layers) + (last if is_last else 0)
+        for layers, _, is_last in _layers_of_ranks(config, sizes)
     ]
     return max(work) * len(work) / sum(work)
 
 
 @cache
-def _layers_of_ranks(config: ModelConfig, sizes: MeshSizes) -> list[tuple[int, bool, bool]]:
+def _layers_of_ranks(config: ModelConfig, sizes: MeshSizes) -> list[tuple[Sequence[int], bool, bool]]:
     """Layers of each rank of a pipeline, whether it has the first and the last stage."""
     if sizes.pipeline == 1:
-        return [(config.num_hidden_layers, True, True)]
+        return [(range(config.num_hidden_layers), True, True)]
     schedule = find_schedule(sizes.schedule)
     division = divide_layers(config, schedule.stages(sizes.pipeline))
     ranks = [schedule.stages_of(rank, sizes.pipeline) for rank in range(sizes.pipeline)]
     return [
-        (sum(len(division[stage]) for stage in stages), 0 in stages, len(division) - 1 in stages) for stages in ranks
+        ([layer for stage in stages for layer in division[stage]], 0 in stages, len(division) - 1 in stages)
+        for stages in ranks
     ]
 
 

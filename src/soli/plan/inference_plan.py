@@ -47,6 +47,24 @@ GPU_RATE: Final = 900e9  # bytes per second of a GPU whose rate is not stated: t
 
 
 @dataclass(frozen=True)
+class Workload:
+    """A prompt of so many tokens, and how experts are chosen: as in earlier runs (`usage`), or as often as `skew` says
+    where that is None."""
+
+    prompt: int = PROMPT
+    skew: float = 0.0
+    usage: ExpertUsage | None = None
+
+    @property
+    def tokens(self) -> int:
+        """That the latent cache has room for."""
+        return self.prompt + ANSWER
+
+
+USUAL_WORKLOAD: Final = Workload()
+
+
+@dataclass(frozen=True)
 class PlannedModel:
     """A model before it is opened: `folder` None for what is not on this machine, `stored` whether weights are there,
     `place` where they are or would be."""
@@ -206,18 +224,14 @@ def _divide(sizes: ModelSizes, memory: int, tokens: int) -> Division:
 
 
 def speed(
-    sizes: ModelSizes,
-    division: Division,
-    machine: MachineRates,
-    prompt: int = PROMPT,
-    skew: float = 0.0,
-    usage: ExpertUsage | None = None,
+    sizes: ModelSizes, division: Division, machine: MachineRates, workload: Workload = USUAL_WORKLOAD
 ) -> Speed | None:
-    """None where the model does not fit. `usage`: which experts earlier runs chose; None: as often as `skew` says."""
+    """None where the model does not fit."""
     if not division.fits:
         return None
+    prompt, usage = workload.prompt, workload.usage
     if usage is None or division.slots == division.experts:
-        hit_rate = expected_hit_rate(division.share, sizes.config.n_routed_experts, skew)
+        hit_rate = expected_hit_rate(division.share, sizes.config.n_routed_experts, workload.skew)
     else:
         hit_rate = remembered_hit_rate(usage.shares_LE, division.slots)
     return Speed(
@@ -227,19 +241,14 @@ def speed(
 
 
 def table_of_formats(
-    model: PlannedModel,
-    machine: MachineRates,
-    memories: Sequence[int],
-    prompt: int,
-    skew: float,
-    usage: ExpertUsage | None = None,
+    model: PlannedModel, machine: MachineRates, memories: Sequence[int], workload: Workload
 ) -> dict[str, tuple[ModelSizes, list[Speed | None]]]:
     """By format, as published first, the speed for each memory; None where a model does not fit."""
     formats: dict[str, ModelSizes] = {"as stored" if model.stored else "as published": model.sizes()}
     formats |= {format: sizes_in(model.config, format) for format in FORMATS}
 
     def speed_in(sizes: ModelSizes, memory: int) -> Speed | None:
-        return speed(sizes, divide(sizes, memory, prompt + ANSWER), machine, prompt, skew, usage)
+        return speed(sizes, divide(sizes, memory, workload.tokens), machine, workload)
 
     return {name: (sizes, [speed_in(sizes, memory) for memory in memories]) for name, sizes in formats.items()}
 
@@ -252,12 +261,7 @@ def memories_to_compare(sizes: ModelSizes, memory: int) -> list[int]:
 
 
 def upgrades(
-    sizes: ModelSizes,
-    memory: int,
-    machine: MachineRates,
-    prompt: int = PROMPT,
-    skew: float = 0.0,
-    usage: ExpertUsage | None = None,
+    sizes: ModelSizes, memory: int, machine: MachineRates, workload: Workload = USUAL_WORKLOAD
 ) -> list[Upgrade]:
     """Twice the memory, a disk twice as fast, memory twice as fast: each alone, the one that brings most first."""
     faster_disk = replace(machine, disk_rate=2 * machine.disk_rate)
@@ -273,7 +277,7 @@ def upgrades(
     ]
     results = []
     for resource, value, size, changed in changes:
-        after = speed(sizes, divide(sizes, size, prompt + ANSWER), changed, prompt, skew, usage)
+        after = speed(sizes, divide(sizes, size, workload.tokens), changed, workload)
         if after is not None:
             results.append(
                 Upgrade(resource, value, after.decode.tokens_per_second, after.prompt.tokens_per_second)
