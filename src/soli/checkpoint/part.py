@@ -97,13 +97,17 @@ class PartialCheckpoint(Checkpoint):
 
     def cuts_blocks(self) -> bool:
         """Whether a part begins or ends within values that share a scale, which then cannot stay quantized."""
-        for part in self._parts.values():
-            if part.cut is not None and self.layout(part.slot) is not None:
-                cut, size = part.cut, part.whole.shape[part.cut.dimension]
-                unit = CODECS[self.format(part.slot)].scale_unit(self.group(part.slot))[cut.dimension]
-                if cut.start % unit or (cut.stop % unit and cut.stop != size):
-                    return True
-        return False
+        return any(
+            part.cut is not None
+            and self.layout(part.slot) is not None
+            and CODECS[self.format(part.slot)].divides_a_scale(
+                self.group(part.slot),
+                part.cut.dimension,
+                range(part.cut.start, part.cut.stop),
+                part.whole.shape[part.cut.dimension],
+            )
+            for part in self._parts.values()
+        )
 
     def _whole(self, slot: Slot) -> Slot:
         part = self._parts.get(slot.name)

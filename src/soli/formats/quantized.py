@@ -84,8 +84,9 @@ class QuantizedWeight:
     def part(self, dimension: int, start: int, stop: int) -> "QuantizedWeight":
         """Rows (`dimension` 0) or columns (1) `start` to `stop` - 1 of a matrix, copied. SharedScale where they begin
         or end within values that share a scale."""
-        size, unit = self.shape[dimension], CODECS[self.format].scale_unit(self.group)[dimension]
-        if start % unit or (stop % unit and stop != size):
+        size, codec = self.shape[dimension], CODECS[self.format]
+        unit = codec.scale_unit(self.group)[dimension]
+        if codec.divides_a_scale(self.group, dimension, range(start, stop), size):
             name = ("rows", "columns")[dimension]
             raise SharedScale(
                 f"{name} {start} to {stop - 1} of {size} are no whole number of {self.format} blocks of {unit}"
@@ -136,6 +137,12 @@ class Codec:
     def scale_unit(self, group: int) -> tuple[int, int]:
         """How many rows, and how many columns, share a scale in groups of `group`; 1 where a cut is free."""
         return 1, max(1, group)
+
+    def divides_a_scale(self, group: int, dimension: int, part: range, size: int) -> bool:
+        """Whether a part of `size` rows (`dimension` 0) or columns (1) begins or ends within values that share a
+        scale."""
+        unit = self.scale_unit(group)[dimension]
+        return bool(part.start % unit or (part.stop % unit and part.stop != size))
 
     def check_group(self, inputs: int, group: int) -> None:
         """SoliError for a group that the format does not have, or that does not fit so many input features."""
