@@ -163,7 +163,8 @@ _python_format = warnings.formatwarning
 def main(argv: list[str] | None = None) -> int:
     """Run the command line on `argv` (default: the process's arguments) and return its exit status."""
     warnings.formatwarning = _format_warning
-    shows_usage = os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK") == "0"  # once for all ranks
+    rank = None if os.environ.get("WORLD_SIZE", "1") == "1" else os.environ.get("RANK")  # of several
+    shows_usage = rank in (None, "0")  # once for all ranks
     try:
         status = app(argv, prog_name="soli", standalone_mode=shows_usage)
         return status if isinstance(status, int) else 0
@@ -175,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("SOLI_DEBUG"):
             raise
         sentence = _sentence(error)
-        if os.environ.get("WORLD_SIZE", "1") != "1" and not sentence.startswith("rank "):
-            sentence = f"rank {os.environ.get('RANK')}: {sentence}"
+        if rank is not None and not sentence.startswith("rank "):
+            sentence = f"rank {rank}: {sentence}"
         print(f"soli: {sentence}", file=sys.stderr)
         return 1
