@@ -189,7 +189,5 @@ def warm_all(store: ExpertStore) -> None:
             pass
 
 
-
-
 if __name__ == "__main__":
     main()
