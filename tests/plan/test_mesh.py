@@ -147,6 +147,13 @@ def test_a_recipes_own_mesh_is_planned(capsys):
     assert "data 2 x expert 2" in capsys.readouterr().out
 
 
+def test_a_recipes_own_pipeline_schedule_is_planned(capsys):
+    own = ["--set", "parallel.pipeline=2", "--set", "parallel.schedule=interleaved1f1b"]
+    own += ["--set", "run.micro_sequences=4", "--set", "schedule.batch_ramp_multiple=8"]
+    assert main(["train", "nano-zh-en", "--dry-run", "--no-measure", "--devices", "2", *own]) == 0
+    assert "pipeline 2 (Interleaved1F1B)" in capsys.readouterr().out
+
+
 SHARDS = """
 import sys
 import torch

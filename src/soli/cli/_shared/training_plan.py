@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Column, Table
 
 from soli.cli._shared.console import print_json, stdout_console
+from soli.parallel.stages import find_schedule
 from soli.plan.devices import find_device
 from soli.plan.memory import describe_fit
 from soli.plan.mesh import MeshPlan, as_planned, papers_plan, plan_mesh, propose_mesh, refusal
@@ -54,7 +55,8 @@ def print_training_plan(
     mesh: MeshPlan | None = None
     if devices == settings.parallel.world > 1:
         own = settings.parallel
-        sizes = MeshSizes(own.data, own.expert, own.pipeline, own.replicate, own.keep_gathered)
+        schedule = find_schedule(own.schedule).name
+        sizes = MeshSizes(own.data, own.expert, own.pipeline, own.replicate, own.keep_gathered, schedule)
         mesh = plan_mesh(settings, sizes, device_kind, plan.precision, plan.flops)
     elif devices > 1:
         mesh = propose_mesh(settings, devices, device_kind, plan.precision, plan.flops)
