@@ -194,7 +194,7 @@ def _plan_model(name: str, request: _Request, check: str | None, on_step: Callab
     from soli.plan.inference_plan import (
         ANSWER,
         PROMPT,
-        Workload,
+        PlannedWorkload,
         divide,
         find_model,
         gpu_split,
@@ -229,7 +229,7 @@ def _plan_model(name: str, request: _Request, check: str | None, on_step: Callab
         measurement, chosen_before = measure(check, memory, prompt, on_step)
         usage = chosen_before if request.skew is None else None
         machine = mean_rates(machine, _rates(model, request, on_step)[0])
-    workload = Workload(prompt, request.skew or 0.0, usage)
+    workload = PlannedWorkload(prompt, request.skew or 0.0, usage)
     is_known = usage is not None or request.skew is not None or model.config.n_routed_experts > MAX_RANKS
     return PlanReport(
         model=model,
@@ -246,7 +246,7 @@ def _plan_model(name: str, request: _Request, check: str | None, on_step: Callab
         gpu=None if request.gpu is None else gpu_split(sizes, memory, machine, request.gpu, request.gpu_rate, prompt),
         check=measurement,
         routing_tokens=None if usage is None else usage.tokens,
-        typical=None if is_known else speed(sizes, division, machine, Workload(prompt, TYPICAL_SKEW)),
+        typical=None if is_known else speed(sizes, division, machine, PlannedWorkload(prompt, TYPICAL_SKEW)),
     )
 
 

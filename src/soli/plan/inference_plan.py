@@ -47,7 +47,7 @@ GPU_RATE: Final = 900e9  # bytes per second of a GPU whose rate is not stated: t
 
 
 @dataclass(frozen=True)
-class Workload:
+class PlannedWorkload:
     """A prompt of so many tokens, and how experts are chosen: as in earlier runs (`usage`), or as often as `skew` says
     where that is None."""
 
@@ -61,7 +61,7 @@ class Workload:
         return self.prompt + ANSWER
 
 
-USUAL_WORKLOAD: Final = Workload()
+USUAL_WORKLOAD: Final = PlannedWorkload()
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ def _divide(sizes: ModelSizes, memory: int, tokens: int) -> Division:
 
 
 def speed(
-    sizes: ModelSizes, division: Division, machine: MachineRates, workload: Workload = USUAL_WORKLOAD
+    sizes: ModelSizes, division: Division, machine: MachineRates, workload: PlannedWorkload = USUAL_WORKLOAD
 ) -> Speed | None:
     """None where the model does not fit."""
     if not division.fits:
@@ -241,7 +241,7 @@ def speed(
 
 
 def table_of_formats(
-    model: PlannedModel, machine: MachineRates, memories: Sequence[int], workload: Workload
+    model: PlannedModel, machine: MachineRates, memories: Sequence[int], workload: PlannedWorkload
 ) -> dict[str, tuple[ModelSizes, list[Speed | None]]]:
     """By format, as published first, the speed for each memory; None where a model does not fit."""
     formats: dict[str, ModelSizes] = {"as stored" if model.stored else "as published": model.sizes()}
@@ -261,7 +261,7 @@ def memories_to_compare(sizes: ModelSizes, memory: int) -> list[int]:
 
 
 def upgrades(
-    sizes: ModelSizes, memory: int, machine: MachineRates, workload: Workload = USUAL_WORKLOAD
+    sizes: ModelSizes, memory: int, machine: MachineRates, workload: PlannedWorkload = USUAL_WORKLOAD
 ) -> list[Upgrade]:
     """Twice the memory, a disk twice as fast, memory twice as fast: each alone, the one that brings most first."""
     faster_disk = replace(machine, disk_rate=2 * machine.disk_rate)
