@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from soli.checkpoint import save_model
 from soli.cli._shared.ranks import without_processes
@@ -20,6 +21,7 @@ from soli.errors import SoliError
 from soli.llm import LLM
 from soli.parallel.calls import Leader, follow
 from soli.parallel.inference import PartSettings, join_group, load_part
+from soli.parallel.launch import describe_failure
 from soli.parallel.ranks import joined, launched_ranks
 from tests.distributed.ranks import free_port, start_ranks
 from tests.distributed.shared_models import CPU, LARGE
@@ -198,6 +200,24 @@ def test_an_error_of_all_ranks_is_printed_once(folder, arguments, words):
     lines = [line for line in failed.stderr.splitlines() if line.startswith("soli: ")]
     assert len([line for line in lines if "serving" not in line]) == 1, failed.stderr
     assert re.search(words, "".join(lines))
+
+
+def test_with_processes_an_error_of_all_ranks_is_the_only_line(folder):
+    failed = soli("-m", "soli", "generate", folder, TEXT, "--processes", "2", "--memory", "10kB")
+    assert failed.returncode == 1
+    assert re.fullmatch("soli: rank 0: .*the part of each of 2 processes takes .* but 10,000 are .*\n", failed.stderr)
+
+
+def test_a_rank_that_the_agent_ends_is_not_the_one_that_failed():
+    def failure(exitcode: int, timestamp: int) -> ProcessFailure:
+        process = ProcessFailure(0, 77, exitcode, "")
+        process.timestamp = timestamp
+        return process
+
+    status, ended, killed = failure(1, 30), failure(-signal.SIGTERM, 10), failure(-signal.SIGKILL, 20)
+    assert "rank 1 (process 77) ended with status 1" in describe_failure({0: ended, 1: status})
+    assert "rank 2 (process 77) was ended by SIGKILL" in describe_failure({0: ended, 1: status, 2: killed})
+    assert "rank 0 (process 77) was ended by SIGTERM" in describe_failure({0: ended})
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ from soli.machine import available_memory
 from soli.model.transformer import Transformer
 from soli.parallel.calls import IDLE, Leader, follow
 from soli.parallel.model_part import ModelPart, possible_worlds
-from soli.parallel.ranks import Ranks, connected, join_ranks, joined
+from soli.parallel.ranks import GRACE, Ranks, connected, join_ranks, joined
 from soli.parallel.tensor_parallel import share_layers
 
 STOP_SECONDS: Final = 40.0  # after a signal to a rank that is not the first; torchrun's agent ends all after 30
@@ -202,7 +202,9 @@ def _agree(ranks: Ranks, group: dist.ProcessGroup, action: Callable[[], T]) -> T
     failed = next((rank for rank, sentence in enumerate(sentences) if sentence is not None), None)
     if failed is None:
         return result
+    dist.destroy_process_group()  # else its threads may abort a process that ends
     if not ranks.is_first:
+        time.sleep(GRACE)  # the agent ends all at the first that ends, which is to be the one that says why
         raise SystemExit(1)
     if error is not None:
         raise error

@@ -1,5 +1,6 @@
 """Several processes on this machine, started and watched by torchrun's elastic agent: `soli VERB --processes N`."""
 
+import logging
 import os
 import signal
 import sys
@@ -11,6 +12,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from soli.errors import SoliError
+
+# What it logs of a rank that failed is said by describe_failure, or by that rank.
+logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
 
 
 def launch(arguments: Sequence[str], processes: int) -> None:
@@ -69,4 +73,10 @@ def describe_failure(failures: Mapping[int, ProcessFailure]) -> str:
 
 
 def _first_failure(failures: Mapping[int, ProcessFailure]) -> int:
-    return min(failures, key=lambda rank: (failures[rank].exitcode > 0, failures[rank].timestamp))
+    """A rank that a signal ended, else one that ended by itself; SIGTERM is what the agent sends to the others."""
+
+    def order(rank: int) -> tuple[int, int]:
+        exitcode = failures[rank].exitcode
+        return (2 if exitcode == -signal.SIGTERM else int(exitcode > 0)), failures[rank].timestamp
+
+    return min(failures, key=order)
