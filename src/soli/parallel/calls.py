@@ -88,10 +88,10 @@ class Leader:
         for name in ENTRY_POINTS:
             setattr(model, name, self._announced(name, getattr(model, name)))
 
-    def close(self) -> None:
-        """Tell the other ranks that no call follows."""
+    def close(self) -> bool:
+        """Tell the other ranks that no call follows; False while one is being computed, which goes on."""
         if not self._lock.acquire(timeout=CLOSE_SECONDS):
-            return  # the end of this process will tell them
+            return False  # the end of this process will tell them
         try:
             if self._failure is None:
                 self._failure = "the ranks have ended"
@@ -99,6 +99,7 @@ class Leader:
                     _broadcast(None, self._group)
         finally:
             self._lock.release()
+        return True
 
     def _announced(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:

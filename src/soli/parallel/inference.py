@@ -73,8 +73,14 @@ def open_part(
         group = join_group(ranks, device)
         model = load(group)
     leader = Leader(model, ranks.world, group)
-    atexit.register(leader.close)
+    atexit.register(_end, leader)
     return model, leader
+
+
+def _end(leader: Leader) -> None:
+    """When the first rank ends. Connections that are open then have threads, which may abort a process that ends."""
+    if leader.close() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def join_group(ranks: Ranks, device: torch.device) -> dist.ProcessGroup:
