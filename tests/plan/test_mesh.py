@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import replace
+from functools import cache
 
 import pytest
 
@@ -12,7 +13,8 @@ from soli.data.recipe import load_recipe
 from soli.errors import SoliError
 from soli.plan.device_load import imbalance, rank_parameters
 from soli.plan.devices import DEVICES, find_device
-from soli.plan.mesh import MARGIN, papers_plan, plan_mesh, propose_mesh
+from soli.plan.mesh import MARGIN, papers_plan, plan_mesh
+from soli.plan.mesh_proposal import Proposal, propose_mesh
 from soli.plan.mesh_sizes import MeshSizes
 from soli.plan.training import PAPER_GPU_HOURS, plan_run
 from soli.train.settings import TrainSettings, read_settings
@@ -26,9 +28,17 @@ def of_paper() -> tuple[TrainSettings, float]:
     return recipe, plan_run(recipe, 2048, 0.4, 989).flops
 
 
+@cache
+def proposed(devices: int, device: str = "h800") -> Proposal:
+    """Of the paper's recipe."""
+    proposal = propose_mesh(of_paper()[0], devices, DEVICES[device], "bf16")
+    assert proposal is not None
+    return proposal
+
+
 def test_the_papers_run_fits_2048_h800():
-    recipe, operations = of_paper()
-    plan = propose_mesh(recipe, 2048, H800, "bf16", operations)
+    recipe, _ = of_paper()
+    plan = proposed(2048).plan
     sizes = plan.sizes
     assert sizes.data * sizes.expert * sizes.pipeline * sizes.replicate == 2048
     assert plan.fits and plan.total <= MARGIN * H800.memory
@@ -40,8 +50,7 @@ def test_the_papers_run_fits_2048_h800():
 
 
 def test_more_memory_needs_no_slower_mesh():
-    recipe, operations = of_paper()
-    h800, h200 = (propose_mesh(recipe, 2048, DEVICES[name], "bf16", operations) for name in ("h800", "h200"))
+    h800, h200 = (proposed(2048, name).plan for name in ("h800", "h200"))
     assert sum(h200.seconds) <= sum(h800.seconds)
 
 
@@ -54,18 +63,17 @@ def test_the_papers_choices_take_the_papers_plan():
     assert plan.bubble < 0.05 and plan.sizes.pipeline == 16
 
 
-def test_more_devices_take_less_time_and_no_fewer_gpu_hours():
-    """Of 512 only a slower mesh has the memory, so they take more hours."""
-    recipe, operations = of_paper()
-    plans = {devices: propose_mesh(recipe, devices, H800, "bf16", operations) for devices in (512, 1024, 2048)}
+def test_more_devices_take_less_time_and_fewer_gpu_hours():
+    """Of fewer only slower meshes have the memory: experts are shared by several machines."""
+    plans = {devices: proposed(devices).plan for devices in (512, 1024, 2048)}
     assert all(plan.fits for plan in plans.values())
     assert plans[512].expected_seconds > plans[1024].expected_seconds > plans[2048].expected_seconds
-    assert plans[512].expected_gpu_hours > plans[2048].expected_gpu_hours > plans[1024].expected_gpu_hours
+    assert plans[512].expected_gpu_hours > plans[1024].expected_gpu_hours > plans[2048].expected_gpu_hours
+    assert plans[1024].sizes.expert > 8 == plans[2048].sizes.expert
 
 
 def test_faster_devices_take_less_time():
-    recipe, operations = of_paper()
-    plans = [propose_mesh(recipe, 2048, DEVICES[name], "bf16", operations) for name in ("a100", "h800", "h200", "b200")]
+    plans = [proposed(2048, name).plan for name in ("a100", "h800", "h200", "b200")]
     for slower, faster in itertools.pairwise(plans):
         assert faster.expected_seconds < slower.expected_seconds and sum(faster.seconds) < sum(slower.seconds)
 
@@ -82,13 +90,60 @@ def test_a_rank_has_the_layers_that_the_trainer_gives_it():
     assert 1 < imbalance(recipe.model, MeshSizes(1, 1, 8)) < imbalance(recipe.model, MeshSizes(1, 1, 16)) < 1.5
 
 
-def test_what_the_trainer_refuses_on_a_proposed_mesh_is_said(capsys):
-    """The plan is of pretraining; the paper's extension phases have batches that do not divide by its ranks."""
+@pytest.mark.parametrize(("devices", "device"), [(2048, "h800"), (1024, "h200"), (37, "h800")])
+def test_the_trainer_accepts_what_is_proposed_in_every_phase(devices, device, capsys):
+    """With the printed options the recipe's own mesh is for so many devices, whether it fits them or not."""
+    command = ["train", "671b", "--dry-run", "--no-measure", "--devices", str(devices), "--device", device]
+    assert main([*command, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert len(document["proposal"]["memory_of_stages"]) == 3
+    assert document["proposal"]["memory_of_stages"][0] == sum(document["mesh"]["memory"].values())
+    values = {field: json.dumps(value).strip('"') for field, value in document["proposal"]["changes"].items()}
+    assert main([*command, "--json", *(f"--set={field}={value}" for field, value in values.items())]) == 0
+    own = json.loads(capsys.readouterr().out)
+    assert "proposal" not in own and own["mesh"] == document["mesh"]
+
+
+def test_batches_that_no_mesh_takes_are_named_with_those_that_would_do(capsys):
     assert main(["train", "671b", "--dry-run", "--no-measure", "--devices", "2048"]) == 0
-    assert "the trainer refuses it for this recipe: extension[0].batch_sequences" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "no mesh of 2,048 devices that fits takes the recipe's in all phases" in printed
+    assert "extension[1].batch_sequences is 480; the 128 processes" in printed
+    assert "--set extension.1.batch_sequences=2048 --set extension.1.steps=235" in printed  # as many tokens
+    assert "in extension phase 2, which does not fit a device h800: each device has a whole sequence" in printed
     start = ["--set", "schedule.batch_sequences_start=16"]
     assert main(["train", "nano-zh-en", "--dry-run", "--no-measure", "--devices", "4", *start]) == 0
-    assert "refuses" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "no mesh of" not in printed and "soli train accepts it for every phase with --set parallel." in printed
+
+
+def test_batches_of_pretraining_change_only_where_no_mesh_takes_them():
+    recipe, _ = of_paper()
+    for devices in (512, 2048):
+        schedule = proposed(devices).settings.schedule
+        assert replace(schedule, batch_ramp_multiple=1) == recipe.schedule
+    changed = propose_mesh(recipe, 37, H800, "bf16")
+    assert not changed.plan.fits and changed.settings.schedule.batch_sequences == 15392  # 416 x 37
+    assert changed.refusals[0].startswith("schedule.batch_sequences is 15360; the 37 processes")
+
+
+def test_precision_is_chosen_where_the_recipe_leaves_it_open():
+    toy = settings(run={"precision": "auto"})
+    for name, precision in (("h800", "fp8"), ("a100", "bf16")):
+        proposal = propose_mesh(toy, 4, DEVICES[name], "bf16")
+        assert proposal.plan.precision == precision
+        assert ("run.precision" in proposal.changes) == (precision == "fp8")
+    fixed = propose_mesh(settings(run={"precision": "bf16"}), 4, H800, "bf16")
+    assert fixed.plan.precision == "bf16" and "run.precision" not in fixed.changes
+
+
+def test_hours_are_added_up_from_their_causes(capsys):
+    recipe, _ = of_paper()
+    for plan in (proposed(2048).plan, papers_plan(recipe)):
+        assert sum(plan.hours_by_cause.values()) == pytest.approx(plan.expected_gpu_hours)
+    assert main(["train", "671b", "--dry-run", "--no-measure", "--devices", "2048"]) == 0
+    printed = capsys.readouterr().out
+    assert "more than the paper's choices: 745.9 K for bf16 instead of FP8" in printed
 
 
 def test_experts_within_a_machine_send_faster():
@@ -116,7 +171,7 @@ def test_bytes_by_hand():
 
 def test_gathering_once_a_step_sends_less_and_holds_more():
     recipe, operations = of_paper()
-    sizes = MeshSizes(8, 16, 16)
+    sizes = MeshSizes(8, 16)
     often = plan_mesh(recipe, sizes, H800, "bf16", operations)
     once = plan_mesh(recipe, replace(sizes, keep_gathered=True), H800, "bf16", operations)
     assert once.traffic["adding gradients"] * 120 == pytest.approx(often.traffic["adding gradients"], rel=1e-6)
@@ -125,7 +180,9 @@ def test_gathering_once_a_step_sends_less_and_holds_more():
 
 def test_devices_that_no_mesh_divides_are_named(capsys):
     assert main(["train", "671b", "--dry-run", "--no-measure", "--devices", "37"]) == 0
-    assert "no sizes of 37 devices divide the experts" in capsys.readouterr().out
+    assert "schedule.batch_sequences is 15360; the 37 processes" in capsys.readouterr().out
+    assert main(["train", "671b", "--dry-run", "--no-measure", "--devices", str(10**9)]) == 0
+    assert "no sizes of 1,000,000,000 devices can share the recipe's batch" in capsys.readouterr().out
     with pytest.raises(SoliError, match=r"--device h8000 is not known; did you mean h800\?"):
         find_device("h8000")
 

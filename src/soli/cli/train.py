@@ -42,8 +42,9 @@ def train(
         bool, typer.Option("--json", help="With --dry-run: the plan and the resolved recipe as JSON.")
     ] = False,
     devices: Annotated[
-        int, typer.Option(min=1, max=10**9, help="With --dry-run: devices that share the run.")
-    ] = 1,
+        int | None,
+        typer.Option(min=1, max=10**9, help="With --dry-run: devices that share the run; default those of [parallel]."),
+    ] = None,
     device: Annotated[
         str, typer.Option(help=f"With --dry-run: which device a mesh of several is for: {', '.join(DEVICES)}.")
     ] = "h800",
@@ -75,7 +76,8 @@ def train(
     data = table.get("data", {})
     use_threads(threads)
     if dry_run:
-        print_training_plan(settings, data, devices, mfu, device_tflops, measure, as_json, plot, device)
+        number = settings.parallel.world if devices is None else devices
+        print_training_plan(settings, data, number, mfu, device_tflops, measure, as_json, plot, device)
         return
     _require_data(data_config, recipe, assignments or [])
     from soli.parallel.ranks import joined, launched_ranks

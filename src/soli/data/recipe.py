@@ -64,6 +64,13 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     return recipe
 
 
+def _part(table: Any, name: str) -> Any:
+    """A section of a table; of a list of sections the one of that number."""
+    if isinstance(table, list):
+        return table[int(name)] if name.isascii() and name.isdecimal() and int(name) < len(table) else None
+    return table.get(name)
+
+
 def _toml_text(path: Path) -> str:
     """The text of a TOML file, without what tomllib takes quadratic time for: keys of thousands of parts."""
     text = read_text(path, RECIPE_BYTES)
@@ -77,13 +84,16 @@ def _override(recipe: dict[str, Any], place: str, value: Any, path: Path) -> Non
     *sections, name = place.split(".")
     if not sections or not name:
         raise SoliError(f"--set {place} is not of the form SECTION.FIELD=VALUE, as in --set run.seed=2")
-    table = recipe
+    table: Any = recipe
     if sections[0] in OPTIONAL_SECTIONS:
         recipe.setdefault(sections[0], {})
     for section in sections:
-        if not isinstance(table.get(section), dict):
+        part = _part(table, section)
+        if not isinstance(part, dict | list):
             raise SoliError(f"--set {place}: {path} has no section [{'.'.join(sections)}]; use one that it has")
-        table = table[section]
+        table = part
+    if not isinstance(table, dict):
+        raise SoliError(f"--set {place}: {path} has several [[{'.'.join(sections)}]]; say which, as in {sections[0]}.0")
     if value is None and sections != ["model"]:
         table.pop(name, None)
     else:

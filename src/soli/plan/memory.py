@@ -10,6 +10,7 @@ Q query latent, F expert width, E experts, K chosen.
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 from math import ceil
 
@@ -73,20 +74,16 @@ def plan_memory(
     length = length or first
     sequences = max(1, run.micro_sequences * first // length)
     saved = _SavedActivations(config, precision, kind, length)
-    counts = _block_counts(config)
-    blocks = {mixture: saved.block(mixture) for mixture, number in counts.items() if number}
-    inputs = saved.width * config.hidden_size * sum(counts.values())
+    inputs = saved.width * config.hidden_size * sum(_block_counts(config).values())
     per_token = saved.outside_blocks() + (inputs if checkpointed else _saved_in_blocks(saved))
-    recomputed = sequences * length * max(blocks.values()) if checkpointed else 0
+    recomputed = sequences * length * largest_block(config, precision, kind, length) if checkpointed else 0
     gathered = checkpointed or devices > 1
-    # Each loss computes the head's gradient in its forward pass, in fp32.
-    head_gradients = 4 * (1 + config.num_nextn_predict_layers) * config.vocab_size * config.hidden_size
     return MemoryEstimate(
         weights=ceil((4 * trained + biases) / devices),
         gradients=ceil(4 * trained / devices),
         moments=ceil(moment_bytes(all_weights, settings.optimizer) / devices),
         copies=_copies(config, precision, largest=gathered),
-        activations=round(sequences * length * per_token) + head_gradients,
+        activations=round(sequences * length * per_token) + head_gradient_bytes(config),
         transient=round(max(_logits(config, saved.width, kind), recomputed)),
     )
 
@@ -102,10 +99,23 @@ def moment_bytes(all_weights: list[Weights], optimizer: OptimizerSettings) -> in
     return sum(size * moments(w) * w.total for w in all_weights if w.storage != "fp32")
 
 
+@lru_cache(maxsize=64)
 def saved_per_token(config: ModelConfig, precision: str, kind: str, length: int) -> float:
     """Bytes that autograd saves of each token of a sequence of `length`, nothing recomputed."""
     saved = _SavedActivations(config, precision, kind, length)
     return saved.outside_blocks() + _saved_in_blocks(saved)
+
+
+@lru_cache(maxsize=64)
+def largest_block(config: ModelConfig, precision: str, kind: str, length: int) -> float:
+    """Bytes that autograd saves of each token in the block that saves most: what is recomputed at once."""
+    saved = _SavedActivations(config, precision, kind, length)
+    return max(saved.block(mixture) for mixture, number in _block_counts(config).items() if number)
+
+
+def head_gradient_bytes(config: ModelConfig) -> int:
+    """Each loss computes the head's gradient in its forward pass, in fp32."""
+    return 4 * (1 + config.num_nextn_predict_layers) * config.vocab_size * config.hidden_size
 
 
 def _block_counts(config: ModelConfig) -> dict[bool, int]:

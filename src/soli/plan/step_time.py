@@ -61,17 +61,22 @@ def up_projections(config: ModelConfig, length: int) -> float:
     return 2 * layers * heads * (queries + keys) / (forward.matmul + forward.attention_prefill)
 
 
+def waiting(schedule: str, ranks: int, micro_batches: int) -> float:
+    """For how long a rank of a pipeline waits for others in a step, in units of its own work, its stages equal, a
+    backward pass twice as long as a forward one. With two stages on a rank waiting is half as long; where weight
+    gradients fill gaps, a third (DualPipe: arXiv 2412.19437, table 2)."""
+    return (ranks - 1) / ({"1F1B": 1, "Interleaved1F1B": 2}.get(schedule, 3) * micro_batches)
+
+
 def bubble_of(schedule: str, ranks: int, micro_batches: int) -> float:
-    """The share of a step in which a rank of a pipeline waits for others, its stages equal, a backward pass twice as
-    long as a forward one. With two stages on a rank waiting is half as long; where weight gradients fill gaps, a third
-    (DualPipe: arXiv 2412.19437, table 2)."""
-    work = {"1F1B": 1, "Interleaved1F1B": 2}.get(schedule, 3) * micro_batches
-    return (ranks - 1) / (work + ranks - 1)
+    """The share of a step in which a rank of a pipeline waits for others."""
+    waits = waiting(schedule, ranks, micro_batches)
+    return waits / (1 + waits)
 
 
-def micro_batches_in_flight(schedule: str, ranks: int, micro_batches: int) -> float:
+def micro_batches_in_flight(schedule: str, ranks: int, micro_batches: int, rank: int = 0) -> float:
     """Micro-batches whose activations a rank holds at once, in forward passes of all of its layers."""
-    most = {"1F1B": ranks, "Interleaved1F1B": 1.5 * ranks}.get(schedule, ranks + 1)
+    most = {"1F1B": ranks - rank, "Interleaved1F1B": 1.5 * ranks}.get(schedule, ranks + 1)
     return 1 if ranks == 1 else min(most, micro_batches)
 
 

@@ -154,9 +154,10 @@ def _ramp_starts(schedule: ScheduleSettings) -> tuple[int, ...]:
     return tuple(starts)
 
 
-def ramp_batches(schedule: ScheduleSettings) -> list[int]:
+@lru_cache(maxsize=64)
+def ramp_batches(schedule: ScheduleSettings) -> tuple[int, ...]:
     """The different batches of the steps of pretraining, in sequences, the smallest first."""
-    return sorted({batch_sequences(schedule, tokens) for tokens in _ramp_starts(schedule)})
+    return tuple(sorted({batch_sequences(schedule, tokens) for tokens in _ramp_starts(schedule)}))
 
 
 def tokens_after(schedule: ScheduleSettings, steps: int) -> int:

@@ -10,9 +10,10 @@ from rich.table import Column, Table
 
 from soli.cli._shared.console import print_json, stdout_console
 from soli.parallel.stages import find_schedule
-from soli.plan.devices import find_device
+from soli.plan.devices import DeviceKind, find_device
 from soli.plan.memory import describe_fit
-from soli.plan.mesh import MeshPlan, as_planned, papers_plan, plan_mesh, propose_mesh, refusal
+from soli.plan.mesh import MARGIN, MeshPlan, papers_plan, plan_mesh, pretraining_flops
+from soli.plan.mesh_proposal import Proposal, propose_mesh
 from soli.plan.mesh_sizes import MeshSizes
 from soli.plan.schedule_plot import save_schedule_plot
 from soli.plan.training import STEP_SHARE, TrainingPlan, hours_here, plan_run
@@ -53,19 +54,25 @@ def print_training_plan(
     kind = here.kind if here else "cpu" if settings.run.device == "cpu" else "cuda"
     plan = plan_run(settings, devices, mfu, device_tflops, precision, kind)
     mesh: MeshPlan | None = None
+    proposal: Proposal | None = None
     if devices == settings.parallel.world > 1:
         own = settings.parallel
         schedule = find_schedule(own.schedule).name
         sizes = MeshSizes(own.data, own.expert, own.pipeline, own.replicate, own.keep_gathered, schedule)
-        mesh = plan_mesh(settings, sizes, device_kind, plan.precision, plan.flops)
+        mesh = plan_mesh(settings, sizes, device_kind, plan.precision, pretraining_flops(settings))
     elif devices > 1:
-        mesh = propose_mesh(settings, devices, device_kind, plan.precision, plan.flops)
+        proposal = propose_mesh(settings, devices, device_kind, plan.precision)
+        mesh = proposal and proposal.plan
     if plot is not None:
         save_schedule_plot(plot, settings)
     if as_json:
         document: dict[str, Any] = {"plan": plan, "recipe": as_recipe(settings, data)}
         if devices > 1:
             document["mesh"] = mesh
+        if proposal is not None:
+            document["proposal"] = {
+                "changes": proposal.changes, "refusals": proposal.refusals, "memory_of_stages": proposal.stages
+            }  # fmt: skip
         if here is not None:
             hours = hours_here(settings, plan.flops, here.tflops, here.precision)
             document["device"] = {**vars(here), "hours": hours}
@@ -74,9 +81,14 @@ def print_training_plan(
     console = stdout_console()
     console.print(_phases(plan))
     lines = _constants(settings, data.get("fim_rate", 0.0)) + _memory(plan, settings, devices, here)
-    lines += _mesh(mesh, settings, devices) if devices > 1 else []
-    if mesh is not None and plan.precision == "bf16" and device_kind.fp8_tflops:
-        in_fp8 = plan_mesh(as_planned(settings, mesh), mesh.sizes, device_kind, "fp8", plan.flops)
+    lines += _mesh(mesh, proposal, devices, device_kind) if devices > 1 else []
+    if proposal is not None and settings.parallel.world > 1:
+        lines.append(("", f"the recipe's own [parallel] is for {settings.parallel.world:,} devices"))
+    if mesh is not None:
+        lines += _causes(mesh, settings, plan)
+    if mesh is not None and mesh.precision == "bf16" and device_kind.fp8_tflops:
+        trained = settings if proposal is None else proposal.settings
+        in_fp8 = plan_mesh(trained, mesh.sizes, device_kind, "fp8", pretraining_flops(settings))
         lines.append(("", f"{in_fp8.expected_gpu_hours:,.0f} GPU-hours expected with --set run.precision=fp8"))
     for label, text in lines + _time(plan, settings, devices, mfu, device_tflops, here):
         console.print(f"[bold]{label:<12}[/bold]{text}", soft_wrap=True)
@@ -155,28 +167,75 @@ def _memory(plan: TrainingPlan, settings: TrainSettings, devices: int, here: Mea
     return lines
 
 
-def _mesh(mesh: MeshPlan | None, settings: TrainSettings, devices: int) -> Lines:
+def _mesh(mesh: MeshPlan | None, proposal: Proposal | None, devices: int, device: DeviceKind) -> Lines:
     """How `devices` share the run, what each holds and sends."""
     if mesh is None:
-        batch = f"a batch of {settings.schedule.batch_sequences:,} sequences"
-        return [("mesh", f"no sizes of {devices:,} devices divide the experts and {batch}; change --devices")]
+        return [("mesh", f"no sizes of {devices:,} devices can share the recipe's batch; change --devices")]
     options = ", activations recomputed" if mesh.recomputes else ""
-    fit = "fits" if mesh.fits else "does not fit"
     memory = ", ".join(f"{name} {scaled(size, 'B')}" for name, size in mesh.memory.items())
     traffic = ", ".join(f"{name} {scaled(size, 'B')}" for name, size in mesh.traffic.items())
     slow, fast = mesh.seconds
-    reason = refusal(settings, mesh.sizes)
     return [
         ("mesh", f"{mesh.sizes}{options}"),
-        *([("", f"the trainer refuses it for this recipe: {reason}")] if reason else []),
-        ("on each", f"{scaled(mesh.total, 'B')}, which {fit} a device {mesh.device}: {memory}"),
+        *([] if proposal is None else _changes(proposal, devices)),
+        ("on each", f"{scaled(mesh.total, 'B')}, which {_fits(mesh.total, device)}: {memory}"),
+        *([] if proposal is None else _stages(proposal, device)),
         ("sends", f"{traffic or 'nothing'} in a step"),
         ("bubble", f"{100 * mesh.bubble:.1f} % of a step"),
         ("a step", f"{mesh.expected_seconds:,.3g} s expected; {fast:,.3g} s with each kernel at its own rate, "
          f"{slow:,.3g} s with no communication hidden"),
         ("MFU", f"{100 * mesh.expected_mfu:.0f} % expected, {100 * mesh.mfu[0]:.0f} to {100 * mesh.mfu[1]:.0f} %: "
-         f"{mesh.expected_gpu_hours:,.0f} GPU-hours, {_hours(mesh)}"),
+         f"{mesh.expected_gpu_hours:,.0f} GPU-hours of pretraining, {_hours(mesh)}"),
     ]  # fmt: skip
+
+
+def _changes(proposal: Proposal, devices: int) -> Lines:
+    """The options with which the trainer accepts the mesh, and why the recipe's own batches are not among them."""
+    changes = " ".join(f"--set {field}={_toml(value)}" for field, value in proposal.changes.items())
+    lines = [("", f"soli train accepts it for every phase with {changes}")]
+    if proposal.refusals:
+        meshes = f"no mesh of {devices:,} devices{' that fits' if proposal.plan.fits else ''}"
+        lines.append(("batches", f"{meshes} takes the recipe's in all phases. This one:"))
+        lines += [("", reason) for reason in proposal.refusals]
+    return lines
+
+
+def _stages(proposal: Proposal, device: DeviceKind) -> Lines:
+    """Memory of each extension phase on the mesh."""
+    lines = []
+    for number, size in enumerate(proposal.stages[1:], 1):
+        length = proposal.settings.extension[number - 1].sequence_length
+        fit = _fits(size, device)
+        fit += "" if size <= MARGIN * device.memory else f": each device has a whole sequence of {length:,} tokens"
+        lines.append(("", f"{scaled(size, 'B')} in extension phase {number}, which {fit}"))
+    return lines
+
+
+def _causes(mesh: MeshPlan, settings: TrainSettings, plan: TrainingPlan) -> Lines:
+    """What the expected GPU-hours are spent on, and how many of them the paper's choices save."""
+    spent = ", ".join(f"{name} {scaled(hours)}" for name, hours in mesh.hours_by_cause.items())
+    lines = [("", f"of these: {spent}")]
+    if plan.paper_gpu_hours:
+        papers = papers_plan(settings).hours_by_cause
+        reasons = {
+            "arithmetic": f"{mesh.precision} instead of FP8", "recomputing": "whole blocks recomputed",
+            "uneven stages": "stages of unequal work", "bubble": "a schedule that waits longer",
+            "tokens to experts": "all-to-all that no computation hides", "other messages": "other messages not hidden",
+        }  # fmt: skip
+        costs = {reason: mesh.hours_by_cause.get(name, 0) - papers.get(name, 0) for name, reason in reasons.items()}
+        least = 0.01 * plan.paper_gpu_hours
+        more = [f"{scaled(hours)} for {reason}" for reason, hours in costs.items() if hours > least]
+        if more:
+            lines.append(("", f"more than the paper's choices: {', '.join(more)}"))
+    return lines
+
+
+def _fits(size: int, device: DeviceKind) -> str:
+    return f"{'fits' if size <= MARGIN * device.memory else 'does not fit'} a device {device.name}"
+
+
+def _toml(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _hours(mesh: MeshPlan) -> str:
