@@ -10,6 +10,7 @@ import importlib
 import os
 import re
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ VERBS = {
 
 
 WRONG_USAGE = 2
+GRACE = 3.0  # seconds, as soli.parallel.ranks has them
 # In the errors of torch, of CUDA, of mmap, of threads and of the dynamic linker.
 NO_MEMORY = re.compile(
     r"can('t|not) allocate memory|out of memory|can't start new thread|failed to map segment", re.IGNORECASE
@@ -70,7 +72,8 @@ class Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            print("soli: interrupted", file=sys.stderr)
+            if _rank() in (None, "0"):
+                print("soli: interrupted", file=sys.stderr)
             raise typer.Exit(130) from None
 
 
@@ -160,10 +163,15 @@ def _format_warning(
 _python_format = warnings.formatwarning
 
 
+def _rank() -> str | None:
+    """Of this process among several that torchrun started."""
+    return None if os.environ.get("WORLD_SIZE", "1") == "1" else os.environ.get("RANK")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line on `argv` (default: the process's arguments) and return its exit status."""
     warnings.formatwarning = _format_warning
-    rank = None if os.environ.get("WORLD_SIZE", "1") == "1" else os.environ.get("RANK")  # of several
+    rank = _rank()
     shows_usage = rank in (None, "0")  # once for all ranks
     try:
         status = app(argv, prog_name="soli", standalone_mode=shows_usage)
@@ -171,6 +179,9 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Exception as error:
+        if not shows_usage and "soli.parallel.ranks" not in sys.modules:
+            # They are not connected yet: what all report, the first does before the agent ends the others.
+            time.sleep(GRACE)
         if not shows_usage and getattr(error, "exit_code", None) == WRONG_USAGE:
             return WRONG_USAGE
         if os.environ.get("SOLI_DEBUG"):

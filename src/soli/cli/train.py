@@ -91,14 +91,12 @@ def train(
 
         options = [f"--set={assignment}" for assignment in assignments or []]
         options += [] if threads is None else [f"--threads={threads}"]
-        launch(["train", recipe, f"--out={folder}", *options], processes)
-        return
+        raise typer.Exit(launch(["train", recipe, f"--out={folder}", *options], processes))
     from soli.train.setup import prepare
     from soli.train.trainer import train as run_training
 
-    run = prepare(settings, data, Path(data_config.folder), folder)
-    with joined(run.ranks):
-        run_training(run)
+    with joined(launched_ranks()):
+        run_training(prepare(settings, data, Path(data_config.folder), folder))
 
 
 def _require_data(config: DataConfig, recipe: str, assignments: Sequence[str]) -> None:

@@ -17,22 +17,20 @@ from soli.errors import SoliError
 logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
 
 
-def launch(arguments: Sequence[str], processes: int) -> None:
-    """Run `soli ARGUMENTS` in `processes` ranks until all end; SoliError names the rank that failed.
-
-    When one fails, the agent ends the others, at the latest after 30 seconds.
-    """
+def launch(arguments: Sequence[str], processes: int) -> int:
+    """As `run_together`, for a run that the same command resumes."""
     try:
-        _run(arguments, processes)
-    except ChildFailedError as error:
-        raise SoliError(f"{describe_failure(error.failures)}; run the same command to resume") from None
-    except SignalException:
-        pass  # the agent passed the signal on, and every rank has saved its state
+        return run_together(arguments, processes)
+    except SoliError as error:
+        raise SoliError(f"{error}; run the same command to resume") from None
 
 
 def run_together(arguments: Sequence[str], processes: int) -> int:
     """The exit status of `soli ARGUMENTS` in `processes` ranks, of which the first prints: that of the one that failed
-    first. SoliError names a rank that a signal ended."""
+    first. SoliError names a rank that a signal ended.
+
+    When one fails, the agent ends the others, at the latest after 30 seconds.
+    """
     try:
         _run(arguments, processes)
     except ChildFailedError as error:
@@ -41,8 +39,8 @@ def run_together(arguments: Sequence[str], processes: int) -> int:
             return failure.exitcode  # its message is above
         raise SoliError(describe_failure(error.failures)) from None
     except SignalException as stop:
-        if stop.sigval == signal.SIGINT and arguments[:1] != ["serve"]:
-            return 130  # the first rank has said so
+        if stop.sigval == signal.SIGINT and arguments[:1] not in (["serve"], ["train"]):
+            return 130  # the first rank has said so; a server has answered, a run is saved
     return 0
 
 

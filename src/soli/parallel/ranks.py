@@ -9,6 +9,7 @@ process that adds two micro-batches.
 
 import os
 import re
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from soli.errors import SoliError
 
 LOST: Final = re.compile(r"gloo|nccl|connection|timed? ?out|peer", re.IGNORECASE)  # in errors of collectives
 GRACE: Final = 3.0  # seconds
+CLOSE_SECONDS: Final = 5.0  # for connections in use by a collective that other ranks do not take part in
 TIMEOUT: Final = timedelta(minutes=10)  # of a collective: the first rank may have to evaluate or to read data alone
 
 
@@ -151,10 +153,30 @@ def describe_lost(error: RuntimeError) -> str:
 
 @contextmanager
 def joined(ranks: Ranks) -> Iterator[None]:
-    """`connected` to the end of what the ranks do together."""
-    with connected(ranks):
-        yield
-    if ranks.world > 1:
-        import torch.distributed as dist
+    """`connected` to the end of what the ranks do together; connections are closed at an error, too.
 
-        dist.destroy_process_group()
+    The first rank says at once what went wrong, and ends. The agent then ends the others, which wait for it with their
+    connections open: what all of them would say is said once, and none of them takes the loss of another for the cause.
+    """
+    try:
+        with connected(ranks):
+            yield
+    except BaseException:
+        if not ranks.is_first:
+            time.sleep(GRACE)
+        close_connections(ranks)
+        raise
+    close_connections(ranks)
+
+
+def close_connections(ranks: Ranks) -> None:
+    """Of a rank that ends: the threads of open ones may abort its process. What another rank still waits for is left to
+    its end."""
+    if ranks.world == 1:
+        return
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        closing = threading.Thread(target=dist.destroy_process_group, name="soli-close", daemon=True)
+        closing.start()
+        closing.join(CLOSE_SECONDS)
