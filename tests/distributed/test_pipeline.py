@@ -178,12 +178,32 @@ def test_four_ranks(tmp_path, data):
     check(tmp_path, data, 4, FOUR_RANKS, {"4 stages"})
 
 
+SPLIT_BACKWARD = {
+    f"{schedule} x {axis}": sections(2, schedule, 1, parallel={axis: 2, "keep_gathered": True}, **changes)
+    for schedule, axis, changes in (
+        ("ZBVZeroBubble", "data", MUON),
+        ("ZBVZeroBubble", "expert", {"balance": {"alpha": 0.01}}),
+        ("DualPipeV", "data", {"run": {"activation_checkpointing": True}}),
+        ("DualPipeV", "expert", MUON),
+        ("DualPipeV", "replicate", {"model": {"num_nextn_predict_layers": 0}}),
+    )
+}
+
+
+@pytest.mark.parametrize(
+    "names", [["ZBVZeroBubble x data", "DualPipeV x expert"], pytest.param([*SPLIT_BACKWARD], marks=SLOW)]
+)
+def test_schedules_that_split_a_backward_pass_on_stages_of_several_ranks(tmp_path, data, names):
+    """With MTP the last stage has a copy of the embedding beside the first stage's, on the same rank."""
+    check(tmp_path, data, 4, {name: SPLIT_BACKWARD[name] for name in names}, set(), FEW_STEPS, (BATCH,))
+
+
 UNCLIPPED = {"clip": 1e9}  # of shards the norm is added up in another order
 MESHES = {
     f"{schedule} x {axis}": sections(
         2, schedule, 1, model=NO_MTP, optimizer=UNCLIPPED, parallel={axis: 2, "keep_gathered": True}
     )
-    for schedule in ("1F1B", "Interleaved1F1B")
+    for schedule in SCHEDULES
     for axis in ("data", "expert", "replicate")
 }
 
@@ -350,8 +370,27 @@ def test_a_killed_stage_ends_the_others_and_the_run_resumes(tmp_path, data):
             r"schedule DualPipeV on 2 ranks needs at least 4 micro-batches",
         ),
         (
-            {"parallel": {"pipeline": 2, "data": 2, "schedule": "DualPipeV"}},
-            r"parallel\.schedule is 'DualPipeV'; .* choose 1F1B or Interleaved1F1B",
+            {
+                "parallel": {"pipeline": 2, "data": 2, "schedule": "DualPipeV"},
+                "model": {"num_hidden_layers": 4},
+                "run": {"micro_sequences": 1},
+            },
+            r"parallel\.keep_gathered is False; schedule DualPipeV computes gradients of weights after those of inputs",
+        ),
+        (
+            {
+                "parallel": {"pipeline": 2, "data": 2, "schedule": "ZBVZeroBubble", "keep_gathered": True},
+                "model": NO_MTP | {"num_hidden_layers": 4, "tie_word_embeddings": True},
+            },
+            r"parallel\.schedule is 'ZBVZeroBubble'; .* tied embedding and head of two; choose 1F1B or Interleaved1F1B",
+        ),
+        (
+            {
+                "parallel": {"pipeline": 2, "expert": 2, "schedule": "ZBVZeroBubble", "keep_gathered": True},
+                "model": {"num_hidden_layers": 4},
+                "run": {"activation_checkpointing": True},
+            },
+            r"parallel\.schedule is 'ZBVZeroBubble'; with run\.activation_checkpointing each rank recomputes a block",
         ),
         (
             {

@@ -2,15 +2,18 @@
 
 The first stage also has the embedding, the last one norm, head and MTP modules. MTP modules and a tied head use the
 embedding as well: where the last stage is on another rank, that rank has a copy, whose gradient and the first stage's
-are added after the last micro-batch, so that both stay equal.
+are added after the last micro-batch, so that both stay equal. So it has on the same rank where parameters are sharded:
+FSDP2 takes a parameter in one module only.
 
 From stage to stage go hidden states (B, T, D) and one number, to which each stage adds its part (of the balance loss).
 
 Shapes: B sequences of a micro-batch, W tokens of a window, T of its input, D hidden.
 """
 
+import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, Protocol
 
 import torch
@@ -18,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
+from torch.distributed.tensor import DTensor
 
 from soli.errors import SoliError
 from soli.model.indexer import Selection
@@ -65,6 +69,7 @@ class StageModule(nn.Module):
         self.layers, self.number = layers, number
         self.is_first, self.is_last = number == 0, number == stages - 1
         self.blocks = nn.ModuleList(model.layers[layer] for layer in layers)
+        self.copies_embedding = False
         if self.is_first or (self.is_last and shares_embedding(model)):
             self.embed_tokens = model.embed_tokens
         if self.is_last:
@@ -76,6 +81,23 @@ class StageModule(nn.Module):
     def begin(self, task: Task, windows: Sequence[Tensor], length: int) -> None:
         """Compute `task` for these windows (B, W) in the next forward passes; the input is their first `length` ids."""
         self.task, self.windows, self.length, self.position = task, windows, length, 0
+
+    def copy_embedding(self) -> None:
+        """Have an embedding of its own for what follows the last block."""
+        self.embed_tokens = copy.deepcopy(self.embed_tokens)
+        self.copies_embedding = True
+
+    @contextmanager
+    def _own_embedding(self) -> Iterator[None]:
+        """The model embeds with this stage's copy."""
+        model = self.whole[0]
+        before = model.embed_tokens
+        if self.copies_embedding:
+            model.embed_tokens = self.embed_tokens
+        try:
+            yield
+        finally:
+            model.embed_tokens = before
 
     def forward(self, *received: Tensor) -> Any:
         """Hidden states (and the number carried along) for the next stage, or the task's result. The first stage
@@ -95,7 +117,8 @@ class StageModule(nn.Module):
             if decision is not None:
                 routing[f"layers.{layer}"] = decision
         if self.is_last:
-            return task.finish(model.norm(x_BTD), routing, carried, window_BW)
+            with self._own_embedding():
+                return task.finish(model.norm(x_BTD), routing, carried, window_BW)
         carried = task.carry(routing, carried, len(window_BW))
         return (x_BTD,) if carried is None else (x_BTD, carried)
 
@@ -140,8 +163,10 @@ class Pipeline:
         schedule: PipelineSchedule,
         group: dist.ProcessGroup,
         device: torch.device,
+        is_sharded: bool = False,
     ) -> None:
-        """`model`, built without memory, loses what this rank has not."""
+        """`model`, built without memory, loses what this rank has not. `is_sharded`: whether stages are of several
+        ranks each."""
         check_torch(schedule)
         self.names = tuple(name for name, _ in model.named_parameters())  # of all ranks
         self.model, self.schedule = model, schedule
@@ -154,6 +179,8 @@ class Pipeline:
         first, last = schedule.rank_of(0, self.ranks), schedule.rank_of(self.total - 1, self.ranks)
         has_copy = first != last and shares_embedding(model) and self.rank in (first, last)
         self.peer = first + last - self.rank if has_copy else None  # that has the other copy of the embedding
+        if is_sharded and first == last == self.rank and shares_embedding(model):
+            self.stages[-1].copy_embedding()
 
     @property
     def has_copy(self) -> bool:
@@ -163,6 +190,7 @@ class Pipeline:
     def train(self, window_BW: Tensor, micro_sequences: int, length: int, task: Task) -> None:
         """Gradients of a whole step, whose windows have micro-batches of `micro_sequences`, all of equal size."""
         windows = window_BW.split(micro_sequences)
+        self._update_copy()
         for stage in self.stages:
             stage.begin(task, windows, length)
         schedule = self._torch_schedule(windows, length)
@@ -177,6 +205,7 @@ class Pipeline:
     def forward(self, window_BW: Tensor, length: int, task: Task) -> Any:
         """One forward pass over windows: the task's result on the rank of the last stage, None on the others."""
         result: Any = None
+        self._update_copy()
         for stage in self.stages:
             stage.begin(task, (window_BW,), length)
             source = self.schedule.rank_of(stage.number - 1, self.ranks)
@@ -222,11 +251,27 @@ class Pipeline:
         shape = sequences, length, self.model.config.hidden_size
         return torch.empty(shape, dtype=self.model.compute_dtype, device=device or self.device)
 
+    @torch.no_grad()
+    def _update_copy(self) -> None:
+        """Give the last stage's copy on this rank the values of the first stage's embedding."""
+        stage = self.stages[-1]
+        if not stage.copies_embedding or not isinstance(self.model.embed_tokens.weight, DTensor):
+            return  # both are gathered: no step has changed them since
+        if stage.embed_tokens.weight.is_meta:
+            stage.embed_tokens.to_empty(device=self.device)
+        local_tensor(stage.embed_tokens.weight).copy_(local_tensor(self.model.embed_tokens.weight))
+
     def _add_copies(self) -> None:
-        """Give both copies of the embedding the sum of their gradients."""
+        """Give both copies of the embedding the sum of their gradients; of two on this rank, the first stage's."""
+        p = self.model.embed_tokens.weight
+        last = self.stages[-1]
+        if last.copies_embedding and last.embed_tokens.weight.grad is not None:
+            assert p.grad is not None
+            own = local_tensor(p.grad)
+            own += local_tensor(last.embed_tokens.weight.grad)
+            last.embed_tokens.weight.grad = None
         if self.peer is None:
             return
-        p = self.model.embed_tokens.weight
         if p.grad is None:  # MTP modules that are not trained yet
             p.grad = torch.zeros_like(p)
         own = local_tensor(p.grad)

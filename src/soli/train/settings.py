@@ -257,17 +257,31 @@ def _check_parallel(settings: TrainSettings) -> None:
             sizes = "parallel.data x parallel.expert x parallel.replicate"
             reject(name, sequences, f"the {shares} processes of {sizes} must divide it")
     if parallel.pipeline > 1:
-        if shares > 1 and find_schedule(parallel.schedule).is_v_shaped:
-            reject(
-                "parallel.schedule",
-                parallel.schedule,
-                f"its first and last stage share the embedding on one rank, which the {shares} ranks of data x expert "
-                "x replicate cannot shard; choose 1F1B or Interleaved1F1B, or set these to 1",
-            )
+        if shares > 1 and find_schedule(parallel.schedule).splits_backward:
+            _check_split_backward(settings)
         check_pipeline(settings.model, parallel.pipeline, parallel.schedule, _pipeline_batches(settings))
     for option, reason in (("cuda_graph", "a graph holds one process's step"), ("compile", "shards are not compiled")):
         if world > 1 and getattr(settings.run, option):
             raise SoliError(f"run.{option} is true, but {reason}; set run.{option} = false for {world} processes")
+
+
+def _check_split_backward(settings: TrainSettings) -> None:
+    """SoliError where a schedule that computes gradients of weights after those of inputs cannot have stages of several
+    ranks."""
+    parallel = settings.parallel
+    other = "choose 1F1B or Interleaved1F1B, or set data, expert and replicate to 1"
+    if settings.model.tie_word_embeddings:
+        reason = "its first and last stage are on one rank, and FSDP2 shards no tied embedding and head of two; "
+        reason += other
+        reject("parallel.schedule", parallel.schedule, reason)
+    if parallel.expert > 1 and settings.run.activation_checkpointing:
+        reason = "with run.activation_checkpointing each rank recomputes a block as often as it has groups of weights, "
+        reason += f"and would send tokens to experts at other times than the others; {other}"
+        reject("parallel.schedule", parallel.schedule, reason)
+    if not parallel.keep_gathered:
+        reason = f"schedule {parallel.schedule} computes gradients of weights after those of inputs, and torch finds "
+        reason += "the weights only where they stayed gathered; set it to true"
+        reject("parallel.keep_gathered", False, reason)
 
 
 def _pipeline_batches(settings: TrainSettings) -> Iterator[ShareOfBatch]:

@@ -232,7 +232,8 @@ def _new_model(
     from soli.parallel.pipeline import Pipeline
 
     parameters = dict(model.named_parameters())
-    pipeline = Pipeline(model, find_schedule(parallel.schedule), meshes.pipeline.get_group(), device)
+    group, is_sharded = meshes.pipeline.get_group(), parallel.shares > 1
+    pipeline = Pipeline(model, find_schedule(parallel.schedule), group, device, is_sharded)
     shard_model(model, meshes, pipeline.stages)
     if parallel.keep_gathered:
         for stage in pipeline.stages:
