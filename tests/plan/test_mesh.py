@@ -63,12 +63,12 @@ def test_the_papers_choices_take_the_papers_plan():
     assert plan.bubble < 0.05 and plan.sizes.pipeline == 16
 
 
-def test_more_devices_take_less_time_and_fewer_gpu_hours():
-    """Of fewer only slower meshes have the memory: experts are shared by several machines."""
+def test_more_devices_take_less_time():
+    """And more GPU-hours for their bubble, until a faster mesh has the memory: experts within a machine."""
     plans = {devices: proposed(devices).plan for devices in (512, 1024, 2048)}
     assert all(plan.fits for plan in plans.values())
     assert plans[512].expected_seconds > plans[1024].expected_seconds > plans[2048].expected_seconds
-    assert plans[512].expected_gpu_hours > plans[1024].expected_gpu_hours > plans[2048].expected_gpu_hours
+    assert plans[512].expected_gpu_hours < plans[1024].expected_gpu_hours > plans[2048].expected_gpu_hours
     assert plans[1024].sizes.expert > 8 == plans[2048].sizes.expert
 
 

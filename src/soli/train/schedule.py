@@ -155,9 +155,13 @@ def _ramp_starts(schedule: ScheduleSettings) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=64)
-def ramp_batches(schedule: ScheduleSettings) -> tuple[int, ...]:
-    """The different batches of the steps of pretraining, in sequences, the smallest first."""
+def _ramp_batches(schedule: ScheduleSettings) -> tuple[int, ...]:
     return tuple(sorted({batch_sequences(schedule, tokens) for tokens in _ramp_starts(schedule)}))
+
+
+def ramp_batches(schedule: ScheduleSettings) -> list[int]:
+    """The different batches of the steps of pretraining, in sequences, the smallest first."""
+    return list(_ramp_batches(schedule))
 
 
 def tokens_after(schedule: ScheduleSettings, steps: int) -> int:

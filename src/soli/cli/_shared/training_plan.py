@@ -62,7 +62,7 @@ def print_training_plan(
         mesh = plan_mesh(settings, sizes, device_kind, plan.precision, pretraining_flops(settings))
     elif devices > 1:
         proposal = propose_mesh(settings, devices, device_kind, plan.precision)
-        mesh = proposal and proposal.plan
+        mesh = None if proposal is None else proposal.plan
     if plot is not None:
         save_schedule_plot(plot, settings)
     if as_json:
