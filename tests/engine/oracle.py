@@ -67,7 +67,8 @@ def beam_search(
     params: BeamSearchParams,
     stop_ids: Collection[int] = (),
 ) -> list[tuple[float, tuple[int, ...]]]:
-    """Scores and new tokens of the finished texts, the best first; of equal sums the lower beam, then the lower token."""
+    """Scores and new tokens of the finished texts, the best first. Of equal sums the lower beam, then the lower token
+    comes first."""
     width, penalty = params.beam_width, params.length_penalty
     beams: list[tuple[int, ...]] = [()]
     sums_W = torch.zeros(1)

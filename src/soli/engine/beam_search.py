@@ -13,8 +13,8 @@ Shapes: N beams of all requests in a step, V vocabulary.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Final, Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +61,18 @@ class BeamSearchParams:
                 f"beam_width is {self.beam_width}, but with a vocabulary of {vocab_size} and {len(stop_ids)} stop "
                 f"tokens a text has at most {widest} beams: give fewer"
             )
+
+
+def beam_search_params(
+    default: BeamSearchParams,
+    beam_width: int | None = None,
+    length_penalty: float | None = None,
+    early_stopping: bool | Literal["never"] | None = None,
+) -> BeamSearchParams:
+    """The default with the values that are given."""
+    values: dict[str, Any] = {"beam_width": beam_width, "length_penalty": length_penalty}
+    values["early_stopping"] = early_stopping
+    return replace(default, **{name: value for name, value in values.items() if value is not None})
 
 
 @dataclass(frozen=True)

@@ -256,10 +256,12 @@ def check_request(request: Request, text_model: TextModel, limits: EngineLimits,
         )
     if blocks_for(len(prompt) + limit, limits.block_size) * request.sequences > block_count:
         beams = "" if request.beam_search is None else f" in each of {request.sequences} beams"
+        fewer = "" if request.beam_search is None else "take fewer beams, "
         raise RejectedRequest(
             "max_new_tokens",
             f"{together}{beams}, but the cache of {limits.cache_bytes} bytes holds {block_count} blocks of "
-            f"{limits.block_size} tokens: shorten the text, ask for fewer tokens or give the engine more cache_bytes",
+            f"{limits.block_size} tokens: shorten the text, {fewer}ask for fewer tokens or give the engine more "
+            "cache_bytes",
         )
     _check_masked_experts(request.masked_experts, text_model)
 
