@@ -106,11 +106,11 @@ def test_translations_are_searched_as_asked_for(run, folder, tmp_path):
     plain = run("translate", "the cat", "--model", folder, *SHORT)[1]
     assert run("translate", "the cat", "--model", folder, *SHORT, "--beams", "1")[:2] == (0, plain)
     params = BeamSearchParams(4, 0.0)
-    [found] = Translator(open_text_model(folder), max_new_tokens=6, beam_search=params).translate(["the cat"])
+    [translation] = Translator(open_text_model(folder), max_new_tokens=6, beam_search=params).translate(["the cat"])
     searched = ["translate", "the cat", "--model", folder, *SHORT, "--beams", "4", "--length-penalty", "0"]
-    assert run(*searched)[:2] == (0, found.text + "\n") and found.text != plain.strip()
+    assert run(*searched)[:2] == (0, translation.text + "\n") and translation.text != plain.strip()
     result = json.loads(run(*searched, "--json", "--experts")[1])
-    assert result["translation"] == found.text and result["new_tokens"] == len(found.answer.ids)
+    assert result["translation"] == translation.text and result["new_tokens"] == len(translation.answer.ids)
     tokens = len(result["experts"]) - result["prompt_tokens"]
     assert tokens == result["new_tokens"] - (result["finish_reason"] == "length")
 

@@ -138,8 +138,8 @@ def test_preempted_beams_find_the_same_texts():
             cache_bytes=blocks * block_bytes, max_running=16, tokens_per_step=64, prefix_sharing=sharing
         )
         engine = Engine(TINY, limits)
-        found = [answer for answer in answer_all(engine, requests) if answer is not None]
-        assert [[one.ids for one in answer.hypotheses] for answer in found] == expected
+        results = [answer for answer in answer_all(engine, requests) if answer is not None]
+        assert [[one.ids for one in answer.hypotheses] for answer in results] == expected
         assert engine.stats().preemptions > 0 and engine.stats().blocks_used == 0
 
 
@@ -147,9 +147,9 @@ def test_few_slots_are_waited_for():
     requests = [request(prompt) for prompt in PROMPTS]
     limits = replace(limits_for(TINY, 8, beam_width=4), max_running=5)
     mixed = [one for search in requests for one in (search, Request(search.prompt_ids, 3))]
-    found = answers(TINY, mixed, limits)
+    results = answers(TINY, mixed, limits)
     expected = answers(TINY, requests)
-    assert [answer.hypotheses for answer in found[::2]] == [answer.hypotheses for answer in expected]
+    assert [answer.hypotheses for answer in results[::2]] == [answer.hypotheses for answer in expected]
 
 
 def test_shared_blocks_are_few():
@@ -179,11 +179,11 @@ def test_a_hooked_model_is_searched_eagerly():
 def test_an_engine_that_drafts_searches_without_drafts():
     one = request(PROMPTS[0])
     engine = Engine(TINY, limits_for(TINY, 2, speculate=True, beam_width=4))
-    found = [answer for answer in answer_all(engine, [one, Request(PROMPTS[1], NEW)]) if answer is not None]
-    assert [answer.hypotheses for answer in found] == [
+    results = [answer for answer in answer_all(engine, [one, Request(PROMPTS[1], NEW)]) if answer is not None]
+    assert [answer.hypotheses for answer in results] == [
         answer.hypotheses for answer in answers(TINY, [one, Request(PROMPTS[1], NEW)])
     ]
-    assert found[0].usage.drafted == 0 < found[1].usage.drafted
+    assert results[0].usage.drafted == 0 < results[1].usage.drafted
 
 
 @pytest.mark.parametrize("kind", ["v3", "dense"])
