@@ -32,7 +32,7 @@ def small(monkeypatch, tmp_path):
     ],
 )
 def test_other_settings_must_be_faster_than_chance(monkeypatch, tmp_path, rates, best) -> None:
-    monkeypatch.setattr(disk, "_rate", lambda file, settings: rates.get(settings, 1e9))
+    monkeypatch.setattr(disk, "_rate", lambda file, settings, starts: rates.get(settings, 1e9))
     chosen = measured_disk(tmp_path)
     assert (chosen.threads, chosen.block) == best[:2]
     assert chosen.rate == rates.get(best, 1e9)
