@@ -7,8 +7,8 @@ Writes LAB/models/SHAPE-FORMAT-pack, unless it is there: by default the shape of
 (int4 9 GB, fp8 16 GB, bf16 32 GB), or two of DeepSeek-V3's layers (fp8 23 GB). It measures for each share of its
 experts in memory: tokens per second of decoding, seconds to the first token of a prompt of 512, bytes read per token,
 and the share of the disk's bandwidth. That is measured in the same round, before and after: random experts of the same
-files, read by the same reader. Files are read past the page cache (direct I/O), so nothing is warm but the cache of experts. Random
-weights route nearly uniformly: hits are about the share in memory.
+files, read by the same reader. Files are read past the page cache (direct I/O), so nothing is warm but the cache of
+experts. Random weights route nearly uniformly: hits are about the share in memory.
 """
 
 from __future__ import annotations
