@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import random
+import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -43,10 +44,11 @@ PROMPT = int(os.environ.get("PROMPT", "512"))
 NEW_TOKENS = 48
 WARM_TOKENS = 16  # before decoding is measured
 DISK_EXPERTS, DISK_BYTES = 64, 10**9  # read at least to measure the disk's bandwidth
+SINGLE_READS = 16
 NOTE = (
     "Wall time of all processors. Cold: the cache of experts is empty when the prompt comes, and decoding is measured "
     "after the prompt and some tokens. Files are read past the page cache. Disk bandwidth is the mean of a measurement "
-    "before and one after, in each round."
+    "before and one after, in each round; its latency is what an expert that is read alone takes longer."
 )
 
 
@@ -112,7 +114,7 @@ def in_memory(*options: Any) -> Callable[[], dict[str, float]]:
 def measure(folder: Path, slots: int, prefetch: str, policy: str, tokens: int) -> dict[str, float]:
     """One round with so many experts in memory."""
     model, store = load_paged_model(folder, slots, prefetch=prefetch, policy=policy)
-    disk_before = disk_bandwidth(store)
+    before = measure_disk(store)
     if store.holds_all:
         warm_all(store)
     reads = store.reader.stats
@@ -121,9 +123,10 @@ def measure(folder: Path, slots: int, prefetch: str, policy: str, tokens: int) -
     stats = store.stats
     read = reads.bytes - bytes_before
     busy_seconds = reads.busy_seconds - busy_before
-    disk = (disk_before + disk_bandwidth(store)) / 2
+    disk, latency = (statistics.mean(values) for values in zip(before, measure_disk(store), strict=True))
     result = {
         "disk GB/s": disk / 1e9,
+        "disk latency ms": latency * 1e3,
         "tokens/s": tokens / decode_seconds,
         "first token s": prompt_seconds,
         "MB per token": decode_bytes / tokens / 1e6,
@@ -171,20 +174,28 @@ def run(model: Transformer, folder: Path, tokens: int, store: ExpertStore | None
     raise RuntimeError("the answer ended early")
 
 
-def disk_bandwidth(store: ExpertStore) -> float:
-    """Bytes per second of reading random experts, as many at a time as the reader takes."""
-    layers = store.sources.layers
+def measure_disk(store: ExpertStore) -> tuple[float, float]:
+    """Bytes per second of reading random experts, as many at a time as the reader takes, and the seconds that one which
+    is read alone takes longer."""
     count = max(DISK_EXPERTS, DISK_BYTES // store.slot_bytes)
+    size = store.sources.layers[0].expert_bytes
+    rate = count * size / seconds_of_reading(store, count)
+    alone = statistics.median(seconds_of_reading(store, 1) for _ in range(SINGLE_READS))
+    return rate, max(0.0, alone - size / rate)
+
+
+def seconds_of_reading(store: ExpertStore, count: int) -> float:
+    """Random experts, all submitted at once."""
+    layers = store.sources.layers
     chosen = [random.choice(random.choice(layers).experts) for _ in range(count)]
     arrived = threading.Semaphore(0)
-    start, size = time.perf_counter(), 0
+    start = time.perf_counter()
     for number, expert in enumerate(chosen):
         slot = store.memory.view(number % min(16, store.capacity))
         store.reader.submit(expert.reads, slot, lambda _: arrived.release())
-        size += sum(read.length for read in expert.reads)
     for _ in chosen:
         arrived.acquire()
-    return size / (time.perf_counter() - start)
+    return time.perf_counter() - start
 
 
 def warm_all(store: ExpertStore) -> None:

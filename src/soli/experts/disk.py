@@ -24,7 +24,7 @@ from typing import Final
 
 from soli.errors import SoliError
 from soli.experts.reading import BLOCK, THREADS, Reader, Settings, new_memory
-from soli.experts.sources import ALIGNMENT, Read
+from soli.experts.sources import Read
 from soli.measured import remembered
 
 TRIAL_BYTES: Final = 2**27  # that are read with each setting in each round
@@ -32,7 +32,8 @@ ROUNDS: Final = 3
 FILE_BYTES: Final = 2**28  # of the file that is made where there is none
 READ_BYTES: Final = 2**23  # of one expert, about
 IN_FLIGHT: Final = 8  # experts
-SMALL_READS: Final = 48
+SINGLE_READS: Final = 24
+MIN_LATENCY: Final = 5e-5  # seconds
 GAIN: Final = 1.1  # by which other settings must be faster than the usual ones
 BUFFERED_GAIN: Final = 1.25  # and buffered reads than direct ones
 
@@ -43,10 +44,11 @@ BUFFERED: Final = Settings(direct=False)
 
 @dataclass(frozen=True)
 class Disk:
-    """A disk as measured: bytes per second with the settings that are best for it, seconds of a small read."""
+    """A disk as measured: bytes per second with the settings that are best for it while many reads are in flight; the
+    seconds that a read which finds the disk idle takes longer than that."""
 
     rate: float
-    latency: float
+    idle_latency: float
     direct: bool
     date: str
     threads: int = THREADS
@@ -118,7 +120,8 @@ def _choose(file: Path) -> Disk:
     reader = _reader(file, best)
     try:
         slot = memoryview(new_memory(READ_BYTES))
-        latency = median(_seconds_of(reader, at, slot) for at in _starts(file, SMALL_READS))
+        seconds = median(_seconds_of(reader, at, slot) for at in _starts(file, SINGLE_READS))
+        latency = max(MIN_LATENCY, seconds - READ_BYTES / rates[best])
         return Disk(rates[best], latency, reader.direct, str(date.today()), best.threads, best.block)
     finally:
         reader.close()
@@ -167,9 +170,9 @@ def _read_all(reader: Reader, starts: Sequence[int], slots: Sequence[memoryview]
 
 
 def _seconds_of(reader: Reader, at: int, slot: memoryview) -> float:
-    """Until one small read has arrived."""
+    """Until one expert has arrived that is read alone."""
     event = threading.Event()
     start = time.perf_counter()
-    reader.submit([Read(0, at + READ_BYTES // 2, ALIGNMENT, 0, ALIGNMENT)], slot, lambda error: event.set())
+    reader.submit([Read(0, at, READ_BYTES, 0, READ_BYTES)], slot, lambda error: event.set())
     event.wait()
     return time.perf_counter() - start
