@@ -44,12 +44,13 @@ from soli.plan.sizes import ModelSizes
 KERNEL_EFFICIENCY: Final = 0.75  # of memory bandwidth, at which Soli's kernels read weights: measured 72 to 83 %
 FLOPS_PER_BYTE: Final = 15.0  # of a stated machine: FLOP per byte of its memory bandwidth, where none are stated
 DISK_LATENCY: Final = 1e-4  # seconds, of a stated disk
-# Fitted to processor time on one core of an EPYC with AVX-512, of nano and of a model of 1.2 B in FP8 and int4. Seconds
-# that no byte explains, of a step, of a layer, and in the store of a layer with misses; what a prompt reaches of the
-# rate of its products alone; the rate of attention's own products, as a share of that of products with bf16 weights.
+# Seconds that no byte explains, of a step, of a layer, and in the store of a layer with misses; what a prompt reaches
+# of the rate of its products alone; the rate of attention's own products, as a share of that of products with bf16
+# weights. The third is fitted to recorded runs from disk (benchmarks/results/paging_*.json), the others to processor
+# time on one core of an EPYC with AVX-512, of nano and of a model of 1.2 B in FP8 and int4.
 STEP_SECONDS: Final = 250e-6
 LAYER_SECONDS: Final = 80e-6
-MISS_SECONDS: Final = 400e-6
+MISS_SECONDS: Final = 1.4e-3
 PROMPT_EFFICIENCY: Final = 0.85
 ATTENTION_IN_DECODING: Final = 0.6
 ATTENTION_IN_PROMPTS: Final = 0.3
