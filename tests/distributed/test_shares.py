@@ -1,15 +1,18 @@
 """What ranks read and save: each window once, uneven shares, experts without tokens, checkpoints for any number."""
 
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
 import soli
 from soli.parallel.mesh import build_meshes
 from soli.parallel.ranks import join_ranks, launched_ranks
-from soli.parallel.sharding import shard_model
+from soli.parallel.sharding import register_outputs, shard_model
 from soli.train.balance import reduce_counts
 from soli.train.batches import Batches
 from soli.train.checkpoint_saver import CheckpointSaver
@@ -92,6 +95,32 @@ def test_a_rank_whose_experts_get_no_token_has_zero_gradients(tmp_path):
         assert not many["layers.1.mlp.experts.gate_up_proj"][4:].any()
         for name, gradient in one.items():
             torch.testing.assert_close(many[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_fsdp_finds_every_tensor_that_a_forward_pass_returns():
+    """Of any torch: those that it does not find are computed backward with freed parameters."""
+    register_outputs()
+    outputs = []
+    model = tiny_model()
+    for module in (*model.layers, *model.mtp):
+        module.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    ids_BT = windows(2, 18)
+    output = model.backbone(ids_BT)
+    outputs += [output, model.mtp_step(0, output.hidden_BTD, ids_BT)]
+    for output in outputs:
+        assert {id(leaf) for leaf in tree_leaves(output)} >= {id(t) for t in collect_tensors(output)} != set()
+
+
+def collect_tensors(value: object) -> Iterator[torch.Tensor]:
+    """Those of tuples and dataclasses that have a gradient."""
+    if isinstance(value, torch.Tensor) and value.requires_grad:
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from collect_tensors(item)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from collect_tensors(getattr(value, field.name))
 
 
 def load_and_save(data: Path, source: Path, sections: dict) -> dict[str, torch.Tensor]:

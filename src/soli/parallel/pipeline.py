@@ -11,7 +11,7 @@ Shapes: B sequences of a micro-batch, W tokens of a window, T of its input, D hi
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,9 @@ from soli.parallel.stages import PipelineSchedule, divide_layers
 
 # On an error it prints the whole schedule; the error itself is raised.
 logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)
+
+# torch before it adds up the gradients of an operation's outputs, and counts what two paths share twice.
+SPLITS_BACKWARD: Final = (2, 13)
 
 
 class Task(Protocol):
@@ -102,6 +105,16 @@ def shares_embedding(model: Transformer) -> bool:
     return model.config.tie_word_embeddings or model.config.num_nextn_predict_layers > 0
 
 
+def check_torch(schedule: PipelineSchedule, version: str = torch.__version__) -> None:
+    """SoliError where this torch's schedule computes wrong gradients."""
+    major_minor = tuple(int(number) for number in version.split(".")[:2])
+    if schedule.splits_backward and major_minor < SPLITS_BACKWARD:
+        raise SoliError(
+            f"parallel.schedule is {schedule.name!r}, whose gradients of weights torch {version} computes wrongly; "
+            "install torch 2.13 or newer, or choose 1F1B or Interleaved1F1B"
+        )
+
+
 def build_stages(model: Transformer, schedule: PipelineSchedule, rank: int, ranks: int) -> list[StageModule]:
     """The stages of one rank of a pipeline, by number; `model` loses what none of them has."""
     total = schedule.stages(ranks)
@@ -129,6 +142,7 @@ class Pipeline:
         device: torch.device,
     ) -> None:
         """`model`, built without memory, loses what this rank has not."""
+        check_torch(schedule)
         self.names = tuple(name for name, _ in model.named_parameters())  # of all ranks
         self.model, self.schedule = model, schedule
         self.group, self.device = group, device

@@ -5,6 +5,7 @@ leaves each rank its shard. What a step does with single elements (moments, weig
 computes the bits that one process does; what needs whole matrices gathers them.
 """
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.export import register_dataclass
 
 from soli.model.layers import Linear
-from soli.model.transformer import Transformer
+from soli.model.router import Routing
+from soli.model.transformer import BackboneOutput, Transformer
 from soli.parallel.dispatch import PARAMETERS, distribute_experts
 from soli.parallel.mesh import Meshes
 from soli.parallel.ranks import local_tensor
@@ -29,6 +32,7 @@ def shard_model(model: Transformer, meshes: Meshes, stages: Sequence[nn.Module] 
             _shard_experts(mixture.experts, meshes)
     if meshes.dense.size() == 1:
         return
+    register_outputs()
     for block in (*model.layers, *(module.get_submodule("block") for module in model.mtp), *model.mtp):
         if any(True for _ in block.parameters()):  # not in place of one that another rank has
             fully_shard(block, mesh=meshes.dense)
@@ -43,6 +47,16 @@ def shard_model(model: Transformer, meshes: Meshes, stages: Sequence[nn.Module] 
             module.set_force_sum_reduction_for_comms(True)
             if meshes.dense.device_type == "cpu":
                 module.set_custom_reduce_scatter(_OrderedSum())  # type: ignore[arg-type]
+
+
+@functools.cache
+def register_outputs() -> None:
+    """Let FSDP2 find the tensors that a forward pass returns: their gradients tell it to gather parameters again.
+
+    Of dataclasses torch 2.11 looks into registered ones alone; it would compute with freed parameters otherwise.
+    """
+    for output in (BackboneOutput, Routing):
+        register_dataclass(output)
 
 
 @torch.no_grad()
