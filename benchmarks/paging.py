@@ -6,15 +6,16 @@
 Writes LAB/models/SHAPE-FORMAT-pack, unless it is there: by default the shape of Moonlight-16B-A3B with random weights
 (int4 9 GB, fp8 16 GB, bf16 32 GB), or two of DeepSeek-V3's layers (fp8 23 GB). It measures for each share of its
 experts in memory: tokens per second of decoding, seconds to the first token of a prompt of 512, bytes read per token,
-and the share of the disk's bandwidth. That is measured in the same round: random experts of the same files, read by
-the same reader. Files are read past the page cache (direct I/O), so nothing is warm but the cache of experts. Random
-weights route nearly uniformly: hits are about the share in memory.
+and the share of the disk's bandwidth. That is measured in the same round, before and after: random experts of the same
+files, read by the same reader. Files are read past the page cache (direct I/O), so nothing is warm but the cache of
+experts. Random weights route nearly uniformly: hits are about the share in memory.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -42,10 +43,12 @@ from soli.model import Transformer
 PROMPT = int(os.environ.get("PROMPT", "512"))
 NEW_TOKENS = 48
 WARM_TOKENS = 16  # before decoding is measured
-DISK_EXPERTS = 64
+DISK_EXPERTS, DISK_BYTES = 64, 10**9  # read at least to measure the disk's bandwidth
+SINGLE_READS = 16
 NOTE = (
     "Wall time of all processors. Cold: the cache of experts is empty when the prompt comes, and decoding is measured "
-    "after the prompt and some tokens. Files are read past the page cache. Disk bandwidth is measured in each round."
+    "after the prompt and some tokens. Files are read past the page cache. Disk bandwidth is the mean of a measurement "
+    "before and one after, in each round; its latency is what an expert that is read alone takes longer."
 )
 
 
@@ -111,21 +114,25 @@ def in_memory(*options: Any) -> Callable[[], dict[str, float]]:
 def measure(folder: Path, slots: int, prefetch: str, policy: str, tokens: int) -> dict[str, float]:
     """One round with so many experts in memory."""
     model, store = load_paged_model(folder, slots, prefetch=prefetch, policy=policy)
-    disk = disk_bandwidth(store)
+    before = measure_disk(store)
     if store.holds_all:
         warm_all(store)
     reads = store.reader.stats
     bytes_before, busy_before = reads.bytes, reads.busy_seconds
     prompt_seconds, decode_seconds, decode_bytes = run(model, folder, tokens, store)
     stats = store.stats
+    read = reads.bytes - bytes_before
+    busy_seconds = reads.busy_seconds - busy_before
+    disk, latency = (statistics.mean(values) for values in zip(before, measure_disk(store), strict=True))
     result = {
         "disk GB/s": disk / 1e9,
+        "disk latency ms": latency * 1e3,
         "tokens/s": tokens / decode_seconds,
         "first token s": prompt_seconds,
         "MB per token": decode_bytes / tokens / 1e6,
         "of disk bandwidth": decode_bytes / decode_seconds / disk,
-        "GB in all": (reads.bytes - bytes_before) / 1e9,
-        "GB/s while reading": (reads.bytes - bytes_before) / max(1e-9, reads.busy_seconds - busy_before) / 1e9,
+        "GB in all": read / 1e9,
+        "GB/s while reading": read / max(1e-9, busy_seconds) / 1e9,
         "hits": stats.hits / max(1, stats.hits + stats.misses),
         "precision": store.prefetcher.stats.precision,
         "guessed": store.prefetcher.stats.guessed,
@@ -167,19 +174,28 @@ def run(model: Transformer, folder: Path, tokens: int, store: ExpertStore | None
     raise RuntimeError("the answer ended early")
 
 
-def disk_bandwidth(store: ExpertStore) -> float:
-    """Bytes per second of reading random experts, as many at a time as the reader takes."""
+def measure_disk(store: ExpertStore) -> tuple[float, float]:
+    """Bytes per second of reading random experts, as many at a time as the reader takes, and the seconds that one which
+    is read alone takes longer."""
+    count = max(DISK_EXPERTS, DISK_BYTES // store.slot_bytes)
+    size = store.sources.layers[0].expert_bytes
+    rate = count * size / seconds_of_reading(store, count)
+    alone = statistics.median(seconds_of_reading(store, 1) for _ in range(SINGLE_READS))
+    return rate, max(0.0, alone - size / rate)
+
+
+def seconds_of_reading(store: ExpertStore, count: int) -> float:
+    """Random experts, all submitted at once."""
     layers = store.sources.layers
-    chosen = [random.choice(random.choice(layers).experts) for _ in range(DISK_EXPERTS)]
+    chosen = [random.choice(random.choice(layers).experts) for _ in range(count)]
     arrived = threading.Semaphore(0)
-    start, size = time.perf_counter(), 0
+    start = time.perf_counter()
     for number, expert in enumerate(chosen):
         slot = store.memory.view(number % min(16, store.capacity))
         store.reader.submit(expert.reads, slot, lambda _: arrived.release())
-        size += sum(read.length for read in expert.reads)
     for _ in chosen:
         arrived.acquire()
-    return size / (time.perf_counter() - start)
+    return time.perf_counter() - start
 
 
 def warm_all(store: ExpertStore) -> None:

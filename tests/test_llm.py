@@ -9,6 +9,7 @@ import torch
 
 import soli
 from soli.analysis.notebook_views import heat_map
+from soli.engine.beam_search import BeamSearchParams
 from soli.engine.request import EngineLimits
 from soli.engine.text_model import open_text_model
 from soli.errors import SoliError
@@ -131,17 +132,63 @@ def test_prompts_are_texts_or_lists_of_ids(llm):
 
 def test_translations_are_those_of_the_translator(llm):
     texts = ["Good morning.", " ", "他是我的朋友。"]
-    expected = list(Translator(llm.text_model).translate(texts))
+    expected = list(Translator(llm.text_model, beam_search=BeamSearchParams(4, 0.6)).translate(texts))
     translations = llm.translate(texts)
     assert [(t.source, t.text, t.to) for t in translations] == [(t.source, t.text, t.to) for t in expected]
     assert translations[1].answer is None
     assert llm.translate("Good morning.") == translations[:1]
+    greedy = list(Translator(llm.text_model).translate(texts))
+    assert [t.text for t in llm.translate(texts, beam_width=1)] == [t.text for t in greedy]
+    assert [t.text for t in llm.translate(texts, logprobs=0)] == [t.text for t in greedy], "what beams do not take"
+    [best, _] = llm.translate(["Good morning.", ""], beam_width=2, length_penalty=1.0)
+    assert len(best.answer.hypotheses) == 2
+    with pytest.raises(SoliError, match="a beam search takes no temperature"):
+        llm.translate("a", beam_width=2, temperature=0.5)
     assert llm.translate("Good morning.", "en", max_tokens=2)[0].to == "en"
     for texts in (None, [3], b"x"):
         with pytest.raises(SoliError, match="a text to translate is"):
             llm.translate(texts)
     with pytest.raises(SoliError, match="cannot translate to 'fr'"):
         llm.translate("a", "fr")
+
+
+def test_a_beam_search_has_its_texts_the_best_first(llm):
+    [first, second] = llm.beam_search(["The river", "Open the"], max_tokens=6)
+    assert len(first.hypotheses) == len(second.hypotheses) == 4
+    assert first.ids == first.hypotheses[0].ids and first.text == first.hypotheses[0].text
+    scores = [one.score for one in first.hypotheses]
+    assert scores == sorted(scores, reverse=True)
+    sums = [one.log_probability for one in first.hypotheses]
+    assert scores == pytest.approx([total / 6**0.6 for total in sums]), "the model's own length_penalty"
+    params = BeamSearchParams(4, 0.6)
+    assert llm.beam_search("The river", params, max_tokens=6)[0].hypotheses == first.hypotheses
+    [greedy] = llm.beam_search("The river", beam_width=1, max_tokens=6)
+    assert greedy.ids == llm.generate("The river", max_tokens=6)[0].ids
+    assert llm.beam_search("The river", temperature=0.0, n=1, top_k=-1, max_tokens=6)[0].ids == first.ids
+    scored = llm.generate("The river", max_tokens=6, logprobs=0)[0]
+    assert scored.hypotheses == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.7}, "beam_search does not support temperature=0.7"),
+        ({"n": 2}, "does not support n=2; hypotheses of an answer"),
+        ({"num_beams": 2}, "no argument 'num_beams'; its name is beam_width"),
+        ({"stop": ["."]}, "does not support stop"),
+        ({"logprobs": 1}, "does not support logprobs=1"),
+        ({"sampling": soli.SamplingParams()}, "does not support sampling"),
+        ({"beam_width": 0}, "beam_width is 0"),
+        ({"beam_width": 17}, "at most 16 sequences"),
+        ({"length_penalty": float("nan")}, "length_penalty is nan"),
+        ({"params": BeamSearchParams(2), "beam_width": 3}, "the argument params of beam_search"),
+        ({"params": {"beam_width": 3}}, "the argument params of beam_search"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+    ],
+)
+def test_what_a_beam_search_does_not_take_is_rejected_by_name(llm, options, message):
+    with pytest.raises(SoliError, match=message):
+        llm.beam_search("The river", **options)
 
 
 def test_results_are_worth_reading_and_escape_their_texts(llm):

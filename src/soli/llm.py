@@ -3,6 +3,7 @@
     llm = soli.LLM("nano")
     [answer] = llm.generate("Good morning", temperature=0.7, seed=1, max_tokens=40)
     [translation] = llm.translate("Good morning")
+    [likeliest] = llm.beam_search("Good morning", beam_width=4, max_tokens=40)
 
 Requests of the same time, in one call or in several, are computed together by one engine (soli/engine). Options are
 Soli's, OpenAI's or vLLM's (soli/engine/options.py); what is not known is rejected by name. SoliError for a request that
@@ -15,7 +16,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 
@@ -29,13 +30,26 @@ from soli.checkpoint.writer import ProgressCallback
 from soli.data.text import Language
 from soli.data.tokenizer import Tokenizer
 from soli.engine.async_engine import AsyncEngine, Events
+from soli.engine.beam_search import BeamSearchParams, beam_search_params
 from soli.engine.engine import Engine
-from soli.engine.options import GenerationOptions, GenerationSettings, read_options
+from soli.engine.options import (
+    BeamSearchOptions,
+    GenerationOptions,
+    GenerationSettings,
+    read_beam_search_options,
+    read_options,
+)
 from soli.engine.request import Answer, EngineLimits, EngineStats, Event, Request, checked
 from soli.engine.runner import RunnerName
 from soli.engine.sampler import SamplingParams
 from soli.errors import SoliError
-from soli.eval.translation import Translation, one_line, translation_request, translation_target
+from soli.eval.translation import (
+    Translation,
+    one_line,
+    translation_beams,
+    translation_request,
+    translation_target,
+)
 from soli.llm_arguments import (
     CHAT_NEUTRAL,
     EXPECTED,
@@ -50,6 +64,7 @@ from soli.model.transformer import Transformer
 from soli.quantities import scaled
 from soli.sections import shown
 
+DEFAULT_BEAMS = 4
 NEW_TOKENS = 256  # unless max_new_tokens says otherwise, within the model's positions
 
 Prompt = str | Sequence[int]
@@ -122,6 +137,34 @@ class LLM:
             for task in tasks:
                 task.cancel()
 
+    def beam_search(
+        self,
+        prompts: str | Sequence[Prompt],
+        params: BeamSearchParams | None = None,
+        *,
+        beam_width: int | None = None,
+        length_penalty: float | None = None,
+        early_stopping: bool | Literal["never"] | None = None,
+        **options: Unpack[BeamSearchOptions],
+    ) -> list[Answer]:
+        """The likeliest answer to one text or each of many prompts, in their order, by a beam search; its `hypotheses`
+        are the `beam_width` best, with their scores.
+
+        `params`, or its fields as keywords, say how to search; by default as the folder's generation_config.json, else
+        with 4 beams. Nothing is sampled: options that only sampling has are rejected. SoliError for more beams than the
+        engine runs sequences (`limits.max_running`).
+        """
+        settings = read_beam_search_options("beam_search", options)
+        values = (beam_width, length_penalty, early_stopping)
+        if params is not None and (not isinstance(params, BeamSearchParams) or any(one is not None for one in values)):
+            raise SoliError(
+                f"the argument params of beam_search is {shown(params)}: give a BeamSearchParams, or beam_width, "
+                "length_penalty and early_stopping instead"
+            )
+        default = params or self.text_model.beam_search or BeamSearchParams(DEFAULT_BEAMS)
+        search = beam_search_params(default, *values)
+        return self._answers(replace(one, beam_search=search) for one in self._requests(prompts, settings))
+
     def stream(
         self, prompt: Prompt, sampling: SamplingParams | None = None, **options: Unpack[GenerationOptions]
     ) -> Iterator[Event]:
@@ -156,22 +199,29 @@ class LLM:
         texts: str | Sequence[str],
         to: Language | None = None,
         sampling: SamplingParams | None = None,
+        *,
+        beam_width: int | None = None,
+        length_penalty: float | None = None,
         **options: Unpack[GenerationOptions],
     ) -> list[Translation]:
         """Translations of one text or many, each as one line, in their order: English to Chinese and Chinese to English
-        unless `to` is "en" or "zh". An empty text stays empty. For models trained for it, as the bundled one is."""
+        unless `to` is "en" or "zh". An empty text stays empty. For models trained for it, as the bundled one is.
+
+        By a search with `beam_width` beams, or greedily with 1; by default as the folder's generation_config.json says,
+        unless there are options that a beam search does not take."""
         settings = read_options("translate", sampling, options)
         check_one_answer("translate", settings)
         if to not in (None, "en", "zh"):
             raise SoliError(f"cannot translate to {shown(to)}: choose en or zh")
         sources = text_list(texts)
         targets = [translation_target(text, to) for text in sources]
+        search = translation_beams(self.text_model, beam_width, length_penalty, settings.needs_sampling)
         requests = (
             self._request(settings, *translation_request(self.text_model, text, target))
             for text, target in zip(sources, targets, strict=True)
             if target is not None
         )
-        answers = iter(self._answers(requests))
+        answers = iter(self._answers(replace(request, beam_search=search) for request in requests))
         return [
             Translation(text, "", None) if target is None else _translation(text, target, next(answers))
             for text, target in zip(sources, targets, strict=True)

@@ -3,12 +3,16 @@
 import io
 import json
 import re
+import shutil
 import sys
 
 import pytest
 
 from soli.cli import main
 from soli.data.tokenizer import Tokenizer
+from soli.engine.beam_search import BeamSearchParams
+from soli.engine.text_model import open_text_model
+from soli.eval.translation import Translator
 from tests.engine.tiny import tiny_folder
 
 SHORT = ["--max-new-tokens", "6"]
@@ -94,8 +98,59 @@ def test_generate_streams_the_continuation_and_stops_at_a_stop_string(run, folde
 
 def test_greedy_text_is_the_same_with_speculation(run):
     text = "He drank a cup of tea."
-    for verb in (["translate", text], ["generate", "nano", text, *SHORT]):
+    for verb in (["translate", text, "--beams", "1"], ["generate", "nano", text, *SHORT]):
         assert run(*verb, "--speculate")[:2] == run(*verb)[:2]
+
+
+def test_translations_are_searched_as_asked_for(run, folder, tmp_path):
+    plain = run("translate", "the cat", "--model", folder, *SHORT)[1]
+    assert run("translate", "the cat", "--model", folder, *SHORT, "--beams", "1")[:2] == (0, plain)
+    params = BeamSearchParams(4, 0.0)
+    [translation] = Translator(open_text_model(folder), max_new_tokens=6, beam_search=params).translate(["the cat"])
+    searched = ["translate", "the cat", "--model", folder, *SHORT, "--beams", "4", "--length-penalty", "0"]
+    assert run(*searched)[:2] == (0, translation.text + "\n") and translation.text != plain.strip()
+    result = json.loads(run(*searched, "--json", "--experts")[1])
+    assert result["translation"] == translation.text and result["new_tokens"] == len(translation.answer.ids)
+    tokens = len(result["experts"]) - result["prompt_tokens"]
+    assert tokens == result["new_tokens"] - (result["finish_reason"] == "length")
+
+
+def test_a_folder_s_beams_are_the_default_and_give_way(run, folder, tmp_path):
+    own = tmp_path / "model"
+    shutil.copytree(folder, own)
+    arguments = ["translate", "the cat", "--model", str(own), *SHORT]
+    greedy = run(*arguments)[1]
+    (own / "generation_config.json").write_text('{"num_beams": 4, "length_penalty": 0.0}')
+    searched = run(*arguments, "--beams", "4", "--length-penalty", "0")[1]
+    assert run(*arguments)[1] == searched != greedy
+    assert run(*arguments, "--beams", "1")[1] == run(*arguments, "--speculate")[1] == greedy
+    sampled = ["--temperature", "1", "--seed", "3"]
+    assert run(*arguments, *sampled)[:2] == run("translate", "the cat", "--model", folder, *SHORT, *sampled)[:2]
+    before = run("generate", folder, "the cat", *SHORT)[1]
+    assert run("generate", str(own), "the cat", *SHORT)[1] == before, "the file's beams are those of translate"
+    (own / "generation_config.json").write_text('{"num_beams": null, "length_penalty": null, "early_stopping": null}')
+    assert run(*arguments)[1] == greedy
+    for text, words in (
+        ('{"num_beams": 0}', "num_beams is 0"),
+        ('{"num_beams": 3, "length_penalty": "x"}', "length_penalty is 'x'"),
+        ('{"num_beams": 2, "early_stopping": 3}', "early_stopping is 3"),
+    ):
+        (own / "generation_config.json").write_text(text)
+        assert_rejected(run(*arguments), "generation_config.json", words)
+        assert run("generate", str(own), "the cat", *SHORT)[1] == before
+        assert run(*arguments, "--beams", "1")[1] == greedy
+
+
+def test_searches_that_cannot_be_are_rejected(run, folder):
+    arguments = ["translate", "the cat", "--model", folder, *SHORT]
+    for number in ("0", "-1", "x"):
+        status, out, err = run(*arguments, "--beams", number)
+        assert status == 2 and out == "" and "'--beams'" in err
+    assert_rejected(run(*arguments, "--beams", "1000000"), "beam_width is 1000000", "at most 165")
+    assert_rejected(run(*arguments, "--beams", "2", "--length-penalty", "nan"), "length_penalty is nan")
+    assert_rejected(run(*arguments, "--length-penalty", "0.6"), "length_penalty is for several beams")
+    assert_rejected(run(*arguments, "--beams", "2", "--temperature", "1"), "a beam search takes no temperature")
+    assert_rejected(run(*arguments, "--beams", "2", "--speculate"), "--speculate", "--beams 1")
 
 
 def test_generate_takes_penalties_bias_and_filters(run, folder):

@@ -232,6 +232,7 @@ def test_translate_and_eval_print_what_one_process_prints(tmp_path):
     texts.write_text("The house stands by the river.\n今天天气很好。\n", encoding="utf-8")
     for command, text in (
         (["translate", "-", "--speculate"], "Good morning.\n你好。\n"),
+        (["translate", "-", "--beams", "3"], "Good morning.\nWhere can I buy a ticket for the train?\n"),
         (["eval", "nano", "--text", str(texts), "--json"], ""),
     ):
         alone = soli("-m", "soli", *command, text=text)

@@ -32,7 +32,7 @@ def small(monkeypatch, tmp_path):
     ],
 )
 def test_other_settings_must_be_faster_than_chance(monkeypatch, tmp_path, rates, best) -> None:
-    monkeypatch.setattr(disk, "_rate", lambda file, settings: rates.get(settings, 1e9))
+    monkeypatch.setattr(disk, "_rate", lambda file, settings, starts: rates.get(settings, 1e9))
     chosen = measured_disk(tmp_path)
     assert (chosen.threads, chosen.block) == best[:2]
     assert chosen.rate == rates.get(best, 1e9)
@@ -44,7 +44,7 @@ def test_a_disk_is_measured_once_and_leaves_nothing(tmp_path, monkeypatch) -> No
     folder = tmp_path / "models"
     folder.mkdir()
     first = measured_disk(folder)
-    assert first.rate > 0 and first.latency > 0 and not list(folder.iterdir())
+    assert first.rate > 0 and first.idle_latency > 0 and not list(folder.iterdir())
     monkeypatch.setattr(disk, "_measure", lambda folder: pytest.fail("measured again"))
     assert measured_disk(folder / "not" / "there") == first
     assert "GB/s" in str(first) and "KiB" in str(first)

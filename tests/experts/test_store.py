@@ -15,6 +15,7 @@ from soli.checkpoint.writer import Target
 from soli.engine.runner import FusedRunner
 from soli.errors import SoliError
 from soli.experts.load import load_paged_model
+from soli.experts.paged import MISSING
 from soli.experts.policy import POLICIES
 from soli.experts.reading import Reader, Settings, split
 from soli.experts.sources import ALIGNMENT, Read, sources_of
@@ -120,6 +121,19 @@ def test_each_expert_of_a_prompt_is_read_once() -> None:
     answers(model, requests((200,), new_tokens=1))
     assert store.stats.misses <= 3 * E
     assert store.stats.misses > 4 * 3  # more than fit at once
+    store.close()
+
+
+@needs_kernels
+def test_a_prompt_does_not_take_the_place_of_other_layers_experts() -> None:
+    layers = LAYERS - 1
+    model, store = load_paged_model(mixture_folder("bf16"), layers * 12, mtp=False, prefetch="off")
+    everything = range(E)
+    assert [len(part) for part in store.windows(0, everything, wait=True)] == [6, 6, 4]
+    assert [len(part) for part in store.windows(0, everything[:12], wait=True)] == [E]
+    answers(model, requests((200,), new_tokens=1))
+    in_memory = [sum(state != MISSING for state in store.layers[layer].states) for layer in range(layers)]
+    assert sum(in_memory) == layers * 12 and max(in_memory) < E
     store.close()
 
 

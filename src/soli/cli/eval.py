@@ -31,6 +31,10 @@ def eval(
         int | None, typer.Option(min=1, help="Use at most this many pairs and lines, evenly taken.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sentences translated together.")] = 64,
+    beams: Annotated[int, typer.Option(min=1, help="Translate by a search with so many beams; 1 is greedy.")] = 1,
+    length_penalty: Annotated[
+        float, typer.Option(help="Rank the beams' translations by log-probability over length to this power.")
+    ] = 1.0,
     json: options.Json = False,
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
@@ -48,16 +52,19 @@ def eval(
     texts = evenly(file_texts(text), limit) if text is not None else []
     if rows:
         import sacrebleu  # noqa: F401  (a missing package is reported before the translating)
+    from soli.engine.beam_search import BeamSearchParams
     from soli.eval.scoring import score_pairs, score_texts
     from soli.eval.translation import evaluate_direction
 
+    params = BeamSearchParams(beams, length_penalty)
+    search = params if beams > 1 else None
     options.use_threads(threads)
     text_model = load_text_model(model, device, dtype, True, memory)
     report = Report(model)
     if rows:
         with ProgressBar("translating pairs", 2 * len(rows)) as bar:
-            report.directions["en-zh"] = evaluate_direction(text_model, rows, "zh", batch_size, bar.advance)
-            report.directions["zh-en"] = evaluate_direction(text_model, rows, "en", batch_size, bar.advance)
+            report.directions["en-zh"] = evaluate_direction(text_model, rows, "zh", batch_size, bar.advance, search)
+            report.directions["zh-en"] = evaluate_direction(text_model, rows, "en", batch_size, bar.advance, search)
         with ProgressBar("scoring pairs", 2 * len(rows)) as bar:
             report.on_pairs = score_pairs(text_model, rows, bar.advance)
     if texts:

@@ -262,7 +262,7 @@ def _rates(
     if disk_rate is None:
         on_step("measuring the disk")
         disk = measured_disk(model.place, request.renew)
-        disk_rate, latency, disk_source = disk.rate, disk.latency, f"measured {disk.date}"
+        disk_rate, latency, disk_source = disk.rate, disk.idle_latency, f"measured {disk.date}"
     if request.memory_rate is not None:
         machine = stated_machine(request.memory_rate, disk_rate, request.flop_rate)
         memory_source = "stated"

@@ -27,6 +27,8 @@ def translate(
     top_k: options.TopK = 0,
     top_p: options.TopP = 1.0,
     seed: options.Seed = None,
+    beams: options.Beams = None,
+    length_penalty: options.LengthPenalty = None,
     max_new_tokens: options.MaxNewTokens = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Lines translated together.")] = 32,
     experts: options.Experts = False,
@@ -45,19 +47,23 @@ def translate(
         raise SoliError(f"cannot translate to {to!r}: choose en or zh")
     if started_ranks(ctx, model, processes):
         return
+    if speculate and (beams or 1) > 1:
+        raise SoliError("--speculate drafts for one beam: leave it out, or give --beams 1")
     lines = stdin_lines() if text == "-" else argument_lines(text, "the text")
     from soli.engine.sampler import SamplingParams
-    from soli.eval.translation import Translator
+    from soli.eval.translation import Translator, translation_beams
 
     options.use_threads(threads)
+    text_model = load_text_model(model, device, dtype, speculate, memory)
     translator = Translator(
-        text_model=load_text_model(model, device, dtype, speculate, memory),
+        text_model=text_model,
         to=to,  # type: ignore[arg-type]
         sampling=SamplingParams(temperature, top_k, top_p, seed),
         max_new_tokens=max_new_tokens,
         trace=experts or experts_detail,
         batch_size=batch_size,
         speculate=speculate,
+        beam_search=translation_beams(text_model, beams, length_penalty, speculate or temperature > 0),
     )
     note_memory(translator.text_model)
     # A person typing line after line wants each answer at once.

@@ -19,6 +19,8 @@ from itertools import count
 import torch
 from torch import Tensor
 
+from soli.engine.beam_group import BeamGroup
+from soli.engine.beam_search import likeliest_continuations
 from soli.engine.constraint import Constraints, ConstraintUnmet
 from soli.engine.detokenizer import TextStream, token_text
 from soli.engine.latent_cache import BlockManager, LatentCache, blocks_for, bytes_per_token
@@ -73,6 +75,7 @@ class Engine:
         )
         self._drafter = self._new_drafter() if limits.speculate else None
         self._sequences: dict[int, SequenceState] = {}  # by request id
+        self._beam_groups: dict[int, BeamGroup] = {}  # of those that search
         self._pending_events: list[Event] = []  # of requests that were cancelled, for the next step
         mixtures = len(mixture_layers(text_model))
         self._load_LE = torch.zeros(mixtures, model.config.n_routed_experts or 0, dtype=torch.int64)
@@ -92,7 +95,11 @@ class Engine:
         )
         stream = TextStream(token_text(self.text_model.tokenizer, request.visible_ids), request.stop)
         sequence = SequenceState(next(self._request_ids), request, [*request.prompt_ids], sampler, stream)
-        sequence.speculates = self._drafter is not None and self._drafter.begins(request)
+        if request.beam_search is None:
+            sequence.speculates = self._drafter is not None and self._drafter.begins(request)
+        else:
+            sequence.unopened_beams = request.sequences - 1
+            self._beam_groups[sequence.request_id] = BeamGroup(sequence, self.text_model.tokenizer)
         self._sequences[sequence.request_id] = sequence
         self._scheduler.waiting.append(sequence)
         return sequence.request_id
@@ -180,7 +187,8 @@ class Engine:
             if self._runner.update():
                 self._scheduler.forget_latents()
         except SoliError as error:
-            return [self._end(sequence, "error", error=str(error)) for sequence in [*self._scheduler.waiting]]
+            waiting = {sequence.request_id: sequence for sequence in self._scheduler.waiting}  # several may be beams
+            return [self._end(sequence, "error", error=str(error)) for sequence in waiting.values()]
         return []
 
     @cached_property
@@ -210,6 +218,10 @@ class Engine:
                 events.append(self._end_failed(sequence, error))
                 continue
             routing = self._new_routing(committed, output.routing)
+            if sequence.request.beam_search is not None:
+                sequence.routing += [] if routing is None else [routing]
+                self._scheduler.register_full_blocks(sequence)
+                continue
             progress = Event(sequence.request_id, routing=routing, prompt_logprobs=logprobs)
             if self._drafter is None:
                 self._scheduler.register_full_blocks(sequence)
@@ -227,7 +239,34 @@ class Engine:
                 self._drafter.observe(parts, drafts, sum(len(one.tokens) for one in verified.values()), seconds)
             for part in committed_parts:
                 self._scheduler.register_full_blocks(part.sequence)
+        return events + self._advance_beams()
+
+    def _advance_beams(self) -> list[Event]:
+        """Continue or end every search whose beams are all computed."""
+        events: list[Event] = []
+        copies: list[tuple[int, int]] = []
+        for group in [group for group in self._beam_groups.values() if group.is_complete]:
+            try:
+                selected = group.advance()
+            except SoliError as error:
+                events.append(self._end_failed(group.beams[0], error))
+                continue
+            if selected:
+                group.beams, blocks = self._scheduler.continue_beams(group.beams, selected)
+                copies += blocks
+            else:
+                events.append(self._end_search(group))
+        self._cache.copy_blocks(copies)
         return events
+
+    def _end_search(self, group: BeamGroup) -> Event:
+        """The end of a search that has found its texts."""
+        best = group.hypotheses[0]
+        self._completion_tokens += len(best.ids)
+        event = self._end(group.beams[0], best.finish_reason, best.text)
+        assert event.usage is not None
+        usage = replace(event.usage, completion=len(best.ids))
+        return replace(event, routing=best.routing, usage=usage, hypotheses=tuple(group.hypotheses))
 
     def _forward(self, parts: Sequence[ScheduledTokens]) -> ForwardOutput:
         starts, counts = [part.start for part in parts], [part.count for part in parts]
@@ -246,6 +285,8 @@ class Engine:
     def _sample(self, parts: Sequence[ScheduledTokens], logits_NV: Tensor) -> dict[SequenceState, VerifiedTokens]:
         """The next tokens of sequences whose last token is in the step; drafts are verified."""
         last = [part.sequence for part in parts if part.samples]
+        if self._beam_groups:
+            logits_NV, last = self._without_beams(logits_NV, last)
         if not any(sequence.drafts for sequence in last):
             tokens = sample(logits_NV, [one.sampler for one in last], [one.request.logprobs for one in last])
             return {one: VerifiedTokens((token,), 0) for one, token in zip(last, tokens, strict=True)}
@@ -254,6 +295,23 @@ class Engine:
             one: verify(rows_KV, one.drafts, one.sampler, one.request.stop_ids, one.request.logprobs)
             for one, rows_KV in zip(last, rows, strict=True)
         }
+
+    def _without_beams(self, logits_NV: Tensor, last: list[SequenceState]) -> tuple[Tensor, list[SequenceState]]:
+        """The logits and sequences that are sampled from; those of beams go to their groups."""
+        owners = [sequence for sequence in last for _ in range(1 + len(sequence.drafts))]
+        rows = [row for row, one in enumerate(owners) if one.request.beam_search is not None]
+        if not rows:
+            return logits_NV, last
+        groups = [self._beam_groups[owners[row].request_id] for row in rows]
+        continuations = likeliest_continuations(
+            logits_NV[rows],
+            [owners[row].log_probability for row in rows],
+            max(group.considered for group in groups),
+        )
+        for row, group, listed in zip(rows, groups, continuations, strict=True):
+            group.receive(owners[row], listed)
+        others = [row for row, one in enumerate(owners) if one.request.beam_search is None]
+        return logits_NV[others], [sequence for sequence in last if sequence.request.beam_search is None]
 
     def _accept_all(
         self, sequence: SequenceState, tokens: VerifiedTokens | None, progress: Event
@@ -307,7 +365,9 @@ class Engine:
         sampled: SampledToken | None = None,
         error: str | None = None,
     ) -> Event:
-        self._scheduler.remove(sequence)
+        group = self._beam_groups.pop(sequence.request_id, None)
+        for one in [sequence] if group is None else group.beams:
+            self._scheduler.remove(one)
         del self._sequences[sequence.request_id]
         token, logprob = (sampled.token, sampled.logprob) if sampled else (None, None)
         return Event(

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from soli.config import ModelConfig
 from soli.errors import SoliError
-from soli.model.cache import Entry, PrefillChunk
+from soli.model.cache import Entry, PrefillChunk, copy_blocks
 
 CPU = torch.device("cpu")
 # Up to so many new tokens of one text are queries by themselves (absorbed attention); more are a chunk (expanded).
@@ -49,6 +49,7 @@ class LatentCache:
         self.positions = positions
         self.block_tables_RM = np.zeros((rows, blocks_for(positions, block_size)), dtype=np.int32)
         self._layers: dict[tuple[int, Entry], Tensor] = {}
+        self._copied: list[tuple[int, int]] = []  # since the last step
 
     @classmethod
     def whole_rows(cls, lengths: Sequence[int], block_size: int = 64) -> "LatentCache":
@@ -98,6 +99,7 @@ class LatentCache:
     ) -> "CacheStep":
         """Tokens by row and position; the first `num_decode_tokens` attend to up to `longest` slots."""
         table_width = blocks_for(longest, self.block_size)
+        copied, self._copied = self._copied, []
         return CacheStep(
             cache=self,
             positions_T=_tensor(position_T, device),
@@ -106,6 +108,7 @@ class LatentCache:
             table_BM=_tensor(self.block_tables_RM[row_T[:num_decode_tokens], :table_width], device),
             lengths_B=_tensor((position_T[:num_decode_tokens] + 1).astype(np.int32), device),
             chunks=chunks,
+            copied=copied,
         )
 
     def kv_blocks(self, layer: int, width: int, like: Tensor, entry: Entry = "latent") -> Tensor:
@@ -122,6 +125,11 @@ class LatentCache:
         blocks_T = self.block_tables_RM[rows, index_T].astype(np.int64)
         return _tensor(blocks_T * self.block_size + offset_T, device)
 
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks in every layer, from the first of each pair to the second; no block is in both places."""
+        copy_blocks(self._layers.values(), copies)
+        self._copied += copies
+
     def nbytes(self) -> int:
         """Bytes of the allocated blocks, empty slots included."""
         return sum(blocks_PSX.nbytes for blocks_PSX in self._layers.values())
@@ -129,7 +137,8 @@ class LatentCache:
 
 @dataclass(frozen=True)
 class CacheStep:
-    """The new tokens of one step, as attention sees the cache (`soli.model.attention.Cache`)."""
+    """The new tokens of one step, as attention sees the cache (`soli.model.attention.Cache`). `copied`: the blocks that
+    were copied before it, which another holder of the same blocks has to do as well."""
 
     cache: LatentCache
     positions_T: Tensor  # int64
@@ -138,6 +147,7 @@ class CacheStep:
     table_BM: Tensor
     lengths_B: Tensor
     chunks: Sequence[PrefillChunk]
+    copied: Sequence[tuple[int, int]] = ()
 
     @cached_property
     def slots_T(self) -> Tensor:
@@ -190,6 +200,12 @@ class BlockManager:
             return None
         self._reference_counts[block] = 1
         return block
+
+    def share(self, block: int) -> None:
+        """One reference more to a block that has one."""
+        if self._reference_counts[block] < 1:
+            raise ValueError(f"block {block} has no reference to share")
+        self._reference_counts[block] += 1
 
     def acquire(self, key: bytes) -> int | None:
         """The block registered under `key`, with one reference more; None without one."""

@@ -18,10 +18,16 @@ TOKENS_PER_STEP = 2048  # nobody waits for a token while a prompt is read, so st
 
 
 def limits_for(
-    text_model: TextModel, batch_size: int, longest: int | None = None, *, speculate: bool = False
+    text_model: TextModel,
+    batch_size: int,
+    longest: int | None = None,
+    *,
+    speculate: bool = False,
+    beam_width: int = 1,
 ) -> EngineLimits:
-    """Limits under which `batch_size` texts run together, with a cache for so many of `longest` tokens, prompt and
-    answer (None: as many as the model has positions), or of a GiB where that is less and one text fits into it.
+    """Limits under which `batch_size` texts run together, each in so many beams, with a cache for all of them of
+    `longest` tokens, prompt and answer (None: as many as the model has positions), or of a GiB where that is less and
+    one text fits into it.
 
     Prefixes are not shared, so that the bits of an answer do not depend on earlier requests.
     """
@@ -33,11 +39,12 @@ def limits_for(
         blocks_for(tokens, defaults.block_size)
         * defaults.block_size
         * bytes_per_token(model.config, layers, dtype)
+        * beam_width
     )
     return EngineLimits(
         cache_bytes=max(text_bytes, min(batch_size * text_bytes, CACHE_BYTES)),
-        max_running=batch_size,
-        tokens_per_step=max(PAGED_TOKENS_PER_STEP if text_model.budget else TOKENS_PER_STEP, batch_size),
+        max_running=batch_size * beam_width,
+        tokens_per_step=max(PAGED_TOKENS_PER_STEP if text_model.budget else TOKENS_PER_STEP, batch_size * beam_width),
         prefix_sharing=False,
         speculate=speculate,
     )
@@ -75,6 +82,7 @@ def answer_all(
     # In the order of the requests: request id, request, events.
     pending: deque[tuple[int | None, Request | None, list[Event]]] = deque()
     running: dict[int, list[Event]] = {}  # by request id, the same lists
+    slots: dict[int, int] = {}  # that each of them takes
     error: SoliError | None = None
     exhausted = False
     try:
@@ -82,14 +90,15 @@ def answer_all(
             while pending and pending[0][0] not in running:
                 _, request, events = pending.popleft()
                 yield None if request is None else Answer.from_events(request, events)
-            while not exhausted and len(running) < engine.limits.max_running and len(pending) < window:
+            while not exhausted and sum(slots.values()) < engine.limits.max_running and len(pending) < window:
                 try:
                     request = next(source)
                     request_id = None if request is None else engine.add(request)
                     events = []
                     pending.append((request_id, request, events))
-                    if request_id is not None:
+                    if request is not None and request_id is not None:
                         running[request_id] = events
+                        slots[request_id] = request.sequences
                 except StopIteration:
                     exhausted = True
                 except SoliError as failure:
@@ -101,7 +110,7 @@ def answer_all(
                 if event.request_id in running:
                     running[event.request_id].append(event)
                     if event.finish_reason is not None:
-                        del running[event.request_id]
+                        del running[event.request_id], slots[event.request_id]
             if on_answer is not None and len(running) < before:
                 on_answer(before - len(running))
     finally:

@@ -55,6 +55,20 @@ class GenerationOptions(SamplingOptions, total=False):
     constraint: ConstraintSpec | None
 
 
+class BeamSearchOptions(TypedDict, total=False):
+    """Those of `soli.LLM.beam_search` beside its own."""
+
+    max_new_tokens: int | None
+    max_tokens: int | None
+    max_completion_tokens: int | None
+    stop_token_ids: Sequence[int] | None
+    ignore_eos: bool | None
+    skip_special_tokens: bool | None
+    parse_special: bool | None
+    trace: bool | None
+    masked_experts: Collection[tuple[int, int]] | None
+
+
 LENGTHS: Final = ("max_new_tokens", "max_tokens", "max_completion_tokens")
 KNOWN: Final = tuple(get_type_hints(GenerationOptions))
 SAMPLING: Final = tuple(get_type_hints(SamplingOptions))
@@ -93,11 +107,25 @@ NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "response_format": ({"type": "text"},),
 }
 
+# Options of `generate` that a beam search does not have, with the values of them that change nothing.
+BEAM_SEARCH_NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
+    **dict.fromkeys(("temperature", "min_p", "presence_penalty", "frequency_penalty"), (0, 0.0)),
+    **dict.fromkeys(("top_p", "repetition_penalty"), (1, 1.0)),
+    **dict.fromkeys(("seed", "sampling", "top_logprobs", "prompt_logprobs", "constraint"), ()),
+    "top_k": (0, -1),
+    "logit_bias": ({},),
+    "min_tokens": (0,),
+    "n": (1,),
+    "stop": ([], ()),
+    "logprobs": (False,),
+}
+
 HINTS: Final[Mapping[str, str]] = {
     "sampling_params": "its name is sampling",
     "do_sample": "temperature=0 takes the likeliest token, above 0 samples",
     "max_length": "max_new_tokens counts the answer alone",
     "num_return_sequences": "its name is n",
+    **dict.fromkeys(("num_beams", "beam_width", "use_beam_search", "length_penalty"), "use beam_search"),
     "eos_token_id": "its name is stop_token_ids",
     "stop_strings": "its name is stop",
     "stop_sequences": "its name is stop",
@@ -128,6 +156,13 @@ class GenerationSettings:
     trace: bool = False
     masked_experts: frozenset[tuple[int, int]] = frozenset()
     constraint: ConstraintSpec | None = None
+
+    @property
+    def needs_sampling(self) -> bool:
+        """Whether a beam search has none of this."""
+        samples = self.sampling.temperature > 0 or self.sampling.changes_logits
+        logprobs = self.logprobs is not None or self.prompt_logprobs is not None
+        return samples or logprobs or bool(self.stop or self.constraint or self.min_new_tokens)
 
 
 def read_options(
@@ -162,6 +197,19 @@ def read_options(
         masked_experts=values.get("masked_experts", frozenset()),
         constraint=values.get("constraint"),
     )
+
+
+def read_beam_search_options(function: str, options: Mapping[str, Any]) -> GenerationSettings:
+    """The settings of a beam search; SoliError as of `read_options`, also for what only sampling has."""
+    hints = {
+        **HINTS,
+        "num_beams": "its name is beam_width",
+        "n": "hypotheses of an answer has the others",
+        "num_return_sequences": "hypotheses of an answer has them",
+    }
+    remaining = without_neutral(function, options, BEAM_SEARCH_NEUTRAL, hints)
+    reject_unknown_arguments(function, remaining, [*KNOWN, *NEUTRAL], hints)
+    return read_options(function, None, remaining)
 
 
 def _only_one(values: Mapping[str, Any], names: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from soli.analysis.notebook_views import heat_map, html_text
+from soli.engine.beam_search import BeamSearchParams, Hypothesis
 from soli.engine.constraint import ConstraintSpec
 from soli.engine.latent_cache import blocks_for
 from soli.engine.sampler import GREEDY, SamplingParams, TokenLogprob
@@ -34,7 +35,7 @@ class Request:
     `masked_experts`: (layer, expert) pairs that must not be selected; layers are numbered as in the files.
     `constraint`: what the whole text must be; it ends where nothing else can follow. `min_new_tokens`: none of the
     `stop_ids` comes before so many tokens. `visible_ids`: special tokens that are part of the text, which others are
-    not.
+    not. `beam_search`: search with so many beams instead of sampling; nothing is known of the text before its end.
     """
 
     prompt_ids: tuple[int, ...]
@@ -49,6 +50,12 @@ class Request:
     constraint: ConstraintSpec | None = None
     min_new_tokens: int = 0
     visible_ids: frozenset[int] = frozenset()
+    beam_search: BeamSearchParams | None = None
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences run for it."""
+        return 1 if self.beam_search is None else self.beam_search.beam_width
 
 
 @dataclass(frozen=True)
@@ -69,9 +76,10 @@ class Event:
     `token` None: only text that was held back, what was read of the prompt, or the end. `text`: whole characters that
     no stop string can include any more; often "". `prompt_logprobs`: of the next tokens of the prompt, from the second.
     `stop_logprob`: of the stop token that ended the text, and `stop_string`: the one that did; neither is part of it.
-    `routing`: of the tokens of this
-    step, one Routing per MoE layer of the main model. The last event has `finish_reason` and `usage`; with "error" also
-    `error`, one sentence, and `error_field`, the field of the request that is to blame if one is.
+    `routing`: of the tokens of this step, one Routing per MoE layer of the main model; of a beam search of all tokens
+    of its best text, in the last event, which has its `hypotheses`, the best first. The last event has `finish_reason`
+    and `usage`; with "error" also `error`, one sentence, and `error_field`, the field of the request that is to blame
+    if one is.
     """
 
     request_id: int
@@ -86,6 +94,7 @@ class Event:
     usage: Usage | None = None
     error: str | None = None
     error_field: str | None = None
+    hypotheses: tuple[Hypothesis, ...] = ()
 
 
 @dataclass(frozen=True, repr=False)
@@ -93,7 +102,7 @@ class Answer:
     """A whole answer. `ids`: the new tokens, without the stop token. `logprobs`: one per new token, `prompt_logprobs`:
     one per token of the prompt but the first, and `routing`: one Routing per MoE layer over all tokens that the model
     read (the prompt, then `ids`, less the last one when no stop token followed it), each None unless the request asks
-    for it."""
+    for it. `hypotheses`: of a beam search its finished texts, the best first, which is this answer."""
 
     prompt_ids: tuple[int, ...]
     ids: tuple[int, ...]
@@ -103,6 +112,7 @@ class Answer:
     logprobs: tuple[TokenLogprob, ...] | None
     routing: tuple[Routing, ...] | None
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    hypotheses: tuple[Hypothesis, ...] = ()
 
     @property
     def summary(self) -> str:
@@ -131,9 +141,10 @@ class Answer:
         events = [checked(event) for event in events]
         last, parts = events[-1], [event.routing for event in events if event.routing is not None]
         assert last.finish_reason is not None and last.usage is not None
+        sampled_ids = tuple(event.token for event in events if event.token is not None)
         return cls(
             prompt_ids=request.prompt_ids,
-            ids=tuple(event.token for event in events if event.token is not None),
+            ids=last.hypotheses[0].ids if last.hypotheses else sampled_ids,
             text="".join(event.text for event in events),
             finish_reason=last.finish_reason,
             usage=last.usage,
@@ -144,6 +155,7 @@ class Answer:
                 if request.prompt_logprobs is None
                 else tuple(logprob for event in events for logprob in event.prompt_logprobs)
             ),
+            hypotheses=last.hypotheses,
         )
 
 
@@ -233,6 +245,7 @@ def check_request(request: Request, text_model: TextModel, limits: EngineLimits,
         raise RejectedRequest(
             "min_new_tokens", f"min_new_tokens is {request.min_new_tokens}: give 0 to max_new_tokens, {limit}"
         )
+    _check_beam_search(request, limits, vocab)
     together = f"the prompt has {len(prompt)} tokens and asks for {limit} more"
     if len(prompt) + limit > text_model.positions:
         raise RejectedRequest(
@@ -241,13 +254,44 @@ def check_request(request: Request, text_model: TextModel, limits: EngineLimits,
             "tokens",
             too_long=True,
         )
-    if blocks_for(len(prompt) + limit, limits.block_size) > block_count:
+    if blocks_for(len(prompt) + limit, limits.block_size) * request.sequences > block_count:
+        beams = "" if request.beam_search is None else f" in each of {request.sequences} beams"
+        fewer = "" if request.beam_search is None else "take fewer beams, "
         raise RejectedRequest(
             "max_new_tokens",
-            f"{together}, but the cache of {limits.cache_bytes} bytes holds {block_count} blocks of "
-            f"{limits.block_size} tokens: shorten the text, ask for fewer tokens or give the engine more cache_bytes",
+            f"{together}{beams}, but the cache of {limits.cache_bytes} bytes holds {block_count} blocks of "
+            f"{limits.block_size} tokens: shorten the text, {fewer}ask for fewer tokens or give the engine more "
+            "cache_bytes",
         )
     _check_masked_experts(request.masked_experts, text_model)
+
+
+def _check_beam_search(request: Request, limits: EngineLimits, vocab_size: int) -> None:
+    params, sampling = request.beam_search, request.sampling
+    if params is None:
+        return
+    options = {
+        "temperature": sampling.temperature > 0,
+        "penalties and logit_bias": sampling.changes_logits,
+        "stop": request.stop,
+        "logprobs": request.logprobs is not None,
+        "prompt_logprobs": request.prompt_logprobs is not None,
+        "constraint": request.constraint is not None,
+        "min_new_tokens": request.min_new_tokens,
+    }
+    for name, value in options.items():
+        if value:
+            raise RejectedRequest("beam_search", f"a beam search takes no {name}: leave it out, or the beams")
+    if params.beam_width > limits.max_running:
+        raise RejectedRequest(
+            "beam_search",
+            f"beam_width is {params.beam_width}, but the engine runs at most {limits.max_running} sequences at the "
+            "same time: give fewer beams, or the engine a larger max_running",
+        )
+    try:
+        params.check_vocabulary(vocab_size, request.stop_ids)
+    except SoliError as error:
+        raise RejectedRequest("beam_search", str(error)) from None
 
 
 def _check_masked_experts(masked_experts: frozenset[tuple[int, int]], text_model: TextModel) -> None:

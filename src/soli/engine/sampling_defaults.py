@@ -3,16 +3,19 @@
 temperature, top_k, top_p, min_p and repetition_penalty are read; `do_sample: false` means temperature 0 whatever the
 others say, and true means 1 where they say nothing. In the API, the CLI and Python alike, what a request says takes
 precedence. `soli serve --generation-config none` leaves the file out.
+
+num_beams, length_penalty and early_stopping are read by `translate` alone: elsewhere text is sampled or greedy.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from soli.engine.beam_search import BeamSearchParams
 from soli.engine.sampler import SamplingParams
 from soli.errors import SoliError
 from soli.input_files import read_object_if_present
-from soli.sections import shown
+from soli.sections import PositiveInt, convert, shown
 
 FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -38,6 +41,19 @@ def read_sampling_defaults(file: Path) -> dict[str, Any]:
     except SoliError as error:
         raise SoliError(f"{file}: {error}") from None
     return {name: value for name, value in values.items() if name in document or name == "temperature"}
+
+
+def read_beam_search(file: Path) -> BeamSearchParams | None:
+    """The beam search of a generation_config.json; None for an absent file or one beam. SoliError for a value out of
+    its range."""
+    document = read_object_if_present(file)
+    try:
+        beams = convert("num_beams", 1 if document.get("num_beams") is None else document["num_beams"], PositiveInt)
+        names = ("length_penalty", "early_stopping")
+        values = {name: document[name] for name in names if document.get(name) is not None}
+        return BeamSearchParams(beams, **values) if beams > 1 else None
+    except SoliError as error:
+        raise SoliError(f"{file}: {error}") from None
 
 
 def sampling_params(values: Mapping[str, Any], defaults: Mapping[str, Any], **fallbacks: Any) -> SamplingParams:

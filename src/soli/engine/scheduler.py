@@ -8,15 +8,18 @@ oldest can always continue, so every request ends.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
 import numpy as np
 
+from soli.engine.beam_search import Continuation
 from soli.engine.detokenizer import TextStream
 from soli.engine.latent_cache import MAX_ABSORBED_TOKENS, BlockManager, LatentCache, block_key, blocks_for
 from soli.engine.request import EngineLimits, Request, Usage
 from soli.engine.sampler import Draft, SamplerState
+from soli.model.router import Routing
 
 
 @dataclass(eq=False)
@@ -43,6 +46,10 @@ class SequenceState:
     has_run: bool = False
     weights_version: int = 0  # of the weights when it was last admitted
     speculates: bool = False  # its blocks have the MTP module's latents too
+    log_probability: float = 0.0  # of its new tokens, in a beam search
+    routing: list[tuple[Routing, ...]] = field(default_factory=list)  # of its tokens, in a beam search with a trace
+    unopened_beams: int = 0  # that will continue from this sequence; each has a slot from its admission on
+    unopened_rows: list[int] = field(default_factory=list)  # their slots
 
     @property
     def remaining(self) -> int:
@@ -152,9 +159,66 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
 
+    def continue_beams(
+        self, beams: Sequence[SequenceState], selected: Sequence[Continuation]
+    ) -> tuple[list[SequenceState], list[tuple[int, int]]]:
+        """The beams that `selected` makes of `beams`, all those of one request, and blocks to copy, from and to, before
+        the next step. The first that continues a beam is that sequence; others copy it."""
+        parents = [beams[one.beam] for one in selected]
+        unused = [beam for beam in beams if beam not in parents]
+        children: list[SequenceState] = []
+        copies: list[tuple[int, int]] = []
+        for parent in parents:
+            child = parent
+            if parent in children:
+                child = unused.pop() if unused else self._open_beam(beams[0])
+                copies += self._copy_sequence(parent, child)
+            children.append(child)
+        for child, one in zip(children, selected, strict=True):
+            child.ids.append(one.token)
+            child.log_probability = one.log_probability
+        return children, copies
+
+    def _open_beam(self, first: SequenceState) -> SequenceState:
+        """A new sequence beside the first one of its request."""
+        first.unopened_beams -= 1
+        row = first.unopened_rows.pop()
+        beam = SequenceState(first.request_id, first.request, [], first.sampler, first.stream, row=row)
+        beam.cached, beam.has_run = first.cached, True
+        self.running.insert(self.running.index(first) + 1, beam)
+        return beam
+
+    def _copy_sequence(self, source: SequenceState, target: SequenceState) -> list[tuple[int, int]]:
+        """Make `target` the same text, with shared full blocks; the last block, from and to, if it must be copied. One
+        that was preempted, or finds no block, is computed again as far as needed."""
+        target.ids = [*source.ids]
+        target.keys = [*source.keys]
+        target.routing = [*source.routing]
+        target.traced = source.traced
+        target.weights_version = source.weights_version
+        if target.row < 0:
+            return []
+        full, rest = divmod(source.computed, self._limits.block_size)
+        for block in source.blocks[:full]:
+            self._block_manager.share(block)
+        for block in reversed(target.blocks):
+            self._block_manager.release(block)
+        target.blocks = []
+        for block in source.blocks[:full]:
+            self._append_block(target, block)
+        target.computed = full * self._limits.block_size
+        target.registered = source.registered
+        last = self._block_manager.allocate() if rest else None
+        if last is None:
+            return []
+        self._append_block(target, last)
+        target.computed = source.computed
+        return [(source.blocks[full], last)]
+
     def _admit(self) -> bool:
-        """Run the first that waits, if there is a free slot and its tokens, and the next one, would fit now."""
-        if not self.waiting or not self._free_rows:
+        """Run the first that waits, if there is a free slot and its tokens, and the next one, would fit now; for one
+        that becomes several beams, there must be a slot and a block of each."""
+        if not self.waiting or len(self._free_rows) <= self.waiting[0].unopened_beams:
             return False
         sequence = self.waiting[0]
         if sequence.weights_version != self._weights_version:
@@ -162,11 +226,12 @@ class Scheduler:
             sequence.keys = []
         cached_keys = self._cached_prefix(sequence)
         tokens = len(sequence.ids) + len(sequence.drafts) + min(1, sequence.request.max_new_tokens)
-        needed = blocks_for(tokens, self._limits.block_size) - len(cached_keys)
+        needed = blocks_for(tokens, self._limits.block_size) - len(cached_keys) + sequence.unopened_beams
         if needed > self._block_manager.available - self._block_manager.count_evictable(cached_keys):
             return False
         self.running.append(self.waiting.popleft())
         sequence.row = self._free_rows.pop()
+        sequence.unopened_rows = [self._free_rows.pop() for _ in range(sequence.unopened_beams)]
         for key in cached_keys:
             block = self._block_manager.acquire(key)
             assert block is not None
@@ -210,7 +275,8 @@ class Scheduler:
 
     def _stop(self, sequence: SequenceState) -> None:
         self.running.remove(sequence)
-        self._free_rows.append(sequence.row)
+        self._free_rows += [*sequence.unopened_rows, sequence.row]
+        sequence.unopened_rows = []
         for block in reversed(sequence.blocks):  # the end of a text is of less use to others than its beginning
             self._block_manager.release(block)
         sequence.row = -1

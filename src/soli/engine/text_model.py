@@ -20,8 +20,9 @@ from soli.checkpoint.memory import Storage
 from soli.checkpoint.writer import ProgressCallback
 from soli.config import TOKEN_FIELDS, check_token_ids
 from soli.data.tokenizer import Tokenizer
+from soli.engine.beam_search import BeamSearchParams
 from soli.engine.constraint import Constraints
-from soli.engine.sampling_defaults import read_sampling_defaults
+from soli.engine.sampling_defaults import read_beam_search, read_sampling_defaults
 from soli.errors import SoliError
 from soli.experts.budget import MemoryBudget, default_memory
 from soli.experts.load import least_bytes_of, load_within
@@ -54,11 +55,18 @@ class TextModel:
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)  # of generation_config.json
     leader: "Leader | None" = None
     free_bytes: int | None = None
+    generation_config: Path | None = None  # the folder's, which may be absent
 
     @property
     def positions(self) -> int:
         """How many tokens a prompt and its answer may have together."""
         return self.model.config.max_position_embeddings
+
+    @property
+    def beam_search(self) -> BeamSearchParams | None:
+        """The beam search that the folder's generation_config.json asks for, which `translate` uses; SoliError for a
+        value out of its range."""
+        return None if self.generation_config is None else read_beam_search(self.generation_config)
 
     def text_prompt(self, text: str, parse_special: bool = False) -> list[int]:
         """The tokens of `text` with those that the tokenizer's files put around it. `parse_special`: the names of added
@@ -248,8 +256,11 @@ def text_model(model: Transformer, tokenizer: Tokenizer, folder: Path | None = N
             f"the tokenizer puts the tokens {[*prefix, *suffix]} around a text, but the model's vocab_size is "
             f"{model.config.vocab_size}: they do not belong together"
         )
-    defaults = {} if folder is None else read_sampling_defaults(folder / "generation_config.json")
-    return TextModel(model, tokenizer, stop_ids, prefix, suffix, sampling_defaults=defaults)
+    file = None if folder is None else folder / "generation_config.json"
+    defaults = {} if file is None else read_sampling_defaults(file)
+    return TextModel(
+        model, tokenizer, stop_ids, prefix, suffix, sampling_defaults=defaults, generation_config=file
+    )
 
 
 def _generation_stop_ids(file: Path, vocab_size: int) -> frozenset[int]:

@@ -2,7 +2,8 @@
 
 The lines may be endless: at most a window of them is held. What comes before a line that cannot be translated is
 translated first; then the line's SoliError is raised. chrF and BLEU are sacrebleu's, corpus-wide and per source, BLEU
-on its `zh` and `13a` tokens; the translations that they score are greedy.
+on its `zh` and `13a` tokens; the translations that they score are greedy unless a beam search is
+asked for.
 """
 
 import unicodedata
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 
 from soli.analysis.notebook_views import html_text
 from soli.data.text import Language, language_of
+from soli.engine.beam_search import BeamSearchParams, beam_search_params
 from soli.engine.engine import Engine
 from soli.engine.offline import answer_all, limits_for
 from soli.engine.request import Answer, EngineStats, Request
@@ -64,7 +66,8 @@ class Translator:
     """How to translate. `to` None: Chinese to English, anything else to Chinese.
 
     `max_new_tokens` None allows as many as a translation may need, within the model's positions. `batch_size` lines are
-    translated together. `speculate`: draft with the model's MTP module.
+    translated together. `speculate`: draft with the model's MTP module. `beam_search`: search for the likeliest
+    translation instead of sampling; None decodes greedily or as `sampling` says.
     """
 
     def __init__(
@@ -76,10 +79,15 @@ class Translator:
         trace: bool = False,
         batch_size: int = 32,
         speculate: bool = False,
+        beam_search: BeamSearchParams | None = None,
     ) -> None:
         self.text_model, self.to, self.trace = text_model, to, trace
-        self._sampling, self._max_new_tokens = sampling, max_new_tokens
-        self._engine = Engine(text_model, limits_for(text_model, batch_size, speculate=speculate))
+        self._sampling, self._max_new_tokens, self._beam_search = sampling, max_new_tokens, beam_search
+        width = 1
+        if beam_search is not None:
+            beam_search.check_vocabulary(text_model.model.config.vocab_size, text_model.stop_ids)
+            width = beam_search.beam_width
+        self._engine = Engine(text_model, limits_for(text_model, batch_size, speculate=speculate, beam_width=width))
 
     def translate(
         self, lines: Iterable[str], window: int | None = None, on_answer: Callable[[int], None] | None = None
@@ -110,6 +118,7 @@ class Translator:
             sampling=self._sampling,
             stop_ids=self.text_model.stop_ids,
             trace=self.trace,
+            beam_search=self._beam_search,
         )
 
     def _limit(self, prompt: Sequence[int], where: str) -> int:
@@ -132,6 +141,18 @@ def translation_request(text_model: TextModel, text: str, to: Language | None) -
         raise SoliError("the text is empty: give something to translate")
     prompt = text_model.tokenizer.translation_prompt(line, to or target_of(line))
     return prompt, enough(text_model.remaining_tokens(prompt, "the text"), prompt)
+
+
+def translation_beams(
+    text_model: TextModel, beam_width: int | None, length_penalty: float | None, gives_way: bool = False
+) -> BeamSearchParams | None:
+    """The beam search that a translation has; None for one beam, which is no search. What is not given is as in the
+    model's generation_config.json, unless another decoding was asked for, to which that `gives_way`."""
+    default = None if gives_way or beam_width == 1 else text_model.beam_search
+    if default is None and beam_width is None and length_penalty is not None:
+        raise SoliError("length_penalty is for several beams: give their number too")
+    params = beam_search_params(default or BeamSearchParams(1), beam_width, length_penalty)
+    return params if params.beam_width > 1 else None
 
 
 def translation_target(text: str, to: Language | None) -> Language | None:
@@ -165,9 +186,10 @@ def evaluate_direction(
     to: Language,
     batch_size: int = 32,
     on_answer: Callable[[int], None] | None = None,
+    beam_search: BeamSearchParams | None = None,
 ) -> Direction:
-    """Translates one side of every pair, greedily, and scores it against the other."""
-    translator = Translator(text_model, to=to, batch_size=batch_size)
+    """Translates one side of every pair, greedily or by a beam search, and scores it against the other."""
+    translator = Translator(text_model, to=to, batch_size=batch_size, beam_search=beam_search)
     source, target = (2, 1) if to == "zh" else (1, 2)
     texts = [pair[source] for pair in pairs]
     references = [pair[target] for pair in pairs]

@@ -2,8 +2,8 @@
 
 A guess is which experts the next layer's router would choose for this layer's hidden state. A right guess is read while
 this layer is computed; a wrong one takes a slot, and the block of it that is being read delays what is needed. Which
-weighs more depends on disk, model and text, so both ways take turns for TRIAL passes each, and the faster one, by its
-median pass, is kept for KEEP passes.
+weighs more depends on disk, model and text, so both ways take turns, for TRIAL passes each, and the faster one, by its
+median pass, is kept for KEEP passes. Turns are short: a cache that fills up meanwhile is as full for both.
 """
 
 from dataclasses import dataclass, field
@@ -11,6 +11,7 @@ from statistics import median
 from typing import Final
 
 TRIAL: Final = 24  # passes each way
+TURN: Final = 4
 KEEP: Final = 512
 MIN_GAIN: Final = 0.01  # of the time of a pass, below which it is left off
 
@@ -57,10 +58,9 @@ class Prefetcher:
             self._left -= 1
             return
         self._seconds[self.enabled].append(seconds)
-        if len(self._seconds[self.enabled]) < TRIAL:
-            return
-        if not self._seconds[not self.enabled]:
+        if len(self._seconds[self.enabled]) % TURN == 0:
             self.stats.enabled = not self.enabled
+        if min(map(len, self._seconds.values())) < TRIAL:
             return
         with_guesses, without = median(self._seconds[True]), median(self._seconds[False])
         self.stats.enabled = with_guesses < (1 - MIN_GAIN) * without

@@ -5,8 +5,8 @@ which the C++ kernels read; the store changes it only while no kernel runs, but 
 read, which the thread that reads it changes. So a kernel can compute the experts that are in memory while the others
 are read, and waits for each in turn.
 
-When a batch chooses more experts of a layer than fit, they come in windows, in ascending order: each is read once, and
-while one window is computed the next is read. Results have the same bits as with all experts in memory.
+When a batch chooses more experts of a layer than fit, or nearly all, they come in windows, in ascending order: each is
+read once, and while one window is computed the next is read. Results have the same bits as with all experts in memory.
 
 One thread at a time may use a store. Shapes: E experts, T tokens, K chosen, D hidden, F expert width.
 """
@@ -30,6 +30,8 @@ from soli.experts.slots import Slots
 from soli.experts.sources import Sources
 from soli.formats.quantized import QuantizedWeight
 
+PROMPT_SHARE: Final = 3 / 4  # of a layer's experts: tokens that choose more of them are a prompt's
+MOST_PARTS: Final = 8  # of a layer's experts, where two parts fit
 PRELOAD_SECONDS: Final = 2.0
 PRELOAD_AT_ONCE: Final = 32  # experts
 
@@ -238,10 +240,17 @@ class ExpertStore:
         self.reader.close()
 
     def _parts(self, layer: int, chosen: Sequence[int]) -> list[Sequence[int]]:
-        """The chosen experts in parts of which two fit in memory at once, or in one part where all fit."""
-        if len(chosen) <= self.capacity:
+        """The chosen experts in parts of which two fit in memory at once, or in one part where all fit.
+
+        A prompt chooses nearly all experts of a layer, most of them for the last time: in parts of half of the layer's
+        share of the cache they take the place of each other, and not of those that other layers need again.
+        """
+        experts = len(self.sources.layers[layer].experts)
+        share = self.capacity // len(self.sources.layers)
+        fits = len(chosen) <= self.capacity
+        if fits and (self.holds_all or len(chosen) <= max(share, experts * PROMPT_SHARE)):
             return [chosen]
-        size = max(1, self.capacity // 2)
+        size = max(1, share // 2, experts // MOST_PARTS) if fits else max(1, self.capacity // 2)
         return [chosen[at : at + size] for at in range(0, len(chosen), size)]
 
     def _load(self, layer: int, experts: Sequence[int], locked: Sequence[int]) -> None:

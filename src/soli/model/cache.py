@@ -4,10 +4,11 @@ Shapes: T tokens, B decode tokens, P KV blocks of S slots, M blocks of a block t
 I width of an indexer's key.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 # What a token leaves in a layer: its latent and rotated key, X = C + R values; with an indexer that one's key, X = I.
@@ -48,3 +49,12 @@ class Cache(Protocol):
     def write(self, layer: int, entries_TX: Tensor, entry: Entry = "latent") -> Tensor:
         """Store what each token leaves; return the layer's KV blocks, (P, S, X)."""
         ...
+
+
+def copy_blocks(layers: Iterable[Tensor], copies: Sequence[tuple[int, int]]) -> None:
+    """Copy whole KV blocks of each layer (P, S, X), from the first of each pair to the second."""
+    if copies:
+        source_C, destination_C = torch.tensor(copies).T
+        for blocks_PSX in layers:
+            source, destination = source_C.to(blocks_PSX.device), destination_C.to(blocks_PSX.device)
+            blocks_PSX.index_copy_(0, destination, blocks_PSX[source])

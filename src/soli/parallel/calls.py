@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from soli.errors import SoliError
-from soli.model.cache import Cache, Entry, PrefillChunk
+from soli.model.cache import Cache, Entry, PrefillChunk, copy_blocks
 from soli.model.transformer import Transformer
 from soli.parallel.ranks import GRACE, LOST, describe_lost
 
@@ -46,6 +46,8 @@ class BlockStep(Cache, Protocol):
     def cache(self) -> _Blocks: ...
     @property
     def slots_T(self) -> Tensor: ...
+    @property
+    def copied(self) -> Sequence[tuple[int, int]]: ...
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class StepMetadata:
     lengths_B: Tensor
     chunks: Sequence[PrefillChunk]
     slots_T: Tensor
+    copied: Sequence[tuple[int, int]]  # blocks, from and to, before the step
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,7 @@ class Leader:
             step.lengths_B.to(CPU),
             [PrefillChunk(chunk.start, chunk.stop, chunk.first, chunk.slots_S.to(CPU)) for chunk in step.chunks],
             step.slots_T.to(CPU),
+            step.copied,
         )
 
 
@@ -186,6 +190,7 @@ class _FollowedStep:
 
     def __init__(self, metadata: StepMetadata, blocks: _OwnBlocks, device: torch.device) -> None:
         self._blocks = blocks
+        copy_blocks(blocks.layers.values(), metadata.copied)
         self.num_decode_tokens = metadata.num_decode_tokens
         self.table_BM, self.lengths_B = metadata.table_BM.to(device), metadata.lengths_B.to(device)
         self.slots_T = metadata.slots_T.to(device)

@@ -19,6 +19,7 @@ from soli.experts.load import load_within
 from soli.experts.policy import ExpertUsage
 
 NEW_TOKENS: Final = 32
+SETTLING_TOKENS: Final = 16  # after the prompt, which took the place of experts that decoding uses more
 WARM_UP_TOKENS: Final = 32  # decoded after a first prompt, so that the cache is as full as it will be
 SECONDS: Final = 30.0  # after which no more tokens are decoded
 
@@ -49,8 +50,8 @@ def measure(
     model, budget = load_within(folder, memory, mtp=False)
     tokenizer = Tokenizer.from_folder(open_checkpoint(folder).folder)
     together = replace(text_model(model, tokenizer), budget=budget)
-    prompt = min(prompt, together.positions - NEW_TOKENS)
-    engine = Engine(together, limits_for(together, 1, prompt + NEW_TOKENS))
+    prompt = min(prompt, together.positions - SETTLING_TOKENS - NEW_TOKENS)
+    engine = Engine(together, limits_for(together, 1, prompt + SETTLING_TOKENS + NEW_TOKENS))
     store = budget.store
     try:
         on_step("a first prompt")
@@ -63,8 +64,10 @@ def measure(
             reads = store.reader.stats
             marks.append((store.stats.hits, store.stats.misses, reads.bytes, reads.busy_seconds))
 
-        seconds, gaps = _run(engine, prompt, NEW_TOKENS, seed=2, on_token=mark)
-        hits, misses, read, busy = (last - begin for last, begin in zip(marks[-1], marks[0], strict=True))
+        seconds, gaps = _run(engine, prompt, SETTLING_TOKENS + NEW_TOKENS, seed=2, on_token=mark)
+        settled = min(SETTLING_TOKENS, len(gaps) // 2)
+        gaps = gaps[settled:]
+        hits, misses, read, busy = (last - begin for last, begin in zip(marks[-1], marks[settled], strict=True))
         measurement = Measurement(
             prompt_tokens=prompt,
             new_tokens=len(gaps),

@@ -23,9 +23,10 @@ cache cannot do worse than by chance. With a skew z experts are chosen as often 
     h = sum over ranks 1 ... s E of r^-z / sum over ranks 1 ... E of r^-z
 
 holds where the cache has the most frequent ones. Where it is known which share of tokens chose each expert, from
-earlier runs, h is that of the experts with the largest shares. Beside these each layer, and each step, takes a constant
-time that no byte explains; attention's own products are slower than those with weights. What the store reads ahead is
-not in the model. The bound is the resource that is busy for the longest part of the time: disk, memory or arithmetic.
+earlier runs, h is that of the experts with the largest shares, less what makes them largest by chance. Beside these
+each layer, and each step, takes a constant time that no byte explains; attention's own products are slower than those
+with weights. What the store reads ahead is not in the model. The bound is the resource that is busy for the longest
+part of the time: disk, memory or arithmetic.
 """
 
 from collections.abc import Mapping
@@ -43,12 +44,13 @@ from soli.plan.sizes import ModelSizes
 KERNEL_EFFICIENCY: Final = 0.75  # of memory bandwidth, at which Soli's kernels read weights: measured 72 to 83 %
 FLOPS_PER_BYTE: Final = 15.0  # of a stated machine: FLOP per byte of its memory bandwidth, where none are stated
 DISK_LATENCY: Final = 1e-4  # seconds, of a stated disk
-# Fitted to processor time on one core of an EPYC with AVX-512, of nano and of a model of 1.2 B in FP8 and int4. Seconds
-# that no byte explains, of a step, of a layer, and in the store of a layer with misses; what a prompt reaches of the
-# rate of its products alone; the rate of attention's own products, as a share of that of products with bf16 weights.
+# Seconds that no byte explains, of a step, of a layer, and in the store of a layer with misses; what a prompt reaches
+# of the rate of its products alone; the rate of attention's own products, as a share of that of products with bf16
+# weights. The third is fitted to recorded runs from disk (benchmarks/results/paging_*.json), the others to processor
+# time on one core of an EPYC with AVX-512, of nano and of a model of 1.2 B in FP8 and int4.
 STEP_SECONDS: Final = 250e-6
 LAYER_SECONDS: Final = 80e-6
-MISS_SECONDS: Final = 400e-6
+MISS_SECONDS: Final = 1.4e-3
 PROMPT_EFFICIENCY: Final = 0.85
 ATTENTION_IN_DECODING: Final = 0.6
 ATTENTION_IN_PROMPTS: Final = 0.3
@@ -159,10 +161,16 @@ def expected_hit_rate(share: float, experts: int, skew: float = 0.0) -> float:
     return (sum(frequencies[:whole]) + (cached - whole) * frequencies[whole]) / sum(frequencies)
 
 
-def remembered_hit_rate(shares_LE: NDArray[np.float64], slots: int) -> float:
-    """The share of chosen experts that are in memory, where those are that the largest `shares_LE` of tokens chose."""
-    shares = np.sort(shares_LE, axis=None)[::-1]
-    return float(shares[:slots].sum() / shares.sum())
+def remembered_hit_rate(shares_LE: NDArray[np.float64], tokens: int, slots: int) -> float:
+    """The share of chosen experts that are in memory, where those are that the largest `shares_LE` of `tokens` tokens
+    chose. Of few tokens the shares differ by chance, and the largest are too large: each layer's are moved towards
+    their mean, by the part of their variance that drawing so many tokens explains (the James-Stein estimate)."""
+    mean_L1 = shares_LE.mean(axis=1, keepdims=True)
+    chance_L1 = (shares_LE * (1 - shares_LE)).mean(axis=1, keepdims=True) / max(1, tokens)
+    variance_L1 = np.maximum(shares_LE.var(axis=1, keepdims=True), np.finfo(float).tiny)
+    estimates_LE = mean_L1 + np.maximum(0, 1 - chance_L1 / variance_L1) * (shares_LE - mean_L1)
+    estimates = np.sort(estimates_LE, axis=None)[::-1]
+    return float(estimates[:slots].sum() / estimates.sum())
 
 
 class _Step:

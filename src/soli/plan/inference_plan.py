@@ -233,7 +233,7 @@ def speed(
     if usage is None or division.slots == division.experts:
         hit_rate = expected_hit_rate(division.share, sizes.config.n_routed_experts, workload.skew)
     else:
-        hit_rate = remembered_hit_rate(usage.shares_LE, division.slots)
+        hit_rate = remembered_hit_rate(usage.shares_LE, usage.tokens, division.slots)
     return Speed(
         predict_decode(sizes, machine, division.share, prompt, hit_rate),
         predict_prompt(sizes, machine, division.share, prompt, division.tokens_per_call),

@@ -67,8 +67,8 @@ def page(served, open_page):
 
 @pytest.fixture(scope="module")
 def answer():
-    """The output of `soli translate` for the sentence, from the same model."""
-    command = [sys.executable, "-m", "soli", "translate", KNIFE["source"], "--experts", "--json"]
+    """The output of `soli translate` for the sentence, from the same model, greedily as the server decodes."""
+    command = [sys.executable, "-m", "soli", "translate", KNIFE["source"], "--beams", "1", "--experts", "--json"]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 

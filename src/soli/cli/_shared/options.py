@@ -29,6 +29,21 @@ Seed = Annotated[int | None, typer.Option(help="Same seed, same text.")]
 Speculate = Annotated[
     bool, typer.Option("--speculate", help="Draft tokens with the model's MTP module; slower on the CPUs measured.")
 ]
+Beams = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Search with so many beams for the likeliest translation; 1 is greedy. "
+        "By default num_beams of the model's generation_config.json, else 1.",
+    ),
+]
+LengthPenalty = Annotated[
+    float | None,
+    typer.Option(
+        help="Rank translations by log-probability over length to this power; by default length_penalty of "
+        "generation_config.json, else 1."
+    ),
+]
 MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Stop after this many tokens.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object per line, for programs.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do it without a question.")]
