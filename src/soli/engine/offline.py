@@ -29,9 +29,12 @@ def limits_for(
     `longest` tokens, prompt and answer (None: as many as the model has positions), or of a GiB where that is less and
     one text fits into it.
 
+    Where memory is limited, beams take the places of texts: `batch_size` sequences run together, or one text's beams.
     Prefixes are not shared, so that the bits of an answer do not depend on earlier requests.
     """
     model, defaults = text_model.model, EngineLimits()
+    if text_model.budget is not None or text_model.free_bytes is not None:
+        batch_size = max(1, batch_size // beam_width)
     dtype = model.compute_dtype or model.embed_tokens.weight.dtype
     layers = model.config.num_hidden_layers + speculate
     tokens = text_model.positions if longest is None else min(longest, text_model.positions)
