@@ -36,10 +36,9 @@ def test_what_was_pulled_runs_by_its_id(hub: Hub, capsys: pytest.CaptureFixture[
     assert main(["pull", ID, "--yes"]) == 0
     output = capsys.readouterr()
     folder = Path(output.out.strip())
-    assert sorted(file.name for file in folder.iterdir()) == sorted(
-        ["README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-    )
-    for words in (f"{ID} at main, commit {MAIN[:12]}", "5 files, ", " free for ", " available, weights 3"):
+    names = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(file.name for file in folder.iterdir()) == ["README.md", *names]
+    for words in (f"{ID} at main, commit {MAIN[:12]}", "6 files, ", " free for ", " available, weights 3"):
         assert words in output.err
     texts = []
     for name in (ID, f"{ID}@main", "nano"):

@@ -49,6 +49,7 @@ def test_the_papers_run_fits_2048_h800():
     assert plan.bubble == pytest.approx((sizes.pipeline - 1) / (15360 // sizes.ranks + sizes.pipeline - 1))
 
 
+@pytest.mark.slow
 def test_more_memory_needs_no_slower_mesh():
     h800, h200 = (proposed(2048, name).plan for name in ("h800", "h200"))
     assert sum(h200.seconds) <= sum(h800.seconds)
@@ -72,6 +73,7 @@ def test_more_devices_take_less_time():
     assert plans[1024].sizes.expert > 8 == plans[2048].sizes.expert
 
 
+@pytest.mark.slow
 def test_faster_devices_take_less_time():
     plans = [proposed(2048, name).plan for name in ("a100", "h800", "h200", "b200")]
     for slower, faster in itertools.pairwise(plans):
