@@ -20,6 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from soli import __version__
 from soli.errors import SoliError
+from soli.parallel import GRACE
 
 VERBS = {
     "count": "Count parameters, bytes, cache and FLOPs of a model, or of a what-if.",
@@ -44,7 +45,6 @@ VERBS = {
 
 
 WRONG_USAGE = 2
-GRACE = 3.0  # seconds, as soli.parallel.ranks has them
 # In the errors of torch, of CUDA, of mmap, of threads and of the dynamic linker.
 NO_MEMORY = re.compile(
     r"can('t|not) allocate memory|out of memory|can't start new thread|failed to map segment", re.IGNORECASE

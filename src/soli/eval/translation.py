@@ -2,8 +2,7 @@
 
 The lines may be endless: at most a window of them is held. What comes before a line that cannot be translated is
 translated first; then the line's SoliError is raised. chrF and BLEU are sacrebleu's, corpus-wide and per source, BLEU
-on its `zh` and `13a` tokens; the translations that they score are greedy unless a beam search is
-asked for.
+on its `zh` and `13a` tokens; the translations that they score are greedy unless a beam search is asked for.
 """
 
 import unicodedata

@@ -26,7 +26,8 @@ from torch import Tensor
 from soli.errors import SoliError
 from soli.model.cache import Cache, Entry, PrefillChunk, copy_blocks
 from soli.model.transformer import Transformer
-from soli.parallel.ranks import GRACE, LOST, describe_lost
+from soli.parallel import GRACE
+from soli.parallel.ranks import LOST, describe_lost
 
 ENTRY_POINTS: Final = ("backbone", "mtp_step", "head")
 IDLE: Final = timedelta(days=3650)  # between two calls, and between the ends of two ranks' loading

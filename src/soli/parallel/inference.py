@@ -28,9 +28,10 @@ from soli.formats.quantized import SharedScale
 from soli.kernels import QuantizedExperts, cpu
 from soli.machine import available_memory
 from soli.model.transformer import Transformer
+from soli.parallel import GRACE
 from soli.parallel.calls import IDLE, Leader, follow
 from soli.parallel.model_part import ModelPart, possible_worlds
-from soli.parallel.ranks import GRACE, Ranks, connected, join_ranks, joined
+from soli.parallel.ranks import Ranks, connected, join_ranks, joined
 from soli.parallel.tensor_parallel import share_layers
 
 STOP_SECONDS: Final = 40.0  # after a signal to a rank that is not the first; torchrun's agent ends all after 30

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from soli.errors import SoliError
+from soli.parallel import GRACE
 
 LOST: Final = re.compile(r"gloo|nccl|connection|timed? ?out|peer", re.IGNORECASE)  # in errors of collectives
-GRACE: Final = 3.0  # seconds
 CLOSE_SECONDS: Final = 5.0  # for connections in use by a collective that other ranks do not take part in
 TIMEOUT: Final = timedelta(minutes=10)  # of a collective: the first rank may have to evaluate or to read data alone
 
