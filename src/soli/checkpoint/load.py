@@ -119,7 +119,7 @@ def load_checkpoint(
     checkpoint.check_copies()
     model = Transformer(checkpoint.config, device="meta", dtype=storage.dtype)
     reshape(model)
-    sources = _sources(checkpoint)
+    sources = slots_by_tensor(checkpoint)
     _set_as_stored(model, checkpoint, sources, storage, paged or {})
     _fill(model, checkpoint, sources, storage, progress)
     return model.eval()
@@ -217,7 +217,17 @@ def _allocate(shape: torch.Size, dtype: torch.dtype, device: torch.device, offse
     return memory[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
 
 
-def _sources(checkpoint: Checkpoint) -> dict[str, list[Slot]]:
+def whole_tensor(
+    checkpoint: Checkpoint, slots: list[Slot], name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The tensor `name` of Soli, read from the slots that fill it, dequantized."""
+    tensor = _allocate(shape, dtype, device, checkpoint.entries[slots[0].name].start)
+    for slot in slots:
+        slot_view({name: tensor}, slot).copy_(checkpoint.values(slot, dtype, device))
+    return tensor
+
+
+def slots_by_tensor(checkpoint: Checkpoint) -> dict[str, list[Slot]]:
     """The slots that fill each tensor of Soli, without copies."""
     sources: dict[str, list[Slot]] = defaultdict(list)
     for slot in checkpoint.slots:
@@ -244,10 +254,7 @@ def _fill(
         if storage.in_place and storage.device.type == "cpu" and sources[name][0].expert is None:
             parameter = checkpoint.parameter(sources[name][0], empty.dtype)
         if parameter is None:
-            first = checkpoint.entries[sources[name][0].name]
-            parameter = _allocate(empty.shape, empty.dtype, storage.device, first.start)
-            for slot in sources[name]:
-                slot_view({name: parameter}, slot).copy_(checkpoint.values(slot, empty.dtype, storage.device))
+            parameter = whole_tensor(checkpoint, sources[name], name, empty.shape, empty.dtype, storage.device)
         filled[name] = parameter
         bytes_read += empty.nbytes
         progress(bytes_read, total)

@@ -147,6 +147,10 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
+    def vocabulary(self) -> dict[str, int]:
+        """The ids of all tokens, added ones too, by their names."""
+        return dict(self._backend.get_vocab(with_added_tokens=True))
+
     @property
     def bos_id(self) -> int:
         return self.token_id(self._bos)
@@ -206,7 +210,7 @@ class Tokenizer:
             return None
         if any(token.lstrip or token.rstrip for token in self._backend.get_added_tokens_decoder().values()):
             return None  # takes white space of any length with it
-        return max(len(token.encode()) for token in self._backend.get_vocab(with_added_tokens=True))
+        return max(len(token.encode()) for token in self.vocabulary())
 
     def check_length(self, name: str, text_bytes: int, most: int) -> None:
         """TextTooLong for a text of so many bytes if it is certain to have more than `most` tokens."""

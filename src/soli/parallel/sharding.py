@@ -79,13 +79,13 @@ def init_shards(
         whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
         model.init_parameter(name, whole, generator)
         if name in own:
-            local_tensor(own[name]).copy_(_own_values(whole, own[name]))
+            local_tensor(own[name]).copy_(own_values(whole, own[name]))
     for _, mixture in model.moe_layers():
         if mixture.gate.e_score_correction_bias is not None:
             mixture.gate.e_score_correction_bias.zero_()
 
 
-def _own_values(whole: Tensor, like: Tensor) -> Tensor:
+def own_values(whole: Tensor, like: Tensor) -> Tensor:
     """This rank's part of a tensor with the shape of the parameter `like`."""
     if isinstance(like, DTensor):
         (chunk,) = like.__create_chunk_list__()  # which distributed checkpoints ask of any tensor

@@ -84,6 +84,7 @@ class RunSettings(Section, section="run"):
     a step goes wrong (soli/train/anomalies.py)."""
 
     seed: int = 0
+    initial_weights: str | None = None  # a model folder or name whose weights a new run starts from; None: random ones
     device: str = "auto"  # auto, cpu, cuda, cuda:1 ...
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"  # of activations; fp8: bf16 and products in E4M3
     micro_sequences: PositiveInt = 16  # sequences in one forward pass; a step adds up the gradients of several

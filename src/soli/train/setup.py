@@ -28,6 +28,7 @@ from soli.train.batches import PackedTokens
 from soli.train.checkpoints import load_checkpoint
 from soli.train.cuda_graph import GraphedStep
 from soli.train.evaluate import bytes_per_token
+from soli.train.initial_weights import fill, open_initial_weights
 from soli.train.model_options import apply_block_options, use_fp8
 from soli.train.optimizer import MOMENTS, Optimizer
 from soli.train.run_folder import RunProgress, checkpoints
@@ -101,6 +102,9 @@ def prepare(settings: TrainSettings, data: dict[str, Any], data_folder: Path, ru
     train_tokens, valid_tokens = PackedTokens(data_folder, "train"), PackedTokens(data_folder, "valid")
     _check_fim_rate(data, train_tokens)
     stages = build_stages(settings, train_tokens, valid_tokens)
+    initial = None
+    if settings.run.initial_weights is not None and not ranks.of_first(checkpoints(run_folder)):
+        initial = open_initial_weights(settings.run.initial_weights, settings.model, tokenizer)
     packed = {key: train_tokens.meta.get(key) for key in PACKED}
     lock = None
     if ranks.is_first:
@@ -109,6 +113,8 @@ def prepare(settings: TrainSettings, data: dict[str, Any], data_folder: Path, ru
         _store_recipe(run_folder, as_recipe(settings, data) | {"packed": packed})
         tokenizer.save(run_folder)
     model, shares, pipeline = _new_model(settings, device, compute, ranks)
+    if initial is not None:
+        fill(model, initial, is_sharded=ranks.world > 1)
     run = Run(
         folder=run_folder,
         lock=lock,
