@@ -149,6 +149,9 @@ def test_searches_that_cannot_be_are_rejected(run, folder):
     assert_rejected(run(*arguments, "--beams", "1000000"), "beam_width is 1000000", "at most 165")
     assert_rejected(run(*arguments, "--beams", "2", "--length-penalty", "nan"), "length_penalty is nan")
     assert_rejected(run(*arguments, "--length-penalty", "0.6"), "length_penalty is for several beams")
+    assert_rejected(run(*arguments, "--beams", "1", "--length-penalty", "0.6"), "length_penalty is for several beams")
+    evaluation = ["eval", folder, "--pairs", "pairs.tsv", "--length-penalty", "0.6"]
+    assert_rejected(run(*evaluation), "--length-penalty", "--beams above 1")
     assert_rejected(run(*arguments, "--beams", "2", "--temperature", "1"), "a beam search takes no temperature")
     assert_rejected(run(*arguments, "--beams", "2", "--speculate"), "--speculate", "--beams 1")
 

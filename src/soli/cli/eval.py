@@ -33,8 +33,9 @@ def eval(
     batch_size: Annotated[int, typer.Option(min=1, help="Sentences translated together.")] = 64,
     beams: Annotated[int, typer.Option(min=1, help="Translate by a search with so many beams; 1 is greedy.")] = 1,
     length_penalty: Annotated[
-        float, typer.Option(help="Rank the beams' translations by log-probability over length to this power.")
-    ] = 1.0,
+        float | None,
+        typer.Option(help="Rank the beams' translations by log-probability over length to this power; default 1."),
+    ] = None,
     json: options.Json = False,
     device: options.Device = "cpu",
     dtype: options.Dtype = "auto",
@@ -46,6 +47,8 @@ def eval(
     join_first_rank(model, device, dtype, True, memory, threads)
     if pairs is None and text is None:
         raise SoliError("there is nothing to evaluate on: give --pairs FILE, --text FILE or both")
+    if length_penalty is not None and (beams == 1 or pairs is None):
+        raise SoliError("--length-penalty ranks the beams of translations: give --beams above 1, and --pairs")
     if started_ranks(ctx, model, processes):
         return
     rows = evenly(file_pairs(pairs), limit) if pairs is not None else []
@@ -56,8 +59,7 @@ def eval(
     from soli.eval.scoring import score_pairs, score_texts
     from soli.eval.translation import evaluate_direction
 
-    params = BeamSearchParams(beams, length_penalty)
-    search = params if beams > 1 else None
+    search = BeamSearchParams(beams, 1.0 if length_penalty is None else length_penalty) if beams > 1 else None
     options.use_threads(threads)
     text_model = load_text_model(model, device, dtype, True, memory)
     report = Report(model)

@@ -148,7 +148,7 @@ def translation_beams(
     """The beam search that a translation has; None for one beam, which is no search. What is not given is as in the
     model's generation_config.json, unless another decoding was asked for, to which that `gives_way`."""
     default = None if gives_way or beam_width == 1 else text_model.beam_search
-    if default is None and beam_width is None and length_penalty is not None:
+    if default is None and (beam_width or 1) == 1 and length_penalty is not None:
         raise SoliError("length_penalty is for several beams: give their number too")
     params = beam_search_params(default or BeamSearchParams(1), beam_width, length_penalty)
     return params if params.beam_width > 1 else None
