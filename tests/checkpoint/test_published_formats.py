@@ -1,6 +1,7 @@
 """Folders of other programs' formats: each weight against its definition in float64, and every verb."""
 
 import json
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -163,6 +164,21 @@ def test_a_pack_keeps_what_memory_has_as_the_files_do(format: str, tmp_path: Pat
             if slot.name in reference:
                 values = checkpoint.values(slot, torch.float32).double()
                 torch.testing.assert_close(values, reference[slot.name], rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("format", ["float-quantized per channel", "modelopt NVFP4"])
+def test_a_pack_checks_the_scales_that_it_copies(format: str, tmp_path: Path) -> None:
+    quantized_folder(tmp_path / "m", format)
+    scale = "model.layers.1.mlp.experts.2.down_proj.weight_scale"
+
+    def damage(tensors: dict[str, Tensor]) -> None:
+        values = tensors[scale].float()
+        values[0] = float("nan")
+        tensors[scale] = values.to(tensors[scale].dtype)
+
+    edit_tensors(tmp_path / "m" / "model.safetensors", damage)
+    with pytest.raises(SoliError, match=rf"{re.escape(scale)}.*finite"):
+        convert_checkpoint(tmp_path / "m", tmp_path / "pack", None, pack=True)
 
 
 def test_a_pack_of_formats_of_which_one_is_rewritten_is_rejected(tmp_path: Path) -> None:

@@ -87,8 +87,9 @@ def recipe_file(folder: Path, data: Path, steps: int) -> Path:
 
 
 def start(*arguments: str | Path) -> subprocess.Popen:
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True)
+    """In a process group of its own, as a shell starts it."""
+    command, env = [sys.executable, *map(str, arguments)], os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, env=env, text=True, process_group=0)
 
 
 def ranks_of(agent: subprocess.Popen) -> dict[int, int]:
@@ -132,13 +133,16 @@ def test_soli_train_starts_ranks_and_names_the_one_that_was_killed(tmp_path, dat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to_agent", [True, False])
-def test_sigterm_saves_and_stops_all_ranks(tmp_path, data, to_agent):
+@pytest.mark.parametrize("to", ["agent", "rank", "terminal"])
+def test_a_signal_saves_and_stops_all_ranks(tmp_path, data, to):
     run = tmp_path / "run"
     agent = start("-m", "soli", "train", recipe_file(tmp_path, data, MANY), "--processes", "2", "--out", run)
     wait_for_checkpoint(agent, run)
     before = saved_step(run)
-    os.kill(agent.pid if to_agent else ranks_of(agent)[1], signal.SIGTERM)
+    if to == "terminal":
+        os.killpg(agent.pid, signal.SIGINT)  # Ctrl-C
+    else:
+        os.kill(agent.pid if to == "agent" else ranks_of(agent)[1], signal.SIGTERM)
     _, error = agent.communicate(timeout=WITHIN)
     assert agent.returncode == 0 and saved_step(run) > before, error
     assert f"stopped after step {saved_step(run)}" in error and "Traceback" not in error

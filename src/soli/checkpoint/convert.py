@@ -154,10 +154,12 @@ class AsStored:
             )
 
     def tensors(self, slot: Slot) -> list[Tensor]:
-        """A slot's values, and scales where it has them."""
+        """A slot's values, and scales where it has them, which are checked."""
         if self._is_rewritten(slot):
             return as_tensors(self.checkpoint.quantized(slot))
-        return [self.checkpoint.stored(name) for name, _, _ in self.specs(slot)]
+        tensors = [self.checkpoint.stored(name) for name, _, _ in self.specs(slot)]
+        self.checkpoint.as_weight(slot, tensors)
+        return tensors
 
     def _is_rewritten(self, slot: Slot) -> bool:
         """Whether the files have a weight otherwise than Soli's would that has its codec."""

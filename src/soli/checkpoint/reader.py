@@ -11,7 +11,7 @@ between embedding and head when the files hold a head of its own. Experts may be
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import islice
@@ -167,10 +167,15 @@ class Checkpoint:
         """A slot's values and scales, mapped from disk where memory has the files' bytes; None where it is not
         quantized. Scales are checked, except those of Soli's int8 and int4."""
         layout = self.layout(slot)
+        return None if layout is None else self.as_weight(slot, [*map(self.stored, layout.names(slot.name))])
+
+    def as_weight(self, slot: Slot, tensors: Sequence[Tensor]) -> QuantizedWeight | None:
+        """`quantized`, of a slot whose tensors have been read."""
+        layout = self.layout(slot)
         if layout is None:
             return None
         try:
-            return layout.read(slot.shape, *map(self.stored, layout.names(slot.name)))
+            return layout.read(slot.shape, *tensors)
         except SoliError as error:
             scale = self.entries[slot.name + layout.companions[0].suffix]
             raise SoliError(f"{scale}: {error}") from None
