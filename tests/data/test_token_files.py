@@ -70,6 +70,17 @@ def test_packed_files_are_documents_end_to_end(built):
     assert (meta["dtype"], meta["vocab_size"]) == ("uint16", tokenizer.vocab_size)
 
 
+def test_a_given_tokenizer_is_not_learnt_anew(built, tmp_path):
+    corpus = Corpus(PAIRS, PAIRS[:1], LINES, LINES[:1])
+    config = CorpusConfig(vocab_size=400, tokenizer=str(built[0]))
+    (tmp_path / "other").mkdir()
+    meta = write_token_files(corpus, config, tmp_path / "other", lambda name, event: None)
+    assert (tmp_path / "other" / "tokenizer.json").read_bytes() == (built[0] / "tokenizer.json").read_bytes()
+    assert meta["tokenizer_sha256"] == built[1]["tokenizer_sha256"]
+    with pytest.raises(SoliError, match=r"no tokenizer\.json"):
+        write_token_files(corpus, CorpusConfig(tokenizer=str(tmp_path / "none")), tmp_path, lambda name, event: None)
+
+
 def test_documents_are_framed_as_prompts_are(built):
     tokenizer = Tokenizer.from_folder(built[0])
     (_, forward), (_, back) = encode_by_source(heldout_documents(PAIRS[:1], []), tokenizer)

@@ -16,7 +16,7 @@ from soli.data.pack import Input, PackConfig, pack_inputs
 from soli.data.readers import InputLayout
 from soli.data.recipe import load_recipe
 from soli.data.token_files import inspect_folder, read_meta
-from soli.hub.cache import find_folder
+from soli.data.tokenizer import tokenizer_folder
 from soli.input_files import read_object
 from soli.recipes import corpus_builder, read_data_config
 
@@ -143,13 +143,6 @@ def recipe_values(recipe: str, names: dict[str, Any]) -> dict[str, Any]:
     table = load_recipe(recipe)
     config = read_data_config(table)
     return {name: getattr(config, name) for name in names if name in table.get("data", {})}
-
-
-def tokenizer_folder(name: str) -> Path:
-    """The folder of the bundled model for `nano`, else the folder of that name, or of a downloaded model's ID."""
-    if name == "nano":
-        return Path(__file__).resolve().parents[1] / "models" / "nano"
-    return Path(name) if Path(name).exists() else find_folder(name, config_only=True) or Path(name)
 
 
 def _two_fields(pair: str) -> tuple[str, str]:

@@ -22,6 +22,7 @@ from soli.atomic_file import replace_file
 from soli.data import tiktoken_model
 from soli.data.tiktoken_model import SYMBOLS
 from soli.errors import SoliError, library_errors
+from soli.hub.cache import find_folder
 from soli.input_files import TABLE_BYTES, kind_of, parse_json, read_object_if_present, read_text
 from soli.sections import is_text, shown
 
@@ -311,6 +312,13 @@ class Tokenizer:
             raise SoliError(f"cannot translate to {to!r}: choose en or zh")
         source, target = ("en", "zh") if to == "zh" else ("zh", "en")
         return [self.bos_id, self.token_id(f"<|{source}|>"), *self.encode(text), self.token_id(f"<|{target}|>")]
+
+
+def tokenizer_folder(name: str) -> Path:
+    """The folder of the bundled model for `nano`, else the folder of that name, or of a downloaded model's ID."""
+    if name == "nano":
+        return Path(__file__).resolve().parents[1] / "models" / "nano"
+    return Path(name) if Path(name).exists() else find_folder(name, config_only=True) or Path(name)
 
 
 def with_affixes(backend: tokenizers.Tokenizer, prefix: Sequence[int], suffix: Sequence[int]) -> tokenizers.Tokenizer:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from soli.data.documents import ReportStep, encode_by_source
-from soli.data.token_files import read_meta, write_meta, write_tokens
-from soli.data.tokenizer import Tokenizer
+from soli.data.token_files import dtype_for, read_meta, write_meta, write_tokens
+from soli.data.tokenizer import Tokenizer, tokenizer_folder
 from soli.errors import SoliError
 from soli.recipes.nano_corpus.config import CorpusConfig
 from soli.recipes.nano_corpus.corpus import Corpus, build_corpus, write_corpus
@@ -41,17 +41,21 @@ def build_data(
 
 def write_token_files(corpus: Corpus, config: CorpusConfig, out: Path, report: ReportStep) -> dict[str, Any]:
     """Tokenizer, train.bin, valid.bin and meta.json of a corpus."""
-    report("tokenizer", "learning")
-    tokenizer = Tokenizer.train(tokenizer_sample(corpus, config), config.vocab_size)
+    if config.tokenizer is None:
+        report("tokenizer", "learning")
+        tokenizer = Tokenizer.train(tokenizer_sample(corpus, config), config.vocab_size)
+    else:
+        tokenizer = Tokenizer.from_folder(tokenizer_folder(config.tokenizer))
     tokenizer.save(out)
+    dtype = dtype_for(tokenizer.vocab_size)
     report("tokenizer", f"{tokenizer.vocab_size:,} entries")
     report("train.bin", "packing")
-    train = write_tokens(out / "train.bin", encode_by_source(mix(corpus.pairs, corpus.mono, config), tokenizer))
+    train = write_tokens(out / "train.bin", encode_by_source(mix(corpus.pairs, corpus.mono, config), tokenizer), dtype)
     report("train.bin", f"{sum(row['tokens'] for row in train.values()):,} tokens")
     heldout = heldout_documents(corpus.heldout, corpus.heldout_mono)
-    valid = write_tokens(out / "valid.bin", encode_by_source(heldout, tokenizer))
+    valid = write_tokens(out / "valid.bin", encode_by_source(heldout, tokenizer), dtype)
     report("valid.bin", f"{sum(row['tokens'] for row in valid.values()):,} tokens")
-    write_meta(out, tokenizer.vocab_size, config.seed, train, valid, config.fim_rate)
+    write_meta(out, tokenizer.vocab_size, config.seed, train, valid, config.fim_rate, dtype)
     return read_meta(out)
 
 

@@ -19,6 +19,7 @@ class CorpusConfig(DataConfig, section="data"):
     heldout_books: tuple[str, ...] = ()  # short names of Bible books held out completely
     most_renderings: PositiveInt = 3  # Chinese renderings kept of one English text
     one_word_weight: Weight = 1.0  # an upper bound on the weight of pairs whose English is one word
+    tokenizer: str | None = None  # a model folder or nano, whose vocabulary the data get; None: one is learnt
     tokenizer_characters: PositiveInt = 20_000_000  # how much text the vocabulary is learnt from
     weights: dict[str, Weight] = field(default_factory=dict)  # copies per epoch of a source's documents; 1 if unnamed
     caps: dict[str, NonNegativeInt] = field(default_factory=dict)  # characters at most of a source of one language
