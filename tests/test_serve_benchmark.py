@@ -91,6 +91,7 @@ def test_llamas_stream_is_counted_by_tokens() -> None:
     assert [len(one) for one in times] == [4, 4] and all(0 < one[0] < 5 for one in times)
 
 
+@pytest.mark.slow
 def test_a_run_measures_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setitem(models.SHAPES, "small", models.SHAPES["tiny"] | SMALLER)
     models.make(tmp_path, "small", "bf16")

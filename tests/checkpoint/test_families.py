@@ -228,7 +228,7 @@ FULL_SIZE = {
     "sarvam-105b": PRESETS["sarvam-105b"],
     "ax-k1": PRESETS["ax-k1"],
 }
-QUICK = ("glm-4.7-flash", "youtu-llm-2b")
+QUICK = ("youtu-llm-2b",)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,9 @@ FULL_SIZE = {"deepseek-v3.2": published_fp8, "glm-5": published_bf16, "glm-5.2":
 FAMILIES = ("deepseek_v32", "glm_moe_dsa")
 
 
-@pytest.mark.parametrize("name", FULL_SIZE)
+@pytest.mark.parametrize(
+    "name", ["deepseek-v3.2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("glm-5", "glm-5.2"))]
+)
 def test_a_full_size_folder_is_opened_counted_and_planned(name: str, tmp_path: Path) -> None:
     config = preset(name)
     write_headers(tmp_path / name, config, FULL_SIZE[name])

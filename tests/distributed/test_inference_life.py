@@ -202,6 +202,7 @@ def test_an_error_of_all_ranks_is_printed_once(folder, arguments, words):
     assert re.search(words, "".join(lines))
 
 
+@pytest.mark.slow
 def test_with_processes_an_error_of_all_ranks_is_the_only_line(folder):
     failed = soli("-m", "soli", "generate", folder, TEXT, "--processes", "2", "--memory", "10kB")
     assert failed.returncode == 1

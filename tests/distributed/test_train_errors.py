@@ -57,6 +57,7 @@ def test_an_error_of_all_ranks_is_one_sentence(tmp_path, data):
     assert not NOISE.search(error), error
 
 
+@pytest.mark.slow
 def test_an_anomaly_ends_all_ranks_with_one_sentence(tmp_path, data):
     command = ["-m", "soli", "train", recipe_file(tmp_path, data, 50), "--processes", "2", "--out", tmp_path / "run"]
     status, sentences, error = errors_of(*command, "--set", "schedule.learning_rate=1e30")

@@ -158,7 +158,7 @@ def peak():
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()
 llm = LLM("nano", memory="11MB")
-llm.translate(["He drank a cup of tea."] * 40)
+llm.translate(["He drank a cup of tea."] * 40, beam_width=1)
 print(peak() - before)
 """
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
