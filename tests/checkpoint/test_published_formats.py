@@ -16,12 +16,13 @@ from soli.checkpoint.convert import convert_checkpoint
 from soli.checkpoint.quantization import parse_quantization
 from soli.checkpoint.writer import Target
 from soli.cli import main
+from soli.config import load_config
 from soli.errors import SoliError
 from soli.experts.sources import sources_of
 from soli.formats.quantized import CODECS, FP8, INT4, INT8
 from soli.kernels.cpu import native
 from soli.model import Transformer
-from soli.plan.sizes import sizes_as_published, sizes_of
+from soli.plan.sizes import published_formats, sizes_as_published, sizes_of
 from tests.checkpoint import published
 from tests.checkpoint.folders import all_tensors, edit_json, edit_tensors, full_model
 from tests.checkpoint.kimi import make_kimi_k25
@@ -198,6 +199,16 @@ def test_sizes_are_planned_from_the_configuration_as_they_are_stored(format: str
     quantized_folder(tmp_path / "m", format)
     checkpoint = open_checkpoint(tmp_path / "m")
     assert sizes_of(checkpoint).parts == sizes_as_published(checkpoint.config).parts
+
+
+def test_modules_of_mixed_precision_are_planned_each_as_listed(tmp_path: Path) -> None:
+    """Before there are weights; modules that are not listed are not quantized."""
+    layers = {"model.layers.1.mlp.experts": {"quant_algo": "NVFP4"}, "model.layers.1.self_attn.o_proj": "FP8"}
+    mixed = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    quantized_folder(tmp_path / "m", "modelopt NVFP4", is_routed, mixed)
+    formats = published_formats(load_config(tmp_path / "m"))
+    assert formats["routed experts"] == "nvfp4" and formats["attention"] == "fp8"
+    assert formats["shared experts"] == formats["dense MLP"] == formats["embedding"] == "bf16"
 
 
 def test_names_and_patterns_that_are_not_quantized_hold_plain_weights(tmp_path: Path) -> None:

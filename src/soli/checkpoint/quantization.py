@@ -49,12 +49,14 @@ class Scheme:
 @dataclass(frozen=True)
 class Quantization:
     """Which layouts each weight of a folder may have. `ignored` names modules that are not quantized, as targets do,
-    `excluded` with the wildcards of file names, as ModelOpt does; `announced`: what all that is read from."""
+    `excluded` with the wildcards of file names, as ModelOpt does; `by_module`: the layouts of modules that are listed
+    one by one; `announced`: what all that is read from."""
 
     method: str | None
     schemes: tuple[Scheme, ...] = ()
     ignored: tuple[str, ...] = ()
     excluded: tuple[str, ...] = ()
+    by_module: Mapping[str, WeightLayout] | None = None
     announced: Mapping[str, Any] | None = None
 
     @property
@@ -97,7 +99,7 @@ class Quantization:
             return None
         if any(fnmatchcase(module, pattern) for module in modules for pattern in self.excluded):
             return None
-        allowed = self._layouts(modules)
+        allowed = _listed(modules, self.by_module) if self.by_module else self._layouts(modules)
         if not allowed:
             return None
         codec = next(iter(allowed[0].formats.values()))
@@ -172,6 +174,17 @@ def parse_quantization(announced: Mapping[str, Any] | None) -> Quantization:
     _reject("quant_method", method, ", ".join(METHODS))
 
 
+def _listed(modules: Sequence[str], by_module: Mapping[str, WeightLayout]) -> tuple[WeightLayout, ...]:
+    """That of the module, by one of its names, or of one that it is a part of."""
+    for module in modules:
+        parts = module.split(".")
+        for length in range(len(parts), 0, -1):
+            layout = by_module.get(".".join(parts[:length]))
+            if layout is not None:
+                return (layout,)
+    return ()
+
+
 def _everywhere(*allowed: WeightLayout) -> tuple[Scheme, ...]:
     return (Scheme(("Linear",), allowed),)
 
@@ -200,15 +213,17 @@ def _modelopt(announced: Mapping[str, Any]) -> Quantization:
     if not isinstance(name, str) or name not in by_algorithm:
         _reject("quant_algo", name, ", ".join(by_algorithm))
     layers = announced.get("quantized_layers")
-    for layer in layers.values() if isinstance(layers, dict) else ():
+    by_module = {}
+    for module, layer in layers.items() if isinstance(layers, dict) else ():
         own = layer.get("quant_algo") if isinstance(layer, dict) else layer
         if not isinstance(own, str) or own not in by_algorithm:
             _reject("quantized_layers.quant_algo", own, ", ".join(by_algorithm))
+        by_module[module] = by_algorithm[own][0]
     if announced.get("group_size") not in (None, 0, 16):
         _reject("group_size", announced["group_size"], "only 16")
     lists = {field: _texts(field, announced.get(field) or []) for field in ("ignore", "exclude_modules")}
     excluded = (*lists["ignore"], *lists["exclude_modules"])  # in config.json and in ModelOpt's own file
-    return Quantization("modelopt", _everywhere(*by_algorithm[name]), excluded=excluded)
+    return Quantization("modelopt", _everywhere(*by_algorithm[name]), excluded=excluded, by_module=by_module)
 
 
 def _compressed_tensors(announced: Mapping[str, Any]) -> Quantization:
