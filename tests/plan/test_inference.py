@@ -63,7 +63,7 @@ def test_sizes_by_the_configuration_are_those_of_the_files(format):
 
 
 @pytest.mark.parametrize("format", ("bf16", "fp8", "int4"))
-@pytest.mark.parametrize("memory", (400_000, 700_000, 5_000_000))
+@pytest.mark.parametrize("memory", (400_000, 700_000, 5_000_000, 200_000_000))
 def test_memory_is_divided_as_the_engine_divides_it(format, memory):
     folder = mixture_folder(format)
     model, budget = load_within(folder, memory, mtp=False)

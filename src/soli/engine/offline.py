@@ -30,13 +30,15 @@ def limits_for(
     one text fits into it.
 
     Where memory is limited, beams take the places of texts: `batch_size` sequences run together, or one text's beams.
-    Prefixes are not shared, so that the bits of an answer do not depend on earlier requests.
+    A step has as many tokens as all texts at most, so that no memory is kept for longer ones. Prefixes are not shared,
+    so that the bits of an answer do not depend on earlier requests.
     """
     model, defaults = text_model.model, EngineLimits()
     if text_model.budget is not None or text_model.free_bytes is not None:
         batch_size = max(1, batch_size // beam_width)
     dtype = model.compute_dtype or model.embed_tokens.weight.dtype
     layers = model.config.num_hidden_layers + speculate
+    tokens_per_step = PAGED_TOKENS_PER_STEP if text_model.budget else TOKENS_PER_STEP
     tokens = text_model.positions if longest is None else min(longest, text_model.positions)
     text_bytes = (
         blocks_for(tokens, defaults.block_size)
@@ -47,7 +49,7 @@ def limits_for(
     return EngineLimits(
         cache_bytes=max(text_bytes, min(batch_size * text_bytes, CACHE_BYTES)),
         max_running=batch_size * beam_width,
-        tokens_per_step=max(PAGED_TOKENS_PER_STEP if text_model.budget else TOKENS_PER_STEP, batch_size * beam_width),
+        tokens_per_step=max(min(tokens_per_step, batch_size * tokens), batch_size * beam_width),
         prefix_sharing=False,
         speculate=speculate,
     )

@@ -18,10 +18,10 @@ from soli.engine.text_model import text_model
 from soli.experts.load import load_within
 from soli.experts.policy import ExpertUsage
 
-NEW_TOKENS: Final = 32
-SETTLING_TOKENS: Final = 16  # after the prompt, which took the place of experts that decoding uses more
+NEW_TOKENS: Final = 64
+SETTLING_TOKENS: Final = 32  # after the prompt, which took the place of experts that decoding uses more
 WARM_UP_TOKENS: Final = 32  # decoded after a first prompt, so that the cache is as full as it will be
-SECONDS: Final = 30.0  # after which no more tokens are decoded
+SECONDS: Final = 45.0  # after which no more tokens are decoded
 
 
 @dataclass(frozen=True)

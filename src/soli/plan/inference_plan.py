@@ -16,7 +16,7 @@ from soli.checkpoint.load import BUNDLED, open_checkpoint
 from soli.checkpoint.quantization import announced_quantization
 from soli.config import ModelConfig, resolve
 from soli.engine.latent_cache import blocks_for, bytes_per_token
-from soli.engine.offline import TOKENS_PER_STEP
+from soli.engine.offline import PAGED_TOKENS_PER_STEP
 from soli.engine.request import EngineLimits
 from soli.engine.scratch import limit_scratch, token_bytes, tokens_per_call
 from soli.errors import SoliError
@@ -206,7 +206,8 @@ def _divide(sizes: ModelSizes, memory: int, tokens: int) -> Division:
     block = EngineLimits().block_size
     layers = config.num_hidden_layers
     latents = blocks_for(tokens, block) * block * bytes_per_token(config, layers, dtype)
-    limits = EngineLimits(cache_bytes=latents, max_running=1, tokens_per_step=TOKENS_PER_STEP)
+    step = min(PAGED_TOKENS_PER_STEP, tokens)
+    limits = EngineLimits(cache_bytes=latents, max_running=1, tokens_per_step=step)
     limits, scratch = limit_scratch(config, limits, dtype, memory - sizes.resident_bytes)
     free = memory - sizes.resident_bytes - scratch
     policy = policy_bytes(sizes.layers, config.n_routed_experts)
