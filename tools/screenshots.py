@@ -31,7 +31,7 @@ SEEK = """at => {
   slider.dispatchEvent(new Event("input", {bubbles: true}));
 }"""
 TOKENS = 13  # of the page's first example, "Where is the library?", with its translation
-SHOWN = 9  # the place of 书 in it: what the bias changed is seen in three layers
+SHOWN = 9  # the place of 书 in it: what the bias changed is seen in two layers
 WARM_UP_TEXTS = (
     "The old man walked slowly to the river.", "Please close the window, it is cold.", "我们明天早上八点出发。",
     "The train leaves at 10:45.", "他把书放在桌子上。", "In 1998 the city had 200 schools.",
