@@ -55,11 +55,11 @@ def eval(
     texts = evenly(file_texts(text), limit) if text is not None else []
     if rows:
         import sacrebleu  # noqa: F401  (a missing package is reported before the translating)
-    from soli.engine.beam_search import BeamSearchParams
+    from soli.engine.beam_search import BeamSearchParams, beam_search_params
     from soli.eval.scoring import score_pairs, score_texts
     from soli.eval.translation import evaluate_direction
 
-    search = BeamSearchParams(beams, 1.0 if length_penalty is None else length_penalty) if beams > 1 else None
+    search = beam_search_params(BeamSearchParams(beams), length_penalty=length_penalty) if beams > 1 else None
     options.use_threads(threads)
     text_model = load_text_model(model, device, dtype, True, memory)
     report = Report(model)

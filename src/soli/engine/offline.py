@@ -6,6 +6,9 @@ Requests may be endless: at most a window of them is held. `limits_for` sizes th
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
+import torch
+
+from soli.config import ModelConfig
 from soli.engine.engine import Engine
 from soli.engine.latent_cache import blocks_for, bytes_per_token
 from soli.engine.request import Answer, EngineLimits, Event, Request, checked
@@ -33,19 +36,35 @@ def limits_for(
     A step has as many tokens as all texts at most, so that no memory is kept for longer ones. Prefixes are not shared,
     so that the bits of an answer do not depend on earlier requests.
     """
-    model, defaults = text_model.model, EngineLimits()
+    model = text_model.model
     if text_model.budget is not None or text_model.free_bytes is not None:
         batch_size = max(1, batch_size // beam_width)
-    dtype = model.compute_dtype or model.embed_tokens.weight.dtype
-    layers = model.config.num_hidden_layers + speculate
-    tokens_per_step = PAGED_TOKENS_PER_STEP if text_model.budget else TOKENS_PER_STEP
-    tokens = text_model.positions if longest is None else min(longest, text_model.positions)
-    text_bytes = (
-        blocks_for(tokens, defaults.block_size)
-        * defaults.block_size
-        * bytes_per_token(model.config, layers, dtype)
-        * beam_width
+    return limits_of_texts(
+        model.config,
+        model.compute_dtype or model.embed_tokens.weight.dtype,
+        batch_size,
+        text_model.positions if longest is None else min(longest, text_model.positions),
+        paged=text_model.budget is not None,
+        speculate=speculate,
+        beam_width=beam_width,
     )
+
+
+def limits_of_texts(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    batch_size: int,
+    tokens: int,
+    *,
+    paged: bool,
+    speculate: bool = False,
+    beam_width: int = 1,
+) -> EngineLimits:
+    """`limits_for` texts of `tokens` tokens by the configuration alone; `paged`: experts are read from disk."""
+    block_size = EngineLimits().block_size
+    tokens_per_step = PAGED_TOKENS_PER_STEP if paged else TOKENS_PER_STEP
+    latent_bytes = bytes_per_token(config, config.num_hidden_layers + speculate, dtype)
+    text_bytes = blocks_for(tokens, block_size) * block_size * latent_bytes * beam_width
     return EngineLimits(
         cache_bytes=max(text_bytes, min(batch_size * text_bytes, CACHE_BYTES)),
         max_running=batch_size * beam_width,

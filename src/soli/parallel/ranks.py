@@ -132,6 +132,16 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return local
 
 
+def own_values(whole: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a tensor with the shape of the parameter `like`; all of it where that is not sharded."""
+    chunks = getattr(like, "__create_chunk_list__", None)  # of a DTensor, which distributed checkpoints ask too
+    if chunks is not None:
+        (chunk,) = chunks()
+        for dimension, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+            whole = whole.narrow(dimension, min(offset, whole.shape[dimension]), size)
+    return whole
+
+
 @contextmanager
 def connected(ranks: Ranks) -> Iterator[None]:
     """Computing together; SoliError where a connection was lost because another rank ended."""

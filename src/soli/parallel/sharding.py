@@ -21,7 +21,7 @@ from soli.model.router import Routing
 from soli.model.transformer import BackboneOutput, Transformer
 from soli.parallel.dispatch import PARAMETERS, distribute_experts
 from soli.parallel.mesh import Meshes
-from soli.parallel.ranks import local_tensor
+from soli.parallel.ranks import local_tensor, own_values
 
 
 def shard_model(model: Transformer, meshes: Meshes, stages: Sequence[nn.Module] = ()) -> None:
@@ -83,15 +83,6 @@ def init_shards(
     for _, mixture in model.moe_layers():
         if mixture.gate.e_score_correction_bias is not None:
             mixture.gate.e_score_correction_bias.zero_()
-
-
-def own_values(whole: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a tensor with the shape of the parameter `like`."""
-    if isinstance(like, DTensor):
-        (chunk,) = like.__create_chunk_list__()  # which distributed checkpoints ask of any tensor
-        for dimension, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
-            whole = whole.narrow(dimension, min(offset, whole.shape[dimension]), size)
-    return whole
 
 
 def _shard_experts(experts: nn.Module, meshes: Meshes) -> None:

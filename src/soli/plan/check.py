@@ -50,8 +50,9 @@ def measure(
     model, budget = load_within(folder, memory, mtp=False)
     tokenizer = Tokenizer.from_folder(open_checkpoint(folder).folder)
     together = replace(text_model(model, tokenizer), budget=budget)
-    prompt = min(prompt, together.positions - SETTLING_TOKENS - NEW_TOKENS)
-    engine = Engine(together, limits_for(together, 1, prompt + SETTLING_TOKENS + NEW_TOKENS))
+    answer = SETTLING_TOKENS + NEW_TOKENS
+    prompt = min(prompt, together.positions - answer)
+    engine = Engine(together, limits_for(together, 1, prompt + answer))
     store = budget.store
     try:
         on_step("a first prompt")
@@ -64,7 +65,7 @@ def measure(
             reads = store.reader.stats
             marks.append((store.stats.hits, store.stats.misses, reads.bytes, reads.busy_seconds))
 
-        seconds, gaps = _run(engine, prompt, SETTLING_TOKENS + NEW_TOKENS, seed=2, on_token=mark)
+        seconds, gaps = _run(engine, prompt, answer, seed=2, on_token=mark)
         settled = min(SETTLING_TOKENS, len(gaps) // 2)
         gaps = gaps[settled:]
         hits, misses, read, busy = (last - begin for last, begin in zip(marks[-1], marks[settled], strict=True))

@@ -15,9 +15,7 @@ from soli.analysis.parameters import ROUTED, cache_bytes, cache_read_bytes
 from soli.checkpoint.load import BUNDLED, open_checkpoint
 from soli.checkpoint.quantization import announced_quantization
 from soli.config import ModelConfig, resolve
-from soli.engine.latent_cache import blocks_for, bytes_per_token
-from soli.engine.offline import PAGED_TOKENS_PER_STEP
-from soli.engine.request import EngineLimits
+from soli.engine.offline import limits_of_texts
 from soli.engine.scratch import limit_scratch, token_bytes, tokens_per_call
 from soli.errors import SoliError
 from soli.experts.budget import divide_bytes
@@ -203,15 +201,11 @@ def _divide(sizes: ModelSizes, memory: int, tokens: int) -> Division:
     """As the engine divides it, without `needed`."""
     config = sizes.config
     dtype = torch.float32 if sizes.format == "fp32" else torch.bfloat16
-    block = EngineLimits().block_size
-    layers = config.num_hidden_layers
-    latents = blocks_for(tokens, block) * block * bytes_per_token(config, layers, dtype)
-    step = min(PAGED_TOKENS_PER_STEP, tokens)
-    limits = EngineLimits(cache_bytes=latents, max_running=1, tokens_per_step=step)
+    limits = limits_of_texts(config, dtype, 1, tokens, paged=True)
     limits, scratch = limit_scratch(config, limits, dtype, memory - sizes.resident_bytes)
     free = memory - sizes.resident_bytes - scratch
     policy = policy_bytes(sizes.layers, config.n_routed_experts)
-    latent_cache, slots = divide_bytes(free, latents, sizes.slot_bytes, sizes.experts, policy)
+    latent_cache, slots = divide_bytes(free, limits.cache_bytes, sizes.slot_bytes, sizes.experts, policy)
     return Division(
         memory=memory,
         resident=sizes.resident_bytes,

@@ -14,7 +14,7 @@ from soli.config import ModelConfig
 from soli.data.tokenizer import Tokenizer
 from soli.errors import SoliError
 from soli.model.transformer import Transformer
-from soli.parallel.ranks import local_tensor
+from soli.parallel.ranks import local_tensor, own_values
 
 # What a run may have otherwise than the weights that it starts from: no weight means another thing by them.
 MAY_DIFFER = {
@@ -48,8 +48,9 @@ def open_initial_weights(name_or_folder: str, config: ModelConfig, tokenizer: To
     return checkpoint
 
 
-def fill(model: Transformer, checkpoint: Checkpoint, is_sharded: bool) -> None:
+def fill(model: Transformer, checkpoint: Checkpoint) -> None:
     """Give parameters and router biases their values, tensor by tensor; of a sharded model this rank's parts."""
+    checkpoint.check_copies()
     slots = slots_by_tensor(checkpoint)
     device = torch.device("cpu")
     with torch.no_grad():
@@ -59,8 +60,4 @@ def fill(model: Transformer, checkpoint: Checkpoint, is_sharded: bool) -> None:
             whole = whole_tensor(checkpoint, slots[name], name, tensor.shape, torch.float32, device)
             if not whole.isfinite().all():
                 raise SoliError(f"{checkpoint.folder}: {slots[name][0].name} has values that are not finite")
-            if is_sharded:
-                from soli.parallel.sharding import own_values
-
-                whole = own_values(whole, tensor)
-            local_tensor(tensor).copy_(whole)
+            local_tensor(tensor).copy_(own_values(whole, tensor))

@@ -114,7 +114,7 @@ def prepare(settings: TrainSettings, data: dict[str, Any], data_folder: Path, ru
         tokenizer.save(run_folder)
     model, shares, pipeline = _new_model(settings, device, compute, ranks)
     if initial is not None:
-        fill(model, initial, is_sharded=ranks.world > 1)
+        fill(model, initial)
     run = Run(
         folder=run_folder,
         lock=lock,
