@@ -12,7 +12,7 @@ from soli.data.documents import Pair, encode_by_source, split_middle
 from soli.data.token_files import DTYPE, inspect_folder, read_meta
 from soli.data.tokenizer import Tokenizer
 from soli.errors import SoliError
-from soli.recipes.nano_corpus.build import write_token_files
+from soli.recipes.nano_corpus.build import build_data, write_token_files
 from soli.recipes.nano_corpus.config import CorpusConfig
 from soli.recipes.nano_corpus.corpus import Corpus, Line, write_corpus
 from soli.recipes.nano_corpus.mixture import heldout_documents, mix
@@ -79,6 +79,12 @@ def test_a_given_tokenizer_is_not_learnt_anew(built, tmp_path):
     assert meta["tokenizer_sha256"] == built[1]["tokenizer_sha256"]
     with pytest.raises(SoliError, match=r"no tokenizer\.json"):
         write_token_files(corpus, CorpusConfig(tokenizer=str(tmp_path / "none")), tmp_path, lambda name, event: None)
+
+
+def test_a_tokenizer_that_is_not_there_is_noticed_before_anything_is_fetched(tmp_path):
+    with pytest.raises(SoliError, match=r"no tokenizer\.json"):
+        build_data(CorpusConfig(tokenizer=str(tmp_path / "none")), tmp_path / "out", tmp_path / "cache", print)
+    assert not (tmp_path / "out").exists()
 
 
 def test_documents_are_framed_as_prompts_are(built):

@@ -29,6 +29,7 @@ def build_data(
     extra: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Build everything into `out` and return meta.json's content. `extra`: files of a person's own pairs."""
+    given_tokenizer(config)  # before anything is fetched
     try:
         out.mkdir(parents=True, exist_ok=True)
         corpus = build_corpus(config, cache, report, allow_missing, extra=extra)
@@ -41,11 +42,10 @@ def build_data(
 
 def write_token_files(corpus: Corpus, config: CorpusConfig, out: Path, report: ReportStep) -> dict[str, Any]:
     """Tokenizer, train.bin, valid.bin and meta.json of a corpus."""
-    if config.tokenizer is None:
+    tokenizer = given_tokenizer(config)
+    if tokenizer is None:
         report("tokenizer", "learning")
         tokenizer = Tokenizer.train(tokenizer_sample(corpus, config), config.vocab_size)
-    else:
-        tokenizer = Tokenizer.from_folder(tokenizer_folder(config.tokenizer))
     tokenizer.save(out)
     dtype = dtype_for(tokenizer.vocab_size)
     report("tokenizer", f"{tokenizer.vocab_size:,} entries")
@@ -57,6 +57,11 @@ def write_token_files(corpus: Corpus, config: CorpusConfig, out: Path, report: R
     report("valid.bin", f"{sum(row['tokens'] for row in valid.values()):,} tokens")
     write_meta(out, tokenizer.vocab_size, config.seed, train, valid, config.fim_rate, dtype)
     return read_meta(out)
+
+
+def given_tokenizer(config: CorpusConfig) -> Tokenizer | None:
+    """The tokenizer that the recipe names; None where one is learnt. SoliError for a folder without one."""
+    return None if config.tokenizer is None else Tokenizer.from_folder(tokenizer_folder(config.tokenizer))
 
 
 def tokenizer_sample(corpus: Corpus, config: CorpusConfig) -> Iterable[str]:
