@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 
 import pytest
 
@@ -215,9 +216,11 @@ def test_where_routing_is_not_known_there_is_a_typical_one(capsys):
     assert report["typical_decode_tokens_per_second"] > 1.3 * report["decode_tokens_per_second"]
 
 
-def test_a_check_of_what_does_not_fit_is_the_prediction_alone(capsys, measured):
-    report = run_json(capsys, "--check", "nano", "--memory", "8MB")
-    assert report["fits"] is False and "check" not in report
+def test_a_check_of_what_does_not_fit_is_rejected(capsys):
+    assert main(["plan", "--check", "nano", "--memory", "1kB"]) == 1
+    captured = capsys.readouterr()
+    assert re.match(r"soli: nano needs 9\.\d MB, but --check may take 1\.0 kB: give more", captured.err)
+    assert not captured.out
 
 
 def test_a_training_plan_is_that_of_a_dry_run(capsys):

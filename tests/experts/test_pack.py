@@ -39,7 +39,7 @@ def test_a_pack_has_every_tensor_bit_for_bit_and_computes_the_same(tmp_path, for
             assert read.start % PAGE == 0 and read.length - read.needed < PAGE
             assert expert.checksum is not None
     prompts = requests((20,), 4)
-    model, store = load_paged_model(folder, K, poison=True)
+    model, store = load_paged_model(folder, K, prefetch="off", poison=True)
     assert answers(model, prompts) == answers(resident_model(format), prompts)
     assert store.reader.stats.reads == store.stats.misses
     store.close()

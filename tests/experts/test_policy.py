@@ -30,6 +30,9 @@ def test_candidates_are_the_experts_in_the_cache(name, steps, capacity) -> None:
                 continue
             candidates = list(policy.candidates(layer))
             assert sorted(candidates) == sorted(cached)
+            rest = [key for key in candidates if key < (1, 3)]
+            needed = [key for key in candidates if key >= (1, 3)]
+            assert list(policy.candidates(layer, needed_from=(1, 3))) == rest + needed
             if len(cached) == capacity:
                 policy.remove(candidates[0])
                 cached.remove(candidates[0])

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,11 @@ from soli.errors import SoliError
 from soli.experts.load import load_paged_model
 from soli.experts.paged import MISSING
 from soli.experts.policy import POLICIES
-from soli.experts.reading import Reader, Settings, split
+from soli.experts.reading import Reader, Settings, _File, split
 from soli.experts.sources import ALIGNMENT, Read, sources_of
 from soli.experts.store import PRESENT, ExpertStore
 from soli.kernels import Dispatch
+from soli.kernels.cpu.paged_pass import PagedPass
 from soli.model.layers import set_backend
 from tests.checkpoint.folders import edit_tensors
 from tests.experts.folders import (
@@ -134,6 +136,67 @@ def test_a_prompt_does_not_take_the_place_of_other_layers_experts() -> None:
     answers(model, requests((200,), new_tokens=1))
     in_memory = [sum(state != MISSING for state in store.layers[layer].states) for layer in range(layers)]
     assert sum(in_memory) == layers * 12 and max(in_memory) < E
+    store.close()
+
+
+@needs_kernels
+@pytest.mark.parametrize("prefetch", ["auto", "off"])
+@pytest.mark.parametrize("policy", [*POLICIES])
+def test_a_prompt_keeps_what_it_will_use(policy, prefetch, monkeypatch) -> None:
+    """Few of the experts in memory leave it before they are used: those that the first window takes the place of."""
+    layers, window = LAYERS - 1, 4
+    model, store = load_paged_model(
+        mixture_folder("bf16"), layers * 2 * window, mtp=False, policy=policy, prefetch=prefetch
+    )
+    prompt = requests((200,), new_tokens=1)
+    answers(model, prompt)
+    before = {(layer, e) for layer in range(layers) for e in range(E) if store.layers[layer].states[e] == PRESENT}
+    assert len(before) == store.capacity
+    read = []
+    original = store._read
+    monkeypatch.setattr(store, "_read", lambda key, *rest: read.append(key) or original(key, *rest))
+    answers(model, prompt)
+    assert len(read) == len({*read}) and len(before.intersection(read)) <= 2 * window
+    store.close()
+
+
+@needs_kernels
+@pytest.mark.parametrize("prefetch", ["auto", "off"])
+def test_a_prompt_reads_the_next_layers_experts_ahead(prefetch, monkeypatch) -> None:
+    model, store = load_paged_model(mixture_folder("bf16"), (LAYERS - 1) * 8, mtp=False, prefetch=prefetch)
+    prompt = requests((200,), new_tokens=1)
+    expected = answers(resident_model("bf16"), prompt)
+    original, under_way = store.windows, []
+
+    def windows(layer: int, *rest):
+        if layer:
+            under_way.append(sum(state != MISSING for state in store.layers[layer].states))
+        return original(layer, *rest)
+
+    monkeypatch.setattr(store, "windows", windows)
+    assert answers(model, prompt) == expected
+    assert under_way == ([8, 8] if prefetch == "auto" else [0, 0])
+    store.close()
+
+
+@needs_kernels
+def test_waiting_for_the_disk_takes_no_threads_away(monkeypatch) -> None:
+    """A pass that stops says nothing about how busy the cores are, and a prompt takes all threads in any case."""
+    read, run, threads = _File.read, PagedPass.run, []
+
+    def read_slowly(self, *arguments) -> None:
+        time.sleep(0.002)
+        read(self, *arguments)
+
+    def run_and_note(self) -> None:
+        run(self)
+        threads.append(self._paging.threads)
+
+    monkeypatch.setattr(_File, "read", read_slowly)
+    monkeypatch.setattr(PagedPass, "run", run_and_note)
+    model, store = load_paged_model(mixture_folder("bf16"), K, mtp=False)
+    answers(model, requests((9, 70), 24))
+    assert len(threads) > 20 and {*threads} == {torch.get_num_threads()}
     store.close()
 
 

@@ -223,7 +223,12 @@ def _plan_model(name: str, request: _Request, check: str | None, on_step: Callab
     memories = memories_to_compare(sizes, memory)
     measurement = None
     usage = model.usage() if request.skew is None else None
-    if check is not None and division.fits:
+    if check is not None and not division.fits:
+        raise SoliError(
+            f"{check} needs {scaled(division.needed, 'B')}, but --check may take {scaled(memory, 'B')}: "
+            "give more, or plan it without a check"
+        )
+    if check is not None:
         from soli.plan.check import measure
 
         measurement, chosen_before = measure(check, memory, prompt, on_step)

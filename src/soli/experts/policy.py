@@ -19,7 +19,10 @@ from numpy.typing import NDArray
 
 Key = tuple[int, int]  # layer of the cache, expert
 
+PROMPT_SHARE: Final = 3 / 4  # of a layer's experts: tokens that choose more of them are a prompt's
+MOST_PARTS: Final = 8  # of a layer's experts, in which they come into memory where two parts fit
 LATEST: Final = 1e6  # added to the values of experts that were used last
+NEEDED: Final = 1e9  # and of those that the pass will use
 PRIOR_TOKENS: Final = 2000  # that earlier runs count for at most
 
 
@@ -51,9 +54,9 @@ class Policy(ABC):
         """An expert leaves the cache."""
 
     @abstractmethod
-    def candidates(self, layer: int) -> Iterator[Key]:
+    def candidates(self, layer: int, needed_from: Key | None = None) -> Iterator[Key]:
         """Experts in the cache, the first to be evicted for an expert of `layer` first. Nothing changes while it is
-        iterated."""
+        iterated. `needed_from`: the pass, a prompt's, will use this expert and all after it, which come last."""
 
     def catch_up(self) -> None:  # noqa: B027  (most policies have nothing to do)
         """Called while experts are being read: what takes time and can be done later."""
@@ -93,12 +96,17 @@ class SharedPolicy(Policy):
         layer, expert = key
         del self._layers[layer][expert]
 
-    def candidates(self, layer: int) -> Iterator[Key]:
+    def candidates(self, layer: int, needed_from: Key | None = None) -> Iterator[Key]:
         own = len(self._layers[layer]) >= self.share
         others = sorted((at for at in range(len(self._layers)) if at != layer), key=lambda at: -len(self._layers[at]))
+        needed = []
         for at in (layer, *others) if own else (*others, layer):
             for expert in self.order(at):
-                yield at, expert
+                if needed_from is not None and (at, expert) >= needed_from:
+                    needed.append((at, expert))
+                else:
+                    yield at, expert
+        yield from needed
 
     def count(self, layer: int, expert: int) -> None:
         """An expert is used, in the cache or not."""
@@ -205,14 +213,16 @@ class Frequency(Policy):
     def remove(self, key: Key) -> None:
         self._ranks_LE[key] = np.inf
 
-    def candidates(self, layer: int) -> Iterator[Key]:
+    def candidates(self, layer: int, needed_from: Key | None = None) -> Iterator[Key]:
         if len(self._logs) <= self.FEW_LAYERS:
             self.catch_up()
-        ranks_LE = self._ranks_LE.copy()
+        ranks_LE = self._ranks_LE.astype(np.float64)
         for changed in self._changed:
             for ids_TK in self._logs[changed]:
                 ranks_LE[changed, ids_TK] += LATEST
         ranks = ranks_LE.ravel()
+        if needed_from is not None:
+            ranks[needed_from[0] * ranks_LE.shape[1] + needed_from[1] :] += NEEDED
         while np.isfinite(ranks[at := int(ranks.argmin())]):
             yield divmod(at, ranks_LE.shape[1])
             ranks[at] = np.inf

@@ -106,7 +106,7 @@ class _Belady(Policy):
     def remove(self, key: Key) -> None:
         self._cached.remove(key)
 
-    def candidates(self, layer: int) -> Iterator[Key]:
+    def candidates(self, layer: int, needed_from: Key | None = None) -> Iterator[Key]:
         passed: list[tuple[int, Key]] = []
         try:
             while self._heap:

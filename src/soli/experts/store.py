@@ -6,7 +6,9 @@ read, which the thread that reads it changes. So a kernel can compute the expert
 are read, and waits for each in turn.
 
 When a batch chooses more experts of a layer than fit, or nearly all, they come in windows, in ascending order: each is
-read once, and while one window is computed the next is read. Results have the same bits as with all experts in memory.
+read once, and while one window is computed the next is read. A prompt, which chooses nearly all experts of each layer,
+reads the next layer's first ones while it computes the last window and the attention after it, and takes slots from
+experts that it has used before any that it will use. Results have the same bits as with all experts in memory.
 
 One thread at a time may use a store. Shapes: E experts, T tokens, K chosen, D hidden, F expert width.
 """
@@ -23,15 +25,14 @@ from torch import Tensor
 
 from soli.experts.paged import FAILED, MISSING, PRESENT, READING, PagedExperts, chosen_experts
 from soli.experts.paging_stats import PagingStats, StoreStats
-from soli.experts.policy import DEFAULT, POLICIES, ExpertUsage, Key
+from soli.experts.policy import DEFAULT, MOST_PARTS, POLICIES, PROMPT_SHARE, ExpertUsage, Key
 from soli.experts.prefetch import Prefetcher
 from soli.experts.reading import USUAL, Pending, Reader, Settings
 from soli.experts.slots import Slots
 from soli.experts.sources import Sources
 from soli.formats.quantized import QuantizedWeight
 
-PROMPT_SHARE: Final = 3 / 4  # of a layer's experts: tokens that choose more of them are a prompt's
-MOST_PARTS: Final = 8  # of a layer's experts, where two parts fit
+AHEAD_SHARE: Final = 1 / 16  # of all slots, that a prompt fills at least with experts of the next layer
 PRELOAD_SECONDS: Final = 2.0
 PRELOAD_AT_ONCE: Final = 32  # experts
 
@@ -58,6 +59,7 @@ class ExpertStore:
         self.stats = StoreStats()
         self._preloaded = 0, 0.0  # bytes, seconds
         self._locked: set[Key] = set()
+        self._needed_from: Key | None = None  # this expert and all after it are used later in the pass of a prompt
         self.prefetcher = Prefetcher(prefetch)
         self._guesses: dict[Key, Pending] = {}  # experts that are read ahead, until a layer knows what it needs
         self._open_guesses: set[Key] = set()  # of which is not known whether they are right
@@ -107,16 +109,22 @@ class ExpertStore:
         start = time.perf_counter()
         self._resolve_guesses(layer, chosen)
         parts = self._parts(layer, chosen)
+        is_prompt = len(chosen) > E * PROMPT_SHARE
         misses = self.stats.misses
         try:
+            self._needed_from = (layer, parts[0][-1] + 1) if is_prompt else None
             self._load(layer, parts[0], parts[0])
             if self.stats.misses > misses:
                 self.policy.catch_up()
             for at, part in enumerate(parts):
                 following = parts[at + 1] if at + 1 < len(parts) else ()
                 both_fit = len(part) + len(following) <= self.capacity
+                if is_prompt and following:
+                    self._needed_from = layer, following[-1] + 1
                 if both_fit:
                     self._load(layer, following, (*part, *following))
+                if is_prompt and not following:
+                    self._read_ahead(layer + 1, 2 * len(parts[0]))
                 if wait and any(states[expert] != PRESENT for expert in part):
                     self.wait(layer, part)
                     self.stats.waited_seconds += time.perf_counter() - start
@@ -127,7 +135,21 @@ class ExpertStore:
                     self._load(layer, following, following)
         finally:
             self._locked.clear()
+            self._needed_from = None
             self.recorded_states_E = None
+
+    def _read_ahead(self, layer: int, count: int) -> None:
+        """Read the first of a layer's experts that are not in memory, `count` or more, into the slots of experts that
+        the pass of a prompt will not use again; those of the window that is about to be computed are locked."""
+        if layer == len(self.layers) or self.holds_all or self.prefetcher.mode == "off":
+            return
+        self._needed_from = layer, 0
+        missing = np.flatnonzero(self.layers[layer].states == MISSING).tolist()
+        for expert in missing[: max(count, int(self.capacity * AHEAD_SHARE))]:
+            slot = self._free.pop() if self._free else self._evict(layer, wait=False)
+            if slot is None:
+                break
+            self._read((layer, expert), slot)
 
     def prefetch(self, layer: int, guessed: Sequence[int]) -> None:
         """Read experts ahead that the layer may need, while nothing that is needed is being read. What is locked, or is
@@ -250,7 +272,7 @@ class ExpertStore:
         fits = len(chosen) <= self.capacity
         if fits and (self.holds_all or len(chosen) <= max(share, experts * PROMPT_SHARE)):
             return [chosen]
-        size = max(1, share // 2, experts // MOST_PARTS) if fits else max(1, self.capacity // 2)
+        size = max(1, min(self.capacity // 2, max(share // 2, experts // MOST_PARTS)))
         return [chosen[at : at + size] for at in range(0, len(chosen), size)]
 
     def _load(self, layer: int, experts: Sequence[int], locked: Sequence[int]) -> None:
@@ -283,12 +305,15 @@ class ExpertStore:
         return self.reader.submit(reads, self.memory.view(slot), partial(self._arrive, key), needed)
 
     def _evict(self, layer: int, wait: bool = True) -> int | None:
-        """The slot of an expert that leaves. Where all that may leave are being read: waits, or without `wait` None."""
+        """The slot of an expert that leaves. Without `wait`, None where all that may leave are being read or will be
+        used in this pass."""
         while True:
             reading = 0
-            for key in self.policy.candidates(layer):
+            for key in self.policy.candidates(layer, self._needed_from):
                 if key in self._locked:
                     continue
+                if not wait and self._needed_from is not None and key >= self._needed_from:
+                    return None
                 with self._arrived:
                     state = self.layers[key[0]].states[key[1]]
                 if state != READING:

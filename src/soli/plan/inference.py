@@ -1,20 +1,25 @@
 """How fast a model runs whose routed experts are partly in memory and partly on disk: a model of time, without torch.
 
 A forward pass of T tokens goes through the layers one after the other. With B bytes per second at which the kernels
-read weights of a format, and A FLOP per second of their products,
+read weights of a format for one token, and A FLOP per second of the products of further tokens with them,
 
-    compute(bytes, FLOPs) = max(bytes / B, FLOPs / A)
+    compute(bytes, FLOPs, T) = max(bytes / B + (1 - 1/T) FLOPs / A, FLOPs / A)
 
 Weights that stay in memory and the latent cache are computed so. Of the E experts of a layer the T tokens choose
 
     n = E (1 - (1 - K / E)^T)        in expectation, with even routing; K for one token
 
-different ones, each of `e` bytes, of which m are not in memory. The reads of a layer's misses overlap with the gate and
-up products (two thirds of an expert) of its cached experts; the last expert to arrive and the down products (one third)
-come after them, and so does the next layer, whose choices are not known before. With c = compute(one expert):
+different ones, each of `e` bytes, with T K / n tokens, of which m are not in memory. The reads of a layer's misses
+overlap with the gate and up products (two thirds of an expert) of its cached experts; the last expert to arrive and the
+down products (one third) come after them, and so does the next layer, whose choices are not known before. With c =
+compute(one expert):
 
     read(m)  = latency + handling + m e / disk rate,  0 for m = 0
     layer(m) = max(read(m) + [m > 0] 2/3 c, 2/3 n c) + 1/3 n c
+
+A prompt that chooses nearly all experts of each layer reads the next layer's meanwhile, so over all layers
+
+    prompt = max(compute, read(misses)) + read(the first window of the first layer)
 
 One token's misses are K independent draws of probability 1 - h; a chunk of tokens misses n (1 - s) experts. With s the
 share of experts that are in memory, h = s where all experts are chosen equally often, which is the lower bound: the
@@ -39,6 +44,7 @@ from numpy.typing import NDArray
 
 from soli.analysis.parameters import EMBEDDING, HEAD, ROUTED, cache_bytes, cache_read_bytes, flops
 from soli.errors import SoliError
+from soli.experts.policy import MOST_PARTS, PROMPT_SHARE
 from soli.plan.sizes import ModelSizes
 
 KERNEL_EFFICIENCY: Final = 0.75  # of memory bandwidth, at which Soli's kernels read weights: measured 72 to 83 %
@@ -141,10 +147,11 @@ def predict_prompt(
     step = _Step(sizes, machine)
     for start in range(0, tokens, tokens_per_call):
         count = min(tokens_per_call, tokens - start)
+        step.begin_call()
         step.add_resident(count)
         seen = flops(sizes.config, 2 * start + count)  # its prefill is that of the mean over so many tokens
         attention = count * seen.attention_prefill / ATTENTION_IN_PROMPTS
-        step.add_compute("bf16", (start + count) * cache_bytes(sizes.config), attention)
+        step.add_compute("bf16", (start + count) * cache_bytes(sizes.config), attention, count)
         step.add_experts(count, share, share)
     return step.prediction(tokens, share)
 
@@ -178,55 +185,77 @@ class _Step:
 
     def __init__(self, sizes: ModelSizes, machine: MachineRates) -> None:
         self._sizes, self._machine = sizes, machine
+        self._seconds_before = 0.0  # of earlier calls
         self._seconds = self._disk = self._memory = self._arithmetic = self._disk_bytes = 0.0
+
+    def begin_call(self) -> None:
+        """Of the prompt; nothing overlaps with the calls before."""
+        self._seconds_before = self._seconds
 
     def prediction(self, tokens: int, hit_rate: float) -> Prediction:
         return Prediction(
             tokens, self._seconds, self._disk, self._memory, self._arithmetic, self._disk_bytes, hit_rate
         )
 
-    def add_compute(self, format: str, size: float, operations: float) -> float:
-        """Weights that are read once, and operations with them; the seconds."""
-        memory = size / self._machine.weight_rates[format]
-        arithmetic = operations / self._machine.flop_rates[format]
-        self._memory += memory
-        self._arithmetic += arithmetic
-        self._seconds += max(memory, arithmetic)
-        return max(memory, arithmetic)
+    def add_compute(self, format: str, size: float, operations: float, rows: float = 1) -> None:
+        """Weights that are read once, and operations of `rows` tokens with them."""
+        self._seconds += self._compute(format, size, operations, rows)
 
     def add_resident(self, tokens: int) -> None:
         """All parts but routed experts, for so many tokens of which the last has logits."""
         for part in self._sizes.parts:
             if part.name == ROUTED:
                 continue
-            rows = 1 if part.name in (EMBEDDING, HEAD) else tokens / _efficiency(tokens)
-            self.add_compute(part.format, part.bytes_per_token, rows * part.flops_per_token)
+            rows = 1 if part.name in (EMBEDDING, HEAD) else tokens
+            operations = rows / _efficiency(rows) * part.flops_per_token
+            self.add_compute(part.format, part.bytes_per_token, operations, rows)
         self._seconds += STEP_SECONDS + LAYER_SECONDS * self._sizes.config.num_hidden_layers
 
     def add_experts(self, tokens: int, share: float, hit_rate: float) -> None:
-        """The routed experts of all layers."""
+        """The routed experts of all layers, after all else of the call has been added."""
         sizes, machine, layers = self._sizes, self._machine, self._sizes.layers
         E, K = sizes.config.n_routed_experts, sizes.config.num_experts_per_tok
         routed = next(part for part in sizes.parts if part.name == ROUTED)
         chosen = K if tokens == 1 else E * (1 - (1 - K / E) ** tokens)
-        operations = routed.flops_per_token * tokens / _efficiency(tokens) / layers
-        memory = chosen * sizes.expert_bytes / machine.weight_rates[routed.format]
-        arithmetic = operations / machine.flop_rates[routed.format]
-        compute = max(memory, arithmetic)
-        self._memory += layers * memory
-        self._arithmetic += layers * arithmetic
+        operations = routed.flops_per_token * tokens / _efficiency(tokens)
+        compute = self._compute(routed.format, layers * chosen * sizes.expert_bytes, operations, tokens * K / chosen)
+        if chosen > PROMPT_SHARE * E:
+            self._add_prompt_reads(compute, chosen * (1 - share))
+            return
+        compute /= layers
         for misses, probability in _misses(tokens, chosen, share, hit_rate):
-            read_bytes = misses * sizes.expert_bytes
-            read = read_bytes / machine.disk_rate
+            read = self._read(layers * probability, misses)
             before = MISS_SECONDS + machine.disk_latency if misses else 0.0
             last = 2 / 3 * compute / chosen if misses else 0.0
             seconds = max(before + read + last, 2 / 3 * compute) + compute / 3
             self._seconds += layers * probability * seconds
-            self._disk += layers * probability * read
-            self._disk_bytes += layers * probability * read_bytes
+
+    def _add_prompt_reads(self, compute: float, misses: float) -> None:
+        """Experts that are computed in so many seconds, `misses` of each layer read meanwhile."""
+        layers = self._sizes.layers
+        computed = self._seconds - self._seconds_before + compute
+        read = layers * self._read(layers, misses)
+        stops = layers * (MISS_SECONDS + self._machine.disk_latency) if misses else 0.0
+        first = read / layers / MOST_PARTS
+        self._seconds = self._seconds_before + max(computed, read) + first + stops
+
+    def _compute(self, format: str, size: float, operations: float, rows: float) -> float:
+        """Seconds."""
+        memory = size / self._machine.weight_rates[format]
+        arithmetic = operations / self._machine.flop_rates[format]
+        self._memory += memory
+        self._arithmetic += arithmetic
+        return max(memory + (1 - 1 / rows) * arithmetic, arithmetic)
+
+    def _read(self, layers: float, experts: float) -> float:
+        """Seconds that one of so many layers reads so many experts."""
+        size = experts * self._sizes.expert_bytes
+        self._disk += layers * size / self._machine.disk_rate
+        self._disk_bytes += layers * size
+        return size / self._machine.disk_rate
 
 
-def _efficiency(tokens: int) -> float:
+def _efficiency(tokens: float) -> float:
     return PROMPT_EFFICIENCY if tokens > 1 else 1.0
 
 

@@ -1,8 +1,8 @@
 """The rates of this machine that a plan needs, measured in seconds and remembered in the cache folder.
 
 The kernels are timed as they are used: a layer's experts in each format, with one token (how fast weights are read) and
-with many (how fast products are computed). What is remembered belongs to a processor, its memory, the kernels and the
-number of threads; `renew` measures again. Disks: soli/experts/disk.py.
+with many (how fast the products of further tokens are computed). What is remembered belongs to a processor, its memory,
+the kernels and the number of threads; `renew` measures again. Disks: soli/experts/disk.py.
 """
 
 import logging
@@ -67,10 +67,11 @@ def _measure_compute() -> Compute:
     for format in FORMATS:
         experts = _random_experts(format)
         size = sum(weight.nbytes for part in (experts.gates, experts.ups, experts.downs) for weight in part)
-        weight_rates[format] = size / _experts_seconds(experts, 1)
+        one, many = _experts_seconds(experts, 1), _experts_seconds(experts, MANY_TOKENS)
+        weight_rates[format] = size / one
         D, F = WIDTHS
-        operations = 6 * D * F * len(experts.downs) * MANY_TOKENS
-        flop_rates[format] = operations / _experts_seconds(experts, MANY_TOKENS)
+        operations = 6 * D * F * len(experts.downs)
+        flop_rates[format] = operations * (MANY_TOKENS - 1) / max(many - one, many / 2)  # timings may be disturbed
     weight_rates["fp32"] = weight_rates["bf16"]
     flop_rates["fp32"] = flop_rates["bf16"] / 2
     return Compute(1e9 * memory_bandwidth(), weight_rates, flop_rates, str(date.today()))

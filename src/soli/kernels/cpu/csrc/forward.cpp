@@ -132,7 +132,8 @@ extern "C" int soli_forward(const ForwardArgs* arguments) {
     const int64_t start = args.paging ? args.paging->layer : -1;
     if (start >= 0 && args.paging->pass != pass) return CANNOT_CONTINUE;
     if (start < 0) pass++;
-    Team team(budget, args.threads, start < 0 ? 0 : args.paging->threads);
+    const int64_t fixed = start >= 0 ? args.paging->threads : args.T >= MANY_TOKENS ? args.threads : 0;
+    Team team(budget, args.threads, fixed);
     args.threads = team.threads;
     int64_t slots[MAX_TOKENS];
     int64_t sparse_tokens[MAX_TOKENS];
@@ -181,6 +182,7 @@ extern "C" int soli_forward(const ForwardArgs* arguments) {
         }
     }
     if (args.paging) {
+        if (stopped_at >= 0) team.forget();
         args.paging->layer = stopped_at;
         args.paging->predicted_tokens =
             stopped_at >= 0 && next_router(args, stopped_at) ? std::min(args.T, MAX_PREDICTED_TOKENS) : 0;

@@ -180,7 +180,10 @@ private:
 
     void add_wait() {
 #pragma omp single nowait
-        routings.waited[0] += std::exchange(*longest_wait, 0);
+        {
+            if (*longest_wait) state.team.forget();
+            routings.waited[0] += std::exchange(*longest_wait, 0);
+        }
     }
 
     // Threads wait at the same time, so the layer waited as long as the one that waited longest.

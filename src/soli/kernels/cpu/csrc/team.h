@@ -3,7 +3,8 @@
 // OpenMP's own barriers spin for milliseconds, and call the kernel even when nobody sleeps. While other processes keep
 // the cores busy, or a container has used up its share of processor time, the thread that all wait for is the one that
 // does not run. So threads wait busily for some microseconds, then asleep; and after a call that slept for long the
-// next one takes fewer threads. The number of threads changes no result.
+// next one takes fewer threads, unless it has many tokens: barriers are then a small part of its time, and one thread
+// is never faster than several. The number of threads changes no result.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -19,7 +20,8 @@
 namespace soli {
 namespace {  // one copy per file: a copy shared by all could be the one compiled for AVX-512
 
-constexpr int SPINS = 2000;  // about 20 to 60 microseconds; steps of a forward pass take less
+constexpr int SPINS = 2000;          // about 20 to 60 microseconds; steps of a forward pass take less
+constexpr int64_t MANY_TOKENS = 64;  // that take all threads
 
 // Threads of the OpenMP team that runs this code, and which of them this is.
 inline int64_t team_threads() {
@@ -67,8 +69,7 @@ private:
 // The threads of one call. Its lifetime is the call's.
 class Team {
 public:
-    // `fixed`: the number of threads, where a call continues what another one began; else 0. Such a call waits for the
-    // disk, which says nothing about the cores.
+    // `fixed`: the number of threads, where a call continues what another one began, or has many tokens; else 0.
     Team(ThreadBudget& budget, int64_t requested, int64_t fixed = 0)
         : threads(fixed ? fixed : budget.threads(requested)),
           budget_(fixed ? nullptr : &budget),
@@ -78,6 +79,9 @@ public:
     }
 
     const int64_t threads;
+
+    // The call waited for the disk, which says nothing about the cores.
+    void forget() { budget_ = nullptr; }
 
     // Returns when all threads have called it.
     void barrier() {
