@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from soli.data.tokenizer import Tokenizer
 from soli.train.balance import measure_load, reduce_counts
 from soli.train.evaluate import bytes_per_token, evaluate, translate_samples
+from soli.train.model_options import precision_note
 from soli.train.setup import choose_device, choose_precision, read_sentences
 from tests.train.toy import EOS, tiny_model, windows, write_data
 
@@ -62,3 +63,14 @@ def test_device_and_precision_are_chosen():
     assert choose_precision("fp32", torch.device("cpu")) == torch.float32
     assert choose_precision("auto", torch.device("cpu")) in (torch.float32, torch.bfloat16)
     assert choose_device("cpu").type == "cpu"
+
+
+def test_a_precision_that_is_slow_here_is_told(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    assert "--set run.precision=auto" in precision_note("bf16", cpu)
+    assert choose_precision("auto", cpu) == torch.float32
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert choose_precision("auto", cpu) == torch.bfloat16
+    assert [precision_note(name, cpu) for name in ("bf16", "fp32", "auto")] == [None, None, None]
+    assert precision_note("fp8", cpu).startswith("FP8 is emulated")

@@ -44,10 +44,26 @@ def use_fp8(model: Transformer, device: torch.device | None = None) -> list[str]
     return names
 
 
-def fp8_note(device: torch.device) -> str:
-    """One line on how this device multiplies in FP8, for whoever starts a run."""
-    reason = cuda.missing_requirement(device)
-    return f"FP8 is emulated, exactly and slowly: {reason}" if reason else "FP8 products run on the GPU"
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the hardware has products of bf16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def precision_note(precision: str, device: torch.device) -> str | None:
+    """One line on how this device multiplies in `run.precision`, for whoever starts a run; None where that is what one
+    expects."""
+    if precision == "fp8":
+        reason = cuda.missing_requirement(device)
+        return f"FP8 is emulated, exactly and slowly: {reason}" if reason else "FP8 products run on the GPU"
+    if precision == "bf16" and not multiplies_bf16(device):
+        return (
+            "run.precision is bf16, of which this device has no products, so training is many times slower than in "
+            "fp32: --set run.precision=auto takes what is fast here, with other rounding"
+        )
+    return None
 
 
 def apply_block_options(model: Transformer, settings: RunSettings) -> None:

@@ -25,7 +25,7 @@ from soli.train.checkpoint_saver import CheckpointSaver
 from soli.train.evaluate import evaluate, translate_samples
 from soli.train.finite import resume_advice
 from soli.train.losses import StageLosses, StepTotals, compute_losses, count_targets, input_length
-from soli.train.model_options import fp8_note
+from soli.train.model_options import precision_note
 from soli.train.report import RunReport, SilentReport
 from soli.train.schedule import stage_name
 from soli.train.setup import Run
@@ -199,8 +199,9 @@ def _open_report(run: Run) -> RunReport:
 
 def _print_start(run: Run, report: RunReport) -> None:
     progress = run.progress
-    if run.settings.run.precision == "fp8":
-        report.print(fp8_note(run.model.embed_tokens.weight.device))
+    note = precision_note(run.settings.run.precision, run.model.embed_tokens.weight.device)
+    if note is not None:
+        report.print(note)
     if run.settings.parallel.expert > 1:
         from soli.parallel.dispatch import dispatch_note
 
