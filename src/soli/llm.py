@@ -30,7 +30,7 @@ from soli.checkpoint.writer import ProgressCallback
 from soli.data.text import Language
 from soli.data.tokenizer import Tokenizer
 from soli.engine.async_engine import AsyncEngine, Events
-from soli.engine.beam_search import BeamSearchParams, beam_search_params
+from soli.engine.beam_search import BeamSearchParams, beam_search_params, options_beams_lack
 from soli.engine.engine import Engine
 from soli.engine.options import (
     BeamSearchOptions,
@@ -215,7 +215,7 @@ class LLM:
             raise SoliError(f"cannot translate to {shown(to)}: choose en or zh")
         sources = text_list(texts)
         targets = [translation_target(text, to) for text in sources]
-        search = translation_beams(self.text_model, beam_width, length_penalty, settings.needs_sampling)
+        search = translation_beams(self.text_model, beam_width, length_penalty, bool(options_beams_lack(settings)))
         requests = (
             self._request(settings, *translation_request(self.text_model, text, target))
             for text, target in zip(sources, targets, strict=True)

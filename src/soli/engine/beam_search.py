@@ -14,16 +14,49 @@ Shapes: N beams of all requests in a step, V vocabulary.
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Final, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from soli.engine.constraint import ConstraintSpec
+from soli.engine.sampler import SamplingParams
 from soli.errors import SoliError
 from soli.model.router import Routing
 from soli.sections import Bounds, convert, reject
 
 MAX_LENGTH_PENALTY: Final = 10.0  # either way: a length to its power must be a finite number
+
+
+class DecodingOptions(Protocol):
+    """Those of a request that a beam search has none of."""
+
+    @property
+    def sampling(self) -> SamplingParams: ...
+    @property
+    def stop(self) -> Collection[str]: ...
+    @property
+    def logprobs(self) -> int | None: ...
+    @property
+    def prompt_logprobs(self) -> int | None: ...
+    @property
+    def constraint(self) -> ConstraintSpec | None: ...
+    @property
+    def min_new_tokens(self) -> int: ...
+
+
+def options_beams_lack(options: DecodingOptions) -> list[str]:
+    """The names of those that are in use."""
+    used = {
+        "temperature": options.sampling.temperature > 0,
+        "penalties and logit_bias": options.sampling.changes_logits,
+        "stop": options.stop,
+        "logprobs": options.logprobs is not None,
+        "prompt_logprobs": options.prompt_logprobs is not None,
+        "constraint": options.constraint is not None,
+        "min_new_tokens": options.min_new_tokens,
+    }
+    return [name for name, is_used in used.items() if is_used]
 
 
 @dataclass(frozen=True)

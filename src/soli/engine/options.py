@@ -157,13 +157,6 @@ class GenerationSettings:
     masked_experts: frozenset[tuple[int, int]] = frozenset()
     constraint: ConstraintSpec | None = None
 
-    @property
-    def needs_sampling(self) -> bool:
-        """Whether a beam search has none of this."""
-        samples = self.sampling.temperature > 0 or self.sampling.changes_logits
-        logprobs = self.logprobs is not None or self.prompt_logprobs is not None
-        return samples or logprobs or bool(self.stop or self.constraint or self.min_new_tokens)
-
 
 def read_options(
     function: str,

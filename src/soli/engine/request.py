@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from soli.analysis.notebook_views import heat_map, html_text
-from soli.engine.beam_search import BeamSearchParams, Hypothesis
+from soli.engine.beam_search import BeamSearchParams, Hypothesis, options_beams_lack
 from soli.engine.constraint import ConstraintSpec
 from soli.engine.latent_cache import blocks_for
 from soli.engine.sampler import GREEDY, SamplingParams, TokenLogprob
@@ -267,21 +267,11 @@ def check_request(request: Request, text_model: TextModel, limits: EngineLimits,
 
 
 def _check_beam_search(request: Request, limits: EngineLimits, vocab_size: int) -> None:
-    params, sampling = request.beam_search, request.sampling
+    params = request.beam_search
     if params is None:
         return
-    options = {
-        "temperature": sampling.temperature > 0,
-        "penalties and logit_bias": sampling.changes_logits,
-        "stop": request.stop,
-        "logprobs": request.logprobs is not None,
-        "prompt_logprobs": request.prompt_logprobs is not None,
-        "constraint": request.constraint is not None,
-        "min_new_tokens": request.min_new_tokens,
-    }
-    for name, value in options.items():
-        if value:
-            raise RejectedRequest("beam_search", f"a beam search takes no {name}: leave it out, or the beams")
+    for name in options_beams_lack(request):
+        raise RejectedRequest("beam_search", f"a beam search takes no {name}: leave it out, or the beams")
     if params.beam_width > limits.max_running:
         raise RejectedRequest(
             "beam_search",

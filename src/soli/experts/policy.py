@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 Key = tuple[int, int]  # layer of the cache, expert
 
 PROMPT_SHARE: Final = 3 / 4  # of a layer's experts: tokens that choose more of them are a prompt's
+NEARLY_ALL: Final = 0.9  # of a layer's experts: of tokens that choose more, so do the next layer's
 MOST_PARTS: Final = 8  # of a layer's experts, in which they come into memory where two parts fit
 LATEST: Final = 1e6  # added to the values of experts that were used last
 NEEDED: Final = 1e9  # and of those that the pass will use

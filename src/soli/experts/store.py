@@ -25,7 +25,7 @@ from torch import Tensor
 
 from soli.experts.paged import FAILED, MISSING, PRESENT, READING, PagedExperts, chosen_experts
 from soli.experts.paging_stats import PagingStats, StoreStats
-from soli.experts.policy import DEFAULT, MOST_PARTS, POLICIES, PROMPT_SHARE, ExpertUsage, Key
+from soli.experts.policy import DEFAULT, MOST_PARTS, NEARLY_ALL, POLICIES, PROMPT_SHARE, ExpertUsage, Key
 from soli.experts.prefetch import Prefetcher
 from soli.experts.reading import USUAL, Pending, Reader, Settings
 from soli.experts.slots import Slots
@@ -119,11 +119,11 @@ class ExpertStore:
             for at, part in enumerate(parts):
                 following = parts[at + 1] if at + 1 < len(parts) else ()
                 both_fit = len(part) + len(following) <= self.capacity
-                if is_prompt and following:
-                    self._needed_from = layer, following[-1] + 1
+                if is_prompt:
+                    self._needed_from = layer, (following or part)[-1] + 1
                 if both_fit:
                     self._load(layer, following, (*part, *following))
-                if is_prompt and not following:
+                if not following and len(chosen) > E * NEARLY_ALL:
                     self._read_ahead(layer + 1, 2 * len(parts[0]))
                 if wait and any(states[expert] != PRESENT for expert in part):
                     self.wait(layer, part)

@@ -44,7 +44,7 @@ from numpy.typing import NDArray
 
 from soli.analysis.parameters import EMBEDDING, HEAD, ROUTED, cache_bytes, cache_read_bytes, flops
 from soli.errors import SoliError
-from soli.experts.policy import MOST_PARTS, PROMPT_SHARE
+from soli.experts.policy import MOST_PARTS, NEARLY_ALL
 from soli.plan.sizes import ModelSizes
 
 KERNEL_EFFICIENCY: Final = 0.75  # of memory bandwidth, at which Soli's kernels read weights: measured 72 to 83 %
@@ -219,7 +219,7 @@ class _Step:
         chosen = K if tokens == 1 else E * (1 - (1 - K / E) ** tokens)
         operations = routed.flops_per_token * tokens / _efficiency(tokens)
         compute = self._compute(routed.format, layers * chosen * sizes.expert_bytes, operations, tokens * K / chosen)
-        if chosen > PROMPT_SHARE * E:
+        if chosen > NEARLY_ALL * E:
             self._add_prompt_reads(compute, chosen * (1 - share))
             return
         compute /= layers

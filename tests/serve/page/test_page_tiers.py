@@ -7,9 +7,8 @@ import pytest
 
 from tests.serve.page.driving import choose_cell, named_cell, play, token, until
 from tests.serve.page.test_page import WOOD
-from tests.serve.page.test_page_axe import violations
+from tests.serve.page.test_page_axe import LOCALES, violations
 
-LOCALES = ("en-GB", "zh-CN")
 INKED = """(id) => { // pixels of the marks of tiers
   const canvas = document.querySelector(`#${id} .tiers`);
   const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);

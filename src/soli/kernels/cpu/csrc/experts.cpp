@@ -25,7 +25,7 @@ int run_experts(const Experts& layer, int64_t dtype, int64_t max_threads, int64_
                 const float* weights, void* y, int64_t begin, int64_t end, float* sum) {
     static thread_local Scratch scratch;
     static thread_local ThreadBudget budget;
-    Team team(budget, max_threads, T >= MANY_TOKENS ? max_threads : 0);
+    Team team(budget, max_threads);
     const int64_t threads = team.threads;
     const int64_t D = layer.in.I;
     const int64_t F = layer.in.O;

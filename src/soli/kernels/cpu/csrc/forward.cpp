@@ -132,8 +132,7 @@ extern "C" int soli_forward(const ForwardArgs* arguments) {
     const int64_t start = args.paging ? args.paging->layer : -1;
     if (start >= 0 && args.paging->pass != pass) return CANNOT_CONTINUE;
     if (start < 0) pass++;
-    const int64_t fixed = start >= 0 ? args.paging->threads : args.T >= MANY_TOKENS ? args.threads : 0;
-    Team team(budget, args.threads, fixed);
+    Team team(budget, args.threads, start < 0 ? 0 : args.paging->threads);
     args.threads = team.threads;
     int64_t slots[MAX_TOKENS];
     int64_t sparse_tokens[MAX_TOKENS];

@@ -11,7 +11,7 @@ extern "C" int soli_linear(int64_t isa, int64_t format, int64_t O, int64_t I, in
                            const void* scale, int64_t T, int64_t dtype, const void* x, void* y, int64_t max_threads) {
     static thread_local Scratch scratch;
     static thread_local ThreadBudget budget;
-    Team team(budget, max_threads, T >= MANY_TOKENS ? max_threads : 0);
+    Team team(budget, max_threads);
     const int64_t threads = team.threads;
     const Layout layout = {format, O, I, group};
     const Matrix matrix = {weight, scale};

@@ -2,9 +2,9 @@
 //
 // OpenMP's own barriers spin for milliseconds, and call the kernel even when nobody sleeps. While other processes keep
 // the cores busy, or a container has used up its share of processor time, the thread that all wait for is the one that
-// does not run. So threads wait busily for some microseconds, then asleep; and after a call that slept for long the
-// next one takes fewer threads, unless it has many tokens: barriers are then a small part of its time, and one thread
-// is never faster than several. The number of threads changes no result.
+// does not run. So threads wait busily for some microseconds, then asleep; and after a short call that slept for long
+// the next one takes fewer threads. In a long call what a scheduler's time slices hold up is a small part, and one
+// thread is hardly ever faster than several. The number of threads changes no result.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -21,7 +21,7 @@ namespace soli {
 namespace {  // one copy per file: a copy shared by all could be the one compiled for AVX-512
 
 constexpr int SPINS = 2000;          // about 20 to 60 microseconds; steps of a forward pass take less
-constexpr int64_t MANY_TOKENS = 64;  // that take all threads
+constexpr double SHORT_CALL = 0.02;  // seconds; time slices are of some milliseconds
 
 // Threads of the OpenMP team that runs this code, and which of them this is.
 inline int64_t team_threads() {
@@ -39,14 +39,15 @@ inline int64_t team_thread() {
 #endif
 }
 
-// Threads for the next call of one caller: half as many after a call whose first thread slept for a fifth of its time
-// (on a quiet machine it hardly sleeps); twice as many again after some calls, after more of them each time this fails.
+// Threads for the next call of one caller: half as many after a short one whose first thread slept for a fifth of its
+// time (on a quiet machine it hardly sleeps); twice as many again after some calls, after more of them each time this
+// fails.
 class ThreadBudget {
 public:
     int64_t threads(int64_t requested) const { return std::max<int64_t>(1, requested >> halvings_); }
 
     void report(int64_t threads, double asleep, double total) {
-        if (threads > 1 && asleep > total / 5) {
+        if (threads > 1 && total < SHORT_CALL && asleep > total / 5) {
             halvings_++;
             patience_ = std::min(2 * patience_, MAX_PATIENCE);
             calls_left_ = patience_;
@@ -69,7 +70,7 @@ private:
 // The threads of one call. Its lifetime is the call's.
 class Team {
 public:
-    // `fixed`: the number of threads, where a call continues what another one began, or has many tokens; else 0.
+    // `fixed`: the number of threads, where a call continues what another one began; else 0.
     Team(ThreadBudget& budget, int64_t requested, int64_t fixed = 0)
         : threads(fixed ? fixed : budget.threads(requested)),
           budget_(fixed ? nullptr : &budget),
