@@ -17,7 +17,7 @@ from soli.engine.runner import FusedRunner
 from soli.errors import SoliError
 from soli.experts.load import load_paged_model
 from soli.experts.paged import MISSING
-from soli.experts.policy import NEARLY_ALL, POLICIES
+from soli.experts.policy import POLICIES
 from soli.experts.reading import Reader, Settings, _File, split
 from soli.experts.sources import ALIGNMENT, Read, sources_of
 from soli.experts.store import PRESENT, ExpertStore
@@ -161,25 +161,25 @@ def test_a_prompt_keeps_what_it_will_use(policy, prefetch, monkeypatch) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("prefetch", ["auto", "off"])
-def test_a_prompt_reads_the_next_layers_experts_ahead(prefetch, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("prefetch", "share", "ahead"), [("auto", 0.5, [8, 8]), ("auto", 1, [0, 0]), ("off", 0.5, [0, 0])]
+)
+def test_a_prompt_reads_the_next_layers_experts_ahead(prefetch, share, ahead, monkeypatch) -> None:
+    """Where it chose more than `share` of this layer's: 8, a window twice."""
     model, store = load_paged_model(mixture_folder("bf16"), (LAYERS - 1) * 8, mtp=False, prefetch=prefetch)
     prompt = requests((200,), new_tokens=1)
     expected = answers(resident_model("bf16"), prompt)
-    original, under_way, expected_way = store.windows, [], []
+    original, under_way = store.windows, []
 
-    def windows(layer: int, chosen, *rest):
+    def windows(layer: int, *rest):
         if layer:
             under_way.append(sum(state != MISSING for state in store.layers[layer].states))
-        if layer < LAYERS - 2:
-            reads_ahead = prefetch == "auto" and len(chosen) > E * NEARLY_ALL
-            expected_way.append(8 if reads_ahead else 0)
-        return original(layer, chosen, *rest)
+        return original(layer, *rest)
 
     monkeypatch.setattr(store, "windows", windows)
+    monkeypatch.setattr("soli.experts.store.NEARLY_ALL", share)
     assert answers(model, prompt) == expected
-    assert under_way == expected_way
-    assert any(expected_way) == (prefetch == "auto")
+    assert under_way == ahead
     store.close()
 
 
