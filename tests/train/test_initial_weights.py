@@ -1,6 +1,7 @@
 """A run from the weights of a folder: its first step is theirs, quantized or not, and what does not fit is rejected."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from soli.errors import SoliError
 from soli.train.checkpoints import export_run
 from soli.train.setup import prepare
 from soli.train.trainer import take_step, train
+from tests.checkpoint.folders import edit_tensors
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import train_steps
 from tests.train.toy import MODEL, settings, write_data
@@ -106,6 +108,20 @@ def test_another_tokenizer_is_rejected(tmp_path, data, trained):
     (other / "tokenizer.json").write_text(json.dumps(document))
     with pytest.raises(SoliError, match=r"tokenizer is not that of the run's data.*--tokenizer"):
         prepare(starting_from(other), {}, data, tmp_path / "run")
+
+
+def test_a_copy_that_differs_is_rejected(tmp_path, data, trained):
+    """A published MTP module has its own copy of the embedding; Soli trains one for both."""
+    folder = tmp_path / "other"
+    shutil.copytree(trained[1] / "fp32", folder)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        [copy] = [name for name in tensors if name.startswith("model.layers.") and "embed_tokens" in name]
+        tensors[copy][3] += 1
+
+    edit_tensors(folder / "model.safetensors", change)
+    with pytest.raises(SoliError, match=r"embed_tokens.* should repeat .* but differs from it"):
+        prepare(starting_from(folder), {}, data, tmp_path / "run")
 
 
 def test_a_folder_that_is_not_there(tmp_path, data, capsys):
