@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from soli.errors import SoliError
 from soli.kernels.fp8 import cuda
 from soli.kernels.fp8.emulation import Fp8Emulation
+from soli.kernels.torch_backend import has_bfloat16_products
 from soli.model.layers import Linear
 from soli.model.moe import RoutedExperts
 from soli.model.transformer import Transformer
@@ -44,21 +45,14 @@ def use_fp8(model: Transformer, device: torch.device | None = None) -> list[str]
     return names
 
 
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether the hardware has products of bf16."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
 def precision_note(precision: str, device: torch.device) -> str | None:
     """One line on how this device multiplies in `run.precision`, for whoever starts a run; None where that is what one
     expects."""
     if precision == "fp8":
         reason = cuda.missing_requirement(device)
         return f"FP8 is emulated, exactly and slowly: {reason}" if reason else "FP8 products run on the GPU"
-    if precision == "bf16" and not multiplies_bf16(device):
+    has_products = torch.cuda.is_bf16_supported() if device.type == "cuda" else has_bfloat16_products()
+    if precision == "bf16" and not has_products:
         return (
             "run.precision is bf16, of which this device has no products, so training is many times slower than in "
             "fp32: --set run.precision=auto takes what is fast here, with other rounding"

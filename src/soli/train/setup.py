@@ -29,7 +29,7 @@ from soli.train.checkpoints import load_checkpoint
 from soli.train.cuda_graph import GraphedStep
 from soli.train.evaluate import bytes_per_token
 from soli.train.initial_weights import fill, open_initial_weights
-from soli.train.model_options import apply_block_options, multiplies_bf16, use_fp8
+from soli.train.model_options import apply_block_options, use_fp8
 from soli.train.optimizer import MOMENTS, Optimizer
 from soli.train.run_folder import RunProgress, checkpoints
 from soli.train.run_lock import RunLock, create_folder, lock_run
@@ -157,7 +157,12 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     """Dtype of activations. `auto`: bf16 where the hardware multiplies it natively, else fp32."""
     if name != "auto":
         return {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}[name]
-    return torch.bfloat16 if multiplies_bf16(device) else torch.float32
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported()
+    else:
+        capabilities = torch.cpu.get_capabilities()
+        native = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return torch.bfloat16 if native else torch.float32
 
 
 def read_sentences(file: Path, count: int) -> list[tuple[str, str]]:
