@@ -214,20 +214,20 @@ def _plan_model(name: str, request: _Request, check: str | None, on_step: Callab
     sizes = model.sizes(request.format)
     sources = {"memory": "stated" if request.memory is not None else "available here, less a margin"}
     memory = default_memory()[0] if request.memory is None else request.memory
-    machine, rate_sources = _rates(model, request, on_step)
     positions = model.config.max_position_embeddings
     if request.prompt is not None and request.prompt >= positions:
         raise SoliError(f"--prompt is {request.prompt:,}, but {name} has {positions:,} positions for it and an answer")
     prompt = request.prompt or min(PROMPT, max(1, positions - ANSWER))
     division = divide(sizes, memory, prompt + ANSWER)
-    memories = memories_to_compare(sizes, memory)
-    measurement = None
-    usage = model.usage() if request.skew is None else None
     if check is not None and not division.fits:
         raise SoliError(
             f"{check} needs {scaled(division.needed, 'B')}, but --check may take {scaled(memory, 'B')}: "
             "give more, or plan it without a check"
         )
+    machine, rate_sources = _rates(model, request, on_step)
+    memories = memories_to_compare(sizes, memory)
+    measurement = None
+    usage = model.usage() if request.skew is None else None
     if check is not None:
         from soli.plan.check import measure
 

@@ -82,7 +82,6 @@ def test_a_model_in_memory_has_none_of_it(mock, open_page):
     ("width", "scheme", "locale"),
     [
         (390, "dark", "zh-CN"),
-        (1280, "light", "en-GB"),
         *(pytest.param(*one, marks=pytest.mark.slow) for one in product((390, 1280), ("light", "dark"), LOCALES)),
     ],
 )
