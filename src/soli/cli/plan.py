@@ -21,7 +21,7 @@ from soli.quantities import parse_bytes, parse_flops, parse_rate, scaled
 
 if TYPE_CHECKING:
     from soli.plan.inference import MachineRates
-    from soli.plan.inference_plan import PlannedModel
+    from soli.plan.inference_plan import Division, PlannedModel
     from soli.plan.inference_report import PlanReport
     from soli.plan.sizes import ModelSizes
 
@@ -84,9 +84,7 @@ def plan(
             "does not.",
         ),
     ] = None,
-    gpu_speed: Annotated[
-        str, typer.Option(metavar="RATE", help="That GPU's memory bandwidth.")
-    ] = "900GB/s",
+    gpu_speed: Annotated[str, typer.Option(metavar="RATE", help="That GPU's memory bandwidth.")] = "900GB/s",
     fetch: Annotated[
         bool, typer.Option("--fetch", help="Fetch config.json and the index of a model that is not here.")
     ] = False,
@@ -189,14 +187,9 @@ def _fetch(name: str) -> None:
 
 
 def _plan_model(name: str, request: _Request, check: str | None, on_step: Callable[[str], None]) -> PlanReport:
-    from soli.experts.budget import default_memory
     from soli.plan.inference import MAX_RANKS, TYPICAL_SKEW, mean_rates
     from soli.plan.inference_plan import (
-        ANSWER,
-        PROMPT,
         PlannedWorkload,
-        divide,
-        find_model,
         gpu_split,
         memories_to_compare,
         speed,
@@ -205,25 +198,9 @@ def _plan_model(name: str, request: _Request, check: str | None, on_step: Callab
     )
     from soli.plan.inference_report import PlanReport
 
-    model = find_model(name)
-    if check is not None and check != name and find_model(check).config != model.config:
-        raise SoliError(f"{name} is not the model in {check}: leave one of them out")
-    model = model if check is None else find_model(check)
-    if request.format is not None and request.format not in FORMATS:
-        raise SoliError(f"--format is {request.format!r}: choose {', '.join(FORMATS)}")
-    sizes = model.sizes(request.format)
+    model, sizes, division, prompt = _divided(name, request, check)
+    memory = division.memory
     sources = {"memory": "stated" if request.memory is not None else "available here, less a margin"}
-    memory = default_memory()[0] if request.memory is None else request.memory
-    positions = model.config.max_position_embeddings
-    if request.prompt is not None and request.prompt >= positions:
-        raise SoliError(f"--prompt is {request.prompt:,}, but {name} has {positions:,} positions for it and an answer")
-    prompt = request.prompt or min(PROMPT, max(1, positions - ANSWER))
-    division = divide(sizes, memory, prompt + ANSWER)
-    if check is not None and not division.fits:
-        raise SoliError(
-            f"{check} needs {scaled(division.needed, 'B')}, but --check may take {scaled(memory, 'B')}: "
-            "give more, or plan it without a check"
-        )
     machine, rate_sources = _rates(model, request, on_step)
     memories = memories_to_compare(sizes, memory)
     measurement = None
@@ -253,6 +230,33 @@ def _plan_model(name: str, request: _Request, check: str | None, on_step: Callab
         routing_tokens=None if usage is None else usage.tokens,
         typical=None if is_known else speed(sizes, division, machine, PlannedWorkload(prompt, TYPICAL_SKEW)),
     )
+
+
+def _divided(name: str, request: _Request, check: str | None) -> tuple[PlannedModel, ModelSizes, Division, int]:
+    """The model, its sizes, how memory is divided, and the tokens of the prompt. SoliError for what cannot be
+    planned, or not be checked."""
+    from soli.experts.budget import default_memory
+    from soli.plan.inference_plan import ANSWER, PROMPT, divide, find_model
+
+    model = find_model(name)
+    if check is not None and check != name and find_model(check).config != model.config:
+        raise SoliError(f"{name} is not the model in {check}: leave one of them out")
+    model = model if check is None else find_model(check)
+    if request.format is not None and request.format not in FORMATS:
+        raise SoliError(f"--format is {request.format!r}: choose {', '.join(FORMATS)}")
+    sizes = model.sizes(request.format)
+    memory = default_memory()[0] if request.memory is None else request.memory
+    positions = model.config.max_position_embeddings
+    if request.prompt is not None and request.prompt >= positions:
+        raise SoliError(f"--prompt is {request.prompt:,}, but {name} has {positions:,} positions for it and an answer")
+    prompt = request.prompt or min(PROMPT, max(1, positions - ANSWER))
+    division = divide(sizes, memory, prompt + ANSWER)
+    if check is not None and not division.fits:
+        raise SoliError(
+            f"{check} needs {scaled(division.needed, 'B')}, but --check may take {scaled(memory, 'B')}: "
+            "give more, or plan it without a check"
+        )
+    return model, sizes, division, prompt
 
 
 def _rates(
