@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 Key = tuple[int, int]  # layer of the cache, expert
 
-PROMPT_SHARE: Final = 3 / 4  # of a layer's experts: tokens that choose more of them are a prompt's
 NEARLY_ALL: Final = 0.9  # of a layer's experts: of tokens that choose more, so do the next layer's
 MOST_PARTS: Final = 8  # of a layer's experts, in which they come into memory where two parts fit
 LATEST: Final = 1e6  # added to the values of experts that were used last
@@ -217,12 +216,13 @@ class Frequency(Policy):
     def candidates(self, layer: int, needed_from: Key | None = None) -> Iterator[Key]:
         if len(self._logs) <= self.FEW_LAYERS:
             self.catch_up()
-        ranks_LE = self._ranks_LE.astype(np.float64)
+        ranks_LE = self._ranks_LE.copy()
         for changed in self._changed:
             for ids_TK in self._logs[changed]:
                 ranks_LE[changed, ids_TK] += LATEST
         ranks = ranks_LE.ravel()
         if needed_from is not None:
+            ranks = ranks.astype(np.float64)  # so that what is needed keeps its order
             ranks[needed_from[0] * ranks_LE.shape[1] + needed_from[1] :] += NEEDED
         while np.isfinite(ranks[at := int(ranks.argmin())]):
             yield divmod(at, ranks_LE.shape[1])

@@ -25,13 +25,14 @@ from torch import Tensor
 
 from soli.experts.paged import FAILED, MISSING, PRESENT, READING, PagedExperts, chosen_experts
 from soli.experts.paging_stats import PagingStats, StoreStats
-from soli.experts.policy import DEFAULT, MOST_PARTS, NEARLY_ALL, POLICIES, PROMPT_SHARE, ExpertUsage, Key
+from soli.experts.policy import DEFAULT, MOST_PARTS, NEARLY_ALL, POLICIES, ExpertUsage, Key
 from soli.experts.prefetch import Prefetcher
 from soli.experts.reading import USUAL, Pending, Reader, Settings
 from soli.experts.slots import Slots
 from soli.experts.sources import Sources
 from soli.formats.quantized import QuantizedWeight
 
+PROMPT_SHARE: Final = 3 / 4  # of a layer's experts: tokens that choose more of them are a prompt's
 AHEAD_SHARE: Final = 1 / 16  # of all slots, that a prompt fills at least with experts of the next layer
 PRELOAD_SECONDS: Final = 2.0
 PRELOAD_AT_ONCE: Final = 32  # experts
@@ -112,17 +113,14 @@ class ExpertStore:
         is_prompt = len(chosen) > E * PROMPT_SHARE
         misses = self.stats.misses
         try:
-            self._needed_from = (layer, parts[0][-1] + 1) if is_prompt else None
-            self._load(layer, parts[0], parts[0])
+            self._load(layer, parts[0], parts[0], is_prompt)
             if self.stats.misses > misses:
                 self.policy.catch_up()
             for at, part in enumerate(parts):
                 following = parts[at + 1] if at + 1 < len(parts) else ()
                 both_fit = len(part) + len(following) <= self.capacity
-                if is_prompt:
-                    self._needed_from = layer, (following or part)[-1] + 1
                 if both_fit:
-                    self._load(layer, following, (*part, *following))
+                    self._load(layer, following, (*part, *following), is_prompt)
                 if not following and len(chosen) > E * NEARLY_ALL:
                     self._read_ahead(layer + 1, 2 * len(parts[0]))
                 if wait and any(states[expert] != PRESENT for expert in part):
@@ -132,7 +130,7 @@ class ExpertStore:
                 start = time.perf_counter()
                 self.wait(layer, part)
                 if not both_fit:
-                    self._load(layer, following, following)
+                    self._load(layer, following, following, is_prompt)
         finally:
             self._locked.clear()
             self._needed_from = None
@@ -146,7 +144,7 @@ class ExpertStore:
         self._needed_from = layer, 0
         missing = np.flatnonzero(self.layers[layer].states == MISSING).tolist()
         for expert in missing[: max(count, int(self.capacity * AHEAD_SHARE))]:
-            slot = self._free.pop() if self._free else self._evict(layer, wait=False)
+            slot = self._take_slot(layer, wait=False)
             if slot is None:
                 break
             self._read((layer, expert), slot)
@@ -159,7 +157,7 @@ class ExpertStore:
         locked = self._locked
         self._locked = locked | {(layer, expert) for expert in guessed}
         for expert in missing[: max(0, self.capacity - len(self._locked))]:
-            slot = self._free.pop() if self._free else self._evict(layer, wait=False)
+            slot = self._take_slot(layer, wait=False)
             if slot is None:
                 break
             self.prefetcher.stats.guessed += 1
@@ -275,10 +273,11 @@ class ExpertStore:
         size = max(1, min(self.capacity // 2, max(share // 2, experts // MOST_PARTS)))
         return [chosen[at : at + size] for at in range(0, len(chosen), size)]
 
-    def _load(self, layer: int, experts: Sequence[int], locked: Sequence[int]) -> None:
-        """Have experts in memory or on their way; those of `locked` stay."""
+    def _load(self, layer: int, experts: Sequence[int], locked: Sequence[int], is_prompt: bool = False) -> None:
+        """Have experts in memory or on their way; those of `locked` stay. A prompt uses all after these, in order."""
         states = self.layers[layer].states
         self._locked = {(layer, expert) for expert in locked}
+        self._needed_from = (layer, locked[-1] + 1) if is_prompt else None
         self.stats.bytes_used += len(experts) * self.sources.layers[layer].expert_bytes
         for expert in experts:
             if states[expert] == FAILED:  # of an earlier pass
@@ -288,7 +287,7 @@ class ExpertStore:
                 self.stats.misses += 1
                 if self.recorded_states_E is not None:
                     self.recorded_states_E[expert] = MISSING
-                slot = self._free.pop() if self._free else self._evict(layer)
+                slot = self._take_slot(layer)
                 assert slot is not None
                 self._read((layer, expert), slot)
             else:
@@ -304,9 +303,11 @@ class ExpertStore:
         reads = self.sources.layers[layer].experts[expert].reads
         return self.reader.submit(reads, self.memory.view(slot), partial(self._arrive, key), needed)
 
-    def _evict(self, layer: int, wait: bool = True) -> int | None:
-        """The slot of an expert that leaves. Without `wait`, None where all that may leave are being read or will be
-        used in this pass."""
+    def _take_slot(self, layer: int, wait: bool = True) -> int | None:
+        """A free slot, or that of an expert that leaves. Without `wait`, None where all that may leave are being read
+        or will be used in this pass."""
+        if self._free:
+            return self._free.pop()
         while True:
             reading = 0
             for key in self.policy.candidates(layer, self._needed_from):

@@ -147,7 +147,6 @@ def predict_prompt(
     step = _Step(sizes, machine)
     for start in range(0, tokens, tokens_per_call):
         count = min(tokens_per_call, tokens - start)
-        step.begin_call()
         step.add_resident(count)
         seen = flops(sizes.config, 2 * start + count)  # its prefill is that of the mean over so many tokens
         attention = count * seen.attention_prefill / ATTENTION_IN_PROMPTS
@@ -188,10 +187,6 @@ class _Step:
         self._seconds_before = 0.0  # of earlier calls
         self._seconds = self._disk = self._memory = self._arithmetic = self._disk_bytes = 0.0
 
-    def begin_call(self) -> None:
-        """Of the prompt; nothing overlaps with the calls before."""
-        self._seconds_before = self._seconds
-
     def prediction(self, tokens: int, hit_rate: float) -> Prediction:
         return Prediction(
             tokens, self._seconds, self._disk, self._memory, self._arithmetic, self._disk_bytes, hit_rate
@@ -202,7 +197,9 @@ class _Step:
         self._seconds += self._compute(format, size, operations, rows)
 
     def add_resident(self, tokens: int) -> None:
-        """All parts but routed experts, for so many tokens of which the last has logits."""
+        """Begin a call, which overlaps with none before: all parts but routed experts, for so many tokens of which the
+        last has logits."""
+        self._seconds_before = self._seconds
         for part in self._sizes.parts:
             if part.name == ROUTED:
                 continue
