@@ -30,6 +30,7 @@ from soli.train.run_folder import (
     REMOVE,
     RunProgress,
     document_digest,
+    latest_checkpoints,
     read_progress,
     read_state,
     require_best_checkpoint,
@@ -83,42 +84,64 @@ def load_run(run: Path) -> Transformer:
     return model
 
 
-def export_run(run: Path, folder: Path, format: str) -> None:
-    """Write the best checkpoint of a run as a model folder, whichever number of processes saved it, tensor by tensor.
+def export_run(run: Path, folder: Path, format: str, average: int | None = None) -> None:
+    """Write a run's weights as a model folder, whichever number of processes saved them, tensor by tensor.
 
-    The run may go on meanwhile; a checkpoint that it removes is given up for a later one. SoliError names what does not
+    They are those of its best checkpoint, or, with `average`, the mean of so many of its latest ones, which at a
+    constant learning rate stands for much of what lowering the rate brings (Izmailov et al. 2018; Li et al. 2025).
+    The run may go on meanwhile; checkpoints that it removes are given up for later ones. SoliError names what does not
     fit or is not finite; nothing is left at `folder` then.
     """
     for _ in range(EXPORT_ATTEMPTS):
-        checkpoint = require_best_checkpoint(run)
+        sources = [require_best_checkpoint(run)] if average is None else latest_checkpoints(run, average)
         try:
-            return _export_checkpoint(checkpoint, run, folder, format)
+            return _export_mean(sources, run, folder, format)
         except SoliError:
-            if checkpoint.is_dir():
+            if all(checkpoint.is_dir() for checkpoint in sources):
                 raise
     raise SoliError(f"{run}: its process removes checkpoints before they are read; raise run.keep, or stop it first")
 
 
-def _export_checkpoint(checkpoint: Path, run: Path, folder: Path, format: str) -> None:
-    reader = StateReader(checkpoint, ("model",))
-    _check_identity(reader)
-    config = load_config(checkpoint)
-    check_shapes(reader, _weights(reader, Transformer(config, device="meta", dtype=torch.float32)))
+def _export_mean(sources: list[Path], run: Path, folder: Path, format: str) -> None:
+    weights = [_StoredWeights(checkpoint) for checkpoint in sources]
 
     def fetch(slot: Slot) -> Tensor:
-        name = f"model/{slot.soli}"
-        if name not in reader.tensors and config.tie_word_embeddings:
-            name = "model/embed_tokens.weight"
-        size = reader.tensors[name].size
-        if slot.expert is None:
-            values = read_region(reader, name, [0] * len(size), size)
-        else:
-            values = read_region(reader, name, [slot.expert, slot.first_row, 0], [1, slot.shape[0], size[2]])[0]
-        check_finite(checkpoint, {slot.soli: values})
-        return values
+        mean = weights[0].fetch(slot)
+        for others in weights[1:]:
+            mean += others.fetch(slot)
+        return mean.div_(len(weights))
 
-    name = run.resolve().name
-    save_slots(config, fetch, folder, Target(format), run, source=f"{name}, a run of soli train")
+    source = f"{run.resolve().name}, a run of soli train"
+    if len(sources) > 1:
+        source += f"; the mean of its checkpoints {sources[0].name} to {sources[-1].name}, {len(sources)} in number"
+    save_slots(weights[-1].config, fetch, folder, Target(format), run, source=source)
+
+
+class _StoredWeights:
+    """The weights of one checkpoint, by published tensor. SoliError where its files do not fit each other."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+        self.reader = StateReader(checkpoint, ("model",))
+        _check_identity(self.reader)
+        self.config = load_config(checkpoint)
+        check_shapes(
+            self.reader, _weights(self.reader, Transformer(self.config, device="meta", dtype=torch.float32))
+        )
+
+    def fetch(self, slot: Slot) -> Tensor:
+        """fp32; SoliError where a value is not finite."""
+        name = f"model/{slot.soli}"
+        if name not in self.reader.tensors and self.config.tie_word_embeddings:
+            name = "model/embed_tokens.weight"
+        size = self.reader.tensors[name].size
+        if slot.expert is None:
+            values = read_region(self.reader, name, [0] * len(size), size)
+        else:
+            region = [slot.expert, slot.first_row, 0], [1, slot.shape[0], size[2]]
+            values = read_region(self.reader, name, *region)[0]
+        check_finite(self.checkpoint, {slot.soli: values})
+        return values
 
 
 def model_state(model: Transformer) -> dict[str, Tensor]:

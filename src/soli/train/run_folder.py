@@ -82,6 +82,19 @@ def require_best_checkpoint(run: Path) -> Path:
     return checkpoint
 
 
+def latest_checkpoints(run: Path, count: int) -> list[Path]:
+    """So many of a run's latest checkpoints, oldest first; SoliError where its latest stage has fewer."""
+    if count < 1:
+        raise SoliError(f"{count} checkpoints have no mean; give 1 or more")
+    saved = checkpoints(run)
+    stage = read_progress(saved[-1]).stage if saved else 0
+    latest = [path for path in saved[-count:] if read_progress(path).stage == stage]
+    if len(latest) < count:
+        of_phase = " of its latest phase" if stage else ""
+        raise SoliError(f"{run} has {len(latest)} checkpoints{of_phase}, not {count}; run.keep says how many are kept")
+    return latest
+
+
 def stage_ends(saved: list[Path]) -> list[Path]:
     """The last checkpoint of each stage but the latest, of checkpoints in the order of their steps."""
     stages = [read_progress(path).stage for path in saved]
