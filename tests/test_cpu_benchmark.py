@@ -38,6 +38,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_measures_what_is_there_and_says_what_is_not(lab: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cpu.main(["--lab", str(lab), "--rows", "tiny-decode,tiny-prefill", "--quick", "--rounds", "2", "--others", "1"])
     output = capsys.readouterr()

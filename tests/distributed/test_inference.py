@@ -101,6 +101,7 @@ def test_two_ranks_answer_as_one_process_in_several_families(tmp_path, folder):
         assert_same(answered, of_one_process(case))
 
 
+@pytest.mark.slow
 def test_four_ranks_answer_as_one_process_with_every_feature(tmp_path, folder):
     model = folder_of("v3", folder, num_attention_heads=4)
     sampled = SamplingParams(temperature=1.0, top_k=20, seed=5)

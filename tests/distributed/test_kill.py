@@ -108,6 +108,7 @@ def wait_for_checkpoint(agent: subprocess.Popen, run: Path) -> None:
         assert agent.poll() is None, agent.stderr.read()
 
 
+@pytest.mark.slow
 def test_soli_train_starts_ranks_and_names_the_one_that_was_killed(tmp_path, data):
     run = tmp_path / "run"
     command = ["-m", "soli", "train", recipe_file(tmp_path, data, MANY), "--processes", "2", "--out", run]

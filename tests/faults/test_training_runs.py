@@ -482,6 +482,7 @@ def test_a_hangup_saves_the_state(folder):
     assert read_progress(checkpoints(folder / "run")[-1]).step == last_recorded_step(folder / "run")
 
 
+@pytest.mark.slow
 def test_nohup_is_respected(folder):
     process = start(*SAVE_AT_THE_END, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     wait_for_step(process)
@@ -492,6 +493,7 @@ def test_nohup_is_respected(folder):
     assert process.returncode == 0
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_saves_the_state(folder):
     """The terminal is gone when the run hears of it: what it prints then fails."""
     pid, terminal = pty.fork()

@@ -46,9 +46,14 @@ HOSTILE = {
         "{% set n = namespace(s='aa') %}{% for i in range(99) %}{% set n.s = n.s.replace('a', 'aaaa') %}{% endfor %}"
     ),
 }
+QUICK = ("endless loop", "doubling list", "power tower", "huge range", "format method", "recursion")
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+def slow(*names):
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", [*QUICK, *slow(*(name for name in HOSTILE if name not in QUICK))])
 def test_every_kind_of_excess_is_one_sentence(name):
     source = "{% if messages[0].content == 'x' %}" + HOSTILE[name] + "{% endif %}" + GOOD
     template = ChatTemplate(source, tiny_tokenizer(), NAMES)
@@ -122,7 +127,7 @@ def test_the_process_has_no_torch_and_no_secrets():
     template.close()
 
 
-@pytest.mark.parametrize("name", ["endless loop", "power tower", "doubling string"])
+@pytest.mark.parametrize("name", ["power tower", *slow("endless loop", "doubling string")])
 def test_the_server_answers_400_and_others_meanwhile(name):
     template = ChatTemplate(HOSTILE[name], tiny_tokenizer(), NAMES)
     with tiny_server(source=template) as url:
@@ -143,7 +148,7 @@ def test_the_server_answers_400_and_others_meanwhile(name):
     template.close()
 
 
-@pytest.mark.parametrize("name", ["endless loop", "power tower of a variable"])
+@pytest.mark.parametrize("name", ["power tower of a variable", *slow("endless loop")])
 def test_sigterm_ends_the_server_while_a_template_computes(tmp_path, name):
     folder = chat_folder(tmp_path / "model", HOSTILE[name])
     with server_process(0, "--drain-seconds", "1", model=folder) as (server, url, lines):

@@ -106,7 +106,7 @@ def _hear_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-@pytest.mark.parametrize("interruption", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("interruption", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_pull_that_is_killed_or_interrupted_resumes(hub: Hub, cache: Path, interruption: signal.Signals) -> None:
     files = sharded_files(2_000_000)
     hub.add(ID, files)

@@ -92,7 +92,9 @@ def test_a_rank_has_the_layers_that_the_trainer_gives_it():
     assert 1 < imbalance(recipe.model, MeshSizes(1, 1, 8)) < imbalance(recipe.model, MeshSizes(1, 1, 16)) < 1.5
 
 
-@pytest.mark.parametrize(("devices", "device"), [(2048, "h800"), (1024, "h200"), (37, "h800")])
+@pytest.mark.parametrize(
+    ("devices", "device"), [(2048, "h800"), pytest.param(1024, "h200", marks=pytest.mark.slow), (37, "h800")]
+)
 def test_the_trainer_accepts_what_is_proposed_in_every_phase(devices, device, capsys):
     """With the printed options the recipe's own mesh is for so many devices, whether it fits them or not."""
     command = ["train", "671b", "--dry-run", "--no-measure", "--devices", str(devices), "--device", device]

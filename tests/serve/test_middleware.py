@@ -121,7 +121,13 @@ def test_the_log_has_a_line_per_answer_and_none_for_the_pages_files_and_probes(c
     assert levels == dict.fromkeys(quiet, "DEBUG") | {"/static/nothing.js": "INFO", "/v1/completions": "INFO"}
 
 
-@pytest.mark.parametrize(("level", "shown"), [("debug", "diwe"), ("info", "iwe"), ("warning", "we"), ("error", "e")])
+@pytest.mark.parametrize(
+    ("level", "shown"),
+    [
+        ("info", "iwe"),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in (("debug", "diwe"), ("warning", "we"), ("error", "e"))),
+    ],
+)
 def test_the_log_level_selects_lines(level, shown):
     script = (
         "import logging, sys; from soli.serve.server import configure_log; configure_log(sys.argv[1])\n"

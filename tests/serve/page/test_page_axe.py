@@ -23,7 +23,6 @@ def violations(page: Any) -> list[str]:
     ("width", "scheme", "locale"),
     [
         (390, "dark", "zh-CN"),
-        (1280, "light", "en-GB"),
         *(pytest.param(*one, marks=pytest.mark.slow) for one in product((390, 1280), ("light", "dark"), LOCALES)),
     ],
 )
@@ -49,7 +48,7 @@ def test_no_violation_in_either_view(mock, open_page, width, scheme, locale):
     assert overflows == [0] * len(mock.model["layers"])  # each layer's table is seen whole
 
 
-@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("width", [390, pytest.param(1280, marks=pytest.mark.slow)])
 def test_no_violation_while_chatting_and_comparing(mock, open_page, width):
     mock.model = mock.model | {"modes": ["chat", "translate", "complete"]}
     mock.pieces[0].reasoning = "Let me think."

@@ -237,6 +237,7 @@ def test_a_connection_that_breaks_in_an_answer_is_no_answer(mock, open_page):
     assert page.inner_text(".words") == KNIFE["translation"]
 
 
+@pytest.mark.slow
 def test_a_slow_server_is_named_and_the_answer_still_comes(mock, open_page):
     page = open_page(mock)
     mock.stall = 7.5
