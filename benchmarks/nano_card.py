@@ -1,13 +1,13 @@
 """Score the bundled model and write its card: figures, curve, load, examples; nothing in it is typed by hand.
 
-    python benchmarks/nano_card.py --run runs/nano-gpu --data data/nano-zh-en [--before FOLDER --before-tokens N]
+    python benchmarks/nano_card.py --run runs/nano-gpu --data data/nano-zh-en [--before FOLDER N ...]
 
 Reads the run's metrics and resolved recipe, and what gpu/train_nano.py left where a GPU trained; runs `soli eval` and
 `soli routing` on the held-out files, and writes benchmarks/results/nano.json, soli/models/nano/README.md and
-its curve.png. `--before` scores the bundled model until now on the same files, or reads what `soli eval --json` said of
-it. Of a run on a CPU: with as many threads (OMP_NUM_THREADS) as the training had, for the utilisation is the run's
-FLOP/s over the rate of its matrix products, measured now; of one on a GPU it is their share of what the card's maker
-states.
+its curve.png. `--before` scores an earlier bundled model on the same files, or reads what `soli eval --json` said of
+it; the first one's figures stand beside the new ones for each source. Of a run on a CPU: with as many threads
+(OMP_NUM_THREADS) as the training had, for the utilisation is the run's FLOP/s over the rate of its matrix products,
+measured now; of one on a GPU it is their share of what the card's maker states.
 """
 
 from __future__ import annotations
@@ -91,6 +91,14 @@ def score(model: str, data: Path) -> dict[str, Any]:
     return scores
 
 
+def read_scores(model: Path, data: Path) -> dict[str, Any]:
+    """Those of a model folder, measured now, or those in a JSON file."""
+    if not model.is_file():
+        return score(str(model), data)
+    scores: dict[str, Any] = json.loads(model.read_text(encoding="utf-8"))
+    return scores
+
+
 def measure(data: Path) -> dict[str, Any]:
     """Scores on the held-out pairs and texts, and which experts prefer which language."""
     scores = score("nano", data)
@@ -154,12 +162,21 @@ def exported_tokens(steps: list[dict[str, Any]], evaluations: list[dict[str, Any
     return int(min(saved, key=lambda e: e["loss"])["tokens"])
 
 
+def by_source(scores: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """chrF of each direction and source."""
+    return {
+        name: {source: row["chrf"] for source, row in direction["by_source"].items()}
+        for name, direction in scores["directions"].items()
+    }
+
+
 def summarise(
     measurements: dict[str, Any],
     steps: list[dict[str, Any]],
     tokens_seen: int,
     model_bytes: int,
     training: dict[str, Any],
+    before: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """What benchmarks/results/nano.json holds; the README's table reads `figures`."""
     scores, last = measurements["eval"], steps[-1]
@@ -175,6 +192,7 @@ def summarise(
         "training": training,
         "preferences": measurements["preferences"],
         "eval": scores,
+        "before": before,
     }
 
 
@@ -198,7 +216,7 @@ def card(result: dict[str, Any], steps: list[dict[str, Any]], data: Path) -> str
         "flop": f"{flop:.1e}".replace("e+", " x 10^"),
         "corpus": f"{sources['train_tokens'] / 1e6:.1f}",
         "megabytes": f"{figures['bytes'] / 1e6:.1f}",
-        "quality": "\n".join(quality_rows(scores["directions"])),
+        "quality": "\n".join(quality_rows(scores["directions"], result["before"])),
         "signature": scores["directions"]["en-zh"]["overall"]["signature"],
         "signature_en": scores["directions"]["zh-en"]["overall"]["signature"],
         "bits": ", ".join(f"{name} {bits:.3f}" for name, bits in scores["on_text"]["bits_per_byte"].items()),
@@ -220,27 +238,36 @@ def utilised(training: dict[str, Any]) -> str:
 
 
 def version_rows(result: dict[str, Any]) -> list[str]:
-    """The earlier bundled model, where it was scored, and this one."""
-    models = {"before": result.get("before"), "this model": result["figures"]}
+    """The earlier bundled models and this one."""
+    models = [("before", figures) for figures in result["before"]] + [("this model", result["figures"])]
     rows = []
-    for name, figures in models.items():
-        if figures:
-            zh, en = figures["en-zh"], figures["zh-en"]
-            rows.append(
-                f"| {name} | {figures['tokens_seen'] / 1e6:.1f} M | {zh['chrf']:.1f} | {zh['bleu']:.1f} "
-                f"| {en['chrf']:.1f} | {en['bleu']:.1f} | {figures['bits_per_byte']:.3f} "
-                f"| {100 * figures['mtp_acceptance']:.1f} % |"
-            )
+    for name, figures in models:
+        zh, en = figures["en-zh"], figures["zh-en"]
+        rows.append(
+            f"| {name} | {figures['tokens_seen'] / 1e6:.1f} M | {zh['chrf']:.1f} | {zh['bleu']:.1f} "
+            f"| {en['chrf']:.1f} | {en['bleu']:.1f} | {figures['bits_per_byte']:.3f} "
+            f"| {100 * figures['mtp_acceptance']:.1f} % |"
+        )
     return rows
 
 
-def quality_rows(directions: dict[str, Any]) -> list[str]:
-    """One table row per source, then one for all."""
+def quality_rows(directions: dict[str, Any], before: list[dict[str, Any]]) -> list[str]:
+    """One table row per source, then one for all; chrF of the first earlier model in brackets."""
     to_zh, to_en = directions["en-zh"], directions["zh-en"]
-    rows = [*((name, to_zh["by_source"][name], to_en["by_source"][name]) for name in to_zh["by_source"])]
+    sources = list(to_zh["by_source"])
+    rows = [(source, to_zh["by_source"][source], to_en["by_source"][source]) for source in sources]
     rows.append(("**all**", to_zh["overall"], to_en["overall"]))
+
+    def earlier(direction: str, source: str) -> str:
+        if not before:
+            return ""
+        first = before[0]
+        chrf = first["by_source"][direction].get(source) if source in sources else first[direction]["chrf"]
+        return "" if chrf is None else f" ({chrf:.1f})"
+
     return [
-        f"| {name} | {zh['count']:,} | {zh['chrf']:.1f} | {zh['bleu']:.1f} | {en['chrf']:.1f} | {en['bleu']:.1f} |"
+        f"| {name} | {zh['count']:,} | {zh['chrf']:.1f}{earlier('en-zh', name)} | {zh['bleu']:.1f} "
+        f"| {en['chrf']:.1f}{earlier('zh-en', name)} | {en['bleu']:.1f} |"
         for name, zh, en in rows
     ]
 
@@ -268,21 +295,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=ROOT / "runs" / "nano-gpu")
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "nano-zh-en")
-    parser.add_argument("--before", type=Path, help="the bundled model until now, or the JSON of its scores")
-    parser.add_argument("--before-tokens", type=int, default=0, help="tokens which that model had seen")
+    parser.add_argument(
+        "--before",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("FOLDER", "TOKENS"),
+        help="an earlier bundled model, or the JSON of its scores, and the tokens it had seen",
+    )
+    parser.add_argument("--initial-tokens", type=int, default=0, help="tokens which the run's initial weights had seen")
     arguments = parser.parse_args()
     steps, evaluations = read_metrics(arguments.run)
     settings = read_recipe(arguments.run)
     training = utilisation(arguments.run, settings, steps)
-    tokens_seen = exported_tokens(steps, evaluations, settings.run.save_every)
+    tokens_seen = arguments.initial_tokens + exported_tokens(steps, evaluations, settings.run.save_every)
     draw_curve(steps, evaluations, MODEL / "curve.png")
     measurements = measure(arguments.data)
-    result = summarise(measurements, steps, tokens_seen, (MODEL / "model.safetensors").stat().st_size, training)
-    if arguments.before:
-        tokens = {"tokens_seen": arguments.before_tokens}
-        before = arguments.before
-        scores = json.loads(before.read_text("utf-8")) if before.is_file() else score(str(before), arguments.data)
-        result["before"] = {**quality(scores), **tokens}
+    before = [
+        {**quality(scores), "by_source": by_source(scores), "tokens_seen": int(tokens)}
+        for model, tokens in arguments.before
+        for scores in [read_scores(Path(model), arguments.data)]
+    ]
+    model_bytes = (MODEL / "model.safetensors").stat().st_size
+    result = summarise(measurements, steps, tokens_seen, model_bytes, training, before)
     record.write("nano", result)
     (MODEL / "README.md").write_text(card(result, steps, arguments.data), encoding="utf-8")
     print(json.dumps(result["figures"], indent=1))

@@ -88,9 +88,10 @@ def export_run(run: Path, folder: Path, format: str, average: int | None = None)
     """Write a run's weights as a model folder, whichever number of processes saved them, tensor by tensor.
 
     They are those of its best checkpoint, or, with `average`, the mean of so many of its latest ones, which at a
-    constant learning rate stands for much of what lowering the rate brings (Izmailov et al. 2018; Li et al. 2025).
-    The run may go on meanwhile; checkpoints that it removes are given up for later ones. SoliError names what does not
-    fit or is not finite; nothing is left at `folder` then.
+    constant learning rate brings what lowering the rate does, or more (Izmailov et al. 2018; Li et al. 2025). MTP
+    modules are then the latest ones: of the drafts of their mean, fewer are accepted (docs/log.md). The run may go on
+    meanwhile; checkpoints that it removes are given up for later ones. SoliError names what does not fit or is not
+    finite; nothing is left at `folder` then.
     """
     for _ in range(EXPORT_ATTEMPTS):
         sources = [require_best_checkpoint(run)] if average is None else latest_checkpoints(run, average)
@@ -106,10 +107,10 @@ def _export_mean(sources: list[Path], run: Path, folder: Path, format: str) -> N
     weights = [_StoredWeights(checkpoint) for checkpoint in sources]
 
     def fetch(slot: Slot) -> Tensor:
-        mean = weights[0].fetch(slot)
-        for others in weights[1:]:
-            mean += others.fetch(slot)
-        return mean.div_(len(weights))
+        latest = weights[-1].fetch(slot)
+        if slot.soli.startswith("mtp."):
+            return latest
+        return sum((earlier.fetch(slot) for earlier in weights[:-1]), latest).div_(len(weights))
 
     source = f"{run.resolve().name}, a run of soli train"
     if len(sources) > 1:
