@@ -134,15 +134,16 @@ def utilisation(run: Path, settings: TrainSettings, steps: list[dict[str, Any]])
     """Where the run was and its median step: its model FLOP/s over what the processor does on the recipe's products
     alone, of a GPU over the bf16 peak that its maker states."""
     speed = statistics.median(step["tokens_per_second"] for step in steps)
-    flops = training_flops(settings.model, settings.schedule.sequence_length)
-    speed_and_flops = {"tokens_per_second": speed, "flops_per_token": flops}
+    flops = [flops_per_token(settings, step) for step in steps]
+    work = statistics.median(step["tokens_per_second"] * own for step, own in zip(steps, flops, strict=True))
+    speed_and_flops = {"tokens_per_second": speed, "flops_per_token": statistics.mean(flops)}
     gpu_result = run / "gpu_train_nano.json"
     if gpu_result.is_file():
         machine = json.loads(gpu_result.read_text(encoding="utf-8"))["hardware"]
         peak = stated_peak(machine["gpu"])
         assert peak is not None
         where = {"machine": f"one {machine['gpu']}", "date": machine["date"], "commit": machine["commit"]}
-        return {**speed_and_flops, **where, "peak_tflops": peak, "mfu": speed * flops / 1e12 / peak}
+        return {**speed_and_flops, **where, "peak_tflops": peak, "mfu": work / 1e12 / peak}
     devices = [measure_device(settings) for _ in range(5)]
     device = max(devices, key=lambda device: device.tflops)  # other processes may be at work
     here = record.hardware()
@@ -152,8 +153,13 @@ def utilisation(run: Path, settings: TrainSettings, steps: list[dict[str, Any]])
         "date": here["date"],
         "commit": here["commit"],
         "measured_tflops": device.tflops,
-        "mfu": speed * flops / 1e12 / device.tflops,
+        "mfu": work / 1e12 / device.tflops,
     }
+
+
+def flops_per_token(settings: TrainSettings, step: dict[str, Any]) -> int:
+    """Of a step, which may have been before the MTP modules were trained."""
+    return training_flops(settings.model, settings.schedule.sequence_length, mtp=bool(step["mtp"]))
 
 
 def exported_tokens(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], save_every: int) -> int:
