@@ -223,6 +223,7 @@ def test_a_check_of_what_does_not_fit_is_rejected(capsys):
     assert not captured.out
 
 
+@pytest.mark.slow
 def test_a_training_plan_is_that_of_a_dry_run(capsys):
     def lines(*arguments: str) -> list[str]:
         assert main([*arguments]) == 0

@@ -119,6 +119,7 @@ def family_sections(kind: str) -> dict:
     return {"model": model, "parallel": {"data": 2} if model.get("n_routed_experts") == 0 else {"expert": 2}}
 
 
+@pytest.mark.slow
 def test_every_family_trains_on_two_ranks(tmp_path, data):
     kinds = [kind for kind, changes in FAMILY_KINDS.items() if changes not in SPARSE_KINDS.values()]
     recipes = [family_sections(kind) for kind in kinds]

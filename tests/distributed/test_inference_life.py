@@ -140,6 +140,7 @@ def fail_on_the_first_rank(folder: str) -> None:
     os._exit(3)
 
 
+@pytest.mark.slow
 def test_an_error_in_a_step_ends_all_ranks(folder, tmp_path):
     processes = start_ranks(fail_on_the_first_rank, 2, tmp_path, folder)
     for process in processes:

@@ -32,7 +32,7 @@ def fail_alone(failing: int) -> tuple[str, bool]:
     return str(stop.value), dist.is_initialized()
 
 
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("failing", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_connections_are_closed_at_an_error(tmp_path, failing):
     by_rank = run_ranks(fail_alone, 2, tmp_path, failing)
     assert by_rank[failing] == ("its own error", False)

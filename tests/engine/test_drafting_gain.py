@@ -85,6 +85,7 @@ def test_greedy_texts_are_the_same_when_drafting_is_given_up_midway(monkeypatch:
     assert engine.stats().drafted == stats.drafted
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_a_text_with_a_seed_does_not_depend_on_what_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     _, always = paged(speculate=True)

@@ -246,6 +246,7 @@ def busy_loops():
         loop.wait()
 
 
+@pytest.mark.slow
 def test_doctor_reports_a_busy_machine(busy_loops, capsys, monkeypatch):
     monkeypatch.setattr(memory_rate, "SECONDS", 0.01)
     assert main(["doctor", "--json"]) == 0

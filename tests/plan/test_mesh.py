@@ -64,6 +64,7 @@ def test_the_papers_choices_take_the_papers_plan():
     assert plan.bubble < 0.05 and plan.sizes.pipeline == 16
 
 
+@pytest.mark.slow
 def test_more_devices_take_less_time():
     """And more GPU-hours for their bubble, until a faster mesh has the memory: experts within a machine."""
     plans = {devices: proposed(devices).plan for devices in (512, 1024, 2048)}
@@ -141,6 +142,7 @@ def test_precision_is_chosen_where_the_recipe_leaves_it_open():
     assert fixed.plan.precision == "bf16" and "run.precision" not in fixed.changes
 
 
+@pytest.mark.slow
 def test_hours_are_added_up_from_their_causes(capsys):
     recipe, _ = of_paper()
     for plan in (proposed(2048).plan, papers_plan(recipe)):
@@ -191,6 +193,7 @@ def test_devices_that_no_mesh_divides_are_named(capsys):
         find_device("h8000")
 
 
+@pytest.mark.slow
 def test_the_mesh_is_printed(capsys):
     command = ["train", "671b", "--dry-run", "--no-measure", "--devices", "2048", "--device", "h800"]
     assert main(command) == 0

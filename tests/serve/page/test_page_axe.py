@@ -66,6 +66,7 @@ def test_no_violation_while_chatting_and_comparing(mock, open_page, width):
     assert page.evaluate("document.documentElement.scrollWidth") == width
 
 
+@pytest.mark.slow
 def test_no_violation_when_the_server_is_gone_or_wants_a_key(mock, open_page):
     page = open_page(mock, complaints=(*GONE, "401"), viewport={"width": 390, "height": 844})
     mock.gone = True

@@ -199,6 +199,7 @@ def test_a_server_that_is_gone_is_named_and_the_page_recovers(mock, open_page):
     assert len(mock.bodies("/soli/translate")) == 1
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_while_nothing_is_done_is_noticed(mock, open_page):
     page = open_page(mock, complaints=GONE)
     mock.gone = True
