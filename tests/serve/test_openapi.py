@@ -50,12 +50,12 @@ def send(route, mode, checks, examples):
 
 @pytest.mark.parametrize("name", ROUTES)
 def test_allowed_requests_are_answered_as_described(routes, name):
-    send(routes[name], GenerationMode.POSITIVE, ALWAYS, 10 if name in POSTS else 3)
+    send(routes[name], GenerationMode.POSITIVE, ALWAYS, 30 if name in POSTS else 5)
 
 
 @pytest.mark.parametrize("name", POSTS)
 def test_forbidden_requests_are_rejected(routes, name):
-    send(routes[name], GenerationMode.NEGATIVE, [*ALWAYS, negative_data_rejection], 10)
+    send(routes[name], GenerationMode.NEGATIVE, [*ALWAYS, negative_data_rejection], 30)
 
 
 @pytest.mark.parametrize(

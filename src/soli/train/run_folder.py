@@ -60,6 +60,15 @@ def best_checkpoint(run: Path) -> Path | None:
 
     Losses of two stages are not compared: their windows are of other lengths.
     """
+    saved = _of_latest_stage(run)
+    evaluated = [(progress.valid_loss, path) for progress, path in saved if progress.valid_loss is not None]
+    if evaluated:
+        return min(evaluated)[1]
+    return saved[-1][1] if saved else None
+
+
+def _of_latest_stage(run: Path) -> list[tuple[RunProgress, Path]]:
+    """Complete checkpoints of a run's latest stage, oldest first, with what each has reached."""
     saved = []
     for path in checkpoints(run):
         try:
@@ -68,10 +77,7 @@ def best_checkpoint(run: Path) -> Path | None:
             if path.is_dir():
                 raise  # else the running process removed it after the list was made
     stage = max((progress.stage for progress, _ in saved), default=0)
-    evaluated = [(p.valid_loss, path) for p, path in saved if p.stage == stage and p.valid_loss is not None]
-    if evaluated:
-        return min(evaluated)[1]
-    return saved[-1][1] if saved else None
+    return [(progress, path) for progress, path in saved if progress.stage == stage]
 
 
 def require_best_checkpoint(run: Path) -> Path:
@@ -86,13 +92,11 @@ def latest_checkpoints(run: Path, count: int) -> list[Path]:
     """So many of a run's latest checkpoints, oldest first; SoliError where its latest stage has fewer."""
     if count < 1:
         raise SoliError(f"{count} checkpoints have no mean; give 1 or more")
-    saved = checkpoints(run)
-    stage = read_progress(saved[-1]).stage if saved else 0
-    latest = [path for path in saved[-count:] if read_progress(path).stage == stage]
-    if len(latest) < count:
-        of_phase = " of its latest phase" if stage else ""
-        raise SoliError(f"{run} has {len(latest)} checkpoints{of_phase}, not {count}; run.keep says how many are kept")
-    return latest
+    saved = _of_latest_stage(run)
+    if len(saved) < count:
+        of_phase = " of its latest phase" if saved and saved[-1][0].stage else ""
+        raise SoliError(f"{run} has {len(saved)} checkpoints{of_phase}, not {count}; run.keep says how many are kept")
+    return [path for _, path in saved[-count:]]
 
 
 def stage_ends(saved: list[Path]) -> list[Path]:
