@@ -92,6 +92,7 @@ def latest_checkpoints(run: Path, count: int) -> list[Path]:
     """So many of a run's latest checkpoints, oldest first; SoliError where its latest stage has fewer."""
     if count < 1:
         raise SoliError(f"{count} checkpoints have no mean; give 1 or more")
+    require_best_checkpoint(run)
     saved = _of_latest_stage(run)
     if len(saved) < count:
         of_phase = " of its latest phase" if saved and saved[-1][0].stage else ""
