@@ -4,6 +4,7 @@ Counts come from the routing values that the forward pass returned, so recompute
 to them. They are summed over micro-batches by the trainer, over ranks by `reduce_counts`. L MoE layers, E experts.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,24 +22,25 @@ def reduce_counts(counts_LE: Tensor) -> Tensor:
     return counts_LE
 
 
-def mixture_names(config: ModelConfig) -> list[str]:
+def mixture_names(config: ModelConfig, mtp_alone: bool = False) -> list[str]:
     """The names of a model's MoE layers in the order of their counts, MTP modules last: those of `model.moe_layers()`
-    where a process has all of them."""
+    where a process has all of them. `mtp_alone`: where the modules alone are trained, and counted."""
     L = config.num_hidden_layers
-    main = [f"layers.{layer}" for layer in range(L) if config.is_moe_layer(layer)]
+    main = [] if mtp_alone else [f"layers.{layer}" for layer in range(L) if config.is_moe_layer(layer)]
     return main + [f"mtp.{k}" for k in range(config.num_nextn_predict_layers) if config.is_moe_layer(L + k)]
 
 
 @torch.no_grad()
-def step_bias(model: Transformer, counts_LE: Tensor, gamma: float) -> None:
+def step_bias(model: Transformer, counts_LE: Tensor, gamma: float, names: Sequence[str] | None = None) -> None:
     """b += gamma * sign(mean load - load), in place, for each MoE layer that this process has; `counts_LE` are those of
-    all, in the order of `mixture_names`. Layers without counts were not computed and keep their biases.
+    the layers `names`, by default all in the order of `mixture_names`. Layers without counts were not computed and keep
+    their biases.
 
     No centring: released biases are all positive (trap 4). A layer whose router has no bias is left as it is.
     """
     if gamma == 0:
         return
-    counts = dict(zip(mixture_names(model.config), counts_LE, strict=False))
+    counts = dict(zip(names or mixture_names(model.config), counts_LE, strict=False))
     for name, layer in model.moe_layers():
         bias_E = layer.gate.e_score_correction_bias
         counts_E = counts.get(name)

@@ -33,6 +33,7 @@ class Evaluation:
     loss: float  # nats per token
     bits_per_byte: float
     mtp_accuracy: float | None  # how often the first MTP module's likeliest token is the text's; None without one
+    mtp_accepted: float | None = None  # how often it is the model's own, so that greedy decoding accepts the draft
 
 
 def bytes_per_token(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
@@ -62,22 +63,25 @@ def evaluate(
         # A rank for which no part is left computes the last one along with the others; its result is dropped below.
         part_BW = parts[min(first + shares.rank, len(parts) - 1)].to(model.embed_tokens.weight.device)
         own.append(measure.of_windows(part_BW) if pipeline is None else measure.of_stages(pipeline, part_BW))
-    by_rank = ranks.gather(torch.tensor(own, dtype=torch.float64).view(-1, 4))
+    by_rank = ranks.gather(torch.tensor(own, dtype=torch.float64).view(-1, 6))
     if pipeline is not None:  # zeros but from the last stage
         by_rank = list(torch.stack(by_rank).unflatten(0, (-1, shares.world)).sum(0))
     sums = torch.stack(by_rank, dim=1).flatten(0, 1)[: len(parts)].tolist()
-    nats, text_bytes, correct, targets = (sum(column) for column in zip(*sums, strict=True))
+    nats, text_bytes, correct, targets, accepted, drafts = (sum(column) for column in zip(*sums, strict=True))
     loss = nats / (window_BW.shape[0] * measure.length(window_BW))
     bits = nats / math.log(2) / text_bytes if text_bytes else math.nan
-    return Evaluation(loss, bits, correct / targets if targets else None)
+    if not targets:
+        return Evaluation(loss, bits, None, None)
+    return Evaluation(loss, bits, correct / targets, accepted / drafts if drafts else None)
 
 
-Sums = tuple[float, float, float, float]
+Sums = tuple[float, float, float, float, float, float]
 
 
 class HeldoutMeasure:
-    """Sums over some windows: nats, UTF-8 bytes, targets that the first MTP module's likeliest token is, targets. Also
-    the task of a pipeline's stages, of which the last one measures."""
+    """Sums over some windows: nats, UTF-8 bytes, targets that the first MTP module's likeliest token is, targets,
+    drafts that are the model's likeliest token too, drafts. Also the task of a pipeline's stages, of which the last one
+    measures."""
 
     def __init__(self, model: Transformer, bytes_V: Tensor, eos_id: int) -> None:
         self.model, self.bytes_V, self.eos_id = model, bytes_V, eos_id
@@ -94,7 +98,7 @@ class HeldoutMeasure:
     def of_stages(self, pipeline: "Pipeline", ids_BW: Tensor) -> Sums:
         """As `of_windows` on the rank of the last stage; zeros on the others, which take part."""
         sums: Sums | None = pipeline.forward(ids_BW, self.length(ids_BW), self)
-        return sums or (0.0, 0.0, 0.0, 0.0)
+        return sums or (0.0,) * 6
 
     def carry(self, routing: Mapping[str, Routing], carried: Tensor | None, sequences: int) -> None:
         """Nothing: no balance loss is measured."""
@@ -110,11 +114,15 @@ class HeldoutMeasure:
         nats = float(token_nll(hidden_BTD, model.lm_head.weight, ids_BW[:, 1 : 1 + length]).double().sum())
         text_bytes = float(self.bytes_V[ids_BW[:, 1 : 1 + length].cpu()].sum())
         if not self.depths:
-            return nats, text_bytes, 0.0, 0.0
+            return nats, text_bytes, 0.0, 0.0, 0.0, 0.0
         step = model.mtp_step(0, hidden_BTD, ids_BW[:, 1 : 1 + length])
         mask_BT = mtp_mask(ids_BW, 0, length, self.eos_id)
-        hit_BT = model.head(step.hidden_BTD).argmax(-1) == ids_BW[:, 2 : 2 + length]
-        return nats, text_bytes, float((hit_BT & mask_BT).sum()), float(mask_BT.sum())
+        draft_BT = model.head(step.hidden_BTD).argmax(-1)
+        hit_BT = draft_BT == ids_BW[:, 2 : 2 + length]
+        accepted_BT = draft_BT[:, :-1] == model.head(hidden_BTD[:, 1:]).argmax(-1)  # the model's token after the last
+        compared_BT = mask_BT[:, :-1]
+        hits, accepted = float((hit_BT & mask_BT).sum()), float((accepted_BT & compared_BT).sum())
+        return nats, text_bytes, hits, float(mask_BT.sum()), accepted, float(compared_BT.sum())
 
 
 class NextToken:

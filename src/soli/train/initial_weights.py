@@ -28,14 +28,20 @@ MAY_DIFFER = {
     "extra",
 }
 
+MTP_MODULES = "num_nextn_predict_layers"
 
-def open_initial_weights(name_or_folder: str, config: ModelConfig, tokenizer: Tokenizer) -> Checkpoint:
-    """The folder, or the model of that name, checked against the run's model and tokenizer without reading a weight."""
+
+def open_initial_weights(
+    name_or_folder: str, config: ModelConfig, tokenizer: Tokenizer, new_mtp: bool = False
+) -> Checkpoint:
+    """The folder, or the model of that name, checked against the run's model and tokenizer without reading a weight.
+    `new_mtp`: it may have no MTP modules; those of the run's model then stay random."""
     checkpoint = open_checkpoint(name_or_folder, mtp=config.num_nextn_predict_layers > 0)
     where = f"run.initial_weights is {name_or_folder}, whose"
+    may_differ = MAY_DIFFER | {MTP_MODULES} if new_mtp and not getattr(checkpoint.config, MTP_MODULES) else MAY_DIFFER
     for field in (field.name for field in dataclasses.fields(config)):
         own, theirs = getattr(config, field), getattr(checkpoint.config, field)
-        if field not in MAY_DIFFER and own != theirs:
+        if field not in may_differ and own != theirs:
             raise SoliError(
                 f"{where} {field} is {theirs!r}, but the recipe's model.{field} is {own!r}; use --set "
                 f"model.preset={name_or_folder}, or train from random weights"
@@ -55,7 +61,7 @@ def fill(model: Transformer, checkpoint: Checkpoint) -> None:
     device = torch.device("cpu")
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            if name not in slots:  # the head of a model with tied embeddings
+            if name not in slots:  # the head of a model with tied embeddings, MTP modules of one that has none
                 continue
             whole = whole_tensor(checkpoint, slots[name], name, tensor.shape, torch.float32, device)
             if not whole.isfinite().all():

@@ -60,7 +60,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_h = torch.empty_like(hidden_TD)
         grad_w = torch.zeros_like(head_VD, dtype=torch.float32)
         total = hidden_TD.new_zeros((), dtype=torch.float32)
-        chunk = _chunk_size(head_VD)
+        chunk = chunk_size(head_VD)
         for start in range(0, hidden_TD.shape[0], chunk):
             part = slice(start, start + chunk)
             h, target, w = hidden_TD[part], target_T[part, None], w_T[part, None]
@@ -78,7 +78,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_h * grad.to(grad_h.dtype), grad_w * grad.to(grad_w.dtype), None, None
 
 
-def _chunk_size(head_VD: Tensor) -> int:
+def chunk_size(head_VD: Tensor) -> int:
     """Tokens whose logits exist at one time."""
     return CHUNK if head_VD.device.type == "cpu" else max(CHUNK, GPU_LOGITS // head_VD.shape[0])
 
@@ -98,7 +98,7 @@ def cross_entropy(hidden_BTD: Tensor, head_VD: Tensor, target_BT: Tensor, weight
 def token_nll(hidden_BTD: Tensor, head_VD: Tensor, target_BT: Tensor) -> Tensor:
     """Negative log likelihood of each target in nats (fp32, BT), without gradient."""
     weight_VD = head_VD.to(hidden_BTD.dtype)
-    chunk = _chunk_size(head_VD)
+    chunk = chunk_size(head_VD)
     parts = []
     for h, target in zip(hidden_BTD.flatten(0, -2).split(chunk), target_BT.flatten().split(chunk), strict=True):
         logp = torch.log_softmax((h @ weight_VD.t()).float(), dim=-1)

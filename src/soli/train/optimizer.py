@@ -178,13 +178,14 @@ class Optimizer:
     ) -> None:
         """`replicas`: how many of the ranks have the same part of each parameter. `pipeline`: where `model` has the
         parameters of some of its stages."""
-        self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.names: dict[Tensor, str] = {p: name for name, p in trained.items()}
         self.local: dict[Tensor, Tensor] = {p: local_tensor(p) for p in self.names}
         self.ranks, self.replicas, self.pipeline = ranks, replicas, pipeline
         self.copied = (EMBEDDING,) if pipeline is not None and pipeline.has_copy else ()  # counted by another rank
         self.clip = settings.clip
         self.moments = MOMENTS[settings.moments]
-        matrices = {n: p for n, p in model.named_parameters() if settings.name == "muon" and _is_inner_matrix(n, p)}
+        matrices = {n: p for n, p in trained.items() if settings.name == "muon" and _is_inner_matrix(n, p)}
         by_muon = set(matrices.values())
         rest = [p for p in self.names if p not in by_muon]
         routers = [p for p, name in self.names.items() if name.endswith(ROUTER)]

@@ -123,6 +123,8 @@ class RunReport:
     ) -> None:
         """Held-out measurements and sample translations."""
         mtp = "" if result.mtp_accuracy is None else f"  mtp hits {100 * result.mtp_accuracy:.1f} %"
+        if result.mtp_accepted is not None:
+            mtp += f", accepted {100 * result.mtp_accepted:.1f} %"
         bits = f"{result.bits_per_byte:.4f}"
         self.view.heldout = bits
         where = f"held-out at step {progress.step}{_stage(progress)}"

@@ -67,6 +67,7 @@ class LossSettings(Section, section="losses"):
     mtp_weight_late: NonNegativeFloat = 0.1
     mtp_late_after_tokens: int | None = None  # None: no switch
     mtp_from_tokens: NonNegativeInt = 0
+    mtp_alone: bool = False  # train the MTP modules alone, on what the model predicts itself (soli/train/mtp_alone.py)
 
     def mtp_weight_at(self, tokens: int) -> float:
         """Lambda of the step that starts after `tokens` tokens."""
@@ -173,6 +174,8 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         _check_parallel(self)
+        if self.losses.mtp_alone:
+            _check_mtp_alone(self)
         config = self.model
         if config.index_topk is not None:
             raise SoliError(
@@ -200,7 +203,10 @@ class TrainSettings:
 
     def flops(self, start: int, tokens: int, length: int) -> int:
         """FLOPs of the `tokens` tokens, in sequences of `length`, that follow the first `start`: forward and backward,
-        without the MTP modules before they are trained."""
+        without the MTP modules before they are trained; where they alone are, the model is computed once, forward."""
+        if self.losses.mtp_alone:
+            alone = training_flops(self.model, length, mtp=False)
+            return tokens * (training_flops(self.model, length) - alone + alone // 3)
         before_mtp = min(tokens, max(0, self.losses.mtp_from_tokens - start))
         per_token = training_flops(self.model, length)
         return tokens * per_token - before_mtp * (per_token - training_flops(self.model, length, mtp=False))
@@ -239,6 +245,22 @@ def as_recipe(settings: TrainSettings, data: dict[str, Any]) -> dict[str, Any]:
         for phase in settings.extension
     ]
     return {"data": data, "model": settings.model.to_dict(), **sections, "extension": extension}
+
+
+def _check_mtp_alone(settings: TrainSettings) -> None:
+    """SoliError where `losses.mtp_alone` would train nothing, or is asked together with what it does not go with."""
+    losses, alone = settings.losses, "losses.mtp_alone is true, but "
+    if not settings.model.num_nextn_predict_layers:
+        raise SoliError(f"{alone}the model has no MTP module: set model.num_nextn_predict_layers to 1")
+    if losses.mtp_from_tokens:
+        raise SoliError(f"{alone}losses.mtp_from_tokens is {losses.mtp_from_tokens:,}: set it to 0")
+    if not losses.mtp_weight or not losses.mtp_weight_late:
+        raise SoliError(f"{alone}a weight of the MTP loss is 0, so nothing would be trained: set it above 0")
+    if settings.run.initial_weights is None:
+        raise SoliError(f"{alone}the model would be a random one: give it with run.initial_weights")
+    if settings.run.cuda_graph or settings.parallel.pipeline > 1:
+        option = "run.cuda_graph = false" if settings.run.cuda_graph else "parallel.pipeline = 1"
+        raise SoliError(f"{alone}that is built without it: set {option}")
 
 
 def _check_parallel(settings: TrainSettings) -> None:

@@ -30,6 +30,7 @@ from soli.train.cuda_graph import GraphedStep
 from soli.train.evaluate import bytes_per_token
 from soli.train.initial_weights import fill, open_initial_weights
 from soli.train.model_options import apply_block_options, use_fp8
+from soli.train.mtp_alone import freeze_all_but_mtp
 from soli.train.optimizer import MOMENTS, Optimizer
 from soli.train.run_folder import RunProgress, checkpoints
 from soli.train.run_lock import RunLock, create_folder, lock_run
@@ -40,7 +41,8 @@ if TYPE_CHECKING:
     from soli.parallel.pipeline import Pipeline
 
 # What a resumed run may not change: the model's shape, and what the order of the data depends on.
-FIXED = (("schedule", "sequence_length"), ("run", "seed"), ("optimizer", "name"))
+FIXED = (("schedule", "sequence_length"), ("run", "seed"), ("optimizer", "name"), ("losses", "mtp_alone"))
+ADDED = {("losses", "mtp_alone"): False}  # fields that runs of version 0.2 and before did not store, as they trained
 PACKED = ("train_tokens", "tokenizer_sha256")  # in meta.json; they differ when the data do
 
 
@@ -104,7 +106,9 @@ def prepare(settings: TrainSettings, data: dict[str, Any], data_folder: Path, ru
     stages = build_stages(settings, train_tokens, valid_tokens)
     initial = None
     if settings.run.initial_weights is not None and not ranks.of_first(checkpoints(run_folder)):
-        initial = open_initial_weights(settings.run.initial_weights, settings.model, tokenizer)
+        initial = open_initial_weights(
+            settings.run.initial_weights, settings.model, tokenizer, new_mtp=settings.losses.mtp_alone
+        )
     packed = {key: train_tokens.meta.get(key) for key in PACKED}
     lock = None
     if ranks.is_first:
@@ -221,6 +225,8 @@ def _new_model(
     if parallel.world == 1:
         model.init_weights(generator)
     model.compute_dtype = compute
+    if settings.losses.mtp_alone:
+        freeze_all_but_mtp(model)
     if settings.run.precision == "fp8":
         use_fp8(model, device)
     apply_block_options(model, settings.run)
@@ -261,7 +267,7 @@ def _store_recipe(folder: Path, recipe: dict[str, Any]) -> None:
     for section, key in fixed:
         if not isinstance(before.get(section, {}), dict):
             raise SoliError(f"{file}: {section} must be an object; choose another --out, or restore the file")
-        old = before.get(section, {}).get(key)
+        old = before.get(section, {}).get(key, ADDED.get((section, key)))
         new = now[section].get(key)
         if old != new and section in before:
             field = f"data whose {key}" if section == "packed" else f"{section}.{key}"

@@ -26,6 +26,7 @@ from soli.train.evaluate import evaluate, translate_samples
 from soli.train.finite import resume_advice
 from soli.train.losses import StageLosses, StepTotals, compute_losses, count_targets, input_length
 from soli.train.model_options import precision_note
+from soli.train.mtp_alone import compute_draft_losses
 from soli.train.report import RunReport, SilentReport
 from soli.train.schedule import stage_name
 from soli.train.setup import Run
@@ -85,7 +86,8 @@ def take_step(run: Run) -> StepResult:
         run.optimizer.clear()
     else:
         run.optimizer.step(learning_rate, norm)
-        step_bias(run.model, step.counts_LE, settings.balance.gamma_at(progress.tokens))
+        names = mixture_names(settings.model, settings.losses.mtp_alone)
+        step_bias(run.model, step.counts_LE, settings.balance.gamma_at(progress.tokens), names)
     anomalies.record_step(progress, step.loss, step.norm, step.skipped)
     progress.step += 1
     progress.tokens += totals.tokens
@@ -109,6 +111,7 @@ def accumulate(run: Run, window_BW: Tensor, totals: StepTotals) -> tuple[list[fl
         if replayed is not None:
             losses_3, counts_LE = replayed
             return losses_3.tolist(), counts_LE
+    compute = compute_draft_losses if settings.losses.mtp_alone else compute_losses
     sums_3 = torch.zeros(3, device=device)
     counts = []
     parts = _micro_batches(run, window_BW.to(device), totals.sequences)
@@ -117,7 +120,7 @@ def accumulate(run: Run, window_BW: Tensor, totals: StepTotals) -> tuple[list[fl
             from soli.parallel.sharding import keep_gathered
 
             keep_gathered(run.model, is_last=number == len(parts))
-        losses = compute_losses(run.model, part_BW, totals, run.tokenizer.eos_id)
+        losses = compute(run.model, part_BW, totals, run.tokenizer.eos_id)
         losses.total(weight, alpha).backward()
         sums_3 += losses.parts()
         counts.append(losses.counts_LE)
@@ -242,7 +245,7 @@ def _step_and_report(run: Run, report: RunReport, saver: CheckpointSaver) -> Non
         "tokens_per_second": step.tokens / seconds,
         "tflops": settings.flops(progress.tokens - step.tokens, step.tokens, run.stage.length) / seconds / 1e12,
     }
-    layers = mixture_names(run.model.config)
+    layers = mixture_names(run.model.config, settings.losses.mtp_alone)
     loads = dict(zip(layers, measure_load(step.counts_LE), strict=False))  # of MTP modules once they are trained
     stage_ended = stage_tokens_left(settings, progress) <= 0
     report.step(progress, metrics, loads, log=stage_ended or _is_due(progress.step, settings.run.log_every))
@@ -256,7 +259,10 @@ def measure(run: Run, report: RunReport) -> None:
     ranks, shares, pipeline = run.ranks, run.shares, run.pipeline
     micro = stage.micro_sequences
     result = evaluate(run.model, stage.heldout_BW, run.bytes_V, micro, eos_id, ranks, shares, pipeline)
-    run.progress.valid_loss = result.loss if math.isfinite(result.loss) else None
+    loss = result.loss
+    if settings.losses.mtp_alone and result.mtp_accepted is not None:
+        loss = 1 - result.mtp_accepted  # the model's own loss does not move
+    run.progress.valid_loss = loss if math.isfinite(loss) else None
     limit = settings.eval.sample_tokens
     samples = translate_samples(run.model, run.tokenizer, run.sentences, limit, ranks, pipeline)
     if run.ranks.world > 1:

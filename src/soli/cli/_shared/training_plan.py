@@ -122,11 +122,12 @@ def _constants(settings: TrainSettings, fim_rate: float) -> Lines:
     end = "" if balance.gamma_tokens is None else f" until {balance.gamma_tokens:,} tokens, then 0"
     late = losses.mtp_late_after_tokens
     then = "" if late is None else f" until {late:,} tokens, then {losses.mtp_weight_late:g}"
+    alone = ", alone" if losses.mtp_alone else ""
     start = f"from {losses.mtp_from_tokens:,} tokens on, " if losses.mtp_from_tokens else ""
     depth = settings.model.num_nextn_predict_layers
     lines += [
         ("balance", f"gamma {balance.gamma:g}{end}; alpha {balance.alpha:g}"),
-        ("MTP", f"depth {depth}, {start}lambda {losses.mtp_weight:g}{then}" if depth else "none"),
+        ("MTP", f"depth {depth}{alone}, {start}lambda {losses.mtp_weight:g}{then}" if depth else "none"),
         ("data", f"fill-in-the-middle rate {fim_rate:g}"),
     ]
     for number, phase in enumerate(settings.extension, 1):
