@@ -221,6 +221,7 @@ def _convert_sequence(name: str, value: Any, annotation: Any, expected: str) -> 
 NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
 
 
+@cache
 def describe(annotation: Any) -> str:
     """What a field may hold, as the end of "it must be ..."."""
     origin, arguments = get_origin(annotation), get_args(annotation)

@@ -116,11 +116,13 @@ class ExtensionSettings(Section, section="extension"):
 
     def extend_context(self, config: ModelConfig) -> ModelConfig:
         """The configuration that this phase trains: YaRN set, and positions for `factor` times the original context."""
-        yarn = self.rope_scaling
-        if yarn is None:
-            return config
-        positions = max(config.max_position_embeddings, int(yarn.factor * yarn.original_max_position_embeddings))
-        return replace(config, {"rope_scaling": yarn.to_dict(), "max_position_embeddings": positions})
+        return config if self.rope_scaling is None else _extend_context(config, self.rope_scaling)
+
+
+@lru_cache(maxsize=64)  # the search for a mesh makes a recipe's phases a thousand times
+def _extend_context(config: ModelConfig, yarn: RopeScaling) -> ModelConfig:
+    positions = max(config.max_position_embeddings, int(yarn.factor * yarn.original_max_position_embeddings))
+    return replace(config, {"rope_scaling": yarn.to_dict(), "max_position_embeddings": positions})
 
 
 def stage_name(number: int) -> str:
