@@ -8,7 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from soli.checkpoint import load_model
+from soli.cli import main
 from soli.errors import SoliError
+from soli.plan.memory import plan_memory
 from soli.train.checkpoints import export_run
 from soli.train.losses import count_targets
 from soli.train.mtp_alone import compute_draft_losses, divergence, freeze_all_but_mtp
@@ -157,6 +159,37 @@ def test_two_ranks_train_the_same_modules(tmp_path, data, trained):
 def test_what_it_does_not_go_with_is_rejected(sections, sentence):
     with pytest.raises(SoliError, match="losses.mtp_alone is true, but .*" + sentence):
         alone("weights", **sections)
+
+
+def test_memory_is_that_of_weights_and_of_what_the_modules_need():
+    whole, only = (plan_memory(recipe, "fp32", "cpu") for recipe in (settings(), alone("weights")))
+    modules = sum(p.numel() for name, p in tiny_model().named_parameters() if name.startswith("mtp."))
+    assert only.weights == whole.weights and only.gradients == 4 * modules
+    assert only.moments == 8 * modules < whole.moments
+    recipe = alone("weights", run={"micro_sequences": 3})
+    model, window = tiny_model(), windows(3, 18)
+    freeze_all_but_mtp(model)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved = {}
+
+    def save(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        total = compute_draft_losses(model, window, count_targets(window, 1, EOS), EOS).total(0.3, 1e-4)
+    assert total.isfinite()
+    measured = sum(size for pointer, size in saved.items() if pointer not in own)
+    assert plan_memory(recipe, "fp32", "cpu").activations == pytest.approx(measured, rel=0.2)
+
+
+def test_a_dry_run_says_what_is_trained(capsys):
+    arguments = ["train", "nano-zh-en", "--dry-run", "--no-measure", "--set", "losses.mtp_alone=true"]
+    arguments += ["--set", "losses.mtp_from_tokens=0", "--set", "run.initial_weights=nano"]
+    assert main([*arguments, "--devices", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "depth 1, alone, lambda 0.3" in printed and "a forward pass per token, and three of the MTP" in printed
+    assert "none is planned where the MTP modules are trained alone" in printed
 
 
 def test_a_step_counts_one_forward_pass_of_the_model(data, trained, tmp_path):

@@ -65,30 +65,35 @@ def plan_memory(
     length, but at least one sequence. Several devices share the states evenly and gather one block's copies at a time,
     as FSDP2 does; each has a micro-batch of its own.
     """
-    config, run = settings.model, settings.run
+    config, run, alone = settings.model, settings.run, settings.losses.mtp_alone
     all_weights = [*weights(config), *mtp_weights(config)]
-    trained = sum(w.total for w in all_weights if w.storage != "fp32")
+    trained = mtp_weights(config) if alone else all_weights
     biases = sum(4 * w.total for w in all_weights if w.storage == "fp32")
     checkpointed = run.activation_checkpointing
     first = settings.schedule.sequence_length
     length = length or first
     sequences = max(1, run.micro_sequences * first // length)
     saved = _SavedActivations(config, precision, kind, length)
-    inputs = saved.width * config.hidden_size * sum(_block_counts(config).values())
-    per_token = saved.outside_blocks() + (inputs if checkpointed else _saved_in_blocks(saved))
+    inputs = saved.width * config.hidden_size * sum(_block_counts(config, alone).values())
+    per_token = saved.outside_blocks() + (inputs if checkpointed else _saved_in_blocks(saved, alone))
     recomputed = sequences * length * largest_block(config, precision, kind, length) if checkpointed else 0
     gathered = checkpointed or devices > 1
     return MemoryEstimate(
-        weights=ceil((4 * trained + biases) / devices),
-        gradients=ceil(4 * trained / devices),
-        moments=ceil(moment_bytes(all_weights, settings.optimizer) / devices),
+        weights=ceil((4 * parameters(all_weights) + biases) / devices),
+        gradients=ceil(4 * parameters(trained) / devices),
+        moments=ceil(moment_bytes(trained, settings.optimizer) / devices),
         copies=_copies(config, precision, largest=gathered),
-        activations=round(sequences * length * per_token) + head_gradient_bytes(config),
+        activations=round(sequences * length * per_token) + (0 if alone else head_gradient_bytes(config)),
         transient=round(max(_logits(config, saved.width, kind), recomputed)),
     )
 
 
-def moment_bytes(all_weights: list[Weights], optimizer: OptimizerSettings) -> int:
+def parameters(groups: list[Weights]) -> int:
+    """How many there are, router biases not among them."""
+    return sum(w.total for w in groups if w.storage != "fp32")
+
+
+def moment_bytes(trained: list[Weights], optimizer: OptimizerSettings) -> int:
     """AdamW has two moments; Muon one for the matrices inside blocks, two for embedding, head, routers, vectors."""
     size = {"fp32": 4, "bf16": 2}[optimizer.moments]
 
@@ -96,7 +101,7 @@ def moment_bytes(all_weights: list[Weights], optimizer: OptimizerSettings) -> in
         is_inner_matrix = len(group.shape) == 2 and group.component not in (EMBEDDING, HEAD, ROUTER)
         return 1 if optimizer.name == "muon" and is_inner_matrix else 2
 
-    return sum(size * moments(w) * w.total for w in all_weights if w.storage != "fp32")
+    return sum(size * moments(w) * w.total for w in trained if w.storage != "fp32")
 
 
 @lru_cache(maxsize=64)
@@ -118,9 +123,11 @@ def head_gradient_bytes(config: ModelConfig) -> int:
     return 4 * (1 + config.num_nextn_predict_layers) * config.vocab_size * config.hidden_size
 
 
-def _block_counts(config: ModelConfig) -> dict[bool, int]:
-    """Blocks with a mixture and without one, those of MTP modules included."""
+def _block_counts(config: ModelConfig, mtp_alone: bool = False) -> dict[bool, int]:
+    """Blocks with a mixture and without one, those of MTP modules included; or those alone."""
     modules = config.num_nextn_predict_layers
+    if mtp_alone:
+        return {bool(config.n_routed_experts): modules}
     mixtures = config.num_moe_layers + (modules if config.n_routed_experts else 0)
     return {True: mixtures, False: config.num_hidden_layers + modules - mixtures}
 
@@ -183,8 +190,9 @@ class _SavedActivations:
         return router + K * row + own
 
 
-def _saved_in_blocks(saved: _SavedActivations) -> float:
-    return sum(number * saved.block(mixture) for mixture, number in _block_counts(saved.config).items() if number)
+def _saved_in_blocks(saved: _SavedActivations, mtp_alone: bool = False) -> float:
+    counts = _block_counts(saved.config, mtp_alone)
+    return sum(number * saved.block(mixture) for mixture, number in counts.items() if number)
 
 
 def _logits(config: ModelConfig, width: int, kind: str) -> int:

@@ -184,7 +184,9 @@ def _check_memory(settings: TrainSettings, device: torch.device, ranks: Ranks) -
     """SoliError when weights, gradients and one moment of each, as Muon has, exceed this machine's memory: those of its
     own ranks."""
     moment_bytes = MOMENTS[settings.optimizer.moments].itemsize
-    states = count(settings.model, mtp=True).total * (4 + 4 + moment_bytes) * ranks.local_world // ranks.world
+    total = count(settings.model, mtp=True).total
+    trained = total - count(settings.model).total if settings.losses.mtp_alone else total
+    states = (4 * total + (4 + moment_bytes) * trained) * ranks.local_world // ranks.world
     if device.type == "cpu" and states > memory_bytes():
         raise SoliError(
             f"weights, gradients and moments of this recipe's model take at least {states:,} bytes, but this machine "

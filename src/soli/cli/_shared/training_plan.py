@@ -55,7 +55,9 @@ def print_training_plan(
     plan = plan_run(settings, devices, mfu, device_tflops, precision, kind)
     mesh: MeshPlan | None = None
     proposal: Proposal | None = None
-    if devices == settings.parallel.world > 1:
+    if settings.losses.mtp_alone:
+        pass  # the time of a step on a mesh is that of training all parameters
+    elif devices == settings.parallel.world > 1:
         own = settings.parallel
         schedule = find_schedule(own.schedule).name
         sizes = MeshSizes(own.data, own.expert, own.pipeline, own.replicate, own.keep_gathered, schedule)
@@ -81,7 +83,10 @@ def print_training_plan(
     console = stdout_console()
     console.print(_phases(plan))
     lines = _constants(settings, data.get("fim_rate", 0.0)) + _memory(plan, settings, devices, here)
-    lines += _mesh(mesh, proposal, devices, device_kind) if devices > 1 else []
+    if devices > 1 and settings.losses.mtp_alone:
+        lines.append(("mesh", "none is planned where the MTP modules are trained alone: set the sizes in [parallel]"))
+    elif devices > 1:
+        lines += _mesh(mesh, proposal, devices, device_kind)
     if proposal is not None and settings.parallel.world > 1:
         lines.append(("", f"the recipe's own [parallel] is for {settings.parallel.world:,} devices"))
     if mesh is not None:
@@ -153,9 +158,12 @@ def _memory(plan: TrainingPlan, settings: TrainSettings, devices: int, here: Mea
     by_kind = ", ".join(f"{name} {scaled(size, 'B')}" for name, size in sizes.items() if size)
     micro = f"micro-batch of {run.micro_sequences} x {settings.schedule.sequence_length:,} tokens in {plan.precision}"
     recomputed = ", activations recomputed" if run.activation_checkpointing else ""
+    passes = "three forward passes per token"
+    if settings.losses.mtp_alone:
+        passes = "a forward pass per token, and three of the MTP modules"
     lines = [
         ("parameters", parts),
-        ("FLOPs", f"{plan.flops:.3g} in all: three forward passes per token"),
+        ("FLOPs", f"{plan.flops:.3g} in all: {passes}"),
         ("memory", f"{scaled(plan.memory.total, 'B')} {share}, {micro}{recomputed}"),
         ("", by_kind),
     ]
