@@ -5,7 +5,8 @@
 Reads the run's metrics and resolved recipe, and what gpu/train_nano.py left where a GPU trained; runs `soli eval` and
 `soli routing` on the held-out files, and writes benchmarks/results/nano.json, soli/models/nano/README.md and
 its curve.png. `--before` scores an earlier bundled model on the same files, or reads what `soli eval --json` said of
-it; the first one's figures stand beside the new ones for each source. Of a run on a CPU: with as many threads
+it; the first one's figures stand beside the new ones for each source. `--averaged`: the model is a mean of the run's
+checkpoints, which had seen all of its tokens. Of a run on a CPU: with as many threads
 (OMP_NUM_THREADS) as the training had, for the utilisation is the run's FLOP/s over the rate of its matrix products,
 measured now; of one on a GPU it is their share of what the card's maker states.
 """
@@ -310,11 +311,14 @@ def main() -> None:
         help="an earlier bundled model, or the JSON of its scores, and the tokens it had seen",
     )
     parser.add_argument("--initial-tokens", type=int, default=0, help="tokens which the run's initial weights had seen")
+    parser.add_argument("--averaged", action="store_true", help="the model is a mean of the run's last checkpoints")
     arguments = parser.parse_args()
     steps, evaluations = read_metrics(arguments.run)
     settings = read_recipe(arguments.run)
     training = utilisation(arguments.run, settings, steps)
-    tokens_seen = arguments.initial_tokens + exported_tokens(steps, evaluations, settings.run.save_every)
+    last = steps[-1]["tokens"]
+    exported = last if arguments.averaged else exported_tokens(steps, evaluations, settings.run.save_every)
+    tokens_seen = arguments.initial_tokens + exported
     draw_curve(steps, evaluations, MODEL / "curve.png")
     measurements = measure(arguments.data)
     before = [

@@ -35,6 +35,7 @@ def test_fp8_touches_no_parameter_and_no_other_model():
     assert all(torch.equal(before[name], p) for name, p in quantized.state_dict().items())
 
 
+@pytest.mark.slow
 def test_the_loss_of_fp8_follows_that_of_bf16_and_fp32(tmp_path, data):
     last = {}
     for precision in ("fp32", "bf16", "fp8"):

@@ -7,7 +7,7 @@ a time; its gradient is computed together with it, so at most one chunk of logit
 Shapes: B sequences, T tokens, D hidden, V vocabulary, E experts, K selected, W = T + 1 + MTP depth (a window).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,26 +176,59 @@ def finish_losses(
 ) -> Losses:
     """The losses from the backbone's normed hidden states on. `balance_before`: the sum of the balance losses of layers
     whose routing is not among `backbone_routing`, because another rank has them."""
-    depths = len(totals.mtp_tokens)
     length = input_length(window_BW, totals)
     head_VD = model.lm_head.weight  # after the forward pass, which gathers it where it is in shards
-    target_BT = window_BW[:, 1 : 1 + length]
+    next_token = next_token_loss(hidden_BTD, head_VD, window_BW, totals)
+
+    def predict(depth: int, hidden_BTD: Tensor, weight_BT: Tensor) -> Tensor:
+        return cross_entropy(hidden_BTD, head_VD, window_BW[:, 2 + depth : 2 + depth + length], weight_BT)
+
+    mtp, mtp_routing = mtp_losses(model, hidden_BTD, window_BW, totals, eos_id, predict)
+    return add_routing_losses(next_token, mtp, [*backbone_routing, *mtp_routing], window_BW, totals, balance_before)
+
+
+def next_token_loss(hidden_BTD: Tensor, head_VD: Tensor, window_BW: Tensor, totals: StepTotals) -> Tensor:
+    """The micro-batch's share of the mean over the step's tokens, in nats."""
+    target_BT = window_BW[:, 1 : 1 + input_length(window_BW, totals)]
     weight_BT = torch.full(target_BT.shape, 1 / totals.tokens, device=window_BW.device)
-    next_token = cross_entropy(hidden_BTD, head_VD, target_BT, weight_BT)
-    routing = list(backbone_routing)
-    mtp = []
-    for depth in range(depths):
+    return cross_entropy(hidden_BTD, head_VD, target_BT, weight_BT)
+
+
+def mtp_losses(
+    model: Transformer,
+    hidden_BTD: Tensor,
+    window_BW: Tensor,
+    totals: StepTotals,
+    eos_id: int,
+    loss: Callable[[int, Tensor, Tensor], Tensor],
+) -> tuple[tuple[Tensor, ...], list[Routing]]:
+    """Run the MTP modules in sequence: `loss` of each, from its depth, its hidden states and the weight of each
+    position (0 where the target is of another document), and the routing of their layers."""
+    length = input_length(window_BW, totals)
+    losses: list[Tensor] = []
+    routing: list[Routing] = []
+    for depth, targets in enumerate(totals.mtp_tokens):
         step = model.mtp_step(depth, hidden_BTD, window_BW[:, 1 + depth : 1 + depth + length])
-        target_BT = window_BW[:, 2 + depth : 2 + depth + length]
-        weight_BT = mtp_mask(window_BW, depth, length, eos_id) / totals.mtp_tokens[depth]
-        mtp.append(cross_entropy(step.hidden_BTD, head_VD, target_BT, weight_BT))
+        losses.append(loss(depth, step.hidden_BTD, mtp_mask(window_BW, depth, length, eos_id) / targets))
         routing += step.routing
         hidden_BTD = step.hidden_BTD
+    return tuple(losses), routing
+
+
+def add_routing_losses(
+    next_token: Tensor,
+    mtp: tuple[Tensor, ...],
+    routing: Sequence[Routing],
+    window_BW: Tensor,
+    totals: StepTotals,
+    balance_before: Tensor | None = None,
+) -> Losses:
+    """All losses of a micro-batch, with the balance loss and the counts of the layers whose `routing` this is."""
     before = torch.zeros((), device=window_BW.device) if balance_before is None else balance_before
     balance = add_balance(before, routing, window_BW.shape[0]) / totals.sequences
     counts = [layer.counts_E() for layer in routing]
     counts_LE = torch.stack(counts) if counts else torch.zeros(0, 0, dtype=torch.int64)
-    return Losses(next_token, tuple(mtp), balance, counts_LE)
+    return Losses(next_token, mtp, balance, counts_LE)
 
 
 class StageLosses:

@@ -3,8 +3,8 @@
 The model stays as it is, and its modules learn to predict what it predicts itself: module d takes the model's hidden
 state at position i, and its distribution is drawn to the one that the model has at i + 1 + d, where it has seen the
 tokens between. A draft is accepted where the two agree (section 5.4.3), so that is what is trained, instead of the text
-(eq. 24): the divergence KL(model || module), a mean over positions, in nats. There is no gradient to the model,
-and none through the embedding and the head, which the modules share with it.
+(eq. 24): the divergence KL(model || module), a mean over positions, in nats. No gradient goes to the model,
+nor to the embedding and the head, which the modules share with it.
 
 Shapes: B sequences, T tokens, D hidden, V vocabulary, W = T + 1 + MTP depth (a window).
 """
@@ -14,16 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soli.model.router import Routing
 from soli.model.transformer import Transformer
 from soli.train.losses import (
     Losses,
     StepTotals,
-    add_balance,
+    add_routing_losses,
     chunk_size,
-    cross_entropy,
     input_length,
-    mtp_mask,
+    mtp_losses,
+    next_token_loss,
 )
 
 
@@ -38,25 +37,15 @@ def compute_draft_losses(model: Transformer, window_BW: Tensor, totals: StepTota
     modules' layers alone. `next_token` is the model's loss, without gradient."""
     depths, length = len(totals.mtp_tokens), input_length(window_BW, totals)
     whole_BTD = model.backbone(window_BW[:, : length + depths]).hidden_BTD.detach()  # the last module's target is last
-    head_VD = model.lm_head.weight.detach()
-    hidden_BTD = whole_BTD[:, :length]
-    weight_BT = torch.full(window_BW[:, :length].shape, 1 / totals.tokens, device=window_BW.device)
+    hidden_BTD, head_VD = whole_BTD[:, :length], model.lm_head.weight.detach()
     with torch.no_grad():
-        next_token = cross_entropy(hidden_BTD, head_VD, window_BW[:, 1 : 1 + length], weight_BT)
-    routing: list[Routing] = []
-    mtp = []
-    for depth in range(depths):
-        step = model.mtp_step(depth, hidden_BTD, window_BW[:, 1 + depth : 1 + depth + length])
-        weight_BT = mtp_mask(window_BW, depth, length, eos_id) / totals.mtp_tokens[depth]
-        target_BTD = whole_BTD[:, 1 + depth : 1 + depth + length]
-        mtp.append(divergence(step.hidden_BTD, target_BTD, head_VD, weight_BT))
-        routing += step.routing
-        hidden_BTD = step.hidden_BTD
-    zero = torch.zeros((), device=window_BW.device)
-    balance = add_balance(zero, routing, window_BW.shape[0]) / totals.sequences
-    counts = [layer.counts_E() for layer in routing]
-    counts_LE = torch.stack(counts) if counts else torch.zeros(0, 0, dtype=torch.int64)
-    return Losses(next_token, tuple(mtp), balance, counts_LE)
+        next_token = next_token_loss(hidden_BTD, head_VD, window_BW, totals)
+
+    def diverge(depth: int, hidden_BTD: Tensor, weight_BT: Tensor) -> Tensor:
+        return divergence(hidden_BTD, whole_BTD[:, 1 + depth : 1 + depth + length], head_VD, weight_BT)
+
+    mtp, routing = mtp_losses(model, hidden_BTD, window_BW, totals, eos_id, diverge)
+    return add_routing_losses(next_token, mtp, routing, window_BW, totals)
 
 
 def divergence(hidden_BTD: Tensor, target_BTD: Tensor, head_VD: Tensor, weight_BT: Tensor) -> Tensor:
