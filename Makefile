@@ -2,7 +2,8 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-JOBS ?= 2
+# Processes that run tests: one more than a small machine has cores, for tests wait a third of the time.
+JOBS ?= 3
 # The package index that PyTorch comes from, such as https://download.pytorch.org/whl/cpu; empty: pip's own.
 TORCH_INDEX ?=
 
