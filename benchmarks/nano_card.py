@@ -6,9 +6,9 @@ Reads the run's metrics and resolved recipe, and what gpu/train_nano.py left whe
 `soli routing` on the held-out files, and writes benchmarks/results/nano.json, soli/models/nano/README.md and
 its curve.png. `--before` scores an earlier bundled model on the same files, or reads what `soli eval --json` said of
 it; the first one's figures stand beside the new ones for each source. `--averaged`: the model is a mean of the run's
-checkpoints, which had seen all of its tokens. Of a run on a CPU: with as many threads
-(OMP_NUM_THREADS) as the training had, for the utilisation is the run's FLOP/s over the rate of its matrix products,
-measured now; of one on a GPU it is their share of what the card's maker states.
+checkpoints, which had seen all of its tokens; `--drafts`: the run in which its MTP modules were trained. Of a run on a
+CPU: with as many threads (OMP_NUM_THREADS) as the training had, for the utilisation is the run's FLOP/s over the rate
+of its matrix products, measured now; of one on a GPU it is their share of what the card's maker states.
 """
 
 from __future__ import annotations
@@ -181,6 +181,7 @@ def summarise(
     measurements: dict[str, Any],
     steps: list[dict[str, Any]],
     tokens_seen: int,
+    tokens_drafts: int,
     model_bytes: int,
     training: dict[str, Any],
     before: list[dict[str, Any]],
@@ -193,6 +194,7 @@ def summarise(
             **quality(scores),
             "tokens_seen": tokens_seen,
             "tokens_run": last["tokens"],
+            "tokens_drafts": tokens_drafts,
             "hours": float(f"{last['seconds'] / 3600:.3g}"),
             "bytes": model_bytes,
         },
@@ -215,6 +217,7 @@ def card(result: dict[str, Any], steps: list[dict[str, Any]], data: Path) -> str
         "activated": f"{parameter_counts['activated'] / 1e6:.1f}",
         "tokens_seen": f"{figures['tokens_seen'] / 1e6:.1f}",
         "tokens_run": f"{figures['tokens_run'] / 1e6:.1f}",
+        "drafts": f"{figures['tokens_drafts'] / 1e6:.1f}",
         "took": record.duration(figures["hours"]),
         "machine": training["machine"],
         "speed": f"{training['tokens_per_second']:,.0f}",
@@ -312,6 +315,7 @@ def main() -> None:
     )
     parser.add_argument("--initial-tokens", type=int, default=0, help="tokens which the run's initial weights had seen")
     parser.add_argument("--averaged", action="store_true", help="the model is a mean of the run's last checkpoints")
+    parser.add_argument("--drafts", type=Path, help="the run in which the MTP modules were trained alone afterwards")
     arguments = parser.parse_args()
     steps, evaluations = read_metrics(arguments.run)
     settings = read_recipe(arguments.run)
@@ -327,7 +331,8 @@ def main() -> None:
         for scores in [read_scores(Path(model), arguments.data)]
     ]
     model_bytes = (MODEL / "model.safetensors").stat().st_size
-    result = summarise(measurements, steps, tokens_seen, model_bytes, training, before)
+    tokens_drafts = read_metrics(arguments.drafts)[0][-1]["tokens"] if arguments.drafts else 0
+    result = summarise(measurements, steps, tokens_seen, tokens_drafts, model_bytes, training, before)
     record.write("nano", result)
     (MODEL / "README.md").write_text(card(result, steps, arguments.data), encoding="utf-8")
     print(json.dumps(result["figures"], indent=1))

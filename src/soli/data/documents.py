@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from soli.data.bpe_dropout import BpeDropout
 from soli.data.tokenizer import Tokenizer
 
 _BATCH_DOCUMENTS = 20_000
@@ -73,14 +72,10 @@ def draw_copies(weight: float, rng: np.random.Generator) -> int:
     return int(weight) + int(rng.random() < weight % 1)
 
 
-def encode_documents(
-    documents: Iterable[Document], tokenizer: Tokenizer, dropout: BpeDropout | None = None
-) -> Iterator[tuple[Document, list[int]]]:
-    """Each document with its ids: `<|bos|>`, each segment's special token and text, `<|eos|>`. Lazy over documents.
-    `dropout` splits some tokens of the texts."""
+def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, list[int]]]:
+    """Each document with its ids: `<|bos|>`, each segment's special token and text, `<|eos|>`. Lazy over documents."""
     for batch in _batches(documents):
-        encoded = tokenizer.encode_batch([text for document in batch for _, text in document.segments])
-        texts = iter(encoded if dropout is None else dropout(encoded))
+        texts = iter(tokenizer.encode_batch([text for document in batch for _, text in document.segments]))
         for document in batch:
             ids = [tokenizer.bos_id]
             for token, _ in document.segments:
@@ -90,11 +85,9 @@ def encode_documents(
             yield document, [*ids, tokenizer.eos_id]
 
 
-def encode_by_source(
-    documents: Iterable[Document], tokenizer: Tokenizer, dropout: BpeDropout | None = None
-) -> Iterator[tuple[str, list[int]]]:
+def encode_by_source(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[str, list[int]]]:
     """(source, ids) of each document, as `write_tokens` takes them."""
-    return ((document.source, ids) for document, ids in encode_documents(documents, tokenizer, dropout))
+    return ((document.source, ids) for document, ids in encode_documents(documents, tokenizer))
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

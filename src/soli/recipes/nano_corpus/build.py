@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from soli.data.bpe_dropout import BpeDropout
 from soli.data.documents import ReportStep, encode_by_source
 from soli.data.token_files import dtype_for, read_meta, write_meta, write_tokens
 from soli.data.tokenizer import Tokenizer, tokenizer_folder
@@ -51,9 +50,7 @@ def write_token_files(corpus: Corpus, config: CorpusConfig, out: Path, report: R
     dtype = dtype_for(tokenizer.vocab_size)
     report("tokenizer", f"{tokenizer.vocab_size:,} entries")
     report("train.bin", "packing")
-    dropout = BpeDropout(tokenizer, config.bpe_dropout, config.seed) if config.bpe_dropout else None
-    encoded = encode_by_source(mix(corpus.pairs, corpus.mono, config), tokenizer, dropout)
-    train = write_tokens(out / "train.bin", encoded, dtype)
+    train = write_tokens(out / "train.bin", encode_by_source(mix(corpus.pairs, corpus.mono, config), tokenizer), dtype)
     report("train.bin", f"{sum(row['tokens'] for row in train.values()):,} tokens")
     heldout = heldout_documents(corpus.heldout, corpus.heldout_mono)
     valid = write_tokens(out / "valid.bin", encode_by_source(heldout, tokenizer), dtype)

@@ -21,6 +21,5 @@ class CorpusConfig(DataConfig, section="data"):
     one_word_weight: Weight = 1.0  # an upper bound on the weight of pairs whose English is one word
     tokenizer: str | None = None  # a model folder or nano, whose vocabulary the data get; None: one is learnt
     tokenizer_characters: PositiveInt = 20_000_000  # how much text the vocabulary is learnt from
-    bpe_dropout: Annotated[float, Bounds(at_least=0, below=1)] = 0.0  # see soli/data/bpe_dropout.py
     weights: dict[str, Weight] = field(default_factory=dict)  # copies per epoch of a source's documents; 1 if unnamed
     caps: dict[str, NonNegativeInt] = field(default_factory=dict)  # characters at most of a source of one language
