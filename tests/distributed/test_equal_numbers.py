@@ -16,17 +16,11 @@ import torch
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import VECTORS, Trained, train_each, train_steps
 from tests.engine.tiny import FAMILY_KINDS, SPARSE_KINDS
-from tests.train.toy import write_data
 
 BATCH = 8  # sequences of a step
 STEPS = 20
 REORDERED = 4.0
 UNCLIPPED = {"clip": 1e9}  # the norm, which is added up in another order, then changes nothing
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("toy") / "data")
 
 
 def sections(micro: int, sizes: tuple[int, int, int] = (1, 1, 1), **changes: dict) -> dict:

@@ -19,16 +19,11 @@ from soli.train.setup import prepare
 from soli.train.trainer import train
 from tests.distributed.ranks import run_ranks, start_ranks
 from tests.distributed.runs import VECTORS, saved_state
-from tests.train.toy import RECIPE, settings, write_data
+from tests.train.toy import RECIPE, settings
 
 WITHIN = 60.0  # seconds in which the other ranks end
 AS_ONE_PROCESS = {"model": RECIPE["model"] | VECTORS, "optimizer": {"clip": 1e9}}  # to the last bit
 MANY = 10**6  # steps: no session reaches this end
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("toy") / "data")
 
 
 def train_session(data: Path, folder: Path, steps: int) -> None:

@@ -42,7 +42,7 @@ from tests.distributed.test_kill import (
     start,
     wait_for_checkpoint,
 )
-from tests.train.toy import settings, write_data
+from tests.train.toy import settings
 
 MICRO = 2  # sequences: four micro-batches of a batch
 FEW_STEPS = 6
@@ -61,11 +61,6 @@ def runs_here(schedule: str) -> bool:
 HERE = [schedule for schedule in SCHEDULES if runs_here(schedule)]
 NO_MTP = {"num_nextn_predict_layers": 0}
 DENSE = {"n_routed_experts": 0, "n_group": 1, "topk_group": 1}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("toy") / "data")
 
 
 def sections(pipeline: int, schedule: str = "1F1B", /, micro: int = MICRO, **changes: dict) -> dict:

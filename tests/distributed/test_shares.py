@@ -22,17 +22,12 @@ from soli.train.setup import prepare
 from soli.train.trainer import take_step
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import Trained, saved_state, train_steps
-from tests.train.toy import EOS, settings, tiny_model, windows, write_data
+from tests.train.toy import EOS, settings, tiny_model, windows
 
 RAMP = {  # batches of 4, 5, 6, 7, 8 sequences: of two ranks one often has a sequence more
     "schedule": {"batch_sequences_start": 4, "batch_sequences": 8, "batch_ramp_tokens": 16 * 22},
     "optimizer": {"clip": 1e9},
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("toy") / "data")
 
 
 def read_and_train(data: Path, folder: Path, sections: dict) -> tuple[list[torch.Tensor], Trained]:

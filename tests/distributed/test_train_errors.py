@@ -11,14 +11,8 @@ from soli.errors import SoliError
 from soli.parallel.ranks import join_ranks, joined, launched_ranks
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_kill import recipe_file, start
-from tests.train.toy import write_data
 
 NOISE = re.compile(r"Traceback|terminate called|SIGABRT|\[rank|Error:", re.IGNORECASE)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("toy") / "data")
 
 
 def fail_alone(failing: int) -> tuple[str, bool]:

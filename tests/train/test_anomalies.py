@@ -14,14 +14,9 @@ from soli.train.run_folder import checkpoints, read_progress
 from soli.train.setup import prepare
 from soli.train.trainer import take_step, train
 from tests.train.test_run import assert_equal_state
-from tests.train.toy import settings, write_data
+from tests.train.toy import settings
 
 NO_ANOMALY = {"losses": [5.7 + 0.01 * (n % 3) for n in range(50)], "norms": [1.5 + 0.1 * (n % 3) for n in range(50)]}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("toy") / "data")
 
 
 def prepared(folder, data, history=NO_ANOMALY, **run):

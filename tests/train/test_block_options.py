@@ -11,14 +11,9 @@ from soli.train.run_folder import checkpoints
 from soli.train.settings import RunSettings
 from soli.train.setup import prepare
 from soli.train.trainer import accumulate, take_step, train
-from tests.train.toy import EOS, settings, tiny_model, windows, write_data
+from tests.train.toy import EOS, settings, tiny_model, windows
 
 PRECISIONS = ("fp32", "bf16", "fp8")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("toy") / "data")
 
 
 def new_model(precision: str, **options: bool):

@@ -13,12 +13,7 @@ from soli.train.run_folder import checkpoints
 from soli.train.setup import prepare
 from soli.train.trainer import train
 from tests.train.test_stages import extended
-from tests.train.toy import settings, tiny_model, write_data
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("toy") / "data")
+from tests.train.toy import settings, tiny_model
 
 
 @pytest.fixture(scope="module")

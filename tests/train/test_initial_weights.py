@@ -14,12 +14,7 @@ from soli.train.trainer import take_step, train
 from tests.checkpoint.folders import edit_tensors
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import train_steps
-from tests.train.toy import MODEL, settings, write_data
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("toy") / "data")
+from tests.train.toy import MODEL, settings
 
 
 @pytest.fixture(scope="module")

@@ -19,12 +19,7 @@ from soli.train.setup import prepare
 from soli.train.trainer import take_step, train
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import train_steps
-from tests.train.toy import EOS, MODEL, settings, tiny_model, windows, write_data
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("toy") / "data")
+from tests.train.toy import EOS, MODEL, settings, tiny_model, windows
 
 
 @pytest.fixture(scope="module")

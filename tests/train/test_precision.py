@@ -6,12 +6,7 @@ import torch
 from soli.train.model_options import use_fp8
 from soli.train.setup import prepare
 from soli.train.trainer import take_step
-from tests.train.toy import settings, tiny_model, write_data
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("toy") / "data")
+from tests.train.toy import settings, tiny_model
 
 
 def test_all_but_the_listed_modules_multiply_in_fp8():

@@ -22,12 +22,7 @@ from soli.train.checkpoints import load_run, load_weights
 from soli.train.run_folder import best_checkpoint, checkpoints, read_progress
 from soli.train.setup import prepare
 from soli.train.trainer import take_step, train
-from tests.train.toy import RECIPE, settings, tiny_model, write_data
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("toy") / "data")
+from tests.train.toy import RECIPE, settings, tiny_model
 
 
 def tensors(run: Path) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ from soli.train.setup import prepare
 from soli.train.stages import flops_left, next_step
 from soli.train.trainer import take_step, train
 from tests.train.test_run import assert_equal_state
-from tests.train.toy import settings, write_data
+from tests.train.toy import settings
 
 
 def yarn(factor: float) -> dict:
@@ -39,11 +39,6 @@ LAST = 9
 def extended(phases=PHASES, **sections):
     sections["schedule"] = {"constant_tokens": 128 * 4, **sections.get("schedule", {})}
     return read_settings({**as_recipe(settings(**sections), {}), "extension": phases})
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("toy") / "data")
 
 
 @pytest.fixture(scope="module")

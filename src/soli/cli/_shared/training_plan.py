@@ -55,14 +55,13 @@ def print_training_plan(
     plan = plan_run(settings, devices, mfu, device_tflops, precision, kind)
     mesh: MeshPlan | None = None
     proposal: Proposal | None = None
-    if settings.losses.mtp_alone:
-        pass  # the time of a step on a mesh is that of training all parameters
-    elif devices == settings.parallel.world > 1:
+    plans_mesh = devices > 1 and not settings.losses.mtp_alone  # a mesh is timed as one that trains every parameter
+    if plans_mesh and devices == settings.parallel.world:
         own = settings.parallel
         schedule = find_schedule(own.schedule).name
         sizes = MeshSizes(own.data, own.expert, own.pipeline, own.replicate, own.keep_gathered, schedule)
         mesh = plan_mesh(settings, sizes, device_kind, plan.precision, pretraining_flops(settings))
-    elif devices > 1:
+    elif plans_mesh:
         proposal = propose_mesh(settings, devices, device_kind, plan.precision)
         mesh = None if proposal is None else proposal.plan
     if plot is not None:
@@ -83,10 +82,10 @@ def print_training_plan(
     console = stdout_console()
     console.print(_phases(plan))
     lines = _constants(settings, data.get("fim_rate", 0.0)) + _memory(plan, settings, devices, here)
-    if devices > 1 and settings.losses.mtp_alone:
-        lines.append(("mesh", "none is planned where the MTP modules are trained alone: set the sizes in [parallel]"))
-    elif devices > 1:
+    if plans_mesh:
         lines += _mesh(mesh, proposal, devices, device_kind)
+    elif devices > 1:
+        lines.append(("mesh", "none is planned where the MTP modules are trained alone: set the sizes in [parallel]"))
     if proposal is not None and settings.parallel.world > 1:
         lines.append(("", f"the recipe's own [parallel] is for {settings.parallel.world:,} devices"))
     if mesh is not None:
