@@ -6,6 +6,7 @@ They are forked from a server that has torch and soli imported, so that starting
 import multiprocessing
 import os
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ PRELOADED = [
     *("soli.train.trainer", "soli.parallel.sharding", "soli.parallel.mesh", "tests.train.toy"),
     "tests.distributed.shared_models",
 ]
+CLOSE_SECONDS = 5  # that a rank with a result waits for the others
 SECONDS = 1200  # until ranks that do not end are a failure; a slow test has twenty runs in one session
 
 
@@ -50,7 +52,7 @@ def run_ranks(function: Callable[..., Any], world: int, folder: Path, *arguments
     for process in processes:
         if process.exitcode is None:
             process.kill()
-    assert codes == [0] * world
+    assert codes == [0] * world, f"the ranks ended with {codes}"
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world)]
 
 
@@ -66,5 +68,14 @@ def _run(
         "MASTER_PORT": str(port),
     }
     torch.save(function(*arguments), folder / f"rank{rank}.pt")
+    _wait_for_the_others(folder, world)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _wait_for_the_others(folder: Path, world: int) -> None:
+    """Connections stay open until every rank has its result: one that a rank still reads from must not be reset. A
+    rank that failed has none."""
+    end = time.monotonic() + CLOSE_SECONDS
+    while time.monotonic() < end and not all((folder / f"rank{rank}.pt").exists() for rank in range(world)):
+        time.sleep(0.01)
