@@ -230,5 +230,10 @@ def test_sanguo_by_paragraph(tmp_path):
 def test_catalogue_names_are_unique_and_licensed():
     labels = [source.label for source in SOURCES]
     assert len(set(labels)) == len(labels)
-    assert all(source.licence and source.kind in ("pairs", "dictionary", "en", "zh") for source in SOURCES)
+    assert all(
+        source.licence
+        and (source.packages or any(source.read([])))
+        and source.kind in ("pairs", "dictionary", "en", "zh")
+        for source in SOURCES
+    )
     assert is_translation("猫", "cat")

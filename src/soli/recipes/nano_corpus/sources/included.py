@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from soli.data.documents import Pair
+from soli.recipes.nano_corpus.sources.extra import read_extra
 from soli.recipes.nano_corpus.sources.row import SourceRow
 
 FOLDER: Final = Path(__file__).parents[1] / "pairs"
@@ -23,11 +24,7 @@ def read_distilled(archives: list[Path]) -> Iterator[SourceRow]:
 
 def read_public(name: str, archives: list[Path]) -> Iterator[SourceRow]:
     """Pairs of one source of public repositories; needs no archive."""
-    with lzma.open(FOLDER / "public.tsv.xz", "rt", encoding="utf-8") as lines:
-        for line in lines:
-            source, zh, en = line.rstrip("\n").split("\t")
-            if source == name:
-                yield SourceRow(zh, en)
+    return (row for source, row in read_extra([FOLDER / "public.tsv.xz"]) if source == name)
 
 
 def everyday_pairs() -> list[Pair]:
