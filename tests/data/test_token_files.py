@@ -44,6 +44,18 @@ def test_weights_are_mean_copies_and_single_words_are_bounded():
     assert 30 < sum(counts["<|text|>", line.text] for line in LINES) < 70
 
 
+@pytest.mark.parametrize(
+    "direction, first_segments", [("en-zh", {"<|en|>"}), ("zh-en", {"<|zh|>"}), (None, {"<|en|>", "<|zh|>"})]
+)
+def test_a_source_with_a_direction_is_read_that_way_alone(direction, first_segments):
+    other = Pair("manual", "另一本书", "another book")
+    directions = {} if direction is None else {"games": direction}
+    drawn = mix([*PAIRS, other], [], CorpusConfig(directions=directions))
+    games = [document for document in drawn if document.source == "games"]
+    assert {document.segments[0][0] for document in games} == first_segments
+    assert len(games) == len(PAIRS) * len(first_segments) and len(drawn) - len(games) == 2
+
+
 def test_mixture_depends_on_the_seed_alone():
     one, same, other = (mix(PAIRS, LINES, CorpusConfig(seed=seed)) for seed in (1, 1, 2))
     assert one == same

@@ -105,6 +105,14 @@ def test_pairs_that_are_no_translations_are_dropped_and_counted_by_rule(tmp_path
     assert json.loads((tmp_path / "counts.json").read_text())["dropped"] == built.dropped
 
 
+def test_nothing_is_held_out_of_a_source_read_in_one_direction(tmp_path):
+    config = CorpusConfig(heldout_every=4, directions={"one way": "en-zh"})
+    sources = [source("games", numbered(40)), source("one way", numbered(80)[40:])]
+    built = build(sources, tmp_path, config)
+    assert {pair.source for pair in built.heldout} == {"games"}
+    assert Counter(pair.source for pair in built.pairs)["one way"] == 40
+
+
 def test_caps_bound_characters_of_one_source(tmp_path):
     rows = [SourceRow("", f"Sentence number {i} of the manual.") for i in range(200)]
     config = CorpusConfig(caps={"manual (en)": 1000})
@@ -112,9 +120,11 @@ def test_caps_bound_characters_of_one_source(tmp_path):
     assert 950 < sum(len(line.text) for line in [*built.mono, *built.heldout_mono]) < 1100
 
 
-def test_unknown_names_in_the_recipe_are_refused(tmp_path):
-    with pytest.raises(SoliError, match=r"\[data.weights\] names manuel, which is no source: write one of manual"):
-        build([source("manual", numbered(3))], tmp_path, CorpusConfig(weights={"manuel": 2.0}))
+@pytest.mark.parametrize("table, value", [("weights", 2.0), ("directions", "en-zh"), ("caps", 5)])
+def test_unknown_names_in_the_recipe_are_refused(table, value, tmp_path):
+    message = rf"\[data.{table}\] names manuel, which is no source: write one of manual"
+    with pytest.raises(SoliError, match=message):
+        build([source("manual", numbered(3))], tmp_path, CorpusConfig(**{table: {"manuel": value}}))
 
 
 def test_a_stopped_build_goes_on_from_its_cache(tmp_path):

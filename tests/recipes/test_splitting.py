@@ -72,6 +72,7 @@ def test_pairs_that_come_with_the_recipe():
         "mgsm": 821,
         "storybooks": 817,
         "xsid": 678,
+        "back-translated": 10_638,
     }
     assert all(row.zh and row.en for pairs in rows.values() for row in pairs)
 

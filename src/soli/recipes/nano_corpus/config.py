@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from soli.data.recipe import DataConfig
 from soli.sections import Bounds, NonNegativeInt, PositiveInt
 
 Weight = Annotated[float, Bounds(at_least=0, at_most=100)]
+Direction = Literal["en-zh", "zh-en"]
 
 
 @dataclass(frozen=True)
@@ -22,4 +23,5 @@ class CorpusConfig(DataConfig, section="data"):
     tokenizer: str | None = None  # a model folder or nano, whose vocabulary the data get; None: one is learnt
     tokenizer_characters: PositiveInt = 20_000_000  # how much text the vocabulary is learnt from
     weights: dict[str, Weight] = field(default_factory=dict)  # copies per epoch of a source's documents; 1 if unnamed
+    directions: dict[str, Direction] = field(default_factory=dict)  # the one way a source is read; both if unnamed
     caps: dict[str, NonNegativeInt] = field(default_factory=dict)  # characters at most of a source of one language

@@ -120,7 +120,7 @@ def _plausible(corpus: Corpus, name: str, rows: list[SourceRow], dictionary: boo
 
 def _check_names(config: CorpusConfig, names_of_sources: Iterable[str]) -> None:
     known = list(dict.fromkeys(names_of_sources))
-    for table, names in (("weights", config.weights), ("caps", config.caps)):
+    for table, names in (("weights", config.weights), ("directions", config.directions), ("caps", config.caps)):
         for name in names:
             if name not in known:
                 raise SoliError(f"[data.{table}] names {name}, which is no source: write one of {', '.join(known)}")

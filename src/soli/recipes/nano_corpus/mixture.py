@@ -21,12 +21,23 @@ def weight_of(document: Document, config: CorpusConfig) -> float:
     return min(weight, config.one_word_weight)
 
 
+def training_documents(pair: Pair, config: CorpusConfig) -> tuple[Document, ...]:
+    """The pair's documents in the directions that its source is read in."""
+    to_chinese, to_english = pair_documents(pair)
+    match config.directions.get(pair.source):
+        case "en-zh":
+            return (to_chinese,)
+        case "zh-en":
+            return (to_english,)
+    return to_chinese, to_english
+
+
 def mix(pairs: Iterable[Pair], mono: Iterable[Line], config: CorpusConfig) -> list[Document]:
     """One epoch's documents, weighted and shuffled by the recipe's seed."""
     rng = np.random.default_rng(config.seed)
     documents: list[Document] = []
     for pair in pairs:
-        for document in pair_documents(pair):
+        for document in training_documents(pair, config):
             documents.extend([document] * draw_copies(weight_of(document, config), rng))
     for line in mono:
         document = text_document(line.label, line.text, config.fim_rate, rng)

@@ -1,9 +1,9 @@
 """Training and held-out text: what is held out, and what of the rest is too near to it to be trained on.
 
 Held out are the everyday sentences, complete Bible books, and one text in `heldout_every` by a hash of the English (so
-that all renderings of one text are on one side). A training text is dropped when it equals a held-out one (case, white
-space and closing punctuation apart), contains one of its sentences, or shares `GRAM` successive words with it; a
-Chinese character counts as a word.
+that all renderings of one text are on one side); nothing of a source that is read in one direction, whose other side
+is no reference. A training text is dropped when it equals a held-out one (case, white space and closing punctuation
+apart), contains one of its sentences, or shares `GRAM` successive words with it; a Chinese character counts as a word.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ def split_pairs(
         seen.add(identity)
         renderings[english] += 1
         held = row.tag in config.heldout_books or is_held_out(row.en, config.heldout_every)
+        held = held and source not in config.directions
         (heldout if held else candidates).append(Pair(source, row.zh, row.en))
     index = TextIndex(both_sides(heldout))
     training = [

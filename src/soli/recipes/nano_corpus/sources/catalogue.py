@@ -65,6 +65,7 @@ SOURCES: tuple[Source, ...] = (
     _public("mgsm", "CC-BY-4.0, Google"),
     _public("storybooks", "CC-BY-4.0, African Storybook and Global African Storybook Project"),
     _public("xsid", "CC-BY-SA-4.0"),
+    Source("back-translated", "pairs", (), included.read_back_translated, "CC-BY-2.0-FR, tatoeba.org, contributors"),
     Source(
         "homeassistant", "pairs", (_pip("homeassistant==2024.3.3"),), locale_files.HOME_ASSISTANT.read, "Apache-2.0"
     ),

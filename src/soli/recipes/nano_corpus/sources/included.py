@@ -27,6 +27,11 @@ def read_public(name: str, archives: list[Path]) -> Iterator[SourceRow]:
     return (row for source, row in read_extra([FOLDER / "public.tsv.xz"]) if source == name)
 
 
+def read_back_translated(archives: list[Path]) -> Iterator[SourceRow]:
+    """Everyday Chinese sentences with the bundled model's English, for English to Chinese; needs no archive."""
+    return (row for _, row in read_extra([FOLDER / "back_translated.tsv.xz"]))
+
+
 def everyday_pairs() -> list[Pair]:
     """The held-out everyday sentences, source `everyday`."""
     lines = (FOLDER / "everyday.tsv").read_text(encoding="utf-8").splitlines()
