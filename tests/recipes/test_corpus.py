@@ -12,6 +12,7 @@ from soli.errors import SoliError
 from soli.recipes.nano_corpus import corpus
 from soli.recipes.nano_corpus.config import CorpusConfig
 from soli.recipes.nano_corpus.sources import Source, SourceRow
+from soli.recipes.nano_corpus.sources.extra import read_extra
 
 CONFIG = CorpusConfig(heldout_every=4, heldout_books=("ruth",), most_renderings=2)
 
@@ -95,7 +96,7 @@ def test_pairs_that_are_no_translations_are_dropped_and_counted_by_rule(tmp_path
     wrong = [SourceRow("第77只猫坐垫子", "Cat 78 sits on the mat"), SourceRow("打开 Xyzzy 窗口", "Open the window")]
     extra = tmp_path / "own.tsv"
     extra.write_text("own\t打开 Xyzzy 窗口\tOpen the window\nown\t关上所有的窗口\tClose every window\n")
-    built = build([source("a", [*numbered(40), *wrong])], tmp_path, extra=[extra])
+    built = build([source("a", [*numbered(40), *wrong])], tmp_path, extra=read_extra([extra]))
     assert built.dropped == {
         "own": {"before": 2, "latin words": 1},
         "a": {"before": 42, "numbers": 1, "latin words": 1},

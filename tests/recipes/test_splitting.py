@@ -10,6 +10,7 @@ from soli.data.documents import Pair
 from soli.data.text import comparison_key
 from soli.errors import SoliError
 from soli.recipes.nano_corpus import corpus
+from soli.recipes.nano_corpus.build import build_data
 from soli.recipes.nano_corpus.cleaning import is_translation
 from soli.recipes.nano_corpus.config import CorpusConfig
 from soli.recipes.nano_corpus.sources import SOURCES, SourceRow
@@ -83,8 +84,9 @@ def test_extra_files_bring_their_own_source_names(tmp_path):
     packed.write_bytes(lzma.compress("theirs\t再见，朋友。\tGood bye, friend.\n".encode()))
     config = CorpusConfig(heldout_every=10**9, weights={"mine": 2.0, "tatoeba-gh": 1.0})
     events = []
+    extra = read_extra([plain, packed])
     built = corpus.build_corpus(
-        config, tmp_path / "cache", lambda *event: events.append(event), sources=(), extra=[plain, packed], everyday=()
+        config, tmp_path / "cache", lambda *event: events.append(event), sources=(), extra=extra, everyday=()
     )
     assert [pair.source for pair in built.pairs] == ["mine", "theirs"]
     assert [pair.en for pair in built.pairs] == ["Hello, friend.", "Good bye, friend."]
@@ -104,3 +106,6 @@ def test_an_extra_file_in_another_form_is_rejected(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(SoliError, match=message):
         list(read_extra([path]))
+    with pytest.raises(SoliError, match=message):
+        build_data(CorpusConfig(), tmp_path / "out", tmp_path / "cache", lambda *event: None, extra=[path])
+    assert list(tmp_path.iterdir()) == [path]

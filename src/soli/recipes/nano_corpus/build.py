@@ -18,6 +18,7 @@ from soli.errors import SoliError
 from soli.recipes.nano_corpus.config import CorpusConfig
 from soli.recipes.nano_corpus.corpus import Corpus, build_corpus, write_corpus
 from soli.recipes.nano_corpus.mixture import heldout_documents, mix
+from soli.recipes.nano_corpus.sources.extra import read_extra
 
 
 def build_data(
@@ -29,10 +30,11 @@ def build_data(
     extra: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Build everything into `out` and return meta.json's content. `extra`: files of a person's own pairs."""
-    given_tokenizer(config)  # before anything is fetched
+    given_tokenizer(config)  # as the extra files, before anything is fetched or written
+    extra_pairs = list(read_extra(extra))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        corpus = build_corpus(config, cache, report, allow_missing, extra=extra)
+        corpus = build_corpus(config, cache, report, allow_missing, extra=extra_pairs)
         (out / "meta.json").unlink(missing_ok=True)  # from here on the folder is between two states
         write_corpus(corpus, out)
         return write_token_files(corpus, config, out, report)

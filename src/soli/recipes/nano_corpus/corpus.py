@@ -22,7 +22,7 @@ from soli.recipes.nano_corpus.digests import ArchiveRecord, version_note
 from soli.recipes.nano_corpus.fetch import describe, fetch
 from soli.recipes.nano_corpus.filtering import drop_suspects
 from soli.recipes.nano_corpus.sources import SOURCES, Source, SourceRow
-from soli.recipes.nano_corpus.sources.extra import PUBLIC, read_extra
+from soli.recipes.nano_corpus.sources.extra import PUBLIC
 from soli.recipes.nano_corpus.sources.included import everyday_pairs
 from soli.recipes.nano_corpus.splitting import Line, split_lines, split_pairs
 
@@ -59,15 +59,15 @@ def build_corpus(
     report: ReportStep,
     allow_missing: bool = False,
     sources: Sequence[Source] = SOURCES,
-    extra: Sequence[Path] = (),
+    extra: Iterable[tuple[str, SourceRow]] = (),
     everyday: Sequence[Pair] | None = None,
 ) -> Corpus:
-    """Fetch, read, clean, de-duplicate and split every source; pairs of the files `extra` come first.
+    """Fetch, read, clean, de-duplicate and split every source; the pairs of (source, pair) in `extra` come first.
 
     `everyday` are held out as well; None: the sentences that come with the recipe.
     """
     extra_rows: dict[str, list[SourceRow]] = defaultdict(list)
-    for name, row in read_extra(extra):
+    for name, row in extra:
         extra_rows[name].extend(_clean([row], "pairs"))
     _check_names(config, [*(source.label for source in sources), *PUBLIC, *extra_rows])
     corpus = Corpus()
@@ -85,7 +85,7 @@ def build_corpus(
     corpus.archives = _archives(sources, cache / "packages", report)
     report("corpus", "splitting")
     present = [source for source in sources if source.label in rows]
-    if extra:
+    if extra_rows:
         report("extra", f"{sum(map(len, extra_rows.values())):,} pairs")
     pairs = [(name, row) for name in extra_rows for row in _plausible(corpus, name, extra_rows[name])]
     for source in present:
