@@ -78,20 +78,21 @@ def test_options_of_openai_and_vllm_do_what_they_say(llm):
 @pytest.mark.parametrize("speculate", [False, True])
 def test_an_answer_has_its_least_tokens_before_it_may_end(speculate):
     llm = soli.LLM("nano", limits=EngineLimits(speculate=speculate))
+    prompt = [llm.text_model.tokenizer.translation_prompt("Where is the library?", "zh")]  # its answer ends soon
     seeds = [soli.SamplingParams(temperature=0.8, seed=seed) for seed in range(20)]
-    answers = {sampling: llm.generate("She was", sampling, max_tokens=40)[0] for sampling in (None, *seeds)}
+    answers = {sampling: llm.generate(prompt, sampling, max_tokens=40)[0] for sampling in (None, *seeds)}
     ended = {sampling: answer for sampling, answer in answers.items() if answer.finish_reason == "stop"}
     assert None in ended and len(ended) > 3
     for sampling, free in ended.items():
         least = min(40, len(free.ids) + 5)
-        [longer] = llm.generate("She was", sampling, max_tokens=40, min_tokens=least)
+        [longer] = llm.generate(prompt, sampling, max_tokens=40, min_tokens=least)
         assert len(longer.ids) >= least
         assert not set(longer.ids[:least]) & llm.text_model.stop_ids
         if sampling is None:  # sampled, tokens that may not come leave the others more of the probability
-            assert llm.generate("She was", max_tokens=40, min_tokens=len(free.ids))[0].ids == free.ids
+            assert llm.generate(prompt, max_tokens=40, min_tokens=len(free.ids))[0].ids == free.ids
             assert longer.ids[: len(free.ids)] == free.ids
     with pytest.raises(SoliError, match="min_new_tokens is 9: give 0 to max_new_tokens, 3"):
-        llm.generate("She was", max_tokens=3, min_tokens=9)
+        llm.generate(prompt, max_tokens=3, min_tokens=9)
     llm.close()
 
 
