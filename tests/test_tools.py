@@ -45,7 +45,7 @@ def test_what_the_readme_explains_occurs_in_its_output() -> None:
     [output] = re.findall(r"```\n\$ soli translate[^\n]*\n(.*?)```", text, flags=re.S)
     paragraph = text.split(output)[1].removeprefix("```").split("`soli serve`")[0]
     examples = [code for code in re.findall(r"`([^`]+)`", paragraph) if not code.endswith(".md")]
-    assert len(examples) >= 5 and "█" in paragraph
+    assert len(examples) >= 5 and "▇" in paragraph
     for example in examples:
         assert example in output
 
