@@ -22,6 +22,8 @@ import torch
 from soli import LLM
 from soli.data.tsv import write_tsv
 from soli.engine.text_model import TextModel
+from soli.errors import SoliError
+from soli.input_files import read_text
 from soli.train.losses import token_nll
 
 
@@ -34,7 +36,7 @@ def main() -> None:
     parser.add_argument("--least", type=float, default=-2.6, help="mean log-probability of a sentence translated back")
     parser.add_argument("--source", default="back-translated", help="the name in the pairs")
     arguments = parser.parse_args()
-    sentences = arguments.sentences.read_text(encoding="utf-8").split("\n")
+    sentences = read_text(arguments.sentences).split("\n")
     sentences = list(dict.fromkeys(" ".join(line.split()) for line in sentences if line.strip()))
     llm = LLM(arguments.model)
     rows = []
@@ -71,4 +73,7 @@ def log_probability(text_model: TextModel, text: str, translation: str, to: str)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, SoliError) as error:
+        sys.exit(f"back_translate.py: {error}")

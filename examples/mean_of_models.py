@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 FILE = "model.safetensors"
@@ -30,7 +31,10 @@ def main() -> None:
         sys.exit(f"--share {arguments.share} is no share: give a number from 0 to 1")
     if arguments.mean.exists():
         sys.exit(f"{arguments.mean} exists: choose another folder for the mean")
-    first, second = (load_file(folder / FILE) for folder in (arguments.first, arguments.second))
+    try:
+        first, second = (load_file(folder / FILE) for folder in (arguments.first, arguments.second))
+    except (OSError, SafetensorError) as error:
+        sys.exit(f"a model cannot be read ({error}): give folders that soli export --to fp32 wrote")
     shapes = [{name: (tensor.shape, tensor.dtype) for name, tensor in model.items()} for model in (first, second)]
     if shapes[0] != shapes[1] or {dtype for _, dtype in shapes[0].values()} != {torch.float32}:
         sys.exit("the two models differ in shape or are not float32: export both with --to fp32")

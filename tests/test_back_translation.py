@@ -40,3 +40,16 @@ def test_each_sentence_that_is_found_again_is_a_pair_once(
 
 def test_nothing_is_as_likely_as_is_asked_for(translate_back: TranslateBack) -> None:
     assert translate_back("--beams", "1", "--least", "0") == []
+
+
+def test_bad_input_is_one_sentence_and_leaves_no_pairs(
+    tmp_path: Path, translate_back: TranslateBack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit, match=r"back_translate\.py: .*nowhere"):
+        translate_back("--model", str(tmp_path / "nowhere"))
+    with pytest.raises(SystemExit, match=r"back_translate\.py: .*beam"):
+        translate_back("--beams", "0")
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), str(tmp_path / "none.txt"), str(tmp_path / "pairs.tsv")])
+    with pytest.raises(SystemExit, match=r"back_translate\.py: .*none\.txt"):
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    assert not (tmp_path / "pairs.tsv").exists()

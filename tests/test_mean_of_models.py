@@ -46,5 +46,10 @@ def test_what_has_no_mean_is_one_sentence(
     with pytest.raises(SystemExit, match=message):
         run(monkeypatch, one, two, tmp_path / "mean", "--share", share)
     assert not (tmp_path / "mean").exists()
+    with pytest.raises(SystemExit, match=r"cannot be read .*: give folders that soli export"):
+        run(monkeypatch, tmp_path / "none", one, tmp_path / "mean")
+    (two / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(SystemExit, match=r"cannot be read .*: give folders that soli export"):
+        run(monkeypatch, one, two, tmp_path / "mean")
     with pytest.raises(SystemExit, match="exists: choose another folder"):
         run(monkeypatch, one, one, two)
