@@ -152,7 +152,9 @@ def test_time_to_first_token_counts_from_the_arrival():
             return await super().submit(request)
 
     with serving(Late(Engine(tiny(), EngineLimits(cache_bytes=2**22)))) as url:
-        httpx.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 2})
+        # An answer whose first token ended it would have no first token.
+        body = {"prompt": "a", "max_tokens": 2, "ignore_eos": True}
+        assert httpx.post(f"{url}/v1/completions", json=body).json()["usage"]["completion_tokens"] == 2
         text = httpx.get(f"{url}/metrics").text
     match = re.search(r"^soli_time_to_first_token_seconds_sum (\S+)$", text, re.MULTILINE)
     assert match is not None and float(match[1]) > 0.3
